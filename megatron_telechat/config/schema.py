@@ -1,0 +1,317 @@
+"""What a run is: frozen dataclasses, one a section of the YAML file.
+
+The literal under a field is its documentation: ``--help`` and ``--print-config``
+print it. Field names are Megatron-LM's flag names wherever Megatron has the flag.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Presets fill this section."""
+
+    name: str = "custom"
+    """Name of the model, for logs and checkpoints."""
+    architecture: str = "telechat2"
+    """Family whose layer rules apply: telechat2 or mixtral."""
+    num_layers: int = 0
+    """Number of decoder layers."""
+    hidden_size: int = 0
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 0
+    """Width of the SwiGLU of a dense layer."""
+    num_attention_heads: int = 0
+    """Number of query heads."""
+    num_query_groups: Optional[int] = None
+    """Number of key/value heads (grouped-query attention); unset means one for each query head."""
+    kv_channels: Optional[int] = None
+    """Width of a head; unset means hidden_size / num_attention_heads."""
+    vocab_size: int = 131072
+    """Rows of the embedding and of the output layer. Never padded: it must divide by tensor_model_parallel_size."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of RMSNorm."""
+    attention_output_bias: bool = True
+    """Bias on the attention output projection (TeleChat2: yes; Mixtral: no)."""
+    mlp_output_bias: bool = True
+    """Bias on the down projection, of the experts too (TeleChat2: yes; Mixtral: no)."""
+    rotary_base: float = 10000.0
+    """Theta of the rotary embedding, before NTK-aware scaling."""
+    rotary_training_seqlen: Optional[int] = None
+    """training_seqlen of the checkpoint: attention scaling acts beyond it. Unset turns NTK and attention scaling off."""
+    rotary_base_seqlen: Optional[int] = None
+    """base_seqlen of the checkpoint: the length NTK-aware scaling counts from. Unset means rotary_training_seqlen."""
+    rotary_table_dtype: str = "fp32"
+    """Rounding of the cos/sin tables: fp32, or fp16 as the published modelling file does."""
+    attention_dropout: float = 0.0
+    """Dropout of the attention probabilities."""
+    hidden_dropout: float = 0.0
+    """Dropout of the residual branches."""
+    init_method_std: float = 0.0048
+    """Standard deviation of the normal initialisation of the linear layers and the embeddings."""
+    router_init_std: float = 0.01
+    """Standard deviation of the router's initialisation."""
+    num_experts: Optional[int] = None
+    """Number of experts of a MoE layer; unset means a dense model."""
+    moe_ffn_hidden_size: Optional[int] = None
+    """Width of one expert's SwiGLU."""
+    moe_router_topk: int = 2
+    """Experts a token is sent to."""
+    moe_layer_freq: int = 1
+    """Every moe_layer_freq-th layer is a MoE layer, counted from the first (1: all)."""
+    moe_aux_loss_coeff: float = 0.0
+    """Coefficient of the load-balancing auxiliary loss."""
+    moe_z_loss_coeff: float = 0.0
+    """Coefficient of the router z-loss."""
+    moe_shared_expert_intermediate_size: Optional[int] = None
+    """Width of the shared expert beside the routed ones; unset means none."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts is not None
+
+    def layer_is_moe(self, layer: int) -> bool:
+        """Whether the layer with this zero-based number is a MoE layer."""
+        return self.is_moe and layer % self.moe_layer_freq == 0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over the ranks."""
+
+    world_size: int = 1
+    """Number of ranks. Filled from torchrun's WORLD_SIZE; --world-size sets it for --dry-run."""
+    ranks_per_node: Optional[int] = None
+    """Ranks of one node; unset means LOCAL_WORLD_SIZE of torchrun, or the smaller of 8 and world_size."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer of the attention and the dense MLP."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages (ranks) the layers are split over."""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Chunks of layers on each pipeline rank; more than 1 selects the interleaved schedule."""
+    pipeline_model_parallel_layout: Optional[str] = None
+    """Megatron's layout string, such as Et*3|t*4|t*4|t*3L. Unset: the layers are split as evenly as they go."""
+    context_parallel_size: int = 1
+    """Ranks that share one sequence."""
+    expert_model_parallel_size: Optional[int] = None
+    """Ranks the experts are spread over. Unset: derived by fold_tensor_into_experts, else 1."""
+    expert_tensor_parallel_size: Optional[int] = None
+    """Ranks that share one expert. Unset: 1 where the tensor domain is folded into the expert domain."""
+    fold_tensor_into_experts: bool = False
+    """Turn the tensor-parallel domain into expert-parallel domain inside MoE layers (ETP 1, EP a multiple of TP)."""
+    sequence_parallel: Optional[bool] = None
+    """Split the activations between the tensor-parallel regions along the sequence. Unset: on when TP > 1."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward runs (needs the distributed optimizer)."""
+    overlap_p2p_communication: Optional[bool] = None
+    """Overlap pipeline sends with compute. Unset: on for the interleaved schedule."""
+    distributed_timeout_minutes: float = 10.0
+    """Time limit of a collective."""
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+    @property
+    def num_virtual_stages(self) -> int:
+        return self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batch, length, precision, recompute."""
+
+    device: str = "auto"
+    """cuda, npu, cpu, or auto: the first of these that is there."""
+    precision: str = "bf16"
+    """Compute type: bf16, fp16 or fp32. Master weights, gradients and optimizer state are fp32."""
+    seq_length: int = 8192
+    """Tokens of a training sample."""
+    micro_batch_size: int = 1
+    """Samples of one forward on one data-parallel rank."""
+    global_batch_size: int = 1
+    """Samples of one optimizer step over all data-parallel ranks."""
+    train_iters: int = 0
+    """Optimizer steps of the whole run, those before a resume counted in."""
+    exit_interval: Optional[int] = None
+    """Stop cleanly, with a checkpoint, when the step count reaches a multiple of this."""
+    seed: int = 1234
+    """Seed of the initial weights, of dropout and of the order of the samples. The weights do not depend on the layout."""
+    recompute_granularity: Optional[str] = None
+    """Activation recompute: full (whole layers) or selective (recompute_modules). Unset: none."""
+    recompute_method: str = "block"
+    """Which layers full recompute takes: block (the first recompute_num_layers of each virtual stage) or uniform (all)."""
+    recompute_num_layers: Optional[int] = None
+    """Layers of each virtual stage that full recompute takes with recompute_method block. Unset: all."""
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """Modules that selective recompute repeats: core_attn, mlp, moe, layernorm."""
+    recompute_layout: Optional[str] = None
+    """Recompute that differs between layers: one entry a virtual stage, | between them, each a list such as
+    full*2,none*3 or core_attn+mlp*4 in layer order. Takes the place of the recompute flags above."""
+    deterministic: bool = True
+    """Use only deterministic algorithms; a resume is then bitwise equal to the uninterrupted run."""
+    empty_unused_memory_level: int = 0
+    """Give cached device memory back: 0 never, 1 after a step."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, clipping and the learning-rate schedule."""
+
+    lr: float = 3e-4
+    """Largest learning rate."""
+    min_lr: float = 1.5e-5
+    """Learning rate the schedule ends at."""
+    lr_decay_style: str = "cosine"
+    """constant, linear, cosine, inverse-square-root or WSD."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    lr_warmup_fraction: Optional[float] = None
+    """Warm-up as a share of lr_decay_iters; in place of lr_warmup_iters."""
+    lr_warmup_init: float = 0.0
+    """Learning rate the warm-up starts from."""
+    lr_decay_iters: Optional[int] = None
+    """Steps after which min_lr is reached. Unset: train_iters."""
+    lr_wsd_decay_iters: Optional[int] = None
+    """Steps of the final decay of the WSD schedule."""
+    lr_wsd_decay_style: str = "exponential"
+    """Shape of the final decay of WSD: linear, cosine, exponential or minus_sqrt."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay; none on biases and norms."""
+    adam_beta1: float = 0.9
+    """AdamW's first beta."""
+    adam_beta2: float = 0.95
+    """AdamW's second beta."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    initial_loss_scale: float = 65536.0
+    """Dynamic loss scale to begin with (fp16)."""
+    min_loss_scale: float = 1.0
+    """Smallest dynamic loss scale (fp16)."""
+    loss_scale_window: int = 1000
+    """Steps without overflow after which the loss scale doubles (fp16)."""
+    hysteresis: int = 2
+    """Overflows tolerated before the loss scale halves (fp16)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of indexed datasets, or weights and prefixes in turn: 0.7 en_document 0.3 zh_document."""
+    data_json: Optional[str] = None
+    """A data.json as TeleChat writes it ({prefix: weight}), in place of data_path."""
+    split: str = "969,30,1"
+    """Shares of train, validation and test."""
+    train_data_path: tuple[str, ...] = ()
+    """Training data of its own (with valid_data_path), in place of data_path and split."""
+    valid_data_path: tuple[str, ...] = ()
+    """Validation data of its own."""
+    data_cache_path: Optional[str] = None
+    """Folder of the sample index. Unset: cache/ in the run folder."""
+    mock_data: bool = False
+    """Train on a fixed pseudo-random token stream; for benchmarks and smoke tests."""
+    tokenizer_type: Optional[str] = None
+    """HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer. Unset: told by tokenizer_model."""
+    tokenizer_model: Optional[str] = None
+    """File or folder of the tokenizer; the training reads only its vocabulary size and end-of-document token."""
+    eod_mask_loss: bool = False
+    """No loss on end-of-document tokens."""
+    reset_position_ids: bool = False
+    """Positions begin anew after an end-of-document token."""
+    num_workers: int = 1
+    """Background threads that prepare batches on each rank."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving, resuming, starting from other weights."""
+
+    save_interval: Optional[int] = None
+    """Steps between checkpoints. Unset: only at the end and on a stop signal."""
+    save: Optional[str] = None
+    """Folder of the checkpoints. Unset: checkpoints/ in the run folder."""
+    load: Optional[str] = None
+    """Folder to resume from. Unset: the one of save; a run whose folder holds a checkpoint goes on from it."""
+    load_step: Optional[int] = None
+    """Resume from this step and not from the newest."""
+    pretrained_checkpoint: Optional[str] = None
+    """Checkpoint whose weights a new run begins with (step 0, fresh optimizer); tools/convert_checkpoint.py makes one."""
+    no_save_optim: bool = False
+    """Leave the optimizer state out of the checkpoints (a resume is then not exact)."""
+    no_load_optim: bool = False
+    """Resume with a fresh optimizer state."""
+    keep_last: int = 0
+    """Keep only this many newest checkpoints; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation during the run."""
+
+    eval_interval: Optional[int] = None
+    """Steps between evaluations. Unset: none."""
+    eval_iters: int = 10
+    """Batches of global_batch_size samples of one evaluation."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a person and a dashboard see."""
+
+    run_dir: Optional[str] = None
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, cache/. Unset: runs/NAME."""
+    log_interval: int = 1
+    """Steps between console lines and metrics."""
+    tensorboard: bool = False
+    """Write TensorBoard events to tensorboard/ in the run folder."""
+    wandb_project: Optional[str] = None
+    """Weights & Biases project; unset means off. The run id is kept over a resume."""
+    wandb_exp_name: Optional[str] = None
+    """Weights & Biases run name; unset means the run folder's name."""
+    progress: Optional[bool] = None
+    """A progress bar in place of plain lines. Unset: where the output is a terminal."""
+    peak_tflops: Optional[float] = None
+    """Peak TFLOP/s of one device for MFU. Unset: looked up from the device's name."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of one optimizer step on one data-parallel rank."""
+        return self.training.global_batch_size // (
+            self.training.micro_batch_size * self.parallel.data_parallel_size
+        )

@@ -1,0 +1,109 @@
+"""User errors: what is wrong, where it was said, and how to mend it.
+
+Every failure that a person can cause ends in one of these classes. A door
+(``pretrain/``, ``tools/``) turns it into one readable message on stderr and the
+exit code of its class; a traceback means a bug of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+EXIT_OK = 0
+EXIT_CONFIG = 2
+EXIT_DATA = 3
+EXIT_CHECKPOINT = 4
+EXIT_NUMERICS = 5
+EXIT_RESOURCE = 6
+EXIT_SIGNAL = 75
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        what: the complaint, in terms of the user's own names and values.
+        where: the origin of the value (``flag``, ``run.yaml:14``, ``preset telechat2-7b``, a path).
+        fix: what to type or change instead; empty only if nothing sensible can be said.
+    """
+
+    what: str
+    where: str = ""
+    fix: str = ""
+
+    def lines(self) -> list[str]:
+        head = self.what if not self.where else f"{self.what}    ({self.where})"
+        return [head] if not self.fix else [head, f"fix: {self.fix}"]
+
+
+class UserError(Exception):
+    """Base of all errors that the user can mend."""
+
+    exit_code = 1
+    kind = "error"
+
+    def __init__(self, what: str | Problem | Sequence[Problem], where: str = "", fix: str = ""):
+        if isinstance(what, str):
+            problems: tuple[Problem, ...] = (Problem(what, where, fix),)
+        elif isinstance(what, Problem):
+            problems = (what,)
+        else:
+            problems = tuple(what)
+        if not problems:
+            raise ValueError("a UserError needs at least one problem")
+        self.problems = problems
+        super().__init__(self.render())
+
+    def __reduce__(self):
+        # The default reduce would pass the rendered text back as `what` and lose the problems.
+        return (type(self), (self.problems,))
+
+    def render(self) -> str:
+        """The message as a person reads it: one line for one problem, a numbered list for more."""
+        count = len(self.problems)
+        if count == 1:
+            first, *rest = self.problems[0].lines()
+            return "\n".join([f"{self.kind}: {first}", *(f"  {line}" for line in rest)])
+        out = [f"{self.kind}: {count} problems"]
+        for number, problem in enumerate(self.problems, 1):
+            first, *rest = problem.lines()
+            out.append(f"  {number}. {first}")
+            out.extend(f"     {line}" for line in rest)
+        return "\n".join(out)
+
+
+class ConfigError(UserError):
+    """A value, or a combination of values, that no run can start with."""
+
+    exit_code = EXIT_CONFIG
+    kind = "config error"
+
+
+class DataError(UserError):
+    """Input text, an indexed dataset, a tokenizer or a blend that cannot be used as it is."""
+
+    exit_code = EXIT_DATA
+    kind = "data error"
+
+
+class CheckpointError(UserError):
+    """A checkpoint or a set of weights that is missing, damaged or does not fit the model."""
+
+    exit_code = EXIT_CHECKPOINT
+    kind = "checkpoint error"
+
+
+class NumericsError(UserError):
+    """A non-finite loss or gradient; the optimizer step was not taken."""
+
+    exit_code = EXIT_NUMERICS
+    kind = "numerics error"
+
+
+class ResourceError(UserError):
+    """A lock, a disk or a device that cannot be had."""
+
+    exit_code = EXIT_RESOURCE
+    kind = "resource error"
