@@ -1,0 +1,91 @@
+"""What a person sees while a run goes on: one line an interval, and a bar where the output is a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Optional, TextIO
+
+
+def format_count(value: float) -> str:
+    """3-digit engineering notation: 412, 12.3k, 4.19M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """MM:SS, H:MM:SS or Dd HH:MM."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        days, hour = divmod(hours, 24)
+        return f"{days}d {hour:02d}:{minute:02d}"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
+
+
+def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_total_gib: Optional[float]) -> str:
+    """The line of one record."""
+    norm = record.get("grad_norm")
+    parts = [
+        f"step {record['step']}/{train_iters}",
+        f"loss {record['loss']:.4f}",
+        f"gnorm {norm:.3f}" if norm is not None else "gnorm overflow",
+        f"lr {record['lr']:.2e}",
+        f"{format_count(record['tokens_per_s'])} tok/s",
+    ]
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {100 * record['mfu']:.1f}%")
+    total = f"/{memory_total_gib:.0f}" if memory_total_gib else ""
+    parts.append(f"mem {record['memory_peak_gib']:.1f}{total} GiB")
+    if record.get("expert_load_max_over_mean") is not None:
+        parts.append(f"experts max/mean {record['expert_load_max_over_mean']:.2f}")
+    if record.get("skipped_steps"):
+        parts.append(f"skipped {record['skipped_steps']}")
+    parts.append(f"eta {format_duration(eta_s)}")
+    return "  ".join(parts)
+
+
+class Console:
+    """Prints on one rank only; silent on the others."""
+
+    WIDTH = 30
+
+    def __init__(self, enabled: bool, train_iters: int, progress: Optional[bool] = None, stream: TextIO = sys.stdout):
+        self._enabled = enabled
+        self._train_iters = train_iters
+        self._stream = stream
+        self._bar = enabled and (stream.isatty() if progress is None else progress)
+        self._drawn = 0
+        self._smoothed_s: Optional[float] = None
+
+    def say(self, text: str) -> None:
+        """One or more plain lines."""
+        if self._enabled:
+            self._clear_bar()
+            print(text, file=self._stream, flush=True)
+
+    def step(self, record: dict[str, Any], memory_total_gib: Optional[float]) -> None:
+        """The line of a record, and the bar below it."""
+        if not self._enabled:
+            return
+        # A slow first step (allocation, compilation) must not spoil the estimate for long.
+        seconds = record["iteration_time_s"]
+        self._smoothed_s = seconds if self._smoothed_s is None else 0.9 * self._smoothed_s + 0.1 * seconds
+        eta_s = self._smoothed_s * (self._train_iters - record["step"])
+        self.say(format_step(record, self._train_iters, eta_s, memory_total_gib))
+        if self._bar:
+            self._draw_bar(record["step"], eta_s)
+
+    def _draw_bar(self, step: int, eta_s: float) -> None:
+        share = step / max(self._train_iters, 1)
+        filled = int(self.WIDTH * share)
+        text = f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {100 * share:3.0f}%  eta {format_duration(eta_s)}  {time.strftime('%H:%M:%S')}"
+        print(text, end="", file=self._stream, flush=True)
+        self._drawn = len(text)
+
+    def _clear_bar(self) -> None:
+        if self._drawn:
+            print("\r" + " " * self._drawn + "\r", end="", file=self._stream)
+            self._drawn = 0

@@ -1,0 +1,96 @@
+"""From step results to records: throughput, MFU, memory, expert load; one record a logged step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+
+from ..backend import Backend
+from ..config.schema import RunConfig
+from ..costs.devices import device_spec
+from ..costs.flops import training_flops_per_token
+from ..parallel.state import ParallelState
+from .step import StepResult
+
+
+def peak_tflops(run: RunConfig, backend: Backend) -> Optional[float]:
+    """Dense peak of one device at the run's precision in TFLOP/s; None where it is not known."""
+    if run.logging.peak_tflops is not None:
+        return run.logging.peak_tflops
+    spec = device_spec(backend.device_name())
+    return spec.peak_tflops.get(run.training.precision) if spec is not None else None
+
+
+@dataclass
+class Window:
+    """Steps since the last record."""
+
+    started_s: float
+    steps: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+
+class Meter:
+    """Turns a window of steps into one metrics record.
+
+    ``tokens_per_s`` counts every position of a sample, loss mask or not, over the whole machine, and the
+    time between two records less evaluations and saves (:meth:`exclude`).
+    """
+
+    def __init__(self, run: RunConfig, state: ParallelState, backend: Backend, chunks: list[torch.nn.Module]):
+        self._run, self._state, self._backend, self._chunks = run, state, backend, chunks
+        self._flops_per_token = training_flops_per_token(run.model, run.training.seq_length)
+        self._peak = peak_tflops(run, backend)
+        self._window = Window(time.perf_counter())
+
+    def exclude(self, seconds: float) -> None:
+        """Leave ``seconds`` spent on something else than steps out of the open window."""
+        self._window.started_s += seconds
+
+    def add(self, result: StepResult) -> None:
+        self._window.steps += 1
+        self._window.tokens += self._run.training.global_batch_size * self._run.training.seq_length
+        self._window.skipped += int(result.skipped)
+
+    def record(self, step: int, lr: float, consumed_samples: int, result: StepResult) -> dict[str, Any]:
+        """Close the window. Collective: every rank calls it at the same step."""
+        self._backend.synchronize()
+        now = time.perf_counter()
+        seconds = max(now - self._window.started_s, 1e-9)
+        tokens_per_s = self._window.tokens / seconds
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens_per_s": tokens_per_s,
+            "iteration_time_s": seconds / self._window.steps,
+            "mfu": self._mfu(tokens_per_s),
+            "memory_peak_gib": self._peak_memory_gib(),
+            "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_samples * self._run.training.seq_length,
+        }
+        if self._window.skipped:
+            record["skipped_steps"] = self._window.skipped
+        if self._run.model.is_moe:
+            from ..moe import collect_moe_metrics
+
+            record.update(collect_moe_metrics(self._chunks, self._state))
+        self._window = Window(time.perf_counter())
+        return record
+
+    def _mfu(self, tokens_per_s: float) -> Optional[float]:
+        if not self._peak:
+            return None
+        return tokens_per_s * self._flops_per_token / (self._peak * 1e12 * self._state.world_size)
+
+    def _peak_memory_gib(self) -> float:
+        """Largest peak over the ranks: the one that would run out first."""
+        peak = torch.tensor([self._backend.memory().peak_bytes / 2**30], device=self._backend.device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return peak.item()

@@ -1,0 +1,134 @@
+"""Data-parallel wrapping and the optimizer, from megatron-core's parts.
+
+AdamW is TransformerEngine's or apex's fused one where they are installed; else
+torch's own, switched to its fused kernel (megatron-core builds it unfused).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+
+from ..config.schema import RunConfig
+from ..parallel.state import ParallelState
+from .schedule import learning_rate
+
+
+def wrap_data_parallel(chunks: list[torch.nn.Module], run: RunConfig, state: ParallelState) -> list[torch.nn.Module]:
+    """Wrap every model chunk in megatron-core's DistributedDataParallel.
+
+    Gradients are kept and reduced in fp32 whatever the compute type. Only the first
+    chunk of a rank is bucketed: the later ones reduce outside the critical path.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    parallel = run.parallel
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        )
+        wrapped.append(
+            DistributedDataParallel(
+                config=chunk.config,
+                ddp_config=ddp_config,
+                module=chunk,
+                disable_bucketing=number > 0,
+                pg_collection=state.process_groups,
+            )
+        )
+    for chunk in wrapped:
+        _install_schedule_hooks(chunk.config, wrapped, run)
+    return wrapped
+
+
+def _install_schedule_hooks(config, chunks: list[torch.nn.Module], run: RunConfig) -> None:
+    """Tell the pipeline schedules how to hold back and to finish the gradient reduction."""
+    from megatron.core.distributed import finalize_model_grads
+
+    config.finalize_model_grads_func = finalize_model_grads
+    if run.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+
+def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: ParallelState):
+    """AdamW over the wrapped chunks: megatron-core's optimizer for dense and expert parameters.
+
+    No weight decay on biases and on one-dimensional parameters (megatron-core's standard rule).
+    """
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    settings = run.optimizer
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=run.training.precision == "bf16",
+        fp16=run.training.precision == "fp16",
+        params_dtype=compute_dtype(run),
+        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+        initial_loss_scale=settings.initial_loss_scale,
+        min_loss_scale=settings.min_loss_scale,
+        loss_scale_window=settings.loss_scale_window,
+        hysteresis=settings.hysteresis,
+    )
+    optimizer = get_megatron_optimizer(
+        config, chunks, use_gloo_process_groups=False, pg_collection=state.process_groups
+    )
+    _use_fused_kernel(optimizer)
+    for chunk in chunks:
+        chunk.config.grad_scale_func = optimizer.scale_loss if run.training.precision == "fp16" else None
+    return optimizer
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """Type of the parameters and of the compute."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[run.training.precision]
+
+
+def _use_fused_kernel(optimizer) -> None:
+    # megatron-core has no switch for it. The per-parameter state is made at the first
+    # step and reads this flag, so setting it on the groups is enough.
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
+                group["foreach"] = False
+
+
+def set_learning_rate(optimizer, run: RunConfig, step: int) -> float:
+    """Set learning rate and weight decay of every parameter group for the step after ``step`` completed ones."""
+    rate = learning_rate(run.optimizer, run.training.train_iters, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["weight_decay"] = run.optimizer.weight_decay * group.get("wd_mult", 1.0)
+    return rate
+
+
+@contextmanager
+def gathered_parameters(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Hold the overlapped parameter gather back and complete it, so that every rank sees whole, current weights.
+
+    With overlap_param_gather the gather of an optimizer step runs at the next forward;
+    evaluation and saving come before that forward.
+    """
+    hooked = [chunk for chunk in chunks if getattr(chunk, "use_forward_hook", False)]
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()

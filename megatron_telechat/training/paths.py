@@ -1,0 +1,40 @@
+"""The folders and files of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.schema import RunConfig
+from ..errors import ResourceError
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where a run reads and writes.
+
+    Attributes:
+        run_dir: config.yaml, metrics.jsonl and what has no place of its own.
+        save_dir: root of the checkpoints written.
+        load_dir: root of the checkpoints resumed from.
+    """
+
+    run_dir: Path
+    save_dir: Path
+    load_dir: Path
+
+    @classmethod
+    def of(cls, run: RunConfig) -> "RunPaths":
+        run_dir = Path(run.logging.run_dir or f"runs/{run.model.name}")
+        save_dir = Path(run.checkpoint.save) if run.checkpoint.save else run_dir / "checkpoints"
+        return cls(run_dir, save_dir, Path(run.checkpoint.load) if run.checkpoint.load else save_dir)
+
+    def create(self) -> None:
+        """Make the folders. Raises ResourceError where that cannot be done."""
+        for folder in (self.run_dir, self.save_dir):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ResourceError(
+                    f"cannot create {folder}: {error.strerror}", where="run_dir/save", fix="choose a writable --run-dir"
+                ) from error
