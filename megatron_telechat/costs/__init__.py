@@ -1,5 +1,22 @@
 """What a model costs: parameters, FLOPs, bytes. Plain Python; torch is never imported here."""
 
+from megatron_telechat.costs.devices import DeviceSpec, device_spec, device_spec_names, find_device_spec
+from megatron_telechat.costs.flops import (
+    forward_flops_per_token,
+    model_tflops_per_device,
+    training_flops_per_token,
+)
 from megatron_telechat.costs.parameters import ParameterCount, count_parameters, parameter_table
 
-__all__ = ["ParameterCount", "count_parameters", "parameter_table"]
+__all__ = [
+    "DeviceSpec",
+    "ParameterCount",
+    "count_parameters",
+    "device_spec",
+    "device_spec_names",
+    "find_device_spec",
+    "forward_flops_per_token",
+    "model_tflops_per_device",
+    "parameter_table",
+    "training_flops_per_token",
+]

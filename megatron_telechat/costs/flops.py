@@ -1,0 +1,74 @@
+"""Floating-point operations of a model, counted as those the mathematics needs.
+
+A multiply-add is two operations. Matrix products only: norms, rotary, softmax and SwiGLU's
+element-wise part are below 1 % and left out, as in the PaLM paper (arXiv 2204.02311, appendix B)
+and in Narayanan et al. (arXiv 2104.04473, section 5.1). Unlike the latter, causal attention is
+counted as the half that is not masked, and recompute is not counted: these are *model* FLOPs,
+the numerator of MFU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_telechat.config.schema import ModelConfig
+from megatron_telechat.costs.parameters import expert_ffn_hidden_size
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """Forward FLOPs of one decoder layer for one token, by part."""
+
+    projections: float
+    """QKV and output projections: 2 h (q + 2k) + 2 q h, with q = heads*head_dim, k = groups*head_dim."""
+    core_attention: float
+    """Scores and their product with V over the causal half: 2 S q."""
+    mlp: float
+    """SwiGLU, 6 h f; in a MoE layer of the top-k experts and of the shared one."""
+    router: float
+    """2 h E; zero in a dense layer."""
+
+    @property
+    def total(self) -> float:
+        return self.projections + self.core_attention + self.mlp + self.router
+
+
+def layer_forward_flops(model: ModelConfig, layer: int, seq_length: int) -> LayerFlops:
+    """Forward FLOPs of the zero-based `layer` for one token of a sequence of `seq_length` tokens."""
+    hidden = model.hidden_size
+    query = model.num_attention_heads * model.head_dim
+    key = model.query_groups * model.head_dim
+    projections = 2 * hidden * (query + 2 * key) + 2 * query * hidden
+    # Token i attends to i + 1 positions: S/2 on average, at 2 * 2q each (scores, then values).
+    core_attention = 2 * seq_length * query
+    if not model.layer_is_moe(layer):
+        return LayerFlops(projections, core_attention, 6 * hidden * model.ffn_hidden_size, 0.0)
+    experts = 6 * hidden * expert_ffn_hidden_size(model) * model.moe_router_topk
+    shared = 6 * hidden * (model.moe_shared_expert_intermediate_size or 0)
+    return LayerFlops(projections, core_attention, experts + shared, 2 * hidden * (model.num_experts or 0))
+
+
+def head_forward_flops(model: ModelConfig) -> float:
+    """Forward FLOPs of the output layer for one token: 2 h V. The embedding is a look-up and costs none."""
+    return 2 * model.hidden_size * model.vocab_size
+
+
+def forward_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """Forward FLOPs of the whole model for one token."""
+    layers = sum(layer_forward_flops(model, layer, seq_length).total for layer in range(model.num_layers))
+    return layers + head_forward_flops(model)
+
+
+def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """FLOPs of forward and backward for one token: three times the forward.
+
+    Each product of the forward has two in the backward (with respect to its input and to its
+    weight). Recompute is not counted, the causal mask halves attention, a MoE layer counts the
+    top-k experts, the embedding look-up counts nothing, the output layer counts.
+    """
+    return 3 * forward_flops_per_token(model, seq_length)
+
+
+def model_tflops_per_device(model: ModelConfig, seq_length: int, tokens_per_s_per_device: float) -> float:
+    """Model TFLOP/s that one device delivers at this throughput."""
+    return training_flops_per_token(model, seq_length) * tokens_per_s_per_device / 1e12
