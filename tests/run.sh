@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The test suite, on a bare machine: makes its own environment, then runs pytest.
+#
+#   bash tests/run.sh              everything but the tests marked slow
+#   bash tests/run.sh -m slow      the slow ones
+#   bash tests/run.sh tests/config -k layout
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/setup_env.sh test
+venv="${VENV:-$PWD/.venv}"
+# One thread a rank: four ranks with a thread pool each would fight for the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
+exec "$venv/bin/python" -m pytest "$@"
