@@ -1,6 +1,6 @@
 """What a model costs: parameters, FLOPs, bytes. Plain Python; torch is never imported here."""
 
-from megatron_telechat.costs.devices import DeviceSpec, device_spec, device_spec_names, find_device_spec
+from megatron_telechat.costs.devices import DeviceSpec, device_spec, device_spec_names
 from megatron_telechat.costs.flops import (
     forward_flops_per_token,
     model_tflops_per_device,
@@ -14,7 +14,6 @@ __all__ = [
     "count_parameters",
     "device_spec",
     "device_spec_names",
-    "find_device_spec",
     "forward_flops_per_token",
     "model_tflops_per_device",
     "parameter_table",

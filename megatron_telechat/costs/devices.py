@@ -8,8 +8,6 @@ from typing import Mapping, Optional
 
 import yaml
 
-from megatron_telechat.errors import ConfigError
-
 _FOLDER = Path(__file__).parent / "devices"
 
 
@@ -49,7 +47,7 @@ def _read(path: Path) -> tuple[DeviceSpec, dict[str, dict[str, float]]]:
     return DeviceSpec(**entries), variants
 
 
-def find_device_spec(name: str) -> Optional[DeviceSpec]:
+def device_spec(name: str) -> Optional[DeviceSpec]:
     """The device with this file name (``h100-80g``) or torch device name (``NVIDIA H100 80GB HBM3``); None if unknown.
 
     A torch name is matched whole, without regard to case; parts that share a chip but not a speed
@@ -64,18 +62,3 @@ def find_device_spec(name: str) -> Optional[DeviceSpec]:
             if wanted == variant.lower():
                 return replace(spec, description=f"{spec.description} [{variant}]", peak_tflops=peak)
     return None
-
-
-def device_spec(name: str) -> DeviceSpec:
-    """As `find_device_spec`, for a name that must be known.
-
-    Raises:
-        ConfigError: no device file has or lists this name.
-    """
-    spec = find_device_spec(name)
-    if spec is None:
-        raise ConfigError(
-            f"no figures are known for the device {name!r}",
-            fix=f"one of {', '.join(device_spec_names())}; or give --peak-tflops for MFU",
-        )
-    return spec

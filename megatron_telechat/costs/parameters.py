@@ -161,8 +161,7 @@ def local_count(table: Mapping[str, Shape], parallel: ParallelConfig) -> LocalCo
     (the expert bias over EP only: each expert-tensor rank keeps the bias of its experts whole).
     """
     tensor = parallel.tensor_model_parallel_size
-    expert = parallel.expert_model_parallel_size or 1
-    expert_tensor = parallel.expert_tensor_parallel_size or 1
+    expert, expert_tensor = parallel.expert_sizes
     dense_count = expert_count = 0
     for key, shape in table.items():
         size = math.prod(shape)

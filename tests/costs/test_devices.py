@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_telechat.costs import device_spec, device_spec_names, find_device_spec
-from megatron_telechat.errors import ConfigError
+from megatron_telechat.costs import device_spec, device_spec_names
 
 
 @pytest.mark.parametrize(
@@ -43,6 +42,4 @@ def test_a_cpu_has_no_peak_of_its_own():
 
 @pytest.mark.parametrize("reported", ["NVIDIA H100 PCIe", "NVIDIA H20", "NVIDIA A100-SXM4-40GB", "Ascend910B4"])
 def test_a_slower_or_smaller_relative_does_not_match(reported):
-    assert find_device_spec(reported) is None
-    with pytest.raises(ConfigError, match="h100-80g"):
-        device_spec(reported)
+    assert device_spec(reported) is None

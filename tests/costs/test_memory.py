@@ -1,0 +1,125 @@
+"""Memory of a stage against sums worked out by hand, and its behaviour under each lever."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_telechat.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_telechat.costs import count_parameters
+from megatron_telechat.costs.memory import checkpoint_bytes, stage_memory
+from tests.costs.test_parameters import M39B, M115B
+
+TINY = ModelConfig(
+    num_layers=4, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, vocab_size=32
+)
+
+
+def make(model=TINY, training=None, **parallel) -> RunConfig:
+    return RunConfig(
+        model=model,
+        parallel=ParallelConfig(**parallel),
+        training=replace(TrainingConfig(seq_length=16, global_batch_size=8), **(training or {})),
+    )
+
+
+def test_one_rank_by_hand():
+    (stage,) = stage_memory(make())
+    count = count_parameters(TINY).total
+    assert stage.parameters.total == count
+    assert (stage.parameters_bytes, stage.gradients_bytes, stage.optimizer_bytes) == (2 * count, 4 * count, 12 * count)
+    # a token of a layer, bf16: input 8, norm outputs 16, residual 8, q 8, k and v 8, output 8, gate up product 36; lse 4 x 4 bytes
+    layer = 16 * (2 * (8 + 16 + 8 + 8 + 8 + 8 + 36) + 16)
+    head = 16 * (6 * 32 + 2 * 2 * 8)
+    assert stage.activations_bytes == 4 * layer + head
+    assert stage.transient_bytes == head
+    assert stage.total_bytes == 18 * count + 4 * layer + head
+
+
+def test_fp32_needs_no_master_weight():
+    (stage,) = stage_memory(make(training={"precision": "fp32"}))
+    count = count_parameters(TINY).total
+    assert (stage.parameters_bytes, stage.gradients_bytes, stage.optimizer_bytes) == (4 * count, 4 * count, 8 * count)
+
+
+def test_full_recompute_keeps_the_input_and_repeats_one_layer():
+    (stage,) = stage_memory(make(training={"recompute_granularity": "full"}))
+    layer = 16 * (2 * (8 + 16 + 8 + 8 + 8 + 8 + 36) + 16)
+    kept = 16 * 2 * 8
+    head = 16 * (6 * 32 + 2 * 2 * 8)
+    assert stage.activations_bytes == 4 * kept + max(head, layer - kept)
+
+
+def test_selective_mlp_drops_what_the_mlp_makes():
+    plain = stage_memory(make())[0]
+    less = stage_memory(make(training={"recompute_granularity": "selective", "recompute_modules": ("mlp",)}))[0]
+    mlp = 16 * 2 * 36
+    assert plain.activations_bytes - plain.transient_bytes - (less.activations_bytes - less.transient_bytes) == 4 * mlp
+
+
+def test_tensor_and_sequence_parallel_cut_everything_but_the_replicated():
+    one = stage_memory(make())[0]
+    both = stage_memory(make(world_size=2, tensor_model_parallel_size=2))[0]
+    without = stage_memory(make(world_size=2, tensor_model_parallel_size=2, sequence_parallel=False))[0]
+    assert both.activations_bytes == one.activations_bytes / 2
+    assert both.activations_bytes < without.activations_bytes < one.activations_bytes
+
+
+def test_first_stage_holds_the_most_microbatches():
+    stages = stage_memory(make(world_size=4, pipeline_model_parallel_size=4))
+    assert [stage.in_flight for stage in stages] == [(4,), (3,), (2,), (1,)]
+    assert sum(stage.parameters.total for stage in stages) == count_parameters(TINY).total
+    assert stages[0].activations_bytes > stages[1].activations_bytes > stages[2].activations_bytes
+
+
+def test_distributed_optimizer_cuts_dense_by_dp_and_experts_by_expert_dp():
+    parallel = dict(world_size=1024, tensor_model_parallel_size=4, pipeline_model_parallel_size=2,
+                    expert_model_parallel_size=8, expert_tensor_parallel_size=1)  # fmt: skip
+    training = {"seq_length": 8192, "global_batch_size": 512}
+    plain = stage_memory(make(M39B, training, **parallel))[0]
+    sharded = stage_memory(make(M39B, training, **parallel, use_distributed_optimizer=True))[0]
+    count = plain.parameters
+    assert plain.optimizer_bytes == 12 * count.total
+    assert sharded.optimizer_bytes == 12 * (count.dense / 128 + count.expert / 64)
+    assert sharded.activations_bytes == plain.activations_bytes
+
+
+def test_expert_activations_do_not_depend_on_the_number_of_expert_ranks():
+    training = {"seq_length": 8192, "global_batch_size": 512}
+    few = stage_memory(make(M39B, training, world_size=64, expert_model_parallel_size=2))[0]
+    many = stage_memory(make(M39B, training, world_size=64, expert_model_parallel_size=16))[0]
+    assert few.activations_bytes == many.activations_bytes
+    assert few.parameters.expert == 8 * many.parameters.expert
+
+
+def test_interleaving_keeps_more_in_flight():
+    parallel = dict(world_size=512, tensor_model_parallel_size=8, pipeline_model_parallel_size=8)
+    training = {"seq_length": 8192, "global_batch_size": 256}
+    plain = stage_memory(make(M115B, training, **parallel))
+    interleaved = stage_memory(make(M115B, training, **parallel, num_virtual_stages_per_pipeline_rank=3))
+    assert interleaved[0].activations_bytes > plain[0].activations_bytes
+    assert sum(interleaved[0].in_flight) == 2 * 7 + 2 * 8 + 1
+
+
+def test_checkpoint_size():
+    run = make()
+    assert checkpoint_bytes(run, 100) == 1400
+    assert checkpoint_bytes(replace(run, checkpoint=replace(run.checkpoint, no_save_optim=True)), 100) == 200
+
+
+def test_published_115b_layout_fits_its_published_limit():
+    """8 x 8 x 8 ranks, 8 micro-batches, no whole-layer recompute: published with a cap of 54.5 GB."""
+    first, second, third = [3, 3, 4, 4, 4, 4, 4, 4], [3, 4, 4, 4, 4, 4, 4, 4], [4, 4, 4, 5, 5, 5, 5, 3]
+    layout = "|".join(f"t*{count}" for count in first + second + third)
+    run = make(
+        M115B,
+        {"seq_length": 8192, "global_batch_size": 64},
+        world_size=512,
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=8,
+        num_virtual_stages_per_pipeline_rank=3,
+        use_distributed_optimizer=True,
+        pipeline_model_parallel_layout=f"E{layout}L",
+    )
+    totals = [stage.total_bytes for stage in stage_memory(run)]
+    assert 45e9 < max(totals) < 54.5e9
+    assert totals.index(max(totals)) == 3
