@@ -1,0 +1,50 @@
+"""Ranks on the CPU, talking over gloo."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+from megatron_telechat.backend.base import Backend, DeviceMemory
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+    distributed_backend = "gloo"
+
+    @property
+    def device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+    def _select_device(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def memory(self) -> DeviceMemory:
+        import psutil
+
+        allocated = psutil.Process().memory_info().rss
+        # ru_maxrss counts KiB on Linux, bytes on macOS.
+        unit = 1 if platform.system() == "Darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return DeviceMemory(allocated, max(allocated, peak), psutil.virtual_memory().total)
+
+    def reset_peak_memory(self) -> None:
+        pass
+
+    def device_name(self) -> str:
+        info = Path("/proc/cpuinfo")
+        if info.exists():
+            for line in info.read_text(errors="replace").splitlines():
+                if line.lower().startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+        return platform.processor() or platform.machine()
+
+    def empty_cache(self) -> None:
+        pass

@@ -1,0 +1,86 @@
+"""Ranks on NVIDIA GPUs, talking over NCCL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_telechat.backend.base import Backend, DeviceMemory
+from megatron_telechat.errors import ResourceError
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+    distributed_backend = "nccl"
+
+    @staticmethod
+    def present() -> bool:
+        import torch
+
+        return torch.cuda.is_available()
+
+    @property
+    def device(self) -> Any:
+        import torch
+
+        return torch.device("cuda", self.local_rank)
+
+    def _select_device(self) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ResourceError(
+                "no CUDA device: torch.cuda.is_available() is false", "--device cuda", "use --device cpu, or install a CUDA build of torch"
+            )
+        count = torch.cuda.device_count()
+        if self.local_rank >= count:
+            raise ResourceError(
+                f"local rank {self.local_rank} has no device: this machine shows {count} CUDA device(s)",
+                "torchrun --nproc-per-node",
+                f"start at most {count} rank(s) on this node, or use --device cpu",
+            )
+        torch.cuda.set_device(self.local_rank)
+
+    def synchronize(self) -> None:
+        import torch
+
+        torch.cuda.synchronize(self.device)
+
+    def memory(self) -> DeviceMemory:
+        import torch
+
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return DeviceMemory(
+            torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device), total
+        )
+
+    def reset_peak_memory(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def device_name(self) -> str:
+        import torch
+
+        return torch.cuda.get_device_name(self.device)
+
+    def empty_cache(self) -> None:
+        import torch
+
+        torch.cuda.empty_cache()
+
+    def _seed_device(self, value: int) -> None:
+        import torch
+
+        torch.cuda.manual_seed(value)
+
+    def _device_rng_state(self) -> Any:
+        import torch
+
+        return torch.cuda.get_rng_state(self.device)
+
+    def _set_device_rng_state(self, state: Any) -> None:
+        import torch
+
+        # A checkpoint of a CPU run has no state of a device.
+        if state is not None:
+            torch.cuda.set_rng_state(state, self.device)

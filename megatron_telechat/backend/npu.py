@@ -1,0 +1,87 @@
+"""Ranks on Ascend NPUs, talking over HCCL, through torch_npu."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from megatron_telechat.backend.base import Backend, DeviceMemory
+from megatron_telechat.errors import ResourceError
+
+INSTALL = "pip install torch-npu (the release that matches your torch and CANN), or use --device cpu"
+
+
+class NpuBackend(Backend):
+    name = "npu"
+    distributed_backend = "hccl"
+
+    @staticmethod
+    def present() -> bool:
+        if importlib.util.find_spec("torch_npu") is None:
+            return False
+        try:
+            return _torch_npu().npu.is_available()
+        except ResourceError:
+            return False
+
+    @property
+    def device(self) -> Any:
+        import torch
+
+        _torch_npu()
+        return torch.device("npu", self.local_rank)
+
+    def _select_device(self) -> None:
+        npu = _torch_npu().npu
+        count = npu.device_count() if npu.is_available() else 0
+        if self.local_rank >= count:
+            raise ResourceError(
+                f"local rank {self.local_rank} has no device: this machine shows {count} NPU(s)",
+                "torchrun --nproc-per-node",
+                f"start at most {count} rank(s) on this node" if count else INSTALL,
+            )
+        # torch_npu's own redirection of torch.cuda, device='cuda', Tensor.cuda and "nccl" to the NPU.
+        # It is process-wide, and the one way that Ascend supports for code written for CUDA.
+        from torch_npu.contrib import transfer_to_npu  # noqa: F401
+
+        npu.set_device(self.local_rank)
+
+    def synchronize(self) -> None:
+        _torch_npu().npu.synchronize()
+
+    def memory(self) -> DeviceMemory:
+        npu = _torch_npu().npu
+        total = npu.get_device_properties(self.local_rank).total_memory
+        return DeviceMemory(npu.memory_allocated(), npu.max_memory_allocated(), total)
+
+    def reset_peak_memory(self) -> None:
+        _torch_npu().npu.reset_peak_memory_stats()
+
+    def device_name(self) -> str:
+        return _torch_npu().npu.get_device_name(self.local_rank)
+
+    def empty_cache(self) -> None:
+        _torch_npu().npu.empty_cache()
+
+    def _seed_device(self, value: int) -> None:
+        _torch_npu().npu.manual_seed(value)
+
+    def _device_rng_state(self) -> Any:
+        return _torch_npu().npu.get_rng_state(self.local_rank)
+
+    def _set_device_rng_state(self, state: Any) -> None:
+        if state is not None:
+            _torch_npu().npu.set_rng_state(state, self.local_rank)
+
+
+def _torch_npu() -> Any:
+    """The torch_npu module.
+
+    Raises:
+        ResourceError: it is not installed, or its CANN libraries do not load.
+    """
+    try:
+        import torch_npu
+    except ImportError as error:
+        raise ResourceError(f"torch_npu cannot be imported: {error}", "--device npu", INSTALL) from error
+    return torch_npu

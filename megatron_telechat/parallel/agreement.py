@@ -1,0 +1,171 @@
+"""Ranks that agree, and fail together.
+
+A rank that raises alone leaves the others waiting in their next collective. So what can fail on
+one rank is followed by `all_ranks_ok`, and what must be equal everywhere passes through `agree`:
+both raise on every rank, with one message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+from megatron_telechat.errors import ConfigError, Problem, ResourceError, UserError
+
+MAX_DIFFERENCES = 20
+
+
+def agree(name: str, value: Any, state: Any = None) -> None:
+    """Check that every rank holds the same value; a collective over all ranks.
+
+    Args:
+        name: what the value is, for the message ("configuration").
+        value: dataclass, mapping, sequence or scalar; nested. Compared by the text of its leaves.
+        state: the ParallelState, where it exists already; the message then gives coordinates.
+
+    Raises:
+        ConfigError: on all ranks, when one differs; names the key, the ranks and their values.
+    """
+    leaves = flatten(value)
+    text = json.dumps(leaves, sort_keys=True)
+    digests = gather_objects(hashlib.sha256(text.encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    everyone: list[dict[str, str]] = gather_objects(leaves)
+    raise ConfigError(_differences(name, everyone))
+
+
+def all_ranks_ok(error: Optional[BaseException], state: Any = None) -> None:
+    """Raise on all ranks when one of them met an error; a collective over all ranks.
+
+    Args:
+        error: what this rank met, or None.
+
+    Raises:
+        UserError: of the class of the first failing rank's error, the same text everywhere.
+        RuntimeError: the first failing rank's error is not the user's. On the failing rank it is the cause.
+    """
+    outcome = None if error is None else (type(error).__name__, str(error), error if isinstance(error, UserError) else None)
+    outcomes = gather_objects(outcome)
+    failed = [rank for rank, found in enumerate(outcomes) if found is not None]
+    if not failed:
+        return
+    kind, text, user_error = outcomes[failed[0]]
+    where = _ranks(failed)
+    if user_error is not None:
+        first, *rest = user_error.problems
+        located = dataclasses.replace(first, what=f"{where}: {first.what}")
+        raise type(user_error)([located, *rest]) from error
+    raise RuntimeError(f"{where}: {kind}: {text}") from error
+
+
+@contextlib.contextmanager
+def together(state: Any = None) -> Iterator[None]:
+    """Run a block that may fail on one rank, then raise on all ranks if it did.
+
+    The block must hold no collective of its own.
+    """
+    error: Optional[Exception] = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    all_ranks_ok(error, state)
+
+
+@contextlib.contextmanager
+def lost_ranks_reported() -> Iterator[None]:
+    """Turn a collective that broke, because a rank died or hangs, into a readable error.
+
+    Raises:
+        ResourceError: a collective of this block failed or ran out of time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ResourceError(
+            f"lost contact with another rank: {first_line}",
+            "torch.distributed",
+            "look at the output of the rank that ended first; a rank that is only slow needs a larger "
+            "--distributed-timeout-minutes",
+        ) from error
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that a peer is gone or did not answer in time (gloo, NCCL, the store)."""
+    import torch.distributed as dist
+
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)):
+        return True
+    text = str(error)
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Timed out waiting",
+        "Application timeout",
+        "gloo/transport",
+        "Broken pipe",
+        "NCCL communicator was aborted",
+    )
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every rank, by rank; a collective for small host objects."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Leaves of a nested value as text, by dotted key."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        items: Sequence[tuple[Any, Any]] = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        return {prefix: repr(value)}
+    if not items:
+        return {prefix: repr(value)}
+    out: dict[str, str] = {}
+    for key, item in items:
+        out.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return out
+
+
+def _differences(name: str, everyone: Sequence[Mapping[str, str]]) -> list[Problem]:
+    """One problem a key: which ranks differ from what most ranks hold."""
+    keys = sorted({key for leaves in everyone for key in leaves})
+    problems = []
+    for key in keys:
+        values = [leaves.get(key, "nothing") for leaves in everyone]
+        common, _ = Counter(values).most_common(1)[0]
+        for value in sorted(set(values) - {common}):
+            ranks = [rank for rank, found in enumerate(values) if found == value]
+            label = f"{name} {key}" if key else name
+            problems.append(Problem(f"{label} is {value} on {_ranks(ranks)} and {common} elsewhere"))
+    if len(problems) > MAX_DIFFERENCES:
+        more = len(problems) - MAX_DIFFERENCES
+        problems = [*problems[:MAX_DIFFERENCES], Problem(f"and {more} more differences")]
+    fix = "start every rank with the same command, files and code"
+    return [dataclasses.replace(problems[0], fix=fix), *problems[1:]]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    return f"ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

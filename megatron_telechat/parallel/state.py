@@ -1,0 +1,239 @@
+"""Process groups and coordinates of this rank: the only file that reads megatron.core.parallel_state.
+
+Everybody else receives a `ParallelState` and passes its groups on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from megatron_telechat.backend import Backend
+from megatron_telechat.config.schema import ParallelConfig, RunConfig
+from megatron_telechat.errors import ConfigError, ResourceError
+from megatron_telechat.parallel.agreement import agree, is_lost_rank
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Where this rank stands. ``edp`` is the data parallelism of the experts; groups are torch ProcessGroups."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    vpp_size: int
+    dp_rank: int
+    dp_size: int
+    cp_rank: int
+    cp_size: int
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    etp_size: int
+    edp_rank: int
+    edp_size: int
+    tp_group: Any = field(repr=False)
+    pp_group: Any = field(repr=False)
+    dp_group: Any = field(repr=False)
+    dp_cp_group: Any = field(repr=False)
+    cp_group: Any = field(repr=False)
+    ep_group: Any = field(repr=False)
+    etp_group: Any = field(repr=False)
+    edp_group: Any = field(repr=False)
+    mp_group: Any = field(repr=False)
+    process_groups: Any = field(repr=False)
+    """megatron.core's ProcessGroupCollection; what model, DDP, optimizer and schedules take as pg_collection."""
+
+    def is_first_stage(self, chunk: int = 0) -> bool:
+        """Whether this virtual chunk of this rank holds the embedding."""
+        return self.pp_rank == 0 and chunk == 0
+
+    def is_last_stage(self, chunk: int | None = None) -> bool:
+        """Whether this virtual chunk (the last one by default) of this rank holds the output layer."""
+        last = self.vpp_size - 1
+        return self.pp_rank == self.pp_size - 1 and (last if chunk is None else chunk) == last
+
+    def coordinates(self) -> dict[str, int]:
+        """Rank numbers by dimension."""
+        names = ("tp", "cp", "dp", "pp", "ep", "etp", "edp")
+        return {name: getattr(self, f"{name}_rank") for name in names}
+
+
+def initialize(run: RunConfig, backend: Backend) -> ParallelState:
+    """Join the ranks and build the process groups of the layout; a collective over all ranks.
+
+    Ranks come from torchrun's environment; without it this is one process of its own. The default
+    group of an earlier call is used again. Seeds every generator (see `rank_seed`).
+
+    Raises:
+        ConfigError: the environment does not fit the configuration, or the ranks do not hold the same one.
+        ResourceError: a rank cannot be reached.
+    """
+    backend.install()
+    timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
+    try:
+        _join(run.parallel, backend, timeout)
+        agree("configuration", run)
+        _build_groups(run.parallel, backend, timeout)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise ResourceError(
+            f"the ranks cannot reach each other: {str(error).strip().splitlines()[0]}",
+            "torch.distributed",
+            "check that every node was started with the same --rdzv-endpoint and that its port is open",
+        ) from error
+    state = _read_state(run.parallel)
+    _seed(run, state, backend)
+    return state
+
+
+def destroy(keep_world: bool = False) -> None:
+    """Take the process groups down; with `keep_world` the default group stays for another `initialize`."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state as mpu
+
+    if not dist.is_initialized():
+        return
+    if keep_world and mpu.model_parallel_is_initialized():
+        _destroy_subgroups(mpu)
+    mpu.destroy_model_parallel()
+    if not keep_world:
+        dist.destroy_process_group()
+
+
+def expert_sizes(parallel: ParallelConfig) -> tuple[int, int]:
+    """(EP, ETP) with the defaults filled in.
+
+    Folding the tensor domain into the expert domain means ETP 1 and EP a multiple of TP.
+    """
+    folded = parallel.fold_tensor_into_experts
+    tp = parallel.tensor_model_parallel_size
+    ep = parallel.expert_model_parallel_size
+    etp = parallel.expert_tensor_parallel_size
+    if ep is None:
+        ep = tp if folded else 1
+    if etp is None:
+        etp = 1 if folded else tp
+    return ep, etp
+
+
+def rank_seed(seed: int, pp_rank: int, dp_rank: int, cp_rank: int) -> int:
+    """Seed of the ranks of one tensor-parallel group, in [0, 2^31).
+
+    Equal over TP, because dropout outside the tensor-parallel regions must be; different
+    everywhere else, so that no two samples or stages share their dropout. The RNG tracker of
+    megatron-core adds TP, EP and ETP ranks for the regions that need them.
+    """
+    text = f"{seed}/{pp_rank}/{dp_rank}/{cp_rank}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def _join(parallel: ParallelConfig, backend: Backend, timeout: timedelta) -> None:
+    """init_process_group from torchrun's environment, or a world of one."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        options: dict[str, Any] = {"backend": backend.distributed_backend, "timeout": timeout}
+        if backend.name != "cpu":
+            options["device_id"] = backend.device
+        if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+            names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            missing = [name for name in names if not os.environ.get(name)]
+            if missing:
+                raise ConfigError(f"{', '.join(missing)} not set", "environment", "start the ranks with torchrun")
+            dist.init_process_group(init_method="env://", **options)
+        else:
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
+    if dist.get_world_size() != parallel.world_size:
+        raise ConfigError(
+            f"world_size is {parallel.world_size}, but {dist.get_world_size()} rank(s) were started",
+            "torchrun",
+            f"start {parallel.world_size} ranks, or leave --world-size away",
+        )
+
+
+def _build_groups(parallel: ParallelConfig, backend: Backend, timeout: timedelta) -> None:
+    from megatron.core import parallel_state as mpu
+
+    if mpu.model_parallel_is_initialized():
+        raise RuntimeError("parallel.initialize was called twice without parallel.destroy")
+    ep, etp = expert_sizes(parallel)
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    try:
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
+            # For mcore's own optimizer checkpoints only; ours are written from the shards of each rank.
+            create_gloo_process_groups=False,
+        )
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"the layout does not fit the ranks: {error}", "parallel") from error
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            raise
+        raise ConfigError(f"the layout does not fit the ranks: {error}", "parallel") from error
+
+
+def _read_state(parallel: ParallelConfig) -> ParallelState:
+    import torch.distributed as dist
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    named = {
+        "tp": groups.tp,
+        "pp": groups.pp,
+        "dp": groups.dp,
+        "cp": groups.cp,
+        "ep": groups.ep,
+        "etp": groups.expt_tp,
+        "edp": groups.expt_dp,
+    }
+    numbers: dict[str, int] = {}
+    for name, group in named.items():
+        numbers[f"{name}_rank"] = group.rank()
+        numbers[f"{name}_size"] = group.size()
+    return ParallelState(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        vpp_size=parallel.num_virtual_stages_per_pipeline_rank,
+        **numbers,
+        **{f"{name}_group": group for name, group in named.items()},
+        dp_cp_group=groups.dp_cp,
+        mp_group=groups.mp,
+        process_groups=groups,
+    )
+
+
+def _seed(run: RunConfig, state: ParallelState, backend: Backend) -> None:
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    seed = rank_seed(run.training.seed, state.pp_rank, state.dp_rank, state.cp_rank)
+    backend.seed(seed)
+    model_parallel_cuda_manual_seed(seed, tp_rank=state.tp_rank, ep_rank=state.ep_rank, etp_rank=state.etp_rank)
+
+
+def _destroy_subgroups(mpu: Any) -> None:
+    """Close the groups of one layout; megatron.core only forgets them."""
+    import torch.distributed as dist
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    closed: list[Any] = [dist.group.WORLD]
+    # By name: every rank must close them in the same order.
+    for _, group in sorted(vars(groups).items()):
+        for one in group if isinstance(group, list) else [group]:
+            if one is not None and all(one is not other for other in closed):
+                closed.append(one)
+                dist.destroy_process_group(one)
