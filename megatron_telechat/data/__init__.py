@@ -1,0 +1,28 @@
+"""Text to tokens, tokens to samples, samples to micro-batches.
+
+The doors into training are loaded on first use: the tools that only write or inspect datasets do without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_DOORS = {
+    "Datasets": "datasets",
+    "build_datasets": "datasets",
+    "data_fingerprint": "datasets",
+    "fingerprint_differences": "datasets",
+    "samples_needed": "datasets",
+    "batches": "loader",
+    "BatchIterator": "loader",
+    "build_tokenizer": "tokenizers",
+    "IndexedDataset": "indexed",
+    "IndexedWriter": "indexed",
+}
+__all__ = sorted(_DOORS)
+
+
+def __getattr__(name: str):
+    if name not in _DOORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_DOORS[name]}"), name)

@@ -1,0 +1,149 @@
+"""Which datasets a run draws from, and in what proportion. No torch here: --dry-run uses it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Sequence
+
+from megatron_telechat.config.schema import DataConfig
+from megatron_telechat.data.indexed import dataset_prefix
+from megatron_telechat.errors import ConfigError, DataError
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Prefixes and their weights.
+
+    Attributes:
+        prefixes: paths without suffix.
+        weights: one a prefix, or None: then each dataset is read once at most.
+        per_token: the weights count copies of a dataset (TeleChat's data.json), so its share of the samples is
+            weight x tokens; otherwise a weight is the share itself.
+    """
+
+    prefixes: tuple[str, ...]
+    weights: Optional[tuple[float, ...]] = None
+    per_token: bool = False
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """For train, valid and test: the blend, and the share (begin, end) of its sequences; None where there is none."""
+
+    blends: tuple[Optional[Blend], Optional[Blend], Optional[Blend]]
+    shares: tuple[Optional[tuple[float, float]], ...]
+
+
+def data_plan(data: DataConfig) -> DataPlan:
+    """What the data section says.
+
+    Raises:
+        ConfigError: no data, contradictory sources, a bad weight or split.
+        DataError: data.json is missing or not of the form {prefix: weight}.
+    """
+    ways = [name for name in ("data_path", "data_json", "train_data_path") if getattr(data, name)]
+    if not ways:
+        raise ConfigError(
+            "no training data", fix="give --data-path, --data-json or --train-data-path (or --mock-data for a smoke test)"
+        )
+    if len(ways) > 1:
+        raise ConfigError(f"{' and '.join(ways)} contradict each other", fix="keep one of them")
+    if data.train_data_path:
+        blends = (
+            parse_blend(data.train_data_path, "train_data_path"),
+            parse_blend(data.valid_data_path, "valid_data_path") if data.valid_data_path else None,
+            None,
+        )
+        return DataPlan(blends, tuple((0.0, 1.0) if blend else None for blend in blends))
+    if data.valid_data_path:
+        raise ConfigError(
+            f"valid_data_path goes with train_data_path, not with {ways[0]}",
+            fix="give --train-data-path, or drop --valid-data-path and let --split cut the validation off",
+        )
+    blend = read_data_json(data.data_json) if data.data_json else parse_blend(data.data_path, "data_path")
+    shares = split_shares(data.split)
+    return DataPlan(tuple(blend if share else None for share in shares), shares)
+
+
+def _number(text: str) -> Optional[float]:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def parse_blend(items: Sequence[str], where: str) -> Blend:
+    """Prefixes alone, or weights and prefixes in turn (Megatron's rule).
+
+    Raises:
+        ConfigError: weights for some prefixes only, or a weight that is not positive.
+    """
+    weights = [_number(item) for item in items[0::2]]
+    if len(items) % 2 or all(weight is None for weight in weights):
+        if any(_number(item) is not None for item in items):
+            raise ConfigError(f"{where} mixes weights and bare prefixes: {' '.join(items)}", where,
+                              "give each prefix a weight (0.7 en 0.3 zh), or none")
+        return Blend(tuple(dataset_prefix(item) for item in items))
+    if any(weight is None for weight in weights):
+        raise ConfigError(f"{where} mixes weights and bare prefixes: {' '.join(items)}", where,
+                          "give each prefix a weight (0.7 en 0.3 zh), or none")
+    return _weighted(tuple(items[1::2]), tuple(weights), where, per_token=False)
+
+
+def _weighted(prefixes: tuple[str, ...], weights: tuple[float, ...], where: str, per_token: bool) -> Blend:
+    for prefix, weight in zip(prefixes, weights):
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"weight {weight:g} of {prefix} is not a positive number", where, "drop the prefix or mend the weight")
+    return Blend(tuple(dataset_prefix(prefix) for prefix in prefixes), weights, per_token)
+
+
+def read_data_json(path: str) -> Blend:
+    """A data.json as TeleChat writes it: {path: number of copies}. Relative paths count from here, then from the file.
+
+    Raises:
+        DataError: missing, not JSON, or not {text: number}.
+    """
+    file = Path(path)
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "data_json", "correct --data-json") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}", "data_json", 'write {"prefix_text_document": weight, ...}') from error
+    good = isinstance(entries, dict) and entries and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in entries.values()
+    )
+    if not good:
+        raise DataError(f"{path} is not of the form {{prefix: weight}}", "data_json",
+                        'write {"prefix_text_document": weight, ...}')
+    prefixes = []
+    for entry in entries:
+        if entry.endswith((".jsonl", ".json", ".jsonl.gz")):
+            raise DataError(f"{entry} is raw text, training reads indexed datasets", path,
+                            f"run tools/preprocess_data.py --input {entry} --output-prefix PREFIX and name PREFIX_text_document")
+        beside = file.parent / entry
+        here = Path(f"{dataset_prefix(entry)}.idx").exists() or Path(entry).is_absolute()
+        prefixes.append(entry if here else str(beside))
+    return _weighted(tuple(prefixes), tuple(float(value) for value in entries.values()), path, per_token=True)
+
+
+def split_shares(split: str) -> tuple[Optional[tuple[float, float]], ...]:
+    """``969,30,1`` as (begin, end) of train, valid and test in [0, 1]; None for a share of 0.
+
+    Raises:
+        ConfigError: not one to three numbers >= 0 with a positive sum.
+    """
+    numbers = [_number(part) for part in re.split(r"[,\s]+", split.strip()) if part]
+    if not 1 <= len(numbers) <= 3 or any(n is None or not 0 <= n < float("inf") for n in numbers) or sum(numbers) <= 0:
+        raise ConfigError(f"split={split!r} is not one to three numbers such as 969,30,1", "split", "--split 969,30,1")
+    numbers += [0.0] * (3 - len(numbers))
+    total = sum(numbers)
+    edges = [0.0]
+    for number in numbers:
+        edges.append(edges[-1] + number / total)
+    return tuple((begin, end) if number > 0 else None for number, begin, end in zip(numbers, edges, edges[1:]))

@@ -1,0 +1,250 @@
+"""Tokenizers behind one small protocol. The ids are those Megatron's ``preprocess_data.py`` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Optional, Protocol, Sequence
+
+from megatron_telechat.errors import ConfigError, DataError
+
+TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer")
+# Names of the token that ends a document, where the files do not say which one it is.
+END_TOKENS = ("<_end>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
+
+
+class Tokenizer(Protocol):
+    """``vocab_size`` counts every id; ``eod``, ``bos`` and ``pad`` are ids, or None where there is none."""
+
+    vocab_size: int
+    eod: Optional[int]
+    bos: Optional[int]
+    pad: Optional[int]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def build_tokenizer(
+    tokenizer_type: Optional[str], tokenizer_model: Optional[str], *, vocab_size: Optional[int] = None
+) -> Tokenizer:
+    """Open a tokenizer.
+
+    Args:
+        tokenizer_type: one of ``TYPES``; None lets the file tell.
+        tokenizer_model: a tokenizer.json, a .model, a folder that holds one of them, or a tiktoken .json.
+        vocab_size: ids of a NullTokenizer, its end-of-document token included.
+
+    Raises:
+        ConfigError: unknown type, or no file given.
+        DataError: the file is missing or is not what the type means.
+    """
+    if tokenizer_type is not None and tokenizer_type not in TYPES:
+        raise ConfigError(f"unknown tokenizer_type {tokenizer_type!r}", "tokenizer_type", f"one of {', '.join(TYPES)}")
+    if tokenizer_type == "NullTokenizer":
+        if not vocab_size:
+            raise ConfigError("NullTokenizer needs a vocabulary size", "tokenizer_type", "give --vocab-size")
+        return NullTokenizer(vocab_size)
+    if not tokenizer_model:
+        raise ConfigError("no tokenizer given", "tokenizer_model", "give --tokenizer-model FILE_OR_FOLDER")
+    path = Path(tokenizer_model)
+    if not path.exists():
+        raise DataError(f"the tokenizer {tokenizer_model} does not exist", "tokenizer_model", "correct --tokenizer-model")
+    kind, file = _locate(tokenizer_type, path)
+    return {"HuggingFaceTokenizer": HuggingFaceTokenizer, "SentencePieceTokenizer": SentencePieceTokenizer,
+            "TikTokenizer": TikTokenizer}[kind](file)
+
+
+def _locate(tokenizer_type: Optional[str], path: Path) -> tuple[str, Path]:
+    """The type and the file of a path that may be a folder."""
+    if path.is_dir():
+        for kind, pattern in (("HuggingFaceTokenizer", "tokenizer.json"), ("SentencePieceTokenizer", "*.model")):
+            found = sorted(path.glob(pattern))
+            if found and tokenizer_type in (None, kind):
+                return kind, found[0]
+        raise DataError(f"the folder {path} holds no tokenizer", "tokenizer_model",
+                        "a tokenizer.json or a .model file is looked for")
+    if tokenizer_type is not None:
+        return tokenizer_type, path
+    if path.suffix == ".model":
+        return "SentencePieceTokenizer", path
+    if path.suffix == ".json":
+        return ("TikTokenizer" if _first_byte(path) == b"[" else "HuggingFaceTokenizer"), path
+    raise ConfigError(f"the kind of tokenizer is not to be told from {path.name}", "tokenizer_model",
+                      f"give --tokenizer-type, one of {', '.join(TYPES)}")
+
+
+def _first_byte(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(64).lstrip()[:1]
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` through the ``tokenizers`` package; its post-processor (BOS, EOS) takes part, as in Megatron."""
+
+    def __init__(self, file: Path):
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self.backend = Backend.from_file(str(file))
+        except Exception as error:  # the package raises bare Exception
+            raise DataError(f"{file} is not a tokenizer.json: {error}", "tokenizer_model",
+                            "give the tokenizer.json of the model, or --tokenizer-type") from error
+        # A file may ask for truncation or padding; a document must come through whole and alone.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        names = _special_names(file.parent)
+        self.eod = self._id(names.get("eos_token"), *END_TOKENS)
+        self.bos = self._id(names.get("bos_token"), "<_start>", "<s>", "<|begin_of_text|>")
+        self.pad = self._id(names.get("pad_token"), "<_pad>", "<pad>", "<|pad|>")
+
+    def _id(self, *names: Optional[str]) -> Optional[int]:
+        ids = (self.backend.token_to_id(name) for name in names if name)
+        return next((i for i in ids if i is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _special_names(folder: Path) -> dict[str, str]:
+    """eos_token, bos_token and pad_token as the files beside a tokenizer.json name them."""
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / file
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}", "tokenizer_model", "restore the file or take it away") from error
+        for key in ("eos_token", "bos_token", "pad_token"):
+            value = content.get(key)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                names[key] = value
+    return names
+
+
+class SentencePieceTokenizer:
+    """A ``.model`` through ``sentencepiece`` itself, the reference of TeleChat's tokenizers.
+
+    User-defined pieces are cut out of the text; control pieces (``<_start>``, ``<_end>``, ...) written in a text
+    are ordinary characters there: only code can place them.
+    """
+
+    def __init__(self, file: Path):
+        import sentencepiece
+
+        self.backend = sentencepiece.SentencePieceProcessor()
+        try:
+            self.backend.Load(str(file))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{file} is not a sentencepiece model: {error}", "tokenizer_model",
+                            "give the tokenizer.model of the model, or --tokenizer-type") from error
+        self.vocab_size = self.backend.GetPieceSize()
+        self.eod = self._id(self.backend.eos_id(), *END_TOKENS)
+        self.bos = self._id(self.backend.bos_id(), "<_start>", "<s>")
+        self.pad = self._id(self.backend.pad_id(), "<_pad>", "<pad>")
+
+    def _id(self, own: int, *names: str) -> Optional[int]:
+        if own >= 0:
+            return own
+        found = (self.backend.PieceToId(name) for name in names)
+        return next((i for i in found if i != self.backend.unk_id()), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.EncodeAsIds(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.backend.EncodeAsIds(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.DecodeIds([int(i) for i in ids])
+
+
+class TikTokenizer:
+    """A Megatron tiktoken vocabulary: a JSON list of {"rank", "token_bytes" (base64)}.
+
+    As in megatron-core's defaults: 1,000 special ids come first, at most 2^17 ids in all, and the name of a
+    special token written in a text becomes its id.
+    """
+
+    SPECIAL = 1000
+    NAMES = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+    LARGEST = 1 << 17
+    # The split pattern named v2 in Megatron.
+    PATTERN = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+    def __init__(self, file: Path):
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ConfigError("TikTokenizer needs the package tiktoken", "tokenizer_type",
+                              "pip install 'megatron_telechat[tiktoken]'") from error
+        ranks = self._ranks(file)
+        names = [*self.NAMES, *(f"<SPECIAL_{i}>" for i in range(len(self.NAMES), self.SPECIAL))]
+        self.backend = tiktoken.Encoding(
+            file.stem,
+            pat_str=self.PATTERN,
+            mergeable_ranks={token: rank + self.SPECIAL for token, rank in ranks.items()},
+            special_tokens={name: i for i, name in enumerate(names)},
+        )
+        self.vocab_size = self.SPECIAL + len(ranks)
+        self.eod, self.bos, self.pad = (self.NAMES.index(name) for name in ("</s>", "<s>", "<pad>"))
+
+    def _ranks(self, file: Path) -> dict[bytes, int]:
+        import base64
+
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))[: self.LARGEST - self.SPECIAL]
+            ranks = {base64.b64decode(entry["token_bytes"]): int(entry["rank"]) for entry in entries}
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{file} is not a tiktoken vocabulary of Megatron: {error!r}", "tokenizer_model",
+                            'a JSON list of {"rank", "token_bytes"} is meant') from error
+        if sorted(ranks.values()) != list(range(len(entries))) or len(ranks) < 256:
+            raise DataError(f"the ranks of {file} do not run from 0 without gaps", "tokenizer_model", "restore the file")
+        return ranks
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, allowed_special="all")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode([int(i) for i in ids])
+
+
+class NullTokenizer:
+    """Text of numbers, ``"17 4 233"``: they are the ids. The last id is the end of a document."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.eod = vocab_size - 1
+        self.bos = self.pad = None
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [int(word) for word in text.split()]
+        except ValueError as error:
+            raise DataError(f"NullTokenizer reads numbers only: {error}", fix="use the tokenizer of the text") from error
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(int(i)) for i in ids)
