@@ -8,7 +8,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Literal, Optional
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ModelConfig:
 
     name: str = "custom"
     """Name of the model, for logs and checkpoints."""
-    architecture: str = "telechat2"
+    architecture: Literal["telechat2", "mixtral"] = "telechat2"
     """Family whose layer rules apply: telechat2 or mixtral."""
     num_layers: int = 0
     """Number of decoder layers."""
@@ -45,7 +45,7 @@ class ModelConfig:
     """training_seqlen of the checkpoint: attention scaling acts beyond it. Unset turns NTK and attention scaling off."""
     rotary_base_seqlen: Optional[int] = None
     """base_seqlen of the checkpoint: the length NTK-aware scaling counts from. Unset means rotary_training_seqlen."""
-    rotary_table_dtype: str = "fp32"
+    rotary_table_dtype: Literal["fp32", "fp16"] = "fp32"
     """Rounding of the cos/sin tables: fp32, or fp16 as the published modelling file does."""
     attention_dropout: float = 0.0
     """Dropout of the attention probabilities."""
@@ -102,7 +102,7 @@ class ParallelConfig:
     num_virtual_stages_per_pipeline_rank: int = 1
     """Chunks of layers on each pipeline rank; more than 1 selects the interleaved schedule."""
     pipeline_model_parallel_layout: Optional[str] = None
-    """Megatron's layout string, such as Et*3|t*4|t*4|t*3L. Unset: the layers are split as evenly as they go."""
+    """Megatron's layout string, such as Et*3|t*4|t*4|t*3L. Unset: the layers are split evenly."""
     context_parallel_size: int = 1
     """Ranks that share one sequence."""
     expert_model_parallel_size: Optional[int] = None
@@ -134,14 +134,23 @@ class ParallelConfig:
     def num_virtual_stages(self) -> int:
         return self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
 
+    @property
+    def expert_sizes(self) -> tuple[int, int]:
+        """(expert, expert-tensor) parallel size, with their defaults where they are unset."""
+        tensor, folded = self.tensor_model_parallel_size, self.fold_tensor_into_experts
+        return (
+            self.expert_model_parallel_size or (tensor if folded else 1),
+            self.expert_tensor_parallel_size or (1 if folded else tensor),
+        )
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Batch, length, precision, recompute."""
 
-    device: str = "auto"
+    device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """cuda, npu, cpu, or auto: the first of these that is there."""
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute type: bf16, fp16 or fp32. Master weights, gradients and optimizer state are fp32."""
     seq_length: int = 8192
     """Tokens of a training sample."""
@@ -155,13 +164,13 @@ class TrainingConfig:
     """Stop cleanly, with a checkpoint, when the step count reaches a multiple of this."""
     seed: int = 1234
     """Seed of the initial weights, of dropout and of the order of the samples. The weights do not depend on the layout."""
-    recompute_granularity: Optional[str] = None
+    recompute_granularity: Optional[Literal["full", "selective"]] = None
     """Activation recompute: full (whole layers) or selective (recompute_modules). Unset: none."""
-    recompute_method: str = "block"
+    recompute_method: Literal["block", "uniform"] = "block"
     """Which layers full recompute takes: block (the first recompute_num_layers of each virtual stage) or uniform (all)."""
     recompute_num_layers: Optional[int] = None
     """Layers of each virtual stage that full recompute takes with recompute_method block. Unset: all."""
-    recompute_modules: tuple[str, ...] = ("core_attn",)
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "layernorm"], ...] = ("core_attn",)
     """Modules that selective recompute repeats: core_attn, mlp, moe, layernorm."""
     recompute_layout: Optional[str] = None
     """Recompute that differs between layers: one entry a virtual stage, | between them, each a list such as
@@ -180,7 +189,7 @@ class OptimizerConfig:
     """Largest learning rate."""
     min_lr: float = 1.5e-5
     """Learning rate the schedule ends at."""
-    lr_decay_style: str = "cosine"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     """constant, linear, cosine, inverse-square-root or WSD."""
     lr_warmup_iters: int = 0
     """Steps of linear warm-up."""
@@ -192,7 +201,7 @@ class OptimizerConfig:
     """Steps after which min_lr is reached. Unset: train_iters."""
     lr_wsd_decay_iters: Optional[int] = None
     """Steps of the final decay of the WSD schedule."""
-    lr_wsd_decay_style: str = "exponential"
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     """Shape of the final decay of WSD: linear, cosine, exponential or minus_sqrt."""
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay; none on biases and norms."""
@@ -232,7 +241,9 @@ class DataConfig:
     """Folder of the sample index. Unset: cache/ in the run folder."""
     mock_data: bool = False
     """Train on a fixed pseudo-random token stream; for benchmarks and smoke tests."""
-    tokenizer_type: Optional[str] = None
+    tokenizer_type: Optional[
+        Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"]
+    ] = None
     """HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer. Unset: told by tokenizer_model."""
     tokenizer_model: Optional[str] = None
     """File or folder of the tokenizer; the training reads only its vocabulary size and end-of-document token."""
@@ -242,6 +253,8 @@ class DataConfig:
     """Positions begin anew after an end-of-document token."""
     num_workers: int = 1
     """Background threads that prepare batches on each rank."""
+    data_index_timeout_minutes: float = 60.0
+    """Time the other ranks wait for rank 0 to build the sample index."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""Values that follow from others: filled in so that no field with a derivation stays unset."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Callable, Optional
+
+from megatron_telechat.config.fields import make_run, values_of
+from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
+
+Derivation = Callable[[dict[str, Any], Check], Any]
+
+
+def derive(check: Check) -> None:
+    """Fill in every derived value of ``check.run``; a derivation that needs a wrong value leaves its field unset."""
+    values = values_of(check.run)
+    for name, derivation in DERIVATIONS:
+        if values[name] is not None or name in check.bad:
+            continue
+        try:
+            value = derivation(values, check)
+        except (ZeroDivisionError, TypeError):
+            continue  # one of the values it needs is wrong or unset, which a rule reports
+        if value is not None:
+            values[name] = value
+            check.origins[name] = DERIVED
+    _drop_sequence_parallel_without_tp(values, check)
+    _raise_global_batch(values, check)
+    check.run = make_run(values)
+
+
+def _ranks_per_node(values: dict[str, Any], check: Check) -> int:
+    return min(8, values["world_size"])
+
+
+def _expert_model_parallel_size(values: dict[str, Any], check: Check) -> int:
+    return values["tensor_model_parallel_size"] if _folds(values) else 1
+
+
+def _expert_tensor_parallel_size(values: dict[str, Any], check: Check) -> int:
+    return 1 if _folds(values) else values["tensor_model_parallel_size"]
+
+
+def _folds(values: dict[str, Any]) -> bool:
+    return values["fold_tensor_into_experts"] and values["num_experts"] is not None
+
+
+def _kv_channels(values: dict[str, Any], check: Check) -> Optional[int]:
+    share, rest = divmod(values["hidden_size"], values["num_attention_heads"])
+    return share if share and not rest else None
+
+
+def _tokenizer_type(values: dict[str, Any], check: Check) -> Optional[str]:
+    model = values["tokenizer_model"]
+    if model is None:
+        return None
+    if model.endswith(".tiktoken") or os.path.basename(model).startswith("tekken"):
+        return "TikTokenizer"
+    if model.endswith(".model"):
+        return "SentencePieceTokenizer"
+    return "HuggingFaceTokenizer"
+
+
+def _copy_of(name: str) -> Derivation:
+    return lambda values, check: values[name]
+
+
+def _in_run_dir(folder: str) -> Derivation:
+    return lambda values, check: os.path.join(values["run_dir"], folder)
+
+
+DERIVATIONS: tuple[tuple[str, Derivation], ...] = (
+    ("num_query_groups", _copy_of("num_attention_heads")),
+    ("moe_ffn_hidden_size", lambda values, check: values["num_experts"] and values["ffn_hidden_size"]),
+    ("kv_channels", _kv_channels),
+    ("rotary_base_seqlen", _copy_of("rotary_training_seqlen")),
+    ("ranks_per_node", _ranks_per_node),
+    ("expert_model_parallel_size", _expert_model_parallel_size),
+    ("expert_tensor_parallel_size", _expert_tensor_parallel_size),
+    ("sequence_parallel", lambda values, check: values["tensor_model_parallel_size"] > 1),
+    ("overlap_p2p_communication", lambda values, check: values["num_virtual_stages_per_pipeline_rank"] > 1),
+    ("lr_decay_iters", _copy_of("train_iters")),
+    ("tokenizer_type", _tokenizer_type),
+    ("run_dir", lambda values, check: os.path.join("runs", values["name"])),
+    ("save", _in_run_dir("checkpoints")),
+    ("load", _copy_of("save")),
+    ("data_cache_path", _in_run_dir("cache")),
+)
+
+
+def _drop_sequence_parallel_without_tp(values: dict[str, Any], check: Check) -> None:
+    if values["sequence_parallel"] and values["tensor_model_parallel_size"] == 1:
+        values["sequence_parallel"] = False
+        origin = check.origins.get("sequence_parallel", DEFAULT)
+        if not origin.startswith("preset "):
+            check.notes.append(f"sequence_parallel ({origin}) has no effect with tensor_model_parallel_size=1: off")
+        check.origins["sequence_parallel"] = DERIVED
+
+
+def _raise_global_batch(values: dict[str, Any], check: Check) -> None:
+    """A batch that nobody asked for grows to what the ranks need; one that a person gave is never touched."""
+    if check.said_by_person("global_batch_size") or check.bad.intersection(values):
+        return
+    model_ranks = (
+        values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"] * values["context_parallel_size"]
+    )
+    if min(model_ranks, values["micro_batch_size"]) < 1 or values["world_size"] % model_ranks:
+        return
+    unit = values["micro_batch_size"] * (values["world_size"] // model_ranks)
+    if values["num_virtual_stages_per_pipeline_rank"] > 1:
+        unit *= values["pipeline_model_parallel_size"]
+    given = values["global_batch_size"]
+    if unit < 1 or given < 1 or given % unit == 0:
+        return
+    values["global_batch_size"] = -(-given // unit) * unit
+    check.notes.append(
+        f"global_batch_size={given} ({check.where('global_batch_size')}) does not split over these ranks: "
+        f"taken as {values['global_batch_size']}; --global-batch-size sets it"
+    )
+    check.origins["global_batch_size"] = DERIVED

@@ -1,0 +1,270 @@
+"""The command line: flags generated from the schema, and an answer for each flag of Megatron-LM that is not among them.
+
+Flags are matched whole (no abbreviations), with hyphens or underscores, as
+``--flag value`` or ``--flag=value``. The last of several equal flags counts, so that a
+launch script can end in ``"$@"``; two different spellings that disagree are a problem.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Optional, Sequence
+
+from megatron_telechat.config import megatron_flags
+from megatron_telechat.config.fields import FieldInfo, closest, fields_by_name
+from megatron_telechat.config.yaml_io import Said
+from megatron_telechat.errors import Problem
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What the door is asked to do in place of, or before, a run.
+
+    Attributes:
+        print_config: ``table`` (every value with its origin) or ``yaml``; unset: neither.
+        dry_run: check and describe the run, start nothing.
+        help, version, list_presets: print that and stop.
+    """
+
+    print_config: Optional[str] = None
+    dry_run: bool = False
+    help: bool = False
+    version: bool = False
+    list_presets: bool = False
+
+    @property
+    def starts_nothing(self) -> bool:
+        return self.dry_run or self.print_config is not None
+
+
+@dataclass
+class CommandLine:
+    """A command line, read.
+
+    Attributes:
+        said: values given to fields; the last counts.
+        preset: the preset named, if any.
+        configs: YAML files named, in order.
+        layers_per_virtual_stage: Megatron's way to give the number of chunks; resolved when num_layers is known.
+        unreadable: fields whose value could not be read.
+    """
+
+    said: list[Said] = field(default_factory=list)
+    preset: Optional[Said] = None
+    configs: list[str] = field(default_factory=list)
+    layers_per_virtual_stage: Optional[int] = None
+    actions: Actions = field(default_factory=Actions)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unreadable: set[str] = field(default_factory=set)
+
+
+ACTION_FLAGS = {
+    "config": "YAML file; may be given more than once, a later one wins",
+    "preset": "start from the configuration of a model; --list-presets names them",
+    "print-config": "print every value with its origin (or, with =yaml, the resolved YAML) and stop",
+    "dry-run": "check everything that can be checked without the ranks, describe the run and stop",
+    "list-presets": "name the presets and stop",
+    "help": "this text",
+    "version": "print the version and stop",
+}
+
+
+def read_command_line(argv: Sequence[str]) -> CommandLine:
+    """Read the arguments behind the program's name; what is wrong is collected in ``problems``."""
+    line = CommandLine()
+    tokens = list(argv)
+    at = 0
+    while at < len(tokens):
+        token = tokens[at]
+        at += 1
+        if token == "-h":
+            token = "--help"
+        if not token.startswith("--") or token == "--":
+            line.problems.append(_stray(token, tokens[at - 2] if at > 1 else ""))
+            continue
+        name, equals, inline = token.partition("=")
+        values = [inline] if equals else []
+        if not equals:
+            while at < len(tokens) and _is_value(tokens[at]):
+                values.append(tokens[at])
+                at += 1
+        _Flag(line, name, values, bool(equals)).read()
+    _check_spellings(line)
+    return line
+
+
+def _is_value(token: str) -> bool:
+    return not token.startswith("-") or re.fullmatch(r"-\.?\d.*", token) is not None
+
+
+def _stray(token: str, before: str) -> Problem:
+    if token.startswith("-") and len(token) > 1:
+        word = token.lstrip("-").replace("-", "_")
+        fix = f"write -{token}" if word in fields_by_name() else "flags begin with two hyphens"
+        return Problem(f"unknown flag {token}", "flag", fix)
+    after = f" after {before}" if before else ""
+    return Problem(f"argument {token!r}{after} belongs to no flag", "flag", "flags are --name value or --name=value")
+
+
+class _Flag:
+    """One flag with the values that follow it."""
+
+    def __init__(self, line: CommandLine, typed: str, values: list[str], inline: bool):
+        self.line = line
+        self.typed = typed
+        self.name = typed[2:].replace("_", "-")
+        self.values = values
+        self.inline = inline
+
+    def read(self) -> None:
+        name = self.name
+        by_flag = {info.flag[2:]: info for info in fields_by_name().values()}
+        if name in ACTION_FLAGS:
+            self.action()
+        elif name in by_flag:
+            self.field(by_flag[name], "flag")
+        elif name.startswith("no-") and _is_bool(by_flag.get(name[3:])):
+            self.constant(by_flag[name[3:]], "false")
+        elif name.startswith("no-") and name in {f"no-{flag}" for flag in by_flag}:
+            self.unset(by_flag[name[3:]])
+        elif name in megatron_flags.ANSWERS:
+            self.megatron(megatron_flags.ANSWERS[name])
+        else:
+            self.unknown(by_flag)
+
+    def problem(self, what: str, fix: str = "") -> None:
+        self.line.problems.append(Problem(what, "flag", fix))
+
+    def single(self) -> Optional[str]:
+        """The one value, or None after a complaint."""
+        if len(self.values) == 1:
+            return self.values[0]
+        if not self.values:
+            self.problem(f"{self.typed} has no value", fix=f"{self.typed} VALUE")
+        else:
+            self.problem(f"{self.typed} takes one value, not {len(self.values)}: {' '.join(self.values)}", fix="quote a value that holds blanks")
+        return None
+
+    def action(self) -> None:
+        line, actions = self.line, self.line.actions
+        attribute = self.name.replace("-", "_")
+        if self.name in ("config", "preset"):
+            value = self.single()
+            if value is not None and self.name == "config":
+                line.configs.append(value)
+            elif value is not None:
+                line.preset = Said("preset", value, "flag")
+        elif self.name == "print-config":
+            form = self.values[0] if self.values else "table"
+            if form not in ("table", "yaml") or len(self.values) > 1:
+                self.problem(f"{self.typed} takes nothing or yaml, not {' '.join(self.values)!r}")
+            line.actions = replace(actions, print_config=form)
+        elif self.values:
+            self.problem(f"{self.typed} takes no value, not {' '.join(self.values)!r}")
+        else:
+            line.actions = replace(actions, **{attribute: True})
+
+    def field(self, info: FieldInfo, origin: str) -> None:
+        if info.kind is bool and not self.values:
+            self.say(info, True, origin)
+            return
+        if info.kind is bool and not self.inline:
+            self.problem(
+                f"{self.typed} takes no value, not {' '.join(self.values)!r}",
+                fix=f"{info.flag}, or {info.flag.replace('--', '--no-', 1)} to turn it off",
+            )
+            return
+        try:
+            if info.many:
+                if not self.values:
+                    raise ValueError(info.expects())
+                self.say(info, info.convert_many(self.values), origin)
+            else:
+                value = self.single()
+                if value is None:
+                    self.line.unreadable.add(info.name)
+                    return
+                unset = info.optional and value.lower() in ("none", "null")
+                self.say(info, None if unset else info.convert(value), origin)
+        except ValueError as error:
+            self.line.unreadable.add(info.name)
+            given = " ".join(self.values)
+            self.problem(f"{self.typed} is {given!r}" if given else f"{self.typed} has no value", fix=f"it takes {error}")
+
+    def constant(self, info: FieldInfo, text: str, note: str = "") -> None:
+        if self.values:
+            self.problem(f"{self.typed} takes no value, not {' '.join(self.values)!r}")
+        else:
+            value = info.convert_many([text]) if info.many else info.convert(text)
+            self.say(info, value, "flag" if not note else note)
+
+    def unset(self, info: FieldInfo) -> None:
+        """--no-X for a value that a preset or a file gave: back to unset."""
+        if info.optional or info.many:
+            if self.values:
+                self.problem(f"{self.typed} takes no value, not {' '.join(self.values)!r}")
+            else:
+                self.say(info, () if info.many else None, "flag")
+        else:
+            self.problem(f"unknown flag {self.typed}: {info.name} cannot be unset", fix=f"{info.flag} VALUE")
+
+    def say(self, info: FieldInfo, value: object, origin: str) -> None:
+        self.line.said.append(Said(info.name, value, origin))
+
+    def megatron(self, answer: megatron_flags.Answer) -> None:
+        known = fields_by_name()
+        given = " ".join([self.typed, *self.values])
+        if isinstance(answer, megatron_flags.Alias):
+            info = known[answer.field]
+            if answer.value is not None:
+                self.constant(info, answer.value, f"flag {self.typed}")
+            else:
+                self.values = [answer.translate.get(value, value) for value in self.values]
+                self.field(info, f"flag {self.typed}")
+        elif isinstance(answer, megatron_flags.Ignored):
+            self.line.notes.append(f"{given}: ignored, because {answer.because}")
+        elif isinstance(answer, megatron_flags.Always):
+            if not self.values or not answer.values or all(value in answer.values for value in self.values):
+                self.line.notes.append(f"{given}: nothing to do, {answer.because}")
+            else:
+                self.problem(f"{given} contradicts this framework: {answer.because}", fix=answer.fix or f"leave it out, or {self.typed} {answer.values[0]}")
+        elif isinstance(answer, megatron_flags.Refused):
+            self.problem(f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}", fix=answer.use or "leave it out")
+        else:
+            value = self.single()
+            if value is not None and (not value.isdigit() or int(value) < 1):
+                self.problem(f"{self.typed} is {value!r}", fix="it takes a whole number of at least 1")
+            elif value is not None:
+                self.line.layers_per_virtual_stage = int(value)
+
+    def unknown(self, by_flag: dict[str, FieldInfo]) -> None:
+        words = [*by_flag, *ACTION_FLAGS, *(f"no-{flag}" for flag, info in by_flag.items() if _is_bool(info))]
+        found = closest(self.name, words) or closest(self.name, megatron_flags.ANSWERS)
+        mean = f": did you mean --{found}?" if found else ""
+        self.problem(f"unknown flag {self.typed}{mean}", fix="" if found else "--help lists all flags")
+
+
+def _is_bool(info: Optional[FieldInfo]) -> bool:
+    return info is not None and info.kind is bool
+
+
+def _check_spellings(line: CommandLine) -> None:
+    """Two spellings of one flag that disagree are a slip, not an override."""
+    first: dict[str, Said] = {}
+    for said in line.said:
+        other = first.setdefault(said.name, said)
+        if other.origin != said.origin and other.value != said.value:
+            names = [item.origin.removeprefix("flag").strip() or fields_by_name()[said.name].flag for item in (other, said)]
+            line.problems.append(
+                Problem(
+                    f"{names[0]} says {said.name}={_show(other.value)}, {names[1]} says {said.name}={_show(said.value)}",
+                    "flag",
+                    "keep one of the two",
+                )
+            )
+
+
+def _show(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,216 @@
+"""From a command line to a resolved run: preset < YAML < flags, the origin of each value, all problems at once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional, Sequence
+
+from megatron_telechat.config.derive import derive
+from megatron_telechat.config.fields import did_you_mean, fields_by_name, make_run
+from megatron_telechat.config.flags import Actions, CommandLine, read_command_line
+from megatron_telechat.config.origins import DEFAULT, Check, apply_rules
+from megatron_telechat.config.presets import preset_names, preset_text
+from megatron_telechat.config.rules import ALL_RULES, VALUE_RULES
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.yaml_io import Said, YamlFile, read_yaml
+from megatron_telechat.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration without problems.
+
+    Attributes:
+        run: every value, the derived ones filled in.
+        origins: field name → ``default``, ``derived``, ``preset NAME``, ``FILE:LINE``, ``flag`` or ``torchrun``.
+        actions: what the door is asked to do.
+        notes: what a person should know that stops nothing.
+        preset: name of the preset, if one was named.
+    """
+
+    run: RunConfig
+    origins: dict[str, str]
+    actions: Actions
+    notes: tuple[str, ...] = ()
+    preset: Optional[str] = None
+
+
+def load_run_config(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
+    """Read flags, files and preset, merge them, fill in what follows, and hold every rule.
+
+    Args:
+        argv: arguments behind the program's name.
+        environ: environment variables; torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE are read.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    line = read_command_line(argv)
+    merged = _Merge(line, environ)
+    merged.run()
+    check = Check(make_run(merged.values), merged.origins, merged.unreadable, line.actions.starts_nothing, merged.notes)
+    problems = [*merged.problems, *apply_rules(VALUE_RULES, check)]
+    derive(check)
+    problems += apply_rules(ALL_RULES, check)
+    if problems:
+        raise ConfigError(problems)
+    return LoadedConfig(check.run, check.origins, line.actions, tuple(check.notes), merged.preset)
+
+
+class _Merge:
+    """Values in order of precedence, each overwriting the one before."""
+
+    def __init__(self, line: CommandLine, environ: Mapping[str, str]):
+        self.line = line
+        self.environ = environ
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {name: DEFAULT for name in fields_by_name()}
+        self.problems: list[Problem] = list(line.problems)
+        self.notes: list[str] = list(line.notes)
+        self.unreadable: set[str] = set(line.unreadable)
+        self.preset: Optional[str] = None
+
+    def run(self) -> None:
+        files = [self.read_file(path) for path in self.line.configs]
+        named = [file.preset for file in files if file.preset is not None]
+        preset = self.line.preset or (named[-1] if named else None)
+        if preset is not None:
+            self.read_preset(preset)
+        for file in files:
+            self.take(file.said)
+        self.take(self.line.said)
+        self.chunks_from_layers()
+        self.world()
+        self.drop_preset_layouts()
+
+    def take(self, said: Sequence[Said]) -> None:
+        for one in said:
+            self.values[one.name] = one.value
+            self.origins[one.name] = one.origin
+
+    def read_file(self, path: str) -> YamlFile:
+        try:
+            with open(path, encoding="utf-8") as stream:
+                text = stream.read()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            fix = f"--preset {path}" if path in preset_names() else "give the path of a YAML file"
+            self.problems.append(Problem(f"cannot read --config {path}: {reason}", "flag", fix))
+            return YamlFile((), None, ())
+        read = read_yaml(text, os.path.relpath(path) if not os.path.isabs(path) else path)
+        self.problems += read.problems
+        self.unreadable |= read.unreadable
+        return read
+
+    def read_preset(self, preset: Said) -> None:
+        names = preset_names()
+        if preset.value not in names:
+            self.problems.append(
+                Problem(
+                    f"unknown preset {preset.value}{did_you_mean(preset.value, names)}",
+                    preset.origin,
+                    "the presets are " + ", ".join(names),
+                )
+            )
+            # Without the preset nearly every value is missing; complaints about them would bury the real one.
+            self.unreadable |= {name for name, field in fields_by_name().items() if field.section == "model"}
+            return
+        self.preset = preset.value
+        read = read_yaml(preset_text(preset.value), f"{preset.value}.yaml", label=f"preset {preset.value}")
+        self.problems += read.problems
+        self.take(read.said)
+
+    def chunks_from_layers(self) -> None:
+        """--num-layers-per-virtual-pipeline-stage, as a number of chunks."""
+        each = self.line.layers_per_virtual_stage
+        if each is None:
+            return
+        layers = self.values.get("num_layers", 0)
+        stages = self.values.get("pipeline_model_parallel_size", 1)
+        name = "num_virtual_stages_per_pipeline_rank"
+        if stages < 1 or layers < 1 or layers % (stages * each):
+            self.problems.append(
+                Problem(
+                    f"num_layers={layers} does not split into {each} layers for each chunk of {stages} pipeline ranks",
+                    f"flag --num-layers-per-virtual-pipeline-stage; num_layers: {self.origins['num_layers']}",
+                    "--num-virtual-stages-per-pipeline-rank V, with a --pipeline-model-parallel-layout where it is uneven",
+                )
+            )
+            self.unreadable.add(name)
+            return
+        self.values[name] = layers // (stages * each)
+        self.origins[name] = "flag --num-layers-per-virtual-pipeline-stage"
+
+    def world(self) -> None:
+        """Number of ranks: torchrun's, else the flag's (to describe a run), else the fewest that hold the model."""
+        asked = self.values.get("world_size") if self.origins["world_size"].startswith("flag") else None
+        running = self.environment_number("WORLD_SIZE")
+        if running is not None:
+            if asked is not None and asked != running and not self.line.actions.starts_nothing:
+                self.problems.append(
+                    Problem(f"--world-size {asked}, but torchrun started {running} ranks", "flag; torchrun", "leave --world-size out")
+                )
+            if asked is None or not self.line.actions.starts_nothing:
+                self.values["world_size"] = running
+                self.origins["world_size"] = "torchrun"
+        elif not self.line.actions.starts_nothing:
+            if asked is not None and asked > 1:
+                self.problems.append(
+                    Problem(
+                        f"--world-size {asked}, but this is a single process without torchrun",
+                        "flag",
+                        f"torchrun --nproc-per-node {asked} pretrain/pretrain_telechat2.py ..., or add --dry-run",
+                    )
+                )
+            else:
+                self.values["world_size"] = 1
+                self.origins["world_size"] = "no torchrun"
+        elif self.origins["world_size"] == DEFAULT and "world_size" not in self.unreadable:
+            self.values["world_size"] = self.smallest_world()
+            self.origins["world_size"] = "derived"
+        if not self.origins["ranks_per_node"].startswith("flag") and asked is None:
+            local = self.environment_number("LOCAL_WORLD_SIZE")
+            if local is not None:
+                self.values["ranks_per_node"] = local
+                self.origins["ranks_per_node"] = "torchrun"
+
+    def smallest_world(self) -> int:
+        """Fewest ranks that hold one copy of the model and of the experts."""
+        sizes = [self.values.get(f"{axis}_parallel_size", 1) for axis in ("tensor_model", "pipeline_model", "context")]
+        if min(sizes) < 1:
+            return 1
+        tensor, pipeline, context = sizes
+        experts = self.values.get("expert_model_parallel_size") or 1
+        if self.values.get("num_experts") is None or experts < 1:
+            experts = 1
+        dense = tensor * context
+        folds = self.values.get("fold_tensor_into_experts", False)
+        expert = experts * (self.values.get("expert_tensor_parallel_size") or (1 if folds else tensor))
+        import math
+
+        return pipeline * (math.lcm(dense, expert) if expert > 0 else dense)
+
+    def environment_number(self, name: str) -> Optional[int]:
+        text = self.environ.get(name)
+        if not text:
+            return None
+        if not text.isdigit() or int(text) < 1:
+            self.problems.append(Problem(f"{name}={text!r} is not a number of ranks", "environment", f"start with torchrun, or unset {name}"))
+            return None
+        return int(text)
+
+    def drop_preset_layouts(self) -> None:
+        """A preset's layouts are for the preset's own pipeline; with another pipeline they say nothing."""
+        shape = ("num_layers", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank")
+        changed = [name for name in shape if not self.origins[name].startswith(("preset ", DEFAULT))]
+        layout = "pipeline_model_parallel_layout"
+        if not self.origins[layout].startswith(("preset ", DEFAULT)):
+            changed.append(layout)
+        if self.preset is None or not changed:
+            return
+        for name in (layout, "recompute_layout"):
+            if self.origins[name].startswith("preset ") and self.values.get(name) is not None:
+                self.notes.append(f"{name} of preset {self.preset} is not used, because {changed[0]} is given ({self.origins[changed[0]]})")
+                self.values[name] = None
+                self.origins[name] = DEFAULT

@@ -1,0 +1,195 @@
+"""Configuration files: reading with file and line of every value, writing the resolved run.
+
+PyYAML's own guesses are not used: a value is read by the type of its field, so that
+``lr: 1e-5`` is a number (YAML 1.1 says text) and ``split: 969,30,1`` is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from megatron_telechat.config.fields import FieldInfo, closest, did_you_mean, fields_by_name, make_run, sections, values_of
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.errors import ConfigError, Problem
+
+PRESET_KEY = "preset"
+
+
+@dataclass(frozen=True)
+class Said:
+    """A value somebody gave to a field, and where."""
+
+    name: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """What a file says: values, the preset it builds on, what is wrong, and the fields whose value could not be read."""
+
+    said: tuple[Said, ...]
+    preset: Optional[Said]
+    problems: tuple[Problem, ...]
+    unreadable: frozenset[str] = frozenset()
+
+
+def read_yaml(text: str, file: str, label: Optional[str] = None) -> YamlFile:
+    """Read a configuration file.
+
+    Args:
+        text: its content.
+        file: its name, for messages.
+        label: origin of its values; unset means file:line.
+    """
+    return _Reader(file, label).read(text)
+
+
+class _Reader:
+    def __init__(self, file: str, label: Optional[str]):
+        self.file = file
+        self.label = label
+        self.said: list[Said] = []
+        self.preset: Optional[Said] = None
+        self.problems: list[Problem] = []
+        self.unreadable: set[str] = set()
+
+    def read(self, text: str) -> YamlFile:
+        import yaml
+
+        try:
+            root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = self.file if mark is None else f"{self.file}:{mark.line + 1}"
+            reason = getattr(error, "problem", None) or str(error)
+            self.problems.append(Problem(f"cannot read the YAML: {reason}", where))
+            root = None
+        if root is not None and not _is_null(root):
+            if isinstance(root, yaml.MappingNode):
+                self.top(root)
+            else:
+                self.problem(root, "the file is not a mapping of sections", fix=_SECTIONS_HELP)
+        return YamlFile(tuple(self.said), self.preset, tuple(self.problems), frozenset(self.unreadable))
+
+    def problem(self, node: Any, what: str, fix: str = "") -> None:
+        self.problems.append(Problem(what, self.at(node), fix))
+
+    def at(self, node: Any) -> str:
+        return f"{self.file}:{node.start_mark.line + 1}"
+
+    def pairs(self, node: Any, prefix: str) -> list[tuple[str, Any, Any]]:
+        """(key, key node, value node) of a mapping, duplicates reported and left out."""
+        lines: dict[str, int] = {}
+        out = []
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key in lines:
+                self.problem(key_node, f"{prefix}{key} is given twice, first in line {lines[key]}", "keep one of the two")
+                continue
+            lines[key] = key_node.start_mark.line + 1
+            out.append((key, key_node, value_node))
+        return out
+
+    def top(self, root: Any) -> None:
+        import yaml
+
+        for key, key_node, node in self.pairs(root, ""):
+            if key == PRESET_KEY:
+                self.preset = Said(PRESET_KEY, str(node.value), self.at(key_node))
+            elif key not in sections():
+                self.unknown_section(key, key_node)
+            elif isinstance(node, yaml.MappingNode):
+                self.section(key, node)
+            elif not _is_null(node):
+                self.problem(node, f"section {key} is not a mapping", fix=f"{key}: on a line of its own, its keys indented below it")
+
+    def unknown_section(self, key: str, node: Any) -> None:
+        field = fields_by_name().get(key.replace("-", "_"))
+        if field is not None:
+            self.problem(node, f"key {key} stands outside of a section", fix=f"indent it under {field.section}:")
+        else:
+            self.problem(node, f"unknown section {key}{did_you_mean(key, sections())}", fix=_SECTIONS_HELP)
+
+    def section(self, section: str, mapping: Any) -> None:
+        known = fields_by_name()
+        own = [name for name, field in known.items() if field.section == section]
+        for key, key_node, node in self.pairs(mapping, f"{section}."):
+            if key in own:
+                self.value(known[key], key_node, node)
+                continue
+            plain = key.replace("-", "_")
+            if plain in known and plain not in own:
+                self.problem(key_node, f"key {key} does not belong in section {section}", fix=f"move it under {known[plain].section}:")
+                continue
+            guess = closest(key, own)
+            if guess is None:
+                other = closest(key, known)
+                guess = None if other is None else known[other].key
+            mean = f": did you mean {guess}?" if guess else ""
+            where = self.at(key_node)
+            self.problems.append(Problem(f"unknown key {section}.{key} in {where}{mean}"))
+
+    def value(self, field: FieldInfo, key_node: Any, node: Any) -> None:
+        import yaml
+
+        try:
+            if _is_null(node):
+                if not field.optional:
+                    raise ValueError(field.expects())
+                value = None
+            elif field.many:
+                value = self.items(field, node)
+            elif isinstance(node, yaml.ScalarNode):
+                value = field.convert(node.value)
+            else:
+                raise ValueError(field.expects())
+        except ValueError as error:
+            shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+            self.problem(key_node, f"{field.key} is {shown}", fix=f"it takes {error}")
+            self.unreadable.add(field.name)
+            return
+        self.said.append(Said(field.name, value, self.label or self.at(key_node)))
+
+    def items(self, field: FieldInfo, node: Any) -> tuple[Any, ...]:
+        import yaml
+
+        if isinstance(node, yaml.ScalarNode):
+            return field.convert_many([node.value])
+        if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+            return tuple(field.convert(item.value) for item in node.value)
+        raise ValueError(field.expects())
+
+
+def _is_null(node: Any) -> bool:
+    return node.tag == "tag:yaml.org,2002:null"
+
+
+_SECTIONS_HELP = "the sections are model, parallel, training, optimizer, data, checkpoint, evaluation, logging (and preset: NAME)"
+
+
+def dump_run_config(run: RunConfig) -> str:
+    """The run as YAML with every value, which ``--config`` and :func:`run_config_from_yaml` read back to an equal run."""
+    import yaml
+
+    document: dict[str, dict[str, Any]] = {section: {} for section in sections()}
+    for name, value in values_of(run).items():
+        document[fields_by_name()[name].section][name] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+
+
+def run_config_from_yaml(text: str, file: str = "config.yaml") -> RunConfig:
+    """Read a file that :func:`dump_run_config` wrote, without rules and without presets.
+
+    Args:
+        text: content of the file.
+        file: its name, for messages.
+
+    Raises:
+        ConfigError: for unknown keys and values of a wrong type.
+    """
+    read = read_yaml(text, file)
+    if read.problems:
+        raise ConfigError(read.problems)
+    return make_run({said.name: said.value for said in read.said})
