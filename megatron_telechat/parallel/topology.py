@@ -1,0 +1,176 @@
+"""Where every rank stands, in Megatron's order, worked out without torch or any process.
+
+The attention domain counts tp fastest, then cp, dp, pp. The expert domain of the same ranks counts
+etp fastest, then ep, edp, pp (megatron-core 0.16.1, parallel_state.py: two RankGenerators of order
+"tp-cp-ep-dp-pp"). Both cut the ranks into the same pipeline stages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Iterable, Sequence
+
+from megatron_telechat.config.schema import ParallelConfig
+from megatron_telechat.errors import ConfigError
+
+ATTENTION_AXES = ("tp", "cp", "dp", "pp")
+EXPERT_AXES = ("etp", "ep", "edp", "pp")
+
+GROUP_MEANING = {
+    "tp": "tensor parallel",
+    "cp": "context parallel",
+    "dp": "data parallel",
+    "pp": "pipeline parallel",
+    "ep": "expert parallel",
+    "etp": "expert tensor parallel",
+    "edp": "expert data parallel",
+}
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """One rank's place in every domain."""
+
+    rank: int
+    node: int
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    etp: int
+    ep: int
+    edp: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes of all domains over `world_size` ranks, `ranks_per_node` to a node."""
+
+    world_size: int
+    ranks_per_node: int
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @classmethod
+    def from_config(cls, parallel: ParallelConfig) -> "Topology":
+        """The topology of a run.
+
+        Raises:
+            ConfigError: the sizes do not divide the number of ranks.
+        """
+        ep, etp = parallel.expert_sizes
+        topology = cls(
+            world_size=parallel.world_size,
+            ranks_per_node=parallel.ranks_per_node or min(8, parallel.world_size),
+            tp=parallel.tensor_model_parallel_size,
+            cp=parallel.context_parallel_size,
+            pp=parallel.pipeline_model_parallel_size,
+            ep=ep,
+            etp=etp,
+        )
+        for what, size in (
+            ("tensor x context x pipeline", topology.tp * topology.cp * topology.pp),
+            ("expert x expert-tensor x pipeline", topology.ep * topology.etp * topology.pp),
+        ):
+            if topology.world_size % size:
+                raise ConfigError(
+                    f"world_size={topology.world_size} is not a multiple of {what} parallel size = {size}",
+                    fix=f"a multiple of {size} ranks, or smaller parallel sizes",
+                )
+        return topology
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    @property
+    def num_nodes(self) -> int:
+        return math.ceil(self.world_size / self.ranks_per_node)
+
+    def size(self, axis: str) -> int:
+        return getattr(self, axis)
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.ranks_per_node
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Place of `rank` in both domains."""
+        if not 0 <= rank < self.world_size:
+            raise IndexError(f"rank {rank} of {self.world_size}")
+        places: dict[str, int] = {}
+        for axes in (ATTENTION_AXES, EXPERT_AXES):
+            rest = rank
+            for axis in axes:
+                rest, places[axis] = divmod(rest, self.size(axis))
+        return Coordinates(rank=rank, node=self.node_of(rank), **places)
+
+    def groups(self, kind: str) -> list[list[int]]:
+        """All groups of a kind, as megatron-core orders them: ``tp``, ``dp``, ``ep``, or joined axes such as ``dp-cp``.
+
+        The ranks of a group differ in the named axes alone; joined axes must be of one domain.
+        """
+        named = kind.split("-")
+        domain = ATTENTION_AXES if all(axis in ATTENTION_AXES for axis in named) else EXPERT_AXES
+        if not set(named) <= set(domain):
+            raise ValueError(f"no group of kind {kind!r}")
+        strides, stride = {}, 1
+        for axis in domain:
+            strides[axis] = stride
+            stride *= self.size(axis)
+        inner = self._offsets([axis for axis in domain if axis in named], strides)
+        outer = self._offsets([axis for axis in domain if axis not in named], strides)
+        return [[start + offset for offset in inner] for start in outer]
+
+    def _offsets(self, axes: Sequence[str], strides: dict[str, int]) -> list[int]:
+        """Rank offsets of every combination of places on these axes, the first axis fastest."""
+        offsets = [0]
+        for axis in axes:
+            offsets = [step * strides[axis] + offset for step in range(self.size(axis)) for offset in offsets]
+        return offsets
+
+    def nodes_of(self, ranks: Iterable[int]) -> list[int]:
+        """Nodes these ranks stand on, in order."""
+        return sorted({self.node_of(rank) for rank in ranks})
+
+    def crossing(self, kind: str) -> int:
+        """Groups of a kind whose ranks stand on more than one node."""
+        return sum(len(self.nodes_of(group)) > 1 for group in self.groups(kind))
+
+
+def placement_warnings(topology: Topology, is_moe: bool) -> list[str]:
+    """Arrangements that put busy traffic on the slow links, each with one that would not."""
+    warnings = []
+    node = topology.ranks_per_node
+    if topology.tp > 1 and topology.crossing("tp"):
+        best = max(size for size in range(1, topology.tp + 1) if topology.tp % size == 0 and node % size == 0)
+        warnings.append(
+            f"{topology.crossing('tp')} of {len(topology.groups('tp'))} tensor-parallel groups cross nodes of {node} ranks: "
+            f"every layer waits for the network. --tensor-model-parallel-size {best} stays within a node"
+        )
+    if is_moe and topology.ep * topology.etp > 1 and topology.crossing("etp-ep"):
+        domain = topology.ep * topology.etp
+        crossing, total = topology.crossing("etp-ep"), len(topology.groups("etp-ep"))
+        fitting = [
+            size for size in range(1, topology.ep + 1) if topology.ep % size == 0 and node % (size * topology.etp) == 0
+        ]
+        fix = f"--expert-model-parallel-size {fitting[-1]}" if fitting else "--expert-tensor-parallel-size 1"
+        warnings.append(
+            f"{crossing} of {total} expert groups ({domain} ranks: EP{topology.ep} x ETP{topology.etp}) cross nodes of "
+            f"{node} ranks: the all-to-all uses the network. {fix} stays within a node"
+        )
+    if topology.cp > 1 and topology.crossing("tp-cp") and not topology.crossing("tp"):
+        warnings.append(
+            f"context-parallel groups cross nodes of {node} ranks (TP{topology.tp} x CP{topology.cp} = "
+            f"{topology.tp * topology.cp}): keys and values travel over the network in every layer"
+        )
+    if topology.world_size % node and topology.world_size > node:
+        warnings.append(f"world_size={topology.world_size} does not fill nodes of {node} ranks: the last node is partly used")
+    return warnings
