@@ -1,0 +1,20 @@
+"""The dropless expert block: router, dispatch plan, grouped experts, load of the experts."""
+
+from __future__ import annotations
+
+from megatron_telechat.moe.block import MoEBlock, moe_submodules
+from megatron_telechat.moe.experts import GroupedExperts
+from megatron_telechat.moe.grouped import grouped_swiglu
+from megatron_telechat.moe.load import ExpertLoad, collect_expert_load
+from megatron_telechat.moe.router import Router, Routing
+
+__all__ = [
+    "ExpertLoad",
+    "GroupedExperts",
+    "MoEBlock",
+    "Router",
+    "Routing",
+    "collect_expert_load",
+    "grouped_swiglu",
+    "moe_submodules",
+]

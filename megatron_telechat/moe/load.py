@@ -1,0 +1,77 @@
+"""Reading what the routers counted: the load of the experts and the auxiliary loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_telechat.moe.router import Router
+from megatron_telechat.parallel.state import ParallelState
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """What the routers of the whole model did since the last reading.
+
+    Attributes:
+        layers: zero-based numbers of the MoE layers.
+        tokens_per_expert: [layers, experts] int64, tokens of all ranks; host memory.
+        max_over_mean: [layers] fp32, the busiest expert's load over the mean; 1 is even.
+        aux_loss: mean load-balancing loss of a layer and micro-batch, without its coefficient
+            (1 is even); None where no auxiliary loss is configured.
+    """
+
+    layers: tuple[int, ...]
+    tokens_per_expert: Tensor
+    max_over_mean: Tensor
+    aux_loss: Optional[float]
+
+
+def collect_expert_load(chunks: Sequence[nn.Module], state: ParallelState) -> Optional[ExpertLoad]:
+    """Sum the counters over all ranks and start them anew. Collective over the whole world.
+
+    Args:
+        chunks: the model chunks of this rank.
+        state: the process groups.
+
+    Returns:
+        The load, the same on every rank; None for a model without MoE layers.
+    """
+    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
+    device = next((p.device for chunk in chunks for p in chunk.parameters()), torch.device("cpu"))
+    shape = torch.tensor(
+        [max((r.layer_number for r in routers), default=0), max((r.num_experts for r in routers), default=0)],
+        device=device,
+    )
+    if state.world_size > 1:
+        dist.all_reduce(shape, op=dist.ReduceOp.MAX)
+    num_layers, num_experts = shape.tolist()
+    if not num_experts:
+        return None
+    counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+    sums = torch.zeros(num_layers, 2, dtype=torch.float32, device=device)  # auxiliary loss, calls
+    for router in routers:
+        statistics = router.statistics
+        if statistics.calls:
+            layer = router.layer_number - 1
+            counts[layer] += statistics.tokens_per_expert
+            # Ranks with parts of the same sequences hold shares of one loss: one call between them.
+            sums[layer, 0] += statistics.aux_loss
+            sums[layer, 1] += statistics.calls / router.tp_cp_group.size()
+        statistics.reset()
+    if state.world_size > 1:
+        dist.all_reduce(counts)
+        dist.all_reduce(sums)
+    present = sums[:, 1].cpu() > 0
+    counts, (losses, calls) = counts.cpu()[present], sums.cpu()[present].unbind(1)
+    loads = counts.double()
+    return ExpertLoad(
+        layers=tuple(present.nonzero().flatten().tolist()),
+        tokens_per_expert=counts,
+        max_over_mean=(loads.max(1).values / loads.mean(1)).float(),
+        aux_loss=float((losses / calls).mean()) if bool((losses > 0).any()) else None,
+    )
