@@ -1,0 +1,137 @@
+"""Self-attention: fused projection, rotary embedding, core attention, output projection."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_telechat.model.rotary import SplitAndRotate, Tables
+
+
+@dataclass
+class SelfAttentionSubmodules:
+    """The exchangeable parts: torch's or TransformerEngine's."""
+
+    linear_qkv: ModuleSpec | type
+    core_attention: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+
+
+class TorchCoreAttention(torch.nn.Module):
+    """Causal attention by torch's scaled_dot_product_attention, query groups included."""
+
+    heads_first = True
+
+    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
+        super().__init__()
+        self.dropout = config.attention_dropout
+        # under sequence parallelism the decoder has already entered the tensor-parallel random stream
+        self.fork_rng = not config.sequence_parallel
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [b, heads, s, head_dim], key and value [b, groups, s, head_dim] -> [s, b, heads*head_dim]."""
+        dropout = self.dropout if self.training else 0.0
+        fork = dropout > 0.0 and self.fork_rng
+        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+            )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class TransformerEngineCoreAttention(torch.nn.Module):
+    """Causal attention by TransformerEngine's DotProductAttention (FlashAttention or cuDNN)."""
+
+    heads_first = False
+
+    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
+        super().__init__()
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        self.inner = TEDotProductAttention(
+            config=config,
+            layer_number=layer_number,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            pg_collection=pg_collection,
+        )
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [s, b, heads, head_dim], key and value [s, b, groups, head_dim] -> [s, b, heads*head_dim]."""
+        return self.inner(query, key, value, None, attn_mask_type=AttnMaskType.causal)
+
+
+class SelfAttention(MegatronModule):
+    """Grouped-query self-attention over the heads of this tensor-parallel rank.
+
+    Parameters carry megatron-core's names: linear_qkv [(heads + 2*groups)*head_dim / tp, hidden] in
+    the fused order of Megatron (each group: its query heads, its key, its value) without bias, and
+    linear_proj [hidden, heads*head_dim / tp], with a bias if `output_bias`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        output_bias: bool,
+        recompute_core: bool = False,
+    ):
+        super().__init__(config=config)
+        tp_size = pg_collection.tp.size()
+        assert config.num_query_groups % tp_size == 0, "the configuration rules keep whole groups on a rank"
+        self.groups = config.num_query_groups // tp_size
+        self.head_dim = config.kv_channels
+        self.recompute_core = recompute_core
+        projection = config.num_attention_heads * config.kv_channels
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            projection + 2 * config.num_query_groups * config.kv_channels,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=pg_collection.tp,
+        )
+        self.core_attention = build_module(
+            submodules.core_attention, config=config, layer_number=layer_number, pg_collection=pg_collection
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            projection,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=output_bias,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=pg_collection.tp,
+        )
+
+    def forward(self, hidden_states: Tensor, rotary_tables: Tables, **_: Any) -> tuple[Tensor, Optional[Tensor]]:
+        """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        mixed = mixed.unflatten(-1, (self.groups, -1, self.head_dim))
+        heads = SplitAndRotate.apply(mixed, *rotary_tables, self.core_attention.heads_first)
+        if self.recompute_core and self.training and torch.is_grad_enabled():
+            context = tensor_parallel.checkpoint(self.core_attention, False, *heads)
+        else:
+            context = self.core_attention(*heads)
+        return self.linear_proj(context)

@@ -1,0 +1,48 @@
+"""From a run to the model chunks of this rank."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megatron_telechat.backend import Backend
+from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.model.gpt import TeleChatModel
+from megatron_telechat.model.initialize import initialize_weights
+from megatron_telechat.model.shards import parameter_shards
+from megatron_telechat.model.spec import block_spec, has_transformer_engine, implementation
+from megatron_telechat.model.transformer_config import transformer_config
+from megatron_telechat.parallel.state import ParallelState
+
+
+def build_model(run: RunConfig, state: ParallelState, backend: Backend, initialize: bool = True) -> list[torch.nn.Module]:
+    """The chunks of this rank, in the order of the interleaved schedule: on the device, in the compute type.
+
+    Args:
+        initialize: fill the weights; they do not depend on the layout. Without it, they are undefined.
+    """
+    device = backend.device
+    transformer_engine = has_transformer_engine(device.type)
+    if transformer_engine and run.training.deterministic:
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    classes = implementation(transformer_engine)
+    layout = pipeline_layout(run)
+    chunks: list[torch.nn.Module] = []
+    for chunk in range(layout.num_chunks):
+        vp_stage = chunk if layout.num_chunks > 1 else None
+        with device:
+            model = TeleChatModel(
+                run,
+                transformer_config(run, state, vp_stage, device.type),
+                block_spec(run, layout.layers_of(state.pp_rank, chunk), classes),
+                state.process_groups,
+                pre_process=layout.has_embedding(state.pp_rank, chunk),
+                post_process=layout.has_loss(state.pp_rank, chunk),
+                vp_stage=vp_stage,
+            )
+        chunks.append(model.to(device))
+    if initialize:
+        initialize_weights(parameter_shards(chunks, run, state), run)
+    return chunks

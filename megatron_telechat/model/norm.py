@@ -1,0 +1,65 @@
+"""RMSNorm in TeleChat2's order of operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """RMSNorm that keeps its input and one number a row; the normalised rows are computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x32 * rstd).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        hidden = x.shape[-1]
+        grad32 = grad.float()
+        weight32 = weight.float()
+        normalised = x.float() * rstd
+        product = grad32 * normalised
+        grad_weight = product.reshape(-1, hidden).sum(0)
+        mean = (product @ weight32).unsqueeze_(-1).div_(hidden)
+        grad_x = (grad32 * weight32).addcmul_(normalised, mean, value=-1).mul_(rstd)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * cast(x * rsqrt(mean(x^2) + eps))``: normalised in fp32, cast back to the type of x, then scaled.
+
+    Args:
+        x: [..., hidden].
+        weight: [hidden], of the type of x.
+    """
+    if x.device.type == "cpu":
+        return _RMSNormFunction.apply(x, weight, eps)
+    # One fused kernel normalises in fp32 and rounds; the weight must stay outside of it to keep the order.
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), None, eps) * weight
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm with a weight and no bias; see `rms_norm`.
+
+    Under sequence parallelism each tensor-parallel rank sees a part of the sequence, so the
+    weight is marked for megatron-core's gradient all-reduce over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        return rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,101 @@
+"""What a chunk is made of, as megatron-core module specs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Sequence
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_telechat.config.recompute import recompute_plan
+from megatron_telechat.config.schema import ModelConfig, RunConfig
+from megatron_telechat.model.attention import (
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TorchCoreAttention,
+    TransformerEngineCoreAttention,
+)
+from megatron_telechat.model.layer import DecoderLayer, DecoderLayerSubmodules
+from megatron_telechat.model.mlp import MLP, MLPSubmodules
+from megatron_telechat.model.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The classes behind the matrix products and the core attention."""
+
+    column_linear: type
+    row_linear: type
+    core_attention: type
+
+
+TORCH = Implementation(ColumnParallelLinear, RowParallelLinear, TorchCoreAttention)
+
+
+def has_transformer_engine(device_type: str) -> bool:
+    """Whether TransformerEngine can be used: on a CUDA device, with its compiled core in place."""
+    if device_type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError):  # the bare meta package raises RuntimeError
+        return False
+    return True
+
+
+def implementation(transformer_engine: bool) -> Implementation:
+    """TransformerEngine's classes, or torch's."""
+    if not transformer_engine:
+        return TORCH
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return Implementation(TEColumnParallelLinear, TERowParallelLinear, TransformerEngineCoreAttention)
+
+
+def block_spec(run: RunConfig, layers: Sequence[int], classes: Implementation = TORCH) -> TransformerBlockSubmodules:
+    """The decoder layers with these global numbers; each carries its own recompute modes."""
+    plan = recompute_plan(run)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(run.model, layer, plan[layer], classes) for layer in layers],
+        layer_norm=RMSNorm,
+    )
+
+
+def layer_spec(model: ModelConfig, layer: int, recompute: tuple[str, ...], classes: Implementation) -> ModuleSpec:
+    """One decoder layer: attention, then a dense SwiGLU or a block of experts."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"output_bias": model.attention_output_bias},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=classes.column_linear,
+            core_attention=classes.core_attention,
+            linear_proj=classes.row_linear,
+        ),
+    )
+    return ModuleSpec(
+        module=DecoderLayer,
+        params={"global_layer": layer, "recompute": recompute},
+        submodules=DecoderLayerSubmodules(
+            norm=RMSNorm,
+            self_attention=attention,
+            mlp=moe_spec() if model.layer_is_moe(layer) else dense_spec(model, classes),
+        ),
+    )
+
+
+def dense_spec(model: ModelConfig, classes: Implementation) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP,
+        params={"output_bias": model.mlp_output_bias},
+        submodules=MLPSubmodules(linear_fc1=classes.column_linear, linear_fc2=classes.row_linear),
+    )
+
+
+def moe_spec() -> ModuleSpec:
+    from megatron_telechat.moe import MoEBlock
+
+    return ModuleSpec(module=MoEBlock)

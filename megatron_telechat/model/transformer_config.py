@@ -1,0 +1,130 @@
+"""RunConfig → megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Optional
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.parameters import expert_ffn_hidden_size
+from megatron_telechat.model.spec import has_transformer_engine
+from megatron_telechat.parallel.state import ParallelState
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """Type of the parameters and of the compute."""
+    return DTYPES[run.training.precision]
+
+
+def leave_uninitialised(tensor: torch.Tensor) -> None:
+    """Initialiser for megatron-core's modules: `initialize_weights` fills every parameter afterwards."""
+
+
+def transformer_config(
+    run: RunConfig, state: ParallelState, vp_stage: Optional[int] = None, device_type: str = "cpu"
+) -> TransformerConfig:
+    """What megatron-core has to know of a run.
+
+    The block-level recompute of megatron-core stays off: every decoder layer carries its own modes.
+
+    Args:
+        vp_stage: chunk of this rank; the configuration is the same for all of them, but each gets its own object,
+            because the schedules hang functions on it.
+        device_type: cuda turns on what only a GPU has.
+    """
+    model, training = run.model, run.training
+    dtype = compute_dtype(run)
+    transformer_engine = has_transformer_engine(device_type)
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        # a model whose layers are all of experts may leave the dense width out
+        ffn_hidden_size=model.ffn_hidden_size or expert_ffn_hidden_size(model),
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        # megatron-core would put a bias on every linear layer and on the router; ours are given in the spec
+        add_bias_linear=False,
+        init_method=leave_uninitialised,
+        output_layer_init_method=leave_uninitialised,
+        embedding_init_method=leave_uninitialised,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        # the loss is averaged over the tokens that count, whatever the layout
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=device_type == "cuda" and (transformer_engine or _has_wgrad_kernel()),
+        # selects the deterministic embedding gradient; on the CPU the plain one is deterministic, and faster
+        deterministic_mode=training.deterministic and device_type == "cuda",
+        transformer_impl="transformer_engine" if transformer_engine else "local",
+        **_parallel_fields(run, state, dtype),
+        **(_moe_fields(run) if model.is_moe else {}),
+    )
+    # no field of megatron-core's; the experts read it
+    config.mlp_output_bias = model.mlp_output_bias
+    return config
+
+
+def _has_wgrad_kernel() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _parallel_fields(run: RunConfig, state: ParallelState, dtype: torch.dtype) -> dict[str, Any]:
+    parallel = run.parallel
+    fields: dict[str, Any] = dict(
+        tensor_model_parallel_size=state.tp_size,
+        pipeline_model_parallel_size=state.pp_size,
+        context_parallel_size=state.cp_size,
+        expert_model_parallel_size=state.ep_size,
+        expert_tensor_parallel_size=state.etp_size,
+        sequence_parallel=state.tp_size > 1 and parallel.sequence_parallel is not False,
+    )
+    if state.pp_size == 1:
+        return fields
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
+    overlap = interleaved and parallel.overlap_p2p_communication is not False
+    fields.update(
+        pipeline_dtype=dtype,
+        # explicit even where the split is even: megatron-core's own split leaves layers out silently
+        pipeline_model_parallel_layout=str(pipeline_layout(run)),
+        virtual_pipeline_model_parallel_size=(
+            parallel.num_virtual_stages_per_pipeline_rank if interleaved else None
+        ),
+        deallocate_pipeline_outputs=True,
+        overlap_p2p_comm=overlap,
+        # With two ranks the previous and the next one are the same peer, and batched messages of the
+        # interleaved schedule get mixed up silently.
+        batch_p2p_comm=not interleaved,
+    )
+    return fields
+
+
+def _moe_fields(run: RunConfig) -> dict[str, Any]:
+    model = run.model
+    return dict(
+        num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=expert_ffn_hidden_size(model),
+        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
+        moe_layer_freq=[int(model.layer_is_moe(layer)) for layer in range(model.num_layers)],
+        moe_router_topk=model.moe_router_topk,
+        # softmax over the chosen logits: equal to softmax over all, top-k, normalised
+        moe_router_pre_softmax=False,
+        moe_router_score_function="softmax",
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_z_loss_coeff=model.moe_z_loss_coeff or None,
+        moe_token_dispatcher_type="alltoall",
+    )
