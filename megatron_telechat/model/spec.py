@@ -82,7 +82,7 @@ def layer_spec(model: ModelConfig, layer: int, recompute: tuple[str, ...], class
         submodules=DecoderLayerSubmodules(
             norm=RMSNorm,
             self_attention=attention,
-            mlp=moe_spec() if model.layer_is_moe(layer) else dense_spec(model, classes),
+            mlp=moe_spec(model) if model.layer_is_moe(layer) else dense_spec(model, classes),
         ),
     )
 
@@ -95,7 +95,7 @@ def dense_spec(model: ModelConfig, classes: Implementation) -> ModuleSpec:
     )
 
 
-def moe_spec() -> ModuleSpec:
+def moe_spec(model: ModelConfig) -> ModuleSpec:
     from megatron_telechat.moe import MoEBlock
 
-    return ModuleSpec(module=MoEBlock)
+    return ModuleSpec(module=MoEBlock, params={"output_bias": model.mlp_output_bias})

@@ -41,7 +41,7 @@ def transformer_config(
     model, training = run.model, run.training
     dtype = compute_dtype(run)
     transformer_engine = has_transformer_engine(device_type)
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         # a model whose layers are all of experts may leave the dense width out
@@ -72,9 +72,6 @@ def transformer_config(
         **_parallel_fields(run, state, dtype),
         **(_moe_fields(run) if model.is_moe else {}),
     )
-    # no field of megatron-core's; the experts read it
-    config.mlp_output_bias = model.mlp_output_bias
-    return config
 
 
 def _has_wgrad_kernel() -> bool:
