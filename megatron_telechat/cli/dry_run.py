@@ -1,0 +1,231 @@
+"""The report of --dry-run: everything about a run that can be told without its ranks.
+
+Plain text on one or two screens for any number of ranks; torch is never imported.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_telechat.cli.data_files import data_files
+from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_table
+from megatron_telechat.cli.text import count_text, flop_text, gib, table
+from megatron_telechat.config import LoadedConfig
+from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs import DeviceSpec, count_parameters, device_spec, device_spec_names, training_flops_per_token
+from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
+from megatron_telechat.parallel.topology import Topology, placement_warnings
+from megatron_telechat.planner.picture import layout_picture
+
+ASSUMED_MFU = 0.4
+"""Model FLOPs utilisation that the time estimate takes for granted; the report says so."""
+
+SHORTEST_STEP_S = 0.02
+"""Below this the time estimate says nothing and is left out."""
+
+
+@dataclass
+class _Report:
+    """Sections in order, and the warnings gathered while they are written."""
+
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def section(self, title: str, body: list[str]) -> None:
+        self.lines += ["", title, *(f"  {line}" for line in body)]
+
+
+def report(loaded: LoadedConfig) -> str:
+    """Describe a run that passed every configuration rule.
+
+    Raises:
+        ConfigError: the parallel sizes or the data section do not fit.
+        DataError: a dataset that is on this machine and damaged.
+    """
+    run = loaded.run
+    topology = Topology.from_config(run.parallel)
+    out = _Report()
+    out.lines += _head(run, topology)
+    out.section("pipeline layout  (E embedding, t decoder layer, L output layer and loss; chunks side by side)", _layout(run))
+    out.section("ranks", rank_table(topology, run.model.is_moe))
+    out.section("groups", group_table(topology, run.model.is_moe))
+    if run.model.is_moe:
+        out.section("experts", expert_table(topology, run.model, run.parallel.fold_tensor_into_experts))
+    out.section("memory of a rank of each stage, GiB  (estimate; leave 2-4 GiB to the context and fragmentation)", _memory(run, out))
+    out.section("steps", _steps(run))
+    out.section("files", _files(run, out))
+    out.section("data", _data(run, out))
+    out.warnings += placement_warnings(topology, run.model.is_moe)
+    changed = _said_by_person(loaded)
+    if changed:
+        out.section("differs from the preset" if loaded.preset else "set", changed)
+    if loaded.notes:
+        out.section("notes", list(loaded.notes))
+    out.section("warnings", [f"! {text}" for text in out.warnings] or ["none"])
+    out.lines += ["", "dry run: nothing was started"]
+    return "\n".join(out.lines)
+
+
+def _head(run: RunConfig, topology: Topology) -> list[str]:
+    count, parallel = count_parameters(run.model), run.parallel
+    active = f", {count.active:,} active a token" if count.active != count.total else ""
+    tokens = run.training.global_batch_size * run.training.seq_length
+    sizes = [f"TP {topology.tp}", f"PP {topology.pp}", f"DP {topology.dp}"]
+    if parallel.num_virtual_stages_per_pipeline_rank > 1:
+        sizes[1] += f" (x {parallel.num_virtual_stages_per_pipeline_rank} chunks)"
+    if topology.cp > 1:
+        sizes.insert(2, f"CP {topology.cp}")
+    return [
+        f"{run.model.name}: {count.total:,} parameters{active}",
+        f"  batch   {run.training.global_batch_size} x {run.training.seq_length} = {count_text(tokens)} tokens a step: "
+        f"{run.num_microbatches} micro-batches of {run.training.micro_batch_size} on each of {topology.dp} data-parallel ranks",
+        f"  ranks   {topology.world_size} on {topology.num_nodes} node{'s' * (topology.num_nodes > 1)} of {topology.ranks_per_node}: "
+        + " x ".join(sizes)
+        + ("  sequence parallel" if parallel.sequence_parallel else ""),
+        f"  type    {run.training.precision}" + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
+    ]
+
+
+def _layout(run: RunConfig) -> list[str]:
+    return [*layout_picture(run).splitlines(), f"--pipeline-model-parallel-layout {str(pipeline_layout(run))!r}"]
+
+
+def _devices(run: RunConfig) -> list[DeviceSpec]:
+    """The devices to compare with: those of the kind that training.device names, all accelerators for auto."""
+    specs = [spec for spec in map(device_spec, device_spec_names()) if spec is not None and spec.memory_gib]
+    if run.training.device == "cpu":
+        return []
+    if run.training.device == "auto":
+        return specs
+    ascend = run.training.device == "npu"
+    return [spec for spec in specs if spec.name.startswith("ascend") == ascend]
+
+
+def _memory(run: RunConfig, out: _Report) -> list[str]:
+    stages, devices = stage_memory(run), _devices(run)
+    rows = [["stage", "parameters", "weights", "gradients", "optimizer", "activations", "in flight", "total"]]
+    rows[0] += [f"of {spec.name}" for spec in devices]
+    for stage in stages:
+        rows.append(_memory_row(stage, devices))
+    worst = max(stages, key=lambda stage: stage.total_bytes)
+    need = worst.total_bytes / 2**30
+    too_small = [f"{spec.name} ({spec.memory_gib:g} GiB)" for spec in devices if need > (spec.memory_gib or 0)]
+    if too_small:
+        out.warnings.append(
+            f"stage {worst.pipeline_rank} needs about {need:.1f} GiB a rank: more than {', '.join(too_small)}. "
+            "More tensor or pipeline stages, recompute, or --use-distributed-optimizer lower it"
+        )
+    return table(rows)
+
+
+def _memory_row(stage: StageMemory, devices: list[DeviceSpec]) -> list[str]:
+    parts = (stage.parameters_bytes, stage.gradients_bytes, stage.optimizer_bytes, stage.activations_bytes)
+    share = [f"{stage.total_bytes / 2**30 / (spec.memory_gib or 1):.0%}" for spec in devices]
+    in_flight = "+".join(str(count) for count in stage.in_flight)
+    return [
+        str(stage.pipeline_rank), count_text(stage.parameters.total), *(gib(part) for part in parts), in_flight,
+        gib(stage.total_bytes), *share,
+    ]  # fmt: skip
+
+
+def _steps(run: RunConfig) -> list[str]:
+    tokens = run.training.global_batch_size * run.training.seq_length
+    flops = training_flops_per_token(run.model, run.training.seq_length)
+    iterations = run.training.train_iters
+    stages, chunks = run.parallel.pipeline_model_parallel_size, run.parallel.num_virtual_stages_per_pipeline_rank
+    bubble = (stages - 1) / (chunks * run.num_microbatches + stages - 1)
+    lines = [
+        (f"{iterations:,} steps, {count_text(iterations * tokens)} tokens" if iterations else "train_iters is not set")
+        + f"; {flop_text(flops)} a token, {flop_text(flops * tokens)} a step",
+        f"pipeline bubble of an even split: {bubble:.1%} of a step",
+    ]
+    for spec in _devices(run):
+        peak = spec.peak(run.training.precision)
+        if not peak:
+            continue
+        seconds = flops * tokens / (peak * 1e12 * ASSUMED_MFU * run.parallel.world_size)
+        if seconds < SHORTEST_STEP_S:
+            continue  # a model this small is bound by launches, not by arithmetic
+        whole = f", the run {_duration(seconds * iterations)}" if iterations else ""
+        lines.append(
+            f"at {ASSUMED_MFU:.0%} MFU on {spec.name}: {seconds:.3g} s a step, "
+            f"{count_text(tokens / seconds / run.parallel.world_size)} tokens/s a device{whole}"
+        )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _files(run: RunConfig, out: _Report) -> list[str]:
+    run_dir = Path(run.logging.run_dir or f"runs/{run.model.name}")
+    save = Path(run.checkpoint.save or run_dir / "checkpoints")
+    size = checkpoint_bytes(run, count_parameters(run.model).total)
+    free = shutil.disk_usage(_existing_parent(save)).free
+    kept = run.checkpoint.keep_last
+    if not kept and run.checkpoint.save_interval and run.training.train_iters:
+        kept = -(-run.training.train_iters // run.checkpoint.save_interval)
+    # One more than is kept: the new checkpoint is complete before an old one goes.
+    needed = size * (kept + 1 if run.checkpoint.keep_last else max(kept, 1))
+    if needed > free:
+        out.warnings.append(
+            f"the checkpoints of this run take {gib(needed)} GiB, {save} has {gib(free)} GiB free here: "
+            "--keep-last N keeps the newest N, --save names another folder"
+        )
+    every = f"every {run.checkpoint.save_interval} steps" if run.checkpoint.save_interval else "at the end or on a stop signal"
+    return [
+        f"{run_dir}/  config.yaml, metrics.jsonl",
+        f"{save}/  a checkpoint of {gib(size)} GiB {every}"
+        + (f", the newest {run.checkpoint.keep_last} kept" if run.checkpoint.keep_last else ""),
+        f"free there: {gib(free)} GiB",
+    ]
+
+
+def _data(run: RunConfig, out: _Report) -> list[str]:
+    data = run.data
+    if data.mock_data:
+        return ["mock data: a fixed pseudo-random token stream"]
+    if not (data.data_path or data.data_json or data.train_data_path):
+        out.warnings.append("no training data is named: --data-path PREFIX ... (or --mock-data)")
+        return ["none named"]
+    rows = [["dataset", "weight", "tokens", "documents"]]
+    total = 0
+    for file in data_files(data):
+        weight = "-" if file.weight is None else f"{file.weight:g}"
+        if file.tokens is None:
+            out.warnings.append(f"{file.prefix}.idx is not on this machine")
+            rows.append([file.prefix, weight, "not here", ""])
+            continue
+        total += file.tokens
+        rows.append([file.prefix, weight, count_text(file.tokens), count_text(file.documents or 0)])
+    lines = table(rows)
+    wanted = run.training.train_iters * run.training.global_batch_size * run.training.seq_length
+    if total and wanted:
+        lines.append(f"{count_text(total)} tokens for {count_text(wanted)} of the run: {wanted / total:.2f} epochs")
+    return lines
+
+
+def _said_by_person(loaded: LoadedConfig) -> list[str]:
+    """Values that come from a flag or from a YAML file, with their origin."""
+    sections = vars(loaded.run).values()
+    values = {name: value for section in sections for name, value in vars(section).items()}
+    quiet = ("default", "derived", "preset ", "torchrun", "no torchrun")
+    return [
+        f"{name} = {values[name]}  ({origin})"
+        for name, origin in loaded.origins.items()
+        if name in values and not origin.startswith(quiet)
+    ]

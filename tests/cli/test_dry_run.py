@@ -1,0 +1,128 @@
+"""The dry-run report: every preset at any number of ranks, in a screenful and without torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_telechat.cli.dry_run import report
+from megatron_telechat.config import load_run_config
+from megatron_telechat.config.presets import preset_names
+from megatron_telechat.costs import count_parameters
+from megatron_telechat.errors import DataError
+
+PUBLISHED = {
+    "telechat2-3b": (3_070_528_512, 3_070_528_512),
+    "telechat2-7b": (7_617_351_680, 7_617_351_680),
+    "telechat2-35b": (35_435_059_200, 35_435_059_200),
+    "telechat2-115b": (113_282_916_352, 113_282_916_352),
+    "telechat2-39b-a12b": (39_330_099_200, 12_149_534_720),
+    "mixtral-8x7b": (46_702_792_704, 12_879_925_248),
+}
+
+
+def dry(*argv: str, preset: str = "telechat2-tiny-moe") -> str:
+    return report(load_run_config(["--preset", preset, "--dry-run", *argv], {}))
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_on_few_and_many_ranks(preset):
+    fewest = load_run_config(["--preset", preset, "--dry-run"], {}).run.parallel.world_size
+    for world_size in dict.fromkeys((fewest, 8 * fewest, 512, 1024)):
+        if world_size % fewest:
+            continue
+        started = time.perf_counter()
+        text = dry("--world-size", str(world_size), preset=preset)
+        assert time.perf_counter() - started < 2
+        lines = text.splitlines()
+        assert len(lines) < 150
+        assert max(map(len, lines)) < 250
+        for section in ("pipeline layout", "ranks", "groups", "memory of a rank", "steps", "files", "data", "warnings"):
+            assert any(line.startswith(section) for line in lines), section
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_preset_counts_are_the_published_ones(preset):
+    count = count_parameters(load_run_config(["--preset", preset, "--dry-run"], {}).run.model)
+    assert (count.total, count.active) == PUBLISHED[preset]
+    assert f"{count.total:,} parameters" in dry(preset=preset)
+
+
+def test_layout_recompute_ranks_and_experts_are_drawn():
+    text = dry("--world-size", "1024", preset="telechat2-39b-a12b")
+    assert "stage 0   E RRRtttttttttttt  0-14" in text
+    assert "stage 1     ttttttttttttttt  15-29 L" in text
+    assert "R: recomputed in full" in text
+    assert "EP 8 x ETP 1 x EDP 64: 2 experts a rank" in text
+    assert "2 tensor groups of TP 4" in text
+    assert "61 more nodes" in text
+    assert "a checkpoint of 512.8 GiB" in text  # 14 bytes a parameter
+
+
+def test_few_ranks_have_a_row_each():
+    text = dry(
+        "--world-size", "4", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
+        "--num-virtual-stages-per-pipeline-rank", "2",
+    )  # fmt: skip
+    assert "  3        0   1   0   0   1    0   1    0" in text
+    assert "stage 1     t  1  |    t  3 L" in text
+    assert "tensor_model_parallel_size = 2  (flag)" in text
+
+
+def test_warns_of_groups_across_nodes_and_of_stages_too_large():
+    text = dry("--world-size", "64", "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1",
+               "--expert-model-parallel-size", "16", "--recompute-layout", "none*30", "--no-fold-tensor-into-experts",
+               preset="telechat2-39b-a12b")  # fmt: skip
+    assert "4 of 4 expert groups (16 ranks: EP16 x ETP1) cross nodes of 8 ranks" in text
+    assert "--expert-model-parallel-size 8 stays within a node" in text
+    small = dry("--world-size", "8", "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1",
+                "--pipeline-model-parallel-layout", "Et*30L", preset="telechat2-7b")  # fmt: skip
+    assert "stage 0 needs about" in small
+
+
+def write_dataset(prefix, documents=2, tokens=10, magic=b"MMIDIDX\x00\x00"):
+    header = struct.pack("<9sQBQQ", magic, 1, 8, documents, documents + 1)
+    prefix.with_suffix(".idx").write_bytes(header + bytes(12 * documents + 8 * (documents + 1)))
+    prefix.with_suffix(".bin").write_bytes(bytes(2 * tokens))
+
+
+def test_headers_of_the_data_are_read(tmp_path):
+    write_dataset(tmp_path / "en", documents=3, tokens=1000)
+    assert "1k" in dry("--data-path", str(tmp_path / "en"))
+    text = dry("--data-path", "0.7", str(tmp_path / "en"), "0.3", str(tmp_path / "zh"))
+    assert "not here" in text and "zh.idx is not on this machine" in text
+    (tmp_path / "data.json").write_text(json.dumps({str(tmp_path / "en"): 2}))
+    assert "1k" in dry("--data-json", str(tmp_path / "data.json"))
+
+
+@pytest.mark.parametrize("harm", ["magic", "short", "half", "odd", "version"])
+def test_damaged_data_is_refused(tmp_path, harm):
+    write_dataset(tmp_path / "en", magic=b"NOTADATA\x00" if harm == "magic" else b"MMIDIDX\x00\x00")
+    index, binary = tmp_path / "en.idx", tmp_path / "en.bin"
+    if harm == "short":
+        index.write_bytes(index.read_bytes()[:-4])
+    elif harm == "half":
+        binary.unlink()
+    elif harm == "odd":
+        binary.write_bytes(bytes(7))
+    elif harm == "version":
+        index.write_bytes(index.read_bytes()[:9] + struct.pack("<Q", 7) + index.read_bytes()[17:])
+    with pytest.raises(DataError) as caught:
+        dry("--data-path", str(tmp_path / "en"))
+    assert "en." in str(caught.value) and caught.value.exit_code == 3
+
+
+def test_torch_is_not_imported():
+    code = (
+        "import sys\n"
+        "from megatron_telechat.config import load_run_config\n"
+        "from megatron_telechat.cli.dry_run import report\n"
+        "report(load_run_config(['--preset', 'telechat2-115b', '--dry-run', '--world-size', '1024'], {}))\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
