@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
-import torch
-from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_telechat.moe.exchange import exchange_rows, gather_rows, reduce_scatter_rows
@@ -25,7 +25,7 @@ from megatron_telechat.moe.plan import (
     sort_rows,
     unsort_rows,
 )
-from megatron_telechat.moe.router import Router
+from megatron_telechat.moe.router import Router, Routing
 
 
 def moe_submodules() -> MoESubmodules:
@@ -37,60 +37,55 @@ def moe_submodules() -> MoESubmodules:
     return MoESubmodules(experts=GroupedExperts, shared_experts=shared, router=Router)
 
 
-class MoEBlock(MoELayer):
+class MoEBlock(BaseMoELayer):
     """Router, dispatch, grouped experts, combine; no token is ever dropped.
 
-    It is a ``MoELayer`` because Megatron-Core's transformer layer asks for that class; of it only the signature
-    is used. Give it to a layer specification as ``mlp=MoEBlock``.
+    Takes the place of Megatron-Core's ``MoELayer`` as the ``mlp`` of a layer specification.
 
     Args:
-        config: Megatron-Core's TransformerConfig; beyond its fields ``mlp_output_bias`` is read (default False).
+        config: Megatron-Core's TransformerConfig.
         submodules: parts; None takes :func:`moe_submodules`.
         layer_number: one-based; the transformer layer sets it.
         pg_collection: process groups; None takes Megatron-Core's current ones.
+        output_bias: a bias on the experts' down projection, weighted by the routing probability.
     """
 
-    def __init__(self, config, submodules: Optional[MoESubmodules] = None, layer_number=None, pg_collection=None):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Optional[MoESubmodules] = None,
+        layer_number: Optional[int] = None,
+        pg_collection: Optional[ProcessGroupCollection] = None,
+        output_bias: bool = False,
+    ):
         groups = pg_collection if pg_collection is not None else get_default_pg_collection()
-        # Not MoELayer's own constructor: it makes a dispatcher with state and CUDA streams.
-        BaseMoELayer.__init__(self, config=config, layer_number=layer_number, pg_collection=groups)
+        super().__init__(config=config, layer_number=layer_number, pg_collection=groups)
         parts = submodules or moe_submodules()
-        self.submodules = parts
-        self.tp_group = groups.tp
         self.groups = ExpertGroups(ep=groups.ep, etp=groups.expt_tp, all=groups.tp_ep)
         self.router = build_module(parts.router, config=config, pg_collection=groups)
-        self.experts = build_module(parts.experts, self.num_local_experts, config, pg_collection=groups)
+        self.experts = build_module(
+            parts.experts, self.num_local_experts, config, pg_collection=groups, output_bias=output_bias
+        )
         if self.use_shared_expert:
             self.shared_experts = build_module(parts.shared_experts, config=config, pg_collection=groups, gate=False)
-        self.moe_layer_recompute = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
 
-    def forward(
-        self, hidden_states: Tensor, intermediate_tensors=None, padding_mask: Optional[Tensor] = None
-    ) -> tuple[Tensor, None]:
-        """Apply the block.
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """[s, b, h], with sequence parallelism the own part of the sequence, → the same.
 
-        Args:
-            hidden_states: [s, b, h]; with sequence parallelism the own part of the sequence.
-            intermediate_tensors: of Megatron-Core's CUDA-graph path; never given.
-            padding_mask: [b, s], True for padding.
-
-        Returns:
-            [s, b, h] and no bias: the experts' bias is in the output.
+        The second value is Megatron-Core's bias, None: the experts' bias is in the output.
         """
-        assert intermediate_tensors is None
         assert not self.training or self.attn_tp_group.size() == 1 or self.config.sequence_parallel, (
             "tensor-parallel ranks without sequence parallelism would route every token twice"
         )
-        mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
-        if self.moe_layer_recompute and torch.is_grad_enabled():
-            return tensor_parallel.checkpoint(self._apply, False, hidden_states, mask), None
-        return self._apply(hidden_states, mask), None
+        routing = self.router(hidden_states)
+        output = self._experts(hidden_states.reshape(-1, hidden_states.shape[-1]), routing).view_as(hidden_states)
+        if self.use_shared_expert:
+            output = output + self.shared_experts(hidden_states)
+        return output, None
 
-    def _apply(self, hidden_states: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        routing = self.router(hidden_states, padding_mask)
+    def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """Tokens [n, h] to their experts and back, weighted and summed: [n, h]."""
         plan = plan_dispatch(routing, self.groups)
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-
         rows = exchange_rows(scatter_tokens(tokens, plan), plan.send, plan.receive, self.groups.ep)
         weights = exchange_rows(scatter_weights(routing.weights, plan), plan.send, plan.receive, self.groups.ep)
         rows = sort_rows(gather_rows(rows, plan.etp_rows, self.groups.etp), plan)
@@ -100,7 +95,4 @@ class MoEBlock(MoELayer):
 
         rows = reduce_scatter_rows(rows, plan.etp_rows, self.groups.etp)
         rows = exchange_rows(rows, plan.receive, plan.send, self.groups.ep)
-        output = gather_tokens(rows, plan).view_as(hidden_states)
-        if self.use_shared_expert:
-            output = output + self.shared_experts(hidden_states)
-        return output
+        return gather_tokens(rows, plan)

@@ -44,23 +44,22 @@ class GroupedExperts(MegatronModule):
     """The local experts of a layer.
 
     Parameters (E experts here, f a slice of the width where ``expert_tensor_parallel_size`` > 1):
-    ``linear_fc1.weight`` [E, 2, f, h] with gate before up, ``linear_fc2.weight`` [E, h, f] and, where
-    ``config.mlp_output_bias``, ``linear_fc2.bias`` [E, h]. They hold no values until the model fills them.
+    ``linear_fc1.weight`` [E, 2, f, h] with gate before up, ``linear_fc2.weight`` [E, h, f] and, if `output_bias`,
+    ``linear_fc2.bias`` [E, h]. They are zero until the model fills them.
 
     Raises:
         ConfigError: widths that the accelerator's grouped product cannot take.
     """
 
-    def __init__(self, num_local_experts: int, config, pg_collection):
+    def __init__(self, num_local_experts: int, config, pg_collection, output_bias: bool = False):
         super().__init__(config=config)
         self.etp_group = pg_collection.expt_tp
         etp_size, etp_rank = self.etp_group.size(), self.etp_group.rank()
         assert config.moe_ffn_hidden_size % etp_size == 0, "the configuration rules let this through"
         width, hidden = config.moe_ffn_hidden_size // etp_size, config.hidden_size
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.empty(0).device
-        options = {"dtype": config.params_dtype, "device": device}
+        options = {"dtype": config.params_dtype}  # on the device that the model is built under
         bias = None
-        if getattr(config, "mlp_output_bias", False):
+        if output_bias:
             bias = torch.zeros(num_local_experts, hidden, **options)
         self.linear_fc1 = _Weights(torch.zeros(num_local_experts, 2, width, hidden, **options))
         self.linear_fc2 = _Weights(torch.zeros(num_local_experts, hidden, width, **options), bias)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, switch_load_balancing_loss_func
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class RunningStatistics:
 
 
 class Router(TopKRouter):
-    """Megatron-Core's top-k router, returning indices and not an [n, experts] map.
+    """Megatron-Core's router with its own routing: indices and not an [n, experts] map.
 
     The softmax runs over the chosen logits, which equals TeleChat2's softmax over all with
     renormalisation. ``config.moe_aux_loss_coeff`` weighs the load-balancing loss over the
@@ -65,58 +65,51 @@ class Router(TopKRouter):
     def __init__(self, config, pg_collection=None):
         assert config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax
         assert config.moe_router_load_balancing_type in ("aux_loss", "none")
+        assert config.moe_router_dtype in ("fp32", "fp64")
         assert config.moe_expert_capacity_factor is None, "this router never drops a token"
         super().__init__(config=config, pg_collection=pg_collection)
+        self.balance_coefficient = self.get_aux_loss_coeff("aux_loss")
+        self.z_coefficient = config.moe_z_loss_coeff or 0.0
         self.statistics = RunningStatistics()
 
-    def routing(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
-        """Choose the experts.
-
-        Args:
-            logits: [s, b, experts] or [n, experts].
-            padding_mask: [s, b], True for tokens that the auxiliary losses leave out.
-        """
-        if padding_mask is not None:
-            padding_mask = padding_mask.reshape(-1)
-        logits = logits.view(-1, self.num_experts)
-        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
+    def forward(self, hidden_states: Tensor) -> Routing:
+        """Choose experts for [..., hidden] tokens."""
+        logits = self.gating(hidden_states).view(-1, self.num_experts)
         chosen, experts = torch.topk(logits, k=self.topk, dim=1)
-        weights = torch.softmax(chosen, dim=-1, dtype=torch.float32).to(logits.dtype)
+        weights = torch.softmax(chosen, dim=-1)
         one_hot = torch.zeros_like(logits, dtype=torch.int64).scatter_(1, experts, 1)
         tokens_per_expert = one_hot.sum(0)
         # No gradient: evaluation, or the first pass of a checkpointed block, which is repeated.
         if self.training and torch.is_grad_enabled():
-            aux_loss = None
-            if self.get_aux_loss_coeff("aux_loss") > 0:
-                weights, aux_loss = self._add_aux_loss(weights, logits, one_hot, padding_mask)
-            self.statistics.add(tokens_per_expert, aux_loss)
+            weights = self._add_auxiliary_losses(weights, logits, tokens_per_expert)
         return Routing(weights, experts, tokens_per_expert)
 
-    def _add_aux_loss(
-        self, weights: Tensor, logits: Tensor, one_hot: Tensor, padding_mask: Optional[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Hang the load-balancing loss on the weights.
+    def _add_auxiliary_losses(self, weights: Tensor, logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """Hang this rank's share of the losses on the weights.
 
-        Returns the weights and this rank's share of the loss, without its coefficient. The
-        share of every rank that holds tokens of the same sequences adds up to the loss.
+        Ranks of the tensor and context groups hold parts of the same sequences; their shares add up to the
+        loss over all of these tokens. Where the training loss is a sum over tokens that is divided by their
+        number at the end (``calculate_per_token_loss``), the share is multiplied by the tokens of the
+        micro-batch over all those ranks. Megatron-Core multiplies by its own tokens alone, so that its
+        auxiliary losses shrink with the tensor- and context-parallel sizes.
         """
-        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        valid_tokens = torch.full((), logits.shape[0], dtype=torch.int64, device=logits.device)
-        if padding_mask is not None:
-            scores = scores.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-            one_hot = one_hot.masked_fill(padding_mask.unsqueeze(-1), 0)
-            valid_tokens = (~padding_mask).sum()
-        totals = torch.cat((one_hot.sum(0), valid_tokens.view(1)))
-        if self.tp_cp_group.size() > 1:
-            dist.all_reduce(totals, group=self.tp_cp_group)
-        coefficient = self.get_aux_loss_coeff("aux_loss")
-        loss = switch_load_balancing_loss_func(
-            probs=scores,
-            tokens_per_expert=totals[:-1],
-            total_num_tokens=totals[-1],
-            topk=self.topk,
-            num_experts=self.num_experts,
-            moe_aux_loss_coeff=coefficient,
-        )
-        scaled = loss * valid_tokens if self.calculate_per_token_loss else loss
-        return MoEAuxLossAutoScaler.apply(weights, scaled), loss.detach() / coefficient
+        ranks = self.tp_cp_group.size()
+        total_tokens = logits.shape[0] * ranks
+        share, balance = None, None
+        if self.balance_coefficient:
+            totals = tokens_per_expert
+            if ranks > 1:
+                totals = tokens_per_expert.clone()
+                dist.all_reduce(totals, group=self.tp_cp_group)
+            scores = torch.softmax(logits, dim=-1)
+            # E * sum_e f_e P_e with f_e = totals_e / (k T), P_e = sum of scores / T
+            scale = self.num_experts / (self.topk * total_tokens * total_tokens)
+            balance = (scores.sum(0) * totals).sum() * scale
+            share = balance * self.balance_coefficient
+        if self.z_coefficient:
+            z_loss = torch.logsumexp(logits, dim=-1).square().sum() * (self.z_coefficient / total_tokens)
+            share = z_loss if share is None else share + z_loss
+        self.statistics.add(tokens_per_expert, None if balance is None else balance.detach())
+        if share is None:
+            return weights
+        return MoEAuxLossAutoScaler.apply(weights, share * total_tokens if self.calculate_per_token_loss else share)
