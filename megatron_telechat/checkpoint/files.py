@@ -1,0 +1,186 @@
+"""Bytes on disk: a streaming safetensors writer, checksums, fsync, free space.
+
+The safetensors package writes a file from tensors that are all in memory; here each
+tensor is brought to the host when its turn comes, and the checksum is taken on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Mapping, Optional, Sequence
+
+import torch
+
+from megatron_telechat.errors import CheckpointError, ResourceError
+
+FREE_SPACE_FACTOR = 1.2
+_CHUNK_BYTES = 16 << 20
+
+# name in a manifest -> (torch dtype, name in a safetensors header)
+DTYPES: Mapping[str, tuple[torch.dtype, str]] = {
+    "float64": (torch.float64, "F64"),
+    "float32": (torch.float32, "F32"),
+    "float16": (torch.float16, "F16"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "int64": (torch.int64, "I64"),
+    "int32": (torch.int32, "I32"),
+    "int16": (torch.int16, "I16"),
+    "int8": (torch.int8, "I8"),
+    "uint8": (torch.uint8, "U8"),
+    "bool": (torch.bool, "BOOL"),
+}
+_NAME_OF = {dtype: name for name, (dtype, _) in DTYPES.items()}
+_NAME_OF_SAFETENSORS = {tag: name for name, (_, tag) in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return _NAME_OF[dtype]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    return DTYPES[name][0]
+
+
+def dtype_of_tag(tag: str) -> Optional[torch.dtype]:
+    """The torch dtype of a safetensors header's dtype, None for one we do not store."""
+    name = _NAME_OF_SAFETENSORS.get(tag)
+    return None if name is None else DTYPES[name][0]
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a file to be: its header now, its values when ``load`` is called."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        size = self.dtype.itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+def lazy(name: str, tensor: torch.Tensor) -> LazyTensor:
+    return LazyTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a manifest remembers of a file."""
+
+    size: int
+    crc32: str
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[LazyTensor], metadata: Optional[Mapping[str, str]] = None
+) -> FileEntry:
+    """Write a new safetensors file, one tensor in host memory at a time, and fsync it.
+
+    Raises ResourceError when the disk is full, read-only or failing, or the file exists.
+    """
+    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for tensor in tensors:
+        assert tensor.name not in header, f"{tensor.name} twice in {path.name}"
+        span = [position, position + tensor.nbytes]
+        header[tensor.name] = {
+            "dtype": DTYPES[_NAME_OF[tensor.dtype]][1],
+            "shape": list(tensor.shape),
+            "data_offsets": span,
+        }
+        position = span[1]
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    prefix = struct.pack("<Q", len(head)) + head
+    try:
+        with open(path, "xb") as stream:
+            stream.write(prefix)
+            checksum = zlib.crc32(prefix)
+            for tensor in tensors:
+                data = _bytes_of(tensor)
+                stream.write(data)
+                checksum = zlib.crc32(data, checksum)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return FileEntry(len(prefix) + position, f"{checksum:08x}")
+
+
+def _bytes_of(tensor: LazyTensor) -> memoryview:
+    values = tensor.load().detach()
+    assert values.dtype == tensor.dtype and tuple(values.shape) == tensor.shape, tensor.name
+    flat = values.to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def disk_error(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"cannot write: {error.strerror or error}",
+        where=str(path),
+        fix="free some space, or give another folder with --save; committed checkpoints are untouched",
+    )
+
+
+def crc32_of(path: Path) -> str:
+    checksum = 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return f"{checksum:08x}"
+
+
+def write_bytes(path: Path, data: bytes) -> FileEntry:
+    """Write a new small file and fsync it."""
+    try:
+        with open(path, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return FileEntry(len(data), f"{zlib.crc32(data):08x}")
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable (a rename is not, until its folder is synced)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def require_free_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse before the first byte. ``needed_bytes`` is what will be written, without the margin.
+
+    Raises ResourceError when less than 1.2 times that is free.
+    """
+    free = shutil.disk_usage(folder).free
+    wanted = int(FREE_SPACE_FACTOR * needed_bytes)
+    if free < wanted:
+        raise ResourceError(
+            f"{free / 2**30:.2f} GiB free, {wanted / 2**30:.2f} GiB wanted for the checkpoint "
+            f"({needed_bytes / 2**30:.2f} GiB and a margin)",
+            where=str(folder),
+            fix="free some space, give another folder with --save, or keep fewer with --keep-last",
+        )
+
+
+def read_file_error(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read the file: {error}",
+        where=str(path),
+        fix="restore the file, or use another checkpoint (--load-step)",
+    )

@@ -1,0 +1,98 @@
+"""Finding the checkpoint to load, and whether it fits the model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Optional, Sequence
+
+import torch
+
+from megatron_telechat.checkpoint import commit as protocol
+from megatron_telechat.checkpoint.format import CheckpointReader
+from megatron_telechat.checkpoint.manifest import MANIFEST
+from megatron_telechat.checkpoint.optimizer_state import MASTER
+from megatron_telechat.config.schema import ModelConfig, RunConfig
+from megatron_telechat.config.yaml_io import run_config_from_yaml
+from megatron_telechat.costs.parameters import parameter_table
+from megatron_telechat.errors import CheckpointError, ConfigError, Problem
+
+_SHOWN = 8
+
+log = logging.getLogger(__name__)
+
+
+def latest_checkpoint(root: Path) -> Optional[Path]:
+    """The newest checkpoint under ``root`` whose manifest and file sizes are right, None where nothing was saved.
+
+    ``root`` may also be one checkpoint. Raises CheckpointError when there are checkpoints but
+    every one is damaged: a run must not begin anew over them.
+    """
+    return find_checkpoint(Path(root))[0]
+
+
+def find_checkpoint(root: Path, step: Optional[int] = None) -> tuple[Optional[Path], tuple[str, ...]]:
+    """(folder, what had to be passed over). See :func:`latest_checkpoint`."""
+    if (root / MANIFEST).is_file():
+        CheckpointReader(root)
+        return root, ()
+    if step is not None:
+        folder = protocol.folder_of_step(root, step)
+        CheckpointReader(folder)
+        return folder, ()
+    problems: list[Problem] = []
+    for _, folder in reversed(protocol.committed_folders(root)):
+        try:
+            CheckpointReader(folder)
+        except CheckpointError as error:
+            problems.extend(error.problems)
+            continue
+        notes = tuple(f"passed over: {problem.what} ({problem.where})" for problem in problems)
+        for note in notes:
+            log.warning("%s", note)
+        return folder, notes
+    if problems:
+        raise CheckpointError(problems)
+    return None, ()
+
+
+def saved_config(reader: CheckpointReader) -> Optional[RunConfig]:
+    try:
+        return run_config_from_yaml(reader.config, str(reader.path))
+    except ConfigError:
+        return None
+
+
+def require_fit(reader: CheckpointReader, model: ModelConfig) -> None:
+    """Raises CheckpointError listing the tensors that the checkpoint lacks, has beyond the model, or has in another shape."""
+    wanted = {f"model/{key}": shape for key, shape in parameter_table(model).items()}
+    stored = {key: entry.shape for key, entry in reader.entries.items() if key.startswith("model/")}
+    complaints = _listed("missing", [key for key in wanted if key not in stored])
+    complaints += _listed("not of this model", [key for key in stored if key not in wanted])
+    complaints += _listed("of another shape", [
+        f"{key} {stored[key]}, wanted {shape}" for key, shape in wanted.items() if stored.get(key, shape) != shape
+    ])
+    if complaints:
+        raise CheckpointError(
+            f"the checkpoint is of another model than {model.name}: " + "; ".join(complaints),
+            where=str(reader.path),
+            fix="start with the configuration saved in its manifest.json, or choose another checkpoint",
+        )
+
+
+def _listed(what: str, items: Sequence[str]) -> list[str]:
+    if not items:
+        return []
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return [f"{what}: {', '.join(items[:_SHOWN])}{more}"]
+
+
+def weight_key(reader: CheckpointReader, key: str, dtype: torch.dtype) -> str:
+    """The stored tensor that gives ``key`` in ``dtype`` most exactly.
+
+    A weight stored in that dtype is taken as it is; else the fp32 master, where there is one.
+    """
+    master = f"optimizer/{MASTER}/{key}"
+    if master in reader.entries and reader.dtype(f"model/{key}") != dtype:
+        return master
+    return f"model/{key}"

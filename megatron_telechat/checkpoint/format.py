@@ -1,0 +1,290 @@
+"""The checkpoint format: writing one rank's part, reading any box of any tensor.
+
+Neither side needs torch.distributed: conversion writes a checkpoint alone
+(:class:`CheckpointWriter`), a training run writes one part a rank
+(:class:`PartWriter`) and commits them together (``train_state.py``).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Iterable, Mapping, Optional, Sequence
+
+import torch
+
+from megatron_telechat.checkpoint import commit as protocol
+from megatron_telechat.checkpoint.boxes import Box, intersect, tiling_fault, whole
+from megatron_telechat.checkpoint.files import (
+    FileEntry, LazyTensor, crc32_of, dtype_name, dtype_named, dtype_of_tag, lazy, read_file_error, write_safetensors,
+)
+from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, read_manifest
+from megatron_telechat.errors import CheckpointError
+
+MAX_FILE_BYTES = 4 << 30
+_OPEN_FILES = 16
+
+
+@dataclass
+class Part:
+    """What one rank wrote: its files and its boxes of global tensors."""
+
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    rng: Optional[dict[str, Any]] = None
+
+
+class PartWriter:
+    """Writes the boxes of one rank into ``folder/rank_00012.safetensors`` (and ``…-00001``, when large).
+
+    Tensors are kept by reference until their file is full; they must not change before
+    :meth:`close` returns.
+    """
+
+    def __init__(self, folder: Path, rank: int, max_file_bytes: int = MAX_FILE_BYTES):
+        self._folder = folder
+        self._rank = rank
+        self._max_file_bytes = max_file_bytes
+        self._pending: list[LazyTensor] = []
+        self._pending_bytes = 0
+        self._part = Part()
+
+    def add(self, key: str, global_shape: Sequence[int], offset: Sequence[int], tensor: torch.Tensor) -> None:
+        """One box of the global tensor ``key``; every element of it must be added once by some rank."""
+        box = Box(tuple(offset), tuple(tensor.shape))
+        assert box.inside(global_shape), (key, box, global_shape)
+        name = f"{key}@{','.join(map(str, offset))}"
+        stored = StoredBox(self._queue(lazy(name, tensor)), name, box)
+        dtype, shape = dtype_name(tensor.dtype), tuple(global_shape)
+        known = self._part.tensors.setdefault(key, TensorEntry(dtype, shape, ()))
+        assert (known.dtype, known.shape) == (dtype, shape), key
+        self._part.tensors[key] = replace(known, boxes=known.boxes + (stored,))
+
+    def add_rng(self, rank: int, state: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """State of this rank's random generators: JSON with the names of its tensors."""
+        files = {self._queue(lazy(name, tensor)) for name, tensor in tensors.items()}
+        assert len(files) == 1, "the generators' tensors are far smaller than a file"
+        self._part.rng = {"rank": rank, "file": files.pop(), "state": state}
+
+    def close(self) -> Part:
+        self._flush()
+        return self._part
+
+    def _queue(self, tensor: LazyTensor) -> str:
+        if self._pending and self._pending_bytes + tensor.nbytes > self._max_file_bytes:
+            self._flush()
+        self._pending.append(tensor)
+        self._pending_bytes += tensor.nbytes
+        return self._file_name()
+
+    def _file_name(self) -> str:
+        number = len(self._part.files)
+        return f"rank_{self._rank:05d}{f'-{number:05d}' if number else ''}.safetensors"
+
+    def _flush(self) -> None:
+        if self._pending:
+            name = self._file_name()
+            self._part.files[name] = write_safetensors(self._folder / name, self._pending)
+            self._pending, self._pending_bytes = [], 0
+
+
+def merge_parts(parts: Iterable[Part]) -> Part:
+    """The parts of all ranks as one. Raises CheckpointError when they do not tile every tensor exactly."""
+    merged, problems = Part(), []
+    for part in parts:
+        assert not merged.files.keys() & part.files.keys(), "two ranks wrote the same file"
+        merged.files.update(part.files)
+        for key, entry in part.tensors.items():
+            known = merged.tensors.get(key)
+            if known is None:
+                merged.tensors[key] = entry
+                continue
+            if (known.dtype, known.shape) != (entry.dtype, entry.shape):
+                problems.append(f"{key}: {known.dtype} {known.shape} and {entry.dtype} {entry.shape}")
+            merged.tensors[key] = replace(known, boxes=known.boxes + entry.boxes)
+    for key, entry in merged.tensors.items():
+        fault = tiling_fault(entry.shape, [stored.box for stored in entry.boxes])
+        if fault:
+            problems.append(f"{key}: {fault}")
+    if problems:
+        raise CheckpointError(
+            "the ranks do not hold every tensor exactly once: " + "; ".join(problems[:5]),
+            fix="nothing was saved; this is a bug, please report it with the layout",
+        )
+    return merged
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("megatron_telechat", "megatron-core"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+class CheckpointWriter:
+    """Writes a whole checkpoint from one process. Used as a context manager; leaving it by an error commits nothing.
+
+        with CheckpointWriter(root, step=0, config=yaml) as writer:
+            writer.add("model/…", global_shape, offset, tensor)
+        writer.path
+    """
+
+    def __init__(self, root: Path, *, step: int, config: str, max_file_bytes: int = 1 << 30,
+                 extra: Optional[Mapping[str, Any]] = None):
+        self._attempt = protocol.begin(Path(root), step)
+        self._writer = PartWriter(self._attempt.temporary, 0, max_file_bytes)
+        self._config = config
+        self.extra: dict[str, Any] = dict(extra or {})
+        self.files: dict[str, FileEntry] = {}
+        self.path: Optional[Path] = None
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder, for companion files; list them in ``files``."""
+        return self._attempt.temporary
+
+    def add(self, key: str, global_shape: Sequence[int], offset: Sequence[int], tensor: torch.Tensor) -> None:
+        self._writer.add(key, global_shape, offset, tensor)
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            protocol.abandon(self._attempt)
+            return
+        try:
+            part = merge_parts([self._writer.close()])
+            manifest = Manifest(
+                step=self._attempt.step, consumed_samples=0, config=self._config, topology={"world_size": 1},
+                versions=versions(), files={**part.files, **self.files}, tensors=part.tensors, extra=self.extra,
+            )
+            self.path = protocol.commit(self._attempt, manifest)
+        except BaseException:
+            protocol.abandon(self._attempt)
+            raise
+
+
+class CheckpointReader:
+    """Reads boxes of the global tensors of a committed checkpoint.
+
+    Opening checks the manifest and the size of every file; ``verify=True`` also the
+    checksum of every byte. Raises CheckpointError naming the file at fault.
+    """
+
+    def __init__(self, path: Path, verify: bool = False, check_sizes: bool = True):
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        if check_sizes:
+            self.check_files(checksums=verify)
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        return self.manifest.tensors
+
+    @property
+    def config(self) -> str:
+        """The resolved configuration of the run that saved it, as YAML."""
+        return self.manifest.config
+
+    def check_files(self, checksums: bool = False) -> None:
+        """Sizes (and checksums) of all files. Raises CheckpointError listing every file at fault."""
+        from megatron_telechat.errors import Problem
+
+        problems = []
+        for name, entry in self.manifest.files.items():
+            what = _file_fault(self.path, name, entry, checksums)
+            if what:
+                problems.append(Problem(what, str(self.path / name),
+                                        "restore the file from a copy, or use another checkpoint (--load-step)"))
+        if problems:
+            raise CheckpointError(problems)
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def dtype(self, key: str) -> torch.dtype:
+        return dtype_named(self.entries[key].dtype)
+
+    def read(self, key: str, offset: Optional[Sequence[int]] = None, shape: Optional[Sequence[int]] = None) -> torch.Tensor:
+        """The box of ``key`` at ``offset`` (default: the whole tensor), on the CPU, in the stored dtype."""
+        entry = self.entries[key]
+        box = whole(entry.shape) if offset is None else Box(tuple(offset), tuple(shape))
+        if not box.inside(entry.shape):
+            raise ValueError(f"{box} is not inside {key} {entry.shape}")
+        parts = []
+        for stored in entry.boxes:
+            common = intersect(stored.box, box)
+            if common is not None:
+                parts.append((common, self._read_box(key, entry, stored, common)))
+        if len(parts) == 1:
+            return parts[0][1]
+        out = torch.empty(box.shape, dtype=dtype_named(entry.dtype))
+        for common, values in parts:
+            out[common.slices(box.offset)] = values
+        return out
+
+    def read_rng(self, rank: int) -> Optional[tuple[Any, dict[str, torch.Tensor]]]:
+        """(JSON state, its tensors) of one rank's generators, None where none was saved."""
+        for entry in self.manifest.rng:
+            if entry["rank"] == rank:
+                handle = self._handle(entry["file"])
+                names = [name for name in handle.keys() if name.startswith("rng/")]
+                return entry["state"], {name: handle.get_tensor(name) for name in names}
+        return None
+
+    def _read_box(self, key: str, entry: TensorEntry, stored: StoredBox, box: Box) -> torch.Tensor:
+        path = self.path / stored.file
+        try:
+            view = self._handle(stored.file).get_slice(stored.name)
+            found = (tuple(view.get_shape()), dtype_of_tag(view.get_dtype()))
+            if found != (stored.box.shape, dtype_named(entry.dtype)):
+                raise CheckpointError(
+                    f"{stored.name} is {found[1]} {found[0]}, the manifest says {entry.dtype} {stored.box.shape}",
+                    where=str(path), fix="restore the file from a copy, or use another checkpoint (--load-step)",
+                )
+            return view[box.slices(stored.box.offset)]
+        except CheckpointError:
+            raise
+        except Exception as error:  # safetensors raises its own type, OSError and, for odd headers, others
+            raise read_file_error(path, error) from error
+
+    def _handle(self, name: str) -> Any:
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        from safetensors import safe_open
+
+        fault = _file_fault(self.path, name, self.manifest.files[name], checksums=False)
+        if fault:
+            raise CheckpointError(fault, where=str(self.path / name), fix="use another checkpoint (--load-step)")
+        try:
+            handle = safe_open(self.path / name, framework="pt", device="cpu")
+        except Exception as error:
+            raise read_file_error(self.path / name, error) from error
+        self._open[name] = handle
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)
+        return handle
+
+
+def _file_fault(folder: Path, name: str, entry: FileEntry, checksums: bool) -> Optional[str]:
+    path = folder / name
+    if path.is_symlink():
+        return "the file is a symbolic link"
+    if not path.is_file():
+        return "the file is missing"
+    size = path.stat().st_size
+    if size != entry.size:
+        return f"the file has {size} bytes, the manifest says {entry.size}"
+    if checksums and crc32_of(path) != entry.crc32:
+        return "the file's checksum differs from the manifest's: its content has changed"
+    return None

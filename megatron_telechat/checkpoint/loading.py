@@ -1,0 +1,164 @@
+"""Filling a model and an optimizer from a checkpoint of any layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Mapping, Optional, Protocol, Sequence
+
+import torch
+
+from megatron_telechat.checkpoint import rng as rng_tree
+from megatron_telechat.checkpoint.find import find_checkpoint, require_fit, saved_config, weight_key
+from megatron_telechat.checkpoint.format import CheckpointReader
+from megatron_telechat.checkpoint.optimizer_state import (
+    MASTER, MOMENTS, global_boxes, grad_scalers, load_scaler_state, optimizer_slices, set_adam_step,
+)
+from megatron_telechat.checkpoint.train_state import TrainState, from_rank_0, topology
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.errors import CheckpointError
+from megatron_telechat.model.shards import ParameterShards
+from megatron_telechat.parallel.agreement import together
+from megatron_telechat.parallel.state import ParallelState, rank_seed
+
+
+class WeightSource(Protocol):
+    """Where global tensors can be read box by box: a checkpoint, or a Hugging Face folder."""
+
+    def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class LoadedInfo:
+    """What was loaded.
+
+    Attributes:
+        path: the checkpoint.
+        step, consumed_samples: where the run goes on; 0 when only weights were taken.
+        config: configuration of the run that saved it, None when this program cannot read it.
+        message: one or more lines for the person who started the run.
+    """
+
+    path: Path
+    step: int
+    consumed_samples: int
+    config: Optional[RunConfig]
+    message: str
+    data_fingerprint: Optional[Mapping[str, Any]] = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_checkpoint(
+    root: Path, state: TrainState, run: RunConfig, parallel: ParallelState, *,
+    step: Optional[int] = None, weights_only: bool = False,
+) -> LoadedInfo:
+    """Fill the parameters, the optimizer and the random generators; a collective over all ranks.
+
+    Args:
+        root: a folder of checkpoints (the newest sound one is taken, or that of ``step``) or one checkpoint.
+        weights_only: take the weights only, for a run that begins at step 0.
+
+    Raises CheckpointError on every rank when any rank cannot load.
+    """
+    found: Any = None
+    with together(parallel):
+        if parallel.rank == 0:
+            found = find_checkpoint(Path(root), step)
+            if found[0] is None:
+                raise CheckpointError("no checkpoint there", where=str(root),
+                                      fix="give a folder that holds iter_… folders, or one of these")
+    folder, passed_over = from_rank_0(found, parallel)
+    with together(parallel):
+        reader = CheckpointReader(folder, check_sizes=False)  # rank 0 has checked every file
+        require_fit(reader, run.model)
+    notes = list(passed_over)
+    with together(parallel):
+        _load_parameters(reader, state.shards)
+        notes += _load_optimizer(reader, state, run, weights_only)
+        if not weights_only:
+            notes += _load_generators(reader, state, run, parallel)
+    reader.close()
+    manifest = reader.manifest
+    config = saved_config(reader)
+    if config is None:
+        notes.append("its configuration is of another version and was not compared")
+    if weights_only:
+        head = f"weights of {folder}; step 0, fresh optimizer"
+        return LoadedInfo(folder, 0, 0, config, "\n".join([head, *notes]))
+    head = f"resumed from {folder}: step {manifest.step}, {manifest.consumed_samples} samples"
+    return LoadedInfo(folder, manifest.step, manifest.consumed_samples, config, "\n".join([head, *notes]),
+                      manifest.data_fingerprint, manifest.extra)
+
+
+def _load_parameters(reader: CheckpointReader, shards: Sequence[ParameterShards]) -> None:
+    for item in shards:
+        dtype = item.parameter.dtype
+        flat = item.parameter.detach().view(-1)
+        for part in global_boxes(item):
+            _fill(flat[part.start : part.stop], reader, weight_key(reader, part.piece.key, dtype), part.box)
+
+
+def load_weights(source: WeightSource, shards: Sequence[ParameterShards]) -> None:
+    """Fill the parameters from any source of global tensors, converting to the parameter's dtype."""
+    for item in shards:
+        flat = item.parameter.detach().view(-1)
+        for part in global_boxes(item):
+            _fill(flat[part.start : part.stop], source, part.piece.key, part.box)
+
+
+def _fill(flat: torch.Tensor, source: WeightSource, key: str, box: Any) -> None:
+    flat.view(box.shape).copy_(source.read(key, box.offset, box.shape))
+
+
+def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig, weights_only: bool) -> list[str]:
+    """Master weights always (from the most exact value there is); moments and step on a resume."""
+    if state.optimizer is None:
+        return []
+    saved = reader.manifest.optimizer
+    resume = not weights_only and not run.checkpoint.no_load_optim and saved is not None
+    with_moments = resume and saved["step"] > 0
+    for item in optimizer_slices(state.optimizer, state.shards, create_state=with_moments):
+        for name, tensor in item.tensors.items():
+            if name in MOMENTS and not with_moments:
+                continue
+            for part in global_boxes(item.shards, item.start, item.stop):
+                key = part.piece.key
+                stored = weight_key(reader, key, tensor.dtype) if name == MASTER else f"optimizer/{name}/{key}"
+                if stored not in reader.entries:
+                    raise CheckpointError(f"the optimizer state lacks {stored}", where=str(reader.path),
+                                          fix="resume with --no-load-optim, or use another checkpoint")
+                _fill(tensor[part.start - item.start : part.stop - item.start], reader, stored, part.box)
+    if with_moments:
+        set_adam_step(state.optimizer, saved["step"])
+    if resume:
+        for kind, scaler in grad_scalers(state.optimizer, state.shards).items():
+            values = saved["grad_scaler"].get(kind) or saved["grad_scaler"].get("dense")
+            if values:
+                load_scaler_state(scaler, values)
+    if weights_only or resume:
+        return []
+    why = "--no-load-optim was given" if saved is not None else "the checkpoint holds none"
+    return [f"the optimizer state is fresh: {why}"]
+
+
+def _load_generators(
+    reader: CheckpointReader, state: TrainState, run: RunConfig, parallel: ParallelState
+) -> list[str]:
+    """Restore this rank's random generators; in another layout seed them by the step, so that dropout does not repeat."""
+    if state.backend is None:
+        return []
+    same = dict(reader.manifest.topology) == topology(run, parallel)
+    saved = reader.read_rng(parallel.rank) if same else None
+    if saved is not None:
+        state.backend.set_rng_state(rng_tree.unflatten(*saved))
+        return []
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    base = run.training.seed + 1_000_003 * reader.manifest.step
+    seed = rank_seed(base, parallel.pp_rank, parallel.dp_rank, parallel.cp_rank)
+    state.backend.seed(seed)
+    model_parallel_cuda_manual_seed(
+        seed, tp_rank=parallel.tp_rank, ep_rank=parallel.ep_rank, etp_rank=parallel.etp_rank
+    )
+    why = "the checkpoint holds no state of them" if same else "the layout has changed"
+    return [f"random generators seeded anew: {why}"]

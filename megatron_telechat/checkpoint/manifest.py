@@ -1,0 +1,198 @@
+"""manifest.json: what a checkpoint holds and where. Written last; parsed with suspicion.
+
+The schema is in docs/checkpoints.md. Everything read here may be damaged or hostile:
+each field's type is checked, and file names can only name files inside the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+from megatron_telechat.checkpoint.boxes import Box, tiling_fault
+from megatron_telechat.checkpoint.files import DTYPES, FileEntry
+from megatron_telechat.errors import CheckpointError
+
+FORMAT = "megatron_telechat"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+COMPANIONS = "hf"  # folder of the Hugging Face files that are not weights
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+_FILE_NAME = re.compile(rf"{_PART}\.safetensors")
+_COMPANION_NAME = re.compile(rf"{COMPANIONS}(/[^/\\\x00]+)+")
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """One box of a global tensor: tensor ``name`` of ``file``."""
+
+    file: str
+    name: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A global tensor of a checkpoint."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[StoredBox, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of a checkpoint (docs/checkpoints.md, "Manifest")."""
+
+    step: int
+    consumed_samples: int
+    config: str
+    topology: Mapping[str, Any]
+    versions: Mapping[str, str]
+    files: Mapping[str, FileEntry]
+    tensors: Mapping[str, TensorEntry]
+    optimizer: Optional[Mapping[str, Any]] = None
+    rng: tuple[Mapping[str, Any], ...] = ()
+    data_fingerprint: Optional[Mapping[str, Any]] = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        body = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            **{
+                name: getattr(self, name)
+                for name in ("step", "consumed_samples", "config", "topology", "versions",
+                             "optimizer", "data_fingerprint", "extra")
+            },
+            "rng": list(self.rng),
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
+            "tensors": {
+                key: {
+                    "dtype": entry.dtype,
+                    "shape": list(entry.shape),
+                    "boxes": [
+                        {"file": stored.file, "name": stored.name,
+                         "offset": list(stored.box.offset), "shape": list(stored.box.shape)}
+                        for stored in entry.boxes
+                    ],
+                }
+                for key, entry in self.tensors.items()
+            },
+        }
+        return json.dumps({"digest": _digest(body), **body}, indent=1, ensure_ascii=False).encode()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse and check ``folder/manifest.json``, the tiling of every tensor included.
+
+    Raises CheckpointError naming the file when it is missing, truncated, changed,
+    of another version, or names files outside the folder.
+    """
+    path = folder / MANIFEST
+    if path.is_symlink():
+        raise _damaged(path, "is a symbolic link")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"no readable {MANIFEST}: {error.strerror or error}",
+            where=str(folder),
+            fix="give a folder iter_… that holds one: without it a save was never committed",
+        ) from error
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"is not JSON ({error})") from error
+    try:
+        return _parse(path, body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"does not follow the schema ({type(error).__name__}: {error})") from error
+
+
+def _parse(path: Path, body: Any) -> Manifest:
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise _damaged(path, "is not the manifest of a megatron_telechat checkpoint")
+    version = body["schema_version"]
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"schema version {version!r}, this program reads {SCHEMA_VERSION}",
+            where=str(path),
+            fix="use the release that wrote the checkpoint, or convert it through the Hugging Face layout",
+        )
+    digest = body.pop("digest", None)
+    if digest != _digest(body):
+        raise _damaged(path, "has changed since it was written (its digest differs)")
+    files = {_file_name(path, name): FileEntry(_natural(e["size"]), str(e["crc32"]))
+             for name, e in body["files"].items()}
+    tensors = {key: _tensor(path, key, entry, files) for key, entry in body["tensors"].items()}
+    for state in body["rng"]:
+        if state["file"] not in files:
+            raise _damaged(path, f"names the file {state['file']!r}, which it does not list")
+    return Manifest(
+        step=_natural(body["step"]),
+        consumed_samples=_natural(body["consumed_samples"]),
+        config=_text(body["config"]),
+        topology=dict(body["topology"]),
+        versions=dict(body["versions"]),
+        files=files,
+        tensors=tensors,
+        optimizer=body["optimizer"],
+        rng=tuple(body["rng"]),
+        data_fingerprint=body["data_fingerprint"],
+        extra=dict(body["extra"]),
+    )
+
+
+def _tensor(path: Path, key: str, entry: Any, files: Mapping[str, FileEntry]) -> TensorEntry:
+    shape = tuple(_natural(extent) for extent in entry["shape"])
+    if entry["dtype"] not in DTYPES:
+        raise _damaged(path, f"gives {key} the unknown dtype {entry['dtype']!r}")
+    boxes = tuple(
+        StoredBox(b["file"], _text(b["name"]), Box(tuple(map(_natural, b["offset"])), tuple(map(_natural, b["shape"]))))
+        for b in entry["boxes"]
+    )
+    for stored in boxes:
+        if stored.file not in files or not _FILE_NAME.fullmatch(stored.file):
+            raise _damaged(path, f"puts {key} into the file {stored.file!r}, which it does not list")
+    fault = tiling_fault(shape, [stored.box for stored in boxes])
+    if fault:
+        raise _damaged(path, f"does not hold {key} exactly once: {fault}")
+    return TensorEntry(entry["dtype"], shape, boxes)
+
+
+def _file_name(path: Path, name: Any) -> str:
+    if _FILE_NAME.fullmatch(_text(name)):
+        return name
+    if _COMPANION_NAME.fullmatch(name) and not {".", ".."} & set(name.split("/")):
+        return name
+    raise _damaged(path, f"names the file {name!r}, which is not a plain name inside the folder")
+
+
+def _natural(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is not a whole number from 0")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"the manifest {what}", where=str(path),
+        fix="use another checkpoint (--load-step), or restore this folder from a copy",
+    )

@@ -1,0 +1,187 @@
+"""The optimizer's state as views on flat ranges of the parameters, for saving and for loading.
+
+megatron-core keeps the fp32 master weights and Adam's moments in different places for
+each of its optimizers. :func:`optimizer_slices` reduces all of them to one form, so that
+switching the distributed optimizer on or off, or changing any parallel size, is only
+another set of flat ranges over the same global tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+
+import torch
+
+from megatron_telechat.checkpoint.boxes import Box, flat_range_boxes
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class OptimizerSlice(NamedTuple):
+    """State of elements [start, stop) of a local parameter.
+
+    ``tensors`` holds 1-D views under "master" (absent where the parameter itself is fp32 and
+    so its own master), "exp_avg" and "exp_avg_sq" (absent before the first step unless
+    created). ``sharded``: the ranks of the parameter's data-parallel group own different ranges.
+    """
+
+    shards: Any
+    start: int
+    stop: int
+    tensors: dict[str, torch.Tensor]
+    sharded: bool
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One parameter as its optimizer holds it: the tensor Adam steps on and the range that is."""
+
+    parameter: torch.nn.Parameter
+    stepped: torch.Tensor
+    start: int
+    sharded: bool
+
+
+def leaf_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizers in a ChainedOptimizer (dense and expert parameters) that hold anything."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if part is not None and not part.is_stub_optimizer]
+
+
+def optimizer_slices(
+    optimizer: Any, shards: Sequence[Any], create_state: bool = False
+) -> Iterator[OptimizerSlice]:
+    """Every flat range whose state this rank's megatron-core optimizer owns.
+
+    Args:
+        optimizer: DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer or a chain of them.
+        shards: the ParameterShards of this rank.
+        create_state: make Adam's state (zeros) where there has been no step yet.
+    """
+    by_parameter = {id(item.parameter): item for item in shards}
+    for part in leaf_optimizers(optimizer):
+        groups = {id(p): group for group in part.optimizer.param_groups for p in group["params"]}
+        for leaf in _leaves(part):
+            state = part.optimizer.state[leaf.stepped] if leaf.stepped in part.optimizer.state else {}
+            if create_state and "exp_avg" not in state:
+                state = _create_state(part.optimizer, groups[id(leaf.stepped)], leaf.stepped)
+            tensors = {name: state[name].view(-1) for name in MOMENTS if name in state}
+            if leaf.stepped is not leaf.parameter and leaf.parameter.dtype != torch.float32:
+                tensors[MASTER] = leaf.stepped.detach().view(-1)
+            stop = leaf.start + leaf.stepped.numel()
+            yield OptimizerSlice(by_parameter[id(leaf.parameter)], leaf.start, stop, tensors, leaf.sharded)
+
+
+def _leaves(part: Any) -> Iterator[_Leaf]:
+    if hasattr(part, "shard_fp32_from_float16_groups"):  # DistributedOptimizer
+        pairs = (
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            (part.model_fp32_groups, part.shard_fp32_groups),
+        )
+        for models, shards in pairs:
+            for parameter, stepped in _zip_groups(models, shards):
+                yield _Leaf(parameter, stepped, part._get_model_param_range_map(parameter)["param"].start, True)
+    elif hasattr(part, "fp32_from_float16_groups"):  # Float16OptimizerWithFloat16Params
+        for parameter, stepped in _zip_groups(part.float16_groups, part.fp32_from_float16_groups):
+            yield _Leaf(parameter, stepped, 0, False)
+        for group in part.fp32_from_fp32_groups:
+            yield from (_Leaf(parameter, parameter, 0, False) for parameter in group)
+    else:  # FP32Optimizer
+        for group in part.optimizer.param_groups:
+            yield from (_Leaf(parameter, parameter, 0, False) for parameter in group["params"])
+
+
+def _zip_groups(first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, Any]]:
+    for some, others in zip(first, second, strict=True):
+        yield from zip(some, others, strict=True)
+
+
+def _create_state(inner: torch.optim.Optimizer, group: Mapping[str, Any], stepped: torch.Tensor) -> dict:
+    state = inner.state[stepped]
+    for name in MOMENTS:
+        state[name] = torch.zeros_like(stepped, memory_format=torch.preserve_format)
+    if _steps_per_parameter(inner):
+        # One tensor for each parameter: torch increments it in place, and a shared one would count
+        # every parameter's step.
+        on_device = group.get("fused") or group.get("capturable")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=stepped.device if on_device else "cpu")
+    return state
+
+
+def _steps_per_parameter(inner: torch.optim.Optimizer) -> bool:
+    """torch's Adam counts steps in each parameter's state; TE's and apex's FusedAdam in the group."""
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def adam_steps(optimizer: Any) -> set[int]:
+    """The step counts in the optimizer's state: one number, none before the first step."""
+    counts: set[int] = set()
+    for part in leaf_optimizers(optimizer):
+        inner = part.optimizer
+        if _steps_per_parameter(inner):
+            counts.update(int(state["step"]) for state in inner.state.values() if "step" in state)
+        else:
+            counts.update(int(group["step"]) for group in inner.param_groups if group["params"] and "step" in group)
+    return counts
+
+
+def set_adam_step(optimizer: Any, step: int) -> None:
+    for part in leaf_optimizers(optimizer):
+        inner = part.optimizer
+        if _steps_per_parameter(inner):
+            for state in inner.state.values():
+                state["step"].fill_(step)
+        else:
+            for group in inner.param_groups:
+                group["step"] = step
+
+
+def grad_scalers(optimizer: Any, shards: Sequence[Any]) -> dict[str, Any]:
+    """The fp16 loss scalers by what they scale: "dense" and "expert". Empty for bf16 and fp32."""
+    expert = {id(item.parameter): item.is_expert for item in shards}
+    found = {}
+    for part in leaf_optimizers(optimizer):
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler is None or not scaler.state_dict():
+            continue
+        leaf = next(iter(_leaves(part)), None)
+        if leaf is not None:
+            found["expert" if expert[id(leaf.parameter)] else "dense"] = scaler
+    return found
+
+
+def scaler_state(scaler: Any) -> dict[str, Any]:
+    state = scaler.state_dict()
+    return {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+
+
+def load_scaler_state(scaler: Any, saved: Mapping[str, Any]) -> None:
+    current = scaler.state_dict()
+    scaler.load_state_dict({
+        name: torch.full_like(value, saved[name]) if isinstance(value, torch.Tensor) else saved[name]
+        for name, value in current.items()
+    })
+
+
+class GlobalBox(NamedTuple):
+    """Elements [start, stop) of a local parameter that are one box of a global tensor."""
+
+    piece: Any
+    start: int
+    stop: int
+    box: Box
+
+
+def global_boxes(shards: Any, start: int = 0, stop: Optional[int] = None) -> Iterator[GlobalBox]:
+    """Cut a flat range of a local parameter into boxes of global tensors."""
+    stop = shards.parameter.numel() if stop is None else stop
+    for piece in shards.pieces:
+        size = Box(piece.global_offset, piece.shape).numel
+        low, high = max(start, piece.flat_start), min(stop, piece.flat_start + size)
+        if low >= high:
+            continue
+        for flat, box in flat_range_boxes(piece.shape, low - piece.flat_start, high - piece.flat_start):
+            begin = piece.flat_start + flat
+            yield GlobalBox(piece, begin, begin + box.numel, box.shifted(piece.global_offset))

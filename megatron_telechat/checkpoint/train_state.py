@@ -1,0 +1,219 @@
+"""Saving and loading the state of a training run, in any layout.
+
+Every rank writes the boxes of global tensors it owns and reads those it needs; who owned
+what when the checkpoint was written plays no part in reading it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_telechat.checkpoint import commit as protocol
+from megatron_telechat.checkpoint import rng as rng_tree
+from megatron_telechat.checkpoint.files import require_free_space
+from megatron_telechat.checkpoint.format import Part, PartWriter, merge_parts, versions
+from megatron_telechat.checkpoint.hf_files import carry_companions
+from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
+from megatron_telechat.checkpoint.optimizer_state import (
+    adam_steps, global_boxes, grad_scalers, optimizer_slices, scaler_state,
+)
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.yaml_io import dump_run_config
+from megatron_telechat.errors import CheckpointError
+from megatron_telechat.model.shards import ParameterShards
+from megatron_telechat.parallel.agreement import gather_objects, together
+from megatron_telechat.parallel.state import ParallelState
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint keeps of a run, and what a load fills.
+
+    Attributes:
+        shards: the parameters of this rank and their places in the global tensors.
+        optimizer: a megatron-core optimizer, None where there is none (evaluation, conversion).
+        step: optimizer steps done.
+        consumed_samples: samples consumed by them.
+        backend: source of the random-generator states; None leaves them out.
+        data_fingerprint: identity of the data, JSON.
+        extra: anything else of the run, JSON, the same on all ranks (rank 0's is kept).
+    """
+
+    shards: Sequence[ParameterShards]
+    optimizer: Any
+    step: int
+    consumed_samples: int
+    backend: Any = None
+    data_fingerprint: Optional[Mapping[str, Any]] = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _OwnedTensor:
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+def topology(run: RunConfig, parallel: ParallelState) -> dict[str, Any]:
+    """The layout, as the manifest keeps it. Equal topologies place every tensor and seed alike."""
+    names = ("world_size", "tp_size", "cp_size", "pp_size", "vpp_size", "dp_size", "ep_size", "etp_size")
+    layout = run.parallel.pipeline_model_parallel_layout
+    return {**{name: getattr(parallel, name) for name in names}, "pipeline_layout": layout}
+
+
+def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: ParallelState) -> Path:
+    """Write and commit ``root/iter_<step>``; a collective over all ranks on a shared file system.
+
+    Raises ResourceError (disk) or CheckpointError on every rank when any rank fails; nothing is
+    committed then. With overlap_param_gather the parameters must have been gathered before.
+    """
+    owned = list(_owned_tensors(state, run, parallel))
+    attempt = _begin_together(Path(root), state.step, owned, parallel)
+    try:
+        with together(parallel):
+            part = _write_part(attempt, owned, state, parallel)
+        gathered: Optional[list] = [None] * parallel.world_size if parallel.rank == 0 else None
+        optimizer = _optimizer_scalars(state, run)
+        if parallel.world_size > 1:
+            dist.gather_object((part, optimizer), gathered, dst=0)
+        else:
+            gathered = [(part, optimizer)]
+        with together(parallel):
+            if parallel.rank == 0:
+                _commit(attempt, gathered, state, run, parallel)
+    except BaseException:
+        if parallel.rank == 0:
+            protocol.abandon(attempt)
+        raise
+    return attempt.final
+
+
+def _owned_tensors(state: TrainState, run: RunConfig, parallel: ParallelState) -> Iterator[_OwnedTensor]:
+    """The boxes that this rank, and no other, writes."""
+    for shards in state.shards:
+        if shards.writer:
+            yield from _boxes_of("model", shards, 0, shards.parameter.detach().view(-1))
+    if state.optimizer is None or run.checkpoint.no_save_optim:
+        return
+    for item in optimizer_slices(state.optimizer, state.shards):
+        if _writes_shard(item.shards, parallel) if item.sharded else item.shards.writer:
+            for name, tensor in item.tensors.items():
+                yield from _boxes_of(f"optimizer/{name}", item.shards, item.start, tensor)
+
+
+def _boxes_of(prefix: str, shards: ParameterShards, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
+    for part in global_boxes(shards, start, start + flat.numel()):
+        values = flat[part.start - start : part.stop - start].view(part.box.shape)
+        yield _OwnedTensor(f"{prefix}/{part.piece.key}", tuple(part.piece.global_shape), part.box.offset, values)
+
+
+def _writes_shard(shards: ParameterShards, parallel: ParallelState) -> bool:
+    """Whether this rank writes its data-parallel shard of the optimizer state.
+
+    Shards of one parameter differ over the data-parallel ranks; only tensors held whole by every
+    tensor-parallel rank (of the attention or of the expert domain) have replicas left.
+    """
+    local = shards.parameter.numel()
+    total = 0
+    for key, shape in {piece.key: piece.global_shape for piece in shards.pieces}.items():
+        total += torch.Size(shape).numel()
+    if shards.is_expert:
+        return local * parallel.ep_size < total or parallel.etp_rank == 0
+    return local < total or parallel.tp_rank == 0
+
+
+def _begin_together(
+    root: Path, step: int, owned: Sequence[_OwnedTensor], parallel: ParallelState
+) -> protocol.Attempt:
+    needed = sum(gather_objects(sum(item.tensor.nbytes for item in owned)))
+    attempt: Optional[protocol.Attempt] = None
+    with together(parallel):
+        if parallel.rank == 0:
+            attempt = protocol.begin(root, step)
+            try:
+                require_free_space(root, needed)
+            except BaseException:
+                protocol.abandon(attempt)
+                raise
+    return from_rank_0(attempt, parallel)
+
+
+def from_rank_0(value: Any, parallel: ParallelState) -> Any:
+    box = [value]
+    if parallel.world_size > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _write_part(
+    attempt: protocol.Attempt, owned: Sequence[_OwnedTensor], state: TrainState, parallel: ParallelState
+) -> Part:
+    writer = PartWriter(attempt.temporary, parallel.rank)
+    for item in owned:
+        writer.add(item.key, item.global_shape, item.offset, item.tensor)
+    if state.backend is not None:
+        tree, tensors = rng_tree.flatten(state.backend.rng_state())
+        writer.add_rng(parallel.rank, tree, tensors)
+    return writer.close()
+
+
+def _optimizer_scalars(state: TrainState, run: RunConfig) -> Optional[dict[str, Any]]:
+    if state.optimizer is None or run.checkpoint.no_save_optim:
+        return None
+    scalers = grad_scalers(state.optimizer, state.shards)
+    return {
+        "steps": sorted(adam_steps(state.optimizer)),
+        "grad_scaler": {kind: scaler_state(scaler) for kind, scaler in scalers.items()},
+    }
+
+
+def _merged_scalars(found: Sequence[Optional[dict[str, Any]]]) -> Optional[dict[str, Any]]:
+    saved = [item for item in found if item is not None]
+    if not saved:
+        return None
+    steps = sorted({step for item in saved for step in item["steps"]})
+    if len(steps) > 1:
+        raise CheckpointError(f"parameters have taken different numbers of optimizer steps: {steps}",
+                              fix="nothing was saved; this is a bug, please report it")
+    scalers: dict[str, Any] = {}
+    for item in saved:
+        for kind, values in item["grad_scaler"].items():
+            scalers.setdefault(kind, values)
+    return {"step": steps[0] if steps else 0, "grad_scaler": scalers}
+
+
+def _commit(
+    attempt: protocol.Attempt, gathered: Sequence[Any], state: TrainState, run: RunConfig, parallel: ParallelState
+) -> None:
+    part = merge_parts(item for item, _ in gathered)
+    companions = carry_companions(_companion_source(attempt.root, run), attempt.temporary / COMPANIONS)
+    manifest = Manifest(
+        step=state.step,
+        consumed_samples=state.consumed_samples,
+        config=dump_run_config(run),
+        topology=topology(run, parallel),
+        versions=versions(),
+        files={**part.files, **companions},
+        tensors=part.tensors,
+        optimizer=_merged_scalars([scalars for _, scalars in gathered]),
+        rng=tuple(item.rng for item, _ in gathered if item.rng),
+        data_fingerprint=state.data_fingerprint,
+        extra=dict(state.extra),
+    )
+    protocol.commit(attempt, manifest)
+
+
+def _companion_source(root: Path, run: RunConfig) -> Optional[Path]:
+    """Where the Hugging Face files of this model's origin lie: a newer checkpoint of the run, or its first weights."""
+    folders = [path for _, path in reversed(protocol.committed_folders(root))]
+    first = run.checkpoint.pretrained_checkpoint
+    if first:
+        folders += [Path(first), *(path for _, path in reversed(protocol.committed_folders(Path(first))))]
+    return next((path / COMPANIONS for path in folders if (path / COMPANIONS).is_dir()), None)
