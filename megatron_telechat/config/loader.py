@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence
@@ -15,6 +16,24 @@ from megatron_telechat.config.rules import ALL_RULES, VALUE_RULES
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import Said, YamlFile, read_yaml
 from megatron_telechat.errors import ConfigError, Problem
+
+
+LAYOUTS = ("pipeline_model_parallel_layout", "recompute_layout")
+
+SUPERSEDES: dict[str, tuple[str, ...]] = {
+    "num_layers": LAYOUTS,
+    "pipeline_model_parallel_size": LAYOUTS,
+    "num_virtual_stages_per_pipeline_rank": LAYOUTS,
+    "pipeline_model_parallel_layout": ("recompute_layout",),
+    "recompute_granularity": ("recompute_layout",),
+    "recompute_layout": ("recompute_granularity", "recompute_method", "recompute_num_layers"),
+    "lr_warmup_fraction": ("lr_warmup_iters",),
+    "lr_warmup_iters": ("lr_warmup_fraction",),
+    "hidden_size": ("kv_channels",),
+    "num_attention_heads": ("kv_channels", "num_query_groups"),
+}
+"""A field a person gives → fields of a preset that speak of the same thing and were made for another value.
+A preset's layouts, for one, are for the preset's own pipeline; with another pipeline they say nothing."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +101,7 @@ class _Merge:
         self.take(self.line.said)
         self.chunks_from_layers()
         self.world()
-        self.drop_preset_layouts()
+        self.settle()
 
     def take(self, said: Sequence[Said]) -> None:
         for one in said:
@@ -187,8 +206,6 @@ class _Merge:
         dense = tensor * context
         folds = self.values.get("fold_tensor_into_experts", False)
         expert = experts * (self.values.get("expert_tensor_parallel_size") or (1 if folds else tensor))
-        import math
-
         return pipeline * (math.lcm(dense, expert) if expert > 0 else dense)
 
     def environment_number(self, name: str) -> Optional[int]:
@@ -200,17 +217,25 @@ class _Merge:
             return None
         return int(text)
 
-    def drop_preset_layouts(self) -> None:
-        """A preset's layouts are for the preset's own pipeline; with another pipeline they say nothing."""
-        shape = ("num_layers", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank")
-        changed = [name for name in shape if not self.origins[name].startswith(("preset ", DEFAULT))]
-        layout = "pipeline_model_parallel_layout"
-        if not self.origins[layout].startswith(("preset ", DEFAULT)):
-            changed.append(layout)
-        if self.preset is None or not changed:
-            return
-        for name in (layout, "recompute_layout"):
-            if self.origins[name].startswith("preset ") and self.values.get(name) is not None:
-                self.notes.append(f"{name} of preset {self.preset} is not used, because {changed[0]} is given ({self.origins[changed[0]]})")
-                self.values[name] = None
+    def settle(self) -> None:
+        """Let what a person says take the place of what a preset says in other words."""
+        for name, replaced in SUPERSEDES.items():
+            if self.by_person(name) and self.values.get(name) is not None:
+                for other in replaced:
+                    self.drop(other, name)
+        if self.values.get("eval_iters") == 0:
+            self.notes.append(f"eval_iters=0 ({self.origins['eval_iters']}): no evaluation")
+            for name in ("eval_iters", "eval_interval"):
+                self.values.pop(name, None)
                 self.origins[name] = DEFAULT
+
+    def by_person(self, name: str) -> bool:
+        return self.origins[name] != DEFAULT and not self.origins[name].startswith("preset ")
+
+    def drop(self, name: str, because: str) -> None:
+        if self.origins[name].startswith("preset ") and self.values.get(name) is not None:
+            self.notes.append(
+                f"{name}={self.values[name]} of preset {self.preset} is not used, because {because} is given ({self.origins[because]})"
+            )
+            del self.values[name]
+            self.origins[name] = DEFAULT

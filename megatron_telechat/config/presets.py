@@ -15,3 +15,9 @@ def preset_names() -> tuple[str, ...]:
 def preset_text(name: str) -> str:
     """The YAML of a preset."""
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def preset_title(name: str) -> str:
+    """The first sentence of the comment a preset begins with."""
+    first = preset_text(name).splitlines()[0].lstrip("# ")
+    return first.split(". ")[0].rstrip(":.")

@@ -1,8 +1,22 @@
-"""Every rule a configuration must keep, each a small function that returns problems."""
+"""Every rule a configuration must keep, each a small function that returns problems.
+
+``VALUE_RULES`` look at one value each and run first; a value they complain about is
+left in peace by ``ALL_RULES``, which look at values together.
+"""
 
 from __future__ import annotations
 
 from megatron_telechat.config.origins import Rule
+from megatron_telechat.config.rules import batch, data, files, model, parallel, pipeline, recompute, schedule, values
 
-ALL_RULES: tuple[Rule, ...] = ()
-VALUE_RULES: tuple[Rule, ...] = ()
+VALUE_RULES: tuple[Rule, ...] = values.RULES
+ALL_RULES: tuple[Rule, ...] = (
+    *model.RULES,
+    *parallel.RULES,
+    *pipeline.RULES,
+    *batch.RULES,
+    *recompute.RULES,
+    *schedule.RULES,
+    *data.RULES,
+    *files.RULES,
+)

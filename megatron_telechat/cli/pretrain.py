@@ -1,0 +1,79 @@
+"""The door of a training run: read the configuration, then describe the run or start it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Mapping, Optional, Sequence
+
+import megatron_telechat
+from megatron_telechat.config.flags import Actions
+from megatron_telechat.errors import EXIT_OK, UserError
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the pretraining command and return its exit code.
+
+    Args:
+        argv: arguments behind the program's name; unset: those of this process.
+
+    A user's mistake is printed on stderr, by rank 0 alone where there are several ranks; a traceback means a bug of ours.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments, os.environ)
+    except UserError as error:
+        if _speaks(os.environ):
+            print(error.render(), file=sys.stderr)
+        return error.exit_code
+
+
+def _run(argv: list[str], environ: Mapping[str, str]) -> int:
+    from megatron_telechat.config import load_run_config
+    from megatron_telechat.config.flags import read_command_line
+
+    # Asked for before anything is checked: a person who asks for help has no valid configuration yet.
+    actions = read_command_line(argv).actions
+    if actions.help or actions.version or actions.list_presets:
+        if _speaks(environ):
+            _say(_information(actions))
+        return EXIT_OK
+    loaded = load_run_config(argv, environ)
+    if _speaks(environ):
+        for note in loaded.notes:
+            print(f"note: {note}", file=sys.stderr)
+    if loaded.actions.print_config:
+        from megatron_telechat.config.show import config_table, config_yaml
+
+        if _speaks(environ):
+            _say(config_yaml(loaded) if loaded.actions.print_config == "yaml" else config_table(loaded))
+        return EXIT_OK
+    if loaded.actions.dry_run:
+        from megatron_telechat.cli.dry_run import report
+
+        if _speaks(environ):
+            _say(report(loaded))
+        return EXIT_OK
+    from megatron_telechat.training import train
+
+    return train(loaded.run, loaded.origins)
+
+
+def _information(actions: Actions) -> str:
+    if actions.version:
+        return f"megatron_telechat {megatron_telechat.__version__}"
+    from megatron_telechat.config.show import help_text, list_presets
+
+    return list_presets() if actions.list_presets else help_text()
+
+
+def _say(text: str) -> None:
+    """Print; a reader that closes the pipe early (head) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _speaks(environ: Mapping[str, str]) -> bool:
+    return environ.get("RANK", "0") == "0"

@@ -1,0 +1,54 @@
+"""Rules of the batch and of the length of the run."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+from megatron_telechat.config.origins import Check, Rule, flag
+from megatron_telechat.config.rules.parallel import CP, PP, TP
+from megatron_telechat.config.rules.pipeline import CHUNKS
+from megatron_telechat.errors import Problem
+
+BATCH = "global_batch_size"
+MICRO = "micro_batch_size"
+
+
+def batch_splits(check: Check) -> Iterator[Problem]:
+    batch, micro = check.take(BATCH, MICRO)
+    check.take("world_size", TP, PP, CP)
+    data = check.run.parallel.data_parallel_size
+    if batch % (micro * data):
+        yield check.problem(
+            f"{BATCH}={batch} does not divide by {MICRO}={micro} x data parallel size {data}",
+            BATCH,
+            MICRO,
+            "world_size",
+            fix=flag(BATCH, -(-batch // (micro * data)) * micro * data),
+        )
+        check.bad.add(BATCH)
+
+
+def interleaving_fills_the_pipeline(check: Check) -> Iterator[Problem]:
+    """megatron-core's interleaved schedule works through micro-batches in groups of the pipeline size."""
+    batch, micro, stages, chunks = check.take(BATCH, MICRO, PP, CHUNKS)
+    check.take("world_size", TP, CP)
+    data = check.run.parallel.data_parallel_size
+    count = batch // (micro * data)
+    if chunks > 1 and count % stages:
+        unit = micro * data * stages
+        yield check.problem(
+            f"the interleaved schedule ({CHUNKS}={chunks}) needs a number of micro-batches that {PP}={stages} divides; "
+            f"{BATCH}={batch} gives {count}",
+            BATCH,
+            CHUNKS,
+            PP,
+            fix=flag(BATCH, -(-batch // unit) * unit),
+        )
+
+
+def run_has_a_length(check: Check) -> Iterator[Problem]:
+    if check.take("train_iters") == 0 and not check.dry_run:
+        yield check.problem("train_iters is 0: there is nothing to train", "train_iters", fix="--train-iters N (optimizer steps of the whole run)")
+
+
+RULES: tuple[Rule, ...] = (batch_splits, interleaving_fills_the_pipeline, run_has_a_length)

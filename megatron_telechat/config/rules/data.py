@@ -1,0 +1,157 @@
+"""Rules of the data: that there is some, that it is there, that the blend can be read."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from typing import Iterator, Optional
+
+from megatron_telechat.config.fields import fields_by_name
+from megatron_telechat.config.origins import Check, Rule
+from megatron_telechat.errors import Problem
+
+SOURCES = ("data_path", "data_json", "train_data_path")
+RAW_TEXT = (".jsonl", ".json", ".jsonl.gz", ".txt", ".parquet")
+
+
+def one_source(check: Check) -> Iterator[Problem]:
+    mock, valid = check.take("mock_data", "valid_data_path")
+    given = [name for name in SOURCES if check.take(name)]
+    if mock:
+        named = [*given, *(["valid_data_path"] if valid else [])]
+        if named:
+            yield check.problem(
+                f"mock_data and {' and '.join(named)} contradict each other", "mock_data", *named, fix="drop one of them"
+            )
+        return
+    if not given:
+        if not check.dry_run:
+            yield Problem("no training data", "", "--data-path, --data-json or --train-data-path (or --mock-data for a smoke test)")
+        return
+    if len(given) > 1:
+        yield check.problem(f"{' and '.join(given)} contradict each other", *given, fix="keep one of them")
+    if valid and "train_data_path" not in given:
+        yield check.problem(
+            f"valid_data_path goes with train_data_path, not with {given[0]}", "valid_data_path", given[0],
+            fix="--train-data-path, or drop --valid-data-path and let --split cut the validation off",
+        )
+
+
+def blends_can_be_read(check: Check) -> Iterator[Problem]:
+    for name in ("data_path", "train_data_path", "valid_data_path"):
+        if name in check.bad:
+            continue
+        items = check.take(name)
+        complaint = _blend_complaint(items)
+        if complaint:
+            yield check.problem(f"{name}: {complaint}: {' '.join(items)}", name, fix="a weight for each prefix (0.7 en 0.3 zh), or for none")
+            continue
+        for prefix in _prefixes(items):
+            yield from _missing_files(check, name, prefix)
+
+
+def _blend_complaint(items: tuple[str, ...]) -> Optional[str]:
+    """Megatron's rule: weights and prefixes in turn, or prefixes alone."""
+    numbers = [_number(item) for item in items]
+    if all(number is None for number in numbers):
+        return None
+    if len(items) % 2 or any(n is None for n in numbers[0::2]) or any(n is not None for n in numbers[1::2]):
+        return "weights and prefixes do not come in turn"
+    if any(not 0 < n < math.inf for n in numbers[0::2]):
+        return "a weight is not a positive number"
+    return None
+
+
+def _prefixes(items: tuple[str, ...]) -> tuple[str, ...]:
+    return items[1::2] if items and _number(items[0]) is not None else items
+
+
+def _number(text: str) -> Optional[float]:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _missing_files(check: Check, name: str, prefix: str) -> Iterator[Problem]:
+    if prefix.endswith(RAW_TEXT) and os.path.exists(prefix):
+        yield check.problem(
+            f"{prefix} is raw text, training reads indexed datasets", name,
+            fix=f"python tools/preprocess_data.py --input {prefix} --output-prefix PREFIX ..., and name PREFIX_text_document",
+        )
+        return
+    base = re.sub(r"\.(bin|idx)$", "", prefix)
+    missing = [base + suffix for suffix in (".bin", ".idx") if not os.path.isfile(base + suffix)]
+    if missing:
+        folder = os.path.dirname(base) or "."
+        if not os.path.isdir(folder):
+            fix = f"there is no folder {folder}; correct the path"
+        elif os.path.isfile(f"{base}_text_document.idx"):
+            fix = f"{base}_text_document is there; name it"
+        else:
+            fix = "correct the prefix (no suffix), or make the dataset with tools/preprocess_data.py"
+        yield check.problem(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", name, fix=fix)
+
+
+def data_json_is_there(check: Check) -> Iterator[Problem]:
+    path = check.take("data_json")
+    if path is not None and not os.path.isfile(path):
+        yield check.problem(f"data_json {path} is not a file", "data_json", fix='a file such as {"corpus_text_document": 1.0}')
+
+
+def split_can_be_read(check: Check) -> Iterator[Problem]:
+    split = check.take("split")
+    numbers = [_number(part) for part in re.split(r"[,\s]+", split.strip()) if part]
+    good = 1 <= len(numbers) <= 3 and all(n is not None and 0 <= n < math.inf for n in numbers)
+    if not good or sum(numbers) <= 0:
+        yield check.one(f"split={split!r} is not one to three shares with a positive sum", "split", fix="--split 969,30,1")
+    elif numbers[0] == 0:
+        yield check.one(f"split={split!r} leaves nothing to train on", "split", fix="--split 969,30,1")
+
+
+def evaluation_has_data(check: Check) -> Iterator[Problem]:
+    interval, mock, train, valid, split = check.take("eval_interval", "mock_data", "train_data_path", "valid_data_path", "split")
+    if interval is None or mock:
+        return
+    if train and not valid:
+        yield check.problem(
+            "eval_interval is given, but train_data_path comes without valid_data_path", "eval_interval", "train_data_path",
+            fix="--valid-data-path, or drop --eval-interval",
+        )
+    shares = [_number(part) for part in re.split(r"[,\s]+", split.strip()) if part]
+    if not train and not valid and (len(shares) < 2 or not shares[1]):
+        yield check.problem(
+            f"eval_interval={interval} needs validation data, and split={split!r} leaves none", "eval_interval", "split",
+            fix="--split 969,30,1, or drop --eval-interval",
+        )
+
+
+def tokenizer_is_there(check: Check) -> Iterator[Problem]:
+    model, kind = check.take("tokenizer_model", "tokenizer_type")
+    if model is not None and not os.path.exists(model):
+        yield check.problem(
+            f"tokenizer_model {model} is not there", "tokenizer_model", fix="the path of a local file or folder (nothing is downloaded)"
+        )
+    elif model is None and kind not in (None, "NullTokenizer"):
+        yield check.problem(f"tokenizer_type={kind} needs tokenizer_model", "tokenizer_type", fix=f"{fields_by_name()['tokenizer_model'].flag} PATH")
+
+
+def end_of_document_is_known(check: Check) -> Iterator[Problem]:
+    model, kind, mask, reset, mock = check.take("tokenizer_model", "tokenizer_type", "eod_mask_loss", "reset_position_ids", "mock_data")
+    for name, on in (("eod_mask_loss", mask), ("reset_position_ids", reset)):
+        if on and model is None and kind != "NullTokenizer":
+            yield check.problem(
+                f"{name} needs the end-of-document token, which only a tokenizer tells", name, fix="--tokenizer-model PATH"
+            )
+
+
+RULES: tuple[Rule, ...] = (
+    one_source,
+    blends_can_be_read,
+    data_json_is_there,
+    split_can_be_read,
+    evaluation_has_data,
+    tokenizer_is_there,
+    end_of_document_is_known,
+)

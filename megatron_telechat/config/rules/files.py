@@ -1,0 +1,53 @@
+"""Rules of the folders a run reads and writes, and of what it reports."""
+
+from __future__ import annotations
+
+import os
+from typing import Iterator
+
+from megatron_telechat.config.origins import Check, Rule
+from megatron_telechat.errors import Problem
+
+
+def folders_are_folders(check: Check) -> Iterator[Problem]:
+    for name in ("run_dir", "save", "load", "data_cache_path"):
+        path = check.take(name)
+        if not path or not check.said(name):
+            continue
+        blocking = path
+        while blocking and not os.path.lexists(blocking):
+            blocking = os.path.dirname(blocking)
+        if blocking and not os.path.isdir(blocking):
+            what = f"{name} {path} is a file" if blocking == path else f"{name} {path} cannot be made: {blocking} is a file"
+            yield check.one(what, name, fix="the path of a folder")
+
+
+def checkpoint_to_resume_from(check: Check) -> Iterator[Problem]:
+    """The folder of save may not be there yet (a first start with the command of all later ones); another one must be."""
+    load, save, step = check.take("load", "save", "load_step")
+    there = load is not None and os.path.isdir(load)
+    same = save is not None and load is not None and os.path.abspath(load) == os.path.abspath(save)
+    if load is not None and not there and not same:
+        yield check.problem(f"load {load} is not a folder", "load", fix="the folder of the checkpoints, or drop --load to start afresh")
+    elif step is not None and not there:
+        yield check.problem(
+            f"load_step={step}, but there is no checkpoint folder {load}", "load_step", "load", fix="--load FOLDER, or drop --load-step"
+        )
+
+
+def pretrained_weights_are_there(check: Check) -> Iterator[Problem]:
+    path = check.take("pretrained_checkpoint")
+    if path is not None and not os.path.isdir(path):
+        yield check.problem(
+            f"pretrained_checkpoint {path} is not a folder", "pretrained_checkpoint",
+            fix="a checkpoint made by a run or by tools/convert_checkpoint.py import",
+        )
+
+
+def wandb_name_needs_project(check: Check) -> Iterator[Problem]:
+    project, name = check.take("wandb_project", "wandb_exp_name")
+    if name is not None and project is None:
+        yield check.problem("wandb_exp_name without wandb_project logs nowhere", "wandb_exp_name", fix="--wandb-project NAME")
+
+
+RULES: tuple[Rule, ...] = (folders_are_folders, checkpoint_to_resume_from, pretrained_weights_are_there, wandb_name_needs_project)

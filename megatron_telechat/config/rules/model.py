@@ -1,0 +1,150 @@
+"""Rules of the architecture."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+from megatron_telechat.config.fields import fields_by_name, values_of
+from megatron_telechat.config.origins import Check, Rule, flag
+from megatron_telechat.errors import Problem
+
+
+def heads_divide_hidden(check: Check) -> Iterator[Problem]:
+    hidden, heads = check.take("hidden_size", "num_attention_heads")
+    check.take("kv_channels")
+    if hidden % heads and not check.said("kv_channels"):
+        yield check.problem(
+            f"hidden_size={hidden} does not divide by num_attention_heads={heads}",
+            "hidden_size",
+            "num_attention_heads",
+            fix="a number of heads that divides the width, or --kv-channels for the width of a head",
+        )
+
+
+def groups_divide_heads(check: Check) -> Iterator[Problem]:
+    heads, groups = check.take("num_attention_heads", "num_query_groups")
+    if groups is not None and heads % groups:
+        yield check.problem(
+            f"num_query_groups={groups} does not divide num_attention_heads={heads}",
+            "num_query_groups",
+            "num_attention_heads",
+            fix=flag("num_query_groups", nearest_divisor(heads, groups)),
+        )
+
+
+def head_dim_is_even(check: Check) -> Iterator[Problem]:
+    head = check.take("kv_channels")
+    if head is not None and head % 2:
+        yield check.problem(
+            f"a head {head} wide cannot be rotated: the rotary embedding pairs its channels",
+            "kv_channels",
+            fix=flag("kv_channels", head + 1),
+        )
+
+
+def dense_ffn_given(check: Check) -> Iterator[Problem]:
+    width, experts, freq = check.take("ffn_hidden_size", "num_experts", "moe_layer_freq")
+    if width == 0 and (experts is None or freq > 1):
+        yield check.problem("ffn_hidden_size is not given, and the model has dense layers", "ffn_hidden_size", fix="--ffn-hidden-size N")
+
+
+def expert_ffn_given(check: Check) -> Iterator[Problem]:
+    width, experts = check.take("moe_ffn_hidden_size", "num_experts")
+    check.take("ffn_hidden_size")
+    if experts is not None and not width:
+        yield check.problem("moe_ffn_hidden_size is not given, and the model has experts", "moe_ffn_hidden_size", fix="--moe-ffn-hidden-size N")
+
+
+def topk_within_experts(check: Check) -> Iterator[Problem]:
+    topk, experts = check.take("moe_router_topk", "num_experts")
+    if experts is not None and topk > experts:
+        yield check.problem(
+            f"moe_router_topk={topk} is more than num_experts={experts}",
+            "moe_router_topk",
+            "num_experts",
+            fix=f"{flag('moe_router_topk', experts)} at most",
+        )
+
+
+def freq_within_layers(check: Check) -> Iterator[Problem]:
+    freq, layers, experts = check.take("moe_layer_freq", "num_layers", "num_experts")
+    if experts is not None and freq > layers:
+        yield check.problem(
+            f"moe_layer_freq={freq} is more than num_layers={layers}: only the first layer would have experts",
+            "moe_layer_freq",
+            "num_layers",
+            fix=flag("moe_layer_freq", 1),
+        )
+
+
+def experts_for_expert_flags(check: Check) -> Iterator[Problem]:
+    """A forgotten --num-experts would silently train a dense model."""
+    if check.take("num_experts") is not None:
+        return
+    values = values_of(check.run)
+    for name in _NEED_EXPERTS:
+        default = fields_by_name()[name].default
+        if name not in check.bad and check.said_by_person(name) and values[name] not in (default, None, 1):
+            yield check.problem(
+                f"{name}={values[name]} without num_experts: the model is dense",
+                name,
+                fix=f"--num-experts N, or drop {fields_by_name()[name].flag}",
+            )
+
+
+_NEED_EXPERTS = (
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+    "moe_layer_freq",
+    "moe_shared_expert_intermediate_size",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "expert_model_parallel_size",
+)
+
+
+def rotary_base_goes_with_training(check: Check) -> Iterator[Problem]:
+    training, base = check.take("rotary_training_seqlen", "rotary_base_seqlen")
+    if base is not None and training is None:
+        yield check.problem(
+            f"rotary_base_seqlen={base} without rotary_training_seqlen has no effect",
+            "rotary_base_seqlen",
+            fix=f"{flag('rotary_training_seqlen', base)}, or drop --rotary-base-seqlen",
+        )
+
+
+def mixtral_is_mixtral(check: Check) -> Iterator[Problem]:
+    """Mixtral has no biases and no NTK-aware scaling; the schema's defaults are TeleChat2's."""
+    if check.take("architecture") != "mixtral":
+        return
+    if check.take("num_experts") is None:
+        yield check.problem("architecture=mixtral without num_experts", "architecture", fix="--num-experts 8, or --preset mixtral-8x7b")
+    for name in ("attention_output_bias", "mlp_output_bias"):
+        if check.take(name):
+            yield check.problem(f"{name} is on, but architecture=mixtral has no biases", name, "architecture", fix=flag(name, False))
+    if check.take("rotary_training_seqlen") is not None:
+        yield check.problem(
+            "rotary_training_seqlen is given, but architecture=mixtral has no NTK-aware scaling",
+            "rotary_training_seqlen",
+            "architecture",
+            fix="--rotary-training-seqlen none",
+        )
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of ``number`` closest to ``wanted``."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted)) if number < 10**6 else 1
+
+
+RULES: tuple[Rule, ...] = (
+    heads_divide_hidden,
+    groups_divide_heads,
+    head_dim_is_even,
+    dense_ffn_given,
+    expert_ffn_given,
+    topk_within_experts,
+    freq_within_layers,
+    experts_for_expert_flags,
+    rotary_base_goes_with_training,
+    mixtral_is_mixtral,
+)

@@ -1,0 +1,89 @@
+"""Rules of the pipeline: stages, chunks, layouts."""
+
+from __future__ import annotations
+
+from typing import Iterator, Optional
+
+from megatron_telechat.config.layout import PipelineLayout, default_layout
+from megatron_telechat.config.origins import Check, Rule, flag
+from megatron_telechat.errors import ConfigError, Problem
+
+PP = "pipeline_model_parallel_size"
+CHUNKS = "num_virtual_stages_per_pipeline_rank"
+LAYOUT = "pipeline_model_parallel_layout"
+PLANNER = "(tools/plan_pipeline.py prints the best one)"
+
+
+def chunks_need_a_pipeline(check: Check) -> Iterator[Problem]:
+    stages, chunks = check.take(PP, CHUNKS)
+    if stages == 1 and chunks > 1:
+        yield check.problem(
+            f"{CHUNKS}={chunks} interleaves chunks of a pipeline, but {PP}=1",
+            CHUNKS,
+            PP,
+            fix=f"{flag(PP, 2)} or more, or {flag(CHUNKS, 1)}",
+        )
+        check.bad.add(CHUNKS)
+
+
+def layers_split(check: Check) -> Iterator[Problem]:
+    """30 layers on 4 stages built 28 elsewhere, without a word."""
+    layers, stages, chunks, layout = check.take("num_layers", PP, CHUNKS, LAYOUT)
+    if layout is not None or layers % (stages * chunks) == 0:
+        return
+    named = f"{PP}={stages}" + (f" x {CHUNKS}={chunks}" if chunks > 1 else "")
+    names = ("num_layers", PP, CHUNKS) if chunks > 1 else ("num_layers", PP)
+    works = working_layout(layers, stages, chunks)
+    if works is None:
+        fix = f"at most {layers + 2} stages: an empty one would deadlock"
+    else:
+        fix = f"{flag(LAYOUT, works)}  {PLANNER}"
+    yield check.problem(f"num_layers={layers} does not split over {named}", *names, fix=fix)
+    check.bad.add(LAYOUT)
+
+
+def layout_fits(check: Check) -> Iterator[Problem]:
+    layers, stages, chunks, text = check.take("num_layers", PP, CHUNKS, LAYOUT)
+    if text is None:
+        return
+    works = working_layout(layers, stages, chunks)
+    fix = f"{flag(LAYOUT, works)}  {PLANNER}" if works else ""
+    try:
+        complaints = PipelineLayout.parse(text, stages).problems(layers, chunks)
+    except ConfigError as error:
+        yield check.problem(error.problems[0].what, LAYOUT, fix=fix or error.problems[0].fix)
+        check.bad.add(LAYOUT)
+        return
+    for complaint in complaints:
+        yield check.problem(complaint, LAYOUT, PP, *([CHUNKS] if "stages, not" in complaint else ["num_layers"]), fix=fix)
+    if complaints:
+        check.bad.add(LAYOUT)
+
+
+def working_layout(layers: int, stages: int, chunks: int) -> Optional[PipelineLayout]:
+    """A layout to propose, or None where no layout can work."""
+    if stages * chunks > 4096:
+        return None
+    try:
+        return default_layout(layers, stages, chunks)
+    except ConfigError:
+        return None
+
+
+def interleaving_over_two_ranks_overlaps(check: Check) -> Iterator[Problem]:
+    stages, chunks, overlap = check.take(PP, CHUNKS, "overlap_p2p_communication")
+    if stages == 2 and chunks > 1 and overlap is False:
+        yield check.problem(
+            "the interleaved schedule over 2 pipeline ranks deadlocks without overlap_p2p_communication",
+            "overlap_p2p_communication",
+            PP,
+            fix=flag("overlap_p2p_communication", True),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    chunks_need_a_pipeline,
+    layers_split,
+    layout_fits,
+    interleaving_over_two_ranks_overlaps,
+)
