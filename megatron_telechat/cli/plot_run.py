@@ -1,0 +1,147 @@
+"""Pictures of runs: loss, gradient norm, throughput, expert load, out of metrics.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any, Callable, Optional, Sequence
+
+from megatron_telechat.cli.metrics_file import Metrics, read_metrics
+from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError, UserError
+
+COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2")
+INK, GRID = "#334155", "#e2e8f0"
+SMOOTHED_FROM = 40
+"""Points from which on a running mean is drawn over the raw curve."""
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("drawing needs matplotlib, which is not installed", fix='pip install -e ".[plot]"') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of each value and its `reach` neighbours on both sides; values that are not finite are left out."""
+    means = []
+    for middle in range(len(values)):
+        seen = [value for value in values[max(0, middle - reach) : middle + reach + 1] if math.isfinite(value)]
+        means.append(sum(seen) / len(seen) if seen else math.nan)
+    return means
+
+
+def _curve(axes: Any, steps: list[int], values: list[float], color: str, label: Optional[str], smooth: bool = True) -> None:
+    if smooth and len(values) >= SMOOTHED_FROM:
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
+        values = running_mean(values, max(len(values) // 60, 2))
+    axes.plot(steps, values, color=color, linewidth=1.6, label=label)
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8.5, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GRID)
+    axes.margins(x=0.02)
+
+
+def _draw_loss(axes: Any, runs: Sequence[Metrics]) -> None:
+    several = len(runs) > 1
+    for run, color in zip(runs, _colors(runs)):
+        _curve(axes, *run.series("loss"), color, run.name if several else "train")
+        steps, values = run.series("valid_loss", "valid")
+        if steps:
+            axes.plot(steps, values, color=color if several else COLORS[1], linestyle="--", linewidth=1.2, marker="o",
+                      markersize=3.5, label=None if several else "validation")  # fmt: skip
+        for number, step in enumerate(run.resumes):
+            label = "resumed" if number == 0 and not several else None
+            axes.axvline(step, color=color if several else INK, linestyle=":", linewidth=1.2, alpha=0.8, label=label)
+    _style(axes, "Loss")
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+
+
+def _draw_key(key: str, title: str, scale: float = 1.0, smooth: bool = True, floor: Optional[float] = None) -> Callable:
+    def draw(axes: Any, runs: Sequence[Metrics]) -> None:
+        for run, color in zip(runs, _colors(runs)):
+            steps, values = run.series(key)
+            _curve(axes, steps, [value * scale for value in values], color, None, smooth)
+        _style(axes, title)
+        if floor is not None:
+            axes.set_ylim(bottom=floor)
+
+    return draw
+
+
+def _draw_throughput(axes: Any, runs: Sequence[Metrics]) -> None:
+    largest = max((max(values) for _, values in (run.series("tokens_per_s") for run in runs) if values), default=0.0)
+    scale, unit = (1e-3, "thousand tokens / s") if largest >= 5000 else (1.0, "tokens / s")
+    _draw_key("tokens_per_s", f"Throughput, {unit}", scale, floor=0)(axes, runs)
+    utilised = [value for run in runs for value in run.series("mfu")[1] if math.isfinite(value)]
+    if len(runs) == 1 and utilised:
+        middle = sorted(utilised)[len(utilised) // 2]
+        axes.text(0.98, 0.06, f"median MFU {middle:.1%}", transform=axes.transAxes, ha="right", fontsize=8.5, color=INK)
+
+
+def _colors(runs: Sequence[Metrics]) -> list[str]:
+    return [COLORS[number % len(COLORS)] for number in range(len(runs))]
+
+
+def plot_runs(runs: Sequence[Metrics], output: Path) -> None:
+    """Draw the runs over each other: loss, gradient norm, throughput, and expert load (learning rate for dense models).
+
+    Raises:
+        ConfigError: matplotlib is missing, or the suffix is no picture format.
+        ResourceError: the picture cannot be written.
+    """
+    pyplot = _pyplot()
+    has_experts = any(run.series("expert_load_max_over_mean")[0] for run in runs)
+    last = (
+        _draw_key("expert_load_max_over_mean", "Expert load, busiest over mean (1 is balanced)")
+        if has_experts
+        else _draw_key("lr", "Learning rate", smooth=False, floor=0)
+    )
+    panels = (_draw_loss, _draw_key("grad_norm", "Gradient norm", floor=0), _draw_throughput, last)
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 6.6), layout="constrained")
+    try:
+        for draw, axes in zip(panels, grid.flat):
+            draw(axes, runs)
+        for axes in grid[1]:
+            axes.set_xlabel("step", fontsize=9, color=INK)
+        figure.suptitle(", ".join(run.name for run in runs), fontsize=12, fontweight="bold", color=INK, x=0.01, ha="left")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=150, facecolor="white")
+    except OSError as error:
+        raise ResourceError(f"cannot write {output}: {error.strerror}", "--output", "name a folder you may write to") from error
+    except ValueError as error:
+        raise ConfigError(f"cannot draw to {output}: {error}", "--output", "a name that ends in .png, .svg or .pdf") from error
+    finally:
+        pyplot.close(figure)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Draw the named runs; the exit code of the error where one stands in the way."""
+    parser = argparse.ArgumentParser(
+        prog="plot_run.py", description="Draw loss, gradient norm, throughput and expert load of runs.", allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run folder, or its metrics.jsonl")
+    parser.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: metrics.png in the first run)")
+    arguments = parser.parse_args(argv)
+    first = arguments.runs[0]
+    output = arguments.output or (first if first.is_dir() else first.parent) / "metrics.png"
+    try:
+        plot_runs([read_metrics(run) for run in arguments.runs], output)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(output)
+    return EXIT_OK

@@ -1,0 +1,102 @@
+"""The doctor answers quickly, tells apart what only looks right, and says how to mend it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_telechat.cli.doctor import PACKAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def doctor(*arguments: str, python: tuple[str, ...] = (), path: Path | None = None, **env: str):
+    environment = {**os.environ, **env}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, *python, str(ROOT / "tools" / "doctor.py"), *arguments],
+        capture_output=True, text=True, env=environment, cwd=ROOT,
+    )  # fmt: skip
+
+
+def row(text: str, name: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(name + " "))
+
+
+def test_here_everything_required_is_there():
+    started = time.perf_counter()
+    done = doctor()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.perf_counter() - started < 3
+    for name in ("Python", "torch", "megatron-core", "gloo", "NCCL", "NPU, HCCL", "NVIDIA apex", "free disk"):
+        assert row(done.stdout, name)
+    assert done.stdout.rstrip().endswith("ready to train")
+
+
+def test_a_bare_python_gets_the_lines_that_mend_it():
+    done = doctor(python=("-S",))
+    assert done.returncode == 2
+    assert done.stderr == ""
+    assert 'torch: pip install "torch>=2.10"' in done.stdout
+    assert 'megatron-core: pip install "megatron-core==0.16.1"' in done.stdout
+    assert "bash launch/setup_env.sh" in done.stdout
+    assert "not ready: torch" in done.stdout
+
+
+def distribution(folder: Path, name: str, version: str) -> None:
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_an_old_version_is_not_enough(tmp_path):
+    distribution(tmp_path, "torch", "2.4.1")
+    distribution(tmp_path, "megatron_core", "0.17.0")
+    done = doctor(path=tmp_path)
+    assert done.returncode == 2
+    assert "2.4.1, needs >=2.10" in row(done.stdout, "torch")
+    assert "0.17.0, needs ==0.16.1" in row(done.stdout, "megatron-core")
+
+
+def test_the_apex_of_pypi_is_not_nvidias(tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    done = doctor(path=tmp_path)
+    assert done.returncode == 0
+    assert "another project" in row(done.stdout, "NVIDIA apex")
+    assert "pip uninstall -y apex" in done.stdout
+
+
+def test_transformer_engine_without_its_torch_part_would_break_megatron(tmp_path):
+    distribution(tmp_path, "transformer_engine", "2.4.0")
+    done = doctor(path=tmp_path)
+    assert done.returncode == 2
+    assert "importing megatron-core fails" in row(done.stdout, "transformer-engine")
+    assert "pip uninstall -y transformer-engine" in done.stdout
+
+
+def test_a_gpu_with_a_cpu_build_of_torch_is_told(tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (tmp_path / "torch" / "version.py").write_text("cuda: Optional[str] = None\n")
+    done = doctor(path=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "H100" in row(done.stdout, "CUDA") and "CPU build" in row(done.stdout, "CUDA")
+    assert "download.pytorch.org" in done.stdout
+    (tmp_path / "torch" / "version.py").write_text("cuda: Optional[str] = '12.8'\n")
+    done = doctor(path=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "torch for CUDA 12.8" in row(done.stdout, "CUDA")
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.distribution)
+def test_versions_are_those_of_setup(package):
+    setup = (ROOT / "setup.py").read_text()
+    assert re.search(rf'"{re.escape(package.distribution + package.needs)}"', setup), package
