@@ -87,7 +87,7 @@ def plan_dispatch(routing: Routing, groups: ExpertGroups) -> DispatchPlan:
     if ep_size * etp_size == 1:
         return DispatchPlan(row_tokens, token_rows, routing.tokens_per_expert, (), (), (), None, None)
 
-    gathered = routing.tokens_per_expert.new_empty((ep_size * etp_size, num_experts))
+    gathered = routing.tokens_per_expert.new_empty(ep_size * etp_size * num_experts)
     dist.all_gather_into_tensor(gathered, routing.tokens_per_expert, group=groups.all)
     local = num_experts // ep_size
     # [EP source, ETP source, EP destination, local expert]
