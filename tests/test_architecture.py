@@ -1,0 +1,162 @@
+"""The arrows of docs/architecture.md: who may import whom, read from the source of every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "megatron_telechat"
+
+MAY_IMPORT = {
+    "errors": (),
+    "config": ("errors",),
+    "costs": ("config",),
+    "planner": ("costs", "config"),
+    "backend": ("errors",),
+    "parallel": ("backend", "config"),
+    "moe": ("parallel", "backend"),
+    "model": ("moe", "parallel", "config", "costs"),
+    "data": ("config", "parallel"),
+    "checkpoint": ("model", "parallel", "data"),
+    "training": ("checkpoint", "data", "model", "planner"),
+    "cli": ("training", "planner"),
+}
+"""What a room imports; what those import in turn is allowed too."""
+
+WITHOUT_TORCH = ("errors", "config", "costs", "planner")
+HEAVY = {"torch", "megatron", "transformer_engine", "torch_npu", "apex", "transformers", "safetensors", "matplotlib"}
+OPTIONAL = {"transformer_engine", "transformer_engine_torch", "apex", "amp_C", "wandb", "matplotlib", "torch_npu", "tensorboard",
+            "tiktoken", "transformers"}  # fmt: skip
+
+
+class Imported(NamedTuple):
+    name: str
+    line: int
+    at_top: bool
+    """Runs when the module is imported: outside functions and `if TYPE_CHECKING`."""
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> Iterator[Imported]:
+    """Every import of a file by full dotted name, relative ones resolved; `from a import b` gives a.b."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+
+    def walk(node: ast.AST, at_top: bool) -> Iterator[Imported]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Imported(alias.name, child.lineno, at_top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else []
+                module = ".".join([*base, *([child.module] if child.module else [])])
+                yield from (Imported(f"{module}.{alias.name}", child.lineno, at_top) for alias in child.names)
+            else:
+                function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+                checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+                yield from walk(child, at_top and not function and not checking)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def room_of(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 and parts[1] in MAY_IMPORT else None
+
+
+def allowed(room: str) -> set[str]:
+    reached = {room}
+    for other in MAY_IMPORT[room]:
+        reached |= allowed(other)
+    return reached
+
+
+def at(path: Path, found: Imported) -> str:
+    return f"{path.relative_to(ROOT)}:{found.line} imports {found.name}"
+
+
+def test_every_file_is_in_a_room():
+    known = {PACKAGE, *(f"{PACKAGE}.{room}" for room in MAY_IMPORT)}
+    strays = [name for name in map(module_name, sources(PACKAGE)) if ".".join(name.split(".")[:2]) not in known]
+    assert strays == []
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_go_one_way(room):
+    wrong = [
+        at(path, found)
+        for path in sources(PACKAGE)
+        if room_of(module_name(path)) == room
+        for found in imports_of(path)
+        if room_of(found.name) not in allowed(room) | {None}
+    ]
+    assert wrong == []
+
+
+def test_rooms_without_torch_never_name_it():
+    wrong = [
+        at(path, found)
+        for path in sources(PACKAGE)
+        if room_of(module_name(path)) in WITHOUT_TORCH or module_name(path) == f"{PACKAGE}.parallel.topology"
+        for found in imports_of(path)
+        if found.name.split(".")[0] in HEAVY
+    ]
+    assert wrong == []
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    wrong = [
+        at(path, found)
+        for path in sources(PACKAGE, "tools", "pretrain")
+        for found in imports_of(path)
+        if found.at_top and (found.name.split(".")[0] in OPTIONAL or found.name.startswith("torch.utils.tensorboard"))
+    ]
+    assert wrong == []
+
+
+def test_parallel_state_is_read_in_one_file():
+    readers = set()
+    for path in sources(PACKAGE, "tools", "pretrain"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        reads = any("parallel_state" in found.name.split(".") for found in imports_of(path))
+        reads |= any(isinstance(node, ast.Attribute) and node.attr == "parallel_state" for node in ast.walk(tree))
+        if reads:
+            readers.add(str(path.relative_to(ROOT)))
+    assert readers <= {f"{PACKAGE}/parallel/state.py"}
+
+
+def test_doors_are_thin():
+    doors = [*(ROOT / "pretrain").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    assert doors
+    for door in doors:
+        assert len(door.read_text(encoding="utf-8").splitlines()) <= 30, door
+        ours = {found.name for found in imports_of(door) if found.name.split(".")[0] == PACKAGE}
+        assert all(room_of(name) in ("cli", "errors") for name in ours), (door, ours)
+        others = {found.name.split(".")[0] for found in imports_of(door)} - {PACKAGE, "__future__"}
+        assert others <= sys.stdlib_module_names, (door, others)
+
+
+def test_light_rooms_leave_torch_alone():
+    light = [
+        name
+        for name in map(module_name, sources(PACKAGE))
+        if room_of(name) in WITHOUT_TORCH or name in (f"{PACKAGE}.parallel.topology", f"{PACKAGE}.cli.dry_run", f"{PACKAGE}.cli.doctor")
+    ]
+    assert len(light) > 15
+    code = "import importlib, sys\n" + "".join(f"importlib.import_module({name!r})\n" for name in light)
+    code += "print(*sorted({'torch', 'megatron.core', 'matplotlib', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
