@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from megatron_telechat.backend.base import Backend, DeviceMemory
@@ -38,6 +39,9 @@ class CudaBackend(Backend):
                 "torchrun --nproc-per-node",
                 f"start at most {count} rank(s) on this node, or use --device cpu",
             )
+        # Sequence parallelism overlaps its collectives with the GEMMs only where kernels are
+        # queued in the order they were issued; read when the CUDA context is made, so before it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(self.local_rank)
 
     def synchronize(self) -> None:

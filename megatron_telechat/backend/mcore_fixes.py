@@ -77,10 +77,6 @@ def _current_device(patch: CorePatch, device: Any) -> None:
     patch.cuda["current_device"] = lambda: device
 
 
-def _no_cuda(patch: CorePatch, device: Any) -> None:
-    patch.cuda.update(is_available=lambda: False, device_count=lambda: 0)
-
-
 def _synchronize(patch: CorePatch, device: Any) -> None:
     patch.cuda["synchronize"] = lambda *_, **__: None
 
@@ -115,10 +111,12 @@ def _seed(patch: CorePatch, device: Any) -> None:
 def _rng_restore(patch: CorePatch, device: Any) -> None:
     import torch
 
-    def set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
-        torch.set_rng_state(new_state)
+    def set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
+        if device.type == "cpu":
+            torch.set_rng_state(new_state)
+        else:
+            getattr(torch, device.type).set_rng_state(new_state, device)
 
-    patch.cuda["set_rng_state"] = set_rng_state
     patch.after_import(
         "megatron.core.tensor_parallel.random",
         lambda module: rebind(module, "_set_cuda_rng_state", set_rng_state),
@@ -239,17 +237,33 @@ def _router_gemm(patch: CorePatch, device: Any) -> None:
     )
 
 
-def _quiet_import(patch: CorePatch, device: Any) -> None:
-    # Only these two sentences: every other warning of megatron-core still reaches the user.
-    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed. Falling back"):
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+QUIET = (
+    # Optional packages, said by five modules at import; the console line at the start names what is used.
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed. Falling back",
+    # About the default of a field that nobody set, at every TransformerConfig.
+    "full scope is deprecated",
+    # At every expert layer where the tensor domain is folded into the expert domain: it is meant.
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+    # The optimizers look at .grad of their fp32 shards, which are views: None is the right answer.
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    # Names of collectives that the pinned release uses and newer torch renames.
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+)
+QUIET_OFF_CUDA = ("When using sequence parallelism it is recommended to set the environment variable CUDA",)
+
+
+def _quiet(patch: CorePatch, device: Any) -> None:
+    for message in QUIET if device.type == "cuda" else QUIET + QUIET_OFF_CUDA:
+        warnings.filterwarnings("ignore", message=message, category=Warning)
 
 
 CPU = ("cpu",)
 NOT_CUDA = ("cpu", "npu")
 
 FIXES: tuple[Fix, ...] = (
-    Fix("quiet_import", "every rank prints five warnings about packages that are optional here", "always", _quiet_import),
+    Fix("quiet", "every rank prints warnings about optional packages and about defaults nobody set", "always", _quiet),
     Fix(
         "router_gemm",
         "the fp32 router reads te_general_gemm, a name that is undefined without Transformer Engine: NameError",
@@ -258,13 +272,17 @@ FIXES: tuple[Fix, ...] = (
     ),
     Fix("hide_gpu_packages", "Transformer Engine and apex, where installed, are used on CPU tensors", CPU, _hide_gpu_packages),
     Fix("eager_jit", "torch.compile starts a C++ compiler for tiny functions on every rank", NOT_CUDA, _eager_jit),
-    Fix("no_cuda", "on a machine with CUDA a CPU run would touch its GPUs", CPU, _no_cuda),
     Fix("current_device", "torch.cuda.current_device is where tensors are made, at about 60 places", CPU, _current_device),
     Fix("synchronize", "torch.cuda.synchronize raises without CUDA (timers, batched pipeline sends)", CPU, _synchronize),
     Fix("streams", "the MoE dispatcher, shared experts and DDP make streams and events", CPU, _streams),
     Fix("rng_state", "torch.cuda.get_rng_state raises without CUDA (RNG tracker, recompute)", CPU, _rng_state),
-    Fix("seed", "torch.cuda.manual_seed waits for a CUDA that never comes: dropout is silently unseeded", CPU, _seed),
-    Fix("rng_restore", "the restored RNG state is queued for ever: recompute silently draws another dropout", CPU, _rng_restore),
+    Fix("seed", "torch.cuda.manual_seed is queued likewise: dropout is silently unseeded", CPU, _seed),
+    Fix(
+        "rng_restore",
+        "the restored RNG state is queued for a CUDA that never comes: recompute silently draws another dropout",
+        NOT_CUDA,
+        _rng_restore,
+    ),
     Fix("rng_warning", "tracker and CPU generator are one here, so that a warning is printed at every dropout", CPU, _rng_warning),
     Fix("factories", "device='cuda' and pin_memory literals in tensor factories", CPU, _factories),
     Fix("tensor_type", "the optimizers compare Tensor.type() with torch.cuda.* names and refuse others", NOT_CUDA, _tensor_type),

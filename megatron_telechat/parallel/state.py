@@ -69,7 +69,7 @@ def initialize(run: RunConfig, backend: Backend) -> ParallelState:
     """Join the ranks and build the process groups of the layout; a collective over all ranks.
 
     Ranks come from torchrun's environment; without it this is one process of its own. The default
-    group of an earlier call is used again. Seeds every generator (see `rank_seed`).
+    group of an earlier call is used again. Seeds every generator.
 
     Raises:
         ConfigError: the environment does not fit the configuration, or the ranks do not hold the same one.
@@ -90,7 +90,7 @@ def initialize(run: RunConfig, backend: Backend) -> ParallelState:
             "check that every node was started with the same --rdzv-endpoint and that its port is open",
         ) from error
     state = _read_state(run.parallel)
-    _seed(run, state, backend)
+    seed_generators(run.training.seed, state, backend)
     return state
 
 
@@ -108,22 +108,6 @@ def destroy(keep_world: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def expert_sizes(parallel: ParallelConfig) -> tuple[int, int]:
-    """(EP, ETP) with the defaults filled in.
-
-    Folding the tensor domain into the expert domain means ETP 1 and EP a multiple of TP.
-    """
-    folded = parallel.fold_tensor_into_experts
-    tp = parallel.tensor_model_parallel_size
-    ep = parallel.expert_model_parallel_size
-    etp = parallel.expert_tensor_parallel_size
-    if ep is None:
-        ep = tp if folded else 1
-    if etp is None:
-        etp = 1 if folded else tp
-    return ep, etp
-
-
 def rank_seed(seed: int, pp_rank: int, dp_rank: int, cp_rank: int) -> int:
     """Seed of the ranks of one tensor-parallel group, in [0, 2^31).
 
@@ -133,6 +117,15 @@ def rank_seed(seed: int, pp_rank: int, dp_rank: int, cp_rank: int) -> int:
     """
     text = f"{seed}/{pp_rank}/{dp_rank}/{cp_rank}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def seed_generators(seed: int, state: ParallelState, backend: Backend) -> None:
+    """Seed every generator of this rank, and the RNG tracker of megatron-core, from the seed of the run."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    mine = rank_seed(seed, state.pp_rank, state.dp_rank, state.cp_rank)
+    backend.seed(mine)
+    model_parallel_cuda_manual_seed(mine, tp_rank=state.tp_rank, ep_rank=state.ep_rank, etp_rank=state.etp_rank)
 
 
 def _join(parallel: ParallelConfig, backend: Backend, timeout: timedelta) -> None:
@@ -164,7 +157,7 @@ def _build_groups(parallel: ParallelConfig, backend: Backend, timeout: timedelta
 
     if mpu.model_parallel_is_initialized():
         raise RuntimeError("parallel.initialize was called twice without parallel.destroy")
-    ep, etp = expert_sizes(parallel)
+    ep, etp = parallel.expert_sizes
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     try:
         mpu.initialize_model_parallel(
@@ -214,14 +207,6 @@ def _read_state(parallel: ParallelConfig) -> ParallelState:
         mp_group=groups.mp,
         process_groups=groups,
     )
-
-
-def _seed(run: RunConfig, state: ParallelState, backend: Backend) -> None:
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    seed = rank_seed(run.training.seed, state.pp_rank, state.dp_rank, state.cp_rank)
-    backend.seed(seed)
-    model_parallel_cuda_manual_seed(seed, tp_rank=state.tp_rank, ep_rank=state.ep_rank, etp_rank=state.etp_rank)
 
 
 def _destroy_subgroups(mpu: Any) -> None:

@@ -1,0 +1,275 @@
+"""One probe for every named fix: passes with the fixes, fails without its own.
+
+Run as a program it prints, as JSON lines, how every probe ends with all fixes and without its own.
+Each ending is a process of its own, forked after the imports: a fix cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+TE_WITHOUT_CORE = 'raise RuntimeError("transformer_engine: no CUDA core")\n'
+
+
+def _world(parallel_changes: dict[str, int] | None = None) -> Any:
+    """A world of this process, or of the forked ranks, through the public door."""
+    from megatron_telechat import parallel
+    from megatron_telechat.backend import get_backend
+    from megatron_telechat.config.schema import ParallelConfig, RunConfig
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return parallel.initialize(
+        RunConfig(parallel=ParallelConfig(world_size=world, **(parallel_changes or {}))), get_backend("cpu")
+    )
+
+
+def _moe_loss(parallel_changes: dict[str, int] | None = None, **config_changes: Any) -> float:
+    from tests.backend import tiny_core
+
+    state = _world(parallel_changes)
+    config = tiny_core.transformer_config(state, experts=4, **config_changes)
+    return tiny_core.train(state, config, steps=1)[0]
+
+
+def current_device() -> None:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from tests.backend import tiny_core
+
+    config = tiny_core.transformer_config(_world())
+    layer = ColumnParallelLinear(4, 4, config=config, init_method=lambda w: w, bias=False)
+    assert layer.weight.device.type == "cpu"
+
+
+def synchronize() -> None:
+    from megatron.core.timers import Timer
+
+    timer = Timer("probe")
+    timer.start()
+    timer.stop()
+    assert timer.elapsed() > 0
+
+
+def streams() -> None:
+    assert _moe_loss() > 0
+
+
+def rng_state() -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    CudaRNGStatesTracker().add("probe", 1)
+
+
+def seed() -> None:
+    import torch
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    for name, value in (("one", 1), ("two", 2)):
+        tracker.add(name, value)
+    assert not torch.equal(tracker.states_["one"], tracker.states_["two"])
+    assert torch.equal(tracker.states_["one"], torch.Generator().manual_seed(1).get_state())
+
+
+def rng_restore() -> None:
+    import torch
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    tracker.add("probe", 1)
+    before = torch.get_rng_state()
+    with tracker.fork("probe"):
+        drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def rng_warning() -> None:
+    import logging
+
+    import torch
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    said: list[str] = []
+    logging.getLogger("megatron.core.tensor_parallel.random").addHandler(Collect())
+    tracker = CudaRNGStatesTracker()
+    tracker.add("probe", 1)
+    with tracker.fork("probe"):
+        torch.rand(3)
+    assert not said, said
+
+
+def factories() -> None:
+    from megatron.core.optimizer.grad_scaler import ConstantGradScaler
+
+    assert ConstantGradScaler(2.0).scale.device.type == "cpu"
+
+
+def tensor_type() -> None:
+    import torch
+    from tests.backend import tiny_core
+
+    state = _world()
+    for dtype, distributed in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
+        tiny_core.train(state, tiny_core.transformer_config(state, dtype=dtype), 1, distributed)
+
+
+def loss_scale_restore() -> None:
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    scaler = DynamicGradScaler(1024.0, 1.0, 2.0, 0.5, 10, 1)
+    state = scaler.state_dict()
+    scaler.update(True)
+    scaler.load_state_dict(state)
+    assert float(scaler.scale) == 1024.0
+
+
+def uneven_gather() -> None:
+    import torch
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    state = _world()
+    sizes = [3, 1]
+    mine = torch.full((sizes[state.rank], 2), float(state.rank))
+    whole = gather_from_sequence_parallel_region(mine, group=state.dp_group, output_split_sizes=sizes)
+    assert whole[:, 0].tolist() == [0.0, 0.0, 0.0, 1.0]
+
+
+def split_sizes() -> None:
+    assert _moe_loss({"expert_model_parallel_size": 2}) > 0
+
+
+def router_gemm() -> None:
+    import torch
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+    logits = router_gating_linear(torch.ones(2, 3), torch.ones(4, 3), None, torch.float32)
+    assert logits.tolist() == [[3.0] * 4] * 2
+
+
+def _fresh(code: str, environment: dict[str, str] | None = None) -> str:
+    """Output of a new interpreter that applied the fixes (but those of this process left out) first."""
+    without = json.dumps(json.loads(os.environ["PROBE_WITHOUT"]))
+    head = (
+        "import torch\nfrom megatron_telechat.backend.mcore_fixes import apply_fixes\n"
+        f"apply_fixes('cpu', torch.device('cpu'), without={without})\n"
+    )
+    paths = os.pathsep.join([str(ROOT), (environment or {}).get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", head + code],
+        env={**os.environ, **(environment or {}), "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def hide_gpu_packages() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "transformer_engine"
+        package.mkdir()
+        (package / "__init__.py").write_text(TE_WITHOUT_CORE)
+        _fresh("import megatron.core", {"PYTHONPATH": folder})
+
+
+def eager_jit() -> None:
+    code = "from megatron.core.fusions.fused_bias_swiglu import swiglu\nprint('compiled', hasattr(swiglu, '_torchdynamo_orig_callable'))"
+    said = _fresh(code)
+    assert "compiled False" in said, said
+
+
+def quiet() -> None:
+    said = _fresh("import megatron.core.optimizer, megatron.core.models.gpt")
+    assert "UserWarning" not in said, said
+
+
+PROBES: dict[str, tuple[Callable[[], None], int]] = {
+    probe.__name__: (probe, ranks)
+    for probe, ranks in (
+        (quiet, 1),
+        (router_gemm, 1),
+        (hide_gpu_packages, 1),
+        (eager_jit, 1),
+        (current_device, 1),
+        (synchronize, 1),
+        (streams, 1),
+        (rng_state, 1),
+        (seed, 1),
+        (rng_restore, 1),
+        (rng_warning, 1),
+        (factories, 1),
+        (tensor_type, 1),
+        (loss_scale_restore, 1),
+        (uneven_gather, 2),
+        (split_sizes, 2),
+    )
+}
+
+
+def _ending(name: str, without: tuple[str, ...]) -> str:
+    """How a probe ends on its ranks: "" if well, else the last line of the first error."""
+    probe, ranks = PROBES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        children = [os.fork() or _child(probe, without, folder, rank, ranks) for rank in range(ranks)]
+        for child in children:
+            os.waitpid(child, 0)
+        said = [Path(folder, f"{rank}.txt") for rank in range(ranks)]
+        texts = [path.read_text() if path.exists() else "the process died" for path in said]
+    return next((text for text in texts if text), "")
+
+
+def _child(probe: Callable[[], None], without: tuple[str, ...], folder: str, rank: int, ranks: int) -> Any:
+    """Run the probe in this forked process and end it."""
+    text = ""
+    try:
+        import torch
+        import torch.distributed as dist
+
+        from megatron_telechat.backend.mcore_fixes import apply_fixes
+
+        os.environ["PROBE_WITHOUT"] = json.dumps(list(without))
+        apply_fixes("cpu", torch.device("cpu"), without=without)
+        if ranks > 1:
+            os.environ["WORLD_SIZE"] = str(ranks)
+            store = dist.FileStore(f"{folder}/store", ranks)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        probe()
+    except BaseException as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        text = f"{type(error).__name__}: {str(error).strip()[-300:]} (in {frames[-1].name})"
+    Path(folder, f"{rank}.txt").write_text(text)
+    os._exit(0)
+
+
+def main(names: list[str]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    # What the probes need, before any fix: the children then fork with everything loaded.
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+    import megatron.core.optimizer  # noqa: F401
+    import megatron.core.pipeline_parallel  # noqa: F401
+    import megatron.core.transformer.moe.moe_layer  # noqa: F401
+    import tests.backend.tiny_core  # noqa: F401
+
+    for name in names or PROBES:
+        endings = SimpleNamespace(with_all=_ending(name, ()), without=_ending(name, (name,)))
+        print(json.dumps({"fix": name, "with_all": endings.with_all, "without": endings.without}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
