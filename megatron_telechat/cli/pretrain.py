@@ -7,8 +7,10 @@ import sys
 from typing import Mapping, Optional, Sequence
 
 import megatron_telechat
-from megatron_telechat.config.flags import Actions
-from megatron_telechat.errors import EXIT_OK, UserError
+from megatron_telechat.config import LoadedConfig, load_run_config
+from megatron_telechat.config.flags import Actions, read_command_line
+from megatron_telechat.config.show import config_table, config_yaml, help_text, list_presets
+from megatron_telechat.errors import EXIT_OK, ConfigError, UserError
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -28,23 +30,32 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return error.exit_code
 
 
-def _run(argv: list[str], environ: Mapping[str, str]) -> int:
-    from megatron_telechat.config import load_run_config
-    from megatron_telechat.config.flags import read_command_line
+def _load(argv: list[str], environ: Mapping[str, str]) -> LoadedConfig:
+    """The configuration, its notes printed; those about flags also where it has problems, so that each flag has its answer."""
+    try:
+        loaded = load_run_config(argv, environ)
+    except ConfigError:
+        _print_notes(read_command_line(argv).notes, environ)
+        raise
+    _print_notes(loaded.notes, environ)
+    return loaded
 
+
+def _print_notes(notes: Sequence[str], environ: Mapping[str, str]) -> None:
+    if _speaks(environ):
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+
+
+def _run(argv: list[str], environ: Mapping[str, str]) -> int:
     # Asked for before anything is checked: a person who asks for help has no valid configuration yet.
     actions = read_command_line(argv).actions
     if actions.help or actions.version or actions.list_presets:
         if _speaks(environ):
             _say(_information(actions))
         return EXIT_OK
-    loaded = load_run_config(argv, environ)
-    if _speaks(environ):
-        for note in loaded.notes:
-            print(f"note: {note}", file=sys.stderr)
+    loaded = _load(argv, environ)
     if loaded.actions.print_config:
-        from megatron_telechat.config.show import config_table, config_yaml
-
         if _speaks(environ):
             _say(config_yaml(loaded) if loaded.actions.print_config == "yaml" else config_table(loaded))
         return EXIT_OK
@@ -62,8 +73,6 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
 def _information(actions: Actions) -> str:
     if actions.version:
         return f"megatron_telechat {megatron_telechat.__version__}"
-    from megatron_telechat.config.show import help_text, list_presets
-
     return list_presets() if actions.list_presets else help_text()
 
 

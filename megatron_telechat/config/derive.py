@@ -114,7 +114,7 @@ def _raise_global_batch(values: dict[str, Any], check: Check) -> None:
         return
     values["global_batch_size"] = -(-given // unit) * unit
     check.notes.append(
-        f"global_batch_size={given} ({check.where('global_batch_size')}) does not split over these ranks: "
+        f"global_batch_size={given} ({check.origins.get('global_batch_size', DEFAULT)}) does not split over these ranks: "
         f"taken as {values['global_batch_size']}; --global-batch-size sets it"
     )
     check.origins["global_batch_size"] = DERIVED

@@ -85,9 +85,9 @@ class FieldInfo:
         return value
 
     def convert_many(self, texts: Iterable[str]) -> tuple[Any, ...]:
-        """A tuple from several texts; a text may itself hold several items, between blanks (or commas where the items are words)."""
-        items = [item for text in texts for item in (re.split(r"[\s,]+", text) if self.choices else text.split()) if item]
-        return tuple(self.convert(item) for item in items)
+        """A tuple from several texts; a text may hold several items, between blanks (or commas, where the items are words)."""
+        between = r"[\s,]+" if self.choices else r"\s+"
+        return tuple(self.convert(item) for text in texts for item in re.split(between, text) if item)
 
 
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False, "1": True, "0": False}

@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Optional, Sequence
 
-from megatron_telechat.config import megatron_flags
+from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, Refused
 from megatron_telechat.config.fields import FieldInfo, closest, fields_by_name
+from megatron_telechat.config.megatron_flags import ANSWERS, WORDS
 from megatron_telechat.config.yaml_io import Said
 from megatron_telechat.errors import Problem
 
@@ -83,6 +84,8 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
             token = "--help"
         if not token.startswith("--") or token == "--":
             line.problems.append(_stray(token, tokens[at - 2] if at > 1 else ""))
+            while token.startswith("-") and at < len(tokens) and _is_value(tokens[at]):
+                at += 1
             continue
         name, equals, inline = token.partition("=")
         values = [inline] if equals else []
@@ -129,8 +132,8 @@ class _Flag:
             self.constant(by_flag[name[3:]], "false")
         elif name.startswith("no-") and name in {f"no-{flag}" for flag in by_flag}:
             self.unset(by_flag[name[3:]])
-        elif name in megatron_flags.ANSWERS:
-            self.megatron(megatron_flags.ANSWERS[name])
+        elif name in ANSWERS:
+            self.megatron(ANSWERS[name])
         else:
             self.unknown(by_flag)
 
@@ -144,7 +147,8 @@ class _Flag:
         if not self.values:
             self.problem(f"{self.typed} has no value", fix=f"{self.typed} VALUE")
         else:
-            self.problem(f"{self.typed} takes one value, not {len(self.values)}: {' '.join(self.values)}", fix="quote a value that holds blanks")
+            given = " ".join(self.values)
+            self.problem(f"{self.typed} takes one value, not {len(self.values)}: {given}", fix="quote a value that holds blanks")
         return None
 
     def action(self) -> None:
@@ -176,6 +180,7 @@ class _Flag:
                 fix=f"{info.flag}, or {info.flag.replace('--', '--no-', 1)} to turn it off",
             )
             return
+        self.values = [self.translated(info, value) for value in self.values]
         try:
             if info.many:
                 if not self.values:
@@ -191,14 +196,23 @@ class _Flag:
         except ValueError as error:
             self.line.unreadable.add(info.name)
             given = " ".join(self.values)
-            self.problem(f"{self.typed} is {given!r}" if given else f"{self.typed} has no value", fix=f"it takes {error}")
+            what = f"{self.typed} is {given!r}" if given else f"{self.typed} has no value"
+            self.problem(what, fix=f"it takes {error}")
 
-    def constant(self, info: FieldInfo, text: str, note: str = "") -> None:
+    def constant(self, info: FieldInfo, text: str) -> None:
+        """A flag that stands for a value by itself."""
         if self.values:
             self.problem(f"{self.typed} takes no value, not {' '.join(self.values)!r}")
         else:
-            value = info.convert_many([text]) if info.many else info.convert(text)
-            self.say(info, value, "flag" if not note else note)
+            self.say(info, info.convert(text), f"flag {self.typed}")
+
+    def translated(self, info: FieldInfo, value: str) -> str:
+        """Megatron's word for a value as ours, with a note."""
+        ours = WORDS.get(info.name, {}).get(value)
+        if ours is None:
+            return value
+        self.line.notes.append(f"{self.typed} {value}: taken as {ours}")
+        return ours
 
     def unset(self, info: FieldInfo) -> None:
         """--no-X for a value that a preset or a file gave: back to unset."""
@@ -213,25 +227,32 @@ class _Flag:
     def say(self, info: FieldInfo, value: object, origin: str) -> None:
         self.line.said.append(Said(info.name, value, origin))
 
-    def megatron(self, answer: megatron_flags.Answer) -> None:
+    def megatron(self, answer: Answer) -> None:
         known = fields_by_name()
         given = " ".join([self.typed, *self.values])
-        if isinstance(answer, megatron_flags.Alias):
-            info = known[answer.field]
-            if answer.value is not None:
-                self.constant(info, answer.value, f"flag {self.typed}")
-            else:
-                self.values = [answer.translate.get(value, value) for value in self.values]
-                self.field(info, f"flag {self.typed}")
-        elif isinstance(answer, megatron_flags.Ignored):
+        if isinstance(answer, Alias):
+            if answer.but:
+                self.line.notes.append(f"{given}: taken as {known[answer.fields[0]].flag}; {answer.but}")
+                self.values = []
+            elif answer.fields != ("precision",):
+                ours = " ".join(known[name].flag for name in answer.fields)
+                self.line.notes.append(f"{given}: another name of {ours}" + (f" ({answer.value})" if answer.value else ""))
+            for name in answer.fields:
+                if answer.value is not None:
+                    self.constant(known[name], answer.value)
+                else:
+                    self.field(known[name], f"flag {self.typed}")
+        elif isinstance(answer, Ignored):
             self.line.notes.append(f"{given}: ignored, because {answer.because}")
-        elif isinstance(answer, megatron_flags.Always):
+        elif isinstance(answer, Always):
             if not self.values or not answer.values or all(value in answer.values for value in self.values):
                 self.line.notes.append(f"{given}: nothing to do, {answer.because}")
             else:
-                self.problem(f"{given} contradicts this framework: {answer.because}", fix=answer.fix or f"leave it out, or {self.typed} {answer.values[0]}")
-        elif isinstance(answer, megatron_flags.Refused):
-            self.problem(f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}", fix=answer.use or "leave it out")
+                fix = answer.fix or f"leave it out, or {self.typed} {answer.values[0]}"
+                self.problem(f"{given} contradicts this framework: {answer.because}", fix)
+        elif isinstance(answer, Refused):
+            use = f"use {answer.use}" if answer.use else "leave it out"
+            self.problem(f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}", use)
         else:
             value = self.single()
             if value is not None and (not value.isdigit() or int(value) < 1):
@@ -241,7 +262,7 @@ class _Flag:
 
     def unknown(self, by_flag: dict[str, FieldInfo]) -> None:
         words = [*by_flag, *ACTION_FLAGS, *(f"no-{flag}" for flag, info in by_flag.items() if _is_bool(info))]
-        found = closest(self.name, words) or closest(self.name, megatron_flags.ANSWERS)
+        found = closest(self.name, words) or closest(self.name, ANSWERS)
         mean = f": did you mean --{found}?" if found else ""
         self.problem(f"unknown flag {self.typed}{mean}", fix="" if found else "--help lists all flags")
 
@@ -256,14 +277,12 @@ def _check_spellings(line: CommandLine) -> None:
     for said in line.said:
         other = first.setdefault(said.name, said)
         if other.origin != said.origin and other.value != said.value:
-            names = [item.origin.removeprefix("flag").strip() or fields_by_name()[said.name].flag for item in (other, said)]
-            line.problems.append(
-                Problem(
-                    f"{names[0]} says {said.name}={_show(other.value)}, {names[1]} says {said.name}={_show(said.value)}",
-                    "flag",
-                    "keep one of the two",
-                )
-            )
+            both = [f"{_spelling(item)} says {item.name}={_show(item.value)}" for item in (other, said)]
+            line.problems.append(Problem(", ".join(both), "flag", "keep one of the two"))
+
+
+def _spelling(said: Said) -> str:
+    return said.origin.removeprefix("flag").strip() or fields_by_name()[said.name].flag
 
 
 def _show(value: object) -> str:

@@ -149,11 +149,17 @@ class _Merge:
         stages = self.values.get("pipeline_model_parallel_size", 1)
         name = "num_virtual_stages_per_pipeline_rank"
         if stages < 1 or layers < 1 or layers % (stages * each):
+            fitting = [n for n in range(1, layers + 1) if stages > 0 and layers % (stages * n) == 0]
+            fix = (
+                f"--num-layers-per-virtual-pipeline-stage {min(fitting, key=lambda n: abs(n - each))}"
+                if fitting
+                else "--num-virtual-stages-per-pipeline-rank V and an uneven --pipeline-model-parallel-layout"
+            )
             self.problems.append(
                 Problem(
                     f"num_layers={layers} does not split into {each} layers for each chunk of {stages} pipeline ranks",
                     f"flag --num-layers-per-virtual-pipeline-stage; num_layers: {self.origins['num_layers']}",
-                    "--num-virtual-stages-per-pipeline-rank V, with a --pipeline-model-parallel-layout where it is uneven",
+                    fix,
                 )
             )
             self.unreadable.add(name)
@@ -167,9 +173,8 @@ class _Merge:
         running = self.environment_number("WORLD_SIZE")
         if running is not None:
             if asked is not None and asked != running and not self.line.actions.starts_nothing:
-                self.problems.append(
-                    Problem(f"--world-size {asked}, but torchrun started {running} ranks", "flag; torchrun", "leave --world-size out")
-                )
+                what = f"--world-size {asked}, but torchrun started {running} ranks"
+                self.problems.append(Problem(what, "flag; torchrun", "leave --world-size out"))
             if asked is None or not self.line.actions.starts_nothing:
                 self.values["world_size"] = running
                 self.origins["world_size"] = "torchrun"
@@ -213,7 +218,8 @@ class _Merge:
         if not text:
             return None
         if not text.isdigit() or int(text) < 1:
-            self.problems.append(Problem(f"{name}={text!r} is not a number of ranks", "environment", f"start with torchrun, or unset {name}"))
+            what = f"{name}={text!r} is not a number of ranks"
+            self.problems.append(Problem(what, "environment", f"start with torchrun, or unset {name}"))
             return None
         return int(text)
 
@@ -235,7 +241,8 @@ class _Merge:
     def drop(self, name: str, because: str) -> None:
         if self.origins[name].startswith("preset ") and self.values.get(name) is not None:
             self.notes.append(
-                f"{name}={self.values[name]} of preset {self.preset} is not used, because {because} is given ({self.origins[because]})"
+                f"{name}={self.values[name]} of preset {self.preset} is not used, "
+                f"because {because} is given ({self.origins[because]})"
             )
             del self.values[name]
             self.origins[name] = DEFAULT

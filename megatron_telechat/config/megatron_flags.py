@@ -1,60 +1,66 @@
-"""An answer for each flag of Megatron-LM that is not one of ours."""
+"""What becomes of a flag of Megatron-LM that is not one of ours: another name, a note, or a problem with a way out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Mapping, Optional, Union
+from typing import Mapping
 
+from megatron_telechat.config.answers import Alias, Answer, LayersPerVirtualStage
+from megatron_telechat.config.megatron_table import BLOCKS
 
-@dataclass(frozen=True)
-class Alias:
-    """Another name of one of our fields.
-
-    Attributes:
-        field: the field.
-        value: text of the value a flag without argument stands for; unset: the flag's own argument counts.
-        translate: Megatron's words for a value → ours.
-    """
-
-    field: str
-    value: Optional[str] = None
-    translate: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Ignored:
-    """Changes nothing here; a note says why and the run goes on."""
-
-    because: str
-
-
-@dataclass(frozen=True)
-class Always:
-    """Says what is always so here: accepted with these values, a problem with others (empty: the flag has no value)."""
-
-    because: str
-    values: tuple[str, ...] = ()
-    fix: str = ""
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Would change the run in a way that is not here; a problem."""
-
-    because: str
-    use: str = ""
-
-
-@dataclass(frozen=True)
-class LayersPerVirtualStage:
-    """Megatron's way to say the number of chunks; resolved when num_layers is known."""
-
-
-Answer = Union[Alias, Ignored, Always, Refused, LayersPerVirtualStage]
-
-ANSWERS: dict[str, Answer] = {
-    "expert-parallel": Alias("expert_model_parallel_size"),
-    "bf16": Alias("precision", "bf16"),
-    "fp16": Alias("precision", "fp16"),
-    "fp32": Alias("precision", "fp32"),
+ALIASES: Mapping[str, Answer] = {
+    # names of other releases, and names that people type
+    "expert-parallel": Alias(("expert_model_parallel_size",)),
+    "expert-parallel-size": Alias(("expert_model_parallel_size",)),
+    "tensor-parallel": Alias(("tensor_model_parallel_size",)),
+    "tensor-parallel-size": Alias(("tensor_model_parallel_size",)),
+    "model-parallel-size": Alias(("tensor_model_parallel_size",)),
+    "pipeline-parallel": Alias(("pipeline_model_parallel_size",)),
+    "pipeline-parallel-size": Alias(("pipeline_model_parallel_size",)),
+    "context-parallel": Alias(("context_parallel_size",)),
+    "virtual-pipeline-model-parallel-size": Alias(("num_virtual_stages_per_pipeline_rank",)),
+    "num-layers-per-virtual-pipeline-stage": LayersPerVirtualStage(),
+    "num-moe-experts": Alias(("num_experts",)),
+    "encoder-num-layers": Alias(("num_layers",)),
+    "layernorm-epsilon": Alias(("norm_epsilon",)),
+    "padded-vocab-size": Alias(("vocab_size",)),
+    "batch-size": Alias(("micro_batch_size",)),
+    "overlap-p2p-comm": Alias(("overlap_p2p_communication",)),
+    "ckpt-step": Alias(("load_step",)),
+    "load-iteration": Alias(("load_step",)),
+    # flags that stand for a value
+    "bf16": Alias(("precision",), "bf16"),
+    "fp16": Alias(("precision",), "fp16"),
+    "fp32": Alias(("precision",), "fp32"),
+    "disable-bias-linear": Alias(("attention_output_bias", "mlp_output_bias"), "false"),
+    "recompute-activations": Alias(("recompute_granularity",), "selective"),
+    "checkpoint-activations": Alias(("recompute_granularity",), "full"),
+    "deterministic-mode": Alias(("deterministic",), "true"),
+    "tensorboard-dir": Alias(("tensorboard",), "true", but="events go to tensorboard/ in the run folder"),
 }
+
+WORDS: Mapping[str, Mapping[str, str]] = {
+    "tokenizer_type": {
+        "Llama2Tokenizer": "SentencePieceTokenizer",
+        "GPTSentencePieceTokenizer": "SentencePieceTokenizer",
+        "MistralTokenizer": "TikTokenizer",
+        "Llama3Tokenizer": "TikTokenizer",
+        "AutoTokenizer": "HuggingFaceTokenizer",
+    },
+    "lr_decay_style": {"wsd": "WSD"},
+    "lr_wsd_decay_style": {"minus-sqrt": "minus_sqrt"},
+    "precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "half": "fp16", "float": "fp32"},
+}
+"""Field → Megatron's and other people's words for its values → ours."""
+
+
+def _answers() -> dict[str, Answer]:
+    out = dict(ALIASES)
+    for answer, names in BLOCKS:
+        for name in names.split():
+            assert name not in out, f"{name} has two answers"
+            out[name] = answer
+    return out
+
+
+ANSWERS: Mapping[str, Answer] = _answers()
+"""Flag, without its two hyphens and with hyphens inside → answer."""

@@ -52,14 +52,13 @@ class Check:
         return self.said(name) and not self.origins[name].startswith("preset ")
 
     def where(self, *names: str) -> str:
-        """Origins of these fields, in brackets behind a complaint."""
-        if len(names) == 1:
-            return self.origins.get(names[0], DEFAULT)
+        """Origins of these fields."""
         return "; ".join(f"{name}: {self.origins.get(name, DEFAULT)}" for name in names)
 
     def problem(self, what: str, *names: str, fix: str = "") -> Problem:
-        """A problem that these fields have together."""
-        return Problem(what, self.where(*names), fix)
+        """A problem that these fields have, alone or together; one that the complaint begins with needs no second mention."""
+        alone = len(names) == 1 and what.startswith((f"{names[0]}=", f"{names[0]} "))
+        return Problem(what, self.origins.get(names[0], DEFAULT) if alone else self.where(*names), fix)
 
     def one(self, what: str, name: str, fix: str = "") -> Problem:
         """A problem of one field alone, which other rules then leave in peace."""

@@ -92,7 +92,7 @@ def below_one(check: Check) -> Iterator[Problem]:
 
 def level(check: Check) -> Iterator[Problem]:
     value = check.take("empty_unused_memory_level")
-    if value not in (0, 1, 2):
+    if value not in (0, 1):
         yield check.one(f"empty_unused_memory_level={value} is out of range", "empty_unused_memory_level", fix="0 or 1")
 
 

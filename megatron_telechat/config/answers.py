@@ -1,0 +1,53 @@
+"""The kinds of answer that a flag of Megatron-LM can get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Union
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name of one or more of our fields.
+
+    Attributes:
+        fields: the fields.
+        value: text of the value a flag without argument stands for; unset: the flag's own argument counts.
+        but: said in a note where the two flags do not mean quite the same; the flag's own argument is then dropped.
+    """
+
+    fields: tuple[str, ...]
+    value: Optional[str] = None
+    but: str = ""
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Changes nothing here; a note says why and the run goes on."""
+
+    because: str
+
+
+@dataclass(frozen=True)
+class Always:
+    """Says what is always so here: accepted with these values, a problem with others (empty: the flag has no value)."""
+
+    because: str
+    values: tuple[str, ...] = ()
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Would change the run in a way that is not here; a problem."""
+
+    because: str
+    use: str = ""
+
+
+@dataclass(frozen=True)
+class LayersPerVirtualStage:
+    """Megatron's way to say the number of chunks; resolved when num_layers is known."""
+
+
+Answer = Union[Alias, Ignored, Always, Refused, LayersPerVirtualStage]
