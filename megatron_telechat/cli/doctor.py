@@ -6,7 +6,6 @@ by what the driver shows, so the answer comes in about a second even where a pac
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from megatron_telechat.cli.text import gib, table
+from megatron_telechat.cli.tool import ToolParser, run_tool
 
 OK, MISSING, WRONG, ABSENT = "ok", "MISSING", "WRONG", "-"
 
@@ -225,9 +225,11 @@ def render(rows: Sequence[Finding]) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Print the table; 0 if everything required is there, else 2."""
-    parser = argparse.ArgumentParser(
-        prog="doctor.py", description="What this machine has, what it enables, and how to mend what is missing.", allow_abbrev=False
-    )
+    return run_tool(_diagnose, argv)
+
+
+def _diagnose(argv: list[str]) -> int:
+    parser = ToolParser(prog="doctor.py", description="What this machine has, what it enables, and how to mend what is missing.")
     parser.add_argument("--run-dir", default=".", help="folder whose disk is looked at (default: here)")
     folder = Path(parser.parse_args(argv).run_dir).absolute()
     while not folder.exists():

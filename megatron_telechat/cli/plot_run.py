@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
 from megatron_telechat.cli.metrics_file import Metrics, read_metrics
-from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError, UserError
+from megatron_telechat.cli.tool import ToolParser, run_tool
+from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError
 
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2")
 INK, GRID = "#334155", "#e2e8f0"
@@ -130,18 +129,16 @@ def plot_runs(runs: Sequence[Metrics], output: Path) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Draw the named runs; the exit code of the error where one stands in the way."""
-    parser = argparse.ArgumentParser(
-        prog="plot_run.py", description="Draw loss, gradient norm, throughput and expert load of runs.", allow_abbrev=False
-    )
+    return run_tool(_plot, argv)
+
+
+def _plot(argv: list[str]) -> int:
+    parser = ToolParser(prog="plot_run.py", description="Draw loss, gradient norm, throughput and expert load of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run folder, or its metrics.jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: metrics.png in the first run)")
     arguments = parser.parse_args(argv)
     first = arguments.runs[0]
     output = arguments.output or (first if first.is_dir() else first.parent) / "metrics.png"
-    try:
-        plot_runs([read_metrics(run) for run in arguments.runs], output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    plot_runs([read_metrics(run) for run in arguments.runs], output)
     print(output)
     return EXIT_OK

@@ -45,7 +45,7 @@ def _cell(layout: PipelineLayout, rank: int, chunk: int, letters: list[str]) -> 
     layers = layout.layers_of(rank, chunk)
     drawn = "".join(letters[layer] for layer in layers)
     if len(drawn) > LONGEST_RUN:
-        drawn = "".join(f"{letter}*{count}" for letter, count in _runs(drawn))
+        drawn = " ".join(f"{letter}*{count}" for letter, count in _runs(drawn))
     numbers = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}" if layers else "no layers"
     head = "E " if layout.has_embedding(rank, chunk) else "  "
     tail = " L" if layout.has_loss(rank, chunk) else ""

@@ -82,6 +82,8 @@ def test_pictures_of_one_and_of_several_runs(tmp_path, capsys):
 
 
 def test_errors_are_readable(tmp_path, capsys, monkeypatch):
+    assert main([]) == 2
+    assert "config error" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing")]) == 3
     assert "data error: cannot read" in capsys.readouterr().err
     run = training_run(tmp_path / "run", steps=3)
