@@ -19,22 +19,20 @@ _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 
 @dataclass(frozen=True)
 class DataFile:
-    """One indexed dataset; `tokens` and `documents` are None where its files are not on this machine."""
+    """One indexed dataset; `weight` is None where the run names none."""
 
     prefix: str
     weight: Optional[float]
-    tokens: Optional[int] = None
-    documents: Optional[int] = None
+    tokens: int
+    documents: int
 
 
 def _read_header(prefix: str, weight: Optional[float]) -> DataFile | Problem:
     index, binary = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    if not index.exists() and not binary.exists():
-        return DataFile(prefix, weight)
     fix = "write the dataset again with tools/preprocess_data.py"
     for path in (index, binary):
-        if not path.exists():
-            return Problem(f"{path} is missing beside its other half", str(path), fix)
+        if not path.is_file():
+            return Problem(f"{path} is missing", prefix, "correct the prefix (no suffix), or make it with tools/preprocess_data.py")
     try:
         with open(index, "rb") as file:
             raw = file.read(_HEADER.size)
@@ -58,7 +56,7 @@ def data_files(data: DataConfig) -> list[DataFile]:
 
     Raises:
         ConfigError: the data section contradicts itself.
-        DataError: a file that is there and damaged, or half of a dataset; all of them at once.
+        DataError: files that are missing or damaged; all of them at once.
     """
     found: dict[str, DataFile | Problem] = {}
     for blend in data_plan(data).blends:

@@ -43,7 +43,7 @@ def report(loaded: LoadedConfig) -> str:
 
     Raises:
         ConfigError: the parallel sizes or the data section do not fit.
-        DataError: a dataset that is on this machine and damaged.
+        DataError: a dataset that is missing or damaged.
     """
     run = loaded.run
     topology = Topology.from_config(run.parallel)
@@ -206,12 +206,8 @@ def _data(run: RunConfig, out: _Report) -> list[str]:
     total = 0
     for file in data_files(data):
         weight = "-" if file.weight is None else f"{file.weight:g}"
-        if file.tokens is None:
-            out.warnings.append(f"{file.prefix}.idx is not on this machine")
-            rows.append([file.prefix, weight, "not here", ""])
-            continue
         total += file.tokens
-        rows.append([file.prefix, weight, count_text(file.tokens), count_text(file.documents or 0)])
+        rows.append([file.prefix, weight, count_text(file.tokens), count_text(file.documents)])
     lines = table(rows)
     wanted = run.training.train_iters * run.training.global_batch_size * run.training.seq_length
     if total and wanted:
