@@ -178,9 +178,8 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def read_file_error(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"cannot read the file: {error}",
-        where=str(path),
-        fix="restore the file, or use another checkpoint (--load-step)",
-    )
+RESTORE_OR_OTHER = "restore the file from a copy, or use another checkpoint (--load-step)"
+
+
+def read_file_error(path: Path, error: Exception, fix: str = RESTORE_OR_OTHER) -> CheckpointError:
+    return CheckpointError(f"cannot read the file: {error}", where=str(path), fix=fix)

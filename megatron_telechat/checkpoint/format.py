@@ -18,10 +18,10 @@ import torch
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint.boxes import Box, intersect, tiling_fault, whole
 from megatron_telechat.checkpoint.files import (
-    FileEntry, LazyTensor, crc32_of, dtype_name, dtype_named, dtype_of_tag, lazy, read_file_error, write_safetensors,
+    RESTORE_OR_OTHER, FileEntry, LazyTensor, crc32_of, dtype_name, dtype_named, dtype_of_tag, lazy, read_file_error, write_safetensors,
 )
 from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, read_manifest
-from megatron_telechat.errors import CheckpointError
+from megatron_telechat.errors import CheckpointError, Problem
 
 MAX_FILE_BYTES = 4 << 30
 _OPEN_FILES = 16
@@ -197,14 +197,12 @@ class CheckpointReader:
 
     def check_files(self, checksums: bool = False) -> None:
         """Sizes (and checksums) of all files. Raises CheckpointError listing every file at fault."""
-        from megatron_telechat.errors import Problem
-
         problems = []
         for name, entry in self.manifest.files.items():
             what = _file_fault(self.path, name, entry, checksums)
             if what:
                 problems.append(Problem(what, str(self.path / name),
-                                        "restore the file from a copy, or use another checkpoint (--load-step)"))
+                                        RESTORE_OR_OTHER))
         if problems:
             raise CheckpointError(problems)
 
@@ -249,7 +247,7 @@ class CheckpointReader:
             if found != (stored.box.shape, dtype_named(entry.dtype)):
                 raise CheckpointError(
                     f"{stored.name} is {found[1]} {found[0]}, the manifest says {entry.dtype} {stored.box.shape}",
-                    where=str(path), fix="restore the file from a copy, or use another checkpoint (--load-step)",
+                    where=str(path), fix=RESTORE_OR_OTHER,
                 )
             return view[box.slices(stored.box.offset)]
         except CheckpointError:
@@ -265,7 +263,7 @@ class CheckpointReader:
 
         fault = _file_fault(self.path, name, self.manifest.files[name], checksums=False)
         if fault:
-            raise CheckpointError(fault, where=str(self.path / name), fix="use another checkpoint (--load-step)")
+            raise CheckpointError(fault, where=str(self.path / name), fix=RESTORE_OR_OTHER)
         try:
             handle = safe_open(self.path / name, framework="pt", device="cpu")
         except Exception as error:

@@ -196,6 +196,8 @@ def _check_shapes(reader: _Reader, values: Mapping[str, Any]) -> None:
     heads, groups, hidden = values["num_attention_heads"], values["num_query_groups"], values["hidden_size"]
     if values.get("kv_channels") is None and hidden % heads:
         reader.complain(f"hidden_size {hidden} does not divide by {heads} heads")
+    elif (values.get("kv_channels") or hidden // heads) % 2:
+        reader.complain(f"the head width {values.get('kv_channels') or hidden // heads} is odd: no rotary embedding")
     if heads % groups:
         reader.complain(f"{heads} heads do not divide by num_key_value_heads {groups}")
     experts, topk = values.get("num_experts"), values.get("moe_router_topk")

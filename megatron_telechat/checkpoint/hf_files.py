@@ -22,6 +22,7 @@ _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WEIGHT_SUFFIXES = frozenset(
     (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".npz")
 )
+_DOWNLOAD = "download or copy the file again"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class HfFolder:
         try:
             return handle[name] if self._pickled else handle.get_tensor(name)
         except Exception as error:  # safetensors raises types of its own
-            raise read_file_error(self.folder / header.file, error) from error
+            raise read_file_error(self.folder / header.file, error, _DOWNLOAD) from error
 
     def _files(self) -> tuple[list[str], Optional[Mapping[str, str]]]:
         for single, index in ((_SAFE, _SAFE_INDEX), (_BIN, _BIN_INDEX)):
@@ -131,7 +132,7 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except Exception as error:
-        raise read_file_error(path, error) from error
+        raise read_file_error(path, error, _DOWNLOAD) from error
 
 
 def _load_pickle(path: Path) -> Mapping[str, torch.Tensor]:
@@ -142,7 +143,7 @@ def _load_pickle(path: Path) -> Mapping[str, torch.Tensor]:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise read_file_error(path, ValueError(str(error).splitlines()[0] if str(error) else "empty")) from error
+        raise read_file_error(path, ValueError(str(error).splitlines()[0] if str(error) else "empty"), _DOWNLOAD) from error
     if not isinstance(value, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items()
     ):
@@ -155,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise read_file_error(path, error) from error
+        raise read_file_error(path, error, _DOWNLOAD) from error
     if not isinstance(value, dict):
         raise CheckpointError("the file is not a JSON object", str(path))
     return value

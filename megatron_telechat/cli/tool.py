@@ -1,0 +1,66 @@
+"""What the doors of the command-line tools share: arguments whose mistakes are typed errors, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Callable, Optional, Sequence
+
+from megatron_telechat.errors import ConfigError, UserError
+
+
+class ToolParser(argparse.ArgumentParser):
+    """argparse that raises ConfigError; flags with hyphens or underscores, no abbreviations."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise ConfigError(message, "command line", f"{self.prog} --help")
+
+    def parse_args(self, args=None, namespace=None):
+        return super().parse_args([_hyphens(word) for word in args], namespace)
+
+
+def _hyphens(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def run_tool(tool: Callable[[list[str]], int], argv: Optional[Sequence[str]]) -> int:
+    """Run a tool on its arguments; a user's mistake becomes one message on stderr and its exit code."""
+    try:
+        return tool(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(error.render(), file=sys.stderr)
+        return error.exit_code
+
+
+def quiet_imports() -> None:
+    """megatron-core warns at import, once a module, that TE and apex are absent; a tool's output is no place for that."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """An argparse type: a finite number above 0."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    convert.__name__ = "number"
+    return convert
+
+
+def natural(text: str) -> int:
+    """An argparse type: a whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
