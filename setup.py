@@ -29,7 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_telechat", "megatron_telechat.*"]),
-    package_data={"megatron_telechat": ["config/presets/*.yaml", "costs/devices/*.yaml"]},
+    package_data={"megatron_telechat": ["config/presets/*.yaml", "costs/devices/*.yaml", "data/sample/*.jsonl"]},
     install_requires=[
         "torch>=2.10",
         "megatron-core==0.16.1",
