@@ -36,9 +36,9 @@ def test_every_preset_on_few_and_many_ranks(preset):
     for world_size in dict.fromkeys((fewest, 8 * fewest, 512, 1024)):
         if world_size % fewest:
             continue
-        started = time.perf_counter()
+        started = time.process_time()  # of this process: a busy machine must not fail it
         text = dry("--world-size", str(world_size), preset=preset)
-        assert time.perf_counter() - started < 2
+        assert time.process_time() - started < 2
         lines = text.splitlines()
         assert len(lines) < 150
         assert max(map(len, lines)) < 250
