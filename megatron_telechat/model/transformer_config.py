@@ -69,7 +69,7 @@ def transformer_config(
         # selects the deterministic embedding gradient; on the CPU the plain one is deterministic, and faster
         deterministic_mode=training.deterministic and device_type == "cuda",
         transformer_impl="transformer_engine" if transformer_engine else "local",
-        **_parallel_fields(run, state, dtype),
+        **_parallel_fields(run, state, dtype, device_type),
         **(_moe_fields(run) if model.is_moe else {}),
     )
 
@@ -78,7 +78,9 @@ def _has_wgrad_kernel() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def _parallel_fields(run: RunConfig, state: ParallelState, dtype: torch.dtype) -> dict[str, Any]:
+def _parallel_fields(
+    run: RunConfig, state: ParallelState, dtype: torch.dtype, device_type: str
+) -> dict[str, Any]:
     parallel = run.parallel
     fields: dict[str, Any] = dict(
         tensor_model_parallel_size=state.tp_size,
@@ -99,7 +101,9 @@ def _parallel_fields(run: RunConfig, state: ParallelState, dtype: torch.dtype) -
         virtual_pipeline_model_parallel_size=(
             parallel.num_virtual_stages_per_pipeline_rank if interleaved else None
         ),
-        deallocate_pipeline_outputs=True,
+        # Frees a stage's output once it is sent. An asynchronous gloo send still reads that memory; NCCL's and
+        # HCCL's are ordered on the device by their streams.
+        deallocate_pipeline_outputs=device_type != "cpu" or not overlap,
         overlap_p2p_comm=overlap,
         # With two ranks the previous and the next one are the same peer, and batched messages of the
         # interleaved schedule get mixed up silently.

@@ -1,0 +1,64 @@
+"""The built model on four gloo ranks; the cases are in worker_model.py, one launch for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_cases
+from tests.model import worker_model as worker
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def report():
+    return run_cases(Path(worker.__file__), nproc=worker.WORLD)
+
+
+@pytest.mark.parametrize("name", worker.LAYOUTS)
+def test_layouts_agree(report, name):
+    for rank in report.check(name):
+        assert rank["loss"] < 1e-6, rank
+        assert rank["gradient"] < 1e-5, rank
+
+
+@pytest.mark.parametrize("name", worker.RECOMPUTE)
+def test_recompute_changes_nothing(report, name):
+    for rank in report.check(f"recompute_{name}"):
+        assert rank["loss_equal"] and rank["different"] == [], rank
+        if name in worker.LIGHTER:
+            assert rank["kept"] < 0.9, rank
+
+
+@pytest.mark.parametrize("folder", ["telechat2_tiny_gqa", "telechat2_tiny_mha"])
+def test_golden_logits(report, folder):
+    for rank in report.check(f"golden_{folder}_fp16"):
+        assert rank and max(rank.values()) < 1e-4, rank
+    # the tables of the training are not rounded: close, but not the published file's bits
+    for rank in report.check(f"golden_{folder}_fp32"):
+        assert 1e-4 < max(rank.values()) < 5e-2, rank
+
+
+def test_golden_covers_lengths_past_the_training_length(report):
+    assert "64" in report.check("golden_telechat2_tiny_mha_fp16")[0]
+
+
+@pytest.mark.parametrize("name", ["telechat2-tiny", "telechat2-tiny-moe"])
+def test_presets_have_the_parameters_they_count(report, name):
+    for rank in report.check(f"preset_{name}"):
+        assert rank["built"] == rank["counted"]
+
+
+def test_low_precision(report):
+    for rank in report.check("low_precision"):
+        assert rank["bf16_types"] == ["torch.bfloat16"] and rank["fp16_types"] == ["torch.float16"]
+        if rank["fp32"] is not None:
+            assert rank["bf16"] == pytest.approx(rank["fp32"], rel=2e-2)
+            assert rank["fp16"] == pytest.approx(rank["fp32"], rel=5e-3)
+
+
+def test_a_missing_layer_is_an_error_on_every_rank(report):
+    said = report.check("missing_layer_is_an_error_on_every_rank")
+    assert len(set(said)) == 1 and said[0] == "5 layers on 4 pipeline stages built only 4: layers 1 are missing"

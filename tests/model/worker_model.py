@@ -1,0 +1,334 @@
+"""Cases on four gloo ranks: layouts against one another, golden logits, recompute, the tiling check."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+from tests.harness import Cases
+
+WORLD = 4
+SEQ, MICRO_BATCH, MICRO_BATCHES = 32, 2, 4
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+DENSE = dict(
+    num_layers=5, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, vocab_size=128,
+    rotary_training_seqlen=16, rotary_base_seqlen=16, init_method_std=0.1,
+)
+MOE = dict(DENSE, num_experts=4, moe_ffn_hidden_size=48, moe_layer_freq=2, moe_aux_loss_coeff=0.01,
+           moe_shared_expert_intermediate_size=32)
+MIXTRAL = dict(DENSE, architecture="mixtral", attention_output_bias=False, mlp_output_bias=False, num_experts=4,
+               moe_ffn_hidden_size=48, rotary_training_seqlen=None, rotary_base_seqlen=None)
+
+# name -> (model, parallel fields); the first of each model is the reference of the others
+LAYOUTS: dict[str, tuple[dict, dict]] = {
+    "dense_dp4": (DENSE, {}),
+    "dense_tp2": (DENSE, dict(tensor_model_parallel_size=2)),
+    "dense_tp4_without_sp": (DENSE, dict(tensor_model_parallel_size=4, sequence_parallel=False)),
+    "dense_pp2": (DENSE, dict(pipeline_model_parallel_size=2)),
+    "dense_pp4_uneven": (
+        DENSE, dict(pipeline_model_parallel_size=4, pipeline_model_parallel_layout="E|tt|tt|tL")
+    ),
+    "dense_pp2_interleaved": (
+        DENSE, dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2,
+                    tensor_model_parallel_size=2)
+    ),
+    "moe_dp4": (MOE, {}),
+    "moe_ep4": (MOE, dict(expert_model_parallel_size=4)),
+    "moe_tp2_folded": (MOE, dict(tensor_model_parallel_size=2, fold_tensor_into_experts=True)),
+    "moe_tp2_folded_ep4": (
+        MOE, dict(tensor_model_parallel_size=2, expert_model_parallel_size=4, expert_tensor_parallel_size=1)
+    ),
+    "moe_etp2_ep2": (MOE, dict(tensor_model_parallel_size=2, expert_model_parallel_size=2)),
+    "moe_tp2_pp2": (
+        MOE, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, fold_tensor_into_experts=True,
+                  num_virtual_stages_per_pipeline_rank=2)
+    ),
+    "mixtral_dp4": (MIXTRAL, {}),
+    "mixtral_ep2_pp2": (MIXTRAL, dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)),
+}
+RECOMPUTE: dict[str, dict] = {
+    "full": dict(recompute_granularity="full"),
+    "core_attn": dict(recompute_granularity="selective"),
+    "mlp_moe": dict(recompute_granularity="selective", recompute_modules=("mlp", "moe")),
+    "layernorm": dict(recompute_granularity="selective", recompute_modules=("layernorm",)),
+    "mixed": dict(recompute_layout="full,layernorm+moe,none,core_attn+mlp,layernorm+mlp+moe+core_attn"),
+}
+LIGHTER = ("full", "core_attn", "mlp_moe")
+"""Modes that keep fewer tensors in the autograd graph (the norms' outputs are freed later, by hand)."""
+
+cases = Cases()
+references: dict[str, Any] = {}
+
+
+def run_of(model: dict, parallel: Optional[dict] = None, **training):
+    from megatron_telechat.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+
+    fields = dict(device="cpu", precision="fp32", seq_length=SEQ, micro_batch_size=MICRO_BATCH)
+    return RunConfig(
+        model=ModelConfig(**model),
+        parallel=ParallelConfig(world_size=WORLD, **(parallel or {})),
+        training=TrainingConfig(**{**fields, **training}),
+    )
+
+
+def build(run):
+    from megatron_telechat.backend import get_backend
+    from megatron_telechat.model import build_model, parameter_shards, verify_tiling
+    from megatron_telechat.parallel import initialize
+
+    backend = get_backend("cpu")
+    state = initialize(run, backend)
+    chunks = build_model(run, state, backend)
+    shards = parameter_shards(chunks, run, state)
+    verify_tiling(shards, run, state)
+    return state, chunks, shards
+
+
+def forward_backward(run, chunks) -> float:
+    """One batch, the same on every data-parallel rank, through megatron-core's schedules; the loss sum
+    (of the last stage; zero elsewhere). Gradients are left on the parameters."""
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    generator = torch.Generator().manual_seed(7)
+    shape = (MICRO_BATCHES, MICRO_BATCH, SEQ)
+    tokens, labels = (torch.randint(run.model.vocab_size, shape, generator=generator) for _ in range(2))
+    losses = []
+
+    def step(iterator, model):
+        batch = next(iterator)
+        out = model(tokens[batch], None, None, labels=labels[batch])
+
+        def loss(per_token):
+            total = per_token.sum()
+            losses.append(total.item())
+            return total, torch.tensor(per_token.numel(), dtype=torch.int), {}
+
+        return out, loss
+
+    several = len(chunks) > 1
+    iterators = [iter(range(MICRO_BATCHES)) for _ in chunks]
+    get_forward_backward_func()(
+        forward_step_func=step, data_iterator=iterators if several else iterators[0],
+        model=chunks if several else chunks[0], num_microbatches=MICRO_BATCHES, seq_length=SEQ,
+        micro_batch_size=MICRO_BATCH, forward_only=False,
+    )
+    return sum(losses)
+
+
+def reduced_gradient(shard, state):
+    """Gradient of one copy of the batch, as megatron-core's reductions would make it."""
+    import torch.distributed as dist
+
+    grad = shard.parameter.grad.clone()
+    if getattr(shard.parameter, "sequence_parallel", False):
+        dist.all_reduce(grad, group=state.tp_group)
+    if shard.is_expert:
+        # the experts of all replicas together have seen every data-parallel copy of the batch
+        dist.all_reduce(grad, group=state.edp_group)
+        grad /= state.dp_size
+    return grad
+
+
+def compare(name: str) -> dict[str, Any]:
+    """Build a layout; weights bitwise and gradients closely equal to the reference's."""
+    import torch
+
+    model, parallel = LAYOUTS[name]
+    kind = name.split("_")[0]
+    run = run_of(model, parallel)
+    state, chunks, shards = build(run)
+    loss = forward_backward(run, chunks)
+    grads = {id(shard): reduced_gradient(shard, state) for shard in shards}
+    if kind not in references:
+        references[kind] = {
+            "loss": loss,
+            **{s.pieces[0].key: (s.parameter.detach().view(s.pieces[0].shape).clone(),
+                                 grads[id(s)].view(s.pieces[0].shape)) for s in shards},
+        }
+    reference = references[kind]
+    worst, at = 0.0, ""
+    for shard in shards:
+        (piece,) = shard.pieces
+        window = tuple(slice(o, o + n) for o, n in zip(piece.global_offset, piece.shape))
+        weight, grad = (tensor[window] for tensor in reference[piece.key])
+        assert torch.equal(shard.parameter.detach().view(piece.shape), weight), f"{piece.key}: other initial weights"
+        ours = grads[id(shard)].view(piece.shape)
+        assert torch.isfinite(ours).all()
+        error = ((ours - grad).norm() / reference[piece.key][1].norm()).item()
+        if error > worst:
+            worst, at = error, piece.key
+    loss_error = abs(loss / reference["loss"] - 1) if state.is_last_stage() else 0.0
+    return {"loss": loss_error, "gradient": worst, "at": at}
+
+
+for _name in LAYOUTS:
+    cases.add(_name, partial(compare, _name))
+
+
+def trained(run) -> tuple[float, dict, int]:
+    """Loss and gradients of a batch with dropout; then the bytes that autograd keeps of one forward."""
+    import torch
+
+    _, chunks, shards = build(run)
+    loss = forward_backward(run, chunks)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(MICRO_BATCH, SEQ, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = chunks[0](tokens, None, None, labels=tokens)
+    del output
+    return loss, {s.pieces[0].key: s.parameter.grad for s in shards}, sum(kept.values())
+
+
+def recompute(name: str) -> dict[str, Any]:
+    import torch
+
+    model = dict(MOE, hidden_dropout=0.1, attention_dropout=0.1)
+    if "recompute" not in references:
+        references["recompute"] = trained(run_of(model))
+        from megatron_telechat import parallel
+
+        parallel.destroy(keep_world=True)
+    loss, grads, kept = trained(run_of(model, **RECOMPUTE[name]))
+    reference_loss, reference_grads, reference_kept = references["recompute"]
+    return {
+        "loss_equal": loss == reference_loss,
+        "different": [key for key, grad in grads.items() if not torch.equal(grad, reference_grads[key])],
+        "kept": kept / reference_kept,
+    }
+
+
+for _name in RECOMPUTE:
+    cases.add(f"recompute_{_name}", partial(recompute, _name))
+
+
+def fill_from_hf(shards, weights: dict, model) -> None:
+    """Copy a published checkpoint into a one-rank model, by the table of docs and §2.2's packing."""
+    import torch
+
+    groups, hidden = model.query_groups, model.hidden_size
+    tensors = {
+        "embedding.word_embeddings.weight": weights["transformer.word_embeddings.weight"],
+        "decoder.final_layernorm.weight": weights["transformer.ln_f.weight"],
+        "output_layer.weight": weights["lm_head.weight"],
+    }
+    for layer in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"transformer.h.{layer}."
+        query, key_value = (weights[f"{theirs}self_attention.{name}.weight"] for name in ("query", "key_value"))
+        packed = torch.cat([query.view(groups, -1, hidden), key_value.view(groups, -1, hidden)], dim=1)
+        tensors[f"{ours}self_attention.linear_qkv.weight"] = packed
+        tensors[f"{ours}mlp.linear_fc1.weight"] = torch.stack(
+            [weights[f"{theirs}mlp.{name}.weight"] for name in ("gate_proj", "up_proj")]
+        )
+        for mine, other in (
+            ("input_layernorm.weight", "input_layernorm.weight"),
+            ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+            ("self_attention.linear_proj.weight", "self_attention.dense.weight"),
+            ("self_attention.linear_proj.bias", "self_attention.dense.bias"),
+            ("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+            ("mlp.linear_fc2.bias", "mlp.down_proj.bias"),
+        ):
+            tensors[ours + mine] = weights[theirs + other]
+    for shard in shards:
+        shard.parameter.data.copy_(tensors.pop(shard.pieces[0].key).reshape(shard.parameter.shape))
+    assert not tensors
+
+
+def golden(folder: Path, table_dtype: str) -> dict[str, float]:
+    """Largest logit error by length."""
+    import torch
+    from safetensors.torch import load_file
+
+    hf = json.loads((folder / "config.json").read_text())
+    run = run_of(
+        dict(
+            num_layers=hf["n_layer"], hidden_size=hf["hidden_size"], ffn_hidden_size=hf["ffn_hidden_size"],
+            num_attention_heads=hf["n_head"], num_query_groups=hf["num_key_value_heads"],
+            vocab_size=hf["vocab_size"], norm_epsilon=hf["layer_norm_epsilon"],
+            rotary_training_seqlen=hf["training_seqlen"], rotary_base_seqlen=hf["base_seqlen"],
+            rotary_table_dtype=table_dtype,
+        )
+    )
+    _, (model,), shards = build(run)
+    fill_from_hf(shards, load_file(folder / "model.safetensors"), run.model)
+    expected = load_file(folder / "golden.safetensors")
+    errors = {}
+    for name, tokens in expected.items():
+        if name.startswith("input_ids_"):
+            length = name.removeprefix("input_ids_")
+            with torch.no_grad():
+                logits = model(tokens, None, None, runtime_gather_output=True)
+            errors[length] = (logits - expected[f"logits_{length}"]).abs().max().item()
+    return errors
+
+
+for _folder in sorted(path.name for path in GOLDEN.glob("telechat2_*")):
+    for _dtype in ("fp16", "fp32"):
+        cases.add(f"golden_{_folder}_{_dtype}", partial(golden, GOLDEN / _folder, _dtype))
+
+
+def preset(name: str) -> dict[str, int]:
+    """Built against counted parameters of a preset, over TP2 x PP2."""
+    import torch.distributed as dist
+
+    from megatron_telechat.config import load_run_config
+    from megatron_telechat.costs import count_parameters
+
+    loaded = load_run_config(["--preset", name, "--mock-data"], os.environ).run
+    parallel = replace(loaded.parallel, tensor_model_parallel_size=2, pipeline_model_parallel_size=2,
+                       expert_model_parallel_size=2 if loaded.model.is_moe else None, sequence_parallel=True)
+    _, _, shards = build(replace(loaded, parallel=parallel))
+    mine = sum(piece.numel for shard in shards if shard.writer for piece in shard.pieces)
+    built: list[Any] = [None] * WORLD
+    dist.all_gather_object(built, mine)
+    return {"built": sum(built), "counted": count_parameters(loaded.model).total}
+
+
+for _name in ("telechat2-tiny", "telechat2-tiny-moe"):
+    cases.add(f"preset_{_name}", partial(preset, _name))
+
+
+@cases.case
+def low_precision() -> dict[str, Any]:
+    """bf16 and fp16 with TP2 x PP2: dtypes of parameters, finite loss near fp32's."""
+    from megatron_telechat import parallel
+
+    out = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        run = run_of(MOE, LAYOUTS["moe_tp2_pp2"][1], precision=precision)
+        state, chunks, shards = build(run)
+        loss = forward_backward(run, chunks)
+        out[precision] = loss if state.is_last_stage() else None
+        out[f"{precision}_types"] = sorted({str(s.parameter.dtype) for s in shards})
+        parallel.destroy(keep_world=True)
+    return out
+
+
+@cases.case
+def missing_layer_is_an_error_on_every_rank() -> str:
+    from megatron_telechat.errors import ConfigError
+    from megatron_telechat.model import verify_tiling
+
+    run = run_of(DENSE, dict(pipeline_model_parallel_size=4))
+    state, _, shards = build(run)
+    shards = [shard for shard in shards if "layers.1." not in shard.pieces[0].key]
+    try:
+        verify_tiling(shards, run, state)
+    except ConfigError as error:
+        return error.problems[0].what
+    return "no error"
+
+
+if __name__ == "__main__":
+    cases.main()
