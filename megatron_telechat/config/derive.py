@@ -30,7 +30,7 @@ def derive(check: Check) -> None:
 
 
 def _ranks_per_node(values: dict[str, Any], check: Check) -> int:
-    return min(8, values["world_size"])
+    return max((size for size in range(1, 9) if values["world_size"] % size == 0), default=1)
 
 
 def _expert_model_parallel_size(values: dict[str, Any], check: Check) -> int:
@@ -97,9 +97,15 @@ def _drop_sequence_parallel_without_tp(values: dict[str, Any], check: Check) -> 
         check.origins["sequence_parallel"] = DERIVED
 
 
+_OF_THE_BATCH = (
+    *("global_batch_size", "micro_batch_size", "world_size", "tensor_model_parallel_size"),
+    *("pipeline_model_parallel_size", "context_parallel_size", "num_virtual_stages_per_pipeline_rank"),
+)
+
+
 def _raise_global_batch(values: dict[str, Any], check: Check) -> None:
     """A batch that nobody asked for grows to what the ranks need; one that a person gave is never touched."""
-    if check.said_by_person("global_batch_size") or check.bad.intersection(values):
+    if check.said_by_person("global_batch_size") or check.bad.intersection(_OF_THE_BATCH):
         return
     model_ranks = (
         values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"] * values["context_parallel_size"]

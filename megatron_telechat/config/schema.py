@@ -94,7 +94,7 @@ class ParallelConfig:
     world_size: int = 1
     """Number of ranks. Filled from torchrun's WORLD_SIZE; --world-size sets it for --dry-run."""
     ranks_per_node: Optional[int] = None
-    """Ranks of one node; unset means LOCAL_WORLD_SIZE of torchrun, or the smaller of 8 and world_size."""
+    """Ranks of one node; unset means LOCAL_WORLD_SIZE of torchrun, or the largest number up to 8 that divides world_size."""
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer of the attention and the dense MLP."""
     pipeline_model_parallel_size: int = 1
@@ -151,7 +151,7 @@ class TrainingConfig:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """cuda, npu, cpu, or auto: the first of these that is there."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Compute type: bf16, fp16 or fp32. Master weights, gradients and optimizer state are fp32."""
+    """Compute type: bf16, fp16 or fp32 (short: --bf16, --fp16, --fp32). Master weights, gradients, optimizer state are fp32."""
     seq_length: int = 8192
     """Tokens of a training sample."""
     micro_batch_size: int = 1

@@ -1,0 +1,309 @@
+"""Configurations that no run can start with: each refused with what, where and how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_telechat.config import load_run_config
+from megatron_telechat.errors import EXIT_CONFIG, ConfigError
+
+TINY = ("--preset", "telechat2-tiny", "--mock-data")
+MOE = ("--preset", "telechat2-tiny-moe", "--mock-data")
+
+
+def refusal(argv: tuple[str, ...] | list[str], world: int = 1, **environ: str) -> ConfigError:
+    """The error of a command line on this many ranks."""
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(list(argv), {"WORLD_SIZE": str(world), **environ})
+    assert caught.value.exit_code == EXIT_CONFIG
+    return caught.value
+
+
+def case(name: str, argv: str, *expected: str, model: tuple[str, ...] = TINY, world: int = 1):
+    return pytest.param((*model, *argv.split()), world, expected, id=name)
+
+
+BAD = [
+    # the model
+    case("no model", "--mock-data", "no model", "--preset telechat2-tiny-moe", model=()),
+    case("half a model", "--num-layers 4 --mock-data", "lacks hidden_size, num_attention_heads", model=()),
+    case("unknown preset", "--preset telechat2-7", "did you mean telechat2-7b?", "mixtral-8x7b"),
+    case("no layers", "--num-layers 0", "num_layers=0 is less than 1    (flag)"),
+    case("negative width", "--hidden-size -128", "hidden_size=-128 is less than 1"),
+    case("heads do not divide the width", "--num-attention-heads 12", "does not divide by num_attention_heads=12"),
+    case("groups do not divide the heads", "--num-query-groups 3", "num_query_groups=3 does not divide", "--num-query-groups 2"),
+    case("odd head", "--kv-channels 15", "15 wide cannot be rotated", "--kv-channels 16"),
+    case("no dense ffn", "--ffn-hidden-size 0", "ffn_hidden_size is not given"),
+    case("top-k above experts", "--moe-router-topk 32", "moe_router_topk=32 is more than num_experts=16", model=MOE),
+    case("top-k of nothing", "--moe-router-topk 0", "moe_router_topk=0 is less than 1", model=MOE),
+    case("no experts", "--num-experts 0", "num_experts=0", "leave it out for a dense model", model=MOE),
+    case("expert flags on a dense model", "--moe-router-topk 4", "moe_router_topk=4 without num_experts", "--num-experts N"),
+    case("expert parallelism on a dense model", "--expert-parallel 2", "expert_model_parallel_size=2 without num_experts", world=2),
+    case("moe_layer_freq above the layers", "--moe-layer-freq 9", "moe_layer_freq=9 is more than num_layers=4", model=MOE),
+    case("vocabulary over TP", "--vocab-size 8191 --tensor-model-parallel-size 2", "does not divide vocab_size=8191", "--vocab-size 8192", world=2),
+    case("dropout of one", "--hidden-dropout 1.0", "hidden_dropout=1.0 is out of range"),
+    case("negative dropout", "--attention-dropout -0.1", "attention_dropout=-0.1 is out of range"),
+    case("negative epsilon", "--norm-epsilon 0", "norm_epsilon=0.0 is not more than 0"),
+    case("rotary base of zero", "--rotary-base 0", "rotary_base=0.0 is not more than 0"),
+    case("half of the rotary lengths", "--rotary-training-seqlen none", "rotary_base_seqlen=256 without rotary_training_seqlen"),
+    case("negative auxiliary loss", "--moe-aux-loss-coeff -1", "moe_aux_loss_coeff=-1.0 is negative", model=MOE),
+    case("mixtral with biases", "--architecture mixtral", "attention_output_bias is on", "--no-mlp-output-bias", "rotary_training_seqlen", model=MOE),
+    case("name with a slash", "--name a/b", "cannot name a folder"),
+    # the ranks
+    case("TP does not divide the ranks", "--tensor-model-parallel-size 3", "world_size=4 does not divide by tensor_model_parallel_size=3", world=4),
+    case("TP does not divide the heads", "--tensor-model-parallel-size 16", "does not divide num_attention_heads=8", "--tensor-model-parallel-size 8", world=16),
+    case("TP does not divide the groups", "--tensor-model-parallel-size 8", "does not divide num_query_groups=4", world=8),
+    case("TP does not divide the ffn", "--ffn-hidden-size 385 --tensor-model-parallel-size 2", "does not divide ffn_hidden_size=385", world=2),
+    case("SP does not divide the sequence", "--seq-length 255 --tensor-model-parallel-size 2", "sequence_parallel splits seq_length=255", "--seq-length 256", world=2),
+    case("TP of zero", "--tensor-model-parallel-size 0", "tensor_model_parallel_size=0 is less than 1"),
+    case("TP x PP above the ranks", "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", "world_size=2 does not divide", "torchrun --nproc-per-node 4", world=2),
+    case("context parallelism", "--context-parallel-size 2", "context_parallel_size > 1 is not supported by this version", world=2),
+    case("EP does not divide the experts", "--expert-model-parallel-size 3", "expert_model_parallel_size=3 does not divide num_experts=16", model=MOE, world=3),
+    case("EP above the ranks", "--expert-model-parallel-size 4", "does not divide the 2 ranks of a pipeline stage", model=MOE, world=2),
+    case("EP below TP when folding", "--expert-model-parallel-size 1 --tensor-model-parallel-size 2", "is not a multiple of tensor_model_parallel_size=2", "--no-fold-tensor-into-experts", model=MOE, world=2),
+    case("fold with ETP", "--expert-tensor-parallel-size 2 --tensor-model-parallel-size 2", "leaves no tensor domain inside an expert", "--expert-tensor-parallel-size 1", model=MOE, world=2),
+    case("ETP does not divide the expert", "--no-fold-tensor-into-experts --expert-tensor-parallel-size 5", "does not divide moe_ffn_hidden_size=192", model=MOE, world=5),
+    case("experts over TP without SP", "--tensor-model-parallel-size 2 --no-sequence-parallel", "sequence_parallel is off", "fix: --sequence-parallel", model=MOE, world=2),
+    case("parameter gather without sharding", "--overlap-param-gather", "needs use_distributed_optimizer", "needs overlap_grad_reduce"),
+    case("half a node", "--ranks-per-node 3", "ranks_per_node=3 does not divide world_size=4", world=4),
+    case("node above the world", "--ranks-per-node 8", "ranks_per_node=8 is more than world_size=4", "--ranks-per-node 4", world=4),
+    case("world against torchrun", "--world-size 8", "--world-size 8, but torchrun started 4 ranks", world=4),
+    # the pipeline
+    case("layers do not split", "--num-layers 30 --pipeline-model-parallel-size 4", "num_layers=30 does not split over pipeline_model_parallel_size=4    (num_layers: flag; pipeline_model_parallel_size: flag)", 'fix: --pipeline-model-parallel-layout "Et*7|t*8|t*8|t*7L"  (tools/plan_pipeline.py prints the best one)', world=4),
+    case("layers do not split over chunks", "--num-layers 6 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2", "x num_virtual_stages_per_pipeline_rank=2", '"Et|t*2|t*2|tL"', world=2),
+    case("more stages than layers", "--num-layers 1 --pipeline-model-parallel-size 4", "num_layers=1 does not split", "at most 3 stages", world=4),
+    case("chunks without a pipeline", "--num-virtual-stages-per-pipeline-rank 2", "interleaves chunks of a pipeline", "--pipeline-model-parallel-size 2"),
+    case("layout with too few stages", "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*4L", "1 stages, which do not go round", '"Et*2|t*2L"', world=2),
+    case("layout with too few layers", "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*2L", "the layout holds 3 decoder layers, the model num_layers=4", world=2),
+    case("layout with too many chunks", "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|tL", "the layout has 4 stages, not 2", world=2),
+    case("layout with an empty stage", "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et*2|t||tL", "stage 3 of the layout is empty: the pipeline would deadlock", world=4),
+    case("layout without embedding", "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout tt|ttL", "must hold E (embedding) exactly once", world=2),
+    case("layout with a late embedding", "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout tE|t*3L", "E (embedding) must come first", world=2),
+    case("layout without loss", "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|tt", "must hold L (loss) exactly once", world=2),
+    case("layout with a strange letter", "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|xtL", "'x' means nothing in a layout", world=2),
+    case("layout with multi-token prediction", "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|ttmL", "multi-token-prediction", world=2),
+    case("layout with an open bracket", "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E(t|", "a ( without its )", world=2),
+    case("layout without end", "--pipeline-model-parallel-layout Et*99999999L", "unrolls to more than"),
+    case("interleaving with odd micro-batches", "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 6", "needs a number of micro-batches that pipeline_model_parallel_size=2 divides", "--global-batch-size 8", world=2),
+    case("interleaving over two ranks without overlap", "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --no-overlap-p2p-communication", "deadlocks without overlap_p2p_communication", world=2),
+    case("layers for each virtual stage", "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3", "does not split into 3 layers for each chunk", "--num-layers-per-virtual-pipeline-stage 2", world=2),
+    # the batch
+    case("batch over the ranks", "--global-batch-size 6 --micro-batch-size 2", "global_batch_size=6 does not divide by micro_batch_size=2 x data parallel size 2", "--global-batch-size 8", world=2),
+    case("micro-batch of zero", "--micro-batch-size 0", "micro_batch_size=0 is less than 1"),
+    case("negative batch", "--global-batch-size -8", "global_batch_size=-8 is less than 1"),
+    case("nothing to train", "--train-iters 0", "there is nothing to train", "--train-iters N"),
+    case("exit at every step zero", "--exit-interval 0", "exit_interval=0 is less than 1"),
+    case("unknown precision", "--precision fp8", "one of bf16, fp16, fp32"),
+    case("two precisions", "--bf16 --fp16", "--bf16 says precision=bf16, --fp16 says precision=fp16"),
+    case("precision twice in two ways", "--precision fp32 --bf16", "--precision says precision=fp32, --bf16 says precision=bf16"),
+    case("unknown device", "--device gpu", "one of auto, cuda, npu, cpu"),
+    case("memory level", "--empty-unused-memory-level 7", "empty_unused_memory_level=7 is out of range"),
+    # recompute
+    case("selective with a number of layers", "--recompute-granularity selective --recompute-num-layers 2", "belongs to recompute_granularity full"),
+    case("layers without granularity", "--recompute-num-layers 2", "recompute_granularity full, which is unset"),
+    case("method without granularity", "--recompute-method uniform", "recompute_method=uniform belongs to"),
+    case("uniform in groups", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2", "recomputes every layer by itself", "--recompute-method block"),
+    case("modules without granularity", "--recompute-modules mlp", "belongs to recompute_granularity selective"),
+    case("unknown module", "--recompute-granularity selective --recompute-modules core_attn moe_act", "any of core_attn, mlp, moe, layernorm"),
+    case("experts of a dense model", "--recompute-granularity selective --recompute-modules moe", "the model has no experts"),
+    case("dense MLP of a MoE model", "--recompute-granularity selective --recompute-modules mlp", "every layer of the model has experts", model=MOE),
+    case("layout and granularity", "--recompute-granularity full --recompute-layout full*4", "contradict each other", "--recompute-layout none"),
+    case("layout with too few entries", "--recompute-layout full*4 --pipeline-model-parallel-size 2", "has 1 entries, the pipeline 2 virtual stages", "full*2|full*2", world=2),
+    case("layout with too few layers of recompute", "--recompute-layout full*3", "names 3 layers, virtual stage 1 has 4"),
+    case("layout with an unknown module", "--recompute-layout attn*4", "unknown module attn"),
+    case("layout that cannot be read", "--recompute-layout full*", "cannot read 'full*'"),
+    # the schedule
+    case("lr below min_lr", "--lr 1e-5 --min-lr 1e-4", "lr=1e-05 is less than min_lr=0.0001"),
+    case("lr of zero", "--lr 0", "lr=0.0 is not more than 0"),
+    case("lr that is not finite", "--lr nan", "a number, and a finite one"),
+    case("WSD without its decay", "--lr-decay-style WSD", "needs lr_wsd_decay_iters", "--lr-wsd-decay-iters 20"),
+    case("WSD decay without WSD", "--lr-wsd-decay-iters 10", "belongs to lr_decay_style WSD, which is cosine"),
+    case("WSD decay above all", "--lr-decay-style WSD --lr-wsd-decay-iters 300", "is more than lr_decay_iters=200"),
+    case("warm-up above the decay", "--lr-warmup-iters 200", "leaves nothing of lr_decay_iters=200 (= train_iters)"),
+    case("two warm-ups", "--lr-warmup-iters 5 --lr-warmup-fraction 0.1", "both give the warm-up"),
+    case("warm-up fraction", "--lr-warmup-fraction 1.5", "lr_warmup_fraction=1.5 is out of range"),
+    case("warm-up from above", "--lr-warmup-init 1.0", "is more than lr=0.002"),
+    case("unknown decay", "--lr-decay-style cosin", "did you mean cosine?"),
+    case("beta of one", "--adam-beta2 1.0", "adam_beta2=1.0 is out of range"),
+    case("negative weight decay", "--weight-decay -0.1", "weight_decay=-0.1 is negative"),
+    case("loss scales upside down", "--initial-loss-scale 1 --min-loss-scale 2", "initial_loss_scale=1 is less than min_loss_scale=2"),
+    # the data
+    case("no data", "", "no training data", "--mock-data", model=("--preset", "telechat2-tiny")),
+    case("data and mock data", "--data-path /nowhere/x", "mock_data and data_path contradict", "drop one of them"),
+    case("two kinds of data", "--data-path /nowhere/x --data-json /nowhere/y.json", "data_path and data_json contradict", model=("--preset", "telechat2-tiny")),
+    case("missing dataset", "--data-path /nowhere/x", "/nowhere/x.bin and /nowhere/x.idx are missing", "there is no folder /nowhere", model=("--preset", "telechat2-tiny")),
+    case("missing data.json", "--data-json /nowhere/data.json", "is not a file", model=("--preset", "telechat2-tiny")),
+    case("weights out of turn", "--data-path 0.5 a b", "weights and prefixes do not come in turn", model=("--preset", "telechat2-tiny")),
+    case("weight of zero", "--data-path 0 a 1 b", "a weight is not a positive number", model=("--preset", "telechat2-tiny")),
+    case("validation data alone", "--data-path /nowhere/x --valid-data-path /nowhere/v", "goes with train_data_path", model=("--preset", "telechat2-tiny")),
+    case("split that cannot be read", "--split 9,x", "is not one to three shares"),
+    case("negative split", "--split=-1,1,1", "is not one to three shares"),
+    case("split of nothing", "--split 0,0,0", "is not one to three shares"),
+    case("split without training", "--split 0,1,0", "leaves nothing to train on"),
+    case("evaluation without data", "--data-path /nowhere/x --split 1,0,0 --eval-interval 5", "needs validation data", model=("--preset", "telechat2-tiny")),
+    case("missing tokenizer", "--tokenizer-model /nowhere/t.model", "tokenizer_model /nowhere/t.model is not there"),
+    case("tokenizer type alone", "--tokenizer-type SentencePieceTokenizer", "needs tokenizer_model"),
+    case("unknown tokenizer", "--tokenizer-type Tik", "one of HuggingFaceTokenizer"),
+    case("documents without a tokenizer", "--eod-mask-loss", "needs the end-of-document token"),
+    # checkpoints, evaluation, reports
+    case("checkpoint to load is not there", "--load /nowhere/ckpt", "load /nowhere/ckpt is not a folder"),
+    case("step without checkpoints", "--load-step 10 --run-dir /nowhere/run", "load_step=10, but there is no checkpoint folder"),
+    case("weights are not there", "--pretrained-checkpoint /nowhere/w", "pretrained_checkpoint /nowhere/w is not a folder"),
+    case("run folder is a file", "--run-dir setup.py", "run_dir setup.py is a file"),
+    case("run folder below a file", "--run-dir setup.py/run", "cannot be made: setup.py is a file"),
+    case("save interval of zero", "--save-interval 0", "save_interval=0", "to save only at the end"),
+    case("negative keep", "--keep-last -1", "keep_last=-1 is negative"),
+    case("evaluation every zero", "--eval-interval 0", "eval_interval=0", "to evaluate never"),
+    case("log interval of zero", "--log-interval 0", "log_interval=0 is less than 1"),
+    case("wandb name alone", "--wandb-exp-name x", "without wandb_project logs nowhere"),
+    # typing
+    case("unknown flag", "--tensor-model-parralel-size 2", "did you mean --tensor-model-parallel-size?"),
+    case("abbreviation", "--tensor-model-par 2", "unknown flag --tensor-model-par"),
+    case("flag of nowhere", "--zzzz", "unknown flag --zzzz", "--help lists all flags"),
+    case("one hyphen", "-lr 3", "unknown flag -lr", "write --lr"),
+    case("argument of no flag", "--seed 1 2", "--seed takes one value, not 2: 1 2"),
+    case("value missing", "--lr --min-lr 1", "--lr has no value"),
+    case("word for a number", "--lr fast", "--lr is 'fast'", "it takes a number"),
+    case("fraction for a count", "--train-iters 1e3", "--train-iters is '1e3'", "it takes a whole number"),
+    case("word behind a switch", "--sequence-parallel true", "--sequence-parallel takes no value", "--no-sequence-parallel"),
+    case("two names, two values", "--tensor-parallel 2 --tensor-model-parallel-size 1", "--tensor-parallel says tensor_model_parallel_size=2", world=2),
+    case("missing file", "--config /nowhere/run.yaml", "cannot read --config /nowhere/run.yaml: No such file or directory"),
+    case("preset given as a file", "--config telechat2-7b", "fix: --preset telechat2-7b"),
+    # Megatron-LM's flags that would change the run
+    case("layer norm", "--normalization LayerNorm", "--normalization LayerNorm contradicts this framework", "RMSNorm"),
+    case("finetune", "--finetune", "is refused", "use --pretrained-checkpoint"),
+    case("capacity", "--moe-expert-capacity-factor 1.25", "the experts are dropless", model=MOE),
+    case("samples", "--train-samples 1000000", "use --train-iters"),
+    case("sinkhorn", "--moe-router-load-balancing-type sinkhorn", "contradicts this framework", model=MOE),
+    case("spec", "--spec a b", "--spec (a Megatron-LM flag) is refused", "leave it out"),
+]
+
+
+@pytest.mark.parametrize("argv, world, expected", BAD)
+def test_refused_with_origin_and_fix(argv: tuple[str, ...], world: int, expected: tuple[str, ...]) -> None:
+    text = refusal(argv, world).render()
+    for part in expected:
+        assert part in text
+    assert "Traceback" not in text
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(BAD) >= 100
+
+
+def test_every_problem_says_where_or_how() -> None:
+    for parameters in BAD:
+        argv, world, _ = parameters.values
+        for problem in refusal(argv, world).problems:
+            assert problem.where or problem.fix, problem
+
+
+def test_all_problems_at_once() -> None:
+    error = refusal([*MOE, "--num-layers", "30", "--pipeline-model-parallel-size", "4", "--moe-router-topk", "17",
+                     "--lr", "x", "--sqlit", "1", "--expert-parallel", "5"], 20)
+    assert len(error.problems) == 5
+    assert error.render().startswith("config error: 5 problems\n  1. ")
+
+
+def test_a_wrong_value_is_reported_once() -> None:
+    error = refusal([*TINY, "--pipeline-model-parallel-size", "0"], 4)
+    assert [problem.what for problem in error.problems] == ["pipeline_model_parallel_size=0 is less than 1"]
+    error = refusal([*TINY, "--num-attention-heads", "eight"], 4)
+    assert len(error.problems) == 1
+
+
+def test_unknown_preset_alone_is_reported() -> None:
+    assert len(refusal(["--preset", "telechat3", "--mock-data", "--train-iters", "1"]).problems) == 1
+
+
+def test_world_size_without_torchrun() -> None:
+    with pytest.raises(ConfigError, match="single process without torchrun"):
+        load_run_config([*TINY, "--world-size", "4"], {})
+
+
+def test_broken_environment() -> None:
+    with pytest.raises(ConfigError, match="WORLD_SIZE='four' is not a number of ranks"):
+        load_run_config(list(TINY), {"WORLD_SIZE": "four"})
+
+
+class TestData:
+    """What is there, and what is only nearly there."""
+
+    def test_suffix_of_the_prefix_forgotten(self, tmp_path: Path) -> None:
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"corpus_text_document{suffix}").touch()
+        base = ["--preset", "telechat2-tiny", "--data-path"]
+        assert "corpus_text_document is there; name it" in refusal([*base, str(tmp_path / "corpus")]).render()
+        load_run_config([*base, str(tmp_path / "corpus_text_document")], {})
+        load_run_config([*base, str(tmp_path / "corpus_text_document.bin")], {})
+
+    def test_half_a_dataset(self, tmp_path: Path) -> None:
+        (tmp_path / "x.bin").touch()
+        text = refusal(["--preset", "telechat2-tiny", "--data-path", "1", str(tmp_path / "x")]).render()
+        assert f"{tmp_path}/x.idx is missing" in text
+
+    def test_raw_text(self, tmp_path: Path) -> None:
+        (tmp_path / "x.jsonl").touch()
+        text = refusal(["--preset", "telechat2-tiny", "--data-path", str(tmp_path / "x.jsonl")]).render()
+        assert "is raw text" in text and "tools/preprocess_data.py" in text
+
+    def test_evaluation_beside_training_data_of_its_own(self, tmp_path: Path) -> None:
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"x{suffix}").touch()
+        text = refusal(["--preset", "telechat2-tiny", "--train-data-path", str(tmp_path / "x"), "--eval-interval", "5"]).render()
+        assert "train_data_path comes without valid_data_path" in text
+
+
+class TestYaml:
+    """Files: every complaint with file and line."""
+
+    def read(self, tmp_path: Path, text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return refusal([*TINY, "--config", str(path)]).render().replace(f"{tmp_path}/", "")
+
+    @pytest.mark.parametrize(
+        "text, expected",
+        [
+            ("parallel:\n\n  tensor_model_parralel_size: 2\n",
+             "unknown key parallel.tensor_model_parralel_size in run.yaml:3: did you mean tensor_model_parallel_size?"),
+            ("paralel:\n  x: 1\n", "unknown section paralel: did you mean parallel?    (run.yaml:1)"),
+            ("num_layers: 4\n", "key num_layers stands outside of a section    (run.yaml:1)\n  fix: indent it under model:"),
+            ("training:\n  lr: 1\n", "key lr does not belong in section training    (run.yaml:2)\n  fix: move it under optimizer:"),
+            ("training:\n  learning_rat: 1\n", "unknown key training.learning_rat in run.yaml:2"),
+            ("optimizer:\n  lr: fast\n", "optimizer.lr is 'fast'    (run.yaml:2)\n  fix: it takes a number"),
+            ("optimizer:\n  lr: [1, 2]\n", "optimizer.lr is a sequence"),
+            ("model:\n  num_layers: 4.5\n", "model.num_layers is '4.5'"),
+            ("model:\n  num_layers: null\n", "model.num_layers is 'null'"),
+            ("parallel:\n  sequence_parallel: maybe\n", "it takes true or false"),
+            ("training:\n  precision: fp23\n", "did you mean fp32?"),
+            ("training:\n  recompute_modules: [mlp, attn]\n", "any of core_attn, mlp, moe, layernorm"),
+            ("model:\n  num_layers: 4\n  num_layers: 5\n", "model.num_layers is given twice, first in line 2    (run.yaml:3)"),
+            ("model:\n  a: 1\nmodel:\n  b: 2\n", "model is given twice"),
+            ("- a\n- b\n", "the file is not a mapping of sections    (run.yaml:1)"),
+            ("model: 7\n", "section model is not a mapping"),
+            ("model:\n  num_layers: [1\n", "cannot read the YAML"),
+            ("model: {num_layers: 4}}\n", "run.yaml:1"),
+            ("\tmodel: 1\n", "cannot read the YAML"),
+            ("preset: telechat2-7\n", "did you mean telechat2-7b?"),
+            ("model:\n  num_layers: 6\nparallel:\n  pipeline_model_parallel_size: 4\n",
+             "num_layers: run.yaml:2; pipeline_model_parallel_size: run.yaml:4"),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, text: str, expected: str) -> None:
+        if text.startswith("preset"):
+            path = tmp_path / "run.yaml"
+            path.write_text(text)
+            assert expected in refusal(["--config", str(path), "--mock-data"]).render()
+        else:
+            assert expected in self.read(tmp_path, text)
+
+    def test_bytes_that_are_no_text(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(b"model:\n  name: \xff\xfe\n")
+        assert "it is not UTF-8 text" in refusal([*TINY, "--config", str(path)]).render()
+
+    def test_a_folder_is_no_file(self, tmp_path: Path) -> None:
+        assert "Is a directory" in refusal([*TINY, "--config", str(tmp_path)]).render()
