@@ -49,6 +49,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 40
 TIMEOUT_CODE = 124
 PR_SET_PDEATHSIG = 1
+PATIENCE_S = 120
+PATIENCE_AFTER_FAILURE_S = 45
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def run_cases(
     nproc: int,
     names: Sequence[str] = (),
     *,
-    timeout: float = 180.0,
+    timeout: float = 300.0,
     env: Optional[Mapping[str, str]] = None,
 ) -> CaseReport:
     """Launch a worker file of `Cases` and collect its results; never raises for a failed case."""
@@ -257,7 +259,7 @@ class _Meeting:
         if self.store is None:
             return True
         self.store.set(f"ended/{name}/{self.rank}", "1")
-        patience = timedelta(seconds=90 if ok else 30)
+        patience = timedelta(seconds=PATIENCE_S if ok else PATIENCE_AFTER_FAILURE_S)
         try:
             self.store.wait([f"ended/{name}/{rank}" for rank in range(self.world)], patience)
         except RuntimeError:

@@ -270,7 +270,7 @@ FIXES: tuple[Fix, ...] = (
         "te_absent",
         _router_gemm,
     ),
-    Fix("hide_gpu_packages", "Transformer Engine and apex, where installed, are used on CPU tensors", CPU, _hide_gpu_packages),
+    Fix("hide_gpu_packages", "Transformer Engine and apex, where installed, are used off CUDA", NOT_CUDA, _hide_gpu_packages),
     Fix("eager_jit", "torch.compile starts a C++ compiler for tiny functions on every rank", NOT_CUDA, _eager_jit),
     Fix("current_device", "torch.cuda.current_device is where tensors are made, at about 60 places", CPU, _current_device),
     Fix("synchronize", "torch.cuda.synchronize raises without CUDA (timers, batched pipeline sends)", CPU, _synchronize),

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable
 
-ROOT = Path(__file__).resolve().parents[2]
 TE_WITHOUT_CORE = 'raise RuntimeError("transformer_engine: no CUDA core")\n'
 
 
@@ -159,42 +157,29 @@ def router_gemm() -> None:
     assert logits.tolist() == [[3.0] * 4] * 2
 
 
-def _fresh(code: str, environment: dict[str, str] | None = None) -> str:
-    """Output of a new interpreter that applied the fixes (but those of this process left out) first."""
-    without = json.dumps(json.loads(os.environ["PROBE_WITHOUT"]))
-    head = (
-        "import torch\nfrom megatron_telechat.backend.mcore_fixes import apply_fixes\n"
-        f"apply_fixes('cpu', torch.device('cpu'), without={without})\n"
-    )
-    paths = os.pathsep.join([str(ROOT), (environment or {}).get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-W", "always", "-c", head + code],
-        env={**os.environ, **(environment or {}), "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout + done.stderr
-
-
 def hide_gpu_packages() -> None:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "transformer_engine"
         package.mkdir()
         (package / "__init__.py").write_text(TE_WITHOUT_CORE)
-        _fresh("import megatron.core", {"PYTHONPATH": folder})
+        sys.path.insert(0, folder)
+        import megatron.core  # noqa: F401
 
 
 def eager_jit() -> None:
-    code = "from megatron.core.fusions.fused_bias_swiglu import swiglu\nprint('compiled', hasattr(swiglu, '_torchdynamo_orig_callable'))"
-    said = _fresh(code)
-    assert "compiled False" in said, said
+    from megatron.core.fusions.fused_bias_swiglu import swiglu
+
+    assert not hasattr(swiglu, "_torchdynamo_orig_callable")
 
 
 def quiet() -> None:
-    said = _fresh("import megatron.core.optimizer, megatron.core.models.gpt")
-    assert "UserWarning" not in said, said
+    said: list[str] = []
+    warnings.showwarning = lambda message, category, *_: said.append(f"{category.__name__}: {message}")
+    import megatron.core.models.gpt  # noqa: F401
+    import megatron.core.optimizer  # noqa: F401
+
+    about_packages = [text for text in said if "not installed" in text]
+    assert not about_packages, about_packages
 
 
 PROBES: dict[str, tuple[Callable[[], None], int]] = {
@@ -220,6 +205,9 @@ PROBES: dict[str, tuple[Callable[[], None], int]] = {
 }
 
 
+AT_IMPORT = ("quiet", "hide_gpu_packages", "eager_jit")
+
+
 def _ending(name: str, without: tuple[str, ...]) -> str:
     """How a probe ends on its ranks: "" if well, else the last line of the first error."""
     probe, ranks = PROBES[name]
@@ -241,7 +229,7 @@ def _child(probe: Callable[[], None], without: tuple[str, ...], folder: str, ran
 
         from megatron_telechat.backend.mcore_fixes import apply_fixes
 
-        os.environ["PROBE_WITHOUT"] = json.dumps(list(without))
+        warnings.simplefilter("always", UserWarning)
         apply_fixes("cpu", torch.device("cpu"), without=without)
         if ranks > 1:
             os.environ["WORLD_SIZE"] = str(ranks)
@@ -255,20 +243,30 @@ def _child(probe: Callable[[], None], without: tuple[str, ...], folder: str, ran
     os._exit(0)
 
 
+def _report(name: str) -> None:
+    line = {"fix": name, "with_all": _ending(name, ()), "without": _ending(name, (name,))}
+    print(json.dumps(line), flush=True)
+
+
 def main(names: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    # What the probes need, before any fix: the children then fork with everything loaded.
+    chosen = names or list(PROBES)
+    # These are about the import itself.
+    for name in chosen:
+        if name in AT_IMPORT:
+            _report(name)
+    # What the others need, before any fix: the children then fork with everything loaded.
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
     import megatron.core.optimizer  # noqa: F401
     import megatron.core.pipeline_parallel  # noqa: F401
     import megatron.core.transformer.moe.moe_layer  # noqa: F401
     import tests.backend.tiny_core  # noqa: F401
 
-    for name in names or PROBES:
-        endings = SimpleNamespace(with_all=_ending(name, ()), without=_ending(name, (name,)))
-        print(json.dumps({"fix": name, "with_all": endings.with_all, "without": endings.without}), flush=True)
+    for name in chosen:
+        if name not in AT_IMPORT:
+            _report(name)
 
 
 if __name__ == "__main__":

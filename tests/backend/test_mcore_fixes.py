@@ -61,6 +61,17 @@ def test_cuda_with_transformer_engine_gets_almost_none():
     assert [fix.name for fix in mcore_fixes.FIXES if fix.applies("cuda", te_present=False)] == ["quiet", "router_gemm"]
 
 
+def test_npu_relies_on_torch_npu_for_the_rest():
+    names = [fix.name for fix in mcore_fixes.FIXES if fix.applies("npu", te_present=False)]
+    expected = ["quiet", "router_gemm", "hide_gpu_packages", "eager_jit", "rng_restore", "tensor_type", "split_sizes"]
+    assert names == expected
+
+
+def test_the_documentation_names_every_fix():
+    text = (ROOT / "docs" / "backend.md").read_text()
+    assert [name for name in BY_NAME if f"`{name}`" not in text] == []
+
+
 def test_other_version_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.17.0")
     with pytest.raises(ConfigError, match=r"0\.17\.0.*0\.16\.1") as caught:
