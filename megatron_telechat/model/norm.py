@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class _RMSNormFunction(torch.autograd.Function):
+class CpuRMSNorm(torch.autograd.Function):
     """RMSNorm that keeps its input and one number a row; the normalised rows are computed again in the backward."""
 
     @staticmethod
@@ -34,6 +34,27 @@ class _RMSNormFunction(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+class FusedRMSNorm(torch.autograd.Function):
+    """RMSNorm by torch's fused kernel, which normalises in fp32 and rounds; the weight stays outside of it to keep
+    the order. Keeps only its input: the kernel is cheap to repeat."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            normalised = torch.nn.functional.rms_norm(x, x.shape[-1:], None, ctx.eps)
+        (grad_x,) = torch.autograd.grad(normalised, x, grad * weight)
+        grad_weight = (grad * normalised.detach()).reshape(-1, x.shape[-1]).sum(0)
+        return grad_x, grad_weight, None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * cast(x * rsqrt(mean(x^2) + eps))``: normalised in fp32, cast back to the type of x, then scaled.
 
@@ -41,10 +62,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: [..., hidden].
         weight: [hidden], of the type of x.
     """
-    if x.device.type == "cpu":
-        return _RMSNormFunction.apply(x, weight, eps)
-    # One fused kernel normalises in fp32 and rounds; the weight must stay outside of it to keep the order.
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), None, eps) * weight
+    function = CpuRMSNorm if x.device.type == "cpu" else FusedRMSNorm
+    return function.apply(x, weight, eps)
 
 
 class RMSNorm(torch.nn.Module):

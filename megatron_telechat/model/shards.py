@@ -242,11 +242,11 @@ def _missing_problems(missing: Sequence[str], run: RunConfig) -> list[Problem]:
     if whole:
         parallel, total = run.parallel, run.model.num_layers
         stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
-        names = ", ".join(map(str, whole))
+        names = f"layer {whole[0]} is" if len(whole) == 1 else f"layers {', '.join(map(str, whole))} are"
         problems.insert(
             0,
             Problem(
-                f"{total} layers on {stages} pipeline stages built only {total - len(whole)}: layers {names} are missing",
+                f"{total} layers on {stages} pipeline stages built only {total - len(whole)}: {names} missing",
                 where="pipeline_model_parallel_layout",
                 fix="give a layout that holds every layer",
             ),

@@ -65,7 +65,7 @@ def transformer_config(
         fp16=dtype is torch.float16,
         # the loss is averaged over the tokens that count, whatever the layout
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=device_type == "cuda" and (transformer_engine or _has_wgrad_kernel()),
+        gradient_accumulation_fusion=device_type == "cuda" and _has_wgrad_kernel(),
         # selects the deterministic embedding gradient; on the CPU the plain one is deterministic, and faster
         deterministic_mode=training.deterministic and device_type == "cuda",
         transformer_impl="transformer_engine" if transformer_engine else "local",
@@ -75,6 +75,7 @@ def transformer_config(
 
 
 def _has_wgrad_kernel() -> bool:
+    """Whether apex's kernel is there; megatron-core's own output layer needs it, TransformerEngine or not."""
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gloo
 
 @pytest.fixture(scope="module")
 def report():
-    return run_cases(Path(worker.__file__), nproc=worker.WORLD)
+    return run_cases(Path(worker.__file__), nproc=worker.WORLD, timeout=600)
 
 
 @pytest.mark.parametrize("name", worker.LAYOUTS)
@@ -55,10 +55,10 @@ def test_low_precision(report):
     for rank in report.check("low_precision"):
         assert rank["bf16_types"] == ["torch.bfloat16"] and rank["fp16_types"] == ["torch.float16"]
         if rank["fp32"] is not None:
-            assert rank["bf16"] == pytest.approx(rank["fp32"], rel=2e-2)
+            assert rank["bf16"] == pytest.approx(rank["fp32"], rel=5e-3)
             assert rank["fp16"] == pytest.approx(rank["fp32"], rel=5e-3)
 
 
 def test_a_missing_layer_is_an_error_on_every_rank(report):
     said = report.check("missing_layer_is_an_error_on_every_rank")
-    assert len(set(said)) == 1 and said[0] == "5 layers on 4 pipeline stages built only 4: layers 1 are missing"
+    assert len(set(said)) == 1 and said[0] == "5 layers on 4 pipeline stages built only 4: layer 1 is missing"

@@ -10,7 +10,7 @@ import torch
 
 from megatron_telechat.config.schema import ModelConfig
 from megatron_telechat.model.mlp import swiglu
-from megatron_telechat.model.norm import rms_norm
+from megatron_telechat.model.norm import CpuRMSNorm, FusedRMSNorm, rms_norm
 from megatron_telechat.model.rotary import RotaryEmbedding, SplitAndRotate, attention_scaling, ntk_alpha
 
 EPS = 1e-5
@@ -37,24 +37,31 @@ def reference_norm(x, weight):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
 
 
+@pytest.mark.parametrize("function", [CpuRMSNorm, FusedRMSNorm])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
-def test_rms_norm_and_its_gradients(dtype, bound):
+def test_rms_norm_and_its_gradients(function, dtype, bound):
     x, weight = random(7, 2, 48).to(dtype), (1 + 0.2 * random(48, seed=3)).to(dtype)
-    ours = gradients(lambda a, b: rms_norm(a, b, EPS), x, weight)
+    ours = gradients(lambda a, b: function.apply(a, b, EPS), x, weight)
     reference = gradients(reference_norm, x.double(), weight.double())
     assert max(map(relative, ours, reference)) < bound
     assert {t.dtype for t in ours} == {dtype}
 
 
-def test_rms_norm_rounds_before_the_weight():
+@pytest.mark.parametrize("function", [CpuRMSNorm, FusedRMSNorm])
+def test_rms_norm_rounds_before_the_weight(function):
     x, weight = random(64, 96).bfloat16(), (1 + random(96, seed=2)).bfloat16()
     x32 = x.float()
     normalised = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)).bfloat16()
-    ours = rms_norm(x, weight, EPS)
+    ours = function.apply(x, weight, EPS)
     # the two ways to sum the squares may round a row's scale differently in fp32, so: nearly all bits
     assert (ours == normalised * weight).float().mean() > 0.999
     late = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS) * weight.float()).bfloat16()
     assert (ours == late).float().mean() < 0.95
+
+
+def test_rms_norm_takes_the_function_of_the_device():
+    x = random(3, 8).float().requires_grad_()
+    assert type(rms_norm(x, torch.ones(8), EPS).grad_fn).__name__ == "CpuRMSNormBackward"
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
