@@ -148,7 +148,9 @@ class _Flag:
             self.problem(f"{self.typed} has no value", fix=f"{self.typed} VALUE")
         else:
             given = " ".join(self.values)
-            self.problem(f"{self.typed} takes one value, not {len(self.values)}: {given}", fix="quote a value that holds blanks")
+            self.problem(
+                f"{self.typed} takes one value, not {len(self.values)}: {given}", fix="quote a value that holds blanks"
+            )
         return None
 
     def action(self) -> None:
@@ -236,7 +238,9 @@ class _Flag:
                 self.values = []
             elif answer.fields != ("precision",):
                 ours = " ".join(known[name].flag for name in answer.fields)
-                self.line.notes.append(f"{given}: another name of {ours}" + (f" ({answer.value})" if answer.value else ""))
+                self.line.notes.append(
+                    f"{given}: another name of {ours}" + (f" ({answer.value})" if answer.value else "")
+                )
             for name in answer.fields:
                 if answer.value is not None:
                     self.constant(known[name], answer.value)

@@ -17,7 +17,6 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import Said, YamlFile, read_yaml
 from megatron_telechat.errors import ConfigError, Problem
 
-
 LAYOUTS = ("pipeline_model_parallel_layout", "recompute_layout")
 
 SUPERSEDES: dict[str, tuple[str, ...]] = {

@@ -98,10 +98,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         logits-save-top-p-min-k teacher-model-config
         """,
     ),
-    (
-        Refused("gpt-oss layers are not part of these models"),
-        "enable-gpt-oss",
-    ),
+    (Refused("gpt-oss layers are not part of these models"), "enable-gpt-oss"),
     (
         Refused("hyper-connections are not part of these models"),
         """
@@ -231,10 +228,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         params-dtype pipeline-dtype
         """,
     ),
-    (
-        Always("the softmax of the attention is computed in fp32"),
-        "attention-softmax-in-fp32",
-    ),
+    (Always("the softmax of the attention is computed in fp32"), "attention-softmax-in-fp32"),
     (
         Ignored("the matrix products follow torch's own setting"),
         "disable-bf16-reduced-precision-matmul disable-jit-fuser",
@@ -246,14 +240,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         megatron-fsdp-main-params-dtype
         """,
     ),
-    (
-        Refused("gradients are reduced in fp32"),
-        "grad-reduce-in-bf16",
-    ),
-    (
-        Refused("the loss scale of fp16 is dynamic", "--initial-loss-scale"),
-        "loss-scale",
-    ),
+    (Refused("gradients are reduced in fp32"), "grad-reduce-in-bf16"),
+    (Refused("the loss scale of fp16 is dynamic", "--initial-loss-scale"), "loss-scale"),
     (
         Refused("the optimizer keeps its state in fp32 on the device"),
         """
@@ -263,15 +251,9 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         use-torch-optimizer-for-cpu-offload
         """,
     ),
-    (
-        Always("scores are not scaled by the layer number"),
-        "no-query-key-layer-scaling",
-    ),
+    (Always("scores are not scaled by the layer number"), "no-query-key-layer-scaling"),
     # architecture
-    (
-        Always("the MLP is a SwiGLU", ("silu", "swiglu",)),
-        "activation-func",
-    ),
+    (Always("the MLP is a SwiGLU", ("silu", "swiglu")), "activation-func"),
     (
         Refused("the MLP is a SwiGLU"),
         """
@@ -313,14 +295,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         output-layer-init-method
         """,
     ),
-    (
-        Always("the MLP is a SwiGLU"),
-        "gated-linear-unit swiglu",
-    ),
-    (
-        Always("--num-query-groups says it"),
-        "group-query-attention",
-    ),
+    (Always("the MLP is a SwiGLU"), "gated-linear-unit swiglu"),
+    (Always("--num-query-groups says it"), "group-query-attention"),
     (
         Ignored("initial weights do not depend on the device or the layout"),
         """
@@ -332,45 +308,20 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         Ignored("rotary positions have no table to size; --seq-length is the length of a sample"),
         "max-position-embeddings",
     ),
-    (
-        Always("positions are rotary"),
-        "no-position-embedding use-rotary-position-embeddings",
-    ),
-    (
-        Always("every norm is an RMSNorm", ("RMSNorm",)),
-        "normalization",
-    ),
-    (
-        Always("positions are rotary", ("rope",)),
-        "position-embedding-type",
-    ),
+    (Always("positions are rotary"), "no-position-embedding use-rotary-position-embeddings"),
+    (Always("every norm is an RMSNorm", ("RMSNorm",)), "normalization"),
+    (Always("positions are rotary", ("rope",)), "position-embedding-type"),
     (
         Refused(
-            "long contexts use NTK-aware scaling here",
-            "--rotary-base, --rotary-training-seqlen, --rotary-base-seqlen",
+            "long contexts use NTK-aware scaling here", "--rotary-base, --rotary-training-seqlen, --rotary-base-seqlen"
         ),
         "rope-scaling-factor rotary-seq-len-interpolation-factor use-rope-scaling",
     ),
-    (
-        Refused("rotary channels are paired half against half, as in the published weights"),
-        "rotary-interleaved",
-    ),
-    (
-        Always("the whole head is rotated", ("1.0", "1",)),
-        "rotary-percent",
-    ),
-    (
-        Always("the embedding and the output layer are two matrices"),
-        "untie-embeddings-and-output-weights",
-    ),
-    (
-        Refused("the model is built on Megatron-Core"),
-        "use-legacy-models",
-    ),
-    (
-        Always("the model is built on Megatron-Core"),
-        "use-mcore-models",
-    ),
+    (Refused("rotary channels are paired half against half, as in the published weights"), "rotary-interleaved"),
+    (Always("the whole head is rotated", ("1.0", "1")), "rotary-percent"),
+    (Always("the embedding and the output layer are two matrices"), "untie-embeddings-and-output-weights"),
+    (Refused("the model is built on Megatron-Core"), "use-legacy-models"),
+    (Always("the model is built on Megatron-Core"), "use-mcore-models"),
     # MoE
     (
         Ignored("the MoE block has its own exchange, permutation and schedule"),
@@ -410,10 +361,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         ),
         "moe-extended-tp",
     ),
-    (
-        Always("experts run as one grouped product"),
-        "moe-grouped-gemm",
-    ),
+    (Always("experts run as one grouped product"), "moe-grouped-gemm"),
     (
         Refused(
             "recompute of the experts is a module of selective recompute",
@@ -429,10 +377,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         moe-routing-trace-max-training-iters moe-routing-trace-path save-tokens-per-expert-interval
         """,
     ),
-    (
-        Always("the router computes in fp32", ("fp32",)),
-        "moe-router-dtype",
-    ),
+    (Always("the router computes in fp32", ("fp32",)), "moe-router-dtype"),
     (
         Always(
             "the router is balanced by the auxiliary loss of --moe-aux-loss-coeff",
@@ -445,16 +390,10 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         Refused("the weights of a token's experts always add up to 1, as in the published models"),
         "moe-router-pre-softmax",
     ),
+    (Always("the router's scores are a softmax", ("softmax",)), "moe-router-score-function"),
+    (Always("the experts' output is not scaled", ("1.0", "1")), "moe-router-topk-scaling-factor"),
     (
-        Always("the router's scores are a softmax", ("softmax",)),
-        "moe-router-score-function",
-    ),
-    (
-        Always("the experts' output is not scaled", ("1.0", "1",)),
-        "moe-router-topk-scaling-factor",
-    ),
-    (
-        Always("the MoE block has its own all-to-all exchange", ("alltoall", "allgather", "flex", "alltoall_seq",)),
+        Always("the MoE block has its own all-to-all exchange", ("alltoall", "allgather", "flex", "alltoall_seq")),
         "moe-token-dispatcher-type",
     ),
     # parallelism
@@ -533,18 +472,9 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         torch-fsdp2-no-reshard-after-forward use-custom-fsdp use-megatron-fsdp use-torch-fsdp2
         """,
     ),
-    (
-        Ignored("torchrun tells the rank"),
-        "local-rank",
-    ),
-    (
-        Always("there is one instance of the distributed optimizer", ("1",)),
-        "num-distributed-optimizer-instances",
-    ),
-    (
-        Refused("ranks are ordered tensor, context, expert, data, pipeline"),
-        "use-tp-pp-dp-mapping",
-    ),
+    (Ignored("torchrun tells the rank"), "local-rank"),
+    (Always("there is one instance of the distributed optimizer", ("1",)), "num-distributed-optimizer-instances"),
+    (Refused("ranks are ordered tensor, context, expert, data, pipeline"), "use-tp-pp-dp-mapping"),
     # kernels
     (
         Refused("activations are not offloaded to the host here", "--recompute-granularity"),
@@ -571,10 +501,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         use-transformer-engine-op-fuser
         """,
     ),
-    (
-        Always("the attention uses the fastest kernel of the device"),
-        "use-flash-attn",
-    ),
+    (Always("the attention uses the fastest kernel of the device"), "use-flash-attn"),
     # recompute
     (
         Refused(
@@ -605,14 +532,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         no-weight-decay-cond-type sgd-momentum
         """,
     ),
-    (
-        Always("weight decay is decoupled (AdamW)"),
-        "decoupled-weight-decay",
-    ),
-    (
-        Refused("weight decay is constant", "--weight-decay"),
-        "end-weight-decay start-weight-decay wd-incr-steps",
-    ),
+    (Always("weight decay is decoupled (AdamW)"), "decoupled-weight-decay"),
+    (Refused("weight decay is constant", "--weight-decay"), "end-weight-decay start-weight-decay wd-incr-steps"),
     (
         Refused(
             "the schedule counts optimizer steps",
@@ -623,10 +544,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         phase-transition-iterations warmup wsd-decay-steps
         """,
     ),
-    (
-        Always("the optimizer is AdamW", ("adam", "adamw",)),
-        "optimizer",
-    ),
+    (Always("the optimizer is AdamW", ("adam", "adamw")), "optimizer"),
     (
         Ignored("the schedule is always the one of the present configuration, also after a resume"),
         "override-lr-scheduler override-opt-param-scheduler",
@@ -642,10 +560,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         ),
         "use-checkpoint-lr-scheduler use-checkpoint-opt-param-scheduler",
     ),
-    (
-        Always("weight decay is constant", ("constant",)),
-        "weight-decay-incr-style",
-    ),
+    (Always("weight decay is constant", ("constant",)), "weight-decay-incr-style"),
     # data
     (
         Ignored("the training reads only the vocabulary size and the end-of-document token of a tokenizer"),
@@ -664,10 +579,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         Refused("prefixes and weights are given directly or in a data.json", "--data-path or --data-json"),
         "data-args-path per-dataset-sequences-path per-split-data-args-path",
     ),
-    (
-        Always("indexed datasets are read through a memory map", ("mmap", "infer",)),
-        "data-impl",
-    ),
+    (Always("indexed datasets are read through a memory map", ("mmap", "infer")), "data-impl"),
     (
         Ignored("the sample index and its threads are managed here"),
         """
@@ -680,10 +592,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         Refused("a sample is one causal sequence; documents are not masked from each other"),
         "dataloader-inter-document-masking reset-attention-mask",
     ),
-    (
-        Always("samples come in the order of the blend, from where the run stopped", ("single",)),
-        "dataloader-type",
-    ),
+    (Always("samples come in the order of the blend, from where the run stopped", ("single",)), "dataloader-type"),
     (
         Ignored("the vocabulary is never padded; --vocab-size is the number of rows"),
         "disable-pad-vocab-size make-vocab-size-divisible-by no-pad-vocab-size",
@@ -695,30 +604,15 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         start-eval-at-iter validation-set-names
         """,
     ),
-    (
-        Refused("no iterations are skipped; a resume goes on with the next sample"),
-        "iterations-to-skip",
-    ),
-    (
-        Refused("tokenizers are named by one file or folder", "--tokenizer-model"),
-        "merge-file vocab-file",
-    ),
-    (
-        Always("the attention is causal; no mask is built in the loader"),
-        "no-create-attention-mask-in-dataloader",
-    ),
-    (
-        Ignored("only training and validation data are read"),
-        "test-data-path",
-    ),
-    (
-        Always("weights are normalised"),
-        "renormalize-blend-weights",
-    ),
+    (Refused("no iterations are skipped; a resume goes on with the next sample"), "iterations-to-skip"),
+    (Refused("tokenizers are named by one file or folder", "--tokenizer-model"), "merge-file vocab-file"),
+    (Always("the attention is causal; no mask is built in the loader"), "no-create-attention-mask-in-dataloader"),
+    (Ignored("only training and validation data are read"), "test-data-path"),
+    (Always("weights are normalised"), "renormalize-blend-weights"),
     # checkpoint
     (
         Ignored(
-            "checkpoints have this framework's own format, which any layout reads and which is committed by a rename",
+            "checkpoints have this framework's own format, which any layout reads and which is committed by a rename"
         ),
         """
         async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-save async-strategy
@@ -747,10 +641,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         Refused("a new run begins with the weights of a checkpoint by another flag", "--pretrained-checkpoint"),
         "finetune load-main-params-from-ckpt load-model-opt-format",
     ),
-    (
-        Ignored("the random state always goes with the checkpoint"),
-        "no-load-rng no-save-rng",
-    ),
+    (Ignored("the random state always goes with the checkpoint"), "no-load-rng no-save-rng"),
     (
         Refused("checkpoints are kept by number", "--keep-last"),
         """
@@ -759,14 +650,11 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         save-retain-interval use-persistent-ckpt-worker
         """,
     ),
-    (
-        Refused("the pretraining command trains", "--train-iters; --eval-interval evaluates on the way"),
-        "skip-train",
-    ),
+    (Refused("the pretraining command trains", "--train-iters; --eval-interval evaluates on the way"), "skip-train"),
     # logging
     (
         Ignored(
-            "metrics.jsonl and the console line always hold loss, learning rate, gradient norm, throughput, MFU, memory and expert load",
+            "metrics.jsonl and the console line always hold loss, learning rate, gradient norm, throughput, MFU, memory and expert load"
         ),
         """
         app-tag-run-name app-tag-run-version disable-log-loss-scale-to-tensorboard enable-one-logger
@@ -788,18 +676,9 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         pytorch-profiler-collect-shapes record-memory-history record-shapes use-pytorch-profiler
         """,
     ),
-    (
-        Ignored("TensorBoard events follow --log-interval"),
-        "tensorboard-log-interval tensorboard-queue-size",
-    ),
-    (
-        Ignored("the environment variable WANDB_ENTITY says it"),
-        "wandb-entity",
-    ),
-    (
-        Ignored("it lies in the run folder"),
-        "wandb-save-dir",
-    ),
+    (Ignored("TensorBoard events follow --log-interval"), "tensorboard-log-interval tensorboard-queue-size"),
+    (Ignored("the environment variable WANDB_ENTITY says it"), "wandb-entity"),
+    (Ignored("it lies in the run folder"), "wandb-save-dir"),
     # health
     (
         Ignored("a stop signal always ends the run with a checkpoint (exit code 75)"),

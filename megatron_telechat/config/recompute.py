@@ -96,7 +96,9 @@ def parse_recompute_layout(text: str) -> list[list[Modes]]:
             modes = () if name == "none" else tuple(name.split("+"))
             unknown = [mode for mode in modes if mode not in MODULES]
             if unknown and modes != ("full",):
-                problems.append(Problem(f"recompute_layout: unknown module {', '.join(unknown)} in {item!r}", fix=_ITEM_HELP))
+                problems.append(
+                    Problem(f"recompute_layout: unknown module {', '.join(unknown)} in {item!r}", fix=_ITEM_HELP)
+                )
             layers += [modes] * count
         stages.append(layers)
     if problems:

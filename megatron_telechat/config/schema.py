@@ -325,6 +325,4 @@ class RunConfig:
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of one optimizer step on one data-parallel rank."""
-        return self.training.global_batch_size // (
-            self.training.micro_batch_size * self.parallel.data_parallel_size
-        )
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)

@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from megatron_telechat.config.fields import FieldInfo, closest, did_you_mean, fields_by_name, make_run, sections, values_of
+from megatron_telechat.config.fields import (
+    FieldInfo,
+    closest,
+    did_you_mean,
+    fields_by_name,
+    make_run,
+    sections,
+    values_of,
+)
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError, Problem
 
@@ -86,7 +94,9 @@ class _Reader:
         for key_node, value_node in node.value:
             key = str(key_node.value)
             if key in lines:
-                self.problem(key_node, f"{prefix}{key} is given twice, first in line {lines[key]}", "keep one of the two")
+                self.problem(
+                    key_node, f"{prefix}{key} is given twice, first in line {lines[key]}", "keep one of the two"
+                )
                 continue
             lines[key] = key_node.start_mark.line + 1
             out.append((key, key_node, value_node))
@@ -103,7 +113,11 @@ class _Reader:
             elif isinstance(node, yaml.MappingNode):
                 self.section(key, node)
             elif not _is_null(node):
-                self.problem(node, f"section {key} is not a mapping", fix=f"{key}: on a line of its own, its keys indented below it")
+                self.problem(
+                    node,
+                    f"section {key} is not a mapping",
+                    fix=f"{key}: on a line of its own, its keys indented below it",
+                )
 
     def unknown_section(self, key: str, node: Any) -> None:
         field = fields_by_name().get(key.replace("-", "_"))
@@ -121,7 +135,11 @@ class _Reader:
                 continue
             plain = key.replace("-", "_")
             if plain in known and plain not in own:
-                self.problem(key_node, f"key {key} does not belong in section {section}", fix=f"move it under {known[plain].section}:")
+                self.problem(
+                    key_node,
+                    f"key {key} does not belong in section {section}",
+                    fix=f"move it under {known[plain].section}:",
+                )
                 continue
             guess = closest(key, own)
             if guess is None:
@@ -166,7 +184,9 @@ def _is_null(node: Any) -> bool:
     return node.tag == "tag:yaml.org,2002:null"
 
 
-_SECTIONS_HELP = "the sections are model, parallel, training, optimizer, data, checkpoint, evaluation, logging (and preset: NAME)"
+_SECTIONS_HELP = (
+    "the sections are model, parallel, training, optimizer, data, checkpoint, evaluation, logging (and preset: NAME)"
+)
 
 
 def dump_run_config(run: RunConfig) -> str:

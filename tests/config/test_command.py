@@ -19,9 +19,16 @@ LIMIT_CPU_S = 1.0
 
 
 def command(*argv: str, **environ: str) -> subprocess.CompletedProcess:
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    }
     return subprocess.run(
-        [sys.executable, str(DOOR), *argv], capture_output=True, text=True, cwd="/", env={**clean, **environ}, timeout=60
+        [sys.executable, str(DOOR), *argv],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={**clean, **environ},
+        timeout=60,
     )
 
 
@@ -45,13 +52,17 @@ def test_refused_in_a_fraction_of_a_second(argv: str, expected: str) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < LIMIT_CPU_S
 
 
-@pytest.mark.parametrize("argv", ["--preset telechat2-7b --lr x", "--help", "--preset telechat2-39b-a12b --print-config"])
+@pytest.mark.parametrize(
+    "argv", ["--preset telechat2-7b --lr x", "--help", "--preset telechat2-39b-a12b --print-config"]
+)
 def test_nothing_heavy_is_imported(argv: str) -> None:
     code = (
         "import sys; from megatron_telechat.cli.pretrain import main; main(sys.argv[1:]);"
         "print([name for name in ('torch', 'numpy', 'megatron.core', 'transformers') if name in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *argv.split()], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv.split()], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
@@ -94,5 +105,7 @@ def test_notes_come_with_the_refusal() -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    done = subprocess.run(["bash", "-c", f"{sys.executable} {DOOR} --help | head -1"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {DOOR} --help | head -1"], capture_output=True, text=True, timeout=60
+    )
     assert "Traceback" not in done.stderr and done.stdout.startswith("torchrun")

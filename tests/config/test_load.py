@@ -57,7 +57,12 @@ class TestPrecedence:
 class TestFlagForms:
     @pytest.mark.parametrize(
         "argv",
-        ["--tensor-model-parallel-size 2", "--tensor-model-parallel-size=2", "--tensor_model_parallel_size 2", "--tensor-parallel 2"],
+        [
+            "--tensor-model-parallel-size 2",
+            "--tensor-model-parallel-size=2",
+            "--tensor_model_parallel_size 2",
+            "--tensor-parallel 2",
+        ],
     )
     def test_spellings(self, argv: str) -> None:
         assert load(*TINY, *argv.split(), world=2).run.parallel.tensor_model_parallel_size == 2
@@ -67,13 +72,20 @@ class TestFlagForms:
         assert not load(*TINY, "--no-deterministic").run.training.deterministic
         assert not load(*TINY, "--deterministic=false").run.training.deterministic
 
-    @pytest.mark.parametrize("argv, value", [("--bf16", "bf16"), ("--fp16", "fp16"), ("--fp32", "fp32"), ("--precision bf16", "bf16")])
+    @pytest.mark.parametrize(
+        "argv, value", [("--bf16", "bf16"), ("--fp16", "fp16"), ("--fp32", "fp32"), ("--precision bf16", "bf16")]
+    )
     def test_precision(self, argv: str, value: str) -> None:
         assert load(*TINY, *argv.split()).run.training.precision == value
 
     def test_numbers(self) -> None:
         run = load(*TINY, "--lr", "1e-3", "--min-lr", "0", "--split", "90,10", "--clip-grad", ".5").run
-        assert (run.optimizer.lr, run.optimizer.min_lr, run.data.split, run.optimizer.clip_grad) == (1e-3, 0.0, "90,10", 0.5)
+        assert (run.optimizer.lr, run.optimizer.min_lr, run.data.split, run.optimizer.clip_grad) == (
+            1e-3,
+            0.0,
+            "90,10",
+            0.5,
+        )
 
     def test_lists(self) -> None:
         flags = ("--recompute-granularity", "selective", "--recompute-modules")
@@ -81,12 +93,19 @@ class TestFlagForms:
             assert load(*TINY, *flags, *words).run.training.recompute_modules == ("core_attn", "mlp")
 
     def test_unset(self) -> None:
-        for flag in (("--rotary-training-seqlen", "none", "--rotary-base-seqlen", "none"), ("--no-rotary-training-seqlen", "--no-rotary-base-seqlen")):
+        for flag in (
+            ("--rotary-training-seqlen", "none", "--rotary-base-seqlen", "none"),
+            ("--no-rotary-training-seqlen", "--no-rotary-base-seqlen"),
+        ):
             assert load(*TINY, *flag).run.model.rotary_training_seqlen is None
 
     def test_every_field_is_a_flag(self) -> None:
         for info in fields_by_name().values():
-            argv = [info.flag] if info.kind is bool else [info.flag, (info.choices or {int: "1", float: "0.5", str: "x"}[info.kind])[0]]
+            argv = (
+                [info.flag]
+                if info.kind is bool
+                else [info.flag, (info.choices or {int: "1", float: "0.5", str: "x"}[info.kind])[0]]
+            )
             try:
                 load_run_config([*TINY, *argv], {})
             except Exception as error:  # noqa: BLE001 - only the flag's name matters here
@@ -95,7 +114,9 @@ class TestFlagForms:
 
 class TestDerived:
     def test_nothing_that_can_be_derived_stays_unset(self) -> None:
-        values = values_of(load(*MOE, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", world=4).run)
+        values = values_of(
+            load(*MOE, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", world=4).run
+        )
         assert values["expert_model_parallel_size"] == 2
         assert values["expert_tensor_parallel_size"] == 1
         assert values["sequence_parallel"] is True
@@ -139,7 +160,12 @@ class TestDerived:
 
     @pytest.mark.parametrize(
         "name, kind",
-        [("t.model", "SentencePieceTokenizer"), ("t.json", "HuggingFaceTokenizer"), ("t.tiktoken", "TikTokenizer"), ("", "HuggingFaceTokenizer")],
+        [
+            ("t.model", "SentencePieceTokenizer"),
+            ("t.json", "HuggingFaceTokenizer"),
+            ("t.tiktoken", "TikTokenizer"),
+            ("", "HuggingFaceTokenizer"),
+        ],
     )
     def test_tokenizer_type(self, tmp_path: Path, name: str, kind: str) -> None:
         path = tmp_path / name
@@ -151,7 +177,10 @@ class TestDerived:
 class TestWorld:
     def test_dry_run_takes_any_size(self) -> None:
         assert load_run_config([*TINY, "--dry-run", "--world-size", "1024"], {}).run.parallel.world_size == 1024
-        assert load_run_config([*TINY, "--dry-run", "--world-size", "1024"], {"WORLD_SIZE": "2"}).run.parallel.world_size == 1024
+        assert (
+            load_run_config([*TINY, "--dry-run", "--world-size", "1024"], {"WORLD_SIZE": "2"}).run.parallel.world_size
+            == 1024
+        )
 
     def test_dry_run_without_a_size_takes_the_fewest_ranks(self) -> None:
         loaded = load_run_config(["--preset", "telechat2-39b-a12b", "--dry-run"], {})
@@ -169,7 +198,9 @@ class TestWorld:
 
 class TestPresetsGiveWay:
     def test_layout_of_another_pipeline(self) -> None:
-        loaded = load_run_config(["--preset", "telechat2-115b", "--dry-run", "--pipeline-model-parallel-size", "4", "--world-size", "64"], {})
+        loaded = load_run_config(
+            ["--preset", "telechat2-115b", "--dry-run", "--pipeline-model-parallel-size", "4", "--world-size", "64"], {}
+        )
         assert loaded.run.parallel.pipeline_model_parallel_layout is None
         assert any("pipeline_model_parallel_layout" in note for note in loaded.notes)
 

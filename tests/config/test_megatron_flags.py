@@ -80,8 +80,15 @@ def test_what_cannot_be_is_refused_one_by_one() -> None:
     with pytest.raises(ConfigError) as caught:
         load_run_config(shlex.split(MOE_REFUSED), {})
     text = caught.value.render()
-    for flag in ("--moe-router-score-function", "--moe-router-enable-expert-bias", "--moe-router-num-groups",
-                 "--multi-latent-attention", "--mtp-num-layers", "--fp8-format", "--optimizer"):
+    for flag in (
+        "--moe-router-score-function",
+        "--moe-router-enable-expert-bias",
+        "--moe-router-num-groups",
+        "--multi-latent-attention",
+        "--mtp-num-layers",
+        "--fp8-format",
+        "--optimizer",
+    ):
         assert flag in text
     assert len(caught.value.problems) == 7
 

@@ -33,8 +33,14 @@ def test_published_shape(name: str) -> None:
     model = load_run_config(["--preset", name, "--dry-run"], {}).run.model
     topk = model.moe_router_topk if model.is_moe else None
     assert (
-        model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads, model.query_groups,
-        model.num_experts, topk, model.moe_ffn_hidden_size,
+        model.num_layers,
+        model.hidden_size,
+        model.ffn_hidden_size,
+        model.num_attention_heads,
+        model.query_groups,
+        model.num_experts,
+        topk,
+        model.moe_ffn_hidden_size,
     ) == SHAPES[name]
     assert model.head_dim == 128 and model.norm_epsilon == 1e-5
 
@@ -42,7 +48,10 @@ def test_published_shape(name: str) -> None:
 def test_published_pipelines() -> None:
     def counts(name: str) -> list[int]:
         layout = pipeline_layout(load_run_config(["--preset", name, "--dry-run"], {}).run)
-        return [sum(len(layout.layers_of(rank, chunk)) for chunk in range(layout.num_chunks)) for rank in range(layout.pipeline_size)]
+        return [
+            sum(len(layout.layers_of(rank, chunk)) for chunk in range(layout.num_chunks))
+            for rank in range(layout.pipeline_size)
+        ]
 
     assert counts("telechat2-35b") == [15, 17, 17, 15]
     assert counts("telechat2-115b") == [10, 11, 12, 13, 13, 13, 13, 11]
@@ -76,8 +85,22 @@ def test_resolved_yaml_reads_back_equal(name: str) -> None:
 
 
 def test_resolved_yaml_is_a_configuration(tmp_path) -> None:
-    flags = ["--preset", "telechat2-tiny-moe", "--mock-data", "--name", "null", "--lr", "1e-5", "--min-lr", "1e-7",
-             "--recompute-granularity", "selective", "--recompute-modules", "core_attn", "layernorm"]
+    flags = [
+        "--preset",
+        "telechat2-tiny-moe",
+        "--mock-data",
+        "--name",
+        "null",
+        "--lr",
+        "1e-5",
+        "--min-lr",
+        "1e-7",
+        "--recompute-granularity",
+        "selective",
+        "--recompute-modules",
+        "core_attn",
+        "layernorm",
+    ]
     run = load_run_config(flags, {}).run
     path = tmp_path / "config.yaml"
     path.write_text(dump_run_config(run), encoding="utf-8")

@@ -20,19 +20,43 @@ def test_none() -> None:
 
 def test_full() -> None:
     assert plan("--recompute-granularity", "full") == (FULL,) * 4
-    assert plan("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1") == (FULL,) * 4
+    assert (
+        plan("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+        == (FULL,) * 4
+    )
 
 
 def test_full_of_the_first_layers_of_each_virtual_stage() -> None:
-    flags = ("--num-layers", "8", "--pipeline-model-parallel-size", "2", "--recompute-granularity", "full", "--recompute-num-layers", "1")
+    flags = (
+        "--num-layers",
+        "8",
+        "--pipeline-model-parallel-size",
+        "2",
+        "--recompute-granularity",
+        "full",
+        "--recompute-num-layers",
+        "1",
+    )
     assert plan(*flags, world=2) == (FULL, (), (), (), FULL, (), (), ())
     chunks = ("--num-virtual-stages-per-pipeline-rank", "2")
     assert plan(*flags, *chunks, world=2) == (FULL, ()) * 4
 
 
 def test_selective_keeps_to_what_a_layer_has() -> None:
-    assert plan("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp") == (("core_attn", "mlp"),) * 4
-    mixed = ("--recompute-granularity", "selective", "--recompute-modules", "mlp,moe", "--moe-layer-freq", "2", "--ffn-hidden-size", "256")
+    assert (
+        plan("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp")
+        == (("core_attn", "mlp"),) * 4
+    )
+    mixed = (
+        "--recompute-granularity",
+        "selective",
+        "--recompute-modules",
+        "mlp,moe",
+        "--moe-layer-freq",
+        "2",
+        "--ffn-hidden-size",
+        "256",
+    )
     assert plan(*mixed, preset="telechat2-tiny-moe") == (("moe",), ("mlp",)) * 2
 
 
@@ -42,7 +66,14 @@ def test_layout_from_layer_to_layer() -> None:
 
 
 def test_layout_over_an_uneven_pipeline() -> None:
-    flags = ("--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Et|t*3L", "--recompute-layout", "none|full*2,none")
+    flags = (
+        "--pipeline-model-parallel-size",
+        "2",
+        "--pipeline-model-parallel-layout",
+        "Et|t*3L",
+        "--recompute-layout",
+        "none|full*2,none",
+    )
     assert plan(*flags, world=2) == ((), FULL, FULL, ())
 
 
@@ -52,7 +83,10 @@ def test_published_recompute_of_the_39b() -> None:
 
 
 def test_reading() -> None:
-    assert parse_recompute_layout("full*2, none*3 | core_attn+mlp*2") == [[FULL] * 2 + [()] * 3, [("core_attn", "mlp")] * 2]
+    assert parse_recompute_layout("full*2, none*3 | core_attn+mlp*2") == [
+        [FULL] * 2 + [()] * 3,
+        [("core_attn", "mlp")] * 2,
+    ]
 
 
 @pytest.mark.parametrize("flags", [("--recompute-granularity", "full"), ("--pipeline-model-parallel-size", "1")])

@@ -48,7 +48,11 @@ def interleaving_fills_the_pipeline(check: Check) -> Iterator[Problem]:
 
 def run_has_a_length(check: Check) -> Iterator[Problem]:
     if check.take("train_iters") == 0 and not check.dry_run:
-        yield check.problem("train_iters is 0: there is nothing to train", "train_iters", fix="--train-iters N (optimizer steps of the whole run)")
+        yield check.problem(
+            "train_iters is 0: there is nothing to train",
+            "train_iters",
+            fix="--train-iters N (optimizer steps of the whole run)",
+        )
 
 
 RULES: tuple[Rule, ...] = (batch_splits, interleaving_fills_the_pipeline, run_has_a_length)

@@ -22,18 +22,27 @@ def one_source(check: Check) -> Iterator[Problem]:
         named = [*given, *(["valid_data_path"] if valid else [])]
         if named:
             yield check.problem(
-                f"mock_data and {' and '.join(named)} contradict each other", "mock_data", *named, fix="drop one of them"
+                f"mock_data and {' and '.join(named)} contradict each other",
+                "mock_data",
+                *named,
+                fix="drop one of them",
             )
         return
     if not given:
         if not check.dry_run:
-            yield Problem("no training data", "", "--data-path, --data-json or --train-data-path (or --mock-data for a smoke test)")
+            yield Problem(
+                "no training data",
+                "",
+                "--data-path, --data-json or --train-data-path (or --mock-data for a smoke test)",
+            )
         return
     if len(given) > 1:
         yield check.problem(f"{' and '.join(given)} contradict each other", *given, fix="keep one of them")
     if valid and "train_data_path" not in given:
         yield check.problem(
-            f"valid_data_path goes with train_data_path, not with {given[0]}", "valid_data_path", given[0],
+            f"valid_data_path goes with train_data_path, not with {given[0]}",
+            "valid_data_path",
+            given[0],
             fix="--train-data-path, or drop --valid-data-path and let --split cut the validation off",
         )
 
@@ -45,7 +54,11 @@ def blends_can_be_read(check: Check) -> Iterator[Problem]:
         items = check.take(name)
         complaint = _blend_complaint(items)
         if complaint:
-            yield check.problem(f"{name}: {complaint}: {' '.join(items)}", name, fix="a weight for each prefix (0.7 en 0.3 zh), or for none")
+            yield check.problem(
+                f"{name}: {complaint}: {' '.join(items)}",
+                name,
+                fix="a weight for each prefix (0.7 en 0.3 zh), or for none",
+            )
             continue
         for prefix in _prefixes(items):
             yield from _missing_files(check, name, prefix)
@@ -77,7 +90,8 @@ def _number(text: str) -> Optional[float]:
 def _missing_files(check: Check, name: str, prefix: str) -> Iterator[Problem]:
     if prefix.endswith(RAW_TEXT) and os.path.exists(prefix):
         yield check.problem(
-            f"{prefix} is raw text, training reads indexed datasets", name,
+            f"{prefix} is raw text, training reads indexed datasets",
+            name,
             fix=f"python tools/preprocess_data.py --input {prefix} --output-prefix PREFIX ..., and name PREFIX_text_document",
         )
         return
@@ -97,7 +111,9 @@ def _missing_files(check: Check, name: str, prefix: str) -> Iterator[Problem]:
 def data_json_is_there(check: Check) -> Iterator[Problem]:
     path = check.take("data_json")
     if path is not None and not os.path.isfile(path):
-        yield check.problem(f"data_json {path} is not a file", "data_json", fix='a file such as {"corpus_text_document": 1.0}')
+        yield check.problem(
+            f"data_json {path} is not a file", "data_json", fix='a file such as {"corpus_text_document": 1.0}'
+        )
 
 
 def split_can_be_read(check: Check) -> Iterator[Problem]:
@@ -105,24 +121,32 @@ def split_can_be_read(check: Check) -> Iterator[Problem]:
     numbers = [_number(part) for part in re.split(r"[,\s]+", split.strip()) if part]
     good = 1 <= len(numbers) <= 3 and all(n is not None and 0 <= n < math.inf for n in numbers)
     if not good or sum(numbers) <= 0:
-        yield check.one(f"split={split!r} is not one to three shares with a positive sum", "split", fix="--split 969,30,1")
+        yield check.one(
+            f"split={split!r} is not one to three shares with a positive sum", "split", fix="--split 969,30,1"
+        )
     elif numbers[0] == 0:
         yield check.one(f"split={split!r} leaves nothing to train on", "split", fix="--split 969,30,1")
 
 
 def evaluation_has_data(check: Check) -> Iterator[Problem]:
-    interval, mock, train, valid, split = check.take("eval_interval", "mock_data", "train_data_path", "valid_data_path", "split")
+    interval, mock, train, valid, split = check.take(
+        "eval_interval", "mock_data", "train_data_path", "valid_data_path", "split"
+    )
     if interval is None or mock:
         return
     if train and not valid:
         yield check.problem(
-            "eval_interval is given, but train_data_path comes without valid_data_path", "eval_interval", "train_data_path",
+            "eval_interval is given, but train_data_path comes without valid_data_path",
+            "eval_interval",
+            "train_data_path",
             fix="--valid-data-path, or drop --eval-interval",
         )
     shares = [_number(part) for part in re.split(r"[,\s]+", split.strip()) if part]
     if not train and not valid and (len(shares) < 2 or not shares[1]):
         yield check.problem(
-            f"eval_interval={interval} needs validation data, and split={split!r} leaves none", "eval_interval", "split",
+            f"eval_interval={interval} needs validation data, and split={split!r} leaves none",
+            "eval_interval",
+            "split",
             fix="--split 969,30,1, or drop --eval-interval",
         )
 
@@ -131,18 +155,28 @@ def tokenizer_is_there(check: Check) -> Iterator[Problem]:
     model, kind = check.take("tokenizer_model", "tokenizer_type")
     if model is not None and not os.path.exists(model):
         yield check.problem(
-            f"tokenizer_model {model} is not there", "tokenizer_model", fix="the path of a local file or folder (nothing is downloaded)"
+            f"tokenizer_model {model} is not there",
+            "tokenizer_model",
+            fix="the path of a local file or folder (nothing is downloaded)",
         )
     elif model is None and kind not in (None, "NullTokenizer"):
-        yield check.problem(f"tokenizer_type={kind} needs tokenizer_model", "tokenizer_type", fix=f"{fields_by_name()['tokenizer_model'].flag} PATH")
+        yield check.problem(
+            f"tokenizer_type={kind} needs tokenizer_model",
+            "tokenizer_type",
+            fix=f"{fields_by_name()['tokenizer_model'].flag} PATH",
+        )
 
 
 def end_of_document_is_known(check: Check) -> Iterator[Problem]:
-    model, kind, mask, reset, mock = check.take("tokenizer_model", "tokenizer_type", "eod_mask_loss", "reset_position_ids", "mock_data")
+    model, kind, mask, reset, mock = check.take(
+        "tokenizer_model", "tokenizer_type", "eod_mask_loss", "reset_position_ids", "mock_data"
+    )
     for name, on in (("eod_mask_loss", mask), ("reset_position_ids", reset)):
         if on and model is None and kind != "NullTokenizer":
             yield check.problem(
-                f"{name} needs the end-of-document token, which only a tokenizer tells", name, fix="--tokenizer-model PATH"
+                f"{name} needs the end-of-document token, which only a tokenizer tells",
+                name,
+                fix="--tokenizer-model PATH",
             )
 
 

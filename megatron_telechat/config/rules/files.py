@@ -18,7 +18,11 @@ def folders_are_folders(check: Check) -> Iterator[Problem]:
         while blocking and not os.path.lexists(blocking):
             blocking = os.path.dirname(blocking)
         if blocking and not os.path.isdir(blocking):
-            what = f"{name} {path} is a file" if blocking == path else f"{name} {path} cannot be made: {blocking} is a file"
+            what = (
+                f"{name} {path} is a file"
+                if blocking == path
+                else f"{name} {path} cannot be made: {blocking} is a file"
+            )
             yield check.one(what, name, fix="the path of a folder")
 
 
@@ -28,10 +32,15 @@ def checkpoint_to_resume_from(check: Check) -> Iterator[Problem]:
     there = load is not None and os.path.isdir(load)
     same = save is not None and load is not None and os.path.abspath(load) == os.path.abspath(save)
     if load is not None and not there and not same:
-        yield check.problem(f"load {load} is not a folder", "load", fix="the folder of the checkpoints, or drop --load to start afresh")
+        yield check.problem(
+            f"load {load} is not a folder", "load", fix="the folder of the checkpoints, or drop --load to start afresh"
+        )
     elif step is not None and not there:
         yield check.problem(
-            f"load_step={step}, but there is no checkpoint folder {load}", "load_step", "load", fix="--load FOLDER, or drop --load-step"
+            f"load_step={step}, but there is no checkpoint folder {load}",
+            "load_step",
+            "load",
+            fix="--load FOLDER, or drop --load-step",
         )
 
 
@@ -39,7 +48,8 @@ def pretrained_weights_are_there(check: Check) -> Iterator[Problem]:
     path = check.take("pretrained_checkpoint")
     if path is not None and not os.path.isdir(path):
         yield check.problem(
-            f"pretrained_checkpoint {path} is not a folder", "pretrained_checkpoint",
+            f"pretrained_checkpoint {path} is not a folder",
+            "pretrained_checkpoint",
             fix="a checkpoint made by a run or by tools/convert_checkpoint.py import",
         )
 
@@ -47,7 +57,14 @@ def pretrained_weights_are_there(check: Check) -> Iterator[Problem]:
 def wandb_name_needs_project(check: Check) -> Iterator[Problem]:
     project, name = check.take("wandb_project", "wandb_exp_name")
     if name is not None and project is None:
-        yield check.problem("wandb_exp_name without wandb_project logs nowhere", "wandb_exp_name", fix="--wandb-project NAME")
+        yield check.problem(
+            "wandb_exp_name without wandb_project logs nowhere", "wandb_exp_name", fix="--wandb-project NAME"
+        )
 
 
-RULES: tuple[Rule, ...] = (folders_are_folders, checkpoint_to_resume_from, pretrained_weights_are_there, wandb_name_needs_project)
+RULES: tuple[Rule, ...] = (
+    folders_are_folders,
+    checkpoint_to_resume_from,
+    pretrained_weights_are_there,
+    wandb_name_needs_project,
+)

@@ -45,14 +45,20 @@ def head_dim_is_even(check: Check) -> Iterator[Problem]:
 def dense_ffn_given(check: Check) -> Iterator[Problem]:
     width, experts, freq = check.take("ffn_hidden_size", "num_experts", "moe_layer_freq")
     if width == 0 and (experts is None or freq > 1):
-        yield check.problem("ffn_hidden_size is not given, and the model has dense layers", "ffn_hidden_size", fix="--ffn-hidden-size N")
+        yield check.problem(
+            "ffn_hidden_size is not given, and the model has dense layers", "ffn_hidden_size", fix="--ffn-hidden-size N"
+        )
 
 
 def expert_ffn_given(check: Check) -> Iterator[Problem]:
     width, experts = check.take("moe_ffn_hidden_size", "num_experts")
     check.take("ffn_hidden_size")
     if experts is not None and not width:
-        yield check.problem("moe_ffn_hidden_size is not given, and the model has experts", "moe_ffn_hidden_size", fix="--moe-ffn-hidden-size N")
+        yield check.problem(
+            "moe_ffn_hidden_size is not given, and the model has experts",
+            "moe_ffn_hidden_size",
+            fix="--moe-ffn-hidden-size N",
+        )
 
 
 def topk_within_experts(check: Check) -> Iterator[Problem]:
@@ -118,10 +124,14 @@ def mixtral_is_mixtral(check: Check) -> Iterator[Problem]:
     if check.take("architecture") != "mixtral":
         return
     if check.take("num_experts") is None:
-        yield check.problem("architecture=mixtral without num_experts", "architecture", fix="--num-experts 8, or --preset mixtral-8x7b")
+        yield check.problem(
+            "architecture=mixtral without num_experts", "architecture", fix="--num-experts 8, or --preset mixtral-8x7b"
+        )
     for name in ("attention_output_bias", "mlp_output_bias"):
         if check.take(name):
-            yield check.problem(f"{name} is on, but architecture=mixtral has no biases", name, "architecture", fix=flag(name, False))
+            yield check.problem(
+                f"{name} is on, but architecture=mixtral has no biases", name, "architecture", fix=flag(name, False)
+            )
     if check.take("rotary_training_seqlen") is not None:
         yield check.problem(
             "rotary_training_seqlen is given, but architecture=mixtral has no NTK-aware scaling",
@@ -133,7 +143,11 @@ def mixtral_is_mixtral(check: Check) -> Iterator[Problem]:
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of ``number`` closest to ``wanted``."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted)) if number < 10**6 else 1
+    return (
+        min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
+        if number < 10**6
+        else 1
+    )
 
 
 RULES: tuple[Rule, ...] = (

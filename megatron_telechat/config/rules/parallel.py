@@ -18,11 +18,21 @@ ETP = "expert_tensor_parallel_size"
 def context_parallel_not_yet(check: Check) -> Iterator[Problem]:
     size = check.take(CP)
     if size > 1:
-        yield check.one(f"context_parallel_size={size}: context_parallel_size > 1 is not supported by this version", CP, fix=flag(CP, 1))
+        yield check.one(
+            f"context_parallel_size={size}: context_parallel_size > 1 is not supported by this version",
+            CP,
+            fix=flag(CP, 1),
+        )
 
 
 def tensor_parallel_divides(check: Check) -> Iterator[Problem]:
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "moe_shared_expert_intermediate_size", "vocab_size"):
+    for name in (
+        "num_attention_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "vocab_size",
+    ):
         tensor = check.take(TP)
         if name in check.bad:
             continue
@@ -80,10 +90,18 @@ def world_divides(check: Check) -> Iterator[Problem]:
     world, tensor, pipeline, context = check.take("world_size", TP, PP, CP)
     size = tensor * pipeline * context
     if world % size:
-        what = f"world_size={world} does not divide by {TP}={tensor} x {PP}={pipeline}" + (f" x {CP}={context}" if context > 1 else "")
+        what = f"world_size={world} does not divide by {TP}={tensor} x {PP}={pipeline}" + (
+            f" x {CP}={context}" if context > 1 else ""
+        )
         want = -(-world // size) * size
-        start = f"--world-size {want}" if check.dry_run else f"torchrun --nproc-per-node {min(want, 8)}" + (f" --nnodes {-(-want // 8)}" if want > 8 else "")
-        yield check.problem(what, "world_size", TP, PP, fix=f"a multiple of {size} ranks, such as {start}, or smaller parallel sizes")
+        start = (
+            f"--world-size {want}"
+            if check.dry_run
+            else f"torchrun --nproc-per-node {min(want, 8)}" + (f" --nnodes {-(-want // 8)}" if want > 8 else "")
+        )
+        yield check.problem(
+            what, "world_size", TP, PP, fix=f"a multiple of {size} ranks, such as {start}, or smaller parallel sizes"
+        )
         check.bad.add("world_size")
 
 
@@ -92,7 +110,8 @@ def nodes_are_full(check: Check) -> Iterator[Problem]:
     if node is not None and world % node:
         more = node > world
         yield check.problem(
-            f"ranks_per_node={node} " + (f"is more than world_size={world}" if more else f"does not divide world_size={world}"),
+            f"ranks_per_node={node} "
+            + (f"is more than world_size={world}" if more else f"does not divide world_size={world}"),
             "ranks_per_node",
             "world_size",
             fix=flag("ranks_per_node", world if more else nearest_divisor(world, node)),
@@ -168,12 +187,16 @@ def param_gather_needs_distributed_optimizer(check: Check) -> Iterator[Problem]:
     gather, distributed, reduce = check.take("overlap_param_gather", "use_distributed_optimizer", "overlap_grad_reduce")
     if gather and not distributed:
         yield check.problem(
-            "overlap_param_gather needs use_distributed_optimizer", "overlap_param_gather", "use_distributed_optimizer",
+            "overlap_param_gather needs use_distributed_optimizer",
+            "overlap_param_gather",
+            "use_distributed_optimizer",
             fix=flag("use_distributed_optimizer", True),
         )
     if gather and not reduce:
         yield check.problem(
-            "overlap_param_gather needs overlap_grad_reduce", "overlap_param_gather", "overlap_grad_reduce",
+            "overlap_param_gather needs overlap_grad_reduce",
+            "overlap_param_gather",
+            "overlap_grad_reduce",
             fix=flag("overlap_grad_reduce", True),
         )
 

@@ -55,7 +55,9 @@ def layout_fits(check: Check) -> Iterator[Problem]:
         check.bad.add(LAYOUT)
         return
     for complaint in complaints:
-        yield check.problem(complaint, LAYOUT, PP, *([CHUNKS] if "stages, not" in complaint else ["num_layers"]), fix=fix)
+        yield check.problem(
+            complaint, LAYOUT, PP, *([CHUNKS] if "stages, not" in complaint else ["num_layers"]), fix=fix
+        )
     if complaints:
         check.bad.add(LAYOUT)
 
@@ -81,9 +83,4 @@ def interleaving_over_two_ranks_overlaps(check: Check) -> Iterator[Problem]:
         )
 
 
-RULES: tuple[Rule, ...] = (
-    chunks_need_a_pipeline,
-    layers_split,
-    layout_fits,
-    interleaving_over_two_ranks_overlaps,
-)
+RULES: tuple[Rule, ...] = (chunks_need_a_pipeline, layers_split, layout_fits, interleaving_over_two_ranks_overlaps)

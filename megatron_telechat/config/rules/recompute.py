@@ -21,7 +21,9 @@ def one_way_to_say_it(check: Check) -> Iterator[Problem]:
     plan, granularity = check.take(PLAN, GRANULARITY)
     if plan is not None and granularity is not None:
         yield check.problem(
-            f"{PLAN} and {GRANULARITY}={granularity} contradict each other", PLAN, GRANULARITY,
+            f"{PLAN} and {GRANULARITY}={granularity} contradict each other",
+            PLAN,
+            GRANULARITY,
             fix=f"{flag(GRANULARITY, 'none')}, or {flag(PLAN, 'none')}",
         )
         check.bad.add(PLAN)
@@ -31,17 +33,23 @@ def details_go_with_full(check: Check) -> Iterator[Problem]:
     granularity, method, layers = check.take(GRANULARITY, METHOD, LAYERS)
     if layers is not None and granularity != "full":
         yield check.problem(
-            f"{LAYERS}={layers} belongs to {GRANULARITY} full, which is {granularity or 'unset'}", LAYERS, GRANULARITY,
+            f"{LAYERS}={layers} belongs to {GRANULARITY} full, which is {granularity or 'unset'}",
+            LAYERS,
+            GRANULARITY,
             fix=f"{flag(GRANULARITY, 'full')}, or drop --recompute-num-layers",
         )
     elif layers is not None and layers > 1 and method == "uniform":
         yield check.problem(
-            f"{METHOD} uniform recomputes every layer by itself; {LAYERS}={layers} would say groups of layers", LAYERS, METHOD,
+            f"{METHOD} uniform recomputes every layer by itself; {LAYERS}={layers} would say groups of layers",
+            LAYERS,
+            METHOD,
             fix=f"drop --recompute-num-layers, or {flag(METHOD, 'block')} to recompute {layers} layers of each virtual stage",
         )
     if method == "uniform" and granularity != "full":
         yield check.problem(
-            f"{METHOD}={method} belongs to {GRANULARITY} full, which is {granularity or 'unset'}", METHOD, GRANULARITY,
+            f"{METHOD}={method} belongs to {GRANULARITY} full, which is {granularity or 'unset'}",
+            METHOD,
+            GRANULARITY,
             fix=f"{flag(GRANULARITY, 'full')}, or drop --recompute-method",
         )
 
@@ -51,16 +59,22 @@ def modules_go_with_selective(check: Check) -> Iterator[Problem]:
     if granularity != "selective":
         if modules != DEFAULT_MODULES and check.said_by_person(MODULES):
             yield check.problem(
-                f"{MODULES} belongs to {GRANULARITY} selective, which is {granularity or 'unset'}", MODULES, GRANULARITY,
+                f"{MODULES} belongs to {GRANULARITY} selective, which is {granularity or 'unset'}",
+                MODULES,
+                GRANULARITY,
                 fix=f"{flag(GRANULARITY, 'selective')}, or drop --recompute-modules",
             )
         return
     if not modules:
-        yield check.problem(f"{GRANULARITY} selective with no {MODULES}", MODULES, GRANULARITY, fix="--recompute-modules core_attn")
+        yield check.problem(
+            f"{GRANULARITY} selective with no {MODULES}", MODULES, GRANULARITY, fix="--recompute-modules core_attn"
+        )
     if "moe" in modules and experts is None:
         yield check.problem(f"{MODULES} names moe, but the model has no experts", MODULES, fix="mlp in its place")
     if "mlp" in modules and experts is not None and freq == 1:
-        yield check.problem(f"{MODULES} names mlp, but every layer of the model has experts", MODULES, fix="moe in its place")
+        yield check.problem(
+            f"{MODULES} names mlp, but every layer of the model has experts", MODULES, fix="moe in its place"
+        )
 
 
 def layout_fits_the_stages(check: Check) -> Iterator[Problem]:

@@ -11,20 +11,26 @@ from megatron_telechat.errors import Problem
 def rates_in_order(check: Check) -> Iterator[Problem]:
     lr, low = check.take("lr", "min_lr")
     if lr < low:
-        yield check.problem(f"lr={lr:g} is less than min_lr={low:g}", "lr", "min_lr", fix=flag("min_lr", f"{lr / 10:g}"))
+        yield check.problem(
+            f"lr={lr:g} is less than min_lr={low:g}", "lr", "min_lr", fix=flag("min_lr", f"{lr / 10:g}")
+        )
 
 
 def warmup_starts_below(check: Check) -> Iterator[Problem]:
     lr, start = check.take("lr", "lr_warmup_init")
     if start > lr:
-        yield check.problem(f"lr_warmup_init={start:g} is more than lr={lr:g}", "lr_warmup_init", "lr", fix=flag("lr_warmup_init", 0))
+        yield check.problem(
+            f"lr_warmup_init={start:g} is more than lr={lr:g}", "lr_warmup_init", "lr", fix=flag("lr_warmup_init", 0)
+        )
 
 
 def one_warmup(check: Check) -> Iterator[Problem]:
     steps, share = check.take("lr_warmup_iters", "lr_warmup_fraction")
     if steps and share is not None:
         yield check.problem(
-            f"lr_warmup_iters={steps} and lr_warmup_fraction={share:g} both give the warm-up", "lr_warmup_iters", "lr_warmup_fraction",
+            f"lr_warmup_iters={steps} and lr_warmup_fraction={share:g} both give the warm-up",
+            "lr_warmup_iters",
+            "lr_warmup_fraction",
             fix="keep one of them",
         )
 
@@ -45,17 +51,22 @@ def wsd_is_complete(check: Check) -> Iterator[Problem]:
     style, tail, decay = check.take("lr_decay_style", "lr_wsd_decay_iters", "lr_decay_iters")
     if style == "WSD" and tail is None:
         yield check.problem(
-            "lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its final decay", "lr_decay_style",
+            "lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its final decay",
+            "lr_decay_style",
             fix=flag("lr_wsd_decay_iters", max(decay // 10, 1) if decay else "N"),
         )
     if style != "WSD" and tail is not None:
         yield check.problem(
-            f"lr_wsd_decay_iters={tail} belongs to lr_decay_style WSD, which is {style}", "lr_wsd_decay_iters", "lr_decay_style",
+            f"lr_wsd_decay_iters={tail} belongs to lr_decay_style WSD, which is {style}",
+            "lr_wsd_decay_iters",
+            "lr_decay_style",
             fix="--lr-decay-style WSD, or drop --lr-wsd-decay-iters",
         )
     if style == "WSD" and tail is not None and decay and tail > decay:
         yield check.problem(
-            f"lr_wsd_decay_iters={tail} is more than lr_decay_iters={decay}", "lr_wsd_decay_iters", "lr_decay_iters",
+            f"lr_wsd_decay_iters={tail} is more than lr_decay_iters={decay}",
+            "lr_wsd_decay_iters",
+            "lr_decay_iters",
             fix=flag("lr_wsd_decay_iters", max(decay // 10, 1)),
         )
 
@@ -64,9 +75,18 @@ def loss_scales_in_order(check: Check) -> Iterator[Problem]:
     first, low = check.take("initial_loss_scale", "min_loss_scale")
     if first < low:
         yield check.problem(
-            f"initial_loss_scale={first:g} is less than min_loss_scale={low:g}", "initial_loss_scale", "min_loss_scale",
+            f"initial_loss_scale={first:g} is less than min_loss_scale={low:g}",
+            "initial_loss_scale",
+            "min_loss_scale",
             fix=flag("initial_loss_scale", f"{low:g}"),
         )
 
 
-RULES: tuple[Rule, ...] = (rates_in_order, warmup_starts_below, one_warmup, warmup_before_decay, wsd_is_complete, loss_scales_in_order)
+RULES: tuple[Rule, ...] = (
+    rates_in_order,
+    warmup_starts_below,
+    one_warmup,
+    warmup_before_decay,
+    wsd_is_complete,
+    loss_scales_in_order,
+)

@@ -49,14 +49,18 @@ def shape_given(check: Check) -> Iterator[Problem]:
     """A model is named or described."""
     values = values_of(check.run)
     missing = [
-        name for name in SHAPE if name not in check.bad and check.origins.get(name, DEFAULT) == DEFAULT and not values[name]
+        name
+        for name in SHAPE
+        if name not in check.bad and check.origins.get(name, DEFAULT) == DEFAULT and not values[name]
     ]
     if not missing:
         return
     if len(missing) == len(SHAPE):
         yield Problem("no model: neither a preset nor a shape is given", "", _PRESET_HELP)
     else:
-        yield Problem(f"the shape of the model lacks {', '.join(missing)}", "", " ".join(flag(name, "N") for name in missing))
+        yield Problem(
+            f"the shape of the model lacks {', '.join(missing)}", "", " ".join(flag(name, "N") for name in missing)
+        )
     check.bad.update(missing)
     if len(missing) == len(SHAPE):
         check.bad.update(("ffn_hidden_size", "moe_ffn_hidden_size"))
@@ -68,7 +72,11 @@ _PRESET_HELP = "--preset telechat2-tiny-moe (--list-presets names them all), or 
 def at_least_one(check: Check) -> Iterator[Problem]:
     for name, value in _present(check, AT_LEAST_ONE):
         if value < 1:
-            off = f"a whole number of at least 1; leave it out {OFF_BY_ZERO[name]}" if name in OFF_BY_ZERO else "a whole number of at least 1"
+            off = (
+                f"a whole number of at least 1; leave it out {OFF_BY_ZERO[name]}"
+                if name in OFF_BY_ZERO
+                else "a whole number of at least 1"
+            )
             yield check.one(f"{name}={value} is less than 1", name, fix=off)
 
 
@@ -100,7 +108,9 @@ def name_is_a_folder_name(check: Check) -> Iterator[Problem]:
     """The name becomes the name of the run folder."""
     name = check.take("name")
     if not name.strip() or name in (".", "..") or "/" in name or "\0" in name:
-        yield check.one(f"name={name!r} cannot name a folder", "name", fix="--name with letters, digits, dots and hyphens")
+        yield check.one(
+            f"name={name!r} cannot name a folder", "name", fix="--name with letters, digits, dots and hyphens"
+        )
 
 
 def _present(check: Check, names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
