@@ -25,7 +25,7 @@ def agree(name: str, value: Any, state: Any = None) -> None:
     Args:
         name: what the value is, for the message ("configuration").
         value: dataclass, mapping, sequence or scalar; nested. Compared by the text of its leaves.
-        state: the ParallelState, where it exists already; the message then gives coordinates.
+        state: the ParallelState, once it exists: the message then says where the ranks stand.
 
     Raises:
         ConfigError: on all ranks, when one differs; names the key, the ranks and their values.
@@ -36,7 +36,7 @@ def agree(name: str, value: Any, state: Any = None) -> None:
     if len(set(digests)) == 1:
         return
     everyone: list[dict[str, str]] = gather_objects(leaves)
-    raise ConfigError(_differences(name, everyone))
+    raise ConfigError(_differences(name, everyone, _places(state)))
 
 
 def all_ranks_ok(error: Optional[BaseException], state: Any = None) -> None:
@@ -44,6 +44,7 @@ def all_ranks_ok(error: Optional[BaseException], state: Any = None) -> None:
 
     Args:
         error: what this rank met, or None.
+        state: the ParallelState, once it exists: the message then says where the rank stands.
 
     Raises:
         UserError: of the class of the first failing rank's error, the same text everywhere.
@@ -55,7 +56,7 @@ def all_ranks_ok(error: Optional[BaseException], state: Any = None) -> None:
     if not failed:
         return
     kind, text, user_error = outcomes[failed[0]]
-    where = _ranks(failed)
+    where = _ranks(failed, _places(state))
     if user_error is not None:
         first, *rest = user_error.problems
         located = dataclasses.replace(first, what=f"{where}: {first.what}")
@@ -146,7 +147,12 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     return out
 
 
-def _differences(name: str, everyone: Sequence[Mapping[str, str]]) -> list[Problem]:
+def _places(state: Any) -> list[str]:
+    """Where every rank stands, such as "tp 1, pp 0"; a collective, on the way to an error only."""
+    return gather_objects("" if state is None else state.place())
+
+
+def _differences(name: str, everyone: Sequence[Mapping[str, str]], places: Sequence[str]) -> list[Problem]:
     """One problem a key: which ranks differ from what most ranks hold."""
     keys = sorted({key for leaves in everyone for key in leaves})
     problems = []
@@ -156,7 +162,7 @@ def _differences(name: str, everyone: Sequence[Mapping[str, str]]) -> list[Probl
         for value in sorted(set(values) - {common}):
             ranks = [rank for rank, found in enumerate(values) if found == value]
             label = f"{name} {key}" if key else name
-            problems.append(Problem(f"{label} is {value} on {_ranks(ranks)} and {common} elsewhere"))
+            problems.append(Problem(f"{label} is {value} on {_ranks(ranks, places)} and {common} elsewhere"))
     if len(problems) > MAX_DIFFERENCES:
         more = len(problems) - MAX_DIFFERENCES
         problems = [*problems[:MAX_DIFFERENCES], Problem(f"and {more} more differences")]
@@ -164,8 +170,9 @@ def _differences(name: str, everyone: Sequence[Mapping[str, str]]) -> list[Probl
     return [dataclasses.replace(problems[0], fix=fix), *problems[1:]]
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _ranks(ranks: Sequence[int], places: Sequence[str]) -> str:
     if len(ranks) == 1:
-        return f"rank {ranks[0]}"
+        place = places[ranks[0]]
+        return f"rank {ranks[0]} ({place})" if place else f"rank {ranks[0]}"
     shown = ", ".join(str(rank) for rank in ranks[:8])
     return f"ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

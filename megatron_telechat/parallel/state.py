@@ -64,6 +64,10 @@ class ParallelState:
         names = ("tp", "cp", "dp", "pp", "ep", "etp", "edp")
         return {name: getattr(self, f"{name}_rank") for name in names}
 
+    def place(self) -> str:
+        """Rank numbers of the dimensions that this layout uses, such as "tp 1, pp 0"; for messages."""
+        return ", ".join(f"{name} {rank}" for name, rank in self.coordinates().items() if getattr(self, f"{name}_size") > 1)
+
 
 def initialize(run: RunConfig, backend: Backend) -> ParallelState:
     """Join the ranks and build the process groups of the layout; a collective over all ranks.

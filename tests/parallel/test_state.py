@@ -97,9 +97,9 @@ def test_agreement_names_what_differs(report):
     found = report.check("agreement")
     assert all(rank == found[0] for rank in found)
     values, keys, scalar = found[0]
-    assert "weights a.1 is 9 on rank 3 and 2 elsewhere" in values and "a.0" not in values
-    assert "keys b is 2 on rank 1 and nothing elsewhere" in keys
-    assert "digest is 'y' on rank 0 and 'x' elsewhere" in scalar
+    assert "weights a.1 is 9 on rank 3 (tp 1, pp 1, etp 1) and 2 elsewhere" in values and "a.0" not in values
+    assert "keys b is 2 on rank 1 (tp 1, pp 0, etp 1) and nothing elsewhere" in keys
+    assert "digest is 'y' on rank 0 (tp 0, pp 0, etp 0) and 'x' elsewhere" in scalar
 
 
 @pytest.mark.gloo
@@ -107,7 +107,7 @@ def test_one_rank_fails_and_all_raise(report):
     found = report.check("one_rank_fails_and_all_raise")
     assert all(rank == found[0] for rank in found)
     user, ours = found[0]
-    assert user.startswith("DataError") and "rank 1: cannot read the file    (data.bin)" in user
+    assert user.startswith("DataError") and "rank 1 (tp 1, pp 0, etp 1): cannot read the file    (data.bin)" in user
     assert "copy it again" in user
     assert ours == "RuntimeError: ranks 2, 3: KeyError: 'lost'"
 

@@ -145,7 +145,7 @@ def another_configuration_on_one_rank() -> str:
 def agreement() -> list[str]:
     from megatron_telechat import parallel
 
-    state = join()
+    state = join(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     parallel.agree("weights", {"a": [1, 2], "b": None}, state)
     return [
         failure(parallel.agree, "weights", {"a": [1, 2 if state.rank < 3 else 9]}, state),
@@ -159,7 +159,7 @@ def one_rank_fails_and_all_raise() -> list[str]:
     from megatron_telechat import parallel
     from megatron_telechat.errors import DataError
 
-    state = join()
+    state = join(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     parallel.all_ranks_ok(None, state)
 
     def user_error() -> None:
