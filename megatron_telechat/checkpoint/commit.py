@@ -24,6 +24,7 @@ from megatron_telechat.errors import CheckpointError
 LATEST = "latest"
 _COMMITTED = re.compile(r"iter_(\d{7,})")
 _REPLACED = re.compile(r"iter_(\d{7,})\.replaced-[0-9a-f]+")
+_HINT = re.compile(rf"\.{LATEST}-[0-9a-f]+")
 _LEFTOVER = re.compile(r"iter_\d{7,}\.tmp-[0-9a-f]+")
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def clean_leftovers(root: Path) -> None:
         if (_LEFTOVER.fullmatch(path.name) or superseded) and not path.is_symlink():
             log.info("removing %s, left by an interrupted save", path)
             shutil.rmtree(path)
+        elif _HINT.fullmatch(path.name):
+            path.unlink()
 
 
 def commit(attempt: Attempt, manifest: Manifest) -> Path:

@@ -84,7 +84,8 @@ def model_config_from_hf(
         raise CheckpointError(f"model_type is {kind!r}", where, "supported are telechat (TeleChat2) and mixtral")
     reader = _Reader(config, where)
     values = _mixtral(reader) if kind == MIXTRAL else _telechat(reader, tensor_names)
-    _check_shapes(reader, values)
+    if not reader.problems:
+        _check_shapes(reader, values)
     if reader.problems:
         raise CheckpointError(reader.problems)
     return ModelConfig(**values)

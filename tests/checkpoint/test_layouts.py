@@ -1,0 +1,62 @@
+"""Any layout loads what any layout saved, bitwise; Hugging Face weights pass through every layout unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.hf_folders import PRESET_HEADS, telechat_config, telechat_shapes, write_folder
+from tests.checkpoint.worker_layouts import HF_MODELS, PAIRS, PRECISION_CHANGES
+from tests.harness import run_cases
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    for heads, groups in PRESET_HEADS:
+        config = telechat_config(heads, groups)
+        write_folder(folder / "hf" / f"heads_{heads}_{groups}", config, telechat_shapes(config))
+    config = telechat_config(8, 8, num_experts=4, num_experts_per_tok=2)
+    write_folder(folder / "hf" / "moe", config, telechat_shapes(config))
+    worker = Path(__file__).with_name("worker_layouts.py")
+    return run_cases(worker, 4, timeout=300, env={"CHECKPOINT_TEST_FOLDER": str(folder)})
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_another_layout_loads_the_same_tensors_and_goes_on_alike(report, name):
+    assert report.check(name)[0]["tensors"] > 40
+
+
+@pytest.mark.parametrize("name", PRECISION_CHANGES)
+def test_the_most_exact_weights_survive_a_change_of_precision(report, name):
+    report.check(name)
+
+
+def test_weights_only_takes_the_weights_and_nothing_else(report):
+    assert "fresh optimizer" in report.check("weights_only_begins_anew")[0]["message"]
+
+
+def test_a_checkpoint_without_optimizer_state_says_that_the_optimizer_is_fresh(report):
+    report.check("without_optimizer_state")
+
+
+def test_random_generators_go_on_in_the_same_layout(report):
+    report.check("generators_go_on_in_the_same_layout")
+
+
+def test_a_rank_that_cannot_write_fails_the_save_on_all(report):
+    messages = report.check("an_error_on_one_rank_is_an_error_on_all")
+    assert len(set(messages)) == 1 and "rank 1" in messages[0] and "No space left" in messages[0]
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_the_tensors(report):
+    for message in report.check("another_model_is_refused_on_all_ranks"):
+        assert "missing: model/decoder.layers.0.mlp.router.weight" in message and "not of this model" in message
+
+
+@pytest.mark.parametrize("name", HF_MODELS)
+def test_hugging_face_weights_pass_through_models_of_every_layout_unchanged(report, name):
+    report.check(f"hf_{name}")

@@ -1,0 +1,386 @@
+"""Saving in one layout and loading in another, with real models and optimizers. Four ranks.
+
+Gradients are functions of the global tensors, so that every layout takes the same optimizer steps
+without a forward; truth is assembled from the live parameters, not from the files.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.harness import Cases
+
+cases = Cases()
+
+SHARED = Path(os.environ.get("CHECKPOINT_TEST_FOLDER", "/nonexistent"))
+BETA1, BETA2 = 0.9, 0.95
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+INTERLEAVED = {**PP2, "num_virtual_stages_per_pipeline_rank": 2}
+UNEVEN = {**PP2, "pipeline_model_parallel_layout": "Et*3|tL"}
+FOLDED = {**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+
+
+def expert(size: int) -> dict[str, int]:
+    return {"expert_model_parallel_size": size}
+
+
+# name: model, precision, saved in, loaded in
+PAIRS: dict[str, tuple[str, str, dict, dict]] = {
+    "tp2_to_pp2": ("dense", "bf16", TP2, PP2),
+    "tp2_distributed_to_pp2_plain": ("dense", "bf16", {**TP2, **DISTRIBUTED}, PP2),
+    "dp4_plain_to_tp2_distributed": ("dense", "bf16", {}, {**TP2, **DISTRIBUTED}),
+    "interleaved_to_tp2": ("dense", "bf16", INTERLEAVED, {**TP2, **DISTRIBUTED}),
+    "interleaved_distributed_to_uneven": ("dense", "fp32", {**INTERLEAVED, **DISTRIBUTED}, UNEVEN),
+    "uneven_to_tp4": ("dense", "fp32", UNEVEN, {"tensor_model_parallel_size": 4}),
+    "dp4_distributed_to_itself": ("dense", "bf16", DISTRIBUTED, DISTRIBUTED),
+    "ep2_to_ep1": ("moe", "bf16", expert(2), expert(1)),
+    "ep2_distributed_to_ep4": ("moe", "bf16", {**expert(2), **DISTRIBUTED}, expert(4)),
+    "ep1_distributed_to_ep2": ("moe", "fp32", {**expert(1), **DISTRIBUTED}, expert(2)),
+    "tp2_ep2_to_pp2": ("moe", "bf16", {**FOLDED, **DISTRIBUTED}, PP2),
+    "tp2_pp2_ep2_to_etp2": ("moe", "bf16", {**FOLDED, **PP2}, {**TP2, "expert_tensor_parallel_size": 2, **DISTRIBUTED}),
+    "etp2_distributed_to_ep4": ("moe", "bf16", {**TP2, "expert_tensor_parallel_size": 2, **DISTRIBUTED}, expert(4)),
+    "fp16_with_loss_scale": ("moe", "fp16", expert(2), {**FOLDED, **DISTRIBUTED}),
+}
+
+PRECISION_CHANGES = {
+    "bf16_to_fp32": ("bf16", "fp32"),
+    "fp32_to_bf16": ("fp32", "bf16"),
+}
+
+
+def run_config(model: str, precision: str, layout: dict, seed: int) -> Any:
+    from megatron_telechat.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+
+    experts = {"num_experts": 4, "moe_ffn_hidden_size": 12} if model == "moe" else {}
+    layout = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1, **layout}
+    return RunConfig(
+        model=ModelConfig(name=model, num_layers=4, hidden_size=24, ffn_hidden_size=20, num_attention_heads=4,
+                          vocab_size=32, **experts),
+        parallel=ParallelConfig(world_size=4, sequence_parallel=layout.get("tensor_model_parallel_size", 1) > 1, **layout),
+        training=TrainingConfig(device="cpu", precision=precision, seq_length=8, seed=seed, global_batch_size=4),
+        optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.0, adam_beta1=BETA1, adam_beta2=BETA2,
+                                  initial_loss_scale=8.0, loss_scale_window=2),
+    )
+
+
+class Built:
+    """Model, wrapped, with its optimizer, in one layout."""
+
+    def __init__(self, run: Any):
+        from megatron_telechat import parallel
+        from megatron_telechat.backend import get_backend
+        from megatron_telechat.model import build_model, parameter_shards
+        from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
+
+        parallel.destroy(keep_world=True)
+        self.run = run
+        self.backend = get_backend("cpu")
+        self.parallel = parallel.initialize(run, self.backend)
+        models = build_model(run, self.parallel, self.backend)
+        self.shards = parameter_shards(models, run, self.parallel)
+        self.chunks = wrap_data_parallel(models, run, self.parallel)
+        self.optimizer = build_optimizer(self.chunks, run, self.parallel)
+
+    def state(self, step: int = 0, samples: int = 0, **more: Any) -> Any:
+        from megatron_telechat.checkpoint import TrainState
+
+        return TrainState(self.shards, self.optimizer, step, samples, self.backend, **more)
+
+    def step(self) -> None:
+        """One optimizer step on gradients that depend on the global position only."""
+        scale = float(self.optimizer.get_loss_scale())
+        for item in self.shards:
+            flat = item.parameter.main_grad.view(-1)
+            for piece in item.pieces:
+                index = tuple(slice(o, o + s) for o, s in zip(piece.global_offset, piece.shape))
+                flat[piece.flat_start : piece.flat_start + piece.numel] = gradient(piece)[index].reshape(-1) * scale
+        done, _, _ = self.optimizer.step()
+        assert done
+
+    def full(self) -> dict[str, Any]:
+        """Every global tensor, weights and optimizer state, on every rank."""
+        import torch
+
+        from megatron_telechat.checkpoint.optimizer_state import optimizer_slices
+        from megatron_telechat.parallel.agreement import gather_objects
+
+        mine: list[tuple[str, tuple, tuple, int, Any]] = []
+        for item in self.shards:
+            mine += _flat_parts("weight", item, 0, item.parameter.detach().view(-1))
+        for found in optimizer_slices(self.optimizer, self.shards):
+            for name, tensor in found.tensors.items():
+                mine += _flat_parts(name, found.shards, found.start, tensor)
+        full: dict[str, Any] = {}
+        seen: dict[str, Any] = {}
+        for rank in gather_objects(mine):
+            for key, shape, elements, values in rank:
+                if key not in full:
+                    full[key] = torch.zeros(shape, dtype=values.dtype)
+                    seen[key] = torch.zeros(shape, dtype=torch.bool)
+                flat, marks = full[key].view(-1), seen[key].view(-1)
+                known = marks[elements]
+                assert torch.equal(flat[elements][known], values[known]), f"replicas of {key} differ"
+                flat[elements] = values
+                marks[elements] = True
+        assert all(bool(marks.all()) for marks in seen.values())
+        return full
+
+
+def _flat_parts(name: str, item: Any, start: int, values: Any) -> list:
+    """(key, shape, global flat indices, values) of a flat range, by plain index arithmetic."""
+    import torch
+
+    out = []
+    for piece in item.pieces:
+        numbers = torch.arange(torch.Size(piece.global_shape).numel()).view(piece.global_shape)
+        box = numbers[tuple(slice(o, o + s) for o, s in zip(piece.global_offset, piece.shape))].reshape(-1)
+        low, high = max(start, piece.flat_start), min(start + values.numel(), piece.flat_start + piece.numel)
+        if low < high:
+            elements = box[low - piece.flat_start : high - piece.flat_start]
+            out.append((f"{name}/{piece.key}", piece.global_shape, elements, values[low - start : high - start].clone()))
+    return out
+
+
+def gradient(piece: Any) -> Any:
+    import zlib
+
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))
+    return torch.randn(piece.global_shape, generator=generator)
+
+
+def require_equal(found: dict, wanted: dict) -> None:
+    import torch
+
+    assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())
+    different = [key for key in wanted if not torch.equal(found[key], wanted[key])]
+    assert not different, f"{len(different)} of {len(wanted)} tensors differ: {different[:4]}"
+
+
+def require_close(found: dict, wanted: dict) -> None:
+    import torch
+
+    for key in wanted:
+        torch.testing.assert_close(found[key].float(), wanted[key].float(), rtol=1e-5, atol=1e-6, msg=key)
+
+
+def require_real_moments(full: dict) -> None:
+    """Two steps on one gradient g: exp_avg = (1 - b1)(1 + b1) g, exp_avg_sq = (1 - b2)(1 + b2) g^2."""
+    from types import SimpleNamespace
+
+    import torch
+
+    keys = [key for key in full if key.startswith("exp_avg/")]
+    assert keys
+    for key in keys:
+        name = key.split("/", 1)[1]
+        g = gradient(SimpleNamespace(key=name, global_shape=tuple(full[key].shape)))
+        torch.testing.assert_close(full[key], (1 - BETA1**2) * g, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(full[f"exp_avg_sq/{name}"], (1 - BETA2**2) * g * g, rtol=1e-4, atol=1e-6)
+
+
+def pair(name: str, model: str, precision: str, saved_in: dict, loaded_in: dict) -> dict:
+    from megatron_telechat.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
+
+    root = SHARED / name
+    first = Built(run_config(model, precision, saved_in, seed=1))
+    first.step()
+    first.step()
+    path = save_checkpoint(root, first.state(2, 8, extra={"note": "n"}), first.run, first.parallel)
+    wanted = first.full()
+    require_real_moments(wanted)
+    first.step()
+    third = first.full()
+
+    second = Built(run_config(model, precision, loaded_in, seed=2))
+    info = load_checkpoint(root, second.state(), second.run, second.parallel)
+    assert (info.path, info.step, info.consumed_samples, dict(info.extra)) == (path, 2, 8, {"note": "n"})
+    assert ("seeded anew" in info.message) == (saved_in != loaded_in), info.message
+    require_equal(second.full(), wanted)
+    second.step()
+    require_close(second.full(), third)
+    if precision == "fp16":
+        assert float(second.optimizer.get_loss_scale()) == float(first.optimizer.get_loss_scale()) == 16.0
+    if second.parallel.rank == 0:
+        CheckpointReader(path, verify=True)
+    return {"tensors": len(wanted)}
+
+
+for _name, _pair in PAIRS.items():
+    cases.add(_name, lambda name=_name, about=_pair: pair(name, *about))
+
+
+def precision_change(name: str, saved_in: str, loaded_in: str) -> None:
+    """The master weights survive bitwise; without masters in the file the fp32 weights become them."""
+    from megatron_telechat.checkpoint import load_checkpoint, save_checkpoint
+
+    first = Built(run_config("dense", saved_in, DISTRIBUTED, seed=1))
+    first.step()
+    save_checkpoint(SHARED / name, first.state(1, 4), first.run, first.parallel)
+    before = first.full()
+    second = Built(run_config("dense", loaded_in, TP2, seed=2))
+    load_checkpoint(SHARED / name, second.state(), second.run, second.parallel)
+    after = second.full()
+    exact, fine = ("master", "weight") if saved_in == "bf16" else ("weight", "master")
+    for key in [key for key in before if key.startswith("weight/")]:
+        name = key.split("/", 1)[1]
+        router = "router" in name
+        assert (before[key] if router else before[f"{exact}/{name}"]).equal(after[f"{fine}/{name}"])
+    for key in before:
+        if key.startswith("exp_avg"):
+            assert before[key].equal(after[key])
+
+
+for _name, _change in PRECISION_CHANGES.items():
+    cases.add(_name, lambda name=_name, about=_change: precision_change(name, *about))
+
+
+@cases.case
+def weights_only_begins_anew() -> dict:
+    from megatron_telechat.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_telechat.checkpoint.optimizer_state import adam_steps
+
+    first = Built(run_config("moe", "bf16", expert(2), seed=1))
+    first.step()
+    save_checkpoint(SHARED / "weights_only", first.state(1, 4), first.run, first.parallel)
+    wanted = first.full()
+    second = Built(run_config("moe", "bf16", {**expert(4), **DISTRIBUTED}, seed=2))
+    info = load_checkpoint(SHARED / "weights_only", second.state(), second.run, second.parallel, weights_only=True)
+    found = second.full()
+    assert (info.step, info.consumed_samples) == (0, 0)
+    assert not adam_steps(second.optimizer) and not any(key.startswith("exp_avg") for key in found)
+    require_equal(found, {key: value for key, value in wanted.items() if not key.startswith("exp_avg")})
+    return {"message": info.message}
+
+
+@cases.case
+def without_optimizer_state() -> None:
+    from megatron_telechat.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
+
+    run = run_config("dense", "bf16", TP2, seed=1)
+    run = replace(run, checkpoint=replace(run.checkpoint, no_save_optim=True))
+    first = Built(run)
+    first.step()
+    path = save_checkpoint(SHARED / "no_optim", first.state(1, 4), run, first.parallel)
+    assert not [key for key in CheckpointReader(path).entries if key.startswith("optimizer/")]
+    info = load_checkpoint(SHARED / "no_optim", first.state(), run, first.parallel)
+    assert info.step == 1 and "fresh" in info.message
+
+
+@cases.case
+def generators_go_on_in_the_same_layout() -> None:
+    import torch
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from megatron_telechat.checkpoint import load_checkpoint, save_checkpoint
+
+    def draw() -> list:
+        with get_cuda_rng_tracker().fork():
+            inside = torch.rand(3).tolist()
+        return [*torch.rand(3).tolist(), *inside]
+
+    built = Built(run_config("dense", "fp32", TP2, seed=1))
+    draw()
+    save_checkpoint(SHARED / "rng", built.state(1, 4), built.run, built.parallel)
+    wanted = draw()
+    assert draw() != wanted
+    load_checkpoint(SHARED / "rng", built.state(), built.run, built.parallel)
+    assert draw() == wanted
+
+
+@cases.case
+def an_error_on_one_rank_is_an_error_on_all() -> str:
+    """One rank cannot write; nothing is committed and the older checkpoint still loads."""
+    from megatron_telechat.checkpoint import format as form
+    from megatron_telechat.checkpoint import latest_checkpoint, save_checkpoint
+    from megatron_telechat.errors import ResourceError
+
+    built = Built(run_config("dense", "bf16", TP2, seed=1))
+    root = SHARED / "failing"
+    older = save_checkpoint(root, built.state(1, 4), built.run, built.parallel)
+    original = form.write_safetensors
+
+    def full_disk(path: Path, *args: Any) -> Any:
+        with open(path, "xb") as stream:
+            stream.write(b"half")
+        raise ResourceError("cannot write: No space left on device", str(path))
+
+    if built.parallel.rank == 1:
+        form.write_safetensors = full_disk
+    try:
+        save_checkpoint(root, built.state(2, 8), built.run, built.parallel)
+    except ResourceError as error:
+        message = str(error)
+    finally:
+        form.write_safetensors = original
+    assert latest_checkpoint(root) == older
+    if built.parallel.rank == 0:  # the rank that clears up
+        assert sorted(path.name for path in root.iterdir()) == ["iter_0000001", "latest"]
+    return message
+
+
+@cases.case
+def another_model_is_refused_on_all_ranks() -> str:
+    from megatron_telechat.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_telechat.errors import CheckpointError
+
+    first = Built(run_config("dense", "bf16", {}, seed=1))
+    save_checkpoint(SHARED / "other", first.state(1, 4), first.run, first.parallel)
+    second = Built(run_config("moe", "bf16", {}, seed=1))
+    try:
+        load_checkpoint(SHARED / "other", second.state(), second.run, second.parallel)
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("it was loaded")
+
+
+def hf_round_trip(name: str) -> None:
+    """Hugging Face -> checkpoint -> model in each layout -> checkpoint -> Hugging Face."""
+    import torch
+
+    from megatron_telechat.checkpoint import CheckpointReader, export_hf, import_hf, load_checkpoint, save_checkpoint
+    from megatron_telechat.config.schema import ParallelConfig, RunConfig, TrainingConfig
+    from megatron_telechat.config.yaml_io import run_config_from_yaml
+    from tests.checkpoint.hf_folders import assert_same_folder
+
+    source, root = SHARED / "hf" / name, SHARED / "hf_round_trip" / name
+    rank0 = os.environ["RANK"] == "0"
+    if rank0:
+        import_hf(source, root / "imported")
+    Built(run_config("dense", "fp32", {}, seed=1))  # the ranks meet before the import is read
+    torch.distributed.barrier()
+    model = run_config_from_yaml(CheckpointReader(root / "imported" / "iter_0000000").config).model
+    dense = {"tp1": {}, "tp2": TP2, "tp4": {"tensor_model_parallel_size": 4}, "uneven": {
+        **PP2, "pipeline_model_parallel_layout": "Ettt|ttL"}}
+    moe = {"ep4": expert(4), "tp2_ep2": FOLDED, "uneven_ep2": {**dense["uneven"], **expert(2)}}
+    for label, layout in (moe if model.is_moe else dense).items():
+        run = RunConfig(
+            model=model,
+            parallel=ParallelConfig(world_size=4, sequence_parallel=False, **{**expert(1), "expert_tensor_parallel_size": 1, **layout}),
+            training=TrainingConfig(device="cpu", precision="fp32", seq_length=8, seed=3),
+        )
+        run = replace(run, checkpoint=replace(run.checkpoint, pretrained_checkpoint=str(root / "imported")))
+        built = Built(run)
+        state = replace(built.state(), optimizer=None)
+        load_checkpoint(root / "imported", state, run, built.parallel, weights_only=True)
+        save_checkpoint(root / label, state, run, built.parallel)
+        if rank0:
+            export_hf(root / label, root / f"{label}_hf", max_shard_bytes=50_000)
+            assert_same_folder(source, root / f"{label}_hf")
+        torch.distributed.barrier()
+
+
+HF_MODELS = ("heads_24_24", "heads_32_32", "heads_48_48", "heads_64_8", "moe")
+for _name in HF_MODELS:
+    cases.add(f"hf_{_name}", lambda name=_name: hf_round_trip(name))
+
+
+if __name__ == "__main__":
+    cases.main()
