@@ -214,7 +214,7 @@ for _name in RECOMPUTE:
 
 
 def fill_from_hf(shards, weights: dict, model) -> None:
-    """Copy a published checkpoint into a one-rank model, by the table of docs and §2.2's packing."""
+    """Copy a published checkpoint into a one-rank model, packing query, key and value as Megatron does."""
     import torch
 
     groups, hidden = model.query_groups, model.hidden_size
