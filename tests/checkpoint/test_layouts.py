@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_telechat.checkpoint import import_hf
 from tests.checkpoint.hf_folders import PRESET_HEADS, telechat_config, telechat_shapes, write_folder
-from tests.checkpoint.worker_layouts import HF_MODELS, PAIRS, PRECISION_CHANGES
+from tests.checkpoint.worker_layouts import HF_LAYOUTS, PAIRS, PRECISION_CHANGES
 from tests.harness import run_cases
 
 pytestmark = pytest.mark.gloo
@@ -16,11 +17,11 @@ pytestmark = pytest.mark.gloo
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
-    for heads, groups in PRESET_HEADS:
-        config = telechat_config(heads, groups)
-        write_folder(folder / "hf" / f"heads_{heads}_{groups}", config, telechat_shapes(config))
-    config = telechat_config(8, 8, num_experts=4, num_experts_per_tok=2)
-    write_folder(folder / "hf" / "moe", config, telechat_shapes(config))
+    configs = {f"heads_{heads}_{groups}": telechat_config(heads, groups) for heads, groups in PRESET_HEADS}
+    configs["moe"] = telechat_config(8, 8, num_experts=4, num_experts_per_tok=2)
+    for name, config in configs.items():
+        write_folder(folder / "hf" / name, config, telechat_shapes(config))
+        import_hf(folder / "hf" / name, folder / "imported" / name)
     worker = Path(__file__).with_name("worker_layouts.py")
     return run_cases(worker, 4, timeout=300, env={"CHECKPOINT_TEST_FOLDER": str(folder)})
 
@@ -57,6 +58,6 @@ def test_a_checkpoint_of_another_model_is_refused_naming_the_tensors(report):
         assert "missing: model/decoder.layers.0.mlp.router.weight" in message and "not of this model" in message
 
 
-@pytest.mark.parametrize("name", HF_MODELS)
+@pytest.mark.parametrize("name", HF_LAYOUTS)
 def test_hugging_face_weights_pass_through_models_of_every_layout_unchanged(report, name):
     report.check(f"hf_{name}")

@@ -341,45 +341,49 @@ def another_model_is_refused_on_all_ranks() -> str:
     raise AssertionError("it was loaded")
 
 
-def hf_round_trip(name: str) -> None:
-    """Hugging Face -> checkpoint -> model in each layout -> checkpoint -> Hugging Face."""
+HF_MODELS = {False: ("heads_24_24", "heads_32_32", "heads_48_48", "heads_64_8"), True: ("moe",)}
+HF_LAYOUTS: dict[str, tuple[bool, dict]] = {  # of MoE models or of dense ones
+    "tp1": (False, {}),
+    "tp2": (False, TP2),
+    "tp4": (False, {"tensor_model_parallel_size": 4}),
+    "uneven": (False, {**PP2, "pipeline_model_parallel_layout": "Ettt|ttL"}),
+    "moe_ep4": (True, expert(4)),
+    "moe_tp2_ep2": (True, FOLDED),
+    "moe_uneven_ep2": (True, {**PP2, "pipeline_model_parallel_layout": "Ettt|ttL", **expert(2)}),
+}
+
+
+def hf_round_trip(label: str, moe: bool, layout: dict) -> None:
+    """Checkpoint imported from Hugging Face -> models in a layout -> checkpoint -> Hugging Face."""
     import torch
 
-    from megatron_telechat.checkpoint import CheckpointReader, export_hf, import_hf, load_checkpoint, save_checkpoint
-    from megatron_telechat.config.schema import ParallelConfig, RunConfig, TrainingConfig
-    from megatron_telechat.config.yaml_io import run_config_from_yaml
+    from megatron_telechat import parallel
+    from megatron_telechat.backend import get_backend
+    from megatron_telechat.checkpoint import TrainState, export_hf, load_checkpoint, save_checkpoint
+    from megatron_telechat.checkpoint.hf import HfWeights
+    from megatron_telechat.model import build_model, parameter_shards
     from tests.checkpoint.hf_folders import assert_same_folder
 
-    source, root = SHARED / "hf" / name, SHARED / "hf_round_trip" / name
-    rank0 = os.environ["RANK"] == "0"
-    if rank0:
-        import_hf(source, root / "imported")
-    Built(run_config("dense", "fp32", {}, seed=1))  # the ranks meet before the import is read
-    torch.distributed.barrier()
-    model = run_config_from_yaml(CheckpointReader(root / "imported" / "iter_0000000").config).model
-    dense = {"tp1": {}, "tp2": TP2, "tp4": {"tensor_model_parallel_size": 4}, "uneven": {
-        **PP2, "pipeline_model_parallel_layout": "Ettt|ttL"}}
-    moe = {"ep4": expert(4), "tp2_ep2": FOLDED, "uneven_ep2": {**dense["uneven"], **expert(2)}}
-    for label, layout in (moe if model.is_moe else dense).items():
-        run = RunConfig(
-            model=model,
-            parallel=ParallelConfig(world_size=4, sequence_parallel=False, **{**expert(1), "expert_tensor_parallel_size": 1, **layout}),
-            training=TrainingConfig(device="cpu", precision="fp32", seq_length=8, seed=3),
-        )
-        run = replace(run, checkpoint=replace(run.checkpoint, pretrained_checkpoint=str(root / "imported")))
-        built = Built(run)
-        state = replace(built.state(), optimizer=None)
-        load_checkpoint(root / "imported", state, run, built.parallel, weights_only=True)
-        save_checkpoint(root / label, state, run, built.parallel)
-        if rank0:
-            export_hf(root / label, root / f"{label}_hf", max_shard_bytes=50_000)
-            assert_same_folder(source, root / f"{label}_hf")
+    backend = get_backend("cpu")
+    run = run_config("moe" if moe else "dense", "fp32", layout, seed=3)
+    state = parallel.initialize(run, backend)
+    for name in HF_MODELS[moe]:
+        imported = SHARED / "imported" / name
+        run = replace(run, model=HfWeights(SHARED / "hf" / name).model,
+                      checkpoint=replace(run.checkpoint, pretrained_checkpoint=str(imported)))
+        shards = parameter_shards(build_model(run, state, backend), run, state)
+        train_state = TrainState(shards, None, 0, 0)
+        load_checkpoint(imported, train_state, run, state, weights_only=True)
+        path = save_checkpoint(SHARED / "saved" / label / name, train_state, run, state)
+        if state.rank == 0:
+            exported = SHARED / "exported" / label / name
+            export_hf(path, exported, max_shard_bytes=50_000)
+            assert_same_folder(SHARED / "hf" / name, exported)
         torch.distributed.barrier()
 
 
-HF_MODELS = ("heads_24_24", "heads_32_32", "heads_48_48", "heads_64_8", "moe")
-for _name in HF_MODELS:
-    cases.add(f"hf_{_name}", lambda name=_name: hf_round_trip(name))
+for _name, _layout in HF_LAYOUTS.items():
+    cases.add(f"hf_{_name}", lambda name=_name, about=_layout: hf_round_trip(name, *about))
 
 
 if __name__ == "__main__":
