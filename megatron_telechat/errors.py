@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Sequence
 
 EXIT_OK = 0
+EXIT_BUG = 1
 EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
@@ -43,6 +44,8 @@ class UserError(Exception):
 
     exit_code = 1
     kind = "error"
+    agreed = False
+    """Whether every rank raises the same error, so that one of them is enough to print it."""
 
     def __init__(self, what: str | Problem | Sequence[Problem], where: str = "", fix: str = ""):
         if isinstance(what, str):
@@ -58,7 +61,12 @@ class UserError(Exception):
 
     def __reduce__(self):
         # The default reduce would pass the rendered text back as `what` and lose the problems.
-        return (type(self), (self.problems,))
+        return (type(self), (self.problems,), {"agreed": self.agreed})
+
+    def on_every_rank(self) -> "UserError":
+        """Itself, marked as raised by all ranks alike."""
+        self.agreed = True
+        return self
 
     def render(self) -> str:
         """The message as a person reads it: one line for one problem, a numbered list for more."""

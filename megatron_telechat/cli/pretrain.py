@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Mapping, Optional, Sequence
 
 import megatron_telechat
 from megatron_telechat.config import LoadedConfig, load_run_config
 from megatron_telechat.config.flags import Actions, read_command_line
 from megatron_telechat.config.show import config_table, config_yaml, help_text, list_presets
-from megatron_telechat.errors import EXIT_OK, ConfigError, UserError
+from megatron_telechat.errors import EXIT_BUG, EXIT_OK, ConfigError, UserError
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -25,9 +26,30 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return _run(arguments, os.environ)
     except UserError as error:
-        if _speaks(os.environ):
-            print(error.render(), file=sys.stderr)
-        return error.exit_code
+        _report(error, os.environ)
+        return _leave(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        return _leave(EXIT_BUG)
+
+
+def _report(error: UserError, environ: Mapping[str, str]) -> None:
+    """Print the error once: rank 0 for all where they all have it, else the rank that met it."""
+    if _speaks(environ):
+        print(error.render(), file=sys.stderr)
+    elif not error.agreed and "torch.distributed" in sys.modules:
+        print(f"rank {environ['RANK']}: {error.render()}", file=sys.stderr)
+
+
+def _leave(code: int) -> int:
+    """The code; but among several ranks the process ends here, because an orderly end would wait in the
+    destructors of the process groups for a rank that may be gone."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _load(argv: list[str], environ: Mapping[str, str]) -> LoadedConfig:

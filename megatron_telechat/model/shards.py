@@ -181,7 +181,7 @@ def verify_tiling(shards: Iterable[ParameterShards], run: RunConfig, state: Para
     ]
     problems = tiling_problems([piece for pieces in gather_objects(mine) for piece in pieces], run)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems).on_every_rank()
 
 
 def tiling_problems(pieces: Iterable[tuple[str, Shape, Shape, Shape]], run: RunConfig) -> list[Problem]:

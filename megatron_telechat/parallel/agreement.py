@@ -60,7 +60,7 @@ def all_ranks_ok(error: Optional[BaseException], state: Any = None) -> None:
     if user_error is not None:
         first, *rest = user_error.problems
         located = dataclasses.replace(first, what=f"{where}: {first.what}")
-        raise type(user_error)([located, *rest]) from error
+        raise type(user_error)([located, *rest]).on_every_rank() from error
     raise RuntimeError(f"{where}: {kind}: {text}") from error
 
 

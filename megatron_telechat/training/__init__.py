@@ -1,5 +1,40 @@
-"""The training room. ``train(run, origins)`` is its door."""
+"""The training room. ``train(run, origins)`` is its door; ``training.loop.Trainer`` the run itself."""
 
-from .loop import Trainer, train
+from __future__ import annotations
 
-__all__ = ["Trainer", "train"]
+from typing import Mapping, Optional
+
+from megatron_telechat.config.schema import RunConfig
+
+
+def train(run: RunConfig, origins: Optional[Mapping[str, str]] = None) -> int:
+    """Run a training from its start, or its resume, to its end.
+
+    Returns:
+        The exit code: 0 done, 75 stopped by a signal with a checkpoint saved.
+
+    Raises:
+        UserError: on every rank; see ``errors`` for the exit code of each class.
+    """
+    from megatron_telechat.backend import get_backend
+
+    # The fixes for megatron.core hook its import: they come before the first module that needs it.
+    get_backend(run.training.device).install()
+    from megatron_telechat.parallel.agreement import lost_ranks_reported
+    from megatron_telechat.parallel.state import destroy
+    from megatron_telechat.training.loop import Trainer
+
+    with lost_ranks_reported():
+        trainer = Trainer(run, origins)
+        try:
+            code = trainer.fit()
+        except BaseException:
+            # The process groups stay as they are: taking them down could wait for a rank that is gone.
+            trainer.release()
+            raise
+        trainer.release()
+        destroy()
+        return code
+
+
+__all__ = ["train"]

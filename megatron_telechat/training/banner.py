@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Iterator, Mapping, Optional
 
-from ..backend import Backend
-from ..config.layout import pipeline_layout
-from ..config.schema import RunConfig
-from ..costs import count_parameters
-from ..costs.memory import stage_memory
-from ..parallel.state import ParallelState
-from .console import format_count
-from .paths import RunPaths
+from megatron_telechat import __version__
+from megatron_telechat.backend import Backend
+from megatron_telechat.config.fields import values_of
+from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs import count_parameters
+from megatron_telechat.costs.memory import stage_memory
+from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.planner.picture import layout_picture
+from megatron_telechat.training.console import format_count
+from megatron_telechat.training.paths import RunPaths
 
 
 def banner(
@@ -24,9 +27,6 @@ def banner(
     origins: Mapping[str, str],
 ) -> str:
     """The start of a run in a dozen lines."""
-    from .. import __version__
-    from ..planner.picture import layout_picture
-
     count = count_parameters(run.model)
     active = f" ({format_count(count.active)} active)" if count.active != count.total else ""
     tokens = run.training.global_batch_size * run.training.seq_length
@@ -39,12 +39,14 @@ def banner(
         f"  layout    {layout}",
         *(f"            {line}" for line in layout_picture(run).splitlines()),
         *_memory_lines(run, backend),
-        *(f"  data      {line}" for line in datasets.summary()),
+        *(f"  data      {line}" for line in datasets.summary),
         f"  files     {paths.run_dir}/metrics.jsonl, {paths.save_dir}/iter_*",
     ]
-    changed = [f"{key}={_value(run, key)} ({origin})" for key, origin in origins.items() if origin.startswith("flag")]
-    if changed:
-        lines.append("  flags     " + ", ".join(changed))
+    values = values_of(run)
+    # Only what a person said: presets, defaults and derived values are in --print-config.
+    said = [name for name, origin in origins.items() if not origin.startswith(("preset", "default", "derived"))]
+    if said:
+        lines.append("  given     " + ", ".join(f"{name}={_short(values[name])}" for name in said))
     return "\n".join(lines)
 
 
@@ -69,9 +71,9 @@ def _memory_lines(run: RunConfig, backend: Backend) -> Iterator[str]:
     yield f"  memory    estimated GiB a rank of each stage: {figures}{limit}"
 
 
-def _value(run: RunConfig, key: str):
-    section, name = key.split(".", 1)
-    return getattr(getattr(run, section), name)
+def _short(value: object) -> str:
+    text = " ".join(value) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def resume_differences(run: RunConfig, saved: Optional[RunConfig]) -> list[str]:

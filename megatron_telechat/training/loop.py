@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Mapping, Optional
 
-from ..backend import get_backend
-from ..checkpoint import LoadedInfo, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
-from ..config.schema import RunConfig
-from ..data import batches, build_datasets
-from ..errors import EXIT_OK, EXIT_SIGNAL, CheckpointError
-from ..model import build_model, parameter_shards, verify_tiling
-from ..parallel.agreement import all_ranks, agree
-from ..parallel.state import destroy, initialize
-from .banner import banner, resume_differences
-from .console import Console
-from .metrics import Meter
-from .optimizer import build_optimizer, gathered_parameters, set_learning_rate, wrap_data_parallel
-from .paths import RunPaths
-from .signals import StopRequests
-from .step import StepResult, TrainStep, chunk_iterators, evaluate
-from .writers import MetricsWriter
+from megatron_telechat.backend import get_backend
+from megatron_telechat.checkpoint import LoadedInfo, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.yaml_io import dump_run_config
+from megatron_telechat.data import batches, build_datasets, data_fingerprint
+from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError
+from megatron_telechat.model import build_model, parameter_shards, verify_tiling
+from megatron_telechat.parallel.agreement import together
+from megatron_telechat.parallel.state import initialize
+from megatron_telechat.training.banner import banner, resume_differences
+from megatron_telechat.training.console import Console
+from megatron_telechat.training.metrics import Meter
+from megatron_telechat.training.optimizer import build_optimizer, gathered_parameters, set_learning_rate, wrap_data_parallel
+from megatron_telechat.training.paths import RunPaths
+from megatron_telechat.training.signals import StopRequests
+from megatron_telechat.training.step import StepResult, TrainStep, chunk_iterators, close_iterators, evaluate
+from megatron_telechat.training.writers import MetricsWriter
 
 
 class Trainer:
@@ -35,16 +37,15 @@ class Trainer:
         self.backend = get_backend(run.training.device)
         self.backend.install()
         self.state = initialize(run, self.backend)
-        agree("configuration", run, self.state)
 
         self.paths = RunPaths.of(run)
         self.console = Console(self.state.rank == 0, run.training.train_iters, run.logging.progress)
-        with all_ranks(self.state):
+        with together(self.state):
             self.paths.create()
 
-        with all_ranks(self.state):
+        with together(self.state):
             models = build_model(run, self.state, self.backend)
-        self.shards = parameter_shards(models, run, self.state)
+            self.shards = parameter_shards(models, run, self.state)
         verify_tiling(self.shards, run, self.state)
         self.chunks = wrap_data_parallel(models, run, self.state)
         self.optimizer = build_optimizer(self.chunks, run, self.state)
@@ -58,13 +59,14 @@ class Trainer:
         self.requests = StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
         self.writer = MetricsWriter(run, self.paths.run_dir, enabled=self.state.rank == 0)
         self.meter = Meter(run, self.state, self.backend, self.chunks)
+        self._iterators_open: list = []
         self._introduce(origins or {})
 
     # ---- the run ----------------------------------------------------------------------------
 
     def fit(self) -> int:
         """Train to train_iters, or to a stop request. Returns the exit code."""
-        iterators = self.training_iterators()
+        self._iterators_open = iterators = self.training_iterators()
         while self.step < self.run.training.train_iters:
             result, lr = self.take_step(iterators)
             if self.step % self.run.logging.log_interval == 0 or self._is_last():
@@ -81,10 +83,11 @@ class Trainer:
 
     def training_iterators(self):
         """Micro-batches from the first sample that was not consumed yet, for each chunk that reads data."""
+        return self._iterators(self.datasets.train, self.consumed_samples)
+
+    def _iterators(self, dataset, consumed_samples: int):
         return chunk_iterators(
-            lambda: batches(self.datasets.train, self.run, self.state, self.consumed_samples),
-            len(self.chunks),
-            self.state,
+            lambda: batches(dataset, self.run, self.state, consumed_samples), len(self.chunks), self.run, self.state
         )
 
     def take_step(self, iterators) -> tuple[StepResult, float]:
@@ -98,11 +101,11 @@ class Trainer:
             self.backend.empty_cache()
         return result, lr
 
-    def close(self) -> None:
-        """Give files, signals and process groups back."""
+    def release(self) -> None:
+        """Give threads, files and signal handlers back; the process groups stay."""
+        close_iterators(self._iterators_open)
         self.writer.close()
         self.requests.close()
-        destroy()
 
     # ---- between steps ----------------------------------------------------------------------
 
@@ -114,13 +117,12 @@ class Trainer:
 
     def _evaluate(self) -> None:
         started = time.perf_counter()
-        iterators = chunk_iterators(
-            lambda: batches(self.datasets.valid, self.run, self.state, 0), len(self.chunks), self.state
-        )
+        iterators = self._iterators(self.datasets.valid, 0)
         with gathered_parameters(self.chunks):
             loss = evaluate(
                 self.chunks, iterators, self.run.evaluation.eval_iters, self.run, self.state, self.backend
             )
+        close_iterators(iterators)
         self.writer.write({"step": self.step, "valid_loss": loss})
         self.console.say(f"step {self.step}  validation loss {loss:.4f}")
         self.meter.exclude(time.perf_counter() - started)
@@ -155,6 +157,7 @@ class Trainer:
             step=self.step,
             consumed_samples=self.consumed_samples,
             backend=self.backend,
+            data_fingerprint=data_fingerprint(self.run),
         )
 
     def _resume(self) -> Optional[LoadedInfo]:
@@ -166,18 +169,16 @@ class Trainer:
             )
             self.step, self.consumed_samples = info.step, info.consumed_samples
             return info
-        if settings.load or settings.load_step is not None:
+        # --load and --save naming one folder is Megatron's way to say "go on if there is something".
+        if self.paths.load_dir != self.paths.save_dir or settings.load_step is not None:
             raise CheckpointError(
                 f"no complete checkpoint in {self.paths.load_dir}",
                 where="load",
                 fix="point --load at the folder that holds iter_* folders, or leave it out to start a new run",
             )
         if settings.pretrained_checkpoint:
-            from pathlib import Path
-
-            return load_checkpoint(
-                Path(settings.pretrained_checkpoint), self._train_state(), self.run, self.state, weights_only=True
-            )
+            source = Path(settings.pretrained_checkpoint)
+            return load_checkpoint(source, self._train_state(), self.run, self.state, weights_only=True)
         return None
 
     def _introduce(self, origins: Mapping[str, str]) -> None:
@@ -190,15 +191,5 @@ class Trainer:
             if self.step:
                 self.writer.write({"event": "resume", "step": self.step})
         if self.state.rank == 0:
-            from ..config.yaml_io import dump_run_config
-
             (self.paths.run_dir / "config.yaml").write_text(dump_run_config(self.run), encoding="utf-8")
 
-
-def train(run: RunConfig, origins: Optional[Mapping[str, str]] = None) -> int:
-    """Run a training from start, or resume, to end. Returns the exit code; raises UserError on every rank."""
-    trainer = Trainer(run, origins)
-    try:
-        return trainer.fit()
-    finally:
-        trainer.close()

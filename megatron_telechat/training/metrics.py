@@ -9,12 +9,13 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from ..backend import Backend
-from ..config.schema import RunConfig
-from ..costs.devices import device_spec
-from ..costs.flops import training_flops_per_token
-from ..parallel.state import ParallelState
-from .step import StepResult
+from megatron_telechat.backend import Backend
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.devices import device_spec
+from megatron_telechat.costs.flops import training_flops_per_token
+from megatron_telechat.moe import collect_expert_load
+from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.step import StepResult
 
 
 def peak_tflops(run: RunConfig, backend: Backend) -> Optional[float]:
@@ -77,10 +78,10 @@ class Meter:
         }
         if self._window.skipped:
             record["skipped_steps"] = self._window.skipped
-        if self._run.model.is_moe:
-            from ..moe import collect_moe_metrics
-
-            record.update(collect_moe_metrics(self._chunks, self._state))
+        load = collect_expert_load(self._chunks, self._state) if self._run.model.is_moe else None
+        if load is not None:
+            record["expert_load_max_over_mean"] = load.max_over_mean.max().item()
+            record["aux_loss"] = load.aux_loss
         self._window = Window(time.perf_counter())
         return record
 

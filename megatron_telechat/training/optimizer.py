@@ -11,9 +11,10 @@ from typing import Iterator
 
 import torch
 
-from ..config.schema import RunConfig
-from ..parallel.state import ParallelState
-from .schedule import learning_rate
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.model import compute_dtype
+from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.schedule import learning_rate
 
 
 def wrap_data_parallel(chunks: list[torch.nn.Module], run: RunConfig, state: ParallelState) -> list[torch.nn.Module]:
@@ -91,11 +92,6 @@ def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: Parall
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss if run.training.precision == "fp16" else None
     return optimizer
-
-
-def compute_dtype(run: RunConfig) -> torch.dtype:
-    """Type of the parameters and of the compute."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[run.training.precision]
 
 
 def _use_fused_kernel(optimizer) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.schema import RunConfig
-from ..errors import ResourceError
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.errors import ResourceError
 
 
 @dataclass(frozen=True)

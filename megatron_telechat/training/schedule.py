@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from ..config.schema import OptimizerConfig
+from megatron_telechat.config.schema import OptimizerConfig
 
 
 def warmup_steps(config: OptimizerConfig, train_iters: int) -> int:

@@ -10,10 +10,10 @@ from typing import Iterator, Optional
 import torch
 import torch.distributed as dist
 
-from ..backend import Backend
-from ..config.schema import RunConfig
-from ..errors import NumericsError, Problem
-from ..parallel.state import ParallelState
+from megatron_telechat.backend import Backend
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.errors import NumericsError, Problem
+from megatron_telechat.parallel.state import ParallelState
 
 Batch = dict[str, torch.Tensor]
 
@@ -67,12 +67,27 @@ def forward_step(device: torch.device, data_iterator: Optional[Iterator[Batch]],
     return output, partial(masked_loss, batch["loss_mask"])
 
 
-def chunk_iterators(make_iterator, chunks: int, state: ParallelState) -> list[Optional[Iterator[Batch]]]:
-    """One iterator of micro-batches for each model chunk of this rank that reads data, else None."""
+def chunk_iterators(
+    make_iterator, chunks: int, run: RunConfig, state: ParallelState
+) -> list[Optional[Iterator[Batch]]]:
+    """One iterator of micro-batches for each model chunk of this rank that reads data, else None.
+
+    The first stage reads tokens and the last one labels; every stage reads the positions where they are
+    reset at document borders.
+    """
     return [
-        make_iterator() if state.is_first_stage(chunk) or state.is_last_stage(chunk) else None
+        make_iterator()
+        if state.is_first_stage(chunk) or state.is_last_stage(chunk) or run.data.reset_position_ids
+        else None
         for chunk in range(chunks)
     ]
+
+
+def close_iterators(iterators: list[Optional[Iterator[Batch]]]) -> None:
+    """Stop the threads that prepare batches."""
+    for iterator in iterators:
+        if iterator is not None:
+            iterator.close()
 
 
 def run_schedule(
@@ -189,7 +204,7 @@ class TrainStep:
                 where="; ".join(culprits[:4]) or "no single gradient is non-finite: the norm overflowed",
                 fix="resume from the last checkpoint; lower lr, look at the data of this step, or train in fp32 to compare",
             )
-        )
+        ).on_every_rank()
 
     def _non_finite_parameters(self) -> list[str]:
         """Global keys of the first few parameters whose gradient on this rank is not finite."""

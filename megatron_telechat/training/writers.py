@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any, Optional
 
-from ..config.schema import RunConfig
-from ..errors import ConfigError
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id"

@@ -11,7 +11,6 @@ from megatron_telechat.errors import ConfigError, Problem
 PP = "pipeline_model_parallel_size"
 CHUNKS = "num_virtual_stages_per_pipeline_rank"
 LAYOUT = "pipeline_model_parallel_layout"
-PLANNER = "(tools/plan_pipeline.py prints the best one)"
 
 
 def chunks_need_a_pipeline(check: Check) -> Iterator[Problem]:
@@ -37,7 +36,7 @@ def layers_split(check: Check) -> Iterator[Problem]:
     if works is None:
         fix = f"at most {layers + 2} stages: an empty one would deadlock"
     else:
-        fix = f"{flag(LAYOUT, works)}  {PLANNER}"
+        fix = flag(LAYOUT, works)
     yield check.problem(f"num_layers={layers} does not split over {named}", *names, fix=fix)
     check.bad.add(LAYOUT)
 
@@ -47,7 +46,7 @@ def layout_fits(check: Check) -> Iterator[Problem]:
     if text is None:
         return
     works = working_layout(layers, stages, chunks)
-    fix = f"{flag(LAYOUT, works)}  {PLANNER}" if works else ""
+    fix = flag(LAYOUT, works) if works else ""
     try:
         complaints = PipelineLayout.parse(text, stages).problems(layers, chunks)
     except ConfigError as error:

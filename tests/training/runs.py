@@ -1,0 +1,59 @@
+"""Small training runs for the distributed tests: from the flags a person would type to losses and gradients."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Sequence
+
+SMALL = (
+    "--seq-length 32 --vocab-size 256 --hidden-size 64 --kv-channels 8 --init-method-std 0.05 "
+    "--micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 1e-3 --lr-decay-style constant "
+    "--lr-warmup-iters 0 --mock-data --device cpu --fp32 --no-progress"
+).split()
+DENSE = ["--preset", "telechat2-tiny", *SMALL, "--ffn-hidden-size", "128"]
+MOE = ["--preset", "telechat2-tiny-moe", *SMALL, "--moe-ffn-hidden-size", "32", "--ffn-hidden-size", "32"]
+
+
+def load(flags: Sequence[str], run_dir: Path):
+    """The RunConfig of these flags, at the world size of this process."""
+    from megatron_telechat.config import load_run_config
+
+    return load_run_config([*flags, "--run-dir", str(run_dir)], os.environ).run
+
+
+def make_trainer(flags: Sequence[str], run_dir: Path):
+    from megatron_telechat.training.loop import Trainer
+
+    return Trainer(load(flags, run_dir))
+
+
+def gradient_boxes(trainer) -> dict[str, "torch.Tensor"]:
+    """Boxes of the reduced gradients that this rank, and no other, owns; names are ``key@offset``."""
+    from megatron_telechat.checkpoint.optimizer_state import global_boxes, optimizer_slices
+
+    boxes = {}
+    for item in optimizer_slices(trainer.optimizer, trainer.shards):
+        if not item.sharded and not item.shards.writer:
+            continue
+        flat = item.shards.parameter.main_grad.view(-1)
+        for part in global_boxes(item.shards, item.start, item.stop):
+            offset = ",".join(str(number) for number in part.box.offset)
+            boxes[f"{part.piece.key}@{offset}"] = flat[part.start : part.stop].view(part.box.shape).clone()
+    return boxes
+
+
+def assemble(files: Sequence[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, "torch.Tensor"]:
+    """Global tensors from the boxes that all ranks wrote; fails where a number was written by nobody."""
+    import torch
+    from safetensors.torch import load_file
+
+    whole = {key: torch.full(shape, float("nan")) for key, shape in shapes.items()}
+    for path in files:
+        for name, box in load_file(path).items():
+            key, _, offset = name.partition("@")
+            corner = [int(number) for number in offset.split(",")]
+            whole[key][tuple(slice(at, at + size) for at, size in zip(corner, box.shape))] = box
+    empty = [key for key, tensor in whole.items() if torch.isnan(tensor).any()]
+    assert not empty, f"no rank holds all of {empty}"
+    return whole

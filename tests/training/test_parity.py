@@ -1,0 +1,61 @@
+"""Every layout is the one-rank run: 20 losses and gradient norms, and every parameter's first gradient, to 1e-5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_telechat.costs import parameter_table
+from tests.harness import run_cases
+from tests.training.runs import DENSE, MOE, assemble, load
+from tests.training.worker_parity import LAYOUTS
+
+WORKER = Path(__file__).with_name("worker_parity.py")
+TOLERANCE = 1e-5
+REFERENCE = {"dense": "dense_one", "moe": "moe_one"}
+ALL = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Results of a world size, launched once, on first use."""
+    folder = tmp_path_factory.mktemp("parity")
+    done = {}
+
+    def of(world: int):
+        if world not in done:
+            done[world] = run_cases(WORKER, world, timeout=420, env={"PARITY_DIR": str(folder)})
+        return done[world]
+
+    of.folder = folder
+    return of
+
+
+def gradients(folder: Path, name: str, model: str, tmp: Path):
+    run = load(DENSE if model == "dense" else MOE, tmp)
+    return assemble(sorted(folder.glob(f"{name}.rank*.safetensors")), parameter_table(run.model))
+
+
+@pytest.mark.parametrize("world,name", ALL, ids=[name for _, name in ALL])
+def test_equals_one_rank(runs, world, name, tmp_path):
+    model = name.split("_")[0]
+    expected = runs(1).check(REFERENCE[model])[0]
+    by_rank = runs(world).check(name)
+    assert all(found == by_rank[0] for found in by_rank), "the ranks report different losses"
+    assert by_rank[0]["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+    assert by_rank[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5 * TOLERANCE)
+    ours = gradients(runs.folder, name, model, tmp_path)
+    reference = gradients(runs.folder, REFERENCE[model], model, tmp_path)
+    errors = {key: float((ours[key] - reference[key]).norm() / reference[key].norm()) for key in reference}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= TOLERANCE, f"{worst}: relative error {errors[worst]:.2e}"
+
+
+def test_the_runs_learn(runs):
+    """A comparison of runs that do nothing would prove nothing."""
+    for name in REFERENCE.values():
+        losses = runs(1).check(name)[0]["loss"]
+        assert losses[-1] < losses[0] - 0.3

@@ -1,0 +1,88 @@
+"""Runs of one model on many layouts: 20 losses, 20 gradient norms, and all gradients of the first step."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.harness import Cases  # noqa: E402
+from tests.training.runs import DENSE, MOE, gradient_boxes, make_trainer  # noqa: E402
+
+TP2 = "--tensor-model-parallel-size 2"
+PP2 = "--pipeline-model-parallel-size 2"
+VP2 = "--num-virtual-stages-per-pipeline-rank 2"
+EP2 = "--expert-model-parallel-size 2 --no-fold-tensor-into-experts"
+DIST = "--use-distributed-optimizer"
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
+UNEVEN = "--pipeline-model-parallel-layout Et|t*3L"
+
+LAYOUTS = {
+    1: {
+        "dense_one": (DENSE, ""),
+        "dense_recompute_full": (DENSE, "--recompute-granularity full"),
+        "dense_recompute_selective": (DENSE, "--recompute-granularity selective --recompute-modules core_attn mlp layernorm"),
+        "dense_recompute_mixed": (DENSE, "--recompute-layout full*1,none*1,core_attn+layernorm*1,mlp*1"),
+        "moe_one": (MOE, ""),
+        "moe_distributed_optimizer": (MOE, DIST),
+        "moe_recompute_full": (MOE, "--recompute-granularity full"),
+        "moe_recompute_selective": (MOE, "--recompute-granularity selective --recompute-modules core_attn moe"),
+    },
+    2: {
+        "dense_dp2": (DENSE, ""),
+        "dense_dp2_distributed_overlap": (DENSE, f"{DIST} {OVERLAP}"),
+        "dense_tp2_sp": (DENSE, TP2),
+        "dense_tp2_no_sp": (DENSE, f"{TP2} --no-sequence-parallel"),
+        "dense_pp2": (DENSE, PP2),
+        "dense_pp2_interleaved": (DENSE, f"{PP2} {VP2}"),
+        "dense_pp2_uneven": (DENSE, f"{PP2} {UNEVEN}"),
+        "dense_pp2_uneven_interleaved": (
+            DENSE, f"{PP2} {VP2} {DIST} --pipeline-model-parallel-layout E|tt|t|tL"
+        ),
+        "dense_pp2_recompute_per_stage": (DENSE, f"{PP2} --recompute-layout full*2|none*1,core_attn+mlp*1"),
+        "moe_dp2": (MOE, ""),
+        "moe_pp2": (MOE, PP2),
+        "moe_ep2": (MOE, EP2),
+        "moe_ep2_distributed_overlap": (MOE, f"{EP2} {DIST} {OVERLAP}"),
+        "moe_tp2_folded_ep2": (MOE, TP2),
+        "moe_tp2_folded_ep2_recompute": (MOE, f"{TP2} --recompute-granularity full"),
+    },
+    4: {
+        "dense_pp4": (DENSE, "--pipeline-model-parallel-size 4"),
+        "dense_tp4": (DENSE, "--tensor-model-parallel-size 4"),
+        "dense_tp2_pp2": (DENSE, f"{TP2} {PP2}"),
+        "moe_ep4": (MOE, EP2.replace("2", "4")),
+        "moe_ep2_dp2_distributed": (MOE, f"{EP2} {DIST}"),
+        "moe_tp2_pp2_ep2": (MOE, f"{TP2} {PP2}"),
+        "moe_tp2_pp2_ep2_interleaved_distributed": (MOE, f"{TP2} {PP2} {VP2} {DIST}"),
+        "moe_tp2_pp2_ep2_uneven_recompute": (MOE, f"{TP2} {PP2} {UNEVEN} --recompute-layout full*1|moe*1,none*1,core_attn*1"),
+        "moe_tp2_ep2_etp2": (MOE, f"{TP2} {EP2} --expert-tensor-parallel-size 2"),
+    },
+}
+
+cases = Cases()
+
+
+def run_case(name: str, flags: list[str]) -> dict:
+    from safetensors.torch import save_file
+
+    folder = Path(os.environ["PARITY_DIR"])
+    trainer = make_trainer(flags, folder / name)
+    try:
+        iterators = trainer.training_iterators()
+        trainer.train_step.forward_backward(iterators)
+        save_file(gradient_boxes(trainer), folder / f"{name}.rank{trainer.state.rank}.safetensors")
+        iterators = trainer.training_iterators()
+        results = [trainer.take_step(iterators)[0] for _ in range(trainer.run.training.train_iters)]
+        return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
+    finally:
+        trainer.release()
+
+
+for _name, (_base, _flags) in LAYOUTS[int(os.environ.get("WORLD_SIZE", "1"))].items():
+    cases.add(_name, lambda name=_name, flags=[*_base, *_flags.split()]: run_case(name, flags))
+
+if __name__ == "__main__":
+    cases.main()
