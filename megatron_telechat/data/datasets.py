@@ -6,18 +6,16 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Optional, Protocol
 
 import numpy as np
-import torch
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, Blend, data_plan
 from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.data.rank_zero import WordOfRankZero
 from megatron_telechat.data.samples import (
     BlendedSamples,
     IndexedSamples,
@@ -33,7 +31,6 @@ from megatron_telechat.errors import ConfigError, DataError, ResourceError
 # A number that takes part in the name of a cached index: raise it when the same inputs give another order.
 _INDEX_FORMAT = 1
 _SAMPLED_TOKENS = 1 << 20
-_WAIT_MESSAGE_S = 30.0
 
 
 class Ranks(Protocol):
@@ -79,12 +76,23 @@ def build_datasets(run: RunConfig, state: Ranks) -> Datasets:
     """
     if run.data.mock_data:
         return _mock_datasets(run)
-    eod = _end_of_document(run)
-    opened = _open_sources(run)
-    names = _used_splits(run, opened)
-    key = _index_key(run, opened, names)
-    final = _cache_root(run) / key
-    _rank_zero_first(run, state, key, lambda: _build_index(run, opened, names, final))
+    word = WordOfRankZero(run.data.data_index_timeout_minutes * 60)
+    try:
+        eod = _end_of_document(run)
+        opened = _open_sources(run)
+        names = _used_splits(run, opened)
+        key = _index_key(run, opened, names)
+        final = _cache_root(run) / key
+        if word.first:
+            _build_index(run, opened, names, final)
+    except BaseException as error:
+        if word.first:
+            word.say(f"error: {error}")
+        raise
+    if word.first:
+        word.say(key)
+    else:
+        word.hear(key)
     sources, summary = _sources(run, opened, names, final)
     sizes = dict(zip(SPLITS, samples_needed(run)))
     options = (run.model.vocab_size, eod, run.data.eod_mask_loss, run.data.reset_position_ids)
@@ -296,50 +304,6 @@ def _source_line(name: str, part: IndexedSamples, drawn: int) -> str:
         f"{name}: {part.dataset.prefix}  {part.dataset.documents:,} documents  {part.tokens_per_epoch:,} tokens in the split"
         f"  {drawn:,} samples = {epochs:.2f} epochs"
     )
-
-
-def _rank_zero_first(run: RunConfig, state: Ranks, key: str, build) -> None:
-    """Rank 0 calls ``build``; the others wait for its word and fail with it.
-
-    The word goes through the process group's store rather than a collective: waiting has its own time limit,
-    says what it waits for, and an error of rank 0 reaches everyone at once.
-    """
-    distributed = torch.distributed
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        build()
-        return
-    store = distributed.distributed_c10d._get_default_store()
-    rank = distributed.get_rank()
-    # A key of its own for each call: the store counts the calls of this rank.
-    word = f"megatron_telechat/data/{key}/{store.add(f'megatron_telechat/data/{key}/calls/{rank}', 1)}"
-    if rank == 0:
-        try:
-            build()
-        except BaseException as error:
-            store.set(word, f"error: {error}")
-            raise
-        store.set(word, "done")
-        return
-    said = _wait_for(store, word, run.data.data_index_timeout_minutes * 60, rank)
-    if said != "done":
-        raise DataError(f"rank 0 could not build the sample index ({said})")
-
-
-def _wait_for(store, word: str, limit_s: float, rank: int) -> str:
-    begin = time.monotonic()
-    while True:
-        left = limit_s - (time.monotonic() - begin)
-        if left <= 0:
-            raise ResourceError(
-                f"rank {rank} waited {limit_s / 60:g} minutes for rank 0 to build the sample index",
-                "data_index_timeout_minutes", "raise --data-index-timeout-minutes, or look at the output of rank 0",
-            )
-        try:
-            store.wait([word], timedelta(seconds=min(left, _WAIT_MESSAGE_S)))
-            return store.get(word).decode()
-        except RuntimeError:  # torch's DistStoreError: the time was up
-            if rank == 1:
-                print(f"waiting for rank 0 to build the sample index ({time.monotonic() - begin:.0f} s)", flush=True)
 
 
 def data_fingerprint(run: RunConfig) -> dict:

@@ -1,0 +1,67 @@
+"""One rank works, the others wait for it with a time limit and share its errors."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import torch
+
+from megatron_telechat.errors import DataError, ResourceError
+
+_WAIT_MESSAGE_S = 30.0
+_STORE_PREFIX = "megatron_telechat/data"
+
+
+class WordOfRankZero:
+    """Rank 0 says ``done`` or what went wrong; the others wait for it and fail with it.
+
+    The word goes through the process group's store rather than a collective: waiting has its own time limit,
+    says what it waits for, and an error of rank 0 reaches everyone at once.
+    """
+
+    def __init__(self, limit_s: float):
+        distributed = torch.distributed
+        self.limit_s = limit_s
+        self.alone = not distributed.is_initialized() or distributed.get_world_size() == 1
+        self.first = self.alone or distributed.get_rank() == 0
+        if self.alone:
+            return
+        self.rank = distributed.get_rank()
+        self.store = distributed.distributed_c10d._get_default_store()
+        # A key of its own for each call: the store counts the calls of this rank.
+        self.key = f"{_STORE_PREFIX}/{self.store.add(f'{_STORE_PREFIX}/calls/{self.rank}', 1)}"
+
+    def say(self, word: str) -> None:
+        if not self.alone:
+            self.store.set(self.key, word)
+
+    def hear(self, expected: str) -> None:
+        """Wait for the word.
+
+        Raises:
+            DataError: rank 0 failed, or it has other data than this rank.
+            ResourceError: the time is up.
+        """
+        said = self._wait()
+        if said.startswith("error: "):
+            raise DataError(f"rank 0 could not build the sample index: {said[len('error: '):]}")
+        if said != expected:
+            raise DataError(f"rank {self.rank} sees other data files than rank 0",
+                            fix="all nodes must read the same files; copy them again or mount one folder")
+
+    def _wait(self) -> str:
+        begin = time.monotonic()
+        while True:
+            waited = time.monotonic() - begin
+            if waited >= self.limit_s:
+                raise ResourceError(
+                    f"rank {self.rank} waited {self.limit_s / 60:g} minutes for rank 0 to build the sample index",
+                    "data_index_timeout_minutes", "raise --data-index-timeout-minutes, or look at the output of rank 0",
+                )
+            try:
+                self.store.wait([self.key], timedelta(seconds=min(self.limit_s - waited, _WAIT_MESSAGE_S)))
+                return self.store.get(self.key).decode()
+            except RuntimeError:  # torch's DistStoreError: this turn's time was up
+                if self.rank == 1:
+                    print(f"waiting for rank 0 to build the sample index ({waited:.0f} s)", flush=True)

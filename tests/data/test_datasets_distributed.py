@@ -1,0 +1,37 @@
+"""Two ranks build the datasets together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_cases
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    shared = tmp_path_factory.mktemp("shared")
+    return run_cases(Path(__file__).with_name("worker_datasets.py"), nproc=2, env={"SHARED_FOLDER": str(shared)})
+
+
+def test_all_ranks_read_the_same_samples_from_one_index(report):
+    first, second = report.check("same_samples")
+    assert first == second and first["indices"] == 1
+
+
+@pytest.mark.parametrize(
+    "name,zero,one",
+    [
+        ("failure_while_building", "DataError: sequence", "DataError: rank 0 could not build the sample index: data error: sequence"),
+        ("failure_before_building", "DataError: ", "DataError: rank 0 could not build the sample index: data error: "),
+        ("other_files", "built", "DataError: rank 1 sees other data files"),
+        ("cache_not_shared", "built", "DataError: the sample index that rank 0 wrote is not to be seen here"),
+        ("time_limit", "built", "ResourceError: rank 1 waited 0.02 minutes"),
+    ],
+)
+def test_ranks_fail_together_and_say_why(report, name, zero, one):
+    found = report.check(name)
+    assert found[0].startswith(zero) and found[1].startswith(one), found

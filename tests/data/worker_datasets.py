@@ -1,0 +1,105 @@
+"""Distributed cases of data/: rank 0 builds the index, the others read it, wait for it, or fail with it. Two ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_telechat.data import build_datasets
+from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.errors import UserError
+from tests.data.material import Rank, make_run, write_dataset
+from tests.harness import Cases
+
+cases = Cases()
+
+
+def folder(name: str) -> Path:
+    """A folder that both ranks share, with one dataset of this name in it; rank 0 makes it."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    path = Path(os.environ["SHARED_FOLDER"]) / name
+    if dist.get_rank() == 0:
+        path.mkdir()
+        write_dataset(path / "en", 200)
+        write_dataset(path / "zh", 60, 1)
+    dist.barrier()
+    return path
+
+
+def outcome(run) -> str:
+    try:
+        build_datasets(run, Rank(rank=dist.get_rank()))
+    except UserError as error:
+        return f"{type(error).__name__}: {error.problems[0].what}"
+    return "built"
+
+
+@cases.case
+def same_samples():
+    path = folder("same")
+    run = make_run(path, data_path=("0.6", str(path / "en"), "0.4", str(path / "zh")), eval_interval=5, split="80,20")
+    made = build_datasets(run, Rank(rank=dist.get_rank()))
+    again = build_datasets(run, Rank(rank=dist.get_rank()))
+    digest = hashlib.sha256()
+    for data in (made.train, made.valid, again.train):
+        for i in range(len(data)):
+            digest.update(data[i]["tokens"].numpy().tobytes())
+    return {"digest": digest.hexdigest(), "indices": len(list((path / "cache").iterdir()))}
+
+
+@cases.case
+def failure_while_building():
+    path = folder("fails")
+    if dist.get_rank() == 0:
+        content = bytearray((path / "en.idx").read_bytes())
+        content[34 + 4 * 200 + 8 * 50] ^= 0xFF  # an offset in the middle: only the full check of rank 0 sees it
+        (path / "en.idx").write_bytes(content)
+    dist.barrier()
+    return outcome(make_run(path, data_path=(str(path / "en"),)))
+
+
+@cases.case
+def failure_before_building():
+    path = folder("missing")
+    name = "nowhere" if dist.get_rank() == 0 else "en"
+    return outcome(make_run(path, data_path=(str(path / name),)))
+
+
+@cases.case
+def other_files():
+    path = folder("other")
+    return outcome(make_run(path, data_path=(str(path / ("en" if dist.get_rank() == 0 else "zh")),)))
+
+
+@cases.case
+def cache_not_shared():
+    path = folder("unshared")
+    run = make_run(path, data_path=(str(path / "en"),))
+    return outcome(replace(run, data=replace(run.data, data_cache_path=str(path / f"cache{dist.get_rank()}"))))
+
+
+@cases.case
+def time_limit():
+    path = folder("slow")
+    run = make_run(path, data_path=(str(path / "en"),), data_index_timeout_minutes=0.02)
+    verify = IndexedDataset.verify
+
+    def slow(self):
+        time.sleep(4)
+        verify(self)
+
+    IndexedDataset.verify = slow
+    try:
+        return outcome(run)
+    finally:
+        IndexedDataset.verify = verify
+
+
+if __name__ == "__main__":
+    cases.main()
