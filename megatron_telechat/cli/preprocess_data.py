@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from typing import Optional, Sequence
 
-from megatron_telechat.errors import EXIT_OK, ConfigError, UserError
+from megatron_telechat.cli.tool import ToolParser, natural, positive, run_tool
+from megatron_telechat.errors import EXIT_OK, ConfigError
 
 # Flags of Megatron's tool that are not taken over, and what to do in their place.
 REFUSED = {
@@ -23,13 +23,8 @@ REFUSED = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ConfigError(message, "command line", f"{self.prog} --help")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="tools/preprocess_data.py", description=__doc__.split(": ", 1)[1], allow_abbrev=False)
+def build_parser() -> ToolParser:
+    parser = ToolParser(prog="tools/preprocess_data.py", description=__doc__.split(": ", 1)[1])
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="jsonl files (also .gz), globs or folders")
     add("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin and .idx")
@@ -37,22 +32,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer-type", help="HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer, NullTokenizer; "
         "unset: told by the file")
     add("--tokenizer-model", help="file or folder of the tokenizer")
-    add("--vocab-size", type=int, help="ids of a NullTokenizer")
+    add("--vocab-size", type=positive(int), help="ids of a NullTokenizer")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: the cores of this machine)")
+    add("--workers", type=positive(int), default=os.cpu_count() or 1, help="threads (default: the cores of this machine)")
     add("--on-error", choices=("fail", "skip"), default="fail", help="what a bad line does (default: fail)")
-    add("--log-interval", type=int, default=10000, help="documents between progress lines; 0: none")
+    add("--log-interval", type=natural, default=10000, help="documents between progress lines; 0: none")
     return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code (0 done, 2 arguments, 3 data, 6 disk)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _run(argv)
-    except UserError as error:
-        print(error.render(), file=sys.stderr)
-        return error.exit_code
+    return run_tool(_run, argv)
 
 
 def _run(argv: list[str]) -> int:
@@ -60,11 +50,7 @@ def _run(argv: list[str]) -> int:
         flag = word.split("=")[0].replace("_", "-")
         if word.startswith("--") and flag in REFUSED:
             raise ConfigError(f"{flag} is refused", "command line", REFUSED[flag])
-    # As everywhere here: hyphens or underscores.
-    argv = ["--" + w[2:].split("=")[0].replace("_", "-") + w[len(w.split("=")[0]):] if w.startswith("--") else w for w in argv]
     args = build_parser().parse_args(argv)
-    if args.workers < 1:
-        raise ConfigError(f"--workers {args.workers}: at least one is needed", "command line", "--workers 2")
     from megatron_telechat.data.preprocess import preprocess
     from megatron_telechat.data.tokenizers import build_tokenizer
 
