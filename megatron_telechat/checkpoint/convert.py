@@ -24,7 +24,7 @@ from megatron_telechat.checkpoint.hf_files import CONFIG, carry_companions, comp
 from megatron_telechat.checkpoint.manifest import COMPANIONS
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
-from megatron_telechat.errors import CheckpointError, ConfigError, DataError, ResourceError
+from megatron_telechat.errors import CheckpointError, ConfigError, DataError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEEP = "keep"
@@ -250,12 +250,12 @@ def _special_tokens(folder: Path) -> Mapping[str, int]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 200MB, 1GiB or 4096. Raises ResourceError for anything else."""
+    """Bytes of a size such as 5GB, 200MB, 1GiB or 4096. Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     size = 0
     if match:
         base = 1024 if match.group(3) else 1000
         size = int(float(match.group(1)) * base ** " KMGT".index(match.group(2).upper() or " "))
     if size <= 0:
-        raise ResourceError(f"{text!r} is not a size", where="--max-shard-size", fix="write it like 5GB or 500MB")
+        raise ConfigError(f"{text!r} is not a size", where="--max-shard-size", fix="write it like 5GB or 500MB")
     return size

@@ -22,6 +22,7 @@ from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.optimizer_state import (
     adam_steps, global_boxes, grad_scalers, optimizer_slices, scaler_state,
 )
+from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
@@ -41,6 +42,7 @@ class TrainState:
         consumed_samples: samples consumed by them.
         backend: source of the random-generator states; None leaves them out.
         data_fingerprint: identity of the data, JSON.
+        resumed_from: the checkpoint this run began from; --keep-last never removes it.
         extra: anything else of the run, JSON, the same on all ranks (rank 0's is kept).
     """
 
@@ -50,6 +52,7 @@ class TrainState:
     consumed_samples: int
     backend: Any = None
     data_fingerprint: Optional[Mapping[str, Any]] = None
+    resumed_from: Optional[Path] = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -208,6 +211,7 @@ def _commit(
         extra=dict(state.extra),
     )
     protocol.commit(attempt, manifest)
+    prune(attempt.root, run.checkpoint.keep_last, state.resumed_from)
 
 
 def _companion_source(root: Path, run: RunConfig) -> Optional[Path]:

@@ -221,6 +221,16 @@ def test_a_full_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch):
         files.require_free_space(tmp_path, 100)
 
 
+def test_only_the_newest_sound_checkpoints_are_kept(tmp_path):
+    from megatron_telechat.checkpoint.retention import prune
+
+    paths = [write(tmp_path, step) for step in (1, 2, 3, 4, 5)]
+    (paths[3] / "manifest.json").write_text("{")  # damaged: not counted, not removed
+    assert prune(tmp_path, 0) == []
+    assert prune(tmp_path, 2, protected=paths[0]) == [paths[1]]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [paths[i].name for i in (0, 2, 3, 4)]
+
+
 @pytest.mark.parametrize("scenario", ["new", "replace"])
 def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(tmp_path, scenario):
     worker = Path(__file__).with_name("worker_killed_save.py")

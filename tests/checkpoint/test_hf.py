@@ -17,7 +17,7 @@ from megatron_telechat.checkpoint.hf import HfWeights, hf_tensor_shapes
 from megatron_telechat.checkpoint.hf_config import hf_config_of, model_config_from_hf
 from megatron_telechat.config.schema import ModelConfig
 from megatron_telechat.costs.parameters import parameter_table
-from megatron_telechat.errors import CheckpointError, ResourceError, UserError
+from megatron_telechat.errors import CheckpointError, ConfigError, UserError
 from tests.checkpoint.hf_folders import (
     PRESET_HEADS, all_tensors, assert_same_folder, telechat_config, telechat_shapes, write_folder,
 )
@@ -337,5 +337,5 @@ def test_integer_weights_are_refused(tmp_path):
 def test_sizes_are_read_as_people_write_them():
     assert [parse_size(text) for text in ("5GB", "200 MB", "1GiB", "4096", "0.5k")] == [5 * 10**9, 2 * 10**8, 2**30, 4096, 500]
     for text in ("", "GB", "-5GB", "0", "5XB"):
-        with pytest.raises(ResourceError):
+        with pytest.raises(ConfigError):
             parse_size(text)
