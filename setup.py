@@ -51,7 +51,6 @@ setup(
         "all": [*WANDB, *TENSORBOARD, *PLOT, *TEST],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -32,7 +32,8 @@ if [ ! -x "$venv/bin/python" ]; then
     echo "setup: creating $venv with $("$python" --version)"
     "$python" -m venv "$venv" || { echo "setup: venv failed; on Debian: apt-get install python3-venv" >&2; exit 2; }
 fi
-pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+# Twice quiet: errors only. The build back-end warns about every editable installation otherwise.
+pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 echo "setup: installing torch and the packages of constraints.txt into $venv (a few minutes the first time)"
 "${pip[@]}" install --upgrade pip
 "${pip[@]}" install -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
