@@ -206,15 +206,14 @@ def _blend_order(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.nd
 
 
 def samples_of_each(weights: Sequence[float], size: int) -> list[int]:
-    """Samples to build of each source of a weighted blend of ``size``.
+    """Samples to build of each source of a weighted blend of ``size``: megatron-core's own number.
 
-    megatron-core's own number (its 0.5 % surplus decides how many epochs are shuffled together, so with another
-    one the order would not be Megatron's), and never less than the blend can draw: the greedy order takes
-    a source at most weight x size + 1 times.
+    Its 0.5 % surplus decides how many epochs are shuffled together, so with another one the order would not be
+    Megatron's. It is always enough: rounded up it adds at least one, and the greedy order of a blend takes a source
+    at most weight x size + 1 times.
     """
     total = sum(weights)
-    shares = [weight / total for weight in weights]
-    return [max(math.ceil(math.ceil(size * share) * 1.005), math.floor(size * share) + 2) for share in shares]
+    return [math.ceil(math.ceil(size * (weight / total)) * 1.005) for weight in weights]
 
 
 class MockSamples:

@@ -66,6 +66,16 @@ def test_order_of_one_dataset_over_several_epochs_is_megatrons(tmp_path, two):
     assert all(torch.equal(ours.train[i]["tokens"], theirs[i]["tokens"]) for i in range(480))
 
 
+def test_order_where_the_surplus_of_a_blend_begins_another_epoch_is_megatrons(tmp_path):
+    twins = write_dataset(tmp_path / "a", 200, 1), write_dataset(tmp_path / "b", 200, 1)
+    an_epoch = (IndexedDataset(twins[0]).num_tokens - 1) // 32
+    path = ("1", twins[0], "1", twins[1])
+    run = make_run(tmp_path, data_path=path, split="1", gbs=2, mbs=1, iters=an_epoch)
+    ours, theirs = build_datasets(run, Rank()).train, megatrons(run, twins, [1.0, 1.0], [2 * an_epoch, 0, 0])[0]
+    assert len(ours) == 2 * an_epoch
+    assert all(torch.equal(ours[i]["tokens"], theirs[i]["tokens"]) for i in range(len(ours)))
+
+
 def test_shapes_and_types(tmp_path, two):
     sample = build_datasets(make_run(tmp_path, data_path=two[:1]), Rank()).train[3]
     assert {k: (tuple(v.shape), v.dtype) for k, v in sample.items()} == {
