@@ -275,6 +275,8 @@ class CheckpointConfig:
     """Leave the optimizer state out of the checkpoints (a resume is then not exact)."""
     no_load_optim: bool = False
     """Resume with a fresh optimizer state."""
+    allow_data_change: bool = False
+    """Resume although the data, its blend, the seed or the sequence length differ from those of the checkpoint."""
     keep_last: int = 0
     """Keep only this many newest checkpoints; 0 keeps all."""
 

@@ -10,8 +10,8 @@ from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint import LoadedInfo, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
-from megatron_telechat.data import batches, build_datasets, data_fingerprint
-from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError
+from megatron_telechat.data import batches, build_datasets, data_fingerprint, fingerprint_differences
+from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, DataError
 from megatron_telechat.model import build_model, parameter_shards, verify_tiling
 from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import initialize
@@ -52,8 +52,11 @@ class Trainer:
         self.train_step = TrainStep(self.chunks, self.optimizer, self.shards, run, self.state, self.backend)
 
         self.datasets = build_datasets(run, self.state)
+        with together(self.state):
+            self.fingerprint = data_fingerprint(run) if self.state.rank == 0 else None
         self.step = 0
         self.consumed_samples = 0
+        self.resumed: Optional[LoadedInfo] = None
         self.resumed = self._resume()
 
         self.requests = StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
@@ -157,7 +160,8 @@ class Trainer:
             step=self.step,
             consumed_samples=self.consumed_samples,
             backend=self.backend,
-            data_fingerprint=data_fingerprint(self.run),
+            data_fingerprint=self.fingerprint,
+            resumed_from=self.resumed.path if self.resumed else None,
         )
 
     def _resume(self) -> Optional[LoadedInfo]:
@@ -167,6 +171,8 @@ class Trainer:
             info = load_checkpoint(
                 self.paths.load_dir, self._train_state(), self.run, self.state, step=settings.load_step
             )
+            with together(self.state):
+                self._require_same_data(info)
             self.step, self.consumed_samples = info.step, info.consumed_samples
             return info
         # --load and --save naming one folder is Megatron's way to say "go on if there is something".
@@ -180,6 +186,18 @@ class Trainer:
             source = Path(settings.pretrained_checkpoint)
             return load_checkpoint(source, self._train_state(), self.run, self.state, weights_only=True)
         return None
+
+    def _require_same_data(self, info: LoadedInfo) -> None:
+        """Other data under the same sample numbers would train on samples twice, or never, without a word."""
+        if self.fingerprint is None or info.data_fingerprint is None or self.run.checkpoint.allow_data_change:
+            return
+        differences = fingerprint_differences(info.data_fingerprint, self.fingerprint)
+        if differences:
+            raise DataError(
+                f"the data is not the data of the checkpoint: {'; '.join(differences[:3])}",
+                where=str(info.path),
+                fix="give the data, seed and seq_length of the run that saved it, or --allow-data-change to go on regardless",
+            )
 
     def _introduce(self, origins: Mapping[str, str]) -> None:
         """Banner, what a resume changed, and the resolved configuration in the run folder."""

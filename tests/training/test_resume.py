@@ -101,3 +101,15 @@ def test_stop_file_stops_every_rank(tmp_path):
     assert [rank.returncode for rank in result.ranks] == [75, 75], result.tails()
     assert sorted(records(run_dir)) == [1]
     assert not (run_dir / "stop-now").exists(), "an obeyed request must not stop the next start"
+
+
+def test_other_data_is_refused_on_resume_until_it_is_allowed(tmp_path):
+    """One rank, the real command, twice; the seed is part of what the sample numbers mean."""
+    first = train(1, [*DENSE, "--exit-interval", "2"], tmp_path / "run").ok()
+    assert "stopped after step 2" in first.stdout
+    refused = train(1, [*DENSE, "--seed", "7", "--exit-interval", "4"], tmp_path / "run")
+    assert refused.returncode == 3
+    assert "seed: the checkpoint was trained with 1234, the run has 7" in refused.stderr
+    assert "--allow-data-change" in refused.stderr and "Traceback" not in refused.stderr
+    allowed = train(1, [*DENSE, "--seed", "7", "--exit-interval", "4", "--allow-data-change"], tmp_path / "run").ok()
+    assert "stopped after step 4" in allowed.stdout
