@@ -317,7 +317,7 @@ class TokenDataset(torch.utils.data.Dataset):
             "tokens": torch.from_numpy(inputs.copy()),
             "labels": torch.from_numpy(text[:, 1:].copy()),
             "loss_mask": torch.from_numpy(mask),
-            "position_ids": torch.from_numpy(np.ascontiguousarray(place, dtype=np.int64)),
+            "position_ids": torch.from_numpy(place.astype(np.int64)),
         }
 
     def _check_vocabulary(self, text: np.ndarray, samples: Sequence[int]) -> None:

@@ -17,6 +17,9 @@ from megatron_telechat.planner.picture import layout_picture
 from megatron_telechat.training.console import format_count
 from megatron_telechat.training.paths import RunPaths
 
+NOT_SAID = ("preset", "default", "derived", "torchrun", "no torchrun")
+"""Origins of values that no person gave for this run; --print-config shows those too."""
+
 
 def banner(
     run: RunConfig,
@@ -43,8 +46,7 @@ def banner(
         f"  files     {paths.run_dir}/metrics.jsonl, {paths.save_dir}/iter_*",
     ]
     values = values_of(run)
-    # Only what a person said: presets, defaults and derived values are in --print-config.
-    said = [name for name, origin in origins.items() if not origin.startswith(("preset", "default", "derived"))]
+    said = [name for name, origin in origins.items() if not origin.startswith(NOT_SAID)]
     if said:
         lines.append("  given     " + ", ".join(f"{name}={_short(values[name])}" for name in said))
     return "\n".join(lines)

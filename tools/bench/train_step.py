@@ -137,7 +137,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--core", type=int, default=0, help="the core all arms run on; -1 leaves them free")
-    parser.add_argument("--malloc", choices=("default", "keep"), default="keep", help="keep: see docs/performance.md")
+    parser.add_argument("--malloc", choices=("default", "keep"), default="default", help="keep: see docs/performance.md")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--profile", metavar="ARM", help="torch.profiler table of one step of this arm")
     parser.add_argument("--tp2", action="store_true", help="where two tensor-parallel ranks spend their time")
