@@ -14,12 +14,12 @@ from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.optimizer_state import (
     MASTER, MOMENTS, global_boxes, grad_scalers, load_scaler_state, optimizer_slices, set_adam_step,
 )
-from megatron_telechat.checkpoint.train_state import TrainState, from_rank_0, topology
+from megatron_telechat.checkpoint.train_state import TrainState, topology
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import ParameterShards
-from megatron_telechat.parallel.agreement import together
-from megatron_telechat.parallel.state import ParallelState, rank_seed
+from megatron_telechat.parallel.agreement import from_rank_0, together
+from megatron_telechat.parallel.state import ParallelState, seed_generators
 
 
 class WeightSource(Protocol):
@@ -67,7 +67,7 @@ def load_checkpoint(
             if found[0] is None:
                 raise CheckpointError("no checkpoint there", where=str(root),
                                       fix="give a folder that holds iter_… folders, or one of these")
-    folder, passed_over = from_rank_0(found, parallel)
+    folder, passed_over = from_rank_0(found)
     with together(parallel):
         reader = CheckpointReader(folder, check_sizes=False)  # rank 0 has checked every file
         require_fit(reader, run.model)
@@ -152,13 +152,6 @@ def _load_generators(
     if saved is not None:
         state.backend.set_rng_state(rng_tree.unflatten(*saved))
         return []
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    base = run.training.seed + 1_000_003 * reader.manifest.step
-    seed = rank_seed(base, parallel.pp_rank, parallel.dp_rank, parallel.cp_rank)
-    state.backend.seed(seed)
-    model_parallel_cuda_manual_seed(
-        seed, tp_rank=parallel.tp_rank, ep_rank=parallel.ep_rank, etp_rank=parallel.etp_rank
-    )
+    seed_generators(run.training.seed + 1_000_003 * reader.manifest.step, parallel, state.backend)
     why = "the checkpoint holds no state of them" if same else "the layout has changed"
     return [f"random generators seeded anew: {why}"]

@@ -27,7 +27,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import ParameterShards
-from megatron_telechat.parallel.agreement import gather_objects, together
+from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
 
 
@@ -145,14 +145,7 @@ def _begin_together(
             except BaseException:
                 protocol.abandon(attempt)
                 raise
-    return from_rank_0(attempt, parallel)
-
-
-def from_rank_0(value: Any, parallel: ParallelState) -> Any:
-    box = [value]
-    if parallel.world_size > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return from_rank_0(attempt)
 
 
 def _write_part(

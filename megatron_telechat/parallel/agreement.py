@@ -129,6 +129,16 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank; a collective for small host objects."""
+    import torch.distributed as dist
+
+    box = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     """Leaves of a nested value as text, by dotted key."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

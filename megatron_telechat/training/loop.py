@@ -13,7 +13,7 @@ from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.data import batches, build_datasets, data_fingerprint, fingerprint_differences
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, DataError
 from megatron_telechat.model import build_model, parameter_shards, verify_tiling
-from megatron_telechat.parallel.agreement import agree, together
+from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
 from megatron_telechat.training.banner import banner, resume_differences
 from megatron_telechat.training.console import Console
@@ -167,11 +167,12 @@ class Trainer:
     def _resume(self) -> Optional[LoadedInfo]:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
         settings = self.run.checkpoint
+        newest = None
         with together(self.state):
-            newest = latest_checkpoint(self.paths.load_dir)
-        # A folder that is not shared, or a stale cache of one, would send some ranks into a load alone.
-        agree("newest checkpoint", str(newest), self.state)
-        if newest is not None:
+            if self.state.rank == 0:
+                newest = latest_checkpoint(self.paths.load_dir)
+        # One rank decides: a stale cache of a shared folder would send some ranks into a load alone.
+        if from_rank_0(newest) is not None:
             info = load_checkpoint(
                 self.paths.load_dir, self._train_state(), self.run, self.state, step=settings.load_step
             )

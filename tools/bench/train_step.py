@@ -107,6 +107,7 @@ def run_case(case: Case, arms: Sequence[str], rounds: int, warmup: int, core: Op
             "wall_s": wall,
             "cpu_s": cpu,
             "loss": [step["loss"] for step in taken],
+            "page_faults": statistics.median(step["page_faults"] for step in taken),
         }
     ours = result["arms"].get("ours")
     if ours:
@@ -119,11 +120,11 @@ def run_case(case: Case, arms: Sequence[str], rounds: int, warmup: int, core: Op
 
 def print_case(result: dict[str, Any]) -> None:
     print(f"\n{result['case']['name']}   ({result['rounds']} rounds)")
-    print(f"{'':16}{'parameters':>14}{'tokens/s':>10}{'tok/CPU s':>11}{'best':>8}{'loss':>10}{'ours / this':>13}{'by CPU s':>10}")
+    print(f"{'':16}{'parameters':>14}{'tokens/s':>10}{'tok/CPU s':>11}{'best':>8}{'faults':>9}{'loss':>9}{'ours / this':>13}{'by CPU s':>10}")
     for arm, line in result["arms"].items():
         print(
             f"{arm:16}{line['parameters']:>14,}{line['tokens_per_s']:>10.0f}{line['tokens_per_cpu_s']:>11.0f}"
-            f"{line['best_tokens_per_s']:>8.0f}{line['loss'][-1]:>10.4f}"
+            f"{line['best_tokens_per_s']:>8.0f}{line['page_faults']:>9.0f}{line['loss'][-1]:>9.4f}"
             f"{line.get('ours_over_this_wall', float('nan')):>12.2f}x{line.get('ours_over_this_cpu', float('nan')):>9.2f}x",
             flush=True,
         )

@@ -8,6 +8,7 @@ each line "step SEED" on stdin.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -34,11 +35,11 @@ class Case:
     layers: int = 8
     heads: int = 8
     sequence: int = 1024
-    vocabulary: int = 16384
-    dense_width: int = 2048
+    vocabulary: int = 8192
+    dense_width: int = 1408
     experts: int = 16
     topk: int = 4
-    expert_width: int = 768
+    expert_width: int = 512
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,9 +261,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def step(self, number: int) -> dict[str, float]:
-        """Forward, backward, AdamW; wall and CPU seconds, and the loss."""
+        """Forward, backward, AdamW; wall and CPU seconds, loss, page faults."""
         generator = torch.Generator().manual_seed(number)
         text = torch.randint(self.case.vocabulary, (1, self.case.sequence + 1), generator=generator)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         wall, cpu = time.perf_counter(), time.process_time()
         loss = self.loss(text[:, :-1], text[:, 1:])
         loss.backward()
@@ -272,6 +274,7 @@ class Trainer:
             "wall_s": time.perf_counter() - wall,
             "cpu_s": time.process_time() - cpu,
             "loss": float(loss),
+            "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults,
         }
 
 
