@@ -95,7 +95,7 @@ def test_headers_of_the_data_are_read(tmp_path):
     write_dataset(tmp_path / "en", documents=3, tokens=1000)
     assert "1k" in dry("--data-path", str(tmp_path / "en"))
     write_dataset(tmp_path / "zh", tokens=24_000)
-    text = dry("--data-path", "0.7", str(tmp_path / "en"), "0.3", str(tmp_path / "zh"))
+    text = dry("--data-path", "0.7", str(tmp_path / "en"), "0.3", str(tmp_path / "zh"), "--global-batch-size", "8")
     assert "25k tokens for 409.6k of the run: 16.38 epochs" in text
     data_json = tmp_path / "data.json"
     data_json.write_text(json.dumps({str(tmp_path / "en"): 2}))
