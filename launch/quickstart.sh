@@ -4,11 +4,11 @@
 #   bash launch/quickstart.sh [RUN_DIR]            default: runs/quickstart
 #
 # Every stage prints the command it runs: copy them, change the preset, and you have a real run. A stage whose result
-# is there already is skipped, so the script can be run again. Environment: STEPS (default 150), NPROC (default 4).
+# is there already is skipped, so the script can be run again. Environment: STEPS (default 240), NPROC (default 4).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run_dir="${1:-runs/quickstart}"
-steps="${STEPS:-150}"
+steps="${STEPS:-240}"
 nproc="${NPROC:-4}"
 started=$SECONDS
 
@@ -45,7 +45,7 @@ train=(pretrain/pretrain_telechat2.py --preset telechat2-tiny-moe --run-dir "$ru
     --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2
     --data-path 0.4 "$data/en_text_document" 0.2 "$data/zh_text_document" 0.4 "$data/code_text_document"
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$data/tokenizer.json"
-    --train-iters "$steps" --save-interval 50 --eval-interval 25 --eval-iters 2)
+    --train-iters "$steps" --save-interval 60 --eval-interval 30 --eval-iters 2)
 
 stage "5/9 check the run before it starts"
 run python "${train[@]}" --dry-run --world-size "$nproc"
@@ -63,7 +63,7 @@ rm -rf "$run_dir/hf"
 run python tools/convert_checkpoint.py export --checkpoint "$checkpoint" --output "$run_dir/hf" --tokenizer "$data/tokenizer.json"
 
 stage "9/9 the trained model continues a prompt"
-run python tools/generate.py --hf "$run_dir/hf" --prompt "The function returns" --max-new-tokens 24
+run python tools/generate.py --hf "$run_dir/hf" --prompt "The function returns" --max-new-tokens 40 --temperature 0.7 --top-k 20
 
 printf '\nDone in %d s. Loss curve: %s/loss.png   metrics: %s/metrics.jsonl   weights: %s/hf\n' \
     "$((SECONDS - started))" "$run_dir" "$run_dir" "$run_dir"

@@ -27,30 +27,65 @@ def _accumulate(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _row_multiple(dtype: torch.dtype) -> int:
+    """Rows that a product of the loop is rounded up to.
+
+    oneDNN, which multiplies 16-bit types on the CPU, compiles a kernel for every new shape, at a cost near that of
+    the product itself, and the experts' row counts are new at every call. MKL's fp32 has no such cost.
+    """
+    return 16 if dtype in (torch.bfloat16, torch.float16) else 1
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _window(rows: Tensor, start: int, count: int) -> Tensor:
+    """Rows from `start` on. A rounded-up window reads rows of the next expert, which the caller must make harmless,
+    or zeros past the end."""
+    if start + count <= rows.shape[0]:
+        return rows[start : start + count]
+    window = rows.new_zeros(count, rows.shape[1])
+    window[: rows.shape[0] - start] = rows[start:]
+    return window
+
+
+def _silu(gate: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.aten.silu.out(gate, out=out)
+
+
 def _forward_loop(rows, weights, fc1, fc2, bias, counts):
-    width = fc2.shape[2]
-    gate_up = rows.new_empty(rows.shape[0], 2 * width)
-    output = torch.empty_like(rows)
+    width, multiple = fc2.shape[2], _row_multiple(rows.dtype)
+    # A rounded-up product spills into the rows of the next expert, which come after it, or into the slack at the end.
+    gate_up = rows.new_empty(rows.shape[0] + multiple - 1, 2 * width)
+    output = rows.new_empty(rows.shape[0] + multiple - 1, rows.shape[1])
+    scratch = rows.new_zeros(_round_up(max(counts), multiple), width)
     stop = 0
     for expert, count in enumerate(counts):
         start, stop = stop, stop + count
         if not count:
             continue
-        both = torch.mm(rows[start:stop], fc1[expert].t(), out=gate_up[start:stop])
+        padded = _round_up(count, multiple)
+        spill = slice(start, start + padded)
+        both = torch.mm(_window(rows, start, padded), fc1[expert].t(), out=gate_up[spill])[:count]
         scale = weights[start:stop].unsqueeze(1)
-        hidden = F.silu(both[:, :width]).mul_(both[:, width:]).mul_(scale)
-        out = torch.mm(hidden, fc2[expert].t(), out=output[start:stop])
+        _silu(both[:, :width], scratch[:count]).mul_(both[:, width:]).mul_(scale)
+        out = torch.mm(scratch[:padded], fc2[expert].t(), out=output[spill])
         if bias is not None:
-            out.addcmul_(scale, bias[expert])
-    return output, gate_up
+            out[:count].addcmul_(scale, bias[expert])
+    return output[: rows.shape[0]], gate_up[: rows.shape[0]]
 
 
 def _backward_loop(grad, rows, weights, fc1, fc2, bias, gate_up, counts):
-    width = fc2.shape[2]
-    grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights, dtype=_accumulate(weights))
+    width, multiple = fc2.shape[2], _row_multiple(rows.dtype)
+    grad_rows = rows.new_empty(rows.shape[0] + multiple - 1, rows.shape[1])
+    grad_weights = torch.empty_like(weights, dtype=_accumulate(weights))
     grad_fc1, grad_fc2 = torch.empty_like(fc1), torch.empty_like(fc2)
     grad_bias = None if bias is None else torch.zeros_like(bias)
-    scratch = rows.new_empty(max(counts, default=0), 2 * width)
+    largest = _round_up(max(counts), multiple)
+    silu_buffer, hidden_buffer, grad_buffer, both_buffer = (
+        rows.new_empty(largest, columns) for columns in (width, width, width, 2 * width)
+    )
     stop = 0
     for expert, count in enumerate(counts):
         start, stop = stop, stop + count
@@ -58,23 +93,28 @@ def _backward_loop(grad, rows, weights, fc1, fc2, bias, gate_up, counts):
             grad_fc1[expert].zero_()
             grad_fc2[expert].zero_()
             continue
+        padded = _round_up(count, multiple)
         gate, up = gate_up[start:stop, :width], gate_up[start:stop, width:]
-        out, scale = grad[start:stop], weights[start:stop].unsqueeze(1)
-        silu = F.silu(gate)
-        hidden = silu * up
-        grad_hidden = torch.mm(out, fc2[expert])
+        scale = weights[start:stop].unsqueeze(1)
+        out = _window(grad, start, padded)
+        grad_hidden = torch.mm(out, fc2[expert], out=grad_buffer[:padded])[:count]
+        silu = _silu(gate, silu_buffer[:count])
+        hidden = torch.mul(silu, up, out=hidden_buffer[:count])
         grad_weights[start:stop] = torch.linalg.vecdot(grad_hidden, hidden)
-        torch.mm(out.t(), hidden.mul_(scale), out=grad_fc2[expert])
+        hidden.mul_(scale)
+        # Rows of the next expert in `out` and in the window of `rows` meet these zeros.
+        hidden_buffer[count:padded].zero_()
+        both_buffer[count:padded].zero_()
+        torch.mm(out.t(), hidden_buffer[:padded], out=grad_fc2[expert])
         if bias is not None:
-            torch.mm(scale.t(), out, out=grad_bias[expert : expert + 1])
+            torch.mm(scale.t(), grad[start:stop], out=grad_bias[expert : expert + 1])
         grad_hidden.mul_(scale)
-        both = scratch[:count]
+        both = both_buffer[:count]
         torch.mul(grad_hidden, silu, out=both[:, width:])
-        grad_silu = grad_hidden.mul_(up)
-        both[:, :width] = torch.ops.aten.silu_backward(grad_silu, gate)
-        torch.mm(both.t(), rows[start:stop], out=grad_fc1[expert])
-        torch.mm(both, fc1[expert], out=grad_rows[start:stop])
-    return grad_rows, grad_weights, grad_fc1, grad_fc2, grad_bias
+        torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=both[:, :width])
+        torch.mm(both_buffer[:padded].t(), _window(rows, start, padded), out=grad_fc1[expert])
+        torch.mm(both_buffer[:padded], fc1[expert], out=grad_rows[start : start + padded])
+    return grad_rows[: rows.shape[0]], grad_weights, grad_fc1, grad_fc2, grad_bias
 
 
 def _row_scales(weights: Tensor, offsets: Tensor) -> Tensor:
@@ -119,7 +159,11 @@ class _GroupedSwiGLU(torch.autograd.Function):
         weights = probabilities.to(rows.dtype)
         flat_fc1 = fc1.flatten(1, 2)
         added = bias if adds_bias else None
-        if loop or not rows.shape[0]:
+        if not rows.shape[0]:
+            groups, output = (), torch.empty_like(rows)
+            gate_up = rows.new_empty(0, 2 * fc2.shape[2])
+            ctx.save_for_backward(rows, weights, fc1, fc2, bias, gate_up)
+        elif loop:
             groups = tuple(tokens_per_expert.tolist())
             output, gate_up = _forward_loop(rows, weights, flat_fc1, fc2, added, groups)
             ctx.groups = groups
