@@ -30,8 +30,8 @@ def _accumulate(tensor: Tensor) -> torch.dtype:
 def _row_multiple(dtype: torch.dtype) -> int:
     """Rows that a product of the loop is rounded up to.
 
-    oneDNN, which multiplies 16-bit types on the CPU, compiles a kernel for every new shape, at a cost near that of
-    the product itself, and the experts' row counts are new at every call. MKL's fp32 has no such cost.
+    oneDNN, which multiplies 16-bit types on the CPU, prepares a kernel for every new shape, and the experts' row
+    counts are new at every call: a sixth of the time of the experts (docs/performance.md). MKL's fp32 does not.
     """
     return 16 if dtype in (torch.bfloat16, torch.float16) else 1
 
