@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 from pathlib import Path
@@ -21,7 +22,16 @@ class CpuBackend(Backend):
         return torch.device("cpu")
 
     def _select_device(self) -> None:
-        pass
+        """Share the cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise.
+
+        torch starts a thread for every core in every rank; the threads that wait spin, and the collectives of
+        tensor-parallel ranks then take ten times as long (docs/performance.md).
+        """
+        import torch
+
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
     def synchronize(self) -> None:
         pass

@@ -78,3 +78,21 @@ def test_rng_state_restores_every_generator():
     assert draw() == first
     backend.seed(7)
     assert random.random() == first[0]
+
+
+def test_ranks_of_a_machine_share_its_cores(monkeypatch):
+    import torch
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        get_backend("cpu").install()
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        get_backend("cpu").install()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
