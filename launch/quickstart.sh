@@ -4,16 +4,16 @@
 #   bash launch/quickstart.sh [RUN_DIR]            default: runs/quickstart
 #
 # Every stage prints the command it runs: copy them, change the preset, and you have a real run. A stage whose result
-# is there already is skipped, so the script can be run again. Environment: STEPS (default 240), NPROC (default 4).
+# is there already is skipped, so the script can be run again. Environment: STEPS (default 180), NPROC (default 4).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run_dir="${1:-runs/quickstart}"
-steps="${STEPS:-240}"
+steps="${STEPS:-180}"
 nproc="${NPROC:-4}"
 started=$SECONDS
 
 stage() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
+run() { printf '$'; printf ' %q' "$@"; printf '\n'; "$@"; }
 
 stage "1/9 environment"
 run bash launch/setup_env.sh plot
