@@ -133,6 +133,7 @@ def print_case(result: dict[str, Any]) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes and two rounds: does it run at all")
+    parser.add_argument("--wide", action="store_true", help="SwiGLU of 2048, experts of 768, vocabulary 16384")
     parser.add_argument("--cases", default=",".join(case.name for case in CASES))
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--rounds", type=int, default=9)
@@ -153,6 +154,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if set(wanted) - set(known):
         parser.error(f"--cases: choose from {', '.join(known)}")
     cases = [known[name] for name in wanted]
+    if options.wide:
+        cases = [replace(case, vocabulary=16384, dense_width=2048, expert_width=768) for case in cases]
     rounds, warmup = options.rounds, options.warmup
     if options.quick:
         cases = [replace(case, layers=2, sequence=128, vocabulary=512) for case in cases]
