@@ -60,7 +60,8 @@ class Trainer:
         self.resumed = self._resume()
 
         self.requests = StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
-        self.writer = MetricsWriter(run, self.paths.run_dir, enabled=self.state.rank == 0)
+        with together(self.state):
+            self.writer = MetricsWriter(run, self.paths.run_dir, enabled=self.state.rank == 0)
         self.meter = Meter(run, self.state, self.backend, self.chunks)
         self._iterators_open: list = []
         self._introduce(origins or {})

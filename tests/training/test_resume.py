@@ -113,3 +113,13 @@ def test_other_data_is_refused_on_resume_until_it_is_allowed(tmp_path):
     assert "--allow-data-change" in refused.stderr and "Traceback" not in refused.stderr
     allowed = train(1, [*DENSE, "--seed", "7", "--exit-interval", "4", "--allow-data-change"], tmp_path / "run").ok()
     assert "stopped after step 4" in allowed.stdout
+
+
+def test_a_dashboard_that_cannot_be_opened_stops_all_ranks(tmp_path):
+    """Only rank 0 opens it: the others must not wait for a rank that has left."""
+    environment = {"PYTHONPATH": str(tmp_path)}
+    (tmp_path / "wandb.py").write_text("raise ImportError('not here')\n")
+    flags = [*DENSE, "--wandb-project", "p", "--train-iters", "2", "--run-dir", str(tmp_path / "run")]
+    result = launch(PRETRAIN, 2, *flags, timeout=120, env=environment)
+    assert [rank.returncode for rank in result.ranks] == [2, 2], result.tails()
+    assert result.stderr.count("the package wandb is missing") == 1
