@@ -34,6 +34,7 @@ setup(
         "torch>=2.10",
         "megatron-core==0.16.1",
         "numpy>=1.26",
+        "highspy>=1.7",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "psutil>=5.9",

@@ -1,0 +1,132 @@
+"""Exact time and memory of an assignment: the schedule is run op by op."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_telechat.costs.schedule import rank_ops
+from megatron_telechat.planner.graph import end_times, op_graph
+from megatron_telechat.planner.plan import Assignment, check_assignment, stage_groups
+from megatron_telechat.planner.problem import BalanceProblem
+
+
+@dataclass(frozen=True)
+class TimedOp:
+    """One op of the timeline. `chunk` is the chunk on its device; `kind` is "F" or "B"."""
+
+    device: int
+    chunk: int
+    kind: str
+    microbatch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class SimResult:
+    """What the schedule does.
+
+    Attributes:
+        makespan: end of the last op of any device.
+        peak_bytes: of each device.
+        ops: every op with its times, in the order of each device, device by device.
+    """
+
+    makespan: float
+    peak_bytes: tuple[float, ...]
+    ops: tuple[TimedOp, ...]
+
+
+def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
+    """Run the schedule of Megatron-Core on an assignment; memory is not limited here.
+
+    Raises:
+        ConfigError: the assignment is none for this problem.
+    """
+    check_assignment(problem, assignment)
+    graph = op_graph(problem.P, problem.V, problem.m)
+    times = stage_times(problem, assignment)
+    ends = end_times(graph, times, problem.p2p)
+    ops = [
+        TimedOp(
+            device=kind % problem.num_stages % problem.P,
+            chunk=kind % problem.num_stages // problem.P,
+            kind="F" if kind < problem.num_stages else "B",
+            microbatch=graph.microbatch[op],
+            start=ends[op] - times[kind],
+            end=ends[op],
+        )
+        for op, kind in enumerate(graph.kind)
+        if op
+    ]
+    ops.sort(key=lambda op: op.device)
+    return SimResult(float(max(ends)), peak_bytes(problem, assignment), tuple(ops))
+
+
+def stage_times(problem: BalanceProblem, assignment: Assignment) -> list[float]:
+    """Forward times of all virtual stages, then backward times."""
+    forward, backward = [], []
+    for stage, (in_group, modes) in enumerate(zip(stage_groups(problem, assignment.counts), assignment.modes)):
+        fixed = problem.fixed_block(stage, assignment.mtp_stage)
+        groups = [group for group, count in zip(problem.groups, in_group) for _ in range(count)]
+        forward.append(math.fsum([fixed.f, *(group.f for group in groups)]))
+        backward.append(
+            math.fsum([fixed.b, *(group.b + group.modes[mode].extra_b for group, mode in zip(groups, modes))])
+        )
+    return forward + backward
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """One moment of a device that can be its peak: micro-batches held of each chunk, and the chunk in its backward."""
+
+    held: tuple[int, ...]
+    backward: int | None
+
+
+@lru_cache(maxsize=64)
+def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
+    """For each device the moments that no other moment covers (at least as many of each chunk, and the same backward).
+
+    An op's own micro-batch counts from the start of its forward to the end of its backward.
+    """
+    out = []
+    for rank in range(P):
+        held = [0] * V
+        seen: dict[tuple[int | None, tuple[int, ...]], None] = {}
+        for op in rank_ops(rank, P, V, m):
+            held[op.chunk] += op.forward
+            seen[None if op.forward else op.chunk, tuple(held)] = None
+            held[op.chunk] -= not op.forward
+        moments = [InFlight(counts, backward) for backward, counts in seen]
+        out.append(tuple(one for one in moments if not any(_covers(other, one) for other in moments if other != one)))
+    return tuple(out)
+
+
+def _covers(other: InFlight, one: InFlight) -> bool:
+    same = one.backward is None or other.backward == one.backward
+    return same and all(more >= less for more, less in zip(other.held, one.held))
+
+
+def peak_bytes(problem: BalanceProblem, assignment: Assignment) -> tuple[float, ...]:
+    """Most bytes in use on each device: constants, weights, activations in flight, working set of a backward."""
+    weights, kept, transient = [], [], []
+    for stage, (in_group, modes) in enumerate(zip(stage_groups(problem, assignment.counts), assignment.modes)):
+        fixed = problem.fixed_block(stage, assignment.mtp_stage)
+        groups = [group for group, count in zip(problem.groups, in_group) for _ in range(count)]
+        used = [group.modes[mode] for group, mode in zip(groups, modes)]
+        weights.append(math.fsum([fixed.w, *(group.w for group in groups)]))
+        kept.append(math.fsum([fixed.act, *(mode.act for mode in used)]))
+        transient.append(max((mode.ws for mode in used), default=0.0))
+    out = []
+    for device, moments in enumerate(in_flight(problem.P, problem.V, problem.m)):
+        stages = range(device, problem.num_stages, problem.P)
+        most = max(
+            math.fsum(count * kept[stage] for count, stage in zip(moment.held, stages))
+            + (0.0 if moment.backward is None else transient[stages[moment.backward]])
+            for moment in moments
+        )
+        out.append(float(problem.const_mem + math.fsum(weights[stage] for stage in stages) + most))
+    return tuple(out)
