@@ -10,11 +10,17 @@ from dataclasses import dataclass
 
 from megatron_telechat.config.layout import PipelineLayout, pipeline_layout
 from megatron_telechat.config.recompute import recompute_plan
-from megatron_telechat.config.schema import ModelConfig, RunConfig
-from megatron_telechat.costs.parameters import LocalCount, expert_ffn_hidden_size, local_count, stage_table
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.activations import (
+    BYTES,
+    LayerActivations,
+    embedding_bytes,
+    layer_activations,
+    output_layer_bytes,
+)
+from megatron_telechat.costs.parameters import LocalCount, local_count, stage_table
 from megatron_telechat.costs.schedule import Op, peak_in_flight
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 GRADIENT_BYTES = 4
 """Gradients are accumulated and reduced in fp32, whatever the compute type."""
 MOMENT_BYTES = 8
@@ -36,7 +42,7 @@ class StageMemory:
     activations_bytes: float
     """Largest sum, over the op order, of the activations kept and the transient part below."""
     transient_bytes: float
-    """Of activations_bytes: the largest working set of a recompute, or the logits of the output layer."""
+    """Of activations_bytes: the largest working set of a recompute."""
     in_flight: tuple[int, ...]
     """Micro-batches in flight in each chunk at that moment."""
 
@@ -45,97 +51,8 @@ class StageMemory:
         return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 
-@dataclass(frozen=True)
-class LayerActivations:
-    """Bytes of one layer for one micro-batch on one rank: kept until its backward, and repeated during it."""
-
-    kept: float
-    working_set: float
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Tokens of one micro-batch on one rank, by region of the layer.
-
-    `whole`: inside a tensor-parallel region, where the sequence is gathered but each tensor is cut
-    `tensor` ways; `split`: outside, where sequence parallelism cuts the sequence instead.
-    """
-
-    whole: float
-    split: float
-    tensor: int
-    expert_tensor: int
-
-
-def _tokens(run: RunConfig) -> _Tokens:
-    parallel = run.parallel
-    tensor = parallel.tensor_model_parallel_size
-    whole = run.training.seq_length * run.training.micro_batch_size / parallel.context_parallel_size
-    sequence_parallel = tensor > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
-    return _Tokens(whole, whole / tensor if sequence_parallel else whole, tensor, parallel.expert_sizes[1])
-
-
-def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...]) -> LayerActivations:
-    """Activations of the zero-based `layer` under its recompute modes.
-
-    Elements a token, after Korthikanti et al. (arXiv 2205.05198, section 4) for a flash attention,
-    which keeps no score matrix, and a fused SwiGLU:
-        attention  h (norm input) + h (norm output) + q + 2k (after rotary) + q (output) + fp32 log-sum-exp a head
-        SwiGLU     h + h + 2f (gate, up) + f (product)
-        MoE        h + h + topk (h + 2f_e + f_e + h) + 8 bytes an expert (router logits and scores, fp32)
-    Full recompute keeps the layer's input alone. The other modes drop what the repeated module makes:
-    ``core_attn`` the log-sum-exp (its output is the next linear's input and stays), ``layernorm`` both norm
-    outputs, ``mlp`` and ``moe`` what lies between the norm output and the block's end. Routing is taken as balanced.
-    """
-    model, tokens = run.model, _tokens(run)
-    size = BYTES[run.training.precision]
-    hidden = model.hidden_size
-    query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
-
-    layer_input = size * hidden * tokens.split
-    norm_outputs = 2 * size * hidden * tokens.split
-    residual = size * hidden * tokens.split  # the second norm's input
-    attention = size * (2 * query + 2 * key) * tokens.whole / tokens.tensor
-    log_sum_exp = 4 * model.num_attention_heads * tokens.whole / tokens.tensor
-    block = _block_activations(model, layer, size, tokens)
-    everything = layer_input + norm_outputs + residual + attention + log_sum_exp + block
-
-    if "full" in modes:
-        return LayerActivations(layer_input, everything - layer_input)
-    dropped = 0.0
-    if "core_attn" in modes:
-        dropped += log_sum_exp
-    if "layernorm" in modes:
-        dropped += norm_outputs
-    if "mlp" in modes or "moe" in modes:
-        dropped += block
-    return LayerActivations(everything - dropped, dropped)
-
-
-def _block_activations(model: ModelConfig, layer: int, size: int, tokens: _Tokens) -> float:
-    """Bytes kept inside the MLP or MoE block, the norm output before it not counted."""
-    hidden = model.hidden_size
-    if not model.layer_is_moe(layer):
-        return size * 3 * model.ffn_hidden_size * tokens.whole / tokens.tensor
-    # A rank's experts get as many tokens as it sends when routing is balanced, gathered over ETP.
-    routed = tokens.split * model.moe_router_topk * tokens.expert_tensor
-    expert = size * routed * (2 * hidden + 3 * expert_ffn_hidden_size(model) / tokens.expert_tensor)
-    shared = size * 3 * (model.moe_shared_expert_intermediate_size or 0) * tokens.whole / tokens.tensor
-    return expert + shared + 8 * (model.num_experts or 0) * tokens.split
-
-
-def output_layer_bytes(run: RunConfig) -> float:
-    """Logits and loss of one micro-batch: logits in the compute type and their fp32 copy, which the
-    vocabulary-parallel cross entropy turns into the softmax in place; with fp32, logits and gradient.
-    The norm's input and output come on top.
-    """
-    tokens, size = _tokens(run), BYTES[run.training.precision]
-    logits = (4 + size) * run.model.vocab_size * tokens.whole / tokens.tensor
-    return logits + 2 * size * run.model.hidden_size * tokens.split
-
-
-def _resident_bytes(run: RunConfig, count: LocalCount) -> tuple[float, float, float]:
-    """Bytes of parameters, gradients and optimizer state of one rank."""
+def resident_bytes(run: RunConfig, count: LocalCount) -> tuple[float, float, float]:
+    """Bytes of parameters, gradients and optimizer state of a rank that holds these parameters."""
     parallel = run.parallel
     size = BYTES[run.training.precision]
     state = MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
@@ -171,6 +88,11 @@ def _stage_count(run: RunConfig, layout: PipelineLayout, rank: int) -> LocalCoun
 def stage_memory(run: RunConfig) -> list[StageMemory]:
     """Memory of one rank of each pipeline stage, at the worst moment of a step.
 
+    The rules are those of a balance problem (docs/planner.md), so the planner's figures are these: what a layer, the
+    embedding or the output layer keeps is held from the start of its forward to the end of the chunk's backward, and a
+    backward is charged the largest working set of its layers once. On the last stage that is a little more than there
+    is, since the logits are freed before the layers are recomputed.
+
     Raises:
         ConfigError: the layout or the recompute plan of the run does not fit the model.
     """
@@ -186,24 +108,23 @@ def stage_memory(run: RunConfig) -> list[StageMemory]:
 
 
 def _stage(run: RunConfig, layout: PipelineLayout, rank: int, layers: list[LayerActivations]) -> StageMemory:
-    chunks = [layout.layers_of(rank, chunk) for chunk in range(layout.num_chunks)]
-    kept = [sum(layers[layer].kept for layer in chunk) for chunk in chunks]
-    repeated = [max((layers[layer].working_set for layer in chunk), default=0.0) for chunk in chunks]
-    output = [
-        output_layer_bytes(run) if layout.has_loss(rank, chunk) else 0.0 for chunk in range(layout.num_chunks)
-    ]
+    kept, repeated = [], []
+    for chunk in range(layout.num_chunks):
+        own = [layers[layer] for layer in layout.layers_of(rank, chunk)]
+        fixed = embedding_bytes(run) if layout.has_embedding(rank, chunk) else 0.0
+        fixed += output_layer_bytes(run) if layout.has_loss(rank, chunk) else 0.0
+        kept.append(fixed + sum(layer.kept for layer in own))
+        repeated.append(max((layer.working_set for layer in own), default=0.0))
 
     def transient(op: Op) -> float:
-        # A backward begins with the output layer's and goes on to the layers', each recomputed alone.
-        # The forward and the backward of the last virtual stage follow each other: one set of logits.
-        return output[op.chunk] if op.forward else max(output[op.chunk], repeated[op.chunk])
+        return 0.0 if op.forward else repeated[op.chunk]
 
     num_microbatches = max(run.num_microbatches, 1)
     activations, in_flight = peak_in_flight(
         rank, layout.pipeline_size, layout.num_chunks, num_microbatches, kept, transient
     )
     count = _stage_count(run, layout, rank)
-    parameters, gradients, optimizer = _resident_bytes(run, count)
+    parameters, gradients, optimizer = resident_bytes(run, count)
     held = sum(number * size for number, size in zip(in_flight, kept))
     return StageMemory(
         pipeline_rank=rank,

@@ -1,0 +1,149 @@
+"""Bytes a rank keeps of one micro-batch: by layer and recompute, embedding, output layer.
+
+Counted are the tensors the model keeps for its backward, each storage once; tests/costs/test_saved_tensors.py holds
+the sums to what autograd saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_telechat.config.schema import ModelConfig, RunConfig
+from megatron_telechat.costs.parameters import expert_ffn_hidden_size
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+INDEX_BYTES = 8
+"""Token ids, chosen experts and row numbers are int64."""
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one layer for one micro-batch on one rank.
+
+    Attributes:
+        kept: from its forward to the end of its backward.
+        working_set: made again during its backward, on top of what is kept.
+    """
+
+    kept: float
+    working_set: float
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one micro-batch on one rank, by region of the layer.
+
+    `whole`: inside a tensor-parallel region, where the sequence is gathered but each tensor is cut
+    `tensor` ways; `split`: outside, where sequence parallelism cuts the sequence instead.
+    `routed`: rows that the rank's experts get when the routing is balanced.
+    """
+
+    whole: float
+    split: float
+    routed: float
+    tensor: int
+    expert: int
+    expert_tensor: int
+
+
+def tokens_of(run: RunConfig) -> Tokens:
+    """Tokens of a micro-batch as one rank of this run sees them."""
+    parallel = run.parallel
+    tensor = parallel.tensor_model_parallel_size
+    whole = run.training.seq_length * run.training.micro_batch_size / parallel.context_parallel_size
+    sequence_parallel = tensor > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
+    split = whole / tensor if sequence_parallel else whole
+    expert, expert_tensor = parallel.expert_sizes
+    # A rank's experts get as many rows as it sends, gathered over the ranks that share an expert.
+    routed = split * run.model.moe_router_topk * expert_tensor
+    return Tokens(whole, split, routed, tensor, expert, expert_tensor)
+
+
+def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...]) -> LayerActivations:
+    """Activations of the zero-based `layer` under its recompute modes.
+
+    Elements a token, after Korthikanti et al. (arXiv 2205.05198, section 4) for a flash attention,
+    which keeps no score matrix, and a SwiGLU that keeps its input alone:
+        norms      2h (inputs) + 2h (outputs)
+        attention  q + 2k (after rotary) + q (output) + fp32 log-sum-exp a head
+        SwiGLU     2f (gate, up) + f (product)
+        MoE        `expert_activations`
+    On the CPU torch's attention returns its output head by head: the projection reads a copy, which is kept too, and
+    a norm keeps one fp32 number a token.
+
+    Full recompute keeps the layer's input alone. The other modes drop what the repeated module makes:
+    ``core_attn`` the log-sum-exp (and, on the CPU, the attention's own output; what the projection reads stays),
+    ``layernorm`` both norm outputs, ``mlp`` and ``moe`` what lies between the norm output and the block's end.
+    """
+    model, tokens = run.model, tokens_of(run)
+    size = BYTES[run.training.precision]
+    on_cpu = run.training.device == "cpu"
+    hidden = model.hidden_size
+    query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
+
+    layer_input = size * hidden * tokens.split
+    norms = (2 * size * hidden + 8 * on_cpu) * tokens.split
+    residual = size * hidden * tokens.split  # the second norm's input
+    attention = size * (2 * query + 2 * key) * tokens.whole / tokens.tensor
+    core = (4 * model.num_attention_heads + size * query * on_cpu) * tokens.whole / tokens.tensor
+    block, block_dropped = _block_activations(model, layer, size, tokens)
+    everything = layer_input + norms + residual + attention + core + block
+
+    if "full" in modes:
+        return LayerActivations(layer_input, everything - layer_input)
+    dropped = 0.0
+    if "core_attn" in modes:
+        dropped += core
+    if "layernorm" in modes:
+        dropped += norms
+    if "mlp" in modes or "moe" in modes:
+        dropped += block_dropped
+    return LayerActivations(everything - dropped, dropped)
+
+
+def _block_activations(model: ModelConfig, layer: int, size: int, tokens: Tokens) -> tuple[float, float]:
+    """Bytes kept inside the MLP or MoE block, the norm output before it not counted, and those its recompute drops."""
+    if not model.layer_is_moe(layer):
+        dense = size * 3 * model.ffn_hidden_size * tokens.whole / tokens.tensor
+        return dense, dense
+    shared = size * 3 * (model.moe_shared_expert_intermediate_size or 0) * tokens.whole / tokens.tensor
+    kept, dropped = expert_activations(model, size, tokens)
+    return kept + shared, dropped + shared
+
+
+def expert_activations(model: ModelConfig, size: int, tokens: Tokens) -> tuple[float, float]:
+    """Bytes that router and routed experts keep, and those of them that recompute ``moe`` drops.
+
+    A routed row (top-k of a token): h (dispatched) + 2 f_e (gate, up) elements and its probability; f_e is cut by the
+    expert tensor-parallel size. The product of gate and up is made again in every backward. Router: of a token's
+    choices the expert, its row and back (3 x int64) and the fp32 weight, and fp32 scores of all experts for the
+    auxiliary loss. Received rows are sorted by expert, which keeps one more index a row.
+    """
+    rows = size * tokens.routed * (model.hidden_size + 2 * expert_ffn_hidden_size(model) / tokens.expert_tensor + 1)
+    scores = 4 * (model.num_experts or 0) * (model.moe_aux_loss_coeff > 0 or model.moe_z_loss_coeff > 0)
+    router = tokens.split * (model.moe_router_topk * (3 * INDEX_BYTES + 4) + scores)
+    sorting = 2 * INDEX_BYTES * tokens.routed * (tokens.expert * tokens.expert_tensor > 1)
+    everything = rows + router + sorting
+    return everything, everything
+
+
+def embedding_bytes(run: RunConfig) -> float:
+    """What the embedding keeps of a micro-batch: the token ids. Its output is the first layer's input."""
+    return INDEX_BYTES * tokens_of(run).whole
+
+
+def output_layer_bytes(run: RunConfig) -> float:
+    """Final norm, logits and loss of one micro-batch, from the forward to the end of the backward.
+
+    The norm's input and output; the softmax, fp32, that the vocabulary-parallel cross entropy keeps; the logits in the
+    compute type beside it (in the forward) or their gradient (in the backward).
+    """
+    tokens, size = tokens_of(run), BYTES[run.training.precision]
+    logits = (4 + size) * run.model.vocab_size * tokens.whole / tokens.tensor
+    return logits + 2 * size * run.model.hidden_size * tokens.split
+
+
+def output_layer_saved_bytes(run: RunConfig) -> float:
+    """Of `output_layer_bytes`, what lies between forward and backward: all but the logits in the compute type."""
+    tokens, size = tokens_of(run), BYTES[run.training.precision]
+    return output_layer_bytes(run) - size * run.model.vocab_size * tokens.whole / tokens.tensor
