@@ -10,6 +10,7 @@ from typing import Optional
 
 from megatron_telechat.config.schema import DataConfig
 from megatron_telechat.data.blend import data_plan
+from megatron_telechat.data.chat import dialogs_in
 from megatron_telechat.errors import DataError, Problem
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -19,12 +20,15 @@ _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 
 @dataclass(frozen=True)
 class DataFile:
-    """One indexed dataset; `weight` is None where the run names none."""
+    """One indexed dataset, or with sft one file of dialogs; `weight` is None where the run names none.
+
+    The tokens of a file of dialogs are unknown before it is encoded (None), its dialogs where it is compressed.
+    """
 
     prefix: str
     weight: Optional[float]
-    tokens: int
-    documents: int
+    tokens: Optional[int]
+    documents: Optional[int]
 
 
 def _read_header(prefix: str, weight: Optional[float]) -> DataFile | Problem:
@@ -51,6 +55,13 @@ def _read_header(prefix: str, weight: Optional[float]) -> DataFile | Problem:
     return DataFile(prefix, weight, tokens, max(boundaries - 1, 0))
 
 
+def _count_dialogs(path: str, weight: Optional[float]) -> DataFile | Problem:
+    try:
+        return DataFile(path, weight, None, dialogs_in(path))
+    except OSError as error:
+        return Problem(f"cannot read {path}: {error.strerror}", path, "correct the path of the jsonl file")
+
+
 def data_files(data: DataConfig) -> list[DataFile]:
     """The datasets a run names, each once.
 
@@ -65,7 +76,7 @@ def data_files(data: DataConfig) -> list[DataFile]:
         weights = blend.weights or (None,) * len(blend.prefixes)
         for prefix, weight in zip(blend.prefixes, weights):
             if prefix not in found:
-                found[prefix] = _read_header(prefix, weight)
+                found[prefix] = (_count_dialogs if data.sft else _read_header)(prefix, weight)
     problems = [entry for entry in found.values() if isinstance(entry, Problem)]
     if problems:
         raise DataError(problems)

@@ -202,16 +202,19 @@ def _data(run: RunConfig, out: _Report) -> list[str]:
     if not (data.data_path or data.data_json or data.train_data_path):
         out.warnings.append("no training data is named: --data-path PREFIX ... (or --mock-data)")
         return ["none named"]
-    rows = [["dataset", "weight", "tokens", "documents"]]
+    rows = [["file", "weight", "tokens", "dialogs"] if data.sft else ["dataset", "weight", "tokens", "documents"]]
     total = 0
     for file in data_files(data):
         weight = "-" if file.weight is None else f"{file.weight:g}"
-        total += file.tokens
-        rows.append([file.prefix, weight, count_text(file.tokens), count_text(file.documents)])
+        total += file.tokens or 0
+        counts = ["-" if number is None else count_text(number) for number in (file.tokens, file.documents)]
+        rows.append([file.prefix, weight, *counts])
     lines = table(rows)
     wanted = run.training.train_iters * run.training.global_batch_size * run.training.seq_length
     if total and wanted:
         lines.append(f"{count_text(total)} tokens for {count_text(wanted)} of the run: {wanted / total:.2f} epochs")
+    if data.sft:
+        lines.append(f"template {data.sft_template}, loss mask {data.sft_loss_mask}; encoded and packed when the run starts")
     return lines
 
 

@@ -14,6 +14,7 @@ Derivation = Callable[[dict[str, Any], Check], Any]
 def derive(check: Check) -> None:
     """Fill in every derived value of ``check.run``; a derivation that needs a wrong value leaves its field unset."""
     values = values_of(check.run)
+    _finetune_begins_with_load(values, check)
     for name, derivation in DERIVATIONS:
         if values[name] is not None or name in check.bad:
             continue
@@ -86,6 +87,18 @@ DERIVATIONS: tuple[tuple[str, Derivation], ...] = (
     ("load", _copy_of("save")),
     ("data_cache_path", _in_run_dir("cache")),
 )
+
+
+def _finetune_begins_with_load(values: dict[str, Any], check: Check) -> None:
+    """Megatron's way to say pretrained_checkpoint: --finetune --load FOLDER. The run itself goes on from its own folder."""
+    load, save = values["load"], values["save"]
+    if not values["finetune"] or values["pretrained_checkpoint"] is not None or load is None:
+        return
+    if save is not None and os.path.abspath(load) == os.path.abspath(save):
+        return  # a rule complains
+    values["pretrained_checkpoint"], values["load"] = load, None
+    check.origins["pretrained_checkpoint"] = check.origins.get("load", DEFAULT)
+    check.origins["load"] = DERIVED
 
 
 def _drop_sequence_parallel_without_tp(values: dict[str, Any], check: Check) -> None:

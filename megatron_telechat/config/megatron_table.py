@@ -51,12 +51,10 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         yarn-correction-range-round-to-int yarn-original-max-position-embeddings
         """,
     ),
+    (Refused("the chat templates are those of TeleChat", "--sft-template"), "chat-template sft-tokenizer-prompt-format"),
     (
-        Refused("supervised fine-tuning data is not read by the pretraining command"),
-        """
-        chat-template hybrid-context-parallel max-seqlen-per-dp-cp-rank sft sft-tokenizer-prompt-format
-        variable-seq-lengths
-        """,
+        Refused("samples have a fixed length: dialogs are packed to --seq-length"),
+        "hybrid-context-parallel max-seqlen-per-dp-cp-rank variable-seq-lengths",
     ),
     (
         Refused("vision models are not part of this framework"),
@@ -589,8 +587,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("a sample is one causal sequence; documents are not masked from each other"),
-        "dataloader-inter-document-masking reset-attention-mask",
+        Refused("documents are kept from each other by another flag", "--reset-attention-mask"),
+        "dataloader-inter-document-masking",
     ),
     (Always("samples come in the order of the blend, from where the run stopped", ("single",)), "dataloader-type"),
     (
@@ -639,7 +637,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     ),
     (
         Refused("a new run begins with the weights of a checkpoint by another flag", "--pretrained-checkpoint"),
-        "finetune load-main-params-from-ckpt load-model-opt-format",
+        "load-main-params-from-ckpt load-model-opt-format",
     ),
     (Ignored("the random state always goes with the checkpoint"), "no-load-rng no-save-rng"),
     (

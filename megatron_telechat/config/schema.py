@@ -228,7 +228,7 @@ class DataConfig:
     """Where the tokens come from."""
 
     data_path: tuple[str, ...] = ()
-    """Prefixes of indexed datasets, or weights and prefixes in turn: 0.7 en_document 0.3 zh_document."""
+    """Prefixes of indexed datasets (with sft, jsonl files), or weights and prefixes in turn: 0.7 en_document 0.3 zh_document."""
     data_json: Optional[str] = None
     """A data.json as TeleChat writes it ({prefix: weight}), in place of data_path."""
     split: str = "969,30,1"
@@ -238,7 +238,7 @@ class DataConfig:
     valid_data_path: tuple[str, ...] = ()
     """Validation data of its own."""
     data_cache_path: Optional[str] = None
-    """Folder of the sample index. Unset: cache/ in the run folder."""
+    """Folder of the sample index and of encoded dialogs. Unset: cache/ in the run folder."""
     mock_data: bool = False
     """Train on a fixed pseudo-random token stream; for benchmarks and smoke tests."""
     tokenizer_type: Optional[
@@ -246,11 +246,25 @@ class DataConfig:
     ] = None
     """HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer. Unset: told by tokenizer_model."""
     tokenizer_model: Optional[str] = None
-    """File or folder of the tokenizer; the training reads only its vocabulary size and end-of-document token."""
+    """File or folder of the tokenizer; pretraining reads only its vocabulary size and end-of-document token."""
     eod_mask_loss: bool = False
-    """No loss on end-of-document tokens."""
+    """No loss where the input is an end-of-document token."""
     reset_position_ids: bool = False
-    """Positions begin anew after an end-of-document token."""
+    """Positions begin anew after an end-of-document token; with sft, with every dialog of a row."""
+    reset_attention_mask: bool = False
+    """A document (with sft, a dialog) attends to itself only, not to what stands before it in the sample."""
+    sft: bool = False
+    """Fine-tuning: the data paths name jsonl files of dialogs, which are packed and learned through a loss mask."""
+    sft_template: Literal["telechat2", "telechat2-115b", "telechat"] = "telechat2"
+    """Chat template: telechat2 (with system turn and tools), telechat2-115b or telechat (turns only, with or without <_start>)."""
+    sft_loss_mask: Literal["telechat", "answer"] = "telechat"
+    """Tokens that are learned: telechat (answers, <_end>, <_bot>, <_user>) or answer (answers and <_end> only)."""
+    sft_system: Optional[str] = None
+    """System text of dialogs that have none; unset: they get no system turn."""
+    sft_packing: bool = True
+    """Put several dialogs into one sample; off: one each, the rest of the sample is padding."""
+    sft_overlong: Literal["truncate", "drop"] = "truncate"
+    """Dialogs longer than seq_length: cut off (truncate) or left out (drop)."""
     num_workers: int = 1
     """Background threads that prepare batches on each rank."""
     data_index_timeout_minutes: float = 60.0
@@ -269,6 +283,8 @@ class CheckpointConfig:
     """Folder to resume from. Unset: the one of save; a run whose folder holds a checkpoint goes on from it."""
     load_step: Optional[int] = None
     """Resume from this step and not from the newest."""
+    finetune: bool = False
+    """Begin at step 0 with the weights in --load (pretrained_checkpoint); once --save holds a checkpoint, go on from that."""
     pretrained_checkpoint: Optional[str] = None
     """Checkpoint whose weights a new run begins with (step 0, fresh optimizer); tools/convert_checkpoint.py makes one."""
     no_save_optim: bool = False

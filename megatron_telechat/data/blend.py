@@ -55,8 +55,8 @@ def data_plan(data: DataConfig) -> DataPlan:
         raise ConfigError(f"{' and '.join(ways)} contradict each other", fix="keep one of them")
     if data.train_data_path:
         blends = (
-            parse_blend(data.train_data_path, "train_data_path"),
-            parse_blend(data.valid_data_path, "valid_data_path") if data.valid_data_path else None,
+            parse_blend(data.train_data_path, "train_data_path", data.sft),
+            parse_blend(data.valid_data_path, "valid_data_path", data.sft) if data.valid_data_path else None,
             None,
         )
         return DataPlan(blends, tuple((0.0, 1.0) if blend else None for blend in blends))
@@ -65,7 +65,10 @@ def data_plan(data: DataConfig) -> DataPlan:
             f"valid_data_path goes with train_data_path, not with {ways[0]}",
             fix="give --train-data-path, or drop --valid-data-path and let --split cut the validation off",
         )
-    blend = read_data_json(data.data_json) if data.data_json else parse_blend(data.data_path, "data_path")
+    if data.data_json:
+        blend = read_data_json(data.data_json, data.sft)
+    else:
+        blend = parse_blend(data.data_path, "data_path", data.sft)
     shares = split_shares(data.split)
     return DataPlan(tuple(blend if share else None for share in shares), shares)
 
@@ -77,8 +80,11 @@ def _number(text: str) -> Optional[float]:
         return None
 
 
-def parse_blend(items: Sequence[str], where: str) -> Blend:
+def parse_blend(items: Sequence[str], where: str, dialogs: bool = False) -> Blend:
     """Prefixes alone, or weights and prefixes in turn (Megatron's rule).
+
+    Args:
+        dialogs: the prefixes are whole paths of jsonl files.
 
     Raises:
         ConfigError: weights for some prefixes only, or a weight that is not positive.
@@ -88,22 +94,27 @@ def parse_blend(items: Sequence[str], where: str) -> Blend:
         if any(_number(item) is not None for item in items):
             raise ConfigError(f"{where} mixes weights and bare prefixes: {' '.join(items)}", where,
                               "give each prefix a weight (0.7 en 0.3 zh), or none")
-        return Blend(tuple(dataset_prefix(item) for item in items))
+        return Blend(tuple(items) if dialogs else tuple(dataset_prefix(item) for item in items))
     if any(weight is None for weight in weights):
         raise ConfigError(f"{where} mixes weights and bare prefixes: {' '.join(items)}", where,
                           "give each prefix a weight (0.7 en 0.3 zh), or none")
-    return _weighted(tuple(items[1::2]), tuple(weights), where, per_token=False)
+    return _weighted(tuple(items[1::2]), tuple(weights), where, per_token=False, dialogs=dialogs)
 
 
-def _weighted(prefixes: tuple[str, ...], weights: tuple[float, ...], where: str, per_token: bool) -> Blend:
+def _weighted(
+    prefixes: tuple[str, ...], weights: tuple[float, ...], where: str, per_token: bool, dialogs: bool
+) -> Blend:
     for prefix, weight in zip(prefixes, weights):
         if not 0 < weight < float("inf"):
             raise ConfigError(f"weight {weight:g} of {prefix} is not a positive number", where, "drop the prefix or mend the weight")
-    return Blend(tuple(dataset_prefix(prefix) for prefix in prefixes), weights, per_token)
+    return Blend(prefixes if dialogs else tuple(dataset_prefix(prefix) for prefix in prefixes), weights, per_token)
 
 
-def read_data_json(path: str) -> Blend:
+def read_data_json(path: str, dialogs: bool = False) -> Blend:
     """A data.json as TeleChat writes it: {path: number of copies}. Relative paths count from here, then from the file.
+
+    Args:
+        dialogs: the paths are those of jsonl files (fine-tuning), not prefixes of indexed datasets.
 
     Raises:
         DataError: missing, not JSON, or not {text: number}.
@@ -123,13 +134,13 @@ def read_data_json(path: str) -> Blend:
                         'write {"prefix_text_document": weight, ...}')
     prefixes = []
     for entry in entries:
-        if entry.endswith((".jsonl", ".json", ".jsonl.gz")):
+        if not dialogs and entry.endswith((".jsonl", ".json", ".jsonl.gz")):
             raise DataError(f"{entry} is raw text, training reads indexed datasets", path,
-                            f"run tools/preprocess_data.py --input {entry} --output-prefix PREFIX and name PREFIX_text_document")
+                            f"run tools/preprocess_data.py --input {entry} --output-prefix PREFIX and name PREFIX_text_document; for dialogs, --sft")
         beside = file.parent / entry
-        here = Path(f"{dataset_prefix(entry)}.idx").exists() or Path(entry).is_absolute()
+        here = Path(entry if dialogs else f"{dataset_prefix(entry)}.idx").exists() or Path(entry).is_absolute()
         prefixes.append(entry if here else str(beside))
-    return _weighted(tuple(prefixes), tuple(float(value) for value in entries.values()), path, per_token=True)
+    return _weighted(tuple(prefixes), tuple(float(value) for value in entries.values()), path, True, dialogs)
 
 
 def split_shares(split: str) -> tuple[Optional[tuple[float, float]], ...]:

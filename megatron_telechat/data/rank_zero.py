@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from typing import Optional
 
 import torch
 
@@ -23,6 +24,7 @@ class WordOfRankZero:
     def __init__(self, limit_s: float):
         distributed = torch.distributed
         self.limit_s = limit_s
+        self._told_s = time.monotonic()
         self.alone = not distributed.is_initialized() or distributed.get_world_size() == 1
         self.first = self.alone or distributed.get_rank() == 0
         if self.alone:
@@ -36,8 +38,21 @@ class WordOfRankZero:
         if not self.alone:
             self.store.set(self.key, word)
 
-    def hear(self, expected: str) -> None:
-        """Wait for the word.
+    def progress(self, text: str) -> None:
+        """What rank 0 is at: printed every half minute, and told to those who wait."""
+        if not self.first:
+            return
+        if not self.alone:
+            self.store.set(f"{self.key}/progress", text)
+        if time.monotonic() - self._told_s >= _WAIT_MESSAGE_S:
+            self._told_s = time.monotonic()
+            print(f"data: {text}", flush=True)
+
+    def hear(self, expected: Optional[str] = None) -> str:
+        """Wait for the word and return it.
+
+        Args:
+            expected: what this rank found itself; another word is an error.
 
         Raises:
             DataError: rank 0 failed, or it has other data than this rank.
@@ -46,9 +61,14 @@ class WordOfRankZero:
         said = self._wait()
         if said.startswith("error: "):
             raise DataError(f"rank 0 could not build the sample index: {said[len('error: '):]}")
-        if said != expected:
+        if expected is not None and said != expected:
             raise DataError(f"rank {self.rank} sees other data files than rank 0",
                             fix="all nodes must read the same files; copy them again or mount one folder")
+        return said
+
+    def _at(self) -> str:
+        key = f"{self.key}/progress"
+        return f": {self.store.get(key).decode()}" if self.store.check([key]) else ""
 
     def _wait(self) -> str:
         begin = time.monotonic()
@@ -56,12 +76,13 @@ class WordOfRankZero:
             waited = time.monotonic() - begin
             if waited >= self.limit_s:
                 raise ResourceError(
-                    f"rank {self.rank} waited {self.limit_s / 60:g} minutes for rank 0 to build the sample index",
-                    "data_index_timeout_minutes", "raise --data-index-timeout-minutes, or look at the output of rank 0",
+                    f"rank {self.rank} waited {self.limit_s / 60:g} minutes for rank 0 to build the sample index{self._at()}",
+                    "data_index_timeout_minutes",
+                    "raise --data-index-timeout-minutes, look at the output of rank 0, or build it before with tools/build_index.py",
                 )
             try:
                 self.store.wait([self.key], timedelta(seconds=min(self.limit_s - waited, _WAIT_MESSAGE_S)))
                 return self.store.get(self.key).decode()
             except RuntimeError:  # torch's DistStoreError: this turn's time was up
                 if self.rank == 1:
-                    print(f"waiting for rank 0 to build the sample index ({waited:.0f} s)", flush=True)
+                    print(f"waiting for rank 0 to build the sample index ({waited:.0f} s){self._at()}", flush=True)

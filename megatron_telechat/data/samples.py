@@ -7,6 +7,7 @@ order of a blend; reading the tokens is ours. A source says ``len`` and ``tokens
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Protocol, Sequence
 
@@ -17,10 +18,25 @@ from megatron_telechat.data.indexed import IndexedDataset
 from megatron_telechat.errors import DataError
 
 
+@dataclass(frozen=True)
+class Marks:
+    """What a source of dialogs knows of the tokens of a sample.
+
+    Attributes:
+        learned: bool [sequence_length + 1], the tokens that are learned where they are labels.
+        starts: int64, ascending, where dialogs and the padding begin.
+    """
+
+    learned: np.ndarray
+    starts: np.ndarray
+
+
 class SampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def tokens(self, sample: int) -> np.ndarray: ...
+
+    def marks(self, sample: int) -> Optional[Marks]: ...
 
     def origin(self, sample: int) -> str: ...
 
@@ -103,6 +119,9 @@ class IndexedSamples:
         assert at == out.size, f"sample {sample} of {self.dataset.prefix} has {at} tokens"
         return out
 
+    def marks(self, sample: int) -> None:
+        """Every token of a document is learned."""
+
     def origin(self, sample: int) -> str:
         """Where the tokens of a sample come from, for messages."""
         documents = [self.dataset.document_of(sequence) for sequence, _, _ in self._pieces(sample)]
@@ -160,7 +179,7 @@ class BlendedSamples:
         cache: folder of the two index files; they are built if they are not there.
     """
 
-    def __init__(self, sources: Sequence[IndexedSamples], weights: Sequence[float], size: int, cache: Path, name: str):
+    def __init__(self, sources: Sequence[SampleSource], weights: Sequence[float], size: int, cache: Path, name: str):
         self.sources = tuple(sources)
         paths = (cache / f"blend-{name}-source.npy", cache / f"blend-{name}-sample.npy")
         if not all(path.exists() for path in paths):
@@ -180,6 +199,10 @@ class BlendedSamples:
         """int64 [sequence_length + 1]."""
         source, inner = self.place(sample)
         return self.sources[source].tokens(inner)
+
+    def marks(self, sample: int) -> Optional[Marks]:
+        source, inner = self.place(sample)
+        return self.sources[source].marks(inner)
 
     def origin(self, sample: int) -> str:
         source, inner = self.place(sample)
@@ -248,6 +271,9 @@ class MockSamples:
         run = np.maximum.accumulate(np.where(begins, place, 0))
         return (starts[run] + (place - run) * self.STEP) % self.vocab_size
 
+    def marks(self, sample: int) -> None:
+        """Every token is learned."""
+
     def origin(self, sample: int) -> str:
         return f"mock sample {sample}"
 
@@ -265,9 +291,11 @@ class TokenDataset(torch.utils.data.Dataset):
         source: where the tokens come from.
         size: samples of it to offer, from the first on.
         vocab_size: rows of the embedding; a token outside is an error.
-        eod: end-of-document id, for the two options below.
+        eod: end-of-document id: documents begin behind it. A source of dialogs knows their borders itself.
         eod_mask_loss: no loss at positions whose input is ``eod``.
-        reset_position_ids: positions begin anew after ``eod``.
+        reset_position_ids: positions begin anew with a document or dialog.
+        reset_attention_mask: so does the attention; a batch then holds ``segment_lengths`` too, int64 [segments of all its
+            rows]: the lengths of the stretches that attend to themselves only. They sum to s in each row.
     """
 
     def __init__(
@@ -278,8 +306,8 @@ class TokenDataset(torch.utils.data.Dataset):
         eod: Optional[int] = None,
         eod_mask_loss: bool = False,
         reset_position_ids: bool = False,
+        reset_attention_mask: bool = False,
     ):
-        assert eod is not None or not (eod_mask_loss or reset_position_ids)
         assert size <= len(source)
         self.source = source
         self.size = size
@@ -287,6 +315,7 @@ class TokenDataset(torch.utils.data.Dataset):
         self.eod = eod
         self.eod_mask_loss = eod_mask_loss
         self.reset_position_ids = reset_position_ids
+        self.reset_attention_mask = reset_attention_mask
 
     def __len__(self) -> int:
         return self.size
@@ -294,7 +323,8 @@ class TokenDataset(torch.utils.data.Dataset):
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         if not 0 <= sample < self.size:
             raise IndexError(sample)
-        return {name: value[0] for name, value in self.batch([sample]).items()}
+        batch = self.batch([sample])
+        return {name: value if name == "segment_lengths" else value[0] for name, value in batch.items()}
 
     def batch(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:
         """The samples as one batch.
@@ -304,21 +334,40 @@ class TokenDataset(torch.utils.data.Dataset):
         """
         text = np.stack([self.source.tokens(sample) for sample in samples])
         self._check_vocabulary(text, samples)
-        inputs = text[:, :-1]
-        mask = np.ones(inputs.shape, np.float32)
-        if self.eod_mask_loss:
-            mask[inputs == self.eod] = 0.0
-        place = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)
+        marks = [self.source.marks(sample) for sample in samples]
+        starts = [self._starts(row, mark) for row, mark in zip(text, marks)]
+        length = text.shape[1] - 1
+        place = np.tile(np.arange(length), (len(samples), 1))
         if self.reset_position_ids:
-            begins = np.zeros(inputs.shape, np.int64)
-            begins[:, 1:] = np.where(inputs[:, :-1] == self.eod, place[:, 1:], 0)
-            place = place - np.maximum.accumulate(begins, axis=1)
-        return {
-            "tokens": torch.from_numpy(inputs.copy()),
-            "labels": torch.from_numpy(text[:, 1:].copy()),
-            "loss_mask": torch.from_numpy(mask),
-            "position_ids": torch.from_numpy(place.astype(np.int64)),
+            for row, begins in zip(place, starts):
+                row -= np.repeat(begins, np.diff([*begins, length]))
+        batch = {
+            "tokens": text[:, :-1].copy(),
+            "labels": text[:, 1:].copy(),
+            "loss_mask": np.stack([self._loss_mask(*row) for row in zip(text, marks, starts)]),
+            "position_ids": place,
         }
+        if self.reset_attention_mask:
+            batch["segment_lengths"] = np.concatenate([np.diff([*begins, length]) for begins in starts])
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+    def _starts(self, row: np.ndarray, marks: Optional[Marks]) -> np.ndarray:
+        """Where documents or dialogs begin among the inputs of a row; the first is 0."""
+        if marks is not None:
+            return marks.starts[marks.starts < row.size - 1]
+        if self.eod is None:
+            return np.zeros(1, np.int64)
+        return np.concatenate([[0], np.flatnonzero(row[:-2] == self.eod) + 1])
+
+    def _loss_mask(self, row: np.ndarray, marks: Optional[Marks], starts: np.ndarray) -> np.ndarray:
+        """float32 [s]: the mask of a position is that of its label."""
+        if marks is None:
+            return (row[:-1] != self.eod if self.eod_mask_loss else np.ones(row.size - 1)).astype(np.float32)
+        mask = marks.learned[1:].astype(np.float32)
+        if self.reset_attention_mask:
+            # The first token of a dialog would be guessed from the end of another one.
+            mask[starts[1:] - 1] = 0.0
+        return mask
 
     def _check_vocabulary(self, text: np.ndarray, samples: Sequence[int]) -> None:
         if int(text.min()) >= 0 and int(text.max()) < self.vocab_size:

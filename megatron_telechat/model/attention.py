@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Optional
+from functools import partial
+from typing import Any, Callable, Optional
 
 import torch
 from megatron.core import tensor_parallel
@@ -27,6 +28,30 @@ class SelfAttentionSubmodules:
     linear_proj: ModuleSpec | type
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Stretches of a micro-batch that attend to themselves only.
+
+    Attributes:
+        rows: for each sample the lengths of its stretches, in order; they sum to the sequence length. Numbers of the
+            host, so that cutting needs no word from the device.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, lengths: Tensor, batch: int) -> Segments:
+        """From the lengths of all stretches of a micro-batch, row after row (``segment_lengths`` of the loader)."""
+        ends = torch.cumsum(lengths, 0)
+        length, rest = divmod(int(ends[-1]), batch)
+        assert rest == 0, "the rows of a batch are equally long"
+        rows: list[list[int]] = [[] for _ in range(batch)]
+        for end, size in zip(ends.tolist(), lengths.tolist()):
+            rows[(end - 1) // length].append(size)
+        assert all(sum(row) == length for row in rows), "a stretch crosses the border of two rows"
+        return cls(tuple(map(tuple, rows)))
+
+
 class TorchCoreAttention(torch.nn.Module):
     """Causal attention by torch's scaled_dot_product_attention, query groups included."""
 
@@ -38,15 +63,37 @@ class TorchCoreAttention(torch.nn.Module):
         # under sequence parallelism the decoder has already entered the tensor-parallel random stream
         self.fork_rng = not config.sequence_parallel
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [b, heads, s, head_dim], key and value [b, groups, s, head_dim] -> [s, b, heads*head_dim]."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Optional[Segments] = None) -> Tensor:
+        """query [b, heads, s, head_dim], key and value [b, groups, s, head_dim] -> [s, b, heads*head_dim].
+
+        Args:
+            segments: attend within these stretches only (block-diagonal causal). Each is a call of its own: the blocks
+                off the diagonal are not computed, and no mask of s x s is held.
+        """
         dropout = self.dropout if self.training else 0.0
         fork = dropout > 0.0 and self.fork_rng
+        attend = partial(
+            torch.nn.functional.scaled_dot_product_attention,
+            dropout_p=dropout,
+            is_causal=True,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
-            out = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-            )
+            if segments is None or all(len(row) == 1 for row in segments.rows):
+                out = attend(query, key, value)
+            else:
+                out = _within_segments(attend, (query, key, value), segments)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _within_segments(attend: Callable[..., Tensor], heads: tuple[Tensor, ...], segments: Segments) -> Tensor:
+    """[b, heads, s, head_dim] of each stretch by itself. ``split`` and not slices: its backward is one concatenation."""
+    rows = zip(*(tensor.split(1) for tensor in heads))
+    out = [
+        torch.cat([attend(*parts) for parts in zip(*(tensor.split(list(lengths), dim=2) for tensor in row))], dim=2)
+        for row, lengths in zip(rows, segments.rows)
+    ]
+    return torch.cat(out)
 
 
 class TransformerEngineCoreAttention(torch.nn.Module):
@@ -66,8 +113,9 @@ class TransformerEngineCoreAttention(torch.nn.Module):
             pg_collection=pg_collection,
         )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Optional[Segments] = None) -> Tensor:
         """query [s, b, heads, head_dim], key and value [s, b, groups, head_dim] -> [s, b, heads*head_dim]."""
+        assert segments is None, "model.spec takes torch's attention where documents are kept apart"
         return self.inner(query, key, value, None, attn_mask_type=AttnMaskType.causal)
 
 
@@ -125,13 +173,15 @@ class SelfAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-    def forward(self, hidden_states: Tensor, rotary_tables: Tables, **_: Any) -> tuple[Tensor, Optional[Tensor]]:
+    def forward(
+        self, hidden_states: Tensor, rotary_tables: Tables, segments: Optional[Segments] = None, **_: Any
+    ) -> tuple[Tensor, Optional[Tensor]]:
         """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias."""
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (self.groups, -1, self.head_dim))
         heads = SplitAndRotate.apply(mixed, *rotary_tables, self.core_attention.heads_first)
         if self.recompute_core and self.training and torch.is_grad_enabled():
-            context = tensor_parallel.checkpoint(self.core_attention, False, *heads)
+            context = tensor_parallel.checkpoint(partial(self.core_attention, segments=segments), False, *heads)
         else:
-            context = self.core_attention(*heads)
+            context = self.core_attention(*heads, segments=segments)
         return self.linear_proj(context)

@@ -27,7 +27,7 @@ def build_model(run: RunConfig, state: ParallelState, backend: Backend, initiali
     transformer_engine = has_transformer_engine(device.type)
     if transformer_engine and run.training.deterministic:
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-    classes = implementation(transformer_engine)
+    classes = implementation(transformer_engine, run.data.reset_attention_mask)
     layout = pipeline_layout(run)
     chunks: list[torch.nn.Module] = []
     for chunk in range(layout.num_chunks):

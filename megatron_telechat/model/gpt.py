@@ -20,7 +20,8 @@ class TeleChatModel(GPTModel):
     Embedding, output layer and vocabulary-parallel cross entropy are megatron-core's; embedding and
     output layer are not tied. ``forward(tokens, position_ids, None, labels=labels)`` gives the loss of
     every token [b, s] on the last stage; without labels the logits [b, s, vocab / tp], whole with
-    ``runtime_gather_output=True``; on other stages the hidden states [s, b, hidden].
+    ``runtime_gather_output=True``; on other stages the hidden states [s, b, hidden]. ``packed_seq_params`` takes
+    `model.attention.Segments` where documents or dialogs are kept apart.
     """
 
     def __init__(

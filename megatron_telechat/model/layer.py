@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from megatron_telechat.model.attention import Segments
 from megatron_telechat.model.rotary import Tables
 
 
@@ -77,13 +78,16 @@ class DecoderLayer(MegatronModule):
         if hasattr(self.mlp, "set_layer_number"):
             self.mlp.set_layer_number(self.layer_number)
 
-    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tables, **_: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, rotary_pos_emb: Tables, packed_seq_params: Optional[Segments] = None, **_: Any
+    ) -> tuple[Tensor, None]:
         """[s (/ tp under sequence parallelism), b, hidden] -> the same; the second value is megatron-core's context.
 
         Args:
             rotary_pos_emb: the tables of `model.rotary.RotaryEmbedding`.
+            packed_seq_params: stretches that attend to themselves only; megatron-core's block hands it on under this name.
         """
-        run = partial(self._forward, rotary_tables=rotary_pos_emb)
+        run = partial(self._forward, rotary_tables=rotary_pos_emb, segments=packed_seq_params)
         if self.recompute_layer and self._recomputes():
             return tensor_parallel.checkpoint(run, False, hidden_states), None
         # pipeline schedules free a stage's output, which must not be a view for that
@@ -92,9 +96,9 @@ class DecoderLayer(MegatronModule):
     def _recomputes(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
-    def _forward(self, hidden_states: Tensor, rotary_tables: Tables) -> Tensor:
+    def _forward(self, hidden_states: Tensor, rotary_tables: Tables, segments: Optional[Segments]) -> Tensor:
         normed, release = self._norm(self.input_layernorm, hidden_states)
-        out, bias = self.self_attention(normed, rotary_tables=rotary_tables)
+        out, bias = self.self_attention(normed, rotary_tables=rotary_tables, segments=segments)
         release(out)
         hidden_states = bias_dropout_add(out, bias, hidden_states, self.dropout, self.training)
 

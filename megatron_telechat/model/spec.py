@@ -47,13 +47,18 @@ def has_transformer_engine(device_type: str) -> bool:
     return True
 
 
-def implementation(transformer_engine: bool) -> Implementation:
-    """TransformerEngine's classes, or torch's."""
+def implementation(transformer_engine: bool, segments: bool = False) -> Implementation:
+    """TransformerEngine's classes, or torch's.
+
+    Args:
+        segments: documents or dialogs are kept apart, which torch's core attention does for rows of any length.
+    """
     if not transformer_engine:
         return TORCH
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
-    return Implementation(TEColumnParallelLinear, TERowParallelLinear, TransformerEngineCoreAttention)
+    attention = TorchCoreAttention if segments else TransformerEngineCoreAttention
+    return Implementation(TEColumnParallelLinear, TERowParallelLinear, attention)
 
 
 def block_spec(run: RunConfig, layers: Sequence[int], classes: Implementation = TORCH) -> TransformerBlockSubmodules:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import NumericsError, Problem
+from megatron_telechat.model.attention import Segments
 from megatron_telechat.parallel.state import ParallelState
 
 Batch = dict[str, torch.Tensor]
@@ -62,8 +63,11 @@ def forward_step(device: torch.device, data_iterator: Optional[Iterator[Batch]],
     """
     if data_iterator is None:
         return model(None, None, None), None
-    batch = {key: value.to(device, non_blocking=True) for key, value in next(data_iterator).items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    host = next(data_iterator)
+    lengths = host.get("segment_lengths")
+    segments = None if lengths is None else Segments.of(lengths, host["tokens"].shape[0])
+    batch = {key: value.to(device, non_blocking=True) for key, value in host.items() if key != "segment_lengths"}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=segments)
     return output, partial(masked_loss, batch["loss_mask"])
 
 
@@ -72,12 +76,13 @@ def chunk_iterators(
 ) -> list[Optional[Iterator[Batch]]]:
     """One iterator of micro-batches for each model chunk of this rank that reads data, else None.
 
-    The first stage reads tokens and the last one labels; every stage reads the positions where they are
-    reset at document borders.
+    The first stage reads tokens and the last one labels; every stage reads the borders of documents where
+    positions or attention are reset there.
     """
+    resets = run.data.reset_position_ids or run.data.reset_attention_mask
     return [
         make_iterator()
-        if state.is_first_stage(chunk) or state.is_last_stage(chunk) or run.data.reset_position_ids
+        if state.is_first_stage(chunk) or state.is_last_stage(chunk) or resets
         else None
         for chunk in range(chunks)
     ]

@@ -31,6 +31,9 @@ class Numbered:
             raise OSError("Stale file handle")
         return np.full(5, sample, np.int64)
 
+    def marks(self, sample):
+        return None
+
     def origin(self, sample):
         return "numbered.bin"
 

@@ -239,7 +239,7 @@ def test_the_index_is_built_once_and_again_when_the_files_change(tmp_path, two):
 
 
 def test_an_interrupted_build_leaves_nothing_that_is_believed(tmp_path, two, monkeypatch):
-    from megatron_telechat.data import datasets
+    from megatron_telechat.data import sources
 
     run = make_run(tmp_path, data_path=two[:1])
 
@@ -247,7 +247,7 @@ def test_an_interrupted_build_leaves_nothing_that_is_believed(tmp_path, two, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(datasets.os, "rename", interrupted)
+        patch.setattr(sources.os, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_datasets(run, Rank())
     assert list((tmp_path / "cache").iterdir()) == []

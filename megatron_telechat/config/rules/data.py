@@ -60,8 +60,9 @@ def blends_can_be_read(check: Check) -> Iterator[Problem]:
                 fix="a weight for each prefix (0.7 en 0.3 zh), or for none",
             )
             continue
+        missing = _missing_dialogs if check.take("sft") else _missing_files
         for prefix in _prefixes(items):
-            yield from _missing_files(check, name, prefix)
+            yield from missing(check, name, prefix)
 
 
 def _blend_complaint(items: tuple[str, ...]) -> Optional[str]:
@@ -92,7 +93,8 @@ def _missing_files(check: Check, name: str, prefix: str) -> Iterator[Problem]:
         yield check.problem(
             f"{prefix} is raw text, training reads indexed datasets",
             name,
-            fix=f"python tools/preprocess_data.py --input {prefix} --output-prefix PREFIX ..., and name PREFIX_text_document",
+            fix=f"python tools/preprocess_data.py --input {prefix} --output-prefix PREFIX ..., and name PREFIX_text_document; "
+            "for dialogs, --sft",
         )
         return
     base = re.sub(r"\.(bin|idx)$", "", prefix)
@@ -106,6 +108,48 @@ def _missing_files(check: Check, name: str, prefix: str) -> Iterator[Problem]:
         else:
             fix = "correct the prefix (no suffix), or make the dataset with tools/preprocess_data.py"
         yield check.problem(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", name, fix=fix)
+
+
+def _missing_dialogs(check: Check, name: str, path: str) -> Iterator[Problem]:
+    if not os.path.isfile(path):
+        indexed = os.path.isfile(f"{path}.idx") or path.endswith((".bin", ".idx"))
+        fix = "drop --sft to train on indexed text, or name a jsonl file" if indexed else "correct the path of the jsonl file"
+        yield check.problem(f"sft reads jsonl files, and {path} is none", name, fix=fix)
+    elif path.endswith((".bin", ".idx", ".parquet")):
+        yield check.problem(f"sft reads jsonl files, and {path} is none", name, fix="name a file of dialogs, one a line")
+
+
+def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
+    """What fine-tuning needs, and its settings where there is none."""
+    sft, mock, model, eod = check.take("sft", "mock_data", "tokenizer_model", "eod_mask_loss")
+    if not sft:
+        for name in ("sft_template", "sft_loss_mask", "sft_system", "sft_packing", "sft_overlong"):
+            if check.said_by_person(name) and check.take(name) != fields_by_name()[name].default:
+                yield check.problem(f"{name} is given without sft, so that it means nothing", name, fix="--sft")
+        return
+    if mock:
+        yield check.problem("sft and mock_data contradict each other", "sft", "mock_data", fix="drop one of them")
+    elif model is None and not check.dry_run:
+        yield check.problem("sft encodes dialogs, for which it needs the model's tokenizer", "sft", fix="--tokenizer-model PATH")
+    if eod:
+        yield check.problem(
+            "eod_mask_loss is for indexed text; with sft the mask of the dialogs says what is learned",
+            "eod_mask_loss", "sft", fix="drop --eod-mask-loss, or choose with --sft-loss-mask",
+        )
+    system, template = check.take("sft_system", "sft_template")
+    if system is not None and template != "telechat2":
+        yield check.problem(
+            f"sft_system is given, and the template {template} has no place for a system text",
+            "sft_system", "sft_template", fix="--sft-template telechat2",
+        )
+
+
+def borders_are_known(check: Check) -> Iterator[Problem]:
+    """Options that act at the end of a document mean nothing in a stream without documents."""
+    mock, sft, model = check.take("mock_data", "sft", "tokenizer_model")
+    for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
+        if check.take(name) and mock and not sft and model is not None:
+            yield check.problem(f"{name} has no documents to act on in mock_data", name, "mock_data", fix="drop one of them")
 
 
 def data_json_is_there(check: Check) -> Iterator[Problem]:
@@ -168,11 +212,9 @@ def tokenizer_is_there(check: Check) -> Iterator[Problem]:
 
 
 def end_of_document_is_known(check: Check) -> Iterator[Problem]:
-    model, kind, mask, reset, mock = check.take(
-        "tokenizer_model", "tokenizer_type", "eod_mask_loss", "reset_position_ids", "mock_data"
-    )
-    for name, on in (("eod_mask_loss", mask), ("reset_position_ids", reset)):
-        if on and model is None and kind != "NullTokenizer":
+    model, kind, sft = check.take("tokenizer_model", "tokenizer_type", "sft")
+    for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
+        if check.take(name) and model is None and kind != "NullTokenizer" and not sft:
             yield check.problem(
                 f"{name} needs the end-of-document token, which only a tokenizer tells",
                 name,
@@ -188,4 +230,6 @@ RULES: tuple[Rule, ...] = (
     evaluation_has_data,
     tokenizer_is_there,
     end_of_document_is_known,
+    borders_are_known,
+    fine_tuning_is_whole,
 )

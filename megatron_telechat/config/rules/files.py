@@ -54,6 +54,17 @@ def pretrained_weights_are_there(check: Check) -> Iterator[Problem]:
         )
 
 
+def finetune_has_weights(check: Check) -> Iterator[Problem]:
+    finetune, path = check.take("finetune", "pretrained_checkpoint")
+    if finetune and path is None:
+        yield check.problem(
+            "finetune begins with the weights of another run, and none is named",
+            "finetune",
+            "load",
+            fix="--load FOLDER (other than --save) or --pretrained-checkpoint FOLDER",
+        )
+
+
 def wandb_name_needs_project(check: Check) -> Iterator[Problem]:
     project, name = check.take("wandb_project", "wandb_exp_name")
     if name is not None and project is None:
@@ -66,5 +77,6 @@ RULES: tuple[Rule, ...] = (
     folders_are_folders,
     checkpoint_to_resume_from,
     pretrained_weights_are_there,
+    finetune_has_weights,
     wandb_name_needs_project,
 )

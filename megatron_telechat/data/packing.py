@@ -1,0 +1,207 @@
+"""Dialogs packed into rows of the sequence length, none lost, in an order that seed and epoch decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Optional
+
+import numpy as np
+
+from megatron_telechat.config.schema import DataConfig
+from megatron_telechat.data.chat_files import ChatDataset
+from megatron_telechat.data.chat_template import ANSWER, learned
+from megatron_telechat.data.samples import Marks, share_of
+from megatron_telechat.errors import DataError
+
+OPEN_ROWS = 32
+"""Rows that wait for a dialog that still fits."""
+
+
+@dataclass(frozen=True)
+class Usable:
+    """The dialogs of a split that something is learned from.
+
+    Attributes:
+        dialogs: int32, numbers of the dialogs.
+        lengths: int32, tokens of each that are used.
+        cut: how many are cut to the row.
+        without_answer: how many are left out, because no token of an answer lies within the row.
+        too_long: how many are left out, because they are longer than a row and may not be cut.
+    """
+
+    dialogs: np.ndarray
+    lengths: np.ndarray
+    cut: int
+    without_answer: int
+    too_long: int
+
+
+def usable_dialogs(dataset: ChatDataset, dialogs: range, row: int, overlong: str) -> Usable:
+    """Dialogs of a range that fit into a row of this many tokens, or are cut to it (``overlong``: truncate or drop)."""
+    numbers = np.arange(dialogs.start, dialogs.stop, dtype=np.int32)
+    lengths = dataset.sequence_lengths[dialogs.start : dialogs.stop].astype(np.int32)
+    long = lengths > row
+    keep = ~long if overlong == "drop" else np.ones_like(long)
+    for at in np.flatnonzero(long & keep):
+        # The first token of a row is nobody's label.
+        keep[at] = bool(np.any(dataset.roles_of(int(numbers[at]))[1:row] == ANSWER))
+    dropped = int(long.sum()) if overlong == "drop" else 0
+    empty = int((~keep).sum()) - dropped
+    return Usable(numbers[keep], np.minimum(lengths, row)[keep], int((long & keep).sum()), empty, dropped)
+
+
+def epochs(dialogs: int, seed: int, split: str) -> Iterator[np.ndarray]:
+    """The order of the dialogs of one epoch after the other."""
+    number = 0
+    while True:
+        key = (seed, number, *split.encode())
+        yield np.random.default_rng(key).permutation(dialogs)
+        number += 1
+
+
+def pack(lengths: np.ndarray, row: int, orders: Iterator[np.ndarray], rows_wanted: Optional[int], packing: bool) -> list[list[int]]:
+    """Rows of dialogs whose lengths sum to ``row`` at most.
+
+    Args:
+        lengths: tokens of each dialog, none longer than a row.
+        orders: orders of the epochs; packing goes on over their border.
+        rows_wanted: stop at this many rows; unset: one epoch, the last rows included.
+        packing: False puts every dialog into a row of its own.
+
+    A dialog joins the first open row with room for it, else it begins a new one and the oldest is closed; an epoch ends with
+    all but its newest row closed. So none is lost, whatever its length, and none waits for long. The first rows do not
+    depend on how many are wanted.
+    """
+    done: list[list[int]] = []
+    open_rows: list[list[int]] = []
+    room: list[int] = []
+
+    def close(at: int) -> None:
+        done.append(open_rows.pop(at))
+        room.pop(at)
+
+    for order in orders:
+        for dialog in order.tolist():
+            length = int(lengths[dialog])
+            place = next((at for at, free in enumerate(room) if free >= length), None) if packing else None
+            if place is None:
+                place = len(room)
+                open_rows.append([])
+                room.append(row)
+            open_rows[place].append(dialog)
+            room[place] -= length
+            if room[place] == 0 or not packing:
+                close(place)
+            elif len(room) > OPEN_ROWS:
+                close(0)
+            if rows_wanted is not None and len(done) >= rows_wanted:
+                return done[:rows_wanted]
+        while len(room) > 1:
+            close(0)
+        if rows_wanted is None:
+            break
+    return (done + open_rows)[:rows_wanted]
+
+
+class ChatSamples:
+    """Packed rows of one encoded file, as a source of samples of ``sequence_length`` + 1 tokens.
+
+    Args:
+        dataset: the encoded file.
+        share: (begin, end) of its dialogs that belong to this split.
+        num_samples: rows that are needed, reading the dialogs again as often as it takes; None: one epoch.
+        split: train, valid or test.
+        data: the data section: convention of the mask, packing, what becomes of long dialogs.
+        cache: folder that the rows are kept in.
+        name: of the files there.
+
+    Raises:
+        DataError: no dialog of the split can be used.
+    """
+
+    def __init__(
+        self,
+        dataset: ChatDataset,
+        share: tuple[float, float],
+        num_samples: Optional[int],
+        split: str,
+        sequence_length: int,
+        seed: int,
+        data: DataConfig,
+        cache: Path,
+        name: str,
+    ):
+        self.dataset = dataset
+        self.sequence_length = sequence_length
+        self.row = sequence_length + 1
+        self.convention = data.sft_loss_mask
+        self.usable = usable_dialogs(dataset, share_of(dataset, share), self.row, data.sft_overlong)
+        if not self.usable.dialogs.size:
+            raise DataError(
+                f"the {split} split of {dataset.source} holds no dialog that can be used: "
+                f"{self.usable.too_long + self.usable.without_answer} are too long for --seq-length {sequence_length}",
+                dataset.source,
+                "give it a larger share with --split, more dialogs, or raise --seq-length",
+            )
+        paths = (cache / f"{name}-dialogs.npy", cache / f"{name}-rows.npy")
+        if not all(path.exists() for path in paths):
+            orders = epochs(self.usable.dialogs.size, seed, split)
+            rows = pack(self.usable.lengths, self.row, orders, num_samples, data.sft_packing)
+            np.save(paths[0], np.array([dialog for row in rows for dialog in row], np.int32))
+            np.save(paths[1], np.cumsum([0, *map(len, rows)], dtype=np.int64))
+        self._items, self._rows = (np.load(path, mmap_mode="r") for path in paths)
+
+    def __len__(self) -> int:
+        return self._rows.shape[0] - 1
+
+    def dialogs(self, sample: int) -> list[int]:
+        """Numbers of the dialogs of a row, in order."""
+        items = self._items[int(self._rows[sample]) : int(self._rows[sample + 1])]
+        return [int(self.usable.dialogs[item]) for item in items]
+
+    def tokens(self, sample: int) -> np.ndarray:
+        """int64 [sequence_length + 1], padded at the end."""
+        out = np.full(self.row, self.dataset.pad, np.int64)
+        at = 0
+        for dialog in self.dialogs(sample):
+            part = self.dataset[dialog][: self.row]
+            out[at : at + part.size] = part
+            at += part.size
+        return out
+
+    def marks(self, sample: int) -> Marks:
+        """Which tokens are learned, and where dialogs (and the padding) begin."""
+        is_learned = np.zeros(self.row, bool)
+        starts = []
+        at = 0
+        for dialog in self.dialogs(sample):
+            roles = self.dataset.roles_of(dialog)[: self.row]
+            is_learned[at : at + roles.size] = learned(roles, self.convention)
+            starts.append(at)
+            at += roles.size
+        return Marks(is_learned, np.array([*starts, at] if at < self.row else starts, np.int64))
+
+    def origin(self, sample: int) -> str:
+        """Where the dialogs of a row come from, for messages."""
+        names = [str(int(self.dataset.lines[dialog])) for dialog in self.dialogs(sample)]
+        return f"{self.dataset.source}, lines {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+
+    def find_token(self, sample: int, token: int) -> str:
+        """The line of the first dialog of the row that holds a token."""
+        for dialog in self.dialogs(sample):
+            if np.any(self.dataset[dialog] == token):
+                return self.dataset.origin(dialog)
+        return self.origin(sample)
+
+    def summary(self, split: str, drawn: int) -> str:
+        """The line of the banner."""
+        used = self._items[: int(self._rows[min(drawn, len(self))])]
+        fill = float(self.usable.lengths[used].sum(dtype=np.int64)) / max(1, min(drawn, len(self)) * self.row)
+        left = {"cut to the row": self.usable.cut, "left out as too long": self.usable.too_long,
+                "left out, their answer lies beyond the row": self.usable.without_answer}
+        notes = "".join(f", {count:,} {what}" for what, count in left.items() if count)
+        return (
+            f"{split}: {self.dataset.source}  {self.usable.dialogs.size:,} dialogs{notes}  "
+            f"{drawn:,} samples = {used.size / self.usable.dialogs.size:.2f} epochs, {fill:.1%} of a row filled"
+        )
