@@ -1,0 +1,157 @@
+"""Fine-tuning runs of one model on many layouts, with and without borders: losses, tokens that counted, a resume, a begin."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.harness import Cases  # noqa: E402
+from tests.training.runs import DENSE, make_trainer  # noqa: E402
+
+STEPS = 6
+BASE = [
+    *(word for word in DENSE if word != "--mock-data"),
+    *"--vocab-size 320 --seq-length 64 --global-batch-size 8 --sft --split 1 --num-workers 1".split(),
+    *("--train-iters", str(STEPS)),
+]
+RESETS = "--reset-position-ids --reset-attention-mask"
+TP2 = "--tensor-model-parallel-size 2"
+PP2 = "--pipeline-model-parallel-size 2"
+
+RUNS = {
+    1: {
+        "plain": "",
+        "plain_mbs8": "--micro-batch-size 8",
+        "plain_answer": "--sft-loss-mask answer",
+        "reset": RESETS,
+        "reset_recompute_full": f"{RESETS} --recompute-granularity full",
+        "reset_recompute_selective": f"{RESETS} --recompute-granularity selective --recompute-modules core_attn",
+        "reset_alone": f"{RESETS} --no-sft-packing",
+    },
+    2: {
+        "plain_dp2": "",
+        "plain_pp2": PP2,
+        "reset_dp2_mbs1": f"{RESETS} --micro-batch-size 1",
+        "reset_tp2": f"{RESETS} {TP2}",
+        "reset_pp2": f"{RESETS} {PP2}",
+        "reset_pp2_interleaved": f"{RESETS} {PP2} --num-virtual-stages-per-pipeline-rank 2",
+        "attention_alone_pp2": f"--reset-attention-mask {PP2}",
+    },
+}
+
+cases = Cases()
+
+
+def flags_of(text: str) -> list[str]:
+    folder = Path(os.environ["FINETUNE_DIR"])
+    data = ["--data-path", str(folder / "d.jsonl"), "--tokenizer-model", str(folder / "tokenizer.json")]
+    return [*BASE, *data, *text.split()]
+
+
+def results_of(trainer) -> dict:
+    iterators = trainer.training_iterators()
+    results = [trainer.take_step(iterators)[0] for _ in range(trainer.run.training.train_iters - trainer.step)]
+    return {"loss": [r.loss for r in results], "tokens": [r.tokens for r in results], "norm": [r.grad_norm for r in results]}
+
+
+def run_case(name: str, text: str) -> dict:
+    trainer = make_trainer(flags_of(text), Path(os.environ["FINETUNE_DIR"]) / name)
+    try:
+        return results_of(trainer)
+    finally:
+        trainer.release()
+
+
+for _name, _text in RUNS[int(os.environ.get("WORLD_SIZE", "1"))].items():
+    cases.add(_name, lambda name=_name, text=_text: run_case(name, text))
+
+if os.environ.get("WORLD_SIZE", "1") == "1":
+    from megatron_telechat import parallel
+
+    @cases.case
+    def a_row_alone() -> dict:
+        """The losses of the dialogs of a row, each computed in a row of its own, against the packed row."""
+        import torch
+
+        from megatron_telechat.model.attention import Segments
+
+        trainer = make_trainer(flags_of(RESETS), Path(os.environ["FINETUNE_DIR"]) / "row")
+        try:
+            model = trainer.chunks[0]
+            model.eval()
+            rows = (trainer.datasets.train.batch([sample]) for sample in range(20))
+            batch = next(row for row in rows if row["segment_lengths"].numel() > 3)
+            lengths = batch["segment_lengths"]
+            with torch.no_grad():
+                packed = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"],
+                               packed_seq_params=Segments.of(lengths, 1))[0]
+                at, alone = 0, []
+                for length in lengths.tolist():
+                    row = {name: torch.zeros_like(batch[name]) for name in ("tokens", "labels")}
+                    for name in row:
+                        row[name][0, :length] = batch[name][0, at : at + length]
+                    places = torch.arange(row["tokens"].shape[1])[None]
+                    alone.append(model(row["tokens"], places, None, labels=row["labels"])[0, :length])
+                    at += length
+                leaky = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])[0]
+            return {
+                "segments": lengths.tolist(),
+                "error": float((packed - torch.cat(alone)).abs().max()),
+                "leak": float((leaky - torch.cat(alone)).abs().max()),
+            }
+        finally:
+            trainer.release()
+
+    @cases.case
+    def stopped_and_resumed() -> dict:
+        folder = Path(os.environ["FINETUNE_DIR"])
+        flags = flags_of(RESETS)
+        first = make_trainer([*flags, "--exit-interval", "3"], folder / "stopped")
+        try:
+            first.fit()
+        finally:
+            first.release()
+        parallel.destroy(keep_world=True)
+        second = make_trainer([*flags, "--micro-batch-size", "4"], folder / "stopped")
+        try:
+            found = results_of(second)
+            return {**found, "from": second.resumed.step}
+        finally:
+            second.release()
+
+    @cases.case
+    def begun_from_other_weights() -> dict:
+        """--finetune --load: weights of the run above, step 0, and the run's own folder from then on."""
+        folder = Path(os.environ["FINETUNE_DIR"])
+        flags = [*flags_of(RESETS), "--finetune", "--load", str(folder / "stopped" / "checkpoints"), "--seed", "5", "--exit-interval", "2"]
+        first = make_trainer(flags, folder / "begun")
+        try:
+            started = first.step, bool(first.resumed)
+            first.fit()
+        finally:
+            first.release()
+        parallel.destroy(keep_world=True)
+        second = make_trainer(flags, folder / "begun")
+        try:
+            return {"started": started, "then": second.step, "load": second.run.checkpoint.load}
+        finally:
+            second.release()
+
+    @cases.case
+    def other_mask_on_resume() -> str:
+        from megatron_telechat.errors import DataError
+
+        folder = Path(os.environ["FINETUNE_DIR"])
+        try:
+            make_trainer([*flags_of(RESETS), "--sft-loss-mask", "answer"], folder / "stopped").release()
+        except DataError as error:
+            return error.render()
+        return "went on"
+
+
+if __name__ == "__main__":
+    cases.main()
