@@ -18,7 +18,9 @@ def version() -> str:
 PLOT = ["matplotlib>=3.7"]
 WANDB = ["wandb>=0.16"]
 TENSORBOARD = ["tensorboard>=2.14"]
-TEST = ["pytest>=7.4", "transformers>=5.0", *PLOT]
+TIKTOKEN = ["tiktoken>=0.7"]
+DATA = ["gigatoken>=0.10", "zstandard>=0.22", "pyarrow>=16.0", *TIKTOKEN]
+TEST = ["pytest>=7.4", "transformers>=5.0", *PLOT, *DATA]
 
 setup(
     name="megatron_telechat",
@@ -47,9 +49,10 @@ setup(
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
         "plot": PLOT,
-        "tiktoken": ["tiktoken>=0.7"],
+        "tiktoken": TIKTOKEN,
+        "data": DATA,
         "test": TEST,
-        "all": [*WANDB, *TENSORBOARD, *PLOT, *TEST],
+        "all": [*WANDB, *TENSORBOARD, *PLOT, *DATA, *TEST],
     },
     classifiers=[
         "Programming Language :: Python :: 3.10",

@@ -32,7 +32,7 @@ MAY_IMPORT = {
 WITHOUT_TORCH = ("errors", "config", "costs", "planner")
 HEAVY = {"torch", "megatron", "transformer_engine", "torch_npu", "apex", "transformers", "safetensors", "matplotlib"}
 OPTIONAL = {"transformer_engine", "transformer_engine_torch", "apex", "amp_C", "wandb", "matplotlib", "torch_npu", "tensorboard",
-            "tiktoken", "transformers"}  # fmt: skip
+            "tiktoken", "transformers", "gigatoken", "zstandard", "pyarrow"}  # fmt: skip
 
 
 class Imported(NamedTuple):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import sys
+import threading
 import time
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 from megatron_telechat.cli.tool import ToolParser, natural, positive, run_tool
-from megatron_telechat.errors import EXIT_OK, ConfigError
+from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, ConfigError
 
 # Flags of Megatron's tool that are not taken over, and what to do in their place.
 REFUSED = {
-    "--partitions": "one run reads all files; give --workers and several --input",
+    "--partitions": "one run reads all files; give --workers, or --shard I/N on several machines",
     "--split-sentences": "sentence splitting serves BERT; GPT-style training reads documents",
     "--keep-newlines": "newlines are always kept",
     "--lang": "it goes with --split-sentences, which serves BERT",
@@ -26,7 +29,7 @@ REFUSED = {
 def build_parser() -> ToolParser:
     parser = ToolParser(prog="tools/preprocess_data.py", description=__doc__.split(": ", 1)[1])
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="jsonl files (also .gz), globs or folders")
+    add("--input", nargs="+", required=True, help="jsonl (also .gz, .zst) and parquet files, globs or folders")
     add("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin and .idx")
     add("--json-keys", nargs="+", default=["text"], help="keys of the texts (default: text)")
     add("--tokenizer-type", help="HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer, NullTokenizer; "
@@ -35,14 +38,45 @@ def build_parser() -> ToolParser:
     add("--vocab-size", type=positive(int), help="ids of a NullTokenizer")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--workers", type=positive(int), default=os.cpu_count() or 1, help="threads (default: the cores of this machine)")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="what a bad line does (default: fail)")
+    add("--on-error", choices=("fail", "skip", "quarantine"), default="fail",
+        help="a bad line ends the run, is left out and listed, or is put aside as well (default: fail)")
+    add("--engine", default="auto", help="auto, gigatoken, tiktoken or reference (default: the fastest that gives the tokenizer's own ids)")
+    add("--shard", type=_shard, metavar="I/N", help="part I of N (from 0), for several machines; join them with tools/merge_data.py")
     add("--log-interval", type=natural, default=10000, help="documents between progress lines; 0: none")
     return parser
 
 
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit() or not int(index) < int(count):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part I/N with 0 <= I < N")
+    return int(index), int(count)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the tool; returns the exit code (0 done, 2 arguments, 3 data, 6 disk)."""
+    """Run the tool; returns the exit code (0 done, 2 arguments, 3 data, 6 disk, 75 stopped by a signal)."""
     return run_tool(_run, argv)
+
+
+class _Signals:
+    """SIGTERM and SIGINT ask for a stop at the next block; a second one ends the process at once."""
+
+    def __init__(self):
+        self.seen = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _take(self, number: int, frame: Any) -> None:
+        self.seen = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *unused: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _run(argv: list[str]) -> int:
@@ -51,28 +85,40 @@ def _run(argv: list[str]) -> int:
         if word.startswith("--") and flag in REFUSED:
             raise ConfigError(f"{flag} is refused", "command line", REFUSED[flag])
     args = build_parser().parse_args(argv)
-    from megatron_telechat.data.preprocess import preprocess
+    from megatron_telechat.data.preprocess import Interrupted, preprocess
     from megatron_telechat.data.tokenizers import build_tokenizer
 
     begin = time.monotonic()
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
-    report = preprocess(
-        args.input,
-        args.output_prefix,
-        tokenizer,
-        json_keys=args.json_keys,
-        append_eod=args.append_eod,
-        workers=args.workers,
-        on_error=args.on_error,
-        log_interval=args.log_interval,
-    )
-    elapsed = time.monotonic() - begin
+    with _Signals() as signals:
+        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
+        try:
+            report = preprocess(
+                args.input,
+                args.output_prefix,
+                tokenizer,
+                json_keys=args.json_keys,
+                append_eod=args.append_eod,
+                workers=args.workers,
+                on_error=args.on_error,
+                log_interval=args.log_interval,
+                engine=args.engine,
+                shard=args.shard,
+                stop=lambda: signals.seen,
+            )
+        except Interrupted:
+            print("stopped by a signal; the same command goes on", file=sys.stderr)
+            return EXIT_SIGNAL
+    _print(report, time.monotonic() - begin)
+    return EXIT_OK
+
+
+def _print(report: Any, elapsed: float) -> None:
     for line in report.bad:
         print(f"skipped {line}", file=sys.stderr)
     if report.skipped > len(report.bad):
-        print(f"skipped {report.skipped - len(report.bad):,} more", file=sys.stderr)
+        print(f"skipped {report.skipped - len(report.bad):,} more; the list is beside the output", file=sys.stderr)
     print(f"documents: {report.documents_in:,} in = {report.documents_out:,} out + {report.skipped:,} skipped")
-    for key, tokens in report.tokens.items():
-        print(f"{args.output_prefix}_{key}_document: {tokens:,} tokens")
-    print(f"{report.input_bytes / 1e6:.1f} MB in {elapsed:.1f} s ({report.input_bytes / 1e6 / elapsed:.1f} MB/s)")
-    return EXIT_OK
+    for output, tokens in zip(report.outputs, report.tokens.values()):
+        print(f"{output}: {tokens:,} tokens")
+    done = report.input_bytes - report.resumed_bytes
+    print(f"{done / 1e6:.1f} MB in {elapsed:.1f} s ({done / 1e6 / elapsed:.1f} MB/s, engine {report.engine})")

@@ -18,13 +18,9 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from megatron_telechat.data.index_file import DTYPES, HEADER_BYTES, MAGIC, write_index
 from megatron_telechat.errors import DataError, ResourceError
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
-DTYPES: dict[int, type] = {
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
-}
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 # Bytes hashed at each end of a file for its fingerprint: enough to notice another file, cheap on any size.
 _DIGEST_BYTES = 1 << 16
@@ -120,7 +116,7 @@ class IndexedWriter:
             _refuse_full_disk(error, self._bin_partial, (self.tokens + tokens.size) * self.dtype.itemsize)
             raise ResourceError(f"cannot write {self._bin_partial}: {error}") from error
         self._lengths.append(lengths.astype(np.int32))
-        self._sequences_per_document.append(sequences_per_document.astype(np.int64))
+        self._sequences_per_document.append(sequences_per_document.astype(np.int32))
         self.documents += sequences_per_document.size
         self.tokens += tokens.size
 
@@ -142,23 +138,20 @@ class IndexedWriter:
         Raises:
             ResourceError: the disk is full; the partial files are removed.
         """
-        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
-        counts = np.concatenate(self._sequences_per_document) if self._sequences_per_document else np.empty(0, np.int64)
+        sequences = sum(array.size for array in self._lengths)
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             with open(self._idx_partial, "wb") as file:
-                _write_index(file, self.dtype, lengths, counts)
-                file.flush()
-                os.fsync(file.fileno())
+                write_index(file, self.dtype, sequences, self.documents, lambda: self._lengths, lambda: self._sequences_per_document)
             # An old index beside a new .bin would be a readable lie: take it away first, put the new one last.
             self._idx.unlink(missing_ok=True)
             os.replace(self._bin_partial, self._bin)
             os.replace(self._idx_partial, self._idx)
         except OSError as error:
             self.abort()
-            _refuse_full_disk(error, self._bin, self.tokens * self.dtype.itemsize + lengths.size * 12 + counts.size * 8)
+            _refuse_full_disk(error, self._bin, self.tokens * self.dtype.itemsize + sequences * 12 + self.documents * 8)
             raise ResourceError(f"cannot write {self.prefix}.bin/.idx: {error}") from error
 
     def abort(self) -> None:
@@ -169,18 +162,6 @@ class IndexedWriter:
             pass  # a full disk refuses the last flush; the file goes away in the next line
         for path in (self._bin_partial, self._idx_partial):
             path.unlink(missing_ok=True)
-
-
-def _write_index(file, dtype: np.dtype, lengths: np.ndarray, sequences_per_document: np.ndarray) -> None:
-    code = next(code for code, kind in DTYPES.items() if np.dtype(kind) == dtype)
-    offsets = np.zeros(lengths.size, np.int64)
-    np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-    offsets *= dtype.itemsize
-    boundaries = np.zeros(sequences_per_document.size + 1, np.int64)
-    np.cumsum(sequences_per_document, out=boundaries[1:])
-    file.write(MAGIC + struct.pack("<QBQQ", 1, code, lengths.size, boundaries.size))
-    for array in (lengths, offsets, boundaries):
-        file.write(memoryview(array).cast("B") if array.size else b"")
 
 
 class IndexedDataset:

@@ -1,35 +1,47 @@
-"""jsonl to indexed datasets: what Megatron's ``tools/preprocess_data.py`` writes, byte for byte.
+"""jsonl and parquet to indexed datasets: what Megatron's ``tools/preprocess_data.py`` writes, byte for byte.
 
-One thread reads and writes, others parse and encode (the tokenizers let go of the interpreter lock). Groups of
-lines in flight are limited, so memory does not grow with the input; there are no processes to lose.
+One thread reads ahead, others parse and encode, this one writes; the encoders work without the interpreter lock. Blocks
+under way are limited, so memory does not grow with the input; there are no processes to lose.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
 
 import numpy as np
 
-from megatron_telechat.data.indexed import IndexedWriter, token_dtype
-from megatron_telechat.data.text_input import BadLine, Line, chunks, find_inputs, parse_document, read_lines
+from megatron_telechat.data.blocks import Block, Span, read_blocks, shard_of, spans
+from megatron_telechat.data.encode import Encoded, encode_block
+from megatron_telechat.data.engines import Engine, EngineUnfit, engine_names, limit_threads, open_engine
+from megatron_telechat.data.indexed import token_dtype
+from megatron_telechat.data.self_check import EngineDiffers, SelfCheck
+from megatron_telechat.data.text_input import find_inputs, quoted
 from megatron_telechat.data.tokenizers import Tokenizer
-from megatron_telechat.errors import ConfigError, DataError
+from megatron_telechat.data.workspace import Workspace
+from megatron_telechat.errors import ConfigError, DataError, UserError
 
-# Bad lines that are remembered word for word; all are counted.
+# Bad lines that are remembered word for word; all are counted and written to a list.
 REMEMBERED = 20
+JOURNAL_SECONDS = 5.0
+ON_ERROR = ("fail", "skip", "quarantine")
+_LISTS = {"fail": (), "skip": ("skipped.txt",), "quarantine": ("skipped.txt", "quarantine.jsonl")}
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; what it did is kept where the journal says so."""
 
 
 @dataclass
 class Report:
-    """Counts of one run: documents_in = documents_out + skipped."""
+    """Counts of one run, resumed parts included: documents_in = documents_out + skipped."""
 
     documents_in: int = 0
     documents_out: int = 0
@@ -37,16 +49,27 @@ class Report:
     input_bytes: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
+    engine: str = ""
+    resumed_bytes: int = 0
+    outputs: list[str] = field(default_factory=list)
 
 
-@dataclass
-class Encoded:
-    """One group of lines: for each key flat tokens, sequence lengths and sequences of each document."""
+@dataclass(frozen=True)
+class Job:
+    """What does not change while a run goes."""
 
-    keys: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
-    documents: int
-    bad: list[tuple[str, str]]
-    input_bytes: int
+    files: list[Path]
+    parts: list[Span]
+    keys: tuple[str, ...]
+    tokenizer: Tokenizer
+    eod: Optional[int]
+    workers: int
+    on_error: str
+    shard: Optional[tuple[int, int]]
+    log_interval: int
+    log: Callable[[str], None]
+    stop: Callable[[], bool]
+    journal_seconds: float
 
 
 def preprocess(
@@ -59,69 +82,209 @@ def preprocess(
     workers: int = 1,
     on_error: str = "fail",
     log_interval: int = 1000,
+    engine: str = "auto",
+    shard: Optional[tuple[int, int]] = None,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    stop: Callable[[], bool] = lambda: False,
+    journal_seconds: float = JOURNAL_SECONDS,
 ) -> Report:
-    """Write ``{output_prefix}_{key}_document.bin/.idx`` for each key.
+    """Write ``{output_prefix}_{key}_document.bin/.idx`` and checksums for each key.
 
     Args:
         inputs: files, globs, folders.
         append_eod: end each document that has a token with the tokenizer's end-of-document id.
-        workers: threads that parse and encode.
-        on_error: ``fail`` at the first bad line, or ``skip`` and count.
+        workers: threads that encode.
+        on_error: a bad line ends the run (``fail``), is left out and listed (``skip``), or is put aside (``quarantine``).
         log_interval: documents between two progress lines.
+        engine: ``auto``, or one of ``engines.ENGINES``.
+        shard: (i, n): only part i of n, 0 <= i < n, written under ``{output_prefix}.shard-i-of-n``.
+        stop: asked after each block; true ends the run with ``Interrupted``.
 
     Raises:
-        ConfigError: append_eod with a tokenizer that has no end-of-document id.
+        ConfigError: append_eod with a tokenizer that has no end-of-document id; an engine that cannot be used.
         DataError: a bad line (file:line and the reason), no input, no document at all. Nothing is written then.
-        ResourceError: the output cannot be written.
+        ResourceError: the output cannot be written, or another run writes it.
+        Interrupted: ``stop`` said so.
     """
     if append_eod and tokenizer.eod is None:
         raise ConfigError("--append-eod: the tokenizer has no end-of-document token", "--tokenizer-model",
                           "use a tokenizer with <_end>, </s> or <|endoftext|>, or drop --append-eod")
-    # Our threads encode side by side; the tokenizer must not start as many again under each of them.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    keys = tuple(dict.fromkeys(json_keys))
+    if unfit := [key for key in keys if not key or "/" in key or "\0" in key]:
+        raise ConfigError(f"the key {unfit[0]!r} cannot be part of a file name", "--json-keys", "rename the key in the input")
+    limit_threads(workers)
     files = find_inputs(inputs)
-    report = Report()
-    progress = Progress(files, log_interval, log)
-    eod = tokenizer.eod if append_eod else None
-    with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(IndexedWriter(f"{output_prefix}_{key}_document", token_dtype(tokenizer.vocab_size)))
-            for key in dict.fromkeys(json_keys)
-        }
-        keys = tuple(writers)
-        for group in _in_order(chunks(read_lines(files)), lambda g: encode_lines(g, keys, tokenizer, eod), workers):
-            _take_bad(group, report, on_error)
-            for key, arrays in group.keys.items():
-                writers[key].add_documents(*arrays)
-            report.documents_in += group.documents + len(group.bad)
-            report.documents_out += group.documents
-            report.input_bytes += group.input_bytes
-            progress.step(report)
-        if not report.documents_out:
-            what = "the input holds no document" if not report.skipped else f"all {report.skipped:,} documents are bad"
-            raise DataError(what, ", ".join(map(str, files[:3])), "nothing was written")
-    report.tokens = {key: writer.tokens for key, writer in writers.items()}
+    parts = spans(files)
+    prefix = output_prefix
+    if shard is not None:
+        parts, prefix = shard_of(parts, *shard), f"{output_prefix}.shard-{shard[0]}-of-{shard[1]}"
+    job = Job(files, parts, keys, tokenizer, tokenizer.eod if append_eod else None, workers, on_error, shard, log_interval,
+              log, stop, journal_seconds)
+    work = Workspace(prefix, keys, token_dtype(tokenizer.vocab_size), _identity(job), _LISTS[on_error])
+    try:
+        return _with_engines(job, work, engine)
+    except OSError as error:
+        refused = work.refused(error, _needed(work, job))
+        _leave(work)
+        raise refused from error
+    except Interrupted:
+        _leave(work)
+        raise
+    except BaseException as error:
+        work.remove() if isinstance(error, UserError) else _leave(work)
+        raise
+
+
+def _leave(work: Workspace) -> None:
+    """Keep the folder only if the same command can go on from it."""
+    work.close() if work.journalled else work.remove()
+
+
+def _identity(job: Job) -> Optional[dict[str, Any]]:
+    """What the output depends on; None where the tokenizer cannot be told from another."""
+    digest = getattr(job.tokenizer, "digest", None)
+    if digest is None:
+        return None
+    stats = [path.stat() for path in job.files]
+    listing = json.dumps([[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(job.files, stats)])
+    return {
+        "format": 1,
+        "inputs": hashlib.sha256(listing.encode()).hexdigest(),
+        "tokenizer": digest,
+        "keys": list(job.keys),
+        "eod": job.eod,
+        "on_error": job.on_error,
+        "shard": list(job.shard) if job.shard else None,
+    }
+
+
+def _needed(work: Workspace, job: Job) -> int:
+    """Bytes of the whole output, by what the part written so far took; a token for two bytes where nothing is."""
+    total = sum(path.stat().st_size for path in job.files) // (job.shard[1] if job.shard else 1)
+    done = work.source_bytes
+    if done < 1 << 16 or not work.output_bytes:
+        return max(work.output_bytes, total * work.dtype.itemsize // 2)
+    return max(work.output_bytes, round(work.output_bytes * max(1.0, total / done)))
+
+
+def _with_engines(job: Job, work: Workspace, wanted: str) -> Report:
+    names = engine_names(wanted, job.tokenizer)
+    resume = True
+    for place, name in enumerate(names):
+        following = names[place + 1] if place + 1 < len(names) else None
+        try:
+            return _run(job, work, open_engine(name, job.tokenizer, job.workers), resume)
+        except (EngineUnfit, EngineDiffers) as error:
+            if following is None:
+                raise ConfigError(f"--engine {name} cannot be used: {error}", "--engine", "leave --engine away") from error
+            resume = resume and not isinstance(error, EngineDiffers)
+            again = "" if isinstance(error, EngineUnfit) else "; what it wrote is thrown away"
+            job.log(f"engine {name} is not used ({error}){again}; next: {following}")
+    raise AssertionError("engine_names gives at least one name")
+
+
+def _run(job: Job, work: Workspace, engine: Engine, resume: bool) -> Report:
+    """One pass over the input with one engine."""
+    position = work.load() if resume else None
+    report = Report(**(position or {}).get("report", {}))
+    if position and position.get("renamed"):
+        job.log("an earlier run of this command had all but renamed its files: done now")
+        return _reported(work, report)
+    work.open(fresh=position is None)
+    parts, first_part = job.parts, 0
+    if position:
+        first_part, begin = position["span"], position["skip"]
+        parts = [replace(job.parts[first_part], skip=begin, line=position["line"]), *job.parts[first_part + 1:]]
+        report.resumed_bytes = report.input_bytes
+        job.log(f"an earlier run of this command left {report.documents_in:,} documents: going on from there")
+    report.engine = engine.name
+    progress = Progress(job, report)
+    with SelfCheck(engine, job.tokenizer) as check:
+        journalled = time.monotonic()
+        for block, encoded in _pipeline(job, parts, engine):
+            check.settle(wait=False)
+            check.offer(*encoded.sample)
+            _take(work, job, report, block, encoded)
+            work.source_bytes = report.input_bytes
+            progress.step()
+            stopping = job.stop()
+            if stopping or time.monotonic() - journalled > job.journal_seconds:
+                check.settle()
+                work.journal(_position(report, first_part + block.span, block.done, block.end_line))
+                journalled = time.monotonic()
+            if stopping:
+                raise Interrupted
+        check.settle()
+    if not report.documents_out and job.shard is None:
+        what = "the input holds no document" if not report.skipped else f"all {report.skipped:,} documents are bad"
+        raise DataError(what, quoted(job.files), "nothing was written")
+    position = _position(report, len(job.parts), 0, 1)
+    work.finish(position)
+    return _reported(work, report)
+
+
+def _reported(work: Workspace, report: Report) -> Report:
+    report.outputs = [work.final(key) for key in work.keys]
     return report
 
 
-def _take_bad(group: Encoded, report: Report, on_error: str) -> None:
-    if group.bad and on_error == "fail":
-        place, reason = group.bad[0]
-        raise DataError(reason, place, "mend the line, or give --on-error skip; nothing was written")
-    report.skipped += len(group.bad)
-    room = REMEMBERED - len(report.bad)
-    report.bad.extend(f"{place}: {reason}" for place, reason in group.bad[: max(0, room)])
+def _position(report: Report, span: int, skip: int, line: int) -> dict[str, Any]:
+    return {"span": span, "skip": skip, "line": line, "report": {**vars(report), "resumed_bytes": 0, "outputs": []}}
+
+
+def _take(work: Workspace, job: Job, report: Report, block: Block, encoded: Encoded) -> None:
+    """Write one block and count it."""
+    if encoded.bad and job.on_error == "fail":
+        number, reason = encoded.bad[0]
+        raise DataError(reason, block.place(number), "mend the line, or give --on-error skip; nothing was written")
+    for number, reason in encoded.bad:
+        place = block.place(number)
+        if len(report.bad) < REMEMBERED:
+            report.bad.append(f"{place}: {reason}")
+        work.add_line("skipped.txt", f"{place}: {reason}".encode("utf-8", "replace"))
+        if job.on_error == "quarantine":
+            item = block.items[number]
+            work.add_line("quarantine.jsonl", item if isinstance(item, bytes) else json.dumps(item, default=str).encode())
+    for key, arrays in encoded.keys.items():
+        work.add(key, *arrays)
+        report.tokens[key] = work.totals[key][0]
+    report.documents_in += encoded.documents + len(encoded.bad)
+    report.documents_out += encoded.documents
+    report.skipped += len(encoded.bad)
+    report.input_bytes += block.source_bytes
+
+
+def _pipeline(job: Job, parts: Sequence[Span], engine: Engine) -> Iterator[tuple[Block, Encoded]]:
+    """Blocks and what became of them, in order; a few are read ahead, a few encoded at once."""
+    dtype = np.dtype(token_dtype(job.tokenizer.vocab_size))
+
+    def work(block: Block) -> tuple[Block, Encoded]:
+        return block, encode_block(block, job.keys, engine, job.tokenizer, job.eod, dtype)
+
+    return _in_order(_read_ahead(read_blocks(parts, job.keys)), work, max(engine.threads, 1))
+
+
+def _read_ahead(items: Iterable, depth: int = 2) -> Iterator:
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        try:
+            while (item := pending.popleft().result()) is not end:
+                pending.append(pool.submit(next, iterator, end))
+                yield item
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _in_order(items: Iterator, work: Callable, workers: int) -> Iterator:
-    """``map(work, items)`` on threads: results in order, at most two items a thread under way."""
+    """``map(work, items)`` on threads: results in order, at most one item more than threads under way."""
     with ThreadPoolExecutor(workers) as pool:
         pending: deque = deque()
         try:
             for item in items:
                 pending.append(pool.submit(work, item))
-                if len(pending) >= 2 * workers:
+                if len(pending) > workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -130,78 +293,27 @@ def _in_order(items: Iterator, work: Callable, workers: int) -> Iterator:
                 future.cancel()
 
 
-def encode_lines(lines: Sequence[Line], keys: Sequence[str], tokenizer: Tokenizer, eod: Optional[int]) -> Encoded:
-    """Parse and encode a group of lines. A document is one line: bad in one key, it is left out of all."""
-    documents, bad = [], []
-    for line in lines:
-        try:
-            documents.append((line, parse_document(line, keys)))
-        except BadLine as reason:
-            bad.append((line.place, str(reason)))
-    documents, ids = _encode(documents, keys, tokenizer, bad)
-    out = {}
-    for key in keys:
-        flat, lengths, counts = [], [], []
-        for sentences in ids[key]:
-            kept = [sentence for sentence in sentences if len(sentence)]
-            if kept and eod is not None:
-                kept[-1] = [*kept[-1], eod]
-            flat.extend(np.asarray(sentence, np.int64) for sentence in kept)
-            lengths.extend(map(len, kept))
-            counts.append(len(kept))
-        tokens = np.concatenate(flat) if flat else np.empty(0, np.int64)
-        out[key] = (tokens, np.asarray(lengths, np.int64), np.asarray(counts, np.int64))
-    order = {line.place: place for place, line in enumerate(lines)}
-    bad.sort(key=lambda entry: order[entry[0]])
-    return Encoded(out, len(documents), bad, sum(len(line.content) for line in lines))
-
-
-def _encode(documents: list, keys: Sequence[str], tokenizer: Tokenizer, bad: list) -> tuple[list, dict[str, list]]:
-    """Ids of all sentences in one call for each key; one document at a time only where that fails."""
-    try:
-        return documents, {key: _encode_key([texts[key] for _, texts in documents], tokenizer) for key in keys}
-    except DataError:
-        if len(documents) == 1:
-            raise
-    except Exception as error:  # a tokenizer's own exceptions have no common base
-        if len(documents) == 1:
-            raise DataError(f"the tokenizer fails: {error}", documents[0][0].place) from error
-    kept, ids = [], {key: [] for key in keys}
-    for document in documents:
-        try:
-            _, one = _encode([document], keys, tokenizer, bad)
-        except DataError as error:
-            bad.append((document[0].place, error.problems[0].what))
-            continue
-        kept.append(document)
-        for key in keys:
-            ids[key].extend(one[key])
-    return kept, ids
-
-
-def _encode_key(documents: list[list[str]], tokenizer: Tokenizer) -> list[list[list[int]]]:
-    encoded = iter(tokenizer.encode_batch([text for texts in documents for text in texts]))
-    return [[next(encoded) for _ in texts] for texts in documents]
-
-
 class Progress:
-    """One line every ``interval`` documents: count, rates, time left by the bytes read."""
+    """One line every ``log_interval`` documents: count, rates, time left by the bytes of the files."""
 
-    def __init__(self, files: Sequence[Path], interval: int, log: Callable[[str], None]):
-        # The size of a gzipped file says little about its text: then no time left is told.
-        plain = all(path.suffix != ".gz" for path in files)
-        self.total_bytes = sum(path.stat().st_size for path in files) if plain else 0
-        self.interval, self.log = interval, log
+    def __init__(self, job: Job, report: Report):
+        total = sum(path.stat().st_size for path in job.files)
+        self.total = total // job.shard[1] if job.shard else total
+        self.interval, self.log, self.report = job.log_interval, job.log, report
         self.begin = time.monotonic()
-        self.next = interval
+        self.documents, self.bytes = report.documents_in, report.input_bytes
+        self.next = (report.documents_in // max(self.interval, 1) + 1) * self.interval
 
-    def step(self, report: Report) -> None:
+    def step(self) -> None:
+        report = self.report
         if not self.interval or report.documents_in < self.next:
             return
         self.next = (report.documents_in // self.interval + 1) * self.interval
         elapsed = max(time.monotonic() - self.begin, 1e-9)
-        rate = report.input_bytes / elapsed
-        left = f", {max(0.0, self.total_bytes - report.input_bytes) / rate:.0f} s left" if self.total_bytes else ""
+        rate = max((report.input_bytes - self.bytes) / elapsed, 1e-9)
+        left = max(0.0, self.total - report.input_bytes) / rate
+        share = min(100.0, 100 * report.input_bytes / max(self.total, 1))
         self.log(
-            f"{report.documents_in:,} documents ({report.documents_in / elapsed:,.0f} documents/s, {rate / 1e6:.1f} MB/s{left})"
+            f"{report.documents_in:,} documents, {share:.0f}% ({(report.documents_in - self.documents) / elapsed:,.0f} documents/s, "
+            f"{rate / 1e6:.1f} MB/s, {left:.0f} s left)"
         )

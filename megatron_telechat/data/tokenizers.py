@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Optional, Protocol, Sequence
@@ -14,8 +15,10 @@ END_TOKENS = ("<_end>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 
 
 class Tokenizer(Protocol):
-    """``vocab_size`` counts every id; ``eod``, ``bos`` and ``pad`` are ids, or None where there is none."""
+    """``vocab_size`` counts every id; ``eod``, ``bos`` and ``pad`` are ids, or None where there is none; tokenizers of
+    one ``digest`` give the same ids."""
 
+    digest: str
     vocab_size: int
     eod: Optional[int]
     bos: Optional[int]
@@ -77,6 +80,10 @@ def _locate(tokenizer_type: Optional[str], path: Path) -> tuple[str, Path]:
                       f"give --tokenizer-type, one of {', '.join(TYPES)}")
 
 
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def _first_byte(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(64).lstrip()[:1]
@@ -98,6 +105,7 @@ class HuggingFaceTokenizer:
         self.backend.no_padding()
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         names = _special_names(file.parent)
+        self.digest = _digest(file)
         self.eod = self._id(names.get("eos_token"), *END_TOKENS)
         self.bos = self._id(names.get("bos_token"), "<_start>", "<s>", "<|begin_of_text|>")
         self.pad = self._id(names.get("pad_token"), "<_pad>", "<pad>", "<|pad|>")
@@ -151,6 +159,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{file} is not a sentencepiece model: {error}", "tokenizer_model",
                             "give the tokenizer.model of the model, or --tokenizer-type") from error
+        self.digest = _digest(file)
         self.vocab_size = self.backend.GetPieceSize()
         self.eod = self._id(self.backend.eos_id(), *END_TOKENS)
         self.bos = self._id(self.backend.bos_id(), "<_start>", "<s>")
@@ -203,6 +212,7 @@ class TikTokenizer:
             mergeable_ranks={token: rank + self.SPECIAL for token, rank in ranks.items()},
             special_tokens={name: i for i, name in enumerate(names)},
         )
+        self.digest = _digest(file)
         self.vocab_size = self.SPECIAL + len(ranks)
         self.eod, self.bos, self.pad = (self.NAMES.index(name) for name in ("</s>", "<s>", "<pad>"))
 
@@ -233,6 +243,7 @@ class NullTokenizer:
     """Text of numbers, ``"17 4 233"``: they are the ids. The last id is the end of a document."""
 
     def __init__(self, vocab_size: int):
+        self.digest = f"numbers below {vocab_size}"
         self.vocab_size = vocab_size
         self.eod = vocab_size - 1
         self.bos = self.pad = None

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from megatron_telechat.cli.preprocess_data import main
-from megatron_telechat.data import text_input
 from megatron_telechat.data.indexed import IndexedDataset
 from megatron_telechat.data.preprocess import preprocess
 from megatron_telechat.data.tokenizers import build_tokenizer
@@ -150,28 +149,28 @@ def test_a_text_the_tokenizer_refuses_is_a_bad_line(tmp_path):
         preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "p"), tokenizer)
 
 
-def test_lines_in_flight_are_limited(tmp_path, tokenizers, monkeypatch):
+def test_blocks_in_flight_are_limited(tmp_path, tokenizers, monkeypatch):
     """The reader never runs far ahead of the writer: memory does not grow with the input."""
-    from megatron_telechat.data import preprocess as module
+    from megatron_telechat.data import blocks, preprocess as module
 
     source = write_jsonl(tmp_path / "in.jsonl", ["word"] * 20_000)
     read, ahead = [0], []
 
-    def counting(files):
-        for line in text_input.read_lines(files):
+    def counting(parts, keys):
+        for block in blocks.read_blocks(parts, keys, size=4096):
             read[0] += 1
-            yield line
+            yield block
 
-    written = module.IndexedWriter.add_documents
+    written = module.Workspace.add
 
-    def watching(self, tokens, lengths, counts):
-        ahead.append(read[0] - self.documents)
-        return written(self, tokens, lengths, counts)
+    def watching(self, *arguments):
+        ahead.append(read[0] - len(ahead))
+        return written(self, *arguments)
 
-    monkeypatch.setattr(module, "read_lines", counting)
-    monkeypatch.setattr(module.IndexedWriter, "add_documents", watching)
+    monkeypatch.setattr(module, "read_blocks", counting)
+    monkeypatch.setattr(module.Workspace, "add", watching)
     preprocess([str(source)], str(tmp_path / "o"), build_tokenizer(None, str(tokenizers["hf"])), workers=2, log_interval=0)
-    assert max(ahead) <= 5 * 512
+    assert len(ahead) > 50 and max(ahead) <= 8
 
 
 def test_end_of_document_that_the_tokenizer_lacks(tmp_path, tokenizers):
