@@ -94,7 +94,10 @@ def _assignments(problem: BalanceProblem) -> Iterator[tuple[float, Assignment | 
             yield lacking, None
             continue
         for chosen in itertools.product(*plans):
-            yield lacking, Assignment(tuple(chosen[stage % problem.P][stage // problem.P] for stage in range(len(counts))), place)
+            yield (
+                lacking,
+                Assignment(tuple(chosen[stage % problem.P][stage // problem.P] for stage in range(len(counts))), place),
+            )
 
 
 def _device_plans(
@@ -109,7 +112,9 @@ def _device_plans(
         lacking = _device_peak(problem, device, in_stage, chosen, place) - problem.mem_limit
         least = min(least, lacking)
         if lacking <= 0:
-            fitting.setdefault(tuple(_extra(problem, in_stage[stage], modes) for stage, modes in zip(stages, chosen)), chosen)
+            fitting.setdefault(
+                tuple(_extra(problem, in_stage[stage], modes) for stage, modes in zip(stages, chosen)), chosen
+            )
     kept = [
         chosen
         for extra, chosen in fitting.items()
@@ -133,7 +138,11 @@ def _extra(problem: BalanceProblem, in_group: list[int], modes: tuple[int, ...])
 
 
 def _device_peak(
-    problem: BalanceProblem, device: int, in_stage: list[list[int]], chosen: tuple[tuple[int, ...], ...], place: int | None
+    problem: BalanceProblem,
+    device: int,
+    in_stage: list[list[int]],
+    chosen: tuple[tuple[int, ...], ...],
+    place: int | None,
 ) -> float:
     stages = range(device, problem.num_stages, problem.P)
     weights, kept, transient = 0.0, [], []

@@ -119,5 +119,7 @@ def check_assignment(problem: BalanceProblem, assignment: Assignment, where: str
         for mode in modes:
             known = len(of_layer[layer].modes)
             if not isinstance(mode, int) or not 0 <= mode < known:
-                raise ConfigError(f"mode {mode!r} of layer {layer} on virtual stage {stage}", where, f"0 to {known - 1}")
+                raise ConfigError(
+                    f"mode {mode!r} of layer {layer} on virtual stage {stage}", where, f"0 to {known - 1}"
+                )
             layer += 1

@@ -184,7 +184,9 @@ def _check_values(problem: BalanceProblem) -> None:
     check(len(problem.groups) > 0, "groups is empty", "at least one group of layers")
     for number, group in enumerate(problem.groups):
         name = f"groups[{number}]"
-        check(_is_whole(group.count) and group.count >= 1, f"{name}.count = {group.count!r}", "a whole number, at least 1")
+        check(
+            _is_whole(group.count) and group.count >= 1, f"{name}.count = {group.count!r}", "a whole number, at least 1"
+        )
         for key in ("f", "b", "w"):
             value = getattr(group, key)
             check(_is_amount(value), f"{name}.{key} = {value!r}", "a finite number, at least 0")
@@ -199,9 +201,7 @@ def _check_values(problem: BalanceProblem) -> None:
             value = getattr(block, key)
             check(_is_amount(value), f"{name}.{key} = {value!r}", "a finite number, at least 0")
     if not found:
-        check(
-            problem.P > 1 or problem.V == 1, f"V = {problem.V} with P = 1", "V = 1: virtual stages need a pipeline"
-        )
+        check(problem.P > 1 or problem.V == 1, f"V = {problem.V} with P = 1", "V = 1: virtual stages need a pipeline")
         ops = 2 * problem.P * problem.V * problem.m
         check(ops <= MAX_OPS, f"P*V*m makes {ops} operations", f"fewer micro-batches (m): at most {MAX_OPS} operations")
         check(problem.num_layers <= 100_000, f"{problem.num_layers} layers", "at most 100000 layers")
@@ -264,7 +264,9 @@ class _Reader:
         data = self._object(data, name, ("f", "b", "w", "act"))
         return Block(*(self._amount(data, key, f"{name}.") for key in ("f", "b", "w", "act")))
 
-    def _object(self, data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> Mapping[str, Any]:
+    def _object(
+        self, data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()
+    ) -> Mapping[str, Any]:
         if not isinstance(data, Mapping):
             raise self._error(f"{name} is {type(data).__name__}, not an object", f"an object with {', '.join(needed)}")
         missing = [key for key in needed if key not in data]
@@ -272,7 +274,9 @@ class _Reader:
             raise self._error(f"{name} lacks {', '.join(missing)}", f"give {name} the keys {', '.join(needed)}")
         unknown = [str(key) for key in data if key not in needed + optional]
         if unknown:
-            raise self._error(f"{name} has unknown keys: {', '.join(unknown)}", f"its keys are {', '.join(needed + optional)}")
+            raise self._error(
+                f"{name} has unknown keys: {', '.join(unknown)}", f"its keys are {', '.join(needed + optional)}"
+            )
         return data
 
     def _whole(self, data: Mapping[str, Any], key: str, prefix: str, least: int) -> int:

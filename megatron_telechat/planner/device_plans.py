@@ -1,0 +1,163 @@
+"""Which modes the layers of a device can have: all choices that fit its memory, or the one that repeats the least work."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
+
+from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.simulate import in_flight
+
+MAX_COMBINATIONS = 400_000
+"""Choices of a device that are looked at; with more, the search for a start takes a sample, and no bound is drawn."""
+
+SLACK = 1e-9
+"""Relative slack of the memory limit where a bound is drawn, so that rounding never shuts out a plan that fits."""
+
+Composition = tuple[tuple[int, ...], ...]
+"""For each chunk of a device, its layers of each group."""
+
+
+@dataclass(frozen=True)
+class StageChoices:
+    """Ways to choose the modes of one stage's layers that no other way beats in time, bytes and working set.
+
+    `modes[i]` is a choice, its layers in model order; `extra`, `act`, `ws` are arrays over the choices.
+    """
+
+    modes: tuple[tuple[int, ...], ...]
+    extra: np.ndarray
+    act: np.ndarray
+    ws: np.ndarray
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """A choice for each chunk of a device: time added to each backward, and the modes."""
+
+    extra: tuple[float, ...]
+    modes: tuple[tuple[int, ...], ...]
+
+
+class DevicePlans:
+    """Plans of single devices of a problem, kept once computed."""
+
+    def __init__(self, problem: BalanceProblem):
+        self.problem = problem
+        moments = in_flight(problem.P, problem.V, problem.m)
+        self.held = [np.array([moment.held for moment in row], dtype=float) for row in moments]
+        self.backward = [[moment.backward for moment in row] for row in moments]
+        self._stage: dict[tuple[int, ...], StageChoices] = {}
+        self._best: dict[tuple, DevicePlan | None] = {}
+        self.thinned = False
+
+    def stage_choices(self, in_group: tuple[int, ...]) -> StageChoices:
+        """Choices of a stage with these layers of each group."""
+        if in_group not in self._stage:
+            self._stage[in_group] = _stage_choices(self.problem, in_group)
+        return self._stage[in_group]
+
+    def best(self, device: int, chunks: Composition, mtp_chunk: int | None = None) -> DevicePlan | None:
+        """The plan that fits and adds the least time; None if none fits. `mtp_chunk`: its chunk with the MTP block."""
+        key = (device, chunks, mtp_chunk)
+        if key not in self._best:
+            found = self._fitting(device, chunks, mtp_chunk, 0.0)
+            self._best[key] = None
+            if len(found[0]):
+                total = sum(found[1])
+                self._best[key] = self._plan(chunks, found, int(np.argmin(total)))
+        return self._best[key]
+
+    def least_extra(self, device: int, chunks: Composition, mtp_chunk: int | None = None) -> float:
+        """A lower bound of the time that recompute adds on the device; inf if nothing fits."""
+        found = self._fitting(device, chunks, mtp_chunk, SLACK)
+        return float(min(sum(found[1]), default=math.inf)) if len(found[0]) else math.inf
+
+    def all(self, device: int, chunks: Composition, mtp_chunk: int | None = None) -> list[DevicePlan]:
+        """All plans that fit and that no other beats in the time of every chunk."""
+        found = self._fitting(device, chunks, mtp_chunk, 0.0)
+        if not len(found[0]):
+            return []
+        times = np.stack(found[1], axis=1)
+        times, first = np.unique(times, axis=0, return_index=True)
+        kept = [
+            at
+            for at in range(len(times))
+            if not (np.all(times <= times[at], axis=1) & np.any(times < times[at], axis=1)).any()
+        ]
+        return [self._plan(chunks, found, int(first[at])) for at in kept]
+
+    def _plan(self, chunks: Composition, found: tuple[list, list], at: int) -> DevicePlan:
+        picked, extra = found
+        modes = tuple(self.stage_choices(one).modes[int(picked[chunk][at])] for chunk, one in enumerate(chunks))
+        return DevicePlan(tuple(float(part[at]) for part in extra), modes)
+
+    def _fitting(self, device: int, chunks: Composition, mtp_chunk: int | None, slack: float) -> tuple[list, list]:
+        """(index of the choice of each chunk, time added to each chunk) of all combinations that fit."""
+        problem = self.problem
+        choices = [self.stage_choices(one) for one in chunks]
+        sizes = self._thin([len(one.modes) for one in choices])
+        picked = [grid.ravel() for grid in np.meshgrid(*(size for size in sizes), indexing="ij")]
+        weights, fixed_act = problem.const_mem, []
+        for chunk, one in enumerate(chunks):
+            stage = chunk * problem.P + device
+            block = problem.fixed_block(stage, stage if chunk == mtp_chunk else None)
+            weights += block.w + math.fsum(count * group.w for count, group in zip(one, problem.groups))
+            fixed_act.append(block.act)
+        act = [choice.act[at] + fixed for choice, at, fixed in zip(choices, picked, fixed_act)]
+        limit = problem.mem_limit * (1 + slack)
+        fits = np.full(len(picked[0]), weights <= limit)
+        for held, backward in zip(self.held[device], self.backward[device]):
+            most = sum(count * size for count, size in zip(held, act))
+            if backward is not None:
+                most = most + choices[backward].ws[picked[backward]]
+            fits &= weights + most <= limit
+        where = np.flatnonzero(fits)
+        picked = [at[where] for at in picked]
+        return ([], []) if not len(where) else (picked, [choice.extra[at] for choice, at in zip(choices, picked)])
+
+    def _thin(self, sizes: list[int]) -> list[np.ndarray]:
+        most = max(2, int(MAX_COMBINATIONS ** (1 / len(sizes))))
+        if math.prod(sizes) <= MAX_COMBINATIONS:
+            return [np.arange(size) for size in sizes]
+        self.thinned = True
+        return [np.unique(np.linspace(0, size - 1, min(size, most)).astype(int)) for size in sizes]
+
+
+def _stage_choices(problem: BalanceProblem, in_group: Sequence[int]) -> StageChoices:
+    per_group = []
+    for group, count in zip(problem.groups, in_group):
+        per_group.append(_group_choices(count, len(group.modes)))
+    rows: list[tuple[float, float, float, tuple]] = []
+    for chosen in itertools.product(*per_group):
+        extra = act = ws = 0.0
+        for group, counts in zip(problem.groups, chosen):
+            for mode, count in zip(group.modes, counts):
+                if count:
+                    extra, act, ws = extra + count * mode.extra_b, act + count * mode.act, max(ws, mode.ws)
+        rows.append((ws, extra, act, chosen))
+    rows.sort(key=lambda row: row[:3])
+    kept: list[tuple[float, float, float, tuple]] = []
+    for ws, same in itertools.groupby(rows, key=lambda row: row[0]):
+        least = math.inf
+        for row in same:
+            if row[2] < least:
+                least = row[2]
+                kept.append(row)
+    kept.sort(key=lambda row: row[1])
+    modes = tuple(
+        tuple(mode for counts in row[3] for mode, count in enumerate(counts) for _ in range(count)) for row in kept
+    )
+    arrays = (np.array([row[at] for row in kept]) for at in (1, 2, 0))
+    return StageChoices(modes, *arrays)
+
+
+def _group_choices(count: int, num_modes: int) -> list[tuple[int, ...]]:
+    """How many of `count` layers have each mode."""
+    if num_modes == 1:
+        return [(count,)]
+    return [(first, *rest) for first in range(count + 1) for rest in _group_choices(count - first, num_modes - 1)]

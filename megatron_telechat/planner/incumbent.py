@@ -1,0 +1,87 @@
+"""The best assignment so far, and where new ones come from."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from megatron_telechat.planner.descent import Evaluator, descend, round_counts, starts
+from megatron_telechat.planner.device_plans import DevicePlans
+from megatron_telechat.planner.plan import Assignment, check_assignment
+from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.simulate import SimResult, simulate
+from megatron_telechat.planner.space import Space
+from megatron_telechat.errors import ConfigError
+
+RELATIVE = 1e-7
+"""Where times are not whole numbers, makespans nearer than this (relative) count as equal."""
+
+
+class Incumbent:
+    """Keeps the best assignment that the simulator says fits."""
+
+    def __init__(self, problem: BalanceProblem, deadline: float):
+        self.problem, self.deadline = problem, deadline
+        self.plans = DevicePlans(problem)
+        self.evaluator = Evaluator(problem, self.plans)
+        self.makespan = math.inf
+        self.assignment: Assignment | None = None
+        self.result: SimResult | None = None
+        self._tried: set[tuple] = set()
+
+    def cutoff(self, best: float) -> float:
+        """Bounds from here on leave nothing better than `best`."""
+        if self.problem.integral:
+            return math.ceil(best - 1e-6) - 1 + max(1e-3, abs(best) * 1e-12)
+        return best * (1 - RELATIVE)
+
+    def offer(self, assignment: Assignment) -> bool:
+        """Take it if it fits and is faster."""
+        result = simulate(self.problem, assignment)
+        if max(result.peak_bytes) > self.problem.mem_limit or result.makespan >= self.makespan:
+            return False
+        self.makespan, self.assignment, self.result = result.makespan, assignment, result
+        return True
+
+    def offer_counts(self, counts: tuple[int, ...], place: int | None, patience: int) -> None:
+        """Descend from a split and take what comes out."""
+        if (counts, place) in self._tried:
+            return
+        self._tried.add((counts, place))
+        span, counts = descend(self.evaluator, counts, place, self.deadline, patience)
+        self._tried.add((counts, place))
+        if math.isfinite(span):
+            self.offer(self.evaluator.assignment(counts, place))
+
+    def begin(self) -> None:
+        """Descend from some plain splits."""
+        quarter = time.perf_counter() + 0.25 * (self.deadline - time.perf_counter())
+        for place in reversed(self.problem.mtp_places()):
+            for counts in starts(self.problem, place):
+                if time.perf_counter() < quarter:
+                    self.offer_counts(counts, place, 2)
+
+    def offer_point(self, space: Space, x: np.ndarray, whole: bool, node: int) -> None:
+        """A point of the LP: taken as it is if whole, else rounded (seldom: rounding costs time)."""
+        if whole:
+            try:
+                assignment = Assignment(space.modes(x), space.place(x))
+                check_assignment(self.problem, assignment)
+            except ConfigError:
+                return
+            self.offer(assignment)
+        elif node < 10 or node % 20 == 0:
+            counts = round_counts(self.problem, space.counts(x), space.place(x))
+            if counts is not None:
+                self.offer_counts(counts, space.place(x), 0 if node > 10 else 2)
+
+    def exact(self, space: Space, x: np.ndarray) -> float:
+        """Makespan of a box of one point; inf if that point is not allowed or does not fit."""
+        assignment = Assignment(space.modes(x), space.place(x))
+        try:
+            result = simulate(self.problem, assignment)
+        except ConfigError:
+            return math.inf
+        return result.makespan if max(result.peak_bytes) <= self.problem.mem_limit else math.inf
