@@ -1,10 +1,9 @@
-"""The dropless expert block: router, dispatch plan, grouped experts, load of the experts."""
+"""The dropless expert block: router, dispatch plan, experts, pipeline of chunks, load of the experts."""
 
 from __future__ import annotations
 
 from megatron_telechat.moe.block import MoEBlock, moe_submodules
 from megatron_telechat.moe.experts import GroupedExperts
-from megatron_telechat.moe.grouped import grouped_swiglu
 from megatron_telechat.moe.load import ExpertLoad, collect_expert_load
 from megatron_telechat.moe.router import Router, Routing
 
@@ -15,6 +14,5 @@ __all__ = [
     "Router",
     "Routing",
     "collect_expert_load",
-    "grouped_swiglu",
     "moe_submodules",
 ]

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_telechat.moe.exchange import exchange_rows, gather_rows, reduce_scatter_rows
+from megatron_telechat.moe.clock import ExchangeClock
 from megatron_telechat.moe.experts import GroupedExperts
-from megatron_telechat.moe.plan import (
-    ExpertGroups,
-    gather_tokens,
-    plan_dispatch,
-    scatter_tokens,
-    scatter_weights,
-    sort_rows,
-    unsort_rows,
-)
+from megatron_telechat.moe.pipeline import ChunkPipeline
+from megatron_telechat.moe.plan import Dispatch, ExpertGroups, RowFormat
 from megatron_telechat.moe.router import Router, Routing
+from megatron_telechat.parallel.channel import Channel
 
 
 def moe_submodules() -> MoESubmodules:
@@ -46,8 +40,14 @@ class MoEBlock(BaseMoELayer):
         config: Megatron-Core's TransformerConfig.
         submodules: parts; None takes :func:`moe_submodules`.
         layer_number: one-based; the transformer layer sets it.
-        pg_collection: process groups; None takes Megatron-Core's current ones.
+        pg_collection: process groups with an ``expert_channel``, as :class:`ParallelState` has them.
         output_bias: a bias on the experts' down projection, weighted by the routing probability.
+        num_chunks: pieces of the input whose exchanges and computation overlap; the same on all ranks of an expert group.
+        recompute_experts: keep the rows that were dispatched, and repeat the experts' first product in the backward.
+
+    Attributes:
+        num_chunks: may be changed between steps.
+        clock: how long the computation waited for the exchange.
     """
 
     def __init__(
@@ -55,13 +55,20 @@ class MoEBlock(BaseMoELayer):
         config: TransformerConfig,
         submodules: Optional[MoESubmodules] = None,
         layer_number: Optional[int] = None,
-        pg_collection: Optional[ProcessGroupCollection] = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         output_bias: bool = False,
+        num_chunks: int = 1,
+        recompute_experts: bool = False,
     ):
-        groups = pg_collection if pg_collection is not None else get_default_pg_collection()
+        groups = pg_collection
         super().__init__(config=config, layer_number=layer_number, pg_collection=groups)
         parts = submodules or moe_submodules()
         self.groups = ExpertGroups(ep=groups.ep, etp=groups.expt_tp, all=groups.tp_ep)
+        self.channel: Channel = groups.expert_channel
+        self.clock = ExchangeClock()
+        self.num_chunks = num_chunks
+        self.recompute_experts = recompute_experts
         self.router = build_module(parts.router, config=config, pg_collection=groups)
         self.experts = build_module(
             parts.experts, self.num_local_experts, config, pg_collection=groups, output_bias=output_bias
@@ -78,21 +85,25 @@ class MoEBlock(BaseMoELayer):
             "tensor-parallel ranks without sequence parallelism would route every token twice"
         )
         routing = self.router(hidden_states)
-        output = self._experts(hidden_states.reshape(-1, hidden_states.shape[-1]), routing).view_as(hidden_states)
+        output = self.run_experts(hidden_states.reshape(-1, hidden_states.shape[-1]), routing).view_as(hidden_states)
         if self.use_shared_expert:
             output = output + self.shared_experts(hidden_states)
         return output, None
 
-    def _experts(self, tokens: Tensor, routing: Routing) -> Tensor:
+    def run_experts(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Tokens [n, h] to their experts and back, weighted and summed: [n, h]."""
-        plan = plan_dispatch(routing, self.groups)
-        rows = exchange_rows(scatter_tokens(tokens, plan), plan.send, plan.receive, self.groups.ep)
-        weights = exchange_rows(scatter_weights(routing.weights, plan), plan.send, plan.receive, self.groups.ep)
-        rows = sort_rows(gather_rows(rows, plan.etp_rows, self.groups.etp), plan)
-        weights = sort_rows(gather_rows(weights, plan.etp_rows, self.groups.etp), plan)
+        return self.experts(tokens, routing.weights, self.pipeline(routing, tokens.dtype))
 
-        rows = unsort_rows(self.experts(rows, plan.tokens_per_local_expert, weights), plan)
+    def pipeline(self, routing: Routing, dtype: torch.dtype, num_chunks: Optional[int] = None) -> ChunkPipeline:
+        """The plan of one call and what carries it out. Collective over the ranks that share the experts.
 
-        rows = reduce_scatter_rows(rows, plan.etp_rows, self.groups.etp)
-        rows = exchange_rows(rows, plan.receive, plan.send, self.groups.ep)
-        return gather_tokens(rows, plan)
+        Args:
+            routing: the router's choice.
+            dtype: of the tokens.
+            num_chunks: instead of :attr:`num_chunks`.
+        """
+        layer = None if self.layer_number is None else self.layer_number - 1
+        with self.clock.computing("plan", None, layer, False):
+            form = RowFormat(self.config.hidden_size, dtype)
+            dispatch = Dispatch(routing, self.groups, num_chunks or self.num_chunks, form)
+        return ChunkPipeline(dispatch, self.channel, self.clock, layer, recompute=self.recompute_experts)

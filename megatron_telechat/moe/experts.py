@@ -1,4 +1,4 @@
-"""The experts of one rank: parameters of their own, one grouped product."""
+"""The experts of one rank: parameters of their own, and the autograd function of the pipeline over them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.moe.grouped import grouped_swiglu
+from megatron_telechat.moe.engine import ExpertWeights, Gradients
+from megatron_telechat.moe.pipeline import ChunkPipeline, Saved
 
 # Row strides of torch.nn.functional.grouped_mm on accelerators.
 _GROUPED_MM_ALIGNMENT_BYTES = 16
@@ -83,14 +85,44 @@ class GroupedExperts(MegatronModule):
         if self.linear_fc2.bias is not None:
             set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=etp_rank == 0, dim=0, stride=1)
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor, probabilities: Tensor) -> Tensor:
-        """[rows, h] sorted by expert → [rows, h]; with expert tensor parallelism a partial sum."""
-        return grouped_swiglu(
-            rows,
-            probabilities,
-            self.linear_fc1.weight,
-            self.linear_fc2.weight,
-            self.linear_fc2.bias,
-            tokens_per_expert,
-            adds_bias=self.adds_bias,
-        )
+    @property
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.linear_fc1.weight, self.linear_fc2.weight, self.linear_fc2.bias, self.adds_bias)
+
+    def forward(self, tokens: Tensor, probabilities: Tensor, pipeline: ChunkPipeline) -> Tensor:
+        """Tokens to their experts, wherever these are, and back.
+
+        Args:
+            tokens: [n, h] of this rank.
+            probabilities: [n, k], the routing probabilities of the experts chosen for each token.
+            pipeline: plan and channel of this call.
+
+        Returns:
+            [n, h], weighted and summed.
+        """
+        keep = torch.is_grad_enabled()
+        return _Experts.apply(tokens.contiguous(), probabilities, *self.weights[:3], self.adds_bias, pipeline, keep)
+
+
+class _Experts(torch.autograd.Function):
+    """One node for all chunks: its backward is scheduled by hand, not by autograd's order of nodes."""
+
+    @staticmethod
+    def forward(ctx, tokens, probabilities, fc1, fc2, bias, adds_bias, pipeline, keep):
+        weights = ExpertWeights(fc1, fc2, bias, adds_bias)
+        output, kept = pipeline.forward(tokens, probabilities, weights, keep)
+        if keep:
+            # The parameters themselves: their main_grad takes the gradients.
+            ctx.weights, ctx.pipeline, ctx.probabilities_dtype = weights, pipeline, probabilities.dtype
+            # Saved by autograd, and not kept by hand, so that a second backward over the overwritten buffers is an error.
+            ctx.save_for_backward(fc1, fc2, *(part for saved in kept for part in (saved.rows, saved.scale, saved.gate_up)))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        parts = ctx.saved_tensors[2:]
+        kept = [Saved(*parts[start : start + 3]) for start in range(0, len(parts), 3)]
+        gradients = Gradients.of(ctx.weights, len(kept))
+        grad_tokens, grad_probabilities = ctx.pipeline.backward(grad, ctx.weights.detached(), kept, gradients)
+        return grad_tokens, grad_probabilities.to(ctx.probabilities_dtype), *gradients.results(), None, None, None

@@ -1,17 +1,26 @@
 """The way of the tokens to their experts and back, as a value.
 
-A plan belongs to one call of the block: nothing is kept on a module, so calls of different
-micro-batches may interleave and a part of the input may have a plan of its own.
+A token chosen by several experts of one rank travels there once. What a rank receives from another is a *segment*:
+
+    rows of the tokens, in their order | their routing probabilities, packed into whole rows
+
+so that tokens and probabilities take one exchange, and every row stays aligned. The way back of the gradients has the
+same form (gradient of a token's row | gradients of its probabilities); outputs and their gradients need the rows alone.
+
+The input is cut into chunks of consecutive tokens. All ranks tell each other their choice of experts once, for all chunks;
+from then on everything about every chunk is known, on the device, and the sizes of all messages on the host: one
+device-to-host copy in a forward, none in a backward.
+
+Terms: a *token row* is a token on its way to a rank, an *expert row* the same token in the hands of one of its experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_telechat.moe.router import Routing
@@ -32,151 +41,328 @@ class ExpertGroups:
     all: dist.ProcessGroup
 
 
+class RowFormat(NamedTuple):
+    """How probabilities are packed into rows of `hidden` numbers of `dtype`."""
+
+    hidden: int
+    dtype: torch.dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Probabilities and their gradients: fp32, or fp64 beside fp64 rows."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def weights_per_row(self) -> int:
+        """Probabilities that one row has room for."""
+        return self.hidden * self.dtype.itemsize // self.weight_dtype.itemsize
+
+    def flat_weights(self, rows: Tensor) -> Tensor:
+        """A buffer of rows seen as a flat array of probabilities."""
+        return rows.view(self.weight_dtype).view(-1)
+
+
 @dataclass(frozen=True)
-class DispatchPlan:
-    """Where each row goes; a row is one token on its way to one of its experts.
+class Outgoing:
+    """One chunk seen from the rank of its tokens. With one rank in the group nothing is sent.
 
     Attributes:
-        row_tokens: [n * k], the token of every row sent, rows sorted by expert.
-        token_rows: [n, k], the rows of every token; the inverse of ``row_tokens``.
-        tokens_per_local_expert: [local experts], rows that the experts here receive, from all ranks.
-        send, receive: rows to and from every rank of the expert-parallel group.
-        etp_rows: rows that each rank of the expert-tensor-parallel group brings in.
-        sort, unsort: permutation of the received rows by local expert, and its inverse;
-            None where they arrive sorted.
+        send: rows to each rank, probabilities included; the same number comes back with the gradients.
+        send_tokens: rows to each rank without probabilities; the same number comes back with the outputs.
+        row_tokens: [sum(send)] token of every row sent (any token where probabilities go).
+        output_tokens: [sum(send_tokens)] token of every row whose output comes back.
+        weight_slots: [ranks of a slice group, tokens * k] where each probability lies in the flat buffer.
+        bags: [sum(send_tokens)] rows of the outputs, grouped by token.
+        gradient_bags: [sum(send_tokens)] the same rows where they lie among the returned gradients.
+        bag_starts: [tokens] where each token's group begins in both.
     """
 
-    row_tokens: Tensor
-    token_rows: Tensor
-    tokens_per_local_expert: Tensor
     send: tuple[int, ...]
-    receive: tuple[int, ...]
-    etp_rows: tuple[int, ...]
-    sort: Optional[Tensor]
-    unsort: Optional[Tensor]
+    send_tokens: tuple[int, ...]
+    row_tokens: Tensor
+    output_tokens: Tensor
+    weight_slots: Tensor
+    bags: Tensor
+    gradient_bags: Tensor
+    bag_starts: Tensor
 
 
-def _inverse(permutation: Tensor) -> Tensor:
-    positions = torch.arange(permutation.numel(), device=permutation.device)
-    return torch.empty_like(permutation).scatter_(0, permutation, positions)
+@dataclass(frozen=True)
+class Arrivals:
+    """One chunk seen from the rank of the experts.
 
-
-def _sort_by_expert(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Permutation that turns [source, expert] runs of rows into [expert, source] runs, and its inverse."""
-    starts = counts.flatten().cumsum(0).view_as(counts) - counts
-    sizes = counts.t().flatten()
-    new_starts = sizes.cumsum(0) - sizes
-    total = int(sizes.sum())
-    shift = torch.repeat_interleave(starts.t().flatten() - new_starts, sizes, output_size=total)
-    sort = torch.arange(total) + shift
-    return sort, _inverse(sort)
-
-
-def plan_dispatch(routing: Routing, groups: ExpertGroups) -> DispatchPlan:
-    """Exchange the counts and lay out the rows.
-
-    One all-gather of the counts and one device-to-host copy where ranks share the experts;
-    neither where one rank has them all.
+    Attributes:
+        receive: rows from each rank, probabilities included.
+        receive_tokens: rows from each rank without them.
+        counts: expert rows of each local expert, on the host.
+        offsets: [local experts] int32, where each expert's rows end; on the device.
+        rows: [N] the buffer row of every expert row, which are sorted by expert.
+        token_rows: [N] the same, counted without the rows of probabilities.
+        weight_slots: [N] where its probability lies in the flat buffer.
+        bags: [N] expert rows, grouped by token row.
+        bag_starts: [sum(receive_tokens)] where each token row's group begins.
+        buffer_bag_starts: [sum(receive)] the same with an empty group for each row of probabilities.
     """
-    num_tokens, topk = routing.experts.shape
-    order = routing.experts.flatten().argsort(stable=True)
-    row_tokens = order // topk
-    token_rows = _inverse(order).view(num_tokens, topk)
-    num_experts = routing.tokens_per_expert.numel()
-    ep_size, etp_size = groups.ep.size(), groups.etp.size()
-    if ep_size * etp_size == 1:
-        return DispatchPlan(row_tokens, token_rows, routing.tokens_per_expert, (), (), (), None, None)
 
-    gathered = routing.tokens_per_expert.new_empty(ep_size * etp_size * num_experts)
-    dist.all_gather_into_tensor(gathered, routing.tokens_per_expert, group=groups.all)
-    local = num_experts // ep_size
-    # [EP source, ETP source, EP destination, local expert]
-    counts = gathered.cpu().view(ep_size, etp_size, ep_size, local)
-    ep_rank, etp_rank = groups.ep.rank(), groups.etp.rank()
-    here = counts[:, :, ep_rank].transpose(0, 1)  # [ETP source, EP source, local expert]: the order of arrival
-    device = order.device
-    sort = unsort = None
-    if local > 1:
-        sort, unsort = (index.to(device) for index in _sort_by_expert(here.reshape(-1, local)))
-    return DispatchPlan(
-        row_tokens=row_tokens,
-        token_rows=token_rows,
-        tokens_per_local_expert=here.sum((0, 1)).to(device),
-        send=tuple(counts[ep_rank, etp_rank].sum(1).tolist()),
-        receive=tuple(here[etp_rank].sum(1).tolist()),
-        etp_rows=tuple(here.sum((1, 2)).tolist()),
-        sort=sort,
-        unsort=unsort,
-    )
+    receive: tuple[int, ...]
+    receive_tokens: tuple[int, ...]
+    counts: tuple[int, ...]
+    offsets: Tensor
+    rows: Tensor
+    token_rows: Tensor
+    weight_slots: Tensor
+    bags: Tensor
+    bag_starts: Tensor
+    buffer_bag_starts: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.counts)
 
 
-def _sum_rows(rows: Tensor, token_rows: Tensor) -> Tensor:
-    # Each token gathers its k rows: no atomics, so the result is the same in every run, which a
-    # scatter-add on an accelerator is not. embedding_bag is the fused form, on the CPU four times
-    # as fast as gather and sum; it takes no double and no empty input.
-    if rows.device.type == "cpu" and rows.dtype != torch.float64 and rows.numel():
-        return F.embedding_bag(token_rows, rows, mode="sum")
-    num_tokens, topk = token_rows.shape
-    return rows.index_select(0, token_rows.flatten()).view(num_tokens, topk, -1).sum(1)
+class ChunkRange(NamedTuple):
+    """Tokens [start, stop) of the rank's input."""
+
+    start: int
+    stop: int
 
 
-class _ScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tokens, row_tokens, token_rows):
-        ctx.save_for_backward(token_rows)
-        return tokens.index_select(0, row_tokens)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (token_rows,) = ctx.saved_tensors
-        return _sum_rows(grad.contiguous(), token_rows), None, None
+def chunk_ranges(num_tokens: int, num_chunks: int) -> tuple[ChunkRange, ...]:
+    """Consecutive chunks of one size, the last ones shorter or empty."""
+    size = -(-num_tokens // num_chunks)
+    edges = [min(number * size, num_tokens) for number in range(num_chunks + 1)]
+    return tuple(ChunkRange(start, stop) for start, stop in zip(edges, edges[1:]))
 
 
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, row_tokens, token_rows):
-        ctx.save_for_backward(row_tokens)
-        return _sum_rows(rows, token_rows)
+class Dispatch:
+    """The plan of one call of a block: ranges, outgoing and arriving sides of all chunks.
 
-    @staticmethod
-    def backward(ctx, grad):
-        (row_tokens,) = ctx.saved_tensors
-        return grad.index_select(0, row_tokens), None, None
+    The outgoing side is laid out by the constructor, the arriving side by :meth:`lay_out_arrivals`, which can run
+    while the first chunk is on its way.
 
+    Args:
+        routing: what the router chose on this rank. All ranks of the group must hold equally many tokens.
+        groups: the ranks that share the experts.
+        num_chunks: pieces of the input, the same on all ranks of the group.
+        rows: how the rows are sent.
+    """
 
-class _Reorder(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, order, inverse):
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
+    def __init__(self, routing: Routing, groups: ExpertGroups, num_chunks: int, rows: RowFormat):
+        self.num_tokens, self.topk = routing.experts.shape
+        self.ranges = chunk_ranges(self.num_tokens, num_chunks)
+        self.outgoing: tuple[Outgoing, ...] = ()
+        self.arrivals: tuple[Arrivals, ...] = ()
+        layout = _Layout(routing, groups, num_chunks, rows)
+        self._layout: Optional[_Layout] = layout
+        self._incoming = tuple(map(tuple, layout.host_in_sizes))
+        self.local = layout.group_size == 1
+        if not self.local:
+            self.outgoing = layout.outgoing(self.ranges)
 
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+    def incoming_sizes(self, chunk: int) -> tuple[int, ...]:
+        """Rows from each rank, known before the arrivals are laid out."""
+        return self._incoming[chunk]
 
-
-def scatter_tokens(tokens: Tensor, plan: DispatchPlan) -> Tensor:
-    """[n, h] → [n * k, h]: a copy of every token for each of its experts, sorted by expert."""
-    return _ScatterTokens.apply(tokens, plan.row_tokens, plan.token_rows)
-
-
-def gather_tokens(rows: Tensor, plan: DispatchPlan) -> Tensor:
-    """[n * k, h] → [n, h]: the sum of each token's rows; the inverse way of :func:`scatter_tokens`."""
-    return _GatherTokens.apply(rows, plan.row_tokens, plan.token_rows)
-
-
-def scatter_weights(weights: Tensor, plan: DispatchPlan) -> Tensor:
-    """[n, k] → [n * k]: the routing probability of every row sent."""
-    inverse = plan.token_rows.flatten()
-    return _Reorder.apply(weights.flatten(), _inverse(inverse), inverse)
+    def lay_out_arrivals(self) -> None:
+        """Fill :attr:`arrivals`."""
+        self.arrivals = self._layout.arrivals()
+        self._layout = None
 
 
-def sort_rows(rows: Tensor, plan: DispatchPlan) -> Tensor:
-    """Received rows in the order of the local experts."""
-    return rows if plan.sort is None else _Reorder.apply(rows, plan.sort, plan.unsort)
+class _Layout:
+    """Index arithmetic of a plan, for all chunks at once. Shapes: c chunks, s ranks of the group, e expert-parallel ranks,
+    m tokens of a chunk, k choices of a token."""
+
+    def __init__(self, routing: Routing, groups: ExpertGroups, num_chunks: int, rows: RowFormat):
+        num_tokens, self.topk = routing.experts.shape
+        self.num_experts = routing.tokens_per_expert.numel()
+        self.ep, self.etp = groups.ep.size(), groups.etp.size()
+        self.group_size = self.ep * self.etp
+        self.ep_rank, me = groups.ep.rank(), groups.all.rank()
+        self.local_experts = self.num_experts // self.ep
+        self.chunks, self.chunk_tokens = num_chunks, -(-num_tokens // num_chunks)
+        self.per_row = rows.weights_per_row
+        self.device = routing.experts.device
+
+        ids = self._padded(_gather_choices(routing.experts, self.num_experts, groups.all))  # [s, c, m, k]
+        destination = ids // self.local_experts
+        # Which of my tokens and choices go to each expert-parallel rank: [c, e, m], [c, e, m, k].
+        ranks = torch.arange(self.ep, device=self.device, dtype=ids.dtype).view(-1, 1, 1)
+        self.pairs_out = destination[me].unsqueeze(1) == ranks
+        self.tokens_out = self.pairs_out.any(-1)
+        # Which tokens and choices of all ranks come here: [c, s, m], [c, s, m, k].
+        self.pairs_in = (destination == self.ep_rank).transpose(0, 1).contiguous()
+        self.tokens_in = self.pairs_in.any(-1)
+        local = ids.transpose(0, 1).long() - self.ep_rank * self.local_experts
+        # [c, s * m * k]: the local expert, or one past the last.
+        self.experts_in = torch.where(self.pairs_in, local, self.local_experts).flatten(1)
+        self._count()
+
+    def _padded(self, ids: Tensor) -> Tensor:
+        """[s, n, k] → [s, c, m, k]; what is added goes nowhere."""
+        missing = self.chunks * self.chunk_tokens - ids.shape[1]
+        if missing:
+            nowhere = ids.new_full((ids.shape[0], missing, ids.shape[2]), torch.iinfo(ids.dtype).max)
+            ids = torch.cat((ids, nowhere), 1)
+        return ids.view(ids.shape[0], self.chunks, self.chunk_tokens, self.topk)
+
+    def _count(self) -> None:
+        """Sizes of everything: on the device for the arithmetic, on the host for the messages; the one copy."""
+        per_expert = torch.zeros(self.chunks, self.local_experts + 1, dtype=torch.int64, device=self.device)
+        per_expert.scatter_add_(1, self.experts_in, torch.ones_like(self.experts_in))
+        self.out_rows, out_pairs = self.tokens_out.sum(-1), self.pairs_out.sum((-1, -2))
+        self.in_rows, in_pairs = self.tokens_in.sum(-1), self.pairs_in.sum((-1, -2))
+        self.out_sizes = self.out_rows + self._weight_rows(out_pairs)
+        self.in_sizes = self.in_rows + self._weight_rows(in_pairs)
+        per_expert = per_expert[:, : self.local_experts]
+        self.expert_ends = per_expert.cumsum(1)
+        parts = (self.out_rows, self.out_sizes, self.in_rows, self.in_sizes, per_expert)
+        host = torch.cat(parts, 1).cpu().split([part.shape[1] for part in parts], 1)
+        self.host_out_rows, self.host_out_sizes, self.host_in_rows, self.host_in_sizes, self.host_experts = (
+            part.tolist() for part in host
+        )
+
+    def _weight_rows(self, pairs: Tensor) -> Tensor:
+        """Rows that the probabilities of a segment fill; none where nothing is sent."""
+        if self.group_size == 1:
+            return torch.zeros_like(pairs)
+        return (pairs + self.per_row - 1) // self.per_row
+
+    # ---- the side of the tokens ---------------------------------------------------------------
+
+    def outgoing(self, ranges: tuple[ChunkRange, ...]) -> tuple[Outgoing, ...]:
+        sliced = range(self.etp)
+        # Position of a token's row in its segment, and of its first slice-group segment in the buffers: [c, e, m].
+        place = self.tokens_out.cumsum(-1) - 1
+        starts = self.etp * _before(self.out_sizes)
+        plain_starts = self.etp * _before(self.out_rows)
+        rows = torch.stack([place + (starts + t * self.out_sizes).unsqueeze(-1) for t in sliced], 2)
+        plain_rows = torch.stack([place + (plain_starts + t * self.out_rows).unsqueeze(-1) for t in sliced], 2)
+        mask = self.tokens_out.unsqueeze(2).expand_as(rows)  # [c, e, t, m]
+        token = torch.arange(self.chunks * self.chunk_tokens, device=self.device).view(self.chunks, 1, 1, -1)
+        token = token.expand_as(rows)
+        send = [[size for size in sizes for _ in sliced] for sizes in self.host_out_sizes]
+        send_tokens = [[size for size in sizes for _ in sliced] for sizes in self.host_out_rows]
+        totals, plain_totals = [sum(sizes) for sizes in send], [sum(sizes) for sizes in send_tokens]
+
+        row_tokens = _place(token, rows, mask, totals)
+        output_tokens = _place(token, plain_rows, mask, plain_totals)
+        # The same rows by token: [c, m, e, t].
+        by_token = mask.permute(0, 3, 1, 2)
+        order = by_token.flatten(1).cumsum(1).view(by_token.shape) - 1
+        bags = _place(plain_rows.permute(0, 3, 1, 2), order, by_token, plain_totals)
+        gradient_bags = _place(rows.permute(0, 3, 1, 2), order, by_token, plain_totals)
+        per_token = by_token.flatten(2).sum(-1)
+        bag_starts = _before(per_token)
+        slots = self._outgoing_slots(starts)
+        return tuple(
+            Outgoing(
+                send=tuple(send[c]),
+                send_tokens=tuple(send_tokens[c]),
+                row_tokens=row_tokens[c],
+                output_tokens=output_tokens[c],
+                weight_slots=slots[:, c, : (stop - start) * self.topk],
+                bags=bags[c],
+                gradient_bags=gradient_bags[c],
+                bag_starts=bag_starts[c, : stop - start].to(torch.int32),
+            )
+            for c, (start, stop) in enumerate(ranges)
+        )
+
+    def _outgoing_slots(self, starts: Tensor) -> Tensor:
+        """[t, c, m * k]: where each of my probabilities lies, in the segments to every slice of its expert."""
+        pairs = self.pairs_out  # [c, e, m, k]; one e for each choice
+        within = pairs.flatten(2).cumsum(-1).view(pairs.shape) - 1
+        slots = []
+        for t in range(self.etp):
+            first = (starts + t * self.out_sizes + self.out_rows) * self.per_row
+            slots.append(torch.where(pairs, within + first[..., None, None], 0).sum(1).flatten(1))
+        return torch.stack(slots)
+
+    # ---- the side of the experts --------------------------------------------------------------
+
+    def arrivals(self) -> tuple[Arrivals, ...]:
+        totals = [sum(sizes) for sizes in self.host_in_sizes]
+        plain_totals = [sum(sizes) for sizes in self.host_in_rows]
+        expert_totals = [sum(counts) for counts in self.host_experts]
+        mask = self.tokens_in  # [c, s, m]
+        place = mask.cumsum(-1) - 1
+        starts = _before(self.in_sizes)
+        rows = place + starts.unsqueeze(-1)
+        token_rows = place + _before(self.in_rows).unsqueeze(-1)
+        if self.group_size == 1:  # the input itself is the buffer, of all chunks together
+            rows = rows + self.chunk_tokens * torch.arange(self.chunks, device=self.device).view(-1, 1, 1)
+
+        order = self.experts_in.sort(dim=1, stable=True).indices  # [c, s * m * k] choices, those for here first
+        owner = order // self.topk
+        slots = self._arriving_slots(starts).gather(1, order)
+        rows_of, token_rows_of = rows.flatten(1).gather(1, owner), token_rows.flatten(1).gather(1, owner)
+
+        # Expert rows by token row: the how-manieth choice for here each one is.
+        flat_pairs = self.pairs_in.flatten(1)
+        rank = (flat_pairs.cumsum(1) - 1).gather(1, order)
+        valid = flat_pairs.gather(1, order)
+        number = torch.arange(order.shape[1], device=self.device).expand_as(order)
+        bags = _place(number, rank, valid, expert_totals)
+        per_token = self.pairs_in.sum(-1).flatten(1)
+        token_starts = _before(per_token).view(mask.shape)
+        bag_starts = _place(token_starts, token_rows, mask, plain_totals)
+        buffer_bag_starts = self._starts_with_gaps(token_starts, rows, mask, totals, expert_totals)
+        return tuple(
+            Arrivals(
+                receive=tuple(self.host_in_sizes[c]),
+                receive_tokens=tuple(self.host_in_rows[c]),
+                counts=tuple(self.host_experts[c]),
+                offsets=self.expert_ends[c].to(torch.int32),
+                rows=rows_of[c, :count].to(torch.int32),
+                token_rows=token_rows_of[c, :count].to(torch.int32),
+                weight_slots=slots[c, :count].clone(),
+                bags=bags[c],
+                bag_starts=bag_starts[c],
+                buffer_bag_starts=buffer_bag_starts[c],
+            )
+            for c, count in enumerate(expert_totals)
+        )
+
+    def _arriving_slots(self, starts: Tensor) -> Tensor:
+        """[c, s * m * k]: where the probability of every choice for here lies in the buffer; without an exchange in the
+        probabilities of all tokens."""
+        if self.group_size == 1:
+            return torch.arange(self.experts_in.numel(), device=self.device).view_as(self.experts_in)
+        within = self.pairs_in.flatten(2).cumsum(-1) - 1  # [c, s, m * k]
+        return (within + ((starts + self.in_rows) * self.per_row).unsqueeze(-1)).flatten(1)
+
+    def _starts_with_gaps(self, token_starts, rows, mask, totals, expert_totals) -> list[Tensor]:
+        if self.group_size == 1:
+            return [token_starts.new_empty(0, dtype=torch.int32)] * self.chunks
+        # A row of probabilities owns no expert row: its group begins where that of the next token row does.
+        spread = _place(token_starts, rows, mask, totals, fill=torch.iinfo(torch.int32).max)
+        return [
+            starts.flip(0).clamp(max=count).cummin(0).values.flip(0) if starts.numel() else starts
+            for starts, count in zip(spread, expert_totals)
+        ]
 
 
-def unsort_rows(rows: Tensor, plan: DispatchPlan) -> Tensor:
-    """Rows in the order of the local experts, back in the order they came."""
-    return rows if plan.sort is None else _Reorder.apply(rows, plan.unsort, plan.sort)
+def _gather_choices(experts: Tensor, num_experts: int, group) -> Tensor:
+    """[n, k] of this rank → [ranks, n, k] of all, one byte a choice where that is enough."""
+    ids = experts.to(torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int32).contiguous()
+    if group.size() == 1:
+        return ids.unsqueeze(0)
+    gathered = ids.new_empty(group.size() * ids.shape[0], ids.shape[1])
+    dist.all_gather_into_tensor(gathered, ids, group=group)
+    return gathered.view(group.size(), *ids.shape)
+
+
+def _before(sizes: Tensor) -> Tensor:
+    """Sum of the sizes before each, along the last axis."""
+    return sizes.cumsum(-1) - sizes
+
+
+def _place(values: Tensor, positions: Tensor, mask: Tensor, lengths: list[int], fill: int = 0) -> list[Tensor]:
+    """For every chunk an int32 array of its length with the masked values at their positions; no host copy."""
+    chunks, longest = len(lengths), max(lengths)
+    placed = torch.full((chunks, longest + 1), fill, dtype=torch.int32, device=values.device)
+    index = torch.where(mask, positions, longest).reshape(chunks, -1)
+    placed.scatter_(1, index, values.to(torch.int32).reshape(chunks, -1))
+    # A copy: a view would keep the longest of all alive for each.
+    return [placed[c, :length].clone() for c, length in enumerate(lengths)]

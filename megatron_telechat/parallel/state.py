@@ -15,6 +15,7 @@ from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import ParallelConfig, RunConfig
 from megatron_telechat.errors import ConfigError, ResourceError
 from megatron_telechat.parallel.agreement import agree, is_lost_rank
+from megatron_telechat.parallel.channel import Channel
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class ParallelState:
     edp_group: Any = field(repr=False)
     mp_group: Any = field(repr=False)
     process_groups: Any = field(repr=False)
-    """megatron.core's ProcessGroupCollection; what model, DDP, optimizer and schedules take as pg_collection."""
+    """megatron.core's ProcessGroupCollection; what model, DDP, optimizer and schedules take as pg_collection. It carries
+    one thing more, ``expert_channel``: the `Channel` of this rank's expert group."""
 
     def is_first_stage(self, chunk: int = 0) -> bool:
         """Whether this virtual chunk of this rank holds the embedding."""
@@ -93,7 +95,7 @@ def initialize(run: RunConfig, backend: Backend) -> ParallelState:
             "torch.distributed",
             "check that every node was started with the same --rdzv-endpoint and that its port is open",
         ) from error
-    state = _read_state(run.parallel)
+    state = _read_state(run.parallel, timeout)
     seed_generators(run.training.seed, state, backend)
     return state
 
@@ -174,6 +176,8 @@ def _build_groups(parallel: ParallelConfig, backend: Backend, timeout: timedelta
             distributed_timeout_minutes=timeout.total_seconds() / 60,
             # For mcore's own optimizer checkpoints only; ours are written from the shards of each rank.
             create_gloo_process_groups=False,
+            # The experts' exchange (megatron-core's name of that group) must not queue behind the kernels it overlaps with.
+            high_priority_stream_groups=["tp_ep_mp"] if backend.name == "cuda" else None,
         )
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"the layout does not fit the ranks: {error}", "parallel") from error
@@ -183,11 +187,13 @@ def _build_groups(parallel: ParallelConfig, backend: Backend, timeout: timedelta
         raise ConfigError(f"the layout does not fit the ranks: {error}", "parallel") from error
 
 
-def _read_state(parallel: ParallelConfig) -> ParallelState:
+def _read_state(parallel: ParallelConfig, timeout: timedelta) -> ParallelState:
     import torch.distributed as dist
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    # One for all layers: modules get it the way they get their groups.
+    groups.expert_channel = Channel(groups.tp_ep, timeout=timeout)
     named = {
         "tp": groups.tp,
         "pp": groups.pp,

@@ -1,0 +1,100 @@
+"""What the pipeline of chunks did with its time: how long the computation waited for the link, and traces of it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Iterator, NamedTuple, Optional
+
+import torch
+
+
+class Span(NamedTuple):
+    """Something that took time, or an instant; microseconds since the clock's start.
+
+    Attributes:
+        track: "compute", or "link" for a transfer from its start to its arrival.
+        name: F forward of the experts, R recompute, B gradients of inputs, W gradients of weights; D dispatch, C combine, with a
+            ' for their gradients; plan; wait.
+        chunk: None for what belongs to no chunk.
+        layer: zero-based number of the layer; None where it is not known.
+        backward: in the backward pass.
+    """
+
+    track: str
+    name: str
+    chunk: Optional[int]
+    layer: Optional[int]
+    backward: bool
+    start_us: float
+    end_us: float
+
+
+@dataclass
+class ExchangeClock:
+    """Measures waits for transfers, and, while tracing, everything.
+
+    On the CPU a wait is the time that the thread stood still. On an accelerator it is the time between two events on the
+    computing stream around the wait, read when :meth:`take_exposed_s` is called.
+
+    Attributes:
+        tracing: record every span. Host time: on an accelerator, work is only issued in these spans.
+    """
+
+    tracing: bool = False
+    spans: list[Span] = field(default_factory=list)
+    _exposed_s: float = 0.0
+    _events: list[tuple[Any, Any]] = field(default_factory=list)
+    _origin: float = field(default_factory=time.perf_counter)
+
+    def now_us(self) -> float:
+        return (time.perf_counter() - self._origin) * 1e6
+
+    @contextmanager
+    def waiting(self, name: str, chunk: Optional[int], layer: Optional[int], backward: bool, device: torch.device) -> Iterator[None]:
+        """Around a wait for a transfer."""
+        if device.type == "cpu":
+            start = time.perf_counter()
+            yield
+            self._exposed_s += time.perf_counter() - start
+            if self.tracing:
+                begin = (start - self._origin) * 1e6
+                self.spans.append(Span("compute", f"wait {name}", chunk, layer, backward, begin, self.now_us()))
+            return
+        module = getattr(torch, device.type)
+        begin, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
+
+    @contextmanager
+    def computing(self, name: str, chunk: Optional[int], layer: Optional[int], backward: bool) -> Iterator[None]:
+        """Around a piece of computation; free unless tracing."""
+        if not self.tracing:
+            yield
+            return
+        start = self.now_us()
+        yield
+        self.spans.append(Span("compute", name, chunk, layer, backward, start, self.now_us()))
+
+    def transfer(self, transfer: Any, name: str, chunk: int, layer: Optional[int], backward: bool) -> None:
+        """A transfer was started; while tracing, record when it arrives (host transfers only)."""
+        if self.tracing:
+            start = self.now_us()
+            transfer.when_done(
+                lambda: self.spans.append(Span("link", name, chunk, layer, backward, start, self.now_us()))
+            )
+
+    def take_exposed_s(self) -> float:
+        """Seconds of waiting since the last call. On an accelerator: call it once the device is synchronised."""
+        for begin, end in self._events:
+            self._exposed_s += begin.elapsed_time(end) / 1e3
+        exposed, self._exposed_s, self._events = self._exposed_s, 0.0, []
+        return exposed
+
+    def take_spans(self) -> list[Span]:
+        """The recorded spans, in order of their start; the clock goes on."""
+        spans, self.spans = sorted(self.spans, key=lambda span: span.start_us), []
+        return spans

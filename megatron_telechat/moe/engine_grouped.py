@@ -1,0 +1,86 @@
+"""The experts on an accelerator: ``torch.nn.functional.grouped_mm`` over all rows, no device-to-host copy."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_telechat.moe.engine import ExpertWeights, Gradients
+from megatron_telechat.moe.plan import Arrivals
+
+
+def _row_scales(scale: Tensor, offsets: Tensor) -> Tensor:
+    """[N, experts]: each row's probability in the column of its expert, so that the bias is one product."""
+    scales = scale.new_zeros(scale.numel(), offsets.numel())
+    return scales.scatter_(1, _expert_of_row(scale, offsets).unsqueeze(1), scale.unsqueeze(1))
+
+
+def _expert_of_row(scale: Tensor, offsets: Tensor) -> Tensor:
+    positions = torch.arange(scale.numel(), device=scale.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, positions, right=True)
+
+
+def first_product(rows: Tensor, plan: Arrivals, weights: ExpertWeights) -> Tensor:
+    """[N, 2 f]: gate and up of every expert row."""
+    return F.grouped_mm(rows.index_select(0, plan.rows), weights.flat_fc1.transpose(1, 2), offs=plan.offsets)
+
+
+def forward(
+    rows: Tensor, scale: Tensor, plan: Arrivals, weights: ExpertWeights, keep: bool
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Weighted outputs [N, h] of the expert rows, and gate and up if `keep`."""
+    gate_up = first_product(rows, plan, weights)
+    hidden = F.silu(gate_up[:, : weights.width]).mul_(gate_up[:, weights.width :]).mul_(scale.unsqueeze(1))
+    output = F.grouped_mm(hidden, weights.fc2.transpose(1, 2), offs=plan.offsets)
+    if weights.bias is not None and weights.adds_bias:
+        output = output.addmm_(_row_scales(scale, plan.offsets), weights.bias)
+    return output, gate_up if keep else None
+
+
+def input_gradients(
+    grad: Tensor, scale: Tensor, gate_up: Tensor, plan: Arrivals, weights: ExpertWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the expert rows and of their probabilities; `gate_up` becomes its own gradient.
+
+    Returns:
+        [N, h], [N] in the type of accumulation, and the weighted activations [N, f] for :func:`weight_gradients`.
+    """
+    gate, up = gate_up[:, : weights.width], gate_up[:, weights.width :]
+    factor = scale.unsqueeze(1)
+    g = grad.index_select(0, plan.token_rows)
+    grad_hidden = F.grouped_mm(g, weights.fc2, offs=plan.offsets)
+    silu = F.silu(gate)
+    hidden = silu * up
+    accumulate = torch.promote_types(scale.dtype, torch.float32)
+    grad_scale = (grad_hidden * hidden).sum(1, dtype=accumulate)
+    if weights.bias is not None and weights.adds_bias:
+        dots = (g @ weights.bias.t()).gather(1, _expert_of_row(scale, plan.offsets).unsqueeze(1))
+        grad_scale += dots.squeeze(1).to(accumulate)
+    hidden.mul_(factor)
+    grad_hidden.mul_(factor)
+    grad_up = silu.mul_(grad_hidden)
+    grad_hidden.mul_(up)
+    up.copy_(grad_up)
+    gate.copy_(torch.ops.aten.silu_backward(grad_hidden, gate))
+    return F.grouped_mm(gate_up, weights.flat_fc1, offs=plan.offsets), grad_scale, hidden
+
+
+def weight_gradients(
+    grad: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    grad_gate_up: Tensor,
+    hidden: Tensor,
+    plan: Arrivals,
+    gradients: Gradients,
+) -> None:
+    """Add one chunk's share of the weights' gradients."""
+    g = grad.index_select(0, plan.token_rows)
+    gradients.fc2.add(F.grouped_mm(g.t(), hidden, offs=plan.offsets))
+    if gradients.bias is not None:
+        gradients.bias.add(_row_scales(scale, plan.offsets).t() @ g)
+    x = rows.index_select(0, plan.rows)
+    gradients.fc1.add(F.grouped_mm(grad_gate_up.t(), x, offs=plan.offsets))

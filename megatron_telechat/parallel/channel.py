@@ -1,0 +1,92 @@
+"""A line for all-to-alls that run beside the computation, in the order they were started."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, Callable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Transfer:
+    """One all-to-all under way. Keeps both buffers alive until it was waited for."""
+
+    def __init__(self, received: Tensor, sent: Tensor, work: Any):
+        self._received, self._sent, self._work = received, sent, work
+
+    @property
+    def arrived(self) -> bool:
+        """Whether :meth:`wait` would return at once. On an accelerator the host does not know: True."""
+        return self._received.device.type != "cpu" or self._work.is_completed()
+
+    def wait(self) -> Tensor:
+        """The received rows. On an accelerator the current stream waits, not the host."""
+        received, work = self._received, self._work
+        if work is not None:
+            work.wait()
+        self._received = self._sent = self._work = None
+        return received
+
+    def when_done(self, report: Callable[[], None]) -> None:
+        """Call `report` from another thread when the rows are here; host transfers only."""
+        self._work.get_future().add_done_callback(lambda _: report())
+
+
+class Channel:
+    """All-to-alls among the ranks of one group, one after another.
+
+    Every rank must start the same transfers in the same order; none waits for another to be waited for.
+
+    On CUDA and NPU the transfers run on the stream that the group's communicator owns. A gloo group has two threads,
+    and two transfers at a time share the link, so that both arrive late: the first piece of a pipeline would come when
+    the second does. This class therefore opens a gloo group of its own with one thread.
+
+    Opening one is a collective over the group. A group of one rank never transfers.
+
+    Args:
+        group: the ranks; its backend decides the kind of transfer.
+        name: the same on all ranks of the group, and used for no other channel of this group.
+        timeout: after which a transfer that does not end raises.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, name: str = "experts", timeout: timedelta = timedelta(minutes=10)):
+        self.group = group
+        self.size, self.rank = group.size(), group.rank()
+        on_gloo = self.size > 1 and dist.get_backend(group) == "gloo"
+        self._gloo = _one_thread_gloo(group, name, timeout) if on_gloo else None
+
+    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Transfer:
+        """Send consecutive runs of rows to the ranks of the group.
+
+        Args:
+            rows: [sum(send), ...], contiguous, in the order of the receiving ranks; must not change until the wait.
+            send: rows for each rank of the group; none is allowed.
+            receive: rows from each rank of the group.
+
+        Returns:
+            The transfer; its wait gives [sum(receive), ...] in the order of the sending ranks.
+        """
+        received = rows.new_empty((sum(receive), *rows.shape[1:]))
+        if self._gloo is not None:
+            work = self._gloo.alltoall_base(received, rows, list(receive), list(send), dist.AllToAllOptions())
+        else:
+            work = dist.all_to_all_single(received, rows, list(receive), list(send), group=self.group, async_op=True)
+        return Transfer(received, rows, work)
+
+
+def _one_thread_gloo(group: dist.ProcessGroup, name: str, timeout: timedelta) -> Any:
+    # new_group takes no options for gloo; its class does. The name of a group is unique in the life of a process.
+    gloo = dist.ProcessGroupGloo
+    interfaces = os.environ.get("GLOO_SOCKET_IFNAME")
+    options = gloo._Options()
+    options._threads = 1
+    options._timeout = timeout
+    options._devices = (
+        [gloo.create_device(interface=interface) for interface in interfaces.split(",")]
+        if interfaces
+        else [gloo.create_default_device()]
+    )
+    store = dist.PrefixStore(f"{name}/{group.group_name}", dist.distributed_c10d._get_default_store())
+    return gloo(store, group.rank(), group.size(), options)
