@@ -1,0 +1,28 @@
+"""``tools/merge_data.py``: join the shards of a preprocess_data run, or any datasets of one tokenizer."""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+from megatron_telechat.cli.tool import ToolParser, run_tool
+from megatron_telechat.errors import EXIT_OK
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the tool; returns the exit code (0 done, 2 arguments, 3 an input is damaged or missing, 6 disk)."""
+    return run_tool(_run, argv)
+
+
+def _run(argv: list[str]) -> int:
+    parser = ToolParser(prog="tools/merge_data.py", description=__doc__.split(": ", 1)[1])
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="prefixes, globs or a folder; shards are put in their order")
+    add("--output-prefix", required=True, help="shards: PREFIX_KEY_document is written, as one run would; others: PREFIX")
+    args = parser.parse_args(argv)
+    from megatron_telechat.data.merge import merge_datasets, plan_merge
+    from megatron_telechat.data.verify import find_datasets
+
+    for output, prefixes in plan_merge(find_datasets(args.input), args.output_prefix).items():
+        data = merge_datasets(prefixes, output)
+        print(f"{output}: {len(prefixes)} datasets, {data.documents:,} documents, {data.num_tokens:,} tokens")
+    return EXIT_OK

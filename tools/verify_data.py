@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Check indexed datasets: headers, every entry, checksums, token ids. See docs/data.md."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_telechat.cli.verify_data import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
