@@ -1,0 +1,226 @@
+"""How many chunks: measured on the real layer, link and device, and the same on all ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_telechat.moe.block import MoEBlock
+from megatron_telechat.moe.engine import Gradients
+from megatron_telechat.moe.overlap_model import PassCosts, predicted_ms
+from megatron_telechat.moe.pipeline import ChunkPipeline
+from megatron_telechat.moe.plan import Arrivals
+
+FIRST = (1, 2, 4)
+CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16)
+ROUNDS = 5
+BUDGET_S = 20.0
+MIN_GAIN = 0.01
+"""What a larger number of chunks must win over a smaller one; less is noise, and costs memory for its indices."""
+MIN_ROWS = {"cpu": 16, "cuda": 128}
+"""Rows of an expert in a chunk below which its products get slow; other devices as cuda."""
+
+
+@dataclass(frozen=True)
+class ChunkChoice:
+    """What was chosen, and from what.
+
+    Attributes:
+        num_chunks: for all blocks of the model.
+        reason: one line for a person.
+        measured_ms: forward and backward of one block, by number of chunks; the slowest rank's median.
+        predicted_ms: what the model says, for the candidates.
+        forward, backward: the fitted costs; None where nothing had to be measured.
+    """
+
+    num_chunks: int
+    reason: str
+    measured_ms: Mapping[int, float] = field(default_factory=dict)
+    predicted_ms: Mapping[int, float] = field(default_factory=dict)
+    forward: Optional[PassCosts] = None
+    backward: Optional[PassCosts] = None
+
+
+class _NoLink:
+    """Transfers that arrive at once: the computation alone."""
+
+    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> "_NoLink._Here":
+        return self._Here(rows.new_zeros((sum(receive), *rows.shape[1:])))
+
+    class _Here:
+        arrived = True
+
+        def __init__(self, rows: Tensor):
+            self.rows = rows
+
+        def wait(self) -> Tensor:
+            return self.rows
+
+        def when_done(self, report: Callable[[], None]) -> None:
+            report()
+
+
+class _NoExperts:
+    """Products that take no time: the transfers alone."""
+
+    @staticmethod
+    def forward(rows, scale, plan: Arrivals, weights, keep):
+        return rows.new_zeros(plan.num_rows, rows.shape[1]), None
+
+    @staticmethod
+    def first_product(rows, plan, weights):
+        return None
+
+    @staticmethod
+    def input_gradients(grad, scale, gate_up, plan: Arrivals, weights):
+        wide = torch.promote_types(scale.dtype, torch.float32)
+        return grad.new_zeros(plan.num_rows, grad.shape[1]), scale.new_zeros(plan.num_rows, dtype=wide), None
+
+    @staticmethod
+    def weight_gradients(*_: Any) -> None:
+        pass
+
+
+class _Probe:
+    """Forwards and backwards of one block outside of autograd; leaves its parameters and statistics as they were."""
+
+    def __init__(self, block: MoEBlock, num_tokens: int, dtype: torch.dtype, synchronize: Callable[[], None]):
+        self.block, self.synchronize = block, synchronize
+        device = block.router.weight.device
+        generator = torch.Generator().manual_seed(1234 + block.channel.rank)
+        hidden = block.config.hidden_size
+        self.tokens, self.grad = (
+            torch.randn(num_tokens, hidden, generator=generator).to(device=device, dtype=dtype) for _ in range(2)
+        )
+        with torch.no_grad():
+            self.routing = block.router(self.tokens.unsqueeze(1))
+        self.weights = block.experts.weights
+
+    def run(self, k: int, channel: Any = None, engine: Any = None) -> tuple[float, float]:
+        """Milliseconds of a forward and of a backward."""
+        with torch.no_grad():
+            pipeline = self.block.pipeline(self.routing, self.tokens.dtype, k)
+            pipeline = ChunkPipeline(pipeline.dispatch, channel or self.block.channel, recompute=pipeline.recompute, engine=engine)
+            self.synchronize()
+            begin = time.perf_counter()
+            _, kept = pipeline.forward(self.tokens, self.routing.weights, self.weights.detached(), True)
+            self.synchronize()
+            middle = time.perf_counter()
+            gradients = Gradients.of(self.weights, k)
+            pipeline.backward(self.grad, self.weights.detached(), kept, gradients)
+            self.synchronize()
+        return (middle - begin) * 1e3, (time.perf_counter() - middle) * 1e3
+
+    def clean(self) -> None:
+        """The probes went into the gradient buffers, as the real passes do."""
+        for parameter in self.block.experts.parameters():
+            if getattr(parameter, "main_grad", None) is not None:
+                parameter.main_grad.zero_()
+                parameter.grad_added_to_main_grad = False
+
+
+def max_chunks(block: MoEBlock, num_tokens: int) -> int:
+    """The largest number of chunks that leaves an expert enough rows in each, with an even load."""
+    config = block.config
+    rows = num_tokens * config.moe_router_topk * block.channel.size / config.num_moe_experts
+    minimum = MIN_ROWS.get(block.router.weight.device.type, MIN_ROWS["cuda"])
+    return max(1, min(int(rows // minimum), num_tokens))
+
+
+def choose_num_chunks(
+    block: Optional[MoEBlock],
+    num_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    synchronize: Callable[[], None] = lambda: None,
+) -> ChunkChoice:
+    """Time the block with 1, 2 and 4 chunks, the computation and the transfers alone; fit the model; try what it likes best.
+
+    Collective over all ranks: every rank sees the slowest rank's times, and so comes to the same choice.
+
+    Args:
+        block: a MoE layer of this rank; None where it has none.
+        num_tokens: tokens of a call on this rank.
+        dtype: of the tokens.
+        device: of the model.
+        synchronize: waits for the device.
+    """
+    limits = torch.tensor([block.channel.size if block else 1, -(max_chunks(block, num_tokens) if block else 1 << 30)], device=device)
+    _reduce(limits)
+    group_size, limit = int(limits[0]), -int(limits[1])
+    if group_size == 1:
+        return ChunkChoice(1, "the experts of a layer share a rank: there is no exchange to hide")
+    if limit < 2:
+        return ChunkChoice(1, f"{num_tokens} tokens a rank leave too few rows for an expert in a chunk")
+    probe = _Probe(block, num_tokens, dtype, synchronize) if block else None
+    first = [k for k in FIRST if k <= limit]
+    ends = [first[0], first[-1]]
+    arms: dict[tuple[str, int], dict[str, Any]] = {("block", k): {} for k in first}
+    arms |= {("compute", k): {"channel": _NoLink()} for k in ends}
+    arms |= {("link", k): {"engine": _NoExperts()} for k in ends}
+    times = _measure(probe, arms, device)
+    parts = [
+        PassCosts.fit({k: times["compute", k][way] for k in ends}, {k: times["link", k][way] for k in ends}) for way in (0, 1)
+    ]
+    predicted = {k: predicted_ms(*parts, k) for k in CANDIDATES if k <= limit}
+    further = _worth_trying(predicted, [k for k in first])
+    if further:
+        times |= _measure(probe, {("block", k): {} for k in sorted({*further, first[-1], 1})}, device)
+    if probe is not None:
+        probe.clean()
+    measured = {k: sum(times["block", k]) for kind, k in sorted(times) if kind == "block"}
+    best = _smallest_good(measured)
+    return ChunkChoice(best, _reason(best, measured, parts), measured, predicted, *parts)
+
+
+def _measure(probe: Optional[_Probe], arms: Mapping[tuple[str, int], dict[str, Any]], device) -> dict[tuple[str, int], tuple[float, float]]:
+    """The slowest rank's median of every arm, forward and backward; rounds over all arms, so that drift hits all alike."""
+    samples: dict[tuple[str, int], list[tuple[float, float]]] = {arm: [] for arm in arms}
+    spent = torch.zeros(1, dtype=torch.float64, device=device)
+    for number in range(ROUNDS + 1):
+        begin = time.perf_counter()
+        for arm, options in arms.items():
+            result = probe.run(arm[1], **options) if probe else (0.0, 0.0)
+            if number:  # the first round warms up
+                samples[arm].append(result)
+        spent += time.perf_counter() - begin
+        total = spent.clone()
+        _reduce(total)  # ranks must stop together
+        if number >= 2 and float(total) * (number + 2) / (number + 1) > BUDGET_S:
+            break
+    medians = torch.tensor(
+        [[median(run[way] for run in runs) for way in (0, 1)] for runs in samples.values()], dtype=torch.float64, device=device
+    )
+    _reduce(medians)
+    return {arm: (forward, backward) for arm, (forward, backward) in zip(samples, medians.tolist())}
+
+
+def _reduce(values: Tensor) -> None:
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+
+
+def _worth_trying(predicted: Mapping[int, float], measured: Sequence[int]) -> list[int]:
+    """The two candidates that the model likes best, if they were not measured and beat what was."""
+    known = min(predicted[k] for k in measured)
+    ranked = sorted((k for k in predicted if k not in measured and predicted[k] < known), key=lambda k: predicted[k])
+    return ranked[:2]
+
+
+def _smallest_good(measured: Mapping[int, float]) -> int:
+    fastest = min(measured.values())
+    return min(k for k, ms in measured.items() if ms <= fastest * (1 + MIN_GAIN))
+
+
+def _reason(best: int, measured: Mapping[int, float], parts: Sequence[PassCosts]) -> str:
+    compute, link = (sum(getattr(part, name) for part in parts) for name in ("compute", "link"))
+    table = ", ".join(f"{k}: {ms:.1f}" for k, ms in measured.items())
+    gain = measured[1] / measured[best]
+    what = f"{gain:.2f}x as fast as whole" if best > 1 else "chunks would not pay"
+    return f"{what} (one layer, ms by chunks: {table}; computation {compute:.1f} ms, exchange {link:.1f} ms)"

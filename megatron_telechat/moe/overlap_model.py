@@ -1,0 +1,102 @@
+"""How long a block takes with its input in k chunks: a model of events, from four measured times.
+
+The pipeline of :mod:`megatron_telechat.moe.pipeline` is replayed with the computation and the link as two machines, each
+doing one thing at a time. A chunk of computation takes its share of the whole plus a fixed cost (small products, launches), a
+transfer its share plus the fixed cost of a collective:
+
+    forward, compute-bound (A >= B):  T(k) = A + B/k + ...     link-bound:  T(k) = B + ...
+
+with A the time of the computation and B that of the link; both fall towards max(A, B) until the fixed costs win.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """One direction, in milliseconds.
+
+    Attributes:
+        compute: of all chunks together, without the fixed costs.
+        per_chunk: fixed cost of a chunk of computation.
+        link: both transfers of all chunks together, without the fixed costs.
+        per_transfer: fixed cost of a transfer.
+    """
+
+    compute: float
+    per_chunk: float
+    link: float
+    per_transfer: float
+
+    @classmethod
+    def fit(cls, compute_ms: Mapping[int, float], link_ms: Mapping[int, float]) -> "PassCosts":
+        """From the times of computation alone and of transfers alone at two or more numbers of chunks."""
+        compute, per_chunk = _line(compute_ms)
+        link, per_pair = _line(link_ms)
+        return cls(compute, per_chunk, link, per_pair / 2)
+
+    def chunk_ms(self, k: int) -> float:
+        return self.compute / k + self.per_chunk
+
+    def transfer_ms(self, k: int) -> float:
+        return self.link / (2 * k) + self.per_transfer
+
+
+def _line(times: Mapping[int, float]) -> tuple[float, float]:
+    """Least squares of time = a + b k with b >= 0 and a >= 0."""
+    ks, ts = list(times), list(times.values())
+    mean_k, mean_t = sum(ks) / len(ks), sum(ts) / len(ts)
+    spread = sum((k - mean_k) ** 2 for k in ks)
+    slope = sum((k - mean_k) * (t - mean_t) for k, t in zip(ks, ts)) / spread if spread else 0.0
+    slope = min(max(slope, 0.0), mean_t / mean_k)
+    return mean_t - slope * mean_k, slope
+
+
+def forward_ms(costs: PassCosts, k: int) -> float:
+    """Makespan of a forward: all dispatches queued at once, each combine when its chunk is computed."""
+    chunk, transfer = costs.chunk_ms(k), costs.transfer_ms(k)
+    computed = [0.0] * k
+    now = 0.0
+    for c in range(k):
+        now = max(now, (c + 1) * transfer) + chunk
+        computed[c] = now
+    link = k * transfer
+    for c in range(k):
+        link = max(link, computed[c]) + transfer
+    return link
+
+
+def backward_ms(costs: PassCosts, k: int, weight_share: float = 0.5) -> float:
+    """Makespan of a backward: gradients of inputs first, those of weights in the gaps and at the end.
+
+    Args:
+        weight_share: part of the computation that is gradients of weights (two of the four products).
+    """
+    chunk, transfer = costs.chunk_ms(k), costs.transfer_ms(k)
+    inputs, weights = chunk * (1 - weight_share), chunk * weight_share
+    now, waiting = 0.0, 0
+    computed = [0.0] * k
+    for c in range(k):
+        arrival = (c + 1) * transfer
+        while waiting and now < arrival:
+            now, waiting = now + weights, waiting - 1
+        now = max(now, arrival) + inputs
+        computed[c], waiting = now, waiting + 1
+    now += waiting * weights
+    link = k * transfer
+    for c in range(k):
+        link = max(link, computed[c]) + transfer
+    return max(now, link)
+
+
+def predicted_ms(forward: PassCosts, backward: PassCosts, k: int) -> float:
+    """Forward and backward of one block."""
+    return forward_ms(forward, k) + backward_ms(backward, k)
+
+
+def ideal_ms(forward: PassCosts, backward: PassCosts) -> float:
+    """The limit of many chunks without fixed costs: whichever is busier, link or computation."""
+    return max(forward.compute, forward.link) + max(backward.compute, backward.link)
