@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Mapping, Optional
+from typing import Any, Mapping, Optional
 
 import yaml
 
+from megatron_telechat.errors import ConfigError
+
 _FOLDER = Path(__file__).parent / "devices"
+
+
+EFFICIENCIES = ("gemm", "grouped_gemm", "attention", "hbm", "link")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of the parts of a model on a device, medians in seconds.
+
+    Attributes:
+        conditions: what the times depend on; `costs.time.conditions` of a run they hold for equals it.
+        layers: for each kind of layer (dense, moe): forward, backward, and extra.MODES: what recompute adds.
+        embedding, output_layer: forward and backward.
+        p2p: one micro-batch's hidden states to the next stage.
+        optimizer_per_parameter: of an optimizer step, for each parameter of a rank.
+        step: the rest of an iteration, whatever its size.
+        source: when, where and how they were taken.
+    """
+
+    conditions: Mapping[str, Any]
+    layers: Mapping[str, Mapping[str, float]]
+    embedding: Mapping[str, float]
+    output_layer: Mapping[str, float]
+    p2p: float
+    optimizer_per_parameter: float
+    step: float = 0.0
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,6 +58,13 @@ class DeviceSpec:
     """Bandwidth to the other devices of the node, in one direction."""
     inter_node_bandwidth_gb_s: Optional[float] = None
     """Bandwidth to other nodes for each device, in one direction."""
+    efficiency: Mapping[str, float] = field(default_factory=dict)
+    """Share of a peak that real work reaches: gemm, grouped_gemm, attention (of peak_tflops), hbm and link
+    (of the bandwidths)."""
+    collective_latency_s: float = 0.0
+    """Seconds of one collective or message apart from its bytes."""
+    measured: tuple[Measured, ...] = ()
+    """Times taken on such a device, each for the shapes of one run; they come before every other figure."""
 
     def peak(self, precision: str) -> Optional[float]:
         """Dense peak TFLOP/s at this precision; None where it is not known."""
@@ -44,7 +80,70 @@ def _read(path: Path) -> tuple[DeviceSpec, dict[str, dict[str, float]]]:
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     variants = entries.pop("variants", {})
     entries["device_names"] = tuple(entries["device_names"])
+    entries["measured"] = tuple(Measured(**entry) for entry in entries.get("measured") or ())
     return DeviceSpec(**entries), variants
+
+
+def read_device_file(path: Path) -> DeviceSpec:
+    """A device file of one's own, such as `write_device_file` makes.
+
+    Raises:
+        ConfigError: no such file, or not a device file; says which key is wrong.
+    """
+    try:
+        return _checked(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except OSError as error:
+        raise ConfigError(f"cannot read the device file: {error.strerror}", str(path), _FILE_HELP) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the device file is not YAML: {error}", str(path), _FILE_HELP) from None
+
+
+_FILE_HELP = f"a file as those in costs/devices/, or one of {', '.join(sorted(p.stem for p in _FOLDER.glob('*.yaml')))}"
+
+
+def _checked(entries: Any, where: str) -> DeviceSpec:
+    if not isinstance(entries, dict) or not isinstance(entries.get("name"), str):
+        raise ConfigError("the device file has no name", where, _FILE_HELP)
+    entries = {key: value for key, value in entries.items() if key != "variants"}
+    unknown = sorted(set(entries) - {item.name for item in fields(DeviceSpec)})
+    unknown += [f"efficiency.{key}" for key in entries.get("efficiency") or {} if key not in EFFICIENCIES]
+    if unknown:
+        raise ConfigError(f"the device file has unknown keys: {', '.join(unknown)}", where, _FILE_HELP)
+    for key in ("peak_tflops", "efficiency"):
+        entries[key] = entries.get(key) or {}
+        _check_numbers(entries[key], key, where)
+    single = ("memory_gib", "hbm_bandwidth_gb_s", "intra_node_bandwidth_gb_s", "inter_node_bandwidth_gb_s")
+    _check_numbers({key: entries[key] for key in single if entries.get(key) is not None}, "", where)
+    entries["device_names"] = tuple(entries.get("device_names") or ())
+    try:
+        entries["measured"] = tuple(Measured(**entry) for entry in entries.get("measured") or ())
+    except TypeError as error:
+        raise ConfigError(f"an entry of measured is damaged: {error}", where, "calibrate again") from None
+    return DeviceSpec(**entries)
+
+
+def _check_numbers(values: Any, name: str, where: str) -> None:
+    bad = values if not isinstance(values, dict) else {
+        key: value for key, value in values.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf")
+    }  # fmt: skip
+    if bad:
+        raise ConfigError(f"{name or 'the device file'}: {bad!r} is not above 0", where, "a finite number above 0")
+
+
+def write_device_file(path: Path, spec: DeviceSpec) -> None:
+    """Write a device with its measured entries; `read_device_file` reads it."""
+    entries = asdict(spec)
+    entries["device_names"] = list(spec.device_names)
+    entries["measured"] = [asdict(entry) for entry in spec.measured]
+    path.write_text(yaml.safe_dump(_plain(entries), sort_keys=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and tuples as dicts and lists, which YAML's safe form takes."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def device_spec(name: str) -> Optional[DeviceSpec]:

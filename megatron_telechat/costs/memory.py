@@ -51,17 +51,21 @@ class StageMemory:
         return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 
+def optimizer_shards(run: RunConfig) -> tuple[int, int]:
+    """Ranks that share the optimizer state of a dense parameter, and of an expert's."""
+    parallel = run.parallel
+    if not parallel.use_distributed_optimizer:
+        return 1, 1
+    expert, expert_tensor = parallel.expert_sizes
+    per_stage = max(parallel.world_size // parallel.pipeline_model_parallel_size, 1)
+    return max(per_stage // parallel.tensor_model_parallel_size, 1), max(per_stage // (expert * expert_tensor), 1)
+
+
 def resident_bytes(run: RunConfig, count: LocalCount) -> tuple[float, float, float]:
     """Bytes of parameters, gradients and optimizer state of a rank that holds these parameters."""
-    parallel = run.parallel
     size = BYTES[run.training.precision]
     state = MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
-    dense_shards = expert_shards = 1
-    if parallel.use_distributed_optimizer:
-        expert, expert_tensor = parallel.expert_sizes
-        per_stage = max(parallel.world_size // parallel.pipeline_model_parallel_size, 1)
-        dense_shards = max(per_stage // parallel.tensor_model_parallel_size, 1)
-        expert_shards = max(per_stage // (expert * expert_tensor), 1)
+    dense_shards, expert_shards = optimizer_shards(run)
     optimizer = state * (count.dense / dense_shards + count.expert / expert_shards)
     return size * count.total, GRADIENT_BYTES * count.total, optimizer
 

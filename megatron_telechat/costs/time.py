@@ -1,0 +1,311 @@
+"""Seconds that the parts of a model take on one rank for one micro-batch.
+
+A part is arithmetic over the reached share of the peak, plus the bytes of its element-wise work over the reached memory
+bandwidth, plus the communication nothing hides; docs/planner.md has the equations. Where the device file holds times
+that were measured for these very shapes, those are taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Iterable, Optional
+
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.activations import BYTES, tokens_of
+from megatron_telechat.costs.communication import (
+    Links,
+    context_exchange_seconds,
+    expert_exchange_seconds,
+    p2p_seconds,
+    tensor_exchange_seconds,
+)
+from megatron_telechat.costs.devices import DeviceSpec, Measured
+from megatron_telechat.costs.flops import head_forward_flops, layer_forward_flops
+from megatron_telechat.costs.memory import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, optimizer_shards
+from megatron_telechat.costs.parameters import LocalCount, layer_table, local_count, stage_table
+from megatron_telechat.errors import ConfigError
+
+GEMM_BACKWARD = 2.0
+"""Each product of the forward has two in the backward."""
+FLASH_BACKWARD = 2.5
+"""A flash attention makes five products in its backward, one of them again (arXiv 2307.08691, section 3.1)."""
+
+
+@dataclass(frozen=True)
+class Software:
+    """What the training program does beyond the shapes.
+
+    Attributes:
+        tensor_overlap: share of the tensor-parallel communication that compute hides; 0 for plain Megatron-Core.
+        moe_chunks: pieces of a micro-batch whose dispatch, experts and way back overlap; 1: one after the other.
+        moe_imbalance: rows of the busiest rank's experts over the mean.
+    """
+
+    tensor_overlap: float = 0.0
+    moe_chunks: int = 1
+    moe_imbalance: float = 1.0
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """Seconds of one part for one micro-batch."""
+
+    forward: float
+    backward: float
+
+    def __add__(self, other: PartTime) -> PartTime:
+        return PartTime(self.forward + other.forward, self.backward + other.backward)
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Seconds of one layer for one micro-batch; `extra` is what its recompute adds to the backward."""
+
+    forward: float
+    backward: float
+    extra: float
+
+
+def conditions(run: RunConfig) -> dict[str, Any]:
+    """What the times of a layer depend on, as a device file keeps it beside measured ones."""
+    model, parallel, training = run.model, run.parallel, run.training
+    expert, expert_tensor = parallel.expert_sizes
+    tokens = tokens_of(run)
+    return {
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "num_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_router_topk": model.moe_router_topk if model.is_moe else None,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "precision": training.precision,
+        "seq_length": training.seq_length,
+        "micro_batch_size": training.micro_batch_size,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": tokens.split != tokens.whole,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": expert if model.is_moe else 1,
+        "expert_tensor_parallel_size": expert_tensor if model.is_moe else 1,
+    }
+
+
+def mode_name(modes: Iterable[str]) -> str:
+    """Recompute modes of a layer as one word: none, full, core_attn+mlp, …"""
+    return "+".join(modes) or "none"
+
+
+class TimeModel:
+    """Times of a run's parts on a device.
+
+    Raises:
+        ConfigError: the device has neither the figures for an estimate nor times measured for these shapes.
+    """
+
+    def __init__(self, run: RunConfig, device: DeviceSpec, software: Software = Software()):
+        self.run, self.device, self.software = run, device, software
+        self.measured: Optional[Measured] = next(
+            (entry for entry in device.measured if dict(entry.conditions) == conditions(run)), None
+        )
+        peak = device.peak(run.training.precision)
+        if self.measured is None and not (peak and device.hbm_bandwidth_gb_s):
+            raise ConfigError(
+                f"nothing is known of the speed of {device.name} at these shapes in {run.training.precision}",
+                f"device {device.name}",
+                "measure it: tools/plan_pipeline.py --calibrate; or name a device whose file has figures",
+            )
+        self._peak = (peak or float("inf")) * 1e12
+        self._memory = (device.hbm_bandwidth_gb_s or float("inf")) * 1e9 * device.efficiency.get("hbm", 1.0)
+        self._tokens = tokens_of(run)
+        self._size = BYTES[run.training.precision]
+
+    @cached_property
+    def links(self) -> Links:
+        return Links.of(self.run, self.device)
+
+    # ---- what the planner asks --------------------------------------------------------------
+
+    def layer(self, layer: int, modes: tuple[str, ...]) -> LayerTime:
+        """Forward and backward of the zero-based `layer`, and what recompute with these modes adds."""
+        if self.measured is not None:
+            return self._measured_layer(layer, modes)
+        parts = self.layer_parts(layer)
+        whole = sum(parts.values(), PartTime(0.0, 0.0))
+        extra = sum(parts[name].forward for name in repeated_parts(modes))
+        # every parameter's gradient is added to its fp32 sum: read both, write one
+        backward = whole.backward + self._accumulate(self._layer_count(layer))
+        return LayerTime(whole.forward, backward, extra)
+
+    def embedding(self) -> PartTime:
+        """A look-up, and the scatter of its output over the sequence."""
+        if self.measured is not None:
+            return PartTime(self.measured.embedding["forward"], self.measured.embedding["backward"])
+        bytes_moved = 2 * self._size * self.run.model.hidden_size * self._tokens.whole
+        exchange = self._exposed_tensor() / 2
+        table = stage_table(self.run.model, (), has_embedding=True, has_loss=False)
+        count = local_count(table, self.run.parallel)
+        backward = self._bytes(bytes_moved) + exchange + self._accumulate(count)
+        return PartTime(self._bytes(bytes_moved) + exchange, backward)
+
+    def output_layer(self) -> PartTime:
+        """Final norm, logits and cross entropy."""
+        if self.measured is not None:
+            return PartTime(self.measured.output_layer["forward"], self.measured.output_layer["backward"])
+        tokens, model = self._tokens, self.run.model
+        product = self._gemm(head_forward_flops(model) * tokens.whole / tokens.tensor)
+        logits = model.vocab_size * tokens.whole / tokens.tensor
+        # forward: cast to fp32, maximum, exponent and sum in fp32; backward: scaled softmax, cast back
+        norm = self._norm()
+        exchange = self._exposed_tensor() / 2
+        forward = product + self._bytes(logits * (2 * self._size + 16)) + norm.forward + exchange
+        count = local_count(stage_table(model, (), has_embedding=False, has_loss=True), self.run.parallel)
+        backward = GEMM_BACKWARD * product + self._bytes(logits * (8 + self._size)) + norm.backward + exchange
+        return PartTime(forward, backward + self._accumulate(count))
+
+    def p2p(self) -> float:
+        """Hidden states of one micro-batch, from one stage to the next."""
+        return self.measured.p2p if self.measured is not None else p2p_seconds(self.run, self.links)
+
+    def optimizer_step(self, count: LocalCount) -> float:
+        """Seconds of norm, clipping and AdamW on a rank that holds these parameters, once an iteration.
+
+        Bytes: gradients zeroed, and read for the norm (4 each); of the rank's share gradient read, moments and master
+        weight read and written, weight written.
+        """
+        dense, expert = optimizer_shards(self.run)
+        own = count.dense / dense + count.expert / expert
+        if self.measured is not None:
+            return self.measured.optimizer_per_parameter * own
+        master = 2 * MASTER_BYTES if self.run.training.precision != "fp32" else 0
+        a_parameter = GRADIENT_BYTES + 2 * MOMENT_BYTES + master + self._size
+        return self._bytes(2 * GRADIENT_BYTES * count.total + a_parameter * own)
+
+    def gradient_reduction(self, count: LocalCount) -> float:
+        """Seconds of reducing fp32 gradients over the data-parallel ranks and, with the distributed optimizer, of
+        gathering the weights; overlap with the backward is taken off where the run asks for it (`exposed_reduction`)."""
+        parallel = self.run.parallel
+        expert, expert_tensor = parallel.expert_sizes
+        per_stage = max(parallel.world_size // parallel.pipeline_model_parallel_size, 1)
+        dense = max(per_stage // parallel.tensor_model_parallel_size, 1)
+        routed = max(per_stage // (expert * expert_tensor), 1)
+        back = self._size if parallel.use_distributed_optimizer else GRADIENT_BYTES
+        return sum(
+            self.links.gather((GRADIENT_BYTES + back) * number, size, per_stage)
+            for number, size in ((count.dense, dense), (count.expert, routed))
+        )
+
+    def step_constant(self) -> float:
+        """The rest of an iteration, whatever its size; known only where it was measured."""
+        return self.measured.step if self.measured is not None else 0.0
+
+    # ---- parts of a layer -------------------------------------------------------------------
+
+    def layer_parts(self, layer: int) -> dict[str, PartTime]:
+        """Estimated times of the parts of a layer: norms, projections, core_attn, block (its MLP or its experts)."""
+        model, tokens = self.run.model, self._tokens
+        flops = layer_forward_flops(model, layer, self.run.training.seq_length)
+        share = tokens.whole / tokens.tensor
+        query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
+        products = self._gemm(flops.projections * share)
+        rotary = self._bytes(2 * self._size * (query + 2 * key) * share)
+        residual = self._bytes(3 * self._size * model.hidden_size * tokens.split)
+        exchange = self._exposed_tensor()
+        core = flops.core_attention * share / (self._peak * self._efficiency("attention"))
+        ring = context_exchange_seconds(self.run, self.links, tokens)
+        norms = self._norm() + self._norm()
+        return {
+            "norms": norms,
+            "projections": PartTime(
+                products + rotary + residual + exchange,
+                GEMM_BACKWARD * products + rotary + residual / 3 + exchange,
+            ),
+            "core_attn": PartTime(max(core, ring), max(FLASH_BACKWARD * core, 2 * ring)),
+            "block": self._experts(layer) if model.layer_is_moe(layer) else self._dense(flops.mlp * share),
+        }
+
+    def _dense(self, flops: float) -> PartTime:
+        model, tokens = self.run.model, self._tokens
+        product = self._gemm(flops)
+        element = self._size * model.ffn_hidden_size * tokens.whole / tokens.tensor
+        residual = self._bytes(self._size * model.hidden_size * tokens.split)
+        exchange = self._exposed_tensor()
+        return PartTime(
+            product + self._bytes(3 * element) + 3 * residual + exchange,
+            GEMM_BACKWARD * product + self._bytes(5 * element) + residual + exchange,
+        )
+
+    def _experts(self, layer: int) -> PartTime:
+        """Router, dispatch, grouped products, way back; a shared expert as a dense one."""
+        model, tokens = self.run.model, self._tokens
+        width = (model.moe_ffn_hidden_size or model.ffn_hidden_size) / tokens.expert_tensor
+        hidden, rows = model.hidden_size, tokens.routed * self.software.moe_imbalance
+        product = 6 * hidden * width * rows / (self._peak * self._efficiency("grouped_gemm"))
+        element, row = self._size * width * rows, self._size * hidden * rows
+        # the rows are copied out, sorted where they arrive, put back and summed: four passes that read and write
+        moves = self._bytes(8 * row)
+        router = self._gemm(2 * hidden * (model.num_experts or 0) * tokens.split)
+        exchange = expert_exchange_seconds(self.run, self.links) * self.software.moe_imbalance
+        forward, backward = product + self._bytes(3 * element), GEMM_BACKWARD * product + self._bytes(5 * element)
+        block = PartTime(
+            router + moves + forward + self._exposed_experts(exchange, forward),
+            GEMM_BACKWARD * router + moves + backward + self._exposed_experts(exchange, backward),
+        )
+        shared = model.moe_shared_expert_intermediate_size
+        if shared:
+            block += self._dense(6 * hidden * shared * tokens.whole / tokens.tensor)
+        return block
+
+    def _exposed_experts(self, exchange: float, compute: float) -> float:
+        """What is left of the exchange when the block runs in chunks: the first dispatch, the last way back, and
+        whatever the experts' compute does not cover of the rest."""
+        chunks = self.software.moe_chunks
+        return exchange / chunks + max(0.0, exchange - compute) * (chunks - 1) / chunks
+
+    def _norm(self) -> PartTime:
+        element = self._bytes(self._size * self.run.model.hidden_size * self._tokens.split)
+        return PartTime(2 * element, 4 * element)  # read, write; input and gradient read, gradient written, weight's sum
+
+    def _exposed_tensor(self) -> float:
+        return tensor_exchange_seconds(self.run, self.links) * (1 - self.software.tensor_overlap)
+
+    # ---- arithmetic, bytes, measured --------------------------------------------------------
+
+    def _efficiency(self, name: str) -> float:
+        return self.device.efficiency.get(name, 1.0)
+
+    def _gemm(self, flops: float) -> float:
+        return flops / (self._peak * self._efficiency("gemm"))
+
+    def _bytes(self, count: float) -> float:
+        return count / self._memory
+
+    def _accumulate(self, count: LocalCount) -> float:
+        return self._bytes((self._size + 2 * GRADIENT_BYTES) * count.total)
+
+    def _layer_count(self, layer: int) -> LocalCount:
+        return local_count(layer_table(self.run.model, layer), self.run.parallel)
+
+    def _measured_layer(self, layer: int, modes: tuple[str, ...]) -> LayerTime:
+        assert self.measured is not None
+        kind = "moe" if self.run.model.layer_is_moe(layer) else "dense"
+        times = self.measured.layers.get(kind, {})
+        name = mode_name(modes)
+        if "forward" not in times or (name != "none" and f"extra.{name}" not in times):
+            raise ConfigError(
+                f"the device file has no time of a {kind} layer with recompute {name}",
+                f"device {self.device.name}",
+                "calibrate again with this recompute kind among those asked for",
+            )
+        return LayerTime(times["forward"], times["backward"], times.get(f"extra.{name}", 0.0))
+
+
+def repeated_parts(modes: tuple[str, ...]) -> tuple[str, ...]:
+    """Parts of a layer whose forward a backward repeats under these modes."""
+    if "full" in modes:
+        return ("norms", "projections", "core_attn", "block")
+    parts = ["norms"] * ("layernorm" in modes) + ["core_attn"] * ("core_attn" in modes)
+    return tuple(parts + ["block"] * ("mlp" in modes or "moe" in modes))
