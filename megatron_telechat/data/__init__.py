@@ -10,6 +10,7 @@ import importlib
 _DOORS = {
     "Datasets": "datasets",
     "build_datasets": "datasets",
+    "prepare_index": "datasets",
     "data_fingerprint": "datasets",
     "fingerprint_differences": "datasets",
     "samples_needed": "datasets",

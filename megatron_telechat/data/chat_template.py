@@ -165,14 +165,24 @@ def tokenizer_files(tokenizer_model: Optional[str]) -> list[Path]:
     return [*own, *(folder / name for name in names if (folder / name).is_file())]
 
 
-def describe(tokenizer: Tokenizer, token: int) -> str:
-    """The text of one token, for people; a part of a character is shown as its name in the vocabulary."""
+def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """The text of each token, for people. Of the tokens that make up one character the last shows it, the others ``·``."""
+    out: list[str] = []
+    pending: list[int] = []
+    for token in tokens:
+        alone = _text_alone(tokenizer, token)
+        pending = [] if alone is not None else [*pending, token]
+        together = tokenizer.decode(pending) if pending else ""
+        if alone is None and "\ufffd" not in together:
+            pending = []
+        out.append(alone if alone is not None else "·" if pending else together)
+    return out
+
+
+def _text_alone(tokenizer: Tokenizer, token: int) -> Optional[str]:
+    """The text of a token that is whole characters, else None."""
     backend = getattr(tokenizer, "backend", None)
+    if hasattr(backend, "IdToPiece"):  # decoding one piece would drop its blank
+        return None if backend.IsByte(token) else backend.IdToPiece(token).replace("\u2581", " ")
     text = tokenizer.decode([token])
-    if text and "\ufffd" not in text:
-        return text
-    if hasattr(backend, "id_to_token"):
-        return backend.id_to_token(token) or f"<{token}>"
-    if hasattr(backend, "IdToPiece"):
-        return backend.IdToPiece(token)
-    return f"<{token}>"
+    return None if "\ufffd" in text else text

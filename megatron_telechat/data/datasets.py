@@ -12,11 +12,14 @@ from megatron_telechat.data.chat_files import encoding_of, file_digest
 from megatron_telechat.data.rank_zero import WordOfRankZero
 from megatron_telechat.data.samples import MockSamples, TokenDataset
 from megatron_telechat.data.sources import (
+    Opened,
+    Say,
     build_index,
     cache_root,
     index_key,
     open_encoded,
     open_sources,
+    quiet,
     samples_needed,
     split_sources,
     used_splits,
@@ -24,7 +27,10 @@ from megatron_telechat.data.sources import (
 from megatron_telechat.data.tokenizers import build_tokenizer
 from megatron_telechat.errors import ConfigError
 
-__all__ = ["Datasets", "Ranks", "build_datasets", "data_fingerprint", "fingerprint_differences", "samples_needed"]
+__all__ = [
+    *("Datasets", "PreparedIndex", "Ranks", "build_datasets", "data_fingerprint", "fingerprint_differences"),
+    *("prepare_index", "samples_needed"),
+]
 
 # Options that need to know where documents end.
 _BORDER_OPTIONS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
@@ -53,6 +59,37 @@ class Datasets:
     """Lines for the banner: documents, tokens and epochs of each source."""
 
 
+@dataclass(frozen=True)
+class PreparedIndex:
+    """The index of a run.
+
+    Attributes:
+        folder: where it lies, named after all that decides it.
+        built: whether it was made now; False where it was there.
+        opened: the datasets of the run by prefix or path.
+    """
+
+    folder: Path
+    built: bool
+    opened: Opened
+
+
+def prepare_index(run: RunConfig, say: Say = quiet) -> PreparedIndex:
+    """Build the index of a run into its cache, if it is not there; by one process alone.
+
+    Args:
+        say: told what is under way.
+
+    Raises:
+        ConfigError, DataError, ResourceError: as ``build_datasets``.
+    """
+    _end_of_document(run)
+    opened = open_sources(run, say)
+    names = used_splits(run, opened)
+    folder = cache_root(run) / index_key(run, opened, names)
+    return PreparedIndex(folder, build_index(run, opened, names, folder, say), opened)
+
+
 def build_datasets(run: RunConfig, state: Ranks) -> Datasets:
     """The datasets of a run; called by all ranks.
 
@@ -69,25 +106,24 @@ def build_datasets(run: RunConfig, state: Ranks) -> Datasets:
     word = WordOfRankZero(run.data.data_index_timeout_minutes * 60)
     try:
         eod = _end_of_document(run)
-        if run.data.sft and not word.first:
-            # The encoded text is named after its bytes; one rank reads them, not all.
-            final = cache_root(run) / word.hear()
-            opened = open_encoded(run, final)
-        else:
-            opened = open_sources(run, word.progress)
-            final = cache_root(run) / index_key(run, opened, used_splits(run, opened))
-        names = used_splits(run, opened)
         if word.first:
-            build_index(run, opened, names, final, word.progress)
+            index = prepare_index(run, word.progress)
+        elif run.data.sft:
+            # The encoded text is named after its bytes; one rank reads them, not all.
+            folder = cache_root(run) / word.hear()
+            index = PreparedIndex(folder, False, open_encoded(run, folder))
+        else:
+            opened = open_sources(run)
+            index = PreparedIndex(cache_root(run) / index_key(run, opened, used_splits(run, opened)), False, opened)
     except BaseException as error:
         if word.first:
             word.say(f"error: {error}")
         raise
     if word.first:
-        word.say(final.name)
+        word.say(index.folder.name)
     elif not run.data.sft:
-        word.hear(final.name)
-    sources, summary = split_sources(run, opened, names, final)
+        word.hear(index.folder.name)
+    sources, summary = split_sources(run, index.opened, used_splits(run, index.opened), index.folder)
     sizes = dict(zip(SPLITS, samples_needed(run)))
     options = (run.model.vocab_size, eod, *(getattr(run.data, name) for name in _BORDER_OPTIONS))
     datasets = {name: TokenDataset(source, sizes[name], *options) for name, source in sources.items()}

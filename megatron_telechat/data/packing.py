@@ -182,6 +182,14 @@ class ChatSamples:
             at += roles.size
         return Marks(is_learned, np.array([*starts, at] if at < self.row else starts, np.int64))
 
+    def pieces(self, sample: int) -> list[tuple[int, str]]:
+        """First token, and name, of each dialog of a row, and of its padding."""
+        out, at = [], 0
+        for dialog in self.dialogs(sample):
+            out.append((at, self.dataset.origin(dialog)))
+            at += min(int(self.dataset.sequence_lengths[dialog]), self.row)
+        return [*out, (at, "padding")] if at < self.row else out
+
     def origin(self, sample: int) -> str:
         """Where the dialogs of a row come from, for messages."""
         names = [str(int(self.dataset.lines[dialog])) for dialog in self.dialogs(sample)]

@@ -38,6 +38,8 @@ class SampleSource(Protocol):
 
     def marks(self, sample: int) -> Optional[Marks]: ...
 
+    def pieces(self, sample: int) -> list[tuple[int, str]]: ...
+
     def origin(self, sample: int) -> str: ...
 
 
@@ -122,6 +124,14 @@ class IndexedSamples:
     def marks(self, sample: int) -> None:
         """Every token of a document is learned."""
 
+    def pieces(self, sample: int) -> list[tuple[int, str]]:
+        """First token, and name, of each document in a sample."""
+        out, at = [], 0
+        for sequence, begin, length in self._pieces(sample):
+            out.append((at, f"{self.dataset.bin_path}, document {self.dataset.document_of(sequence)}"))
+            at += self.dataset.get(sequence, begin, length).size
+        return out
+
     def origin(self, sample: int) -> str:
         """Where the tokens of a sample come from, for messages."""
         documents = [self.dataset.document_of(sequence) for sequence, _, _ in self._pieces(sample)]
@@ -204,6 +214,10 @@ class BlendedSamples:
         source, inner = self.place(sample)
         return self.sources[source].marks(inner)
 
+    def pieces(self, sample: int) -> list[tuple[int, str]]:
+        source, inner = self.place(sample)
+        return self.sources[source].pieces(inner)
+
     def origin(self, sample: int) -> str:
         source, inner = self.place(sample)
         return self.sources[source].origin(inner)
@@ -273,6 +287,9 @@ class MockSamples:
 
     def marks(self, sample: int) -> None:
         """Every token is learned."""
+
+    def pieces(self, sample: int) -> list[tuple[int, str]]:
+        return [(0, self.origin(sample))]
 
     def origin(self, sample: int) -> str:
         return f"mock sample {sample}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_telechat.data.chat import BadDialog, Dialog, Turn, parse_dialog
-from megatron_telechat.data.chat_template import ANSWER, ChatVocabulary, describe, learned, render
+from megatron_telechat.data.chat_template import ANSWER, ChatVocabulary, learned, render, token_texts
 from megatron_telechat.errors import ConfigError
 from tests.data.chat_material import SPECIAL, letters_tokenizer, single
 from tests.data.material import VOCAB, sentencepiece_tokenizer
@@ -27,7 +27,7 @@ def tokens_of(line, template, tokenizer, system=None):
 
 
 def spelled(vocabulary, tokens) -> list[str]:
-    return [SPECIAL[t] if t < len(SPECIAL) else describe(vocabulary.tokenizer, int(t)) for t in tokens]
+    return token_texts(vocabulary.tokenizer, tokens.tolist())
 
 
 def expected(*pieces) -> tuple[list[str], list[bool]]:
@@ -204,6 +204,14 @@ def test_a_tokenizer_that_lacks_the_roles_is_refused(tmp_path):
         ChatVocabulary(None, bare, "telechat2", VOCAB)
     with pytest.raises(ConfigError, match="no <_user>"):
         ChatVocabulary("NullTokenizer", None, "telechat", VOCAB)
+
+
+def test_the_text_of_tokens_shows_a_character_once(tmp_path, tokenizer):
+    vocabulary, tokens, _ = tokens_of(single("几?", "é"), "telechat2", tokenizer)
+    assert spelled(vocabulary, tokens) == [U, "·", "·", "几", "?", B, "·", "é", E, "\n"]
+    pieces = ChatVocabulary(None, str(sentencepiece_tokenizer(tmp_path / "tokenizer.model")), "telechat", VOCAB)
+    ids = pieces.tokenizer.encode("The tide é 春")
+    assert "".join(token_texts(pieces.tokenizer, ids)).replace("·", "") == "The tide é 春"
 
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "bot", "content": "a"}

@@ -29,9 +29,16 @@ def test_all_ranks_read_the_same_samples_from_one_index(report):
         ("failure_before_building", "DataError: ", "DataError: rank 0 could not build the sample index: data error: "),
         ("other_files", "built", "DataError: rank 1 sees other data files"),
         ("cache_not_shared", "built", "DataError: the sample index that rank 0 wrote is not to be seen here"),
-        ("time_limit", "built", "ResourceError: rank 1 waited 0.02 minutes"),
+        ("time_limit", "built", "ResourceError: rank 1 waited 0.02 minutes for rank 0 to build the sample index: checking "),
+        ("bad_dialogs", "DataError: none of the keys", "DataError: rank 0 could not build the sample index: data error: none of"),
     ],
 )
 def test_ranks_fail_together_and_say_why(report, name, zero, one):
     found = report.check(name)
     assert found[0].startswith(zero) and found[1].startswith(one), found
+
+
+def test_dialogs_are_read_by_rank_0_alone_and_are_the_same_for_all(report):
+    first, second = report.check("dialogs_are_encoded_by_one_rank")
+    assert first["read"] and not second["read"]
+    assert first["digest"] == second["digest"] and first["summary"] == second["summary"]

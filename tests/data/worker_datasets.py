@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_telechat.data import build_datasets
+from megatron_telechat.data import build_datasets, chat_files
 from megatron_telechat.data.indexed import IndexedDataset
 from megatron_telechat.errors import UserError
+from tests.data.chat_material import chat_run, letters_tokenizer, numbered, write_lines
 from tests.data.material import Rank, make_run, write_dataset
 from tests.harness import Cases
 
@@ -99,6 +100,45 @@ def time_limit():
         return outcome(run)
     finally:
         IndexedDataset.verify = verify
+
+
+def dialogs(name: str, good: bool = True):
+    """A run on a file of dialogs."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    path = Path(os.environ["SHARED_FOLDER"]) / name
+    if dist.get_rank() == 0:
+        path.mkdir()
+        letters_tokenizer(path / "tokenizer")
+        write_lines(path / "d.jsonl", numbered(30) if good else [{"text": "x"}])
+    dist.barrier()
+    return chat_run(path, str(path / "d.jsonl"), tokenizer=str(path / "tokenizer" / "tokenizer.json"), iters=5)
+
+
+@cases.case
+def dialogs_are_encoded_by_one_rank():
+    run = dialogs("chat")
+    read = []
+    digest_of_file = chat_files.file_digest
+
+    def counted(path):
+        read.append(path)
+        return digest_of_file(path)
+
+    chat_files.file_digest = counted
+    try:
+        made = build_datasets(run, Rank(rank=dist.get_rank()))
+    finally:
+        chat_files.file_digest = digest_of_file
+    digest = hashlib.sha256()
+    for i in range(len(made.train)):
+        digest.update(made.train[i]["tokens"].numpy().tobytes())
+    return {"digest": digest.hexdigest(), "read": any(path.endswith("d.jsonl") for path in read), "summary": made.summary}
+
+
+@cases.case
+def bad_dialogs():
+    return outcome(dialogs("bad-chat", good=False))
 
 
 if __name__ == "__main__":

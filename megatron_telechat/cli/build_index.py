@@ -1,0 +1,74 @@
+"""``tools/build_index.py``: make the sample index of a run before it starts, so that no rank waits for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Callable, Optional, Sequence
+
+from megatron_telechat.cli.tool import quiet_imports, run_tool
+from megatron_telechat.config import LoadedConfig, load_run_config
+from megatron_telechat.errors import EXIT_OK, ConfigError
+
+USAGE = """usage: tools/build_index.py [the flags of the training command]
+
+Encode the dialogs (--sft) and build the sample index and the blend of a run into its cache (--data-cache-path, else
+cache/ in the run folder), as rank 0 would at the start. The index depends on the data, --split, --seed, --seq-length,
+--train-iters, --global-batch-size and the evaluation; not on the number of ranks.
+"""
+_SECONDS = 1.0
+
+
+def described_run(argv: Sequence[str]) -> LoadedConfig:
+    """The configuration of a training command, for a tool that starts no training.
+
+    Raises:
+        ConfigError: it has problems, or its data is a mock stream.
+    """
+    loaded = load_run_config([*argv, "--dry-run"], {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"})
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if loaded.run.data.mock_data:
+        raise ConfigError("mock_data has no files", loaded.origins["mock_data"], "name real data with --data-path")
+    return loaded
+
+
+def paced(print_line: Callable[[str], None], seconds: float = _SECONDS) -> Callable[[str], None]:
+    """A listener that passes on at most one line in so many seconds."""
+    last = time.monotonic()
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            print_line(text)
+
+    return say
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the tool; returns the exit code (0 done or already there, 2 flags, 3 data, 6 the cache cannot be written)."""
+    return run_tool(_run, argv)
+
+
+def _run(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(USAGE, end="")
+        return EXIT_OK
+    loaded = described_run(argv)
+    run = loaded.run
+    if not run.training.train_iters:
+        raise ConfigError("train_iters is 0: the index is made for the samples of a whole run", "train_iters",
+                          "--train-iters N, as the training will have it")
+    quiet_imports()
+    from megatron_telechat.data import prepare_index
+    from megatron_telechat.data.sources import split_sources, used_splits
+
+    started = time.monotonic()
+    index = prepare_index(run, paced(lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)))
+    _, summary = split_sources(run, index.opened, used_splits(run, index.opened), index.folder)
+    print("\n".join(summary))
+    how = f"built in {time.monotonic() - started:.1f} s" if index.built else "there already"
+    print(f"{index.folder}: {how}, for {run.training.train_iters:,} steps of {run.training.global_batch_size:,} samples")
+    return EXIT_OK
