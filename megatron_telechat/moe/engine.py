@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_telechat.moe.gradients import WeightGradient
+from megatron_telechat.moe.te_products import Accumulate
 
 
 class ExpertWeights(NamedTuple):
@@ -31,12 +32,14 @@ class ExpertWeights(NamedTuple):
         bias: [experts, h] or None, of the down projection; multiplied by the probability too.
         adds_bias: whether this rank adds the bias. Where several ranks hold slices of f and their outputs are
             summed, one of them does. The bias gets its whole gradient on all of them.
+        accumulate: TransformerEngine's product for gradients of weights, or None.
     """
 
     fc1: Tensor
     fc2: Tensor
     bias: Optional[Tensor]
     adds_bias: bool = True
+    accumulate: Optional[Accumulate] = None
 
     @property
     def width(self) -> int:
@@ -49,7 +52,7 @@ class ExpertWeights(NamedTuple):
     def detached(self) -> "ExpertWeights":
         """The same values outside of autograd."""
         bias = None if self.bias is None else self.bias.detach()
-        return ExpertWeights(self.fc1.detach(), self.fc2.detach(), bias, self.adds_bias)
+        return self._replace(fc1=self.fc1.detach(), fc2=self.fc2.detach(), bias=bias)
 
 
 class Gradients(NamedTuple):
@@ -62,7 +65,8 @@ class Gradients(NamedTuple):
     @classmethod
     def of(cls, weights: ExpertWeights, chunks: int) -> "Gradients":
         bias = None if weights.bias is None else WeightGradient(weights.bias, chunks)
-        return cls(WeightGradient(weights.fc1, chunks), WeightGradient(weights.fc2, chunks), bias)
+        fc1, fc2 = (WeightGradient(weight, chunks, weights.accumulate) for weight in (weights.fc1, weights.fc2))
+        return cls(fc1, fc2, bias)
 
     def end_chunk(self) -> None:
         for gradient in self:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.moe.engine import ExpertWeights, Gradients
 from megatron_telechat.moe.pipeline import ChunkPipeline, Saved
+from megatron_telechat.moe.te_products import accumulating_product
 
 # Row strides of torch.nn.functional.grouped_mm on accelerators.
 _GROUPED_MM_ALIGNMENT_BYTES = 16
@@ -68,6 +69,7 @@ class GroupedExperts(MegatronModule):
         _check_alignment(config, self.linear_fc1.weight.device, width)
         self.num_local_experts = num_local_experts
         self.adds_bias = etp_rank == 0
+        self._accumulate = accumulating_product(self.linear_fc1.weight.device, config.params_dtype)
         self._mark_parameters(etp_rank)
 
     def _mark_parameters(self, etp_rank: int) -> None:
@@ -87,7 +89,8 @@ class GroupedExperts(MegatronModule):
 
     @property
     def weights(self) -> ExpertWeights:
-        return ExpertWeights(self.linear_fc1.weight, self.linear_fc2.weight, self.linear_fc2.bias, self.adds_bias)
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        return ExpertWeights(fc1.weight, fc2.weight, fc2.bias, self.adds_bias, self._accumulate)
 
     def forward(self, tokens: Tensor, probabilities: Tensor, pipeline: ChunkPipeline) -> Tensor:
         """Tokens to their experts, wherever these are, and back.
@@ -101,15 +104,16 @@ class GroupedExperts(MegatronModule):
             [n, h], weighted and summed.
         """
         keep = torch.is_grad_enabled()
-        return _Experts.apply(tokens.contiguous(), probabilities, *self.weights[:3], self.adds_bias, pipeline, keep)
+        weights = self.weights
+        return _Experts.apply(tokens.contiguous(), probabilities, *weights[:3], weights[3:], pipeline, keep)
 
 
 class _Experts(torch.autograd.Function):
     """One node for all chunks: its backward is scheduled by hand, not by autograd's order of nodes."""
 
     @staticmethod
-    def forward(ctx, tokens, probabilities, fc1, fc2, bias, adds_bias, pipeline, keep):
-        weights = ExpertWeights(fc1, fc2, bias, adds_bias)
+    def forward(ctx, tokens, probabilities, fc1, fc2, bias, settings, pipeline, keep):
+        weights = ExpertWeights(fc1, fc2, bias, *settings)
         output, kept = pipeline.forward(tokens, probabilities, weights, keep)
         if keep:
             # The parameters themselves: their main_grad takes the gradients.

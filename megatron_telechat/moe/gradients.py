@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_telechat.moe.plan import Arrivals
+from megatron_telechat.moe.te_products import Accumulate
 
 
 class WeightGradient:
@@ -17,10 +21,11 @@ class WeightGradient:
 
     Args:
         parameter: the weight.
-        chunks: how many times :meth:`add_product` or :meth:`add` will be called for each part.
+        chunks: how many times each part will be added to.
+        accumulate: TransformerEngine's product for :meth:`add_grouped_product`, where there is one.
     """
 
-    def __init__(self, parameter: Tensor, chunks: int):
+    def __init__(self, parameter: Tensor, chunks: int, accumulate: Optional[Accumulate] = None):
         self.parameter = parameter
         main = getattr(parameter, "main_grad", None)
         self.into_main = main is not None and hasattr(parameter, "grad_added_to_main_grad")
@@ -31,6 +36,7 @@ class WeightGradient:
         else:
             wide = torch.promote_types(parameter.dtype, torch.float32) if chunks > 1 else parameter.dtype
             self.buffer = torch.empty_like(parameter, dtype=wide)
+        self._accumulate = accumulate if self.buffer.dtype == torch.float32 else None
         self._scratch: Optional[Tensor] = None
 
     def add_product(self, part: int, a: Tensor, b: Tensor) -> None:
@@ -47,6 +53,13 @@ class WeightGradient:
         """An expert without rows."""
         if self.fresh:
             self.buffer[part].zero_()
+
+    def add_grouped_product(self, a: Tensor, b: Tensor, plan: Arrivals) -> None:
+        """``buffer[e] += a_e^T @ b_e`` for the rows of every expert e of `plan`."""
+        if self._accumulate is None:
+            self.add(F.grouped_mm(a.t(), b, offs=plan.offsets))
+        else:
+            self._accumulate(self.buffer.view(-1, a.shape[1], b.shape[1]), a, b, plan.counts, self.fresh)
 
     def add(self, value: Tensor) -> None:
         """``buffer += value``, whole."""
