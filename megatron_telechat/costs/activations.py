@@ -6,6 +6,7 @@ the sums to what autograd saves.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_telechat.config.schema import ModelConfig, RunConfig
@@ -114,17 +115,27 @@ def _block_activations(model: ModelConfig, layer: int, size: int, tokens: Tokens
 def expert_activations(model: ModelConfig, size: int, tokens: Tokens) -> tuple[float, float]:
     """Bytes that router and routed experts keep, and those of them that recompute ``moe`` drops.
 
-    A routed row (top-k of a token): h (dispatched) + 2 f_e (gate, up) elements and its probability; f_e is cut by the
-    expert tensor-parallel size. The product of gate and up is made again in every backward. Router: of a token's
-    choices the expert, its row and back (3 x int64) and the fp32 weight, and fp32 scores of all experts for the
-    auxiliary loss. Received rows are sorted by expert, which keeps one more index a row.
+    Rows that arrived: h elements, one for every rank a token's experts lie on (`arriving_rows`); on a rank that has all
+    experts they are the norm's output itself. Expert rows (top-k of a token): 2 f_e elements (gate, up), f_e cut by
+    the expert tensor-parallel size, and the probability. The product of gate and up is made again in every backward.
+    Router: the chosen experts (int64) and their fp32 weights, and fp32 scores of all experts for an auxiliary loss.
+    Recompute ``moe`` drops gate and up: no exchange is repeated. Row numbers, below 1 % of a row, are left out.
     """
-    rows = size * tokens.routed * (model.hidden_size + 2 * expert_ffn_hidden_size(model) / tokens.expert_tensor + 1)
+    shared = tokens.expert * tokens.expert_tensor > 1
+    rows = size * model.hidden_size * arriving_rows(model, tokens) * shared
+    gate_up = 2 * size * tokens.routed * expert_ffn_hidden_size(model) / tokens.expert_tensor
     scores = 4 * (model.num_experts or 0) * (model.moe_aux_loss_coeff > 0 or model.moe_z_loss_coeff > 0)
-    router = tokens.split * (model.moe_router_topk * (3 * INDEX_BYTES + 4) + scores)
-    sorting = 2 * INDEX_BYTES * tokens.routed * (tokens.expert * tokens.expert_tensor > 1)
-    everything = rows + router + sorting
-    return everything, everything
+    router = tokens.split * (model.moe_router_topk * (INDEX_BYTES + 4) + scores)
+    return rows + gate_up + size * tokens.routed + router, gate_up
+
+
+def arriving_rows(model: ModelConfig, tokens: Tokens) -> float:
+    """Token rows that a rank receives, its own included, when the routing is balanced and random: a token travels once
+    to each rank that holds one of its experts, and to all ranks that hold slices of it."""
+    experts, here = model.num_experts or 1, (model.num_experts or 1) // tokens.expert
+    # the chance that none of k different experts is among those of one rank
+    missed = math.comb(experts - here, model.moe_router_topk) / math.comb(experts, model.moe_router_topk)
+    return tokens.split * tokens.expert_tensor * tokens.expert * (1 - missed)
 
 
 def embedding_bytes(run: RunConfig) -> float:

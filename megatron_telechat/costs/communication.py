@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs.activations import BYTES, Tokens, tokens_of
+from megatron_telechat.costs.activations import BYTES, Tokens, arriving_rows, tokens_of
 from megatron_telechat.costs.devices import DeviceSpec
 
 DEFAULT_RANKS_PER_NODE = 8
@@ -64,13 +64,11 @@ def tensor_exchange_seconds(run: RunConfig, links: Links) -> float:
 
 
 def expert_exchange_seconds(run: RunConfig, links: Links) -> float:
-    """Dispatch of the rows to their experts and their way back, one pass; the gather over expert-tensor ranks in it."""
+    """Dispatch of the token rows to the ranks of their experts and the way back, one pass; each rank sends and gets
+    `arriving_rows`."""
     tokens, size = tokens_of(run), BYTES[run.training.precision]
-    reach = tokens.expert * tokens.expert_tensor
-    row_bytes = size * run.model.hidden_size
-    there = links.all_to_all(row_bytes * tokens.split * run.model.moe_router_topk, tokens.expert, reach)
-    there += links.gather(row_bytes * tokens.routed, tokens.expert_tensor, tokens.expert_tensor)
-    return 2 * there
+    ranks = tokens.expert * tokens.expert_tensor
+    return 2 * links.all_to_all(size * run.model.hidden_size * arriving_rows(run.model, tokens), ranks, ranks)
 
 
 def context_exchange_seconds(run: RunConfig, links: Links, tokens: Tokens) -> float:

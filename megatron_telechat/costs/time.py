@@ -23,7 +23,13 @@ from megatron_telechat.costs.communication import (
 from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.flops import head_forward_flops, layer_forward_flops
 from megatron_telechat.costs.memory import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, optimizer_shards
-from megatron_telechat.costs.parameters import LocalCount, layer_table, local_count, stage_table
+from megatron_telechat.costs.parameters import (
+    LocalCount,
+    expert_ffn_hidden_size,
+    layer_table,
+    local_count,
+    stage_table,
+)
 from megatron_telechat.errors import ConfigError
 
 GEMM_BACKWARD = 2.0
@@ -136,6 +142,8 @@ class TimeModel:
         parts = self.layer_parts(layer)
         whole = sum(parts.values(), PartTime(0.0, 0.0))
         extra = sum(parts[name].forward for name in repeated_parts(modes))
+        if "moe" in modes and "full" not in modes:
+            extra += self._experts_again()
         # every parameter's gradient is added to its fp32 sum: read both, write one
         backward = whole.backward + self._accumulate(self._layer_count(layer))
         return LayerTime(whole.forward, backward, extra)
@@ -224,13 +232,15 @@ class TimeModel:
                 GEMM_BACKWARD * products + rotary + residual / 3 + exchange,
             ),
             "core_attn": PartTime(max(core, ring), max(FLASH_BACKWARD * core, 2 * ring)),
-            "block": self._experts(layer) if model.layer_is_moe(layer) else self._dense(flops.mlp * share),
+            "block": self._experts() if model.layer_is_moe(layer) else self._dense(model.ffn_hidden_size),
         }
 
-    def _dense(self, flops: float) -> PartTime:
+    def _dense(self, width: int) -> PartTime:
+        """A SwiGLU of this width, and the residual sum behind it."""
         model, tokens = self.run.model, self._tokens
-        product = self._gemm(flops)
-        element = self._size * model.ffn_hidden_size * tokens.whole / tokens.tensor
+        share = tokens.whole / tokens.tensor
+        product = self._gemm(6 * model.hidden_size * width * share)
+        element = self._size * width * share
         residual = self._bytes(self._size * model.hidden_size * tokens.split)
         exchange = self._exposed_tensor()
         return PartTime(
@@ -238,10 +248,10 @@ class TimeModel:
             GEMM_BACKWARD * product + self._bytes(5 * element) + residual + exchange,
         )
 
-    def _experts(self, layer: int) -> PartTime:
+    def _experts(self) -> PartTime:
         """Router, dispatch, grouped products, way back; a shared expert as a dense one."""
         model, tokens = self.run.model, self._tokens
-        width = (model.moe_ffn_hidden_size or model.ffn_hidden_size) / tokens.expert_tensor
+        width = expert_ffn_hidden_size(model) / tokens.expert_tensor
         hidden, rows = model.hidden_size, tokens.routed * self.software.moe_imbalance
         product = 6 * hidden * width * rows / (self._peak * self._efficiency("grouped_gemm"))
         element, row = self._size * width * rows, self._size * hidden * rows
@@ -256,8 +266,17 @@ class TimeModel:
         )
         shared = model.moe_shared_expert_intermediate_size
         if shared:
-            block += self._dense(6 * hidden * shared * tokens.whole / tokens.tensor)
+            block += self._dense(shared)
         return block
+
+    def _experts_again(self) -> float:
+        """What recompute ``moe`` repeats: gate and up of the routed experts, all of a shared one, no exchange."""
+        model, tokens = self.run.model, self._tokens
+        rows = tokens.routed * self.software.moe_imbalance
+        width = expert_ffn_hidden_size(model) / tokens.expert_tensor
+        again = 4 * model.hidden_size * width * rows / (self._peak * self._efficiency("grouped_gemm"))
+        shared = model.moe_shared_expert_intermediate_size
+        return again + (self._dense(shared).forward if shared else 0.0)
 
     def _exposed_experts(self, exchange: float, compute: float) -> float:
         """What is left of the exchange when the block runs in chunks: the first dispatch, the last way back, and
@@ -304,8 +323,8 @@ class TimeModel:
 
 
 def repeated_parts(modes: tuple[str, ...]) -> tuple[str, ...]:
-    """Parts of a layer whose forward a backward repeats under these modes."""
+    """Parts of a layer whose whole forward a backward repeats under these modes; ``moe`` repeats less than its block."""
     if "full" in modes:
         return ("norms", "projections", "core_attn", "block")
     parts = ["norms"] * ("layernorm" in modes) + ["core_attn"] * ("core_attn" in modes)
-    return tuple(parts + ["block"] * ("mlp" in modes or "moe" in modes))
+    return tuple(parts + ["block"] * ("mlp" in modes))

@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Predicted and measured iteration times of pipeline layouts of a small model: two CPU ranks over gloo.
+
+    python tools/bench/pipeline_prediction.py [--quick] [--moe] [--rounds 9] [--json FILE]
+
+Every layout (even, uneven, interleaved, recomputed) is a Trainer on two ranks of its own; one more pair of ranks
+calibrates. All take their turns, round after round, so that whatever else the machine does hits all of them alike;
+while one pair works the others wait. The cost model then gets the calibration and nothing else. Printed are both times
+of every layout, the median error, and whether the order agrees wherever two layouts differ by more than the noise.
+
+One core a rank is needed: ranks that share a core are no pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from megatron_telechat.config.recompute import recompute_plan  # noqa: E402
+from megatron_telechat.config.schema import (  # noqa: E402
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_telechat.costs.devices import DeviceSpec, Measured  # noqa: E402
+from megatron_telechat.planner.predict import predict  # noqa: E402
+
+RANKS = 2
+CALIBRATION = "calibration"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One arm: layers of every virtual stage, and what they recompute."""
+
+    name: str
+    counts: tuple[int, ...]
+    recompute: Optional[str] = None
+
+
+LAYOUTS = (
+    Layout("even", (6, 6)),
+    Layout("head light", (7, 5)),
+    Layout("uneven", (8, 4)),
+    Layout("uneven the other way", (4, 8)),
+    Layout("two chunks", (3, 3, 3, 3)),
+    Layout("two chunks, uneven", (4, 3, 3, 2)),
+    Layout("three chunks", (2, 2, 2, 2, 2, 2)),
+    Layout("full recompute", (6, 6), "full*6|full*6"),
+    Layout("first stage recomputes", (6, 6), "full*4,none*2|none*6"),
+    Layout("block recompute", (6, 6), "block*6|block*6"),
+)
+KINDS = ("full", "mlp")
+
+
+def make_run(layout: Layout, moe: bool, quick: bool, folder: str) -> RunConfig:
+    """The run of one arm; twelve layers whatever the layout."""
+    width, length = (128, 128) if quick else (256, 256)
+    experts = dict(num_experts=8, moe_ffn_hidden_size=2 * width, moe_router_topk=2) if moe else {}
+    stages = list(layout.counts)
+    text = "|".join(f"t*{count}" for count in stages)
+    recompute = layout.recompute and layout.recompute.replace("block", "moe" if moe else "mlp")
+    return RunConfig(
+        model=ModelConfig(
+            name="bench", num_layers=sum(stages), hidden_size=width, ffn_hidden_size=4 * width,
+            num_attention_heads=8, vocab_size=2048, **experts,
+        ),
+        parallel=ParallelConfig(
+            world_size=RANKS, ranks_per_node=RANKS, pipeline_model_parallel_size=RANKS,
+            num_virtual_stages_per_pipeline_rank=len(stages) // RANKS, pipeline_model_parallel_layout=f"E{text}L",
+        ),
+        training=TrainingConfig(
+            device="cpu", precision="fp32", seq_length=length, micro_batch_size=2, global_batch_size=8 if quick else 12,
+            train_iters=10**6, recompute_layout=recompute,
+        ),
+        data=DataConfig(mock_data=True),
+        checkpoint=CheckpointConfig(),
+        logging=LoggingConfig(run_dir=f"{folder}/{layout.name.replace(' ', '_')}"),
+    )  # fmt: skip
+
+
+# ---- a rank ---------------------------------------------------------------------------------
+
+
+def serve(spec: dict[str, Any]) -> None:
+    """A rank of one arm: one JSON line on the original stdout for every line on stdin."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the trainer prints must not mix with the answers
+    layout = Layout(spec["name"], tuple(spec["counts"]), spec["recompute"])
+    run = make_run(layout, spec["moe"], spec["quick"], spec["folder"])
+    step, result = (calibration_arm if layout.name == CALIBRATION else training_arm)(run)
+
+    def say(answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    say("ready")
+    for line in sys.stdin:
+        say(result() if line.strip() == "result" else step())
+
+
+def calibration_arm(run: RunConfig):
+    from megatron_telechat.cli.calibrate import Calibration
+
+    probe = Calibration(run, KINDS)
+    return probe.round, lambda: asdict(probe.result())
+
+
+def training_arm(run: RunConfig):
+    from megatron_telechat.backend import get_backend
+
+    get_backend("cpu").install()
+    import torch.distributed as dist
+
+    from megatron_telechat.training.loop import Trainer
+
+    trainer = Trainer(run)
+    iterators = trainer.training_iterators()
+
+    def step() -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        trainer.take_step(iterators)
+        return time.perf_counter() - start
+
+    return step, lambda: None
+
+
+# ---- the bench ------------------------------------------------------------------------------
+
+
+class Arm:
+    """The ranks of one layout, as processes that wait for their turn."""
+
+    def __init__(self, layout: Layout, options: argparse.Namespace, folder: str):
+        import torch.distributed as dist
+
+        self.layout = layout
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        spec = json.dumps({**asdict(layout), "moe": options.moe, "quick": options.quick, "folder": folder})
+        self.ranks = [self._start(rank, spec, folder) for rank in range(RANKS)]
+
+    def _start(self, rank: int, spec: str, folder: str) -> subprocess.Popen:
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
+            "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
+            "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        }  # fmt: skip
+        command = [sys.executable, "-W", "ignore", __file__, "--serve", spec]
+        with open(f"{folder}/{self.layout.name.replace(' ', '_')}.{rank}.log", "wb") as log:
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )
+
+    def answers(self) -> list[Any]:
+        lines = [rank.stdout.readline() for rank in self.ranks]
+        if not all(lines):
+            raise SystemExit(f"a rank of the arm '{self.layout.name}' ended; its log is in the bench's folder")
+        return [json.loads(line) for line in lines]
+
+    def ask(self, what: str) -> list[Any]:
+        for rank in self.ranks:
+            rank.stdin.write(what + "\n")
+            rank.stdin.flush()
+        return self.answers()
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.wait()
+
+
+def measure(layouts: Sequence[Layout], options: argparse.Namespace, folder: str) -> tuple[Measured, dict[str, list[float]]]:
+    """Calibration and seconds of every step of every layout, taken in turn; the warm-up is left out."""
+    arms = []
+    try:
+        for layout in (Layout(CALIBRATION, LAYOUTS[0].counts), *layouts):
+            arms.append(Arm(layout, options, folder))
+            arms[-1].answers()  # started one after the other: two cores
+        seconds: dict[str, list[float]] = {layout.name: [] for layout in layouts}
+        for number in range(options.rounds + options.warm_up):
+            for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
+                for _ in range(options.probes if arm is arms[0] else 1):
+                    answer = arm.ask("step")
+                if arm is not arms[0] and number >= options.warm_up:
+                    seconds[arm.layout.name].append(max(answer))
+        return Measured(**arms[0].ask("result")[0]), seconds
+    finally:
+        for arm in arms:
+            arm.close()
+
+
+def compare(layouts: Sequence[Layout], entry: Measured, seconds: dict[str, list[float]], options, folder: str) -> dict[str, Any]:
+    """Predicted beside measured, with errors and the agreement of the orders."""
+    device = DeviceSpec("this machine", measured=(entry,))
+    rows = []
+    for layout in layouts:
+        run = make_run(layout, options.moe, options.quick, folder)
+        assert len(recompute_plan(run)) == run.model.num_layers
+        times = seconds[layout.name]
+        measured = statistics.median(times)
+        prediction = predict(run, device)
+        rows.append({
+            "layout": layout.name, "counts": layout.counts, "recompute": run.training.recompute_layout,
+            "predicted_s": prediction.iteration, "measured_s": measured, "best_s": min(times), "times_s": times,
+            "error": prediction.iteration / measured - 1, "makespan_s": prediction.simulation.makespan,
+            # half the width of the middle of the times, relative: what two medians may differ by without a reason
+            "noise": _spread(times) / measured,
+        })  # fmt: skip
+    pairs = agree = 0
+    for one, other in combinations(rows, 2):
+        difference = one["measured_s"] / other["measured_s"] - 1
+        if abs(difference) > one["noise"] + other["noise"]:
+            pairs += 1
+            agree += (difference > 0) == (one["predicted_s"] > other["predicted_s"])
+    return {
+        "rows": rows,
+        "median_error": statistics.median(abs(row["error"]) for row in rows),
+        "pairs": pairs,
+        "pairs_in_order": agree,
+        "measured": asdict(entry),
+    }
+
+
+def _spread(times: Sequence[float]) -> float:
+    if len(times) < 3:
+        return max(times) - min(times)
+    quarters = statistics.quantiles(times, n=4)
+    return (quarters[2] - quarters[0]) / 2
+
+
+def show(result: dict[str, Any]) -> None:
+    layer = result["measured"]["layers"]
+    for kind, times in layer.items():
+        print(f"{kind} layer: " + ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in times.items()))
+    print(f"{'layout':24}{'layers':>16}{'predicted':>11}{'measured':>10}{'error':>8}{'noise':>7}")
+    for row in sorted(result["rows"], key=lambda row: row["measured_s"]):
+        counts = " ".join(map(str, row["counts"]))
+        print(
+            f"{row['layout']:24}{counts:>16}{row['predicted_s']:>10.3f}s{row['measured_s']:>9.3f}s"
+            f"{row['error']:>+8.1%}{row['noise']:>7.1%}"
+        )
+    print(
+        f"median error {result['median_error']:.1%}; order agrees in {result['pairs_in_order']} of "
+        f"{result['pairs']} pairs that differ by more than the noise"
+    )
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: does it run at all")
+    parser.add_argument("--moe", action="store_true", help="every layer a MoE layer of eight experts")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--probes", type=int, default=3, help="calibration rounds in each turn")
+    parser.add_argument("--layouts", help="only these, by name, commas between them")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.serve is not None:
+        serve(options.serve)
+        return 0
+    if options.quick:
+        options = argparse.Namespace(**{**vars(options), "rounds": 3, "warm_up": 2})
+    known = {layout.name: layout for layout in LAYOUTS}
+    names = options.layouts.split(",") if options.layouts else list(known)
+    if set(names) - set(known):
+        parser.error(f"--layouts: choose from {', '.join(known)}")
+    layouts = [known[name] for name in names]
+    with tempfile.TemporaryDirectory(prefix="pipeline_prediction_") as folder:
+        try:
+            entry, seconds = measure(layouts, options, folder)
+        except SystemExit:
+            for log in sorted(Path(folder).glob("*.log")):
+                text = log.read_text(errors="replace").strip()
+                if "Error" in text:
+                    print(f"--- {log.name}\n" + "\n".join(text.splitlines()[-15:]), file=sys.stderr)
+            raise
+        result = compare(layouts, entry, seconds, options, folder)
+    show(result)
+    if options.json:
+        options.json.write_text(json.dumps({"options": {"moe": options.moe, "quick": options.quick}, **result}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
