@@ -31,6 +31,7 @@ class FieldInfo:
         many: whether the value is a tuple.
         optional: whether None (unset) is a value.
         choices: the only values allowed; empty if any.
+        words: texts that are values beside those of ``kind`` (``auto``).
         default: value where nobody says another.
     """
 
@@ -41,6 +42,7 @@ class FieldInfo:
     optional: bool
     choices: tuple[str, ...]
     default: Any
+    words: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -56,6 +58,8 @@ class FieldInfo:
             one = ", ".join(self.choices)
             return f"any of {one}" if self.many else f"one of {one}"
         one = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.kind]
+        if self.words:
+            one += f", or {' or '.join(self.words)}"
         return f"a list of {one}" if self.many else one
 
     def convert(self, text: str) -> Any:
@@ -65,6 +69,8 @@ class FieldInfo:
             ValueError: if the text is no such value; the message says what is expected.
         """
         value: Any = text
+        if text in self.words:
+            return text
         if self.kind is int:
             if not re.fullmatch(r"[+-]?\d{1,18}", text.strip()):
                 raise ValueError(self.expects())
@@ -114,16 +120,18 @@ def fields_by_name() -> dict[str, FieldInfo]:
 def _field_info(section: str, field: dataclasses.Field, hint: Any) -> FieldInfo:
     optional = many = False
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     if get_origin(hint) is Union:
-        optional = True
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+        optional = type(None) in get_args(hint)
+        hint, *others = (arg for arg in get_args(hint) if arg is not type(None))
+        words = tuple(word for other in others for word in get_args(other))
     if get_origin(hint) is tuple:
         many = True
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         hint = str
-    return FieldInfo(section, field.name, hint, many, optional, choices, field.default)
+    return FieldInfo(section, field.name, hint, many, optional, choices, field.default, words)
 
 
 @lru_cache(maxsize=None)

@@ -324,16 +324,35 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (
         Ignored("the MoE block has its own exchange, permutation and schedule"),
         """
-        delay-wgrad-compute ep-overlap-early-attn-memory-release high-priority-a2a-comm-stream
+        ep-overlap-early-attn-memory-release high-priority-a2a-comm-stream
         mlp-chunks-for-training moe-combine-bwd-dtype moe-deepep-num-sms moe-dispatch-fwd-dtype
         moe-enable-deepep moe-flex-dispatcher-backend moe-flex-dispatcher-num-sms
         moe-hybridep-num-blocks-permute moe-hybridep-num-blocks-unpermute moe-hybridep-num-sms
         moe-hybridep-num-sms-preprocessing moe-hybridep-pad-uneven-dispatch-inputs moe-ncclep-static-shape
         moe-ncclep-zero-copy moe-permute-fusion moe-permute-fusion-into-hybridep moe-router-fusion
-        moe-shared-expert-overlap moe-single-grouped-bias moe-single-grouped-weight moe-use-grouped-tensor
-        moe-use-legacy-grouped-gemm overlap-dispatch-backward-with-experts-wgrad
-        overlap-moe-expert-parallel-comm use-grouped-gemm-for-dense-mlp use-grouped-gemm-for-shared-expert
+        moe-single-grouped-bias moe-single-grouped-weight moe-use-grouped-tensor
+        moe-use-legacy-grouped-gemm use-grouped-gemm-for-dense-mlp use-grouped-gemm-for-shared-expert
         """,
+    ),
+    (
+        Ignored(
+            "the exchange overlaps inside of each MoE layer, between pieces of one micro-batch: "
+            "--moe-input-chunks auto (or a number) turns that on"
+        ),
+        "overlap-moe-expert-parallel-comm",
+    ),
+    (
+        Ignored(
+            "with --moe-input-chunks auto (or a number) the weight gradients of a piece already fill the gaps "
+            "of the exchange in the backward"
+        ),
+        "delay-wgrad-compute overlap-dispatch-backward-with-experts-wgrad",
+    ),
+    (
+        Ignored(
+            "the shared expert runs beside no exchange here; what hides the exchange is --moe-input-chunks auto (or a number)"
+        ),
+        "moe-shared-expert-overlap",
     ),
     (
         Refused("the router is a plain top-k softmax router"),

@@ -8,7 +8,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ class ParallelConfig:
     """Ranks that share one expert. Unset: 1 where the tensor domain is folded into the expert domain."""
     fold_tensor_into_experts: bool = False
     """Turn the tensor-parallel domain into expert-parallel domain inside MoE layers (ETP 1, EP a multiple of TP)."""
+    moe_input_chunks: Union[int, Literal["auto"]] = 1
+    """Pieces a MoE layer's input is cut into, so that the exchange of one runs beside the experts of another. 1: whole;
+    auto: the number that is fastest on the real layer, measured once at the start and kept in the checkpoint."""
     sequence_parallel: Optional[bool] = None
     """Split the activations between the tensor-parallel regions along the sequence. Unset: on when TP > 1."""
     use_distributed_optimizer: bool = False
@@ -325,6 +328,10 @@ class LoggingConfig:
     """A progress bar in place of plain lines. Unset: where the output is a terminal."""
     peak_tflops: Optional[float] = None
     """Peak TFLOP/s of one device for MFU. Unset: looked up from the device's name."""
+    moe_trace: Optional[str] = None
+    """Steps, such as 10 or 10-12, whose expert exchange is written to moe_trace/ in the run folder, one Chrome trace a rank."""
+    moe_memory_imbalance: float = 2.0
+    """Rows of the busiest rank's experts over the mean, for the second memory estimate of --dry-run; 1: none."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def _usage(field: FieldInfo) -> str:
     if field.kind is bool:
         return f"{field.flag} | {field.flag.replace('--', '--no-', 1)}"
     what = "{" + ",".join(field.choices) + "}" if field.choices else {int: "N", float: "X", str: "TEXT"}[field.kind]
+    what = "|".join((what, *field.words))
     return f"{field.flag} {what}" + (" ..." if field.many else "")
 
 

@@ -43,7 +43,7 @@ class DecoderLayer(MegatronModule):
     Args:
         layer_number: position in the chunk, counted from 1; megatron-core's block passes it.
         global_layer: zero-based number in the whole model.
-        recompute: ``("full",)``, or modules of `megatron_telechat.config.recompute.MODULES`.
+        recompute: ``("full",)``, or modules of `megatron_telechat.config.recompute.MODULES`; ``moe`` is the block's own matter.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DecoderLayer(MegatronModule):
         self.dropout = config.hidden_dropout
         self.recompute_layer = "full" in recompute
         self.recompute_norms = "layernorm" in recompute
-        self.recompute_mlp = "mlp" in recompute or "moe" in recompute
+        self.recompute_mlp = "mlp" in recompute
         norm = partial(
             build_module, submodules.norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )

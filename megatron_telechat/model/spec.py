@@ -65,13 +65,14 @@ def block_spec(run: RunConfig, layers: Sequence[int], classes: Implementation = 
     """The decoder layers with these global numbers; each carries its own recompute modes."""
     plan = recompute_plan(run)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(run.model, layer, plan[layer], classes) for layer in layers],
+        layer_specs=[layer_spec(run, layer, plan[layer], classes) for layer in layers],
         layer_norm=RMSNorm,
     )
 
 
-def layer_spec(model: ModelConfig, layer: int, recompute: tuple[str, ...], classes: Implementation) -> ModuleSpec:
+def layer_spec(run: RunConfig, layer: int, recompute: tuple[str, ...], classes: Implementation) -> ModuleSpec:
     """One decoder layer: attention, then a dense SwiGLU or a block of experts."""
+    model = run.model
     attention = ModuleSpec(
         module=SelfAttention,
         params={"output_bias": model.attention_output_bias},
@@ -87,7 +88,7 @@ def layer_spec(model: ModelConfig, layer: int, recompute: tuple[str, ...], class
         submodules=DecoderLayerSubmodules(
             norm=RMSNorm,
             self_attention=attention,
-            mlp=moe_spec(model) if model.layer_is_moe(layer) else dense_spec(model, classes),
+            mlp=moe_spec(run, recompute) if model.layer_is_moe(layer) else dense_spec(model, classes),
         ),
     )
 
@@ -100,7 +101,16 @@ def dense_spec(model: ModelConfig, classes: Implementation) -> ModuleSpec:
     )
 
 
-def moe_spec(model: ModelConfig) -> ModuleSpec:
+def moe_spec(run: RunConfig, recompute: tuple[str, ...]) -> ModuleSpec:
+    """A block of experts. With ``auto`` its input stays whole until the training has chosen a number of chunks."""
     from megatron_telechat.moe import MoEBlock
 
-    return ModuleSpec(module=MoEBlock, params={"output_bias": model.mlp_output_bias})
+    chunks = run.parallel.moe_input_chunks
+    return ModuleSpec(
+        module=MoEBlock,
+        params={
+            "output_bias": run.model.mlp_output_bias,
+            "num_chunks": 1 if chunks == "auto" else chunks,
+            "recompute_experts": "moe" in recompute,
+        },
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_telechat.moe.block import MoEBlock, moe_submodules
+from megatron_telechat.moe.block import MoEBlock, moe_blocks, moe_submodules
 from megatron_telechat.moe.experts import GroupedExperts
 from megatron_telechat.moe.load import ExpertLoad, collect_expert_load
 from megatron_telechat.moe.router import Router, Routing
@@ -14,5 +14,6 @@ __all__ = [
     "Router",
     "Routing",
     "collect_expert_load",
+    "moe_blocks",
     "moe_submodules",
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -31,6 +31,11 @@ def moe_submodules() -> MoESubmodules:
     return MoESubmodules(experts=GroupedExperts, shared_experts=shared, router=Router)
 
 
+def moe_blocks(chunks: Sequence[torch.nn.Module]) -> list["MoEBlock"]:
+    """The blocks in these modules, in the order of the layers."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoEBlock)]
+
+
 class MoEBlock(BaseMoELayer):
     """Router, dispatch, grouped experts, combine; no token is ever dropped.
 
@@ -43,7 +48,8 @@ class MoEBlock(BaseMoELayer):
         pg_collection: process groups with an ``expert_channel``, as :class:`ParallelState` has them.
         output_bias: a bias on the experts' down projection, weighted by the routing probability.
         num_chunks: pieces of the input whose exchanges and computation overlap; the same on all ranks of an expert group.
-        recompute_experts: keep the rows that were dispatched, and repeat the experts' first product in the backward.
+        recompute_experts: keep the rows that were dispatched, and repeat the experts' first product in the backward; of the
+            shared experts, repeat all. No exchange is repeated.
 
     Attributes:
         num_chunks: may be changed between steps.
@@ -87,8 +93,13 @@ class MoEBlock(BaseMoELayer):
         routing = self.router(hidden_states)
         output = self.run_experts(hidden_states.reshape(-1, hidden_states.shape[-1]), routing).view_as(hidden_states)
         if self.use_shared_expert:
-            output = output + self.shared_experts(hidden_states)
+            output = output + self._run_shared_experts(hidden_states)
         return output, None
+
+    def _run_shared_experts(self, hidden_states: Tensor) -> Tensor:
+        if self.recompute_experts and self.training and torch.is_grad_enabled():
+            return checkpoint(self.shared_experts, False, hidden_states)
+        return self.shared_experts(hidden_states)
 
     def run_experts(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Tokens [n, h] to their experts and back, weighted and summed: [n, h]."""

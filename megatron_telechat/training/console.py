@@ -41,6 +41,8 @@ def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_t
     parts.append(f"mem {record['memory_peak_gib']:.1f}{total} GiB")
     if record.get("expert_load_max_over_mean") is not None:
         parts.append(f"experts max/mean {record['expert_load_max_over_mean']:.2f}")
+    if record.get("a2a_exposed") is not None:
+        parts.append(f"a2a exposed {100 * record['a2a_exposed']:.1f}%")
     if record.get("skipped_steps"):
         parts.append(f"skipped {record['skipped_steps']}")
     parts.append(f"eta {format_duration(eta_s)}")

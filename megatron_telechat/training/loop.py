@@ -16,12 +16,14 @@ from megatron_telechat.model import build_model, parameter_shards, verify_tiling
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
 from megatron_telechat.training.banner import banner, resume_differences
+from megatron_telechat.training.chunks import ChunkSetting, set_chunks
 from megatron_telechat.training.console import Console
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.optimizer import build_optimizer, gathered_parameters, set_learning_rate, wrap_data_parallel
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, TrainStep, chunk_iterators, close_iterators, evaluate
+from megatron_telechat.training.trace import ExchangeTrace
 from megatron_telechat.training.writers import MetricsWriter
 
 
@@ -57,14 +59,17 @@ class Trainer:
         self.step = 0
         self.consumed_samples = 0
         self.resumed: Optional[LoadedInfo] = None
+        self.chunk_setting: Optional[ChunkSetting] = None
         self.resumed = self._resume()
 
         self.requests = StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
         with together(self.state):
             self.writer = MetricsWriter(run, self.paths.run_dir, enabled=self.state.rank == 0)
-        self.meter = Meter(run, self.state, self.backend, self.chunks)
         self._iterators_open: list = []
         self._introduce(origins or {})
+        self.chunk_setting = self._set_chunks()
+        self.trace = ExchangeTrace(self.chunks, run, self.state, self.paths.run_dir)
+        self.meter = Meter(run, self.state, self.backend, self.chunks)
 
     # ---- the run ----------------------------------------------------------------------------
 
@@ -97,7 +102,8 @@ class Trainer:
     def take_step(self, iterators) -> tuple[StepResult, float]:
         """One optimizer step; moves the step and sample counters on. Returns the result and the learning rate."""
         lr = set_learning_rate(self.optimizer, self.run, self.step)
-        result = self.train_step(iterators, self.step, self.requests.poll())
+        with self.trace.step(self.step + 1):
+            result = self.train_step(iterators, self.step, self.requests.poll())
         self.step += 1
         self.consumed_samples += self.run.training.global_batch_size
         self.meter.add(result)
@@ -120,26 +126,24 @@ class Trainer:
         self.console.step(record, total / 2**30 if total else None)
 
     def _evaluate(self) -> None:
-        started = time.perf_counter()
-        iterators = self._iterators(self.datasets.valid, 0)
-        with gathered_parameters(self.chunks):
-            loss = evaluate(
-                self.chunks, iterators, self.run.evaluation.eval_iters, self.run, self.state, self.backend
-            )
-        close_iterators(iterators)
-        self.writer.write({"step": self.step, "valid_loss": loss})
-        self.console.say(f"step {self.step}  validation loss {loss:.4f}")
-        self.meter.exclude(time.perf_counter() - started)
+        with self.meter.excluded():
+            iterators = self._iterators(self.datasets.valid, 0)
+            with gathered_parameters(self.chunks):
+                loss = evaluate(
+                    self.chunks, iterators, self.run.evaluation.eval_iters, self.run, self.state, self.backend
+                )
+            close_iterators(iterators)
+            self.writer.write({"step": self.step, "valid_loss": loss})
+            self.console.say(f"step {self.step}  validation loss {loss:.4f}")
 
     def _save(self) -> None:
         started = time.perf_counter()
-        with gathered_parameters(self.chunks):
-            folder = save_checkpoint(self.paths.save_dir, self._train_state(), self.run, self.state)
-        if self.state.rank == 0:
-            self.requests.clear_files()
-        seconds = time.perf_counter() - started
-        self.console.say(f"step {self.step}  saved {folder} in {seconds:.1f} s")
-        self.meter.exclude(seconds)
+        with self.meter.excluded():
+            with gathered_parameters(self.chunks):
+                folder = save_checkpoint(self.paths.save_dir, self._train_state(), self.run, self.state)
+            if self.state.rank == 0:
+                self.requests.clear_files()
+            self.console.say(f"step {self.step}  saved {folder} in {time.perf_counter() - started:.1f} s")
 
     def _leave(self, result: StepResult) -> int:
         reason = "stop request" if result.stop else f"exit_interval {self.run.training.exit_interval}"
@@ -163,6 +167,7 @@ class Trainer:
             backend=self.backend,
             data_fingerprint=self.fingerprint,
             resumed_from=self.resumed.path if self.resumed else None,
+            extra=self.chunk_setting.extra if self.chunk_setting else {},
         )
 
     def _resume(self) -> Optional[LoadedInfo]:
@@ -204,6 +209,17 @@ class Trainer:
                 where=str(info.path),
                 fix="give the data, seed and seq_length of the run that saved it, or --allow-data-change to go on regardless",
             )
+
+    def _set_chunks(self) -> Optional[ChunkSetting]:
+        """The pieces of the experts' input, where the run leaves their number to us."""
+        saved = self.resumed.extra if self.resumed else None
+        setting = set_chunks(self.chunks, self.run, self.state, self.backend, saved)
+        if setting is not None:
+            self.console.say(setting.message)
+            event = setting.event(self.step)
+            if event is not None:
+                self.writer.write(event)
+        return setting
 
     def _introduce(self, origins: Mapping[str, str]) -> None:
         """Banner, what a resume changed, and the resolved configuration in the run folder."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import device_spec
 from megatron_telechat.costs.flops import training_flops_per_token
-from megatron_telechat.moe import collect_expert_load
+from megatron_telechat.moe import collect_expert_load, moe_blocks
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.step import StepResult
 
@@ -34,24 +35,45 @@ class Window:
     steps: int = 0
     tokens: int = 0
     skipped: int = 0
+    exposed_s: float = 0.0
+    """Time in which this rank's computation stood still for an exchange of the experts, as far as it was read."""
 
 
 class Meter:
     """Turns a window of steps into one metrics record.
 
     ``tokens_per_s`` counts every position of a sample, loss mask or not, over the whole machine, and the
-    time between two records less evaluations and saves (:meth:`exclude`).
+    time between two records less evaluations and saves (:meth:`excluded`).
+
+    ``a2a_exposed`` is the share of that time in which the computation of a rank stood still for a transfer of the experts
+    (dispatch, combine, and the same for gradients), the mean over all ranks; only where the experts are spread over ranks.
     """
 
     def __init__(self, run: RunConfig, state: ParallelState, backend: Backend, chunks: list[torch.nn.Module]):
         self._run, self._state, self._backend, self._chunks = run, state, backend, chunks
         self._flops_per_token = training_flops_per_token(run.model, run.training.seq_length)
         self._peak = peak_tflops(run, backend)
+        expert, expert_tensor = run.parallel.expert_sizes
+        self._exchanges = run.model.is_moe and expert * expert_tensor > 1
+        self._clocks = [block.clock for block in moe_blocks(chunks)] if self._exchanges else []
+        self._take_exposed_s()
         self._window = Window(time.perf_counter())
 
-    def exclude(self, seconds: float) -> None:
-        """Leave ``seconds`` spent on something else than steps out of the open window."""
-        self._window.started_s += seconds
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Leave what runs inside out of the open window: its time, and its waits for the experts' exchange."""
+        if self._exchanges:
+            self._backend.synchronize()
+            self._window.exposed_s += self._take_exposed_s()
+        started = time.perf_counter()
+        yield
+        if self._exchanges:
+            self._backend.synchronize()
+            self._take_exposed_s()
+        self._window.started_s += time.perf_counter() - started
+
+    def _take_exposed_s(self) -> float:
+        return sum(clock.take_exposed_s() for clock in self._clocks)
 
     def add(self, result: StepResult) -> None:
         self._window.steps += 1
@@ -82,6 +104,8 @@ class Meter:
         if load is not None:
             record["expert_load_max_over_mean"] = load.max_over_mean.max().item()
             record["aux_loss"] = load.aux_loss
+        if self._exchanges:
+            record["a2a_exposed"] = self._mean_exposed_s() / seconds
         self._window = Window(time.perf_counter())
         return record
 
@@ -89,6 +113,11 @@ class Meter:
         if not self._peak:
             return None
         return tokens_per_s * self._flops_per_token / (self._peak * 1e12 * self._state.world_size)
+
+    def _mean_exposed_s(self) -> float:
+        exposed = torch.tensor([self._window.exposed_s + self._take_exposed_s()], device=self._backend.device)
+        dist.all_reduce(exposed)
+        return exposed.item() / self._state.world_size
 
     def _peak_memory_gib(self) -> float:
         """Largest peak over the ranks: the one that would run out first."""

@@ -43,6 +43,19 @@ BAD = [
     case("no dense ffn", "--ffn-hidden-size 0", "ffn_hidden_size is not given"),
     case("top-k above experts", "--moe-router-topk 32", "moe_router_topk=32 is more than num_experts=16", model=MOE),
     case("top-k of nothing", "--moe-router-topk 0", "moe_router_topk=0 is less than 1", model=MOE),
+    case("no chunks", "--moe-input-chunks 0", "moe_input_chunks=0 is less than 1    (flag)", "exchange the whole input", model=MOE),
+    case("fewer chunks", "--moe-input-chunks -2", "moe_input_chunks=-2 is less than 1", model=MOE),
+    case("chunks in words", "--moe-input-chunks x", "--moe-input-chunks is 'x'", "a whole number, or auto", model=MOE),
+    case(
+        "more chunks than tokens", "--moe-input-chunks 600", "only 512 tokens", "--moe-input-chunks auto", model=MOE
+    ),
+    case("chunks of a dense model", "--moe-input-chunks auto", "moe_input_chunks=auto without num_experts"),
+    case("trace of a dense model", "--moe-trace 3", "moe_trace=3 without num_experts"),
+    case("trace of no step", "--moe-trace 0", "moe_trace='0' names no steps", "from 1 on", model=MOE),
+    case("trace backwards", "--moe-trace 12-10", "names no steps", "the first one first", model=MOE),
+    case("trace in words", "--moe-trace all", "names no steps", "10-12", model=MOE),
+    case("trace after the run", "--moe-trace 500", "begins after the last step, train_iters=200", model=MOE),
+    case("less than balanced", "--moe-memory-imbalance 0.5", "moe_memory_imbalance=0.5 is less than 1", model=MOE),
     case("no experts", "--num-experts 0", "num_experts=0", "leave it out for a dense model", model=MOE),
     case(
         "expert flags on a dense model",

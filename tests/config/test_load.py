@@ -210,3 +210,19 @@ class TestPresetsGiveWay:
 
     def test_heads_of_another_width(self) -> None:
         assert load(*TINY, "--hidden-size", "256").run.model.head_dim == 32
+
+
+@pytest.mark.parametrize("text, value", [("4", 4), ("auto", "auto"), ("1", 1)])
+def test_chunks_are_a_number_or_auto_from_flag_and_file(tmp_path: Path, text: str, value: object) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"preset: telechat2-tiny-moe\nparallel:\n  moe_input_chunks: {text}\n")
+    from_file, from_flag = load("--mock-data", "--config", str(path)), load(*MOE, "--moe-input-chunks", text)
+    assert from_file.run.parallel.moe_input_chunks == value == from_flag.run.parallel.moe_input_chunks
+    assert from_file.origins["moe_input_chunks"] == f"{path}:3"
+
+
+def test_production_presets_choose_chunks_and_the_tiny_one_repeats_itself() -> None:
+    runs = {name: load_run_config(["--preset", name, "--dry-run"], {}).run for name in preset_names()}
+    chunks = {name: run.parallel.moe_input_chunks for name, run in runs.items()}
+    assert chunks.pop("telechat2-39b-a12b") == chunks.pop("mixtral-8x7b") == "auto"
+    assert set(chunks.values()) == {1}, "a dense model has none, the tiny one is the same run every time"

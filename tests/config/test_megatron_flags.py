@@ -93,6 +93,12 @@ def test_what_cannot_be_is_refused_one_by_one() -> None:
     assert len(caught.value.problems) == 7
 
 
+def test_flags_of_overlap_name_ours() -> None:
+    flags = ("overlap-moe-expert-parallel-comm", "moe-shared-expert-overlap", "delay-wgrad-compute")
+    line = read_command_line([f"--{flag}" for flag in flags])
+    assert len(line.notes) == 3 and all("--moe-input-chunks auto" in note for note in line.notes)
+
+
 def test_the_table_covers_what_people_paste() -> None:
     assert len(ANSWERS) > 1000
     assert not set(ANSWERS) & (OURS | SWITCHES | set(ACTION_FLAGS)), "a flag of ours needs no answer"

@@ -106,6 +106,8 @@ _NEED_EXPERTS = (
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "expert_model_parallel_size",
+    "moe_input_chunks",
+    "moe_trace",
 )
 
 

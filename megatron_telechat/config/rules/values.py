@@ -19,7 +19,7 @@ AT_LEAST_ONE = (
     *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("seq_length", "micro_batch_size", "global_batch_size", "exit_interval", "recompute_num_layers"),
     *("lr_decay_iters", "lr_wsd_decay_iters", "loss_scale_window", "hysteresis"),
-    *("save_interval", "eval_interval", "eval_iters", "log_interval", "num_workers"),
+    *("save_interval", "eval_interval", "eval_iters", "log_interval", "num_workers", "moe_input_chunks"),
 )
 NOT_NEGATIVE = (
     *("ffn_hidden_size", "init_method_std", "router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
@@ -40,6 +40,7 @@ OFF_BY_ZERO = {
     "exit_interval": "to run to the end",
     "num_experts": "for a dense model",
     "moe_shared_expert_intermediate_size": "for no shared expert",
+    "moe_input_chunks": "to exchange the whole input at once",
     "recompute_num_layers": "and --recompute-granularity with it, to recompute nothing",
 }
 """What a person who writes 0 probably wants, and gets by leaving the flag out."""
@@ -71,7 +72,7 @@ _PRESET_HELP = "--preset telechat2-tiny-moe (--list-presets names them all), or 
 
 def at_least_one(check: Check) -> Iterator[Problem]:
     for name, value in _present(check, AT_LEAST_ONE):
-        if value < 1:
+        if not isinstance(value, str) and value < 1:
             off = (
                 f"a whole number of at least 1; leave it out {OFF_BY_ZERO[name]}"
                 if name in OFF_BY_ZERO

@@ -1,0 +1,132 @@
+"""How many chunks the experts' input is cut into: with ``auto`` measured once, and kept in the checkpoints of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Optional, Sequence
+
+from torch import nn
+
+from megatron_telechat.backend import Backend
+from megatron_telechat.checkpoint.train_state import topology
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.model import compute_dtype
+from megatron_telechat.moe import moe_blocks
+from megatron_telechat.moe.autotune import ChunkChoice, choose_num_chunks
+from megatron_telechat.parallel.agreement import agree, from_rank_0
+from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.optimizer import gathered_parameters
+
+KEY = "moe_input_chunks"
+"""Of this choice, in the ``extra`` of a checkpoint and as the event in metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class ChunkSetting:
+    """What the blocks were set to.
+
+    Attributes:
+        num_chunks: of every MoE layer, on every rank.
+        message: one line for a person.
+        extra: what a checkpoint keeps of it.
+        choice: the measurement; None where the number came from a checkpoint.
+    """
+
+    num_chunks: int
+    message: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    choice: Optional[ChunkChoice] = None
+
+    def event(self, step: int) -> Optional[dict[str, Any]]:
+        """The record for metrics.jsonl of a choice made before step `step` + 1; None where nothing was measured."""
+        if self.choice is None:
+            return None
+        tables = {name: {str(k): ms for k, ms in getattr(self.choice, name).items()} for name in ("measured_ms", "predicted_ms")}
+        return {"event": KEY, "step": step, "num_chunks": self.num_chunks, "reason": self.choice.reason, **tables}
+
+
+def set_chunks(
+    chunks: Sequence[nn.Module], run: RunConfig, state: ParallelState, backend: Backend, saved: Optional[Mapping[str, Any]] = None
+) -> Optional[ChunkSetting]:
+    """With ``--moe-input-chunks auto``, set all MoE layers to the checkpoint's number, or to one that is measured now.
+
+    Collective over all ranks. A measurement leaves no trace in random generators, counters or gradient buffers. The number of
+    a checkpoint is taken only where layout, shape of the batch, precision and device are those it was measured with.
+
+    Args:
+        chunks: the wrapped model chunks of this rank, with their optimizer.
+        saved: ``extra`` of the checkpoint that the run goes on from.
+
+    Returns:
+        None where the number is not to be chosen.
+
+    Raises:
+        ConfigError: on all ranks, if they came to different numbers.
+    """
+    if not run.model.is_moe or run.parallel.moe_input_chunks != "auto":
+        return None
+    now = _conditions(run, state, backend)
+    # One rank decides whether to measure: a device of another name would send some ranks into a collective alone.
+    kept, changed = from_rank_0(_kept(saved, now))
+    choice = None if kept is not None else _measure(chunks, run, backend)
+    number = choice.num_chunks if choice is not None else kept
+    agree("the number of input chunks of the experts", number, state)
+    for block in moe_blocks(chunks):
+        block.num_chunks = number
+    pieces = f"{number} chunk{'s' * (number > 1)} of the experts' input"
+    if choice is None:
+        message = f"moe_input_chunks auto: {pieces}, as the checkpoint has it"
+    else:
+        anew = f"; measured anew, since {changed} differs from the checkpoint" if changed else ""
+        message = f"moe_input_chunks auto: {pieces}, {choice.reason}{anew}"
+    return ChunkSetting(number, message, {KEY: {"num_chunks": number, "conditions": now}}, choice)
+
+
+def tokens_of_a_rank(run: RunConfig) -> int:
+    """Tokens of a micro-batch that reach a MoE layer on one rank."""
+    parallel, training = run.parallel, run.training
+    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return training.seq_length * training.micro_batch_size // (parallel.context_parallel_size * split)
+
+
+def _conditions(run: RunConfig, state: ParallelState, backend: Backend) -> dict[str, Any]:
+    """What the fastest number depends on, JSON."""
+    training = run.training
+    return {
+        **topology(run, state),
+        "tokens": tokens_of_a_rank(run),
+        "precision": training.precision,
+        "device": backend.device_name(),
+    }
+
+
+def _kept(saved: Optional[Mapping[str, Any]], now: Mapping[str, Any]) -> tuple[Optional[int], str]:
+    """The number of a checkpoint, where it holds; and what does not, where that is the reason."""
+    entry = (saved or {}).get(KEY)
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("conditions"), Mapping):
+        return None, ""
+    number, then = entry.get("num_chunks"), entry["conditions"]
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        return None, ""
+    different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return (None, ", ".join(different)) if different else (number, "")
+
+
+def _measure(chunks: Sequence[nn.Module], run: RunConfig, backend: Backend) -> ChunkChoice:
+    blocks = moe_blocks(chunks)
+    generators = backend.rng_state()
+    try:
+        with gathered_parameters(list(chunks)):
+            choice = choose_num_chunks(
+                blocks[0] if blocks else None, tokens_of_a_rank(run), compute_dtype(run), backend.device, backend.synchronize
+            )
+    finally:
+        backend.set_rng_state(generators)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    for block in blocks:
+        block.router.statistics.reset()
+        block.clock.take_exposed_s()
+    backend.empty_cache()
+    backend.reset_peak_memory()
+    return choice
