@@ -106,6 +106,7 @@ class _Probe:
         """Milliseconds of a forward and of a backward."""
         with torch.no_grad():
             pipeline = self.block.pipeline(self.routing, self.tokens.dtype, k)
+            engine = engine or pipeline.engine
             pipeline = ChunkPipeline(pipeline.dispatch, channel or self.block.channel, recompute=pipeline.recompute, engine=engine)
             self.synchronize()
             begin = time.perf_counter()
