@@ -36,7 +36,7 @@ def forward(
     hidden = F.silu(gate_up[:, : weights.width]).mul_(gate_up[:, weights.width :]).mul_(scale.unsqueeze(1))
     output = F.grouped_mm(hidden, weights.fc2.transpose(1, 2), offs=plan.offsets)
     if weights.bias is not None and weights.adds_bias:
-        output = output.addmm_(_row_scales(scale, plan.offsets), weights.bias)
+        output = output.addmm_(_row_scales(scale.to(output.dtype), plan.offsets), weights.bias)
     return output, gate_up if keep else None
 
 
@@ -46,7 +46,7 @@ def input_gradients(
     """Gradients of the expert rows and of their probabilities; `gate_up` becomes its own gradient.
 
     Returns:
-        [N, h], [N] in the type of accumulation, and the weighted activations [N, f] for :func:`weight_gradients`.
+        [N, h], [N] in the type of `scale`, and the weighted activations [N, f] for :func:`weight_gradients`.
     """
     gate, up = gate_up[:, : weights.width], gate_up[:, weights.width :]
     factor = scale.unsqueeze(1)
@@ -54,11 +54,10 @@ def input_gradients(
     grad_hidden = F.grouped_mm(g, weights.fc2, offs=plan.offsets)
     silu = F.silu(gate)
     hidden = silu * up
-    accumulate = torch.promote_types(scale.dtype, torch.float32)
-    grad_scale = (grad_hidden * hidden).sum(1, dtype=accumulate)
+    grad_scale = (grad_hidden * hidden).sum(1, dtype=scale.dtype)
     if weights.bias is not None and weights.adds_bias:
         dots = (g @ weights.bias.t()).gather(1, _expert_of_row(scale, plan.offsets).unsqueeze(1))
-        grad_scale += dots.squeeze(1).to(accumulate)
+        grad_scale += dots.squeeze(1).to(scale.dtype)
     hidden.mul_(factor)
     grad_hidden.mul_(factor)
     grad_up = silu.mul_(grad_hidden)
@@ -79,8 +78,8 @@ def weight_gradients(
 ) -> None:
     """Add one chunk's share of the weights' gradients."""
     g = grad.index_select(0, plan.token_rows)
-    gradients.fc2.add_grouped_product(g, hidden, plan)
+    gradients.fc2.add(F.grouped_mm(g.t(), hidden, offs=plan.offsets))
     if gradients.bias is not None:
-        gradients.bias.add(_row_scales(scale, plan.offsets).t() @ g)
+        gradients.bias.add(_row_scales(scale.to(g.dtype), plan.offsets).t() @ g)
     x = rows.index_select(0, plan.rows)
-    gradients.fc1.add_grouped_product(grad_gate_up, x, plan)
+    gradients.fc1.add(F.grouped_mm(grad_gate_up.t(), x, offs=plan.offsets))

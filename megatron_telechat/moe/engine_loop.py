@@ -75,6 +75,22 @@ def _gather(rows: Tensor, index: Tensor, turn: _Turn, out: Tensor, clear: bool =
     return out[: turn.padded]
 
 
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What lies between two products is computed in this type, and rounded once."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _wide_scratch(like: Tensor, plan: Arrivals, columns: int) -> Optional[Tensor]:
+    """Room for a 16-bit type's rows of the largest expert in fp32; None for a type that is wide enough."""
+    wide = _wide_dtype(like.dtype)
+    return None if wide is like.dtype else like.new_empty(max(plan.counts), columns, dtype=wide)
+
+
+def _widened(values: Tensor, room: Optional[Tensor]) -> Tensor:
+    """The values themselves if there is no room, else their copy in it."""
+    return values if room is None else room[: values.shape[0]].copy_(values)
+
+
 def _silu(gate: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten.silu.out(gate, out=out)
 
@@ -98,15 +114,23 @@ def forward(
     gate_up = _buffer(rows, plan.num_rows, 2 * width) if keep else None
     x, activation = _scratch(rows, plan, hidden), _scratch(rows, plan, width)
     both_scratch = None if keep else _scratch(rows, plan, 2 * width)
+    wide_both, wide_out = _wide_scratch(rows, plan, 2 * width), _wide_scratch(rows, plan, hidden)
+    adds_bias = weights.bias is not None and weights.adds_bias
     for turn in _turns(plan, multiple):
+        count = turn.count
         both = gate_up[turn.start : turn.end] if keep else both_scratch[: turn.padded]
         torch.mm(_gather(rows, plan.rows, turn, x), weights.flat_fc1[turn.expert].t(), out=both)
-        gate, up = both[: turn.count, :width], both[: turn.count, width:]
+        gate, up = _widened(both[:count], wide_both).split(width, 1)
         factor = scale[turn.start : turn.stop].unsqueeze(1)
-        _silu(gate, activation[: turn.count]).mul_(up).mul_(factor)
-        out = torch.mm(activation[: turn.padded], weights.fc2[turn.expert].t(), out=output[turn.start : turn.end])
-        if weights.bias is not None and weights.adds_bias:
-            out[: turn.count].addcmul_(factor, weights.bias[turn.expert])
+        if wide_both is None:
+            _silu(gate, activation[:count]).mul_(up).mul_(factor)
+        else:
+            activation[:count].copy_(_silu(gate, gate).mul_(up).mul_(factor))
+        out = torch.mm(activation[: turn.padded], weights.fc2[turn.expert].t(), out=output[turn.start : turn.end])[:count]
+        if adds_bias:
+            sums = _widened(out, wide_out).addcmul_(factor, weights.bias[turn.expert].to(scale.dtype))
+            if wide_out is not None:
+                out.copy_(sums)
     return output[: plan.num_rows], gate_up
 
 
@@ -116,31 +140,38 @@ def input_gradients(
     """Gradients of the expert rows and of their probabilities; `gate_up` becomes its own gradient.
 
     Returns:
-        [N, h], [N] in the type of accumulation, and the weighted activations [N (+ slack), f] for
-        :func:`weight_gradients`.
+        [N, h], [N] in the type of `scale`, and the weighted activations [N (+ slack), f] for :func:`weight_gradients`.
     """
     multiple, width = _row_multiple(grad.dtype), weights.width
     grad_rows = grad.new_empty(plan.num_rows + multiple - 1, grad.shape[1])
-    grad_scale = torch.empty_like(scale, dtype=torch.promote_types(scale.dtype, torch.float32))
+    grad_scale = torch.empty_like(scale)
     hidden = _buffer(grad, plan.num_rows, width)
-    g, silu_room, grad_room = _scratch(grad, plan, grad.shape[1]), _scratch(grad, plan, width), _scratch(grad, plan, width)
+    g, grad_room = _scratch(grad, plan, grad.shape[1]), _scratch(grad, plan, width)
+    silu_room = scale.new_empty(max(plan.counts), width)
+    wide_g, wide_grad = _wide_scratch(grad, plan, grad.shape[1]), _wide_scratch(grad, plan, width)
+    wide_both, wide_hidden = _wide_scratch(grad, plan, 2 * width), _wide_scratch(grad, plan, width)
     for turn in _turns(plan, multiple):
         count, mine = turn.count, slice(turn.start, turn.stop)
         factor = scale[mine].unsqueeze(1)
         out = _gather(grad, plan.token_rows, turn, g)
         grad_hidden = torch.mm(out, weights.fc2[turn.expert], out=grad_room[: turn.padded])[:count]
-        gate, up = gate_up[mine, :width], gate_up[mine, width:]
+        grad_hidden = _widened(grad_hidden, wide_grad)
+        gate, up = _widened(gate_up[mine], wide_both).split(width, 1)
         silu = _silu(gate, silu_room[:count])
-        activation = torch.mul(silu, up, out=hidden[mine])
-        grad_scale[mine] = torch.linalg.vecdot(grad_hidden, activation)
+        activation = torch.mul(silu, up, out=hidden[mine] if wide_hidden is None else wide_hidden[:count])
+        torch.linalg.vecdot(grad_hidden, activation, out=grad_scale[mine])
         if weights.bias is not None and weights.adds_bias:
-            grad_scale[mine] += out[:count] @ weights.bias[turn.expert]
+            grad_scale[mine] += _widened(out[:count], wide_g) @ weights.bias[turn.expert].to(scale.dtype)
         activation.mul_(factor)
         grad_hidden.mul_(factor)
         grad_up = silu.mul_(grad_hidden)
         grad_hidden.mul_(up)
-        up.copy_(grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_hidden, gate, grad_input=gate)
+        gate_up[mine, width:].copy_(grad_up)
+        if wide_hidden is None:
+            torch.ops.aten.silu_backward.grad_input(grad_hidden, gate, grad_input=gate)
+        else:
+            hidden[mine].copy_(activation)
+            gate_up[mine, :width].copy_(torch.ops.aten.silu_backward.grad_input(grad_hidden, gate, grad_input=gate))
         torch.mm(gate_up[turn.start : turn.end], weights.flat_fc1[turn.expert], out=grad_rows[turn.start : turn.end])
     return grad_rows[: plan.num_rows], grad_scale, hidden
 
@@ -156,6 +187,7 @@ def weight_gradients(
 ) -> None:
     """Add one chunk's share of the weights' gradients."""
     g, x = _scratch(grad, plan, grad.shape[1]), _scratch(rows, plan, rows.shape[1])
+    wide_g = None if gradients.bias is None else _wide_scratch(grad, plan, grad.shape[1])
     for expert, count in enumerate(plan.counts):
         if not count:
             for gradient in gradients:
@@ -165,6 +197,6 @@ def weight_gradients(
         out = _gather(grad, plan.token_rows, turn, g, clear=True)
         gradients.fc2.add_product(turn.expert, out.t(), hidden[turn.start : turn.end])
         if gradients.bias is not None:
-            gradients.bias.add_product(turn.expert, scale[turn.start : turn.stop].unsqueeze(0), out[: turn.count])
+            gradients.bias.add_product(turn.expert, scale[turn.start : turn.stop].unsqueeze(0), _widened(out[: turn.count], wide_g))
         inputs = _gather(rows, plan.rows, turn, x, clear=True)
         gradients.fc1.add_product(turn.expert, grad_gate_up[turn.start : turn.end].t(), inputs)

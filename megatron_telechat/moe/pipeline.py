@@ -36,7 +36,7 @@ class Saved:
 
     Attributes:
         rows: the buffer that arrived: token rows and probabilities; with one rank in the group, the input itself.
-        scale: [N] probability of every expert row, in the type of the rows.
+        scale: [N] probability of every expert row, in the type that probabilities travel in.
         gate_up: [N, 2 f], or None if it is computed again.
     """
 
@@ -143,11 +143,11 @@ class ChunkPipeline:
 
     def _arrived(self, arriving: list[Any], chunk: int, tokens: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         plan = self.dispatch.arrivals[chunk]
+        form = RowFormat(tokens.shape[1], tokens.dtype)
         if self.dispatch.local:
-            return tokens, probabilities.flatten().index_select(0, plan.weight_slots).to(tokens.dtype)
+            return tokens, probabilities.to(form.weight_dtype).flatten().index_select(0, plan.weight_slots)
         rows, arriving[chunk] = self._wait(arriving[chunk], "D", chunk, False, tokens.device), None
-        packed = RowFormat(rows.shape[1], rows.dtype).flat_weights(rows)
-        return rows, packed.index_select(0, plan.weight_slots).to(rows.dtype)
+        return rows, form.flat_weights(rows).index_select(0, plan.weight_slots)
 
     # ---- backward -----------------------------------------------------------------------------
 
