@@ -19,9 +19,7 @@ from megatron_telechat.costs import DeviceSpec, count_parameters, device_spec, d
 from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.picture import layout_picture
-
-ASSUMED_MFU = 0.4
-"""Model FLOPs utilisation that the time estimate takes for granted; the report says so."""
+from megatron_telechat.planner.predict import predict
 
 SHORTEST_STEP_S = 0.02
 """Below this the time estimate says nothing and is left out."""
@@ -143,16 +141,17 @@ def _steps(run: RunConfig) -> list[str]:
         f"pipeline bubble of an even split: {bubble:.1%} of a step",
     ]
     for spec in _devices(run):
-        peak = spec.peak(run.training.precision)
-        if not peak:
+        if not spec.peak(run.training.precision):
             continue
-        seconds = flops * tokens / (peak * 1e12 * ASSUMED_MFU * run.parallel.world_size)
-        if seconds < SHORTEST_STEP_S:
+        prediction = predict(run, spec)
+        if prediction.iteration < SHORTEST_STEP_S:
             continue  # a model this small is bound by launches, not by arithmetic
-        whole = f", the run {_duration(seconds * iterations)}" if iterations else ""
+        mfu = flops * tokens / (spec.peak(run.training.precision) * 1e12 * prediction.iteration * run.parallel.world_size)
+        whole = f", the run {_duration(prediction.iteration * iterations)}" if iterations else ""
         lines.append(
-            f"at {ASSUMED_MFU:.0%} MFU on {spec.name}: {seconds:.3g} s a step, "
-            f"{count_text(tokens / seconds / run.parallel.world_size)} tokens/s a device{whole}"
+            f"predicted on {spec.name}: {prediction.iteration:.3g} s a step, "
+            f"{prediction.tokens_per_s_per_device:,.0f} tokens/s a device, MFU {mfu:.0%}, "
+            f"bubble {prediction.bubble:.0%}{whole}"
         )
     return lines
 

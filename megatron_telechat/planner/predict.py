@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec
@@ -11,7 +11,12 @@ from megatron_telechat.costs.time import Software, TimeModel
 from megatron_telechat.planner.build import assignment_of, balance_problem, kinds_of
 from megatron_telechat.planner.plan import Assignment
 from megatron_telechat.planner.problem import BalanceProblem
-from megatron_telechat.planner.simulate import SimResult, simulate
+from megatron_telechat.planner.simulate import SimResult, simulate, stage_times
+
+MOST_OPS = 16384
+"""Forwards and backwards that a prediction simulates; a schedule with more is carried on from its start."""
+MIN_ROUNDS = 8
+"""Groups of P micro-batches that are simulated in any case: the pipeline is full after two."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,9 @@ class Prediction:
     """Seconds of one iteration.
 
     Attributes:
-        problem, assignment, simulation: the pipeline; its makespan is `simulation.makespan`.
+        problem, assignment: the pipeline.
+        makespan: from its first forward to the end of its last backward.
+        simulation: its ops; of the first micro-batches alone where there are very many.
         reduction: gradient reduction and weight gathering that the backward does not cover, of the slowest stage.
         optimizer: optimizer step of the stage with the most parameters.
         constant: the rest of an iteration; measured, or 0.
@@ -29,6 +36,7 @@ class Prediction:
 
     problem: BalanceProblem
     assignment: Assignment
+    makespan: float
     simulation: SimResult
     reduction: float
     optimizer: float
@@ -39,7 +47,7 @@ class Prediction:
     @property
     def iteration(self) -> float:
         """Seconds of the whole iteration."""
-        return self.simulation.makespan + self.reduction + self.optimizer + self.constant
+        return self.makespan + self.reduction + self.optimizer + self.constant
 
     @property
     def tokens_per_s_per_device(self) -> float:
@@ -48,10 +56,27 @@ class Prediction:
     @property
     def bubble(self) -> float:
         """Share of the makespan in which the busiest stage waits."""
-        busy = [0.0] * self.problem.P
-        for op in self.simulation.ops:
-            busy[op.device] += op.end - op.start
-        return 1 - max(busy) / self.simulation.makespan
+        times = stage_times(self.problem, self.assignment)
+        stages, size = self.problem.num_stages, self.problem.P
+        busy = [sum(times[rank:stages:size]) + sum(times[stages + rank :: size]) for rank in range(size)]
+        return 1 - max(busy) * self.problem.m / self.makespan
+
+
+def simulated(problem: BalanceProblem, assignment: Assignment) -> tuple[float, SimResult]:
+    """Makespan, and the simulation it comes from.
+
+    Where the ops are more than MOST_OPS, a shorter run of two lengths is simulated and its growth carried on: once the
+    pipeline is full, every further group of P micro-batches takes the busiest device's time for it.
+    """
+    group = problem.P
+    rounds = max(MOST_OPS // (2 * problem.num_stages * group), MIN_ROUNDS)
+    if problem.m <= rounds * group:
+        result = simulate(problem, assignment)
+        return result.makespan, result
+    short = rounds * group + problem.m % group
+    before, result = (simulate(replace(problem, m=m), assignment) for m in (short - group, short))
+    growth = result.makespan - before.makespan
+    return result.makespan + growth * ((problem.m - short) // group), result
 
 
 def predict(run: RunConfig, device: DeviceSpec, software: Software = Software()) -> Prediction:
@@ -64,17 +89,18 @@ def predict(run: RunConfig, device: DeviceSpec, software: Software = Software())
     """
     problem = balance_problem(run, device, kinds_of(run), software=software)
     assignment = assignment_of(run, problem)
-    simulation = simulate(problem, assignment)
+    makespan, simulation = simulated(problem, assignment)
     times = TimeModel(run, device, software)
     counts = stage_parameters(run)
     hidden = [0.0] * problem.P
     if run.parallel.overlap_grad_reduce:
         for op in simulation.ops:
-            if op.kind == "B" and op.microbatch == problem.m - 1:
+            if op.kind == "B" and op.microbatch == 0:
                 hidden[op.device] += op.end - op.start
     return Prediction(
         problem=problem,
         assignment=assignment,
+        makespan=makespan,
         simulation=simulation,
         reduction=max(max(0.0, times.gradient_reduction(count) - cover) for count, cover in zip(counts, hidden)),
         optimizer=max(times.optimizer_step(count) for count in counts),

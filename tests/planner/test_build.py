@@ -144,10 +144,26 @@ def test_a_plan_that_would_deadlock_is_refused():
         planned_run(run, problem, Assignment(((0,) * 32, (), (0,) * 16, (0,) * 16)))
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_many_micro_batches_are_carried_on_exactly(monkeypatch, chunks):
+    run = load("115b")
+    if chunks == 1:
+        parallel = replace(run.parallel, num_virtual_stages_per_pipeline_rank=1, pipeline_model_parallel_layout=None)
+        run = replace(run, parallel=parallel)
+    run = replace(run, training=replace(run.training, global_batch_size=8 * 8 * 12))
+    carried_on = []
+    for limit in (10**6, 1):
+        monkeypatch.setattr("megatron_telechat.planner.predict.MOST_OPS", limit)
+        carried_on.append(predict(run, NPU))
+    assert carried_on[0].makespan == pytest.approx(carried_on[1].makespan, rel=1e-9)
+    assert len(carried_on[0].simulation.ops) > len(carried_on[1].simulation.ops)
+    assert carried_on[0].bubble == pytest.approx(carried_on[1].bubble)
+
+
 def test_prediction_adds_what_the_schedule_does_not_see():
     run = load("115b")
     prediction = predict(run, NPU)
-    parts = prediction.simulation.makespan + prediction.reduction + prediction.optimizer
+    parts = prediction.makespan + prediction.reduction + prediction.optimizer
     assert prediction.iteration == pytest.approx(parts)
     assert prediction.tokens_per_s_per_device == pytest.approx(64 * 8192 / 512 / prediction.iteration)
     overlapped = predict(replace(run, parallel=replace(run.parallel, overlap_grad_reduce=True)), NPU)
