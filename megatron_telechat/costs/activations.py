@@ -36,7 +36,7 @@ class Tokens:
 
     `whole`: inside a tensor-parallel region, where the sequence is gathered but each tensor is cut
     `tensor` ways; `split`: outside, where sequence parallelism cuts the sequence instead.
-    `routed`: rows that the rank's experts get when the routing is balanced.
+    `routed`: rows that the rank's experts get, `imbalance` times those of a balanced routing.
     """
 
     whole: float
@@ -45,10 +45,11 @@ class Tokens:
     tensor: int
     expert: int
     expert_tensor: int
+    imbalance: float
 
 
-def tokens_of(run: RunConfig) -> Tokens:
-    """Tokens of a micro-batch as one rank of this run sees them."""
+def tokens_of(run: RunConfig, imbalance: float = 1.0) -> Tokens:
+    """Tokens of a micro-batch as one rank of this run sees them; `imbalance`: rows of its experts over the mean."""
     parallel = run.parallel
     tensor = parallel.tensor_model_parallel_size
     whole = run.training.seq_length * run.training.micro_batch_size / parallel.context_parallel_size
@@ -56,12 +57,15 @@ def tokens_of(run: RunConfig) -> Tokens:
     split = whole / tensor if sequence_parallel else whole
     expert, expert_tensor = parallel.expert_sizes
     # A rank's experts get as many rows as it sends, gathered over the ranks that share an expert.
-    routed = split * run.model.moe_router_topk * expert_tensor
-    return Tokens(whole, split, routed, tensor, expert, expert_tensor)
+    routed = split * run.model.moe_router_topk * expert_tensor * imbalance
+    return Tokens(whole, split, routed, tensor, expert, expert_tensor, imbalance)
 
 
-def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...]) -> LayerActivations:
-    """Activations of the zero-based `layer` under its recompute modes.
+def layer_activations(
+    run: RunConfig, layer: int, modes: tuple[str, ...], imbalance: float = 1.0
+) -> LayerActivations:
+    """Activations of the zero-based `layer` under its recompute modes, on a rank whose experts get `imbalance` times
+    the mean of rows.
 
     Elements a token, after Korthikanti et al. (arXiv 2205.05198, section 4) for a flash attention,
     which keeps no score matrix, and a SwiGLU that keeps its input alone:
@@ -76,7 +80,7 @@ def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...]) -> Lay
     ``core_attn`` the log-sum-exp (and, on the CPU, the attention's own output; what the projection reads stays),
     ``layernorm`` both norm outputs, ``mlp`` and ``moe`` what lies between the norm output and the block's end.
     """
-    model, tokens = run.model, tokens_of(run)
+    model, tokens = run.model, tokens_of(run, imbalance)
     size = BYTES[run.training.precision]
     on_cpu = run.training.device == "cpu"
     hidden = model.hidden_size
@@ -135,7 +139,9 @@ def arriving_rows(model: ModelConfig, tokens: Tokens) -> float:
     experts, here = model.num_experts or 1, (model.num_experts or 1) // tokens.expert
     # the chance that none of k different experts is among those of one rank
     missed = math.comb(experts - here, model.moe_router_topk) / math.comb(experts, model.moe_router_topk)
-    return tokens.split * tokens.expert_tensor * tokens.expert * (1 - missed)
+    # an uneven routing cannot send a rank more rows than there are tokens
+    most = tokens.split * tokens.expert_tensor * tokens.expert
+    return min(most, tokens.imbalance * most * (1 - missed))
 
 
 def embedding_bytes(run: RunConfig) -> float:

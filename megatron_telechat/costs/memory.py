@@ -89,8 +89,9 @@ def _stage_count(run: RunConfig, layout: PipelineLayout, rank: int) -> LocalCoun
     return count
 
 
-def stage_memory(run: RunConfig) -> list[StageMemory]:
-    """Memory of one rank of each pipeline stage, at the worst moment of a step.
+def stage_memory(run: RunConfig, imbalance: float = 1.0) -> list[StageMemory]:
+    """Memory of one rank of each pipeline stage, at the worst moment of a step; `imbalance`: rows of the busiest rank's
+    experts over the mean.
 
     The rules are those of a balance problem (docs/planner.md), so the planner's figures are these: what a layer, the
     embedding or the output layer keeps is held from the start of its forward to the end of the chunk's backward, and a
@@ -106,7 +107,7 @@ def stage_memory(run: RunConfig) -> list[StageMemory]:
     for layer, modes in enumerate(plan):
         kind = (run.model.layer_is_moe(layer), modes)
         if kind not in cache:
-            cache[kind] = layer_activations(run, layer, modes)
+            cache[kind] = layer_activations(run, layer, modes, imbalance)
         layers.append(cache[kind])
     return [_stage(run, layout, rank, layers) for rank in range(layout.pipeline_size)]
 

@@ -38,6 +38,10 @@ FLASH_BACKWARD = 2.5
 """A flash attention makes five products in its backward, one of them again (arXiv 2307.08691, section 3.1)."""
 
 
+AUTO_CHUNKS = 4
+"""Pieces of a MoE layer's input where the run chooses their number itself, by trying."""
+
+
 @dataclass(frozen=True)
 class Software:
     """What the training program does beyond the shapes.
@@ -51,6 +55,12 @@ class Software:
     tensor_overlap: float = 0.0
     moe_chunks: int = 1
     moe_imbalance: float = 1.0
+
+    @classmethod
+    def of(cls, run: RunConfig) -> Software:
+        """Our own training of this run; `moe_input_chunks` auto counts as AUTO_CHUNKS."""
+        chunks = run.parallel.moe_input_chunks
+        return cls(moe_chunks=AUTO_CHUNKS if chunks == "auto" else int(chunks))
 
 
 @dataclass(frozen=True)
@@ -108,12 +118,15 @@ def mode_name(modes: Iterable[str]) -> str:
 class TimeModel:
     """Times of a run's parts on a device.
 
+    Args:
+        software: what the training program hides of its communication; unset: what our own does (`Software.of`).
+
     Raises:
         ConfigError: the device has neither the figures for an estimate nor times measured for these shapes.
     """
 
-    def __init__(self, run: RunConfig, device: DeviceSpec, software: Software = Software()):
-        self.run, self.device, self.software = run, device, software
+    def __init__(self, run: RunConfig, device: DeviceSpec, software: Optional[Software] = None):
+        self.run, self.device, self.software = run, device, software or Software.of(run)
         self.measured: Optional[Measured] = next(
             (entry for entry in device.measured if dict(entry.conditions) == conditions(run)), None
         )

@@ -57,7 +57,7 @@ def balance_problem(
     *,
     mem_limit_bytes: Optional[float] = None,
     reserve_bytes: Optional[float] = None,
-    software: Software = Software(),
+    software: Optional[Software] = None,
     mtp: Optional[Block] = None,
 ) -> BalanceProblem:
     """The balance problem of a run on a device: seconds, and bytes of one rank.
@@ -115,7 +115,7 @@ def _group(run: RunConfig, times: TimeModel, layer: int, count: int, kinds: tupl
     return LayerGroup(count, plain.forward, plain.backward, _weights(run, layer_table(run.model, layer)), tuple(modes))
 
 
-def mtp_block(run: RunConfig, device: DeviceSpec, layer: int = -1, software: Software = Software()) -> Block:
+def mtp_block(run: RunConfig, device: DeviceSpec, layer: int = -1, software: Optional[Software] = None) -> Block:
     """A multi-token-prediction block as DeepSeek-V3 has it (arXiv 2412.19437, section 2.2), for a model that has one:
     one more decoder layer like `layer`, a projection of 2h to h, and the shared output layer once more (its weights
     are not counted again)."""

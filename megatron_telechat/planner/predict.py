@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Optional
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec
@@ -79,7 +80,7 @@ def simulated(problem: BalanceProblem, assignment: Assignment) -> tuple[float, S
     return result.makespan + growth * ((problem.m - short) // group), result
 
 
-def predict(run: RunConfig, device: DeviceSpec, software: Software = Software()) -> Prediction:
+def predict(run: RunConfig, device: DeviceSpec, software: Optional[Software] = None) -> Prediction:
     """One iteration of this run: its own layout and recompute, on Megatron-Core's schedule, then the optimizer.
 
     With `overlap_grad_reduce` one micro-batch's backward hides the reduction (the others run before it may start).
