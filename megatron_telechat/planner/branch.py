@@ -13,15 +13,16 @@ import numpy as np
 from megatron_telechat.planner.cuts import PathCut, Separator
 from megatron_telechat.planner.graph import OpGraph
 from megatron_telechat.planner.incumbent import Incumbent
-from megatron_telechat.planner.lp import INF, LinearProgram, LpResult
+from megatron_telechat.planner.lp import INF, LinearProgram, LpResult, RowStore
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.space import Space
 
 WHOLE = 1e-6
 """A value this near to a whole number is one."""
 
-ROOT_ROUNDS, NODE_ROUNDS = 60, 8
-MAX_CUTS = 300
+ROOT_ROUNDS, NODE_ROUNDS, PROBE_ROUNDS = 400, 30, 10
+POOL_CUTS = 5
+MAX_CUTS = 150
 """Rows of cuts that the LP keeps; slack ones go first. Every cut ever found stays in the pool."""
 
 
@@ -44,19 +45,19 @@ class Tree:
 
     def __init__(self, problem: BalanceProblem, graph: OpGraph, incumbent: Incumbent, deadline: float, gap: float):
         self.problem, self.incumbent, self.deadline, self.gap = problem, incumbent, deadline, gap
-        self.separator = Separator(graph, problem.p2p)
         longest = _serial_time(problem)
         self.space = space = Space(problem, longest)
         self.unit = space.time_unit
-        self.separator_unit = Separator(graph, space.p2p)
+        self.separator = Separator(graph, space.p2p)
         self.lp = LinearProgram(space.cost, space.lo, space.hi, space.rows, space.row_lo, space.row_hi)
         self.pool: dict[PathCut, None] = {}
+        self.pool_rows = RowStore(space.size)
         self.num_fixed_rows = self.lp.num_rows
         self.counter = itertools.count()
         self.heap: list[Node] = []
         self.closed_bound = INF
         self.nodes = 0
-        self.score: dict[tuple[str, int], list[float]] = {}
+        self.score: dict[tuple[str, int], list] = {}
         self.tables: list[dict[int, float]] = []
 
     # bounds ------------------------------------------------------------------------------------------------------
@@ -92,41 +93,68 @@ class Tree:
             if row @ x < low - above:
                 rows.append(row)
                 lows.append(low)
-                self.pool[cut] = None
+                if cut not in self.pool:
+                    self.pool[cut] = None
+                    self.pool_rows.append(row, low)
         if rows:
             self.lp.add_rows(np.array(rows), np.array(lows), np.full(len(rows), INF))
         return len(rows)
 
-    def relax(self, node: Node, rounds: int, thorough: bool) -> LpResult:
-        """Solve the LP of a node with as many cuts as pay off. The result's bound is safe; node.bound is raised."""
+    def add_from_pool(self, x: np.ndarray, above: float) -> int:
+        """Add the few cuts of the pool that `x` violates most; returns how many."""
+        rows, lows = self.pool_rows.rows(), self.pool_rows.lows()
+        short = lows - rows @ x
+        worst = np.argsort(-short, kind="stable")[:POOL_CUTS]
+        worst = worst[short[worst] > above]
+        if len(worst):
+            self.lp.add_rows(rows[worst], lows[worst], np.full(len(worst), INF))
+        return len(worst)
+
+    def relax(self, node: Node, rounds: int) -> LpResult:
+        """Solve the LP of a node with as many cuts as pay off. The result's bound is safe; node.bound is raised.
+
+        Cuts are taken at the LP point, and half way to the best point met so far (in-out separation), which makes
+        the bound rise in half the rounds.
+        """
+        if np.any(node.lo > node.hi) or np.any(node.row_lo > node.row_hi):
+            return LpResult(False, INF, node.lo, node.lo)
         self.load(node)
         gains: list[float] = []
-        for turn in range(rounds + 200):
+        center, least = None, INF
+        while True:
             result = self.lp.solve()
             node.bound = max(node.bound, result.bound)
             if not result.feasible or node.bound >= self.cutoff() or time.perf_counter() > self.deadline:
                 return result
             x = result.x
-            times = self.space.stage_times(x).tolist()
             tolerance = 1e-9 * max(1.0, x[0])
-            if thorough:
-                span, cuts = self.separator_unit.many(times, x[0] + tolerance)
-            else:
-                span, cuts = self.separator_unit.longest(times)
             gains.append(result.bound)
-            if span <= x[0] + tolerance or not self.add_cuts(cuts, x, tolerance / 2):
+            stalled = len(gains) > rounds or len(gains) > 4 and gains[-1] - gains[-5] < 1e-5 * abs(gains[-1])
+            if stalled and not self.is_whole(x):
                 return result
-            whole = self.is_whole(x)
-            if not whole and (turn >= rounds or len(gains) > 3 and gains[-1] - gains[-4] < 1e-5 * abs(gains[-1])):
-                return result
-        return result
+            self.trim(result.duals)
+            if self.add_from_pool(x, 1e-5 * abs(x[0])):
+                continue
+            added = 0
+            if center is not None:
+                middle = (x + center) / 2
+                span, cuts = self.separator.longest(self.space.stage_times(middle).tolist())
+                added = self.add_cuts(cuts, x, tolerance / 2)
+                if span < least:
+                    center, least = middle, span
+            if not added:
+                span, cuts = self.separator.longest(self.space.stage_times(x).tolist())
+                if span < least:
+                    center, least = x, span
+                if span <= x[0] + tolerance or not self.add_cuts(cuts, x, tolerance / 2):
+                    return result
 
     def trim(self, duals: np.ndarray) -> None:
-        """Throw slack cuts out of the LP when there are many."""
-        if self.lp.num_rows - self.num_fixed_rows <= MAX_CUTS or len(duals) != self.lp.num_rows:
+        """Throw slack cuts out of the LP when there are many; they stay in the pool."""
+        if len(duals) != self.lp.num_rows or self.lp.num_rows - self.num_fixed_rows <= MAX_CUTS:
             return
         slack = np.flatnonzero(np.abs(duals[self.num_fixed_rows :]) < 1e-12) + self.num_fixed_rows
-        self.lp.delete_rows(slack[: max(0, self.lp.num_rows - self.num_fixed_rows - MAX_CUTS // 2)])
+        self.lp.delete_rows(slack)
 
     def is_whole(self, x: np.ndarray) -> bool:
         return bool(np.all(np.abs(x[1:] - np.rint(x[1:])) < WHOLE))
@@ -211,17 +239,77 @@ class Tree:
             return self.boundary_children(node, *broken)
         found = self.candidates(node, result.x)
         if not found:
-            free = np.flatnonzero(node.lo[1:] < node.hi[1:]) + 1
-            if not len(free):
-                return None
-            column = int(free[0])
-            value = min(max(math.floor(result.x[column] + 0.5), node.lo[column]), node.hi[column] - 1) + 0.5
-            return self.children(node, "col", column, value)
-        return self.children(node, *self._best(node, found))
+            return self.halve(node, result.x)
+        return self._best(node, found)
 
-    def _best(self, node: Node, found: list[tuple[str, int, float]]) -> tuple[str, int, float]:
+    def halve(self, node: Node, x: np.ndarray) -> tuple[Node, Node] | None:
+        """Children that part the range of a column near `x`; None if the box is one point."""
+        free = np.flatnonzero(node.lo[1:] < node.hi[1:]) + 1
+        if not len(free):
+            return None
+        column = int(free[0])
+        below = min(max(math.floor(x[column]), node.lo[column]), node.hi[column] - 1)
+        return self.children(node, "col", column, below + 0.5)
+
+    def _best(self, node: Node, found: list[tuple[str, int, float]]) -> tuple[Node, Node]:
         found.sort(key=lambda one: abs(one[2] - math.floor(one[2]) - 0.5))
-        return max(found[:12], key=lambda one: self._estimate(node, one))
+        best, score = None, -1.0
+        for one in found[:12]:
+            gain, pair = self._estimate(node, one)
+            if gain > score:
+                best, score = pair or self.children(node, *one), gain
+            if score == INF:
+                break
+        assert best is not None
+        return best
+
+    def _estimate(self, node: Node, one: tuple[str, int, float]) -> tuple[float, tuple[Node, Node] | None]:
+        """How good a branching is (inf: it closes a child), and the children if they were looked at."""
+        what, number, value = one
+        known = self.score.setdefault((what, number), [0.0, 0.0, 0])
+        part = value - math.floor(value)
+        if known[2] >= 2:
+            down, up = known[0] / known[2] * part, known[1] / known[2] * (1 - part)
+            return max(down, 1e-7) * max(up, 1e-7), None
+        pair = self.children(node, what, number, value)
+        down, up = (min(child.bound - node.bound, 0.2 * abs(node.bound)) for child in self._probe(node, pair))
+        known[0] += down / part
+        known[1] += up / (1 - part)
+        known[2] += 1
+        closes = max(child.bound for child in pair) >= self.cutoff()
+        return INF if closes else max(down, 1e-7) * max(up, 1e-7), pair
+
+    def _probe(self, node: Node, pair: tuple[Node, Node]) -> tuple[Node, Node]:
+        """Raise the bounds of the children by a few simplex steps each."""
+        basis = self.lp.basis()
+        self.lp.limit_iterations(40)
+        for child in pair:
+            if np.any(child.row_lo > child.row_hi):
+                child.bound = INF
+                continue
+            self.load(child)
+            child.bound = max(child.bound, self.lp.solve().bound)
+            self.lp.set_basis(basis)
+        self.lp.limit_iterations(None)
+        self.load(node)
+        return pair
+
+    def narrow(self, node: Node, result: LpResult) -> None:
+        """Drop values whose reduced cost says that they hold nothing better."""
+        spare = self.cutoff() - result.bound
+        if not math.isfinite(spare) or len(result.duals) != self.lp.num_rows:
+            return
+        first = self.space.first_branch_row
+        last = first + len(node.row_lo)
+        rows = result.duals[first:last].copy()
+        rows[self.space.extra_rows[0] - first :] = 0.0
+        costs = self.lp.reduced_costs(result.duals)
+        costs[0] = 0.0
+        for low, high, price in ((node.lo, node.hi, costs), (node.row_lo, node.row_hi, rows)):
+            at = np.flatnonzero(price > 1e-9)
+            high[at] = np.minimum(high[at], low[at] + np.floor(spare / price[at] + 1e-6))
+            at = np.flatnonzero(price < -1e-9)
+            low[at] = np.maximum(low[at], high[at] + np.ceil(spare / price[at] - 1e-6))
 
     # shaving -----------------------------------------------------------------------------------------------------
 
@@ -235,7 +323,7 @@ class Tree:
             ("row", row - first) for row in dict.fromkeys(space.device_rows + space.stage_rows + space.mode_rows)
         ]
         changed = True
-        result = self.relax(node, ROOT_ROUNDS, True)
+        result = self.relax(node, ROOT_ROUNDS)
         while changed and time.perf_counter() < until:
             changed = False
             for what, number in entries:
@@ -245,7 +333,7 @@ class Tree:
                 for up in (True, False):
                     while self._shave_end(node, number, value, up):
                         changed = True
-                        result = self.relax(node, NODE_ROUNDS, False)
+                        result = self.relax(node, NODE_ROUNDS)
                         if not result.feasible or node.bound >= self.cutoff():
                             break
                         value = float(space.rows[first + number] @ result.x)
@@ -267,7 +355,7 @@ class Tree:
             else:
                 child.row_hi[number] = edge
             self._tighten(child, number)
-            outcome = self.relax(child, 4, False)
+            outcome = self.relax(child, PROBE_ROUNDS)
             if child.bound >= self.cutoff() or outcome.bound == INF:
                 if up:
                     node.row_hi[number] = edge - 1
@@ -276,37 +364,6 @@ class Tree:
                 self._tighten(node, number)
                 return step == 1
         return False
-
-    def _estimate(self, node: Node, one: tuple[str, int, float]) -> float:
-        what, number, value = one
-        known = self.score.get((what, number))
-        part = value - math.floor(value)
-        if known is None or known[1] < 1 or known[3] < 1:
-            gains = self._probe(node, one)
-            known = self.score.setdefault((what, number), [0.0, 0, 0.0, 0])
-            known[0] += gains[0] / part
-            known[2] += gains[1] / (1 - part)
-            known[1] += 1
-            known[3] += 1
-            down, up = gains
-        else:
-            down, up = known[0] / known[1] * part, known[2] / known[3] * (1 - part)
-        return max(down, 1e-7) * max(up, 1e-7)
-
-    def _probe(self, node: Node, one: tuple[str, int, float]) -> list[float]:
-        """How much the bound rises in each child, with a few simplex steps."""
-        gains = []
-        basis = self.lp.basis()
-        base = node.bound
-        self.lp.limit_iterations(40)
-        for child in self.children(node, *one):
-            self.load(child)
-            bound = self.lp.solve().bound
-            gains.append(min(max(bound - base, 0.0), 0.2 * abs(base)))
-            self.lp.set_basis(basis)
-        self.lp.limit_iterations(None)
-        self.load(node)
-        return gains
 
     # the loop ----------------------------------------------------------------------------------------------------
 
@@ -330,27 +387,30 @@ class Tree:
         if node.depth == 0:
             result = self.shave(node, time.perf_counter() + 0.4 * (self.deadline - time.perf_counter()))
         else:
-            result = self.relax(node, NODE_ROUNDS, node.depth < 2)
+            result = self.relax(node, NODE_ROUNDS)
         if node.bound >= self.cutoff():
             self.closed_bound = min(self.closed_bound, node.bound)
             return None
-        if not result.feasible:
-            if result.bound == INF:
-                return None
-            result = LpResult(True, node.bound, (node.lo + node.hi) / 2, result.duals)
-        else:
+        if result.bound == INF or np.any(node.lo > node.hi) or np.any(node.row_lo > node.row_hi):
+            return None
+        if result.feasible:
             self.incumbent.offer_point(self.space, result.x, self.is_whole(result.x), self.nodes)
-            self.trim(result.duals)
-        pair = self.choose(node, result)
+            self.narrow(node, result)
+            pair = self.choose(node, result)
+        else:
+            pair = self.halve(node, (node.lo + node.hi) / 2)
         if pair is None:
-            self.incumbent.offer_point(self.space, result.x, True, self.nodes)
-            self.closed_bound = min(
-                self.closed_bound, max(node.bound, self.incumbent.exact(self.space, result.x) / self.unit)
-            )
+            self.close_point(node)
             return None
         down, up = pair
         heapq.heappush(self.heap, down)
         return up
+
+    def close_point(self, node: Node) -> None:
+        """A box of one point holds what the simulator says of it."""
+        self.incumbent.offer_point(self.space, node.lo, True, self.nodes)
+        exact = self.incumbent.exact(self.space, node.lo) / self.unit
+        self.closed_bound = min(self.closed_bound, max(node.bound, exact))
 
     def lower_bound(self) -> float:
         """What is proved, in the problem's time; inf if there is no assignment that fits."""

@@ -143,3 +143,23 @@ class LinearProgram:
         ray = ray / (np.abs(ray).max() or 1.0)
         nothing = np.zeros(len(self.cost))
         return INF if max(self.safe_bound(ray, nothing), self.safe_bound(-ray, nothing)) > 1e-9 else -INF
+
+
+class RowStore:
+    """Rows with low ends, that grow."""
+
+    def __init__(self, size: int):
+        self._rows, self._lows, self._count = np.zeros((64, size)), np.zeros(64), 0
+
+    def append(self, row: np.ndarray, low: float) -> None:
+        if self._count == len(self._lows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+            self._lows = np.concatenate([self._lows, np.zeros_like(self._lows)])
+        self._rows[self._count], self._lows[self._count] = row, low
+        self._count += 1
+
+    def rows(self) -> np.ndarray:
+        return self._rows[: self._count]
+
+    def lows(self) -> np.ndarray:
+        return self._lows[: self._count]

@@ -47,6 +47,7 @@ class Solution:
         shortfall: if infeasible for memory: bytes that the tightest device lacks in the best case. None where
             the layers cannot be laid out at all (fewer layers than the stages need).
         reason: if infeasible, why, in words.
+        nodes: boxes that branch and bound looked at.
     """
 
     status: str
@@ -58,6 +59,7 @@ class Solution:
     seconds: float = 0.0
     shortfall: float | None = None
     reason: str = ""
+    nodes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The answer as `tools/plan_pipeline.py --problem FILE --json` prints it."""

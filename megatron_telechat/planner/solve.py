@@ -55,10 +55,11 @@ def solve(
     tree.run(tree.root_node())
     if incumbent.assignment is None and not tree.heap:
         return _infeasible(problem, least, started)
-    return _solution(problem, incumbent, tree.lower_bound(), time.perf_counter() - started)
+    return _solution(problem, incumbent, tree, time.perf_counter() - started)
 
 
-def _solution(problem: BalanceProblem, incumbent: Incumbent, bound: float, seconds: float) -> Solution:
+def _solution(problem: BalanceProblem, incumbent: Incumbent, tree: Tree, seconds: float) -> Solution:
+    bound = tree.lower_bound()
     if problem.integral and math.isfinite(bound):
         bound = float(math.ceil(bound - max(1e-3, abs(bound) * 1e-12)))
     if incumbent.assignment is None or incumbent.result is None:
@@ -76,6 +77,7 @@ def _solution(problem: BalanceProblem, incumbent: Incumbent, bound: float, secon
         assignment=incumbent.assignment,
         peak_bytes=incumbent.result.peak_bytes,
         seconds=seconds,
+        nodes=tree.nodes,
     )
 
 

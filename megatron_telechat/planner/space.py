@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_telechat.planner.cuts import PathCut
 from megatron_telechat.planner.lp import INF
-from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.problem import BalanceProblem, LayerGroup
 from megatron_telechat.planner.simulate import in_flight
 
 
@@ -28,10 +28,16 @@ class Space:
 
     def __init__(self, problem: BalanceProblem, longest: float):
         self.problem = problem
-        self.kinds = [(g, j) for g, group in enumerate(problem.groups) for j in range(len(group.modes))]
+        self.loose = memory_is_loose(problem)
+        self.kinds = [
+            (g, j)
+            for g, group in enumerate(problem.groups)
+            for j in ([fastest_mode(group)] if self.loose else range(len(group.modes)))
+        ]
         C, K = problem.num_stages, len(self.kinds)
         self.places = [place for place in problem.mtp_places() if place is not None]
-        self.levels = sorted({mode.ws for group in problem.groups for mode in group.modes} - {0.0, 0})
+        used = {group.modes[j].ws for group in problem.groups for j in range(len(group.modes))}
+        self.levels = [] if self.loose else sorted(used - {0})
         self.n = 1 + np.arange(C * K).reshape(C, K)
         self.y = {place: 1 + C * K + at for at, place in enumerate(self.places)}
         first_z = 1 + C * K + len(self.places)
@@ -99,6 +105,8 @@ class Space:
     def _memory(self) -> None:
         problem, unit = self.problem, self.problem.mem_limit or 1.0
         self.memory_rows: list[int] = []
+        if self.loose:
+            return
         for device, moments in enumerate(in_flight(problem.P, problem.V, problem.m)):
             stages = range(device, problem.num_stages, problem.P)
             for moment in moments:
@@ -163,3 +171,21 @@ class Space:
         """Modes of the layers at a whole point."""
         counts: Sequence[Sequence[int]] = np.rint(x[self.n]).astype(int).tolist()
         return tuple(tuple(self.kinds[at][1] for at, count in enumerate(row) for _ in range(count)) for row in counts)
+
+
+def fastest_mode(group: LayerGroup) -> int:
+    """The first of the modes with the shortest backward."""
+    return min(range(len(group.modes)), key=lambda mode: group.modes[mode].extra_b)
+
+
+def memory_is_loose(problem: BalanceProblem) -> bool:
+    """Whether even a device with all layers in their fastest mode, and all blocks, fits."""
+    most = max(sum(moment.held) for moments in in_flight(problem.P, problem.V, problem.m) for moment in moments)
+    used, transient = float(problem.const_mem), 0.0
+    for group in problem.groups:
+        mode = group.modes[fastest_mode(group)]
+        used += group.count * (group.w + most * mode.act)
+        transient = max(transient, mode.ws)
+    for block in (problem.embed, problem.head, problem.mtp):
+        used += 0.0 if block is None else block.w + most * block.act
+    return used + transient <= problem.mem_limit
