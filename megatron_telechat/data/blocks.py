@@ -127,8 +127,8 @@ def _line_start(path: str, offset: int) -> int:
     return size
 
 
-def read_blocks(parts: Sequence[Span], keys: Optional[Sequence[str]] = None, size: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Read spans in blocks of about ``size`` bytes.
+def read_blocks(parts: Sequence[Span], keys: Optional[Sequence[str]] = None, size: int = 0) -> Iterator[Block]:
+    """Read spans in blocks of about ``size`` bytes (0: BLOCK_BYTES).
 
     Args:
         keys: columns read of parquet files; None reads all.
@@ -143,7 +143,7 @@ def read_blocks(parts: Sequence[Span], keys: Optional[Sequence[str]] = None, siz
             if part.kind == "parquet":
                 blocks = _row_blocks(part, number, keys)
             else:
-                blocks = _text_blocks(part, number, size)
+                blocks = _text_blocks(part, number, size or BLOCK_BYTES)
             for block in blocks:
                 line = block.end_line
                 yield block

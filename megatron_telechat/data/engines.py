@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import threading
 from typing import Any, Optional, Protocol, Sequence
 
 import numpy as np
@@ -18,8 +19,8 @@ from megatron_telechat.errors import ConfigError, UserError
 
 ENGINES = ("gigatoken", "tiktoken", "reference")
 # Encoders remember pretokens without a limit; an encoder that has grown this much is opened anew.
-GROWTH_BYTES = 64 << 20
-_BETWEEN_RENEWALS = 256 << 20
+GROWTH_BYTES = 40 << 20
+_LOOK_EVERY = 32 << 20
 
 
 class EngineUnfit(Exception):
@@ -131,20 +132,24 @@ class Gigatoken:
     def __init__(self, tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, workers: int):
         self.threads = min(workers, 2)
         self.parallel = workers > 1
-        self.head, self.tail, self.space = [], [], False
+        self.head: list[int] = []
+        self.tail: list[int] = []
+        self.space = False
+        self.tokenizer = tokenizer
         if isinstance(tokenizer, HuggingFaceTokenizer):
             self.head, self.tail = affixes(tokenizer)
-            self.source = tokenizer.backend.to_str()
-        else:
-            self.source, self.space = sentencepiece_json(tokenizer)
         self.backend = self._open()
+        self._renewing = threading.Lock()
         self.before: Optional[int] = None
         self.encoded = 0
 
     def _open(self) -> Any:
         from gigatoken.gigatoken_rs import load_hf_json
 
-        return load_hf_json(self.source)
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return load_hf_json(self.tokenizer.file.read_bytes())
+        content, self.space = sentencepiece_json(self.tokenizer)
+        return load_hf_json(content)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if not texts:
@@ -166,11 +171,13 @@ class Gigatoken:
         self.encoded += characters
         if self.before is None:
             self.before = _resident_bytes()
-        elif self.encoded > _BETWEEN_RENEWALS:
-            if _resident_bytes() > self.before + GROWTH_BYTES:
-                self.backend = None
-                self.backend = self._open()
+        elif self.encoded > _LOOK_EVERY:
             self.encoded = 0
+            if _resident_bytes() > self.before + GROWTH_BYTES and self._renewing.acquire(blocking=False):
+                self.backend = self._open()
+                # What stays is not the encoder's: opening it again and again would not help.
+                self.before = max(self.before, _resident_bytes() - GROWTH_BYTES // 2)
+                self._renewing.release()
 
 
 def _resident_bytes() -> int:
@@ -270,10 +277,20 @@ def _byte_letters() -> dict[str, int]:
     return {**{chr(byte): byte for byte in plain}, **{chr(256 + place): byte for place, byte in enumerate(rest)}}
 
 
+_M_ARENA_MAX = -8  # of malloc.h
+
+
 def limit_threads(workers: int) -> None:
-    """The packages read these once, when they first start threads."""
+    """Threads and heaps of the packages; they read the variables once, when they first start threads."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
+    try:
+        import ctypes
+
+        # glibc keeps a heap for each thread, and what one thread freed stays in its heap: two heaps are enough here.
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+    except (OSError, AttributeError):
+        return  # another C library: nothing to set
 
 
 def explain(error: BaseException) -> str:

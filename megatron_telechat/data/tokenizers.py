@@ -105,7 +105,7 @@ class HuggingFaceTokenizer:
         self.backend.no_padding()
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         names = _special_names(file.parent)
-        self.digest = _digest(file)
+        self.file, self.digest = file, _digest(file)
         self.eod = self._id(names.get("eos_token"), *END_TOKENS)
         self.bos = self._id(names.get("bos_token"), "<_start>", "<s>", "<|begin_of_text|>")
         self.pad = self._id(names.get("pad_token"), "<_pad>", "<pad>", "<|pad|>")
