@@ -53,7 +53,7 @@ class SelfCheck:
         """Take a sample of what the engine encoded. One thread calls this."""
         if not self.needed or not texts:
             return
-        self.seen += sum(map(len, texts))
+        self.seen += sum(map(len, texts)) + len(texts)
         budget = min(self.seen, FIRST) + max(0, self.seen - FIRST) // SHARE - self.compared
         starts = np.cumsum(lengths) - lengths
         # From another place of the block each time, so that no kind of document is always left out.
