@@ -57,8 +57,9 @@ class SelfCheck:
         budget = min(self.seen, FIRST) + max(0, self.seen - FIRST) // SHARE - self.compared
         starts = np.cumsum(lengths) - lengths
         # From another place of the block each time, so that no kind of document is always left out.
+        first = self.documents * 7919
         for step in range(len(texts)):
-            place = (self.documents * 7919 + step) % len(texts)
+            place = (first + step) % len(texts)
             text = texts[place]
             if budget <= 0:
                 break
