@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -165,7 +166,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
             for number, raw in enumerate(file, 1):
                 yield number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}", path, "copy the file again") from error
 
 

@@ -83,6 +83,14 @@ def test_mistakes_end_in_one_message(flags, tool, argv, code, message, capsys):
     assert message in said and "Traceback" not in said
 
 
+def test_a_dry_run_counts_the_dialogs(flags, capsys):
+    from megatron_telechat.cli import pretrain
+
+    assert pretrain.main([*flags, "--dry-run", "--world-size", "2"]) == EXIT_OK
+    said = capsys.readouterr().out
+    assert "dialogs" in said and "template telechat2, loss mask telechat" in said
+
+
 def test_a_mock_stream_has_nothing_to_build_or_to_show(capsys):
     flags = ["--preset", "telechat2-tiny", "--mock-data", "--train-iters", "50"]
     for tool in (build_index, show_sample):

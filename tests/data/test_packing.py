@@ -173,6 +173,14 @@ def test_splits_share_no_dialog(tmp_path):
     assert number[0] == set(range(80)) and number[1] and number[1] <= set(range(80, 100))
 
 
+def test_a_file_of_its_own_for_the_validation(tmp_path):
+    files = [write_lines(tmp_path / f"{n}.jsonl", numbered(20, first=100 * n)) for n in range(2)]
+    run = chat_run(tmp_path, eval_interval=2, data_path=(), train_data_path=files[:1], valid_data_path=files[1:])
+    datasets = build_datasets(run, Rank())
+    assert all(text.startswith("<_user>q1") and len(text.split("<")[1]) >= 10 for text in texts(datasets.valid, tmp_path))
+    assert len(datasets.valid) == 16 and "valid: " in datasets.summary[1]
+
+
 def test_the_encoding_is_made_once_and_anew_when_anything_of_it_changes(tmp_path):
     file = write_lines(tmp_path / "d.jsonl", numbered(30))
     run = chat_run(tmp_path, file)
@@ -246,6 +254,11 @@ def test_many_bad_lines_are_counted(tmp_path):
 def test_a_broken_archive_and_a_missing_file(tmp_path):
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"input": "a", "output": "b"}\n' * 1000)[:60])
     with pytest.raises(DataError, match="cannot read"):
+        build(chat_run(tmp_path, str(tmp_path / "d.jsonl.gz")))
+    whole = bytearray(gzip.compress(b"".join(b'{"input": "%d", "output": "b"}\n' % n for n in range(1000))))
+    whole[len(whole) // 2] ^= 0xFF
+    (tmp_path / "d.jsonl.gz").write_bytes(whole)
+    with pytest.raises(DataError, match="cannot read|not JSON|not UTF-8"):
         build(chat_run(tmp_path, str(tmp_path / "d.jsonl.gz")))
     with pytest.raises(DataError, match="cannot read.*nowhere"):
         build(chat_run(tmp_path, str(tmp_path / "nowhere.jsonl")))

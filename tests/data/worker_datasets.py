@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import time
 from dataclasses import replace
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_telechat.data import build_datasets, chat_files
+from megatron_telechat.data import build_datasets, chat_files, datasets, rank_zero, sources
 from megatron_telechat.data.indexed import IndexedDataset
 from megatron_telechat.errors import UserError
 from tests.data.chat_material import chat_run, letters_tokenizer, numbered, write_lines
@@ -134,6 +136,28 @@ def dialogs_are_encoded_by_one_rank():
     for i in range(len(made.train)):
         digest.update(made.train[i]["tokens"].numpy().tobytes())
     return {"digest": digest.hexdigest(), "read": any(path.endswith("d.jsonl") for path in read), "summary": made.summary}
+
+
+@cases.case
+def waiting():
+    """What the two ranks say while rank 0 is busy."""
+    run = dialogs("waiting")
+    said = io.StringIO()
+    patience, rank_zero._WAIT_MESSAGE_S = rank_zero._WAIT_MESSAGE_S, 0.3
+    prepare = sources.build_index
+
+    def slow(*args):
+        time.sleep(1.5)
+        return prepare(*args)
+
+    datasets.build_index = slow
+    try:
+        with contextlib.redirect_stdout(said):
+            build_datasets(run, Rank(rank=dist.get_rank()))
+    finally:
+        rank_zero._WAIT_MESSAGE_S = patience
+        datasets.build_index = prepare
+    return said.getvalue()
 
 
 @cases.case
