@@ -1,0 +1,44 @@
+"""Calibration on two ranks: every time a prediction needs is there, and a device file keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_cases
+
+WANTED = {
+    "pipeline_dense": {"dense": {"full", "mlp"}},
+    "pipeline_dense_and_experts": {"dense": {"full", "mlp", "core_attn+mlp"}, "moe": {"full", "moe", "core_attn+moe"}},
+    "tensor_parallel_experts": {"moe": {"moe"}},
+}
+
+
+@pytest.fixture(scope="module")
+def report():
+    return run_cases(Path(__file__).with_name("worker_calibrate.py"), nproc=2)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", WANTED)
+def test_every_time_is_measured_and_kept(report, name):
+    first, second = report.check(name)
+    assert first["layers"] == second["layers"]
+    for found in (first, second):
+        assert found["same"] and found["replaced"] == 1
+        assert {kind: set(times) for kind, times in found["layers"].items()} == {
+            kind: {"forward", "backward", *(f"extra.{modes}" for modes in kinds)} for kind, kinds in WANTED[name].items()
+        }
+        for times in found["layers"].values():
+            assert times["forward"] > 0 and times["backward"] > 0
+            assert all(value >= 0 for value in times.values())
+        assert all(value > 0 for value in (*found["ends"], found["p2p"], found["optimizer"], found["iteration"]))
+        assert "2 ranks, medians of 3 rounds" in found["source"]
+
+
+@pytest.mark.gloo
+def test_ranks_that_do_not_hold_a_stage_are_refused(report):
+    for said in report.check("wrong_number_of_ranks"):
+        assert "tensor x context parallel ranks of this run come in 4s" in said
+        assert "torchrun --nproc-per-node 4" in said
