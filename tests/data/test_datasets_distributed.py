@@ -46,5 +46,5 @@ def test_dialogs_are_read_by_rank_0_alone_and_are_the_same_for_all(report):
 
 def test_ranks_that_wait_say_for_what(report):
     first, second = report.check("waiting")
-    assert "data: checking " in first and "waiting" not in first
+    assert "data: checking " in first and "waiting for" not in first
     assert "waiting for rank 0 to build the sample index (" in second and "30 dialogs, " in second
