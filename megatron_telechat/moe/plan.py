@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_telechat.errors import ConfigError
 from megatron_telechat.moe.router import Routing
 
 
@@ -134,6 +135,12 @@ def chunk_ranges(num_tokens: int, num_chunks: int) -> tuple[ChunkRange, ...]:
     return tuple(ChunkRange(start, stop) for start, stop in zip(edges, edges[1:]))
 
 
+def check_num_chunks(num_chunks: int) -> None:
+    """Raises ConfigError below 1."""
+    if num_chunks < 1:
+        raise ConfigError(f"the input of the experts cannot be cut into {num_chunks} pieces", "model", "use 1 or more")
+
+
 class Dispatch:
     """The plan of one call of a block: ranges, outgoing and arriving sides of all chunks.
 
@@ -145,9 +152,13 @@ class Dispatch:
         groups: the ranks that share the experts.
         num_chunks: pieces of the input, the same on all ranks of the group.
         rows: how the rows are sent.
+
+    Raises:
+        ConfigError: the ranks of the group do not hold one number of chunks; on all of them, before anything is sent.
     """
 
     def __init__(self, routing: Routing, groups: ExpertGroups, num_chunks: int, rows: RowFormat):
+        check_num_chunks(num_chunks)
         self.num_tokens, self.topk = routing.experts.shape
         self.ranges = chunk_ranges(self.num_tokens, num_chunks)
         self.outgoing: tuple[Outgoing, ...] = ()
@@ -184,7 +195,8 @@ class _Layout:
         self.per_row = rows.weights_per_row
         self.device = routing.experts.device
 
-        ids = self._padded(_gather_choices(routing.experts, self.num_experts, groups.all))  # [s, c, m, k]
+        gathered, self.chunks_of_ranks = _gather_choices(routing.experts, self.num_experts, num_chunks, groups.all)
+        ids = self._padded(gathered)  # [s, c, m, k]
         destination = ids // self.local_experts
         # Which of my tokens and choices go to each expert-parallel rank: [c, e, m], [c, e, m, k].
         ranks = torch.arange(self.ep, device=self.device, dtype=ids.dtype).view(-1, 1, 1)
@@ -217,7 +229,12 @@ class _Layout:
         per_expert = per_expert[:, : self.local_experts]
         self.expert_ends = per_expert.cumsum(1)
         parts = (self.out_rows, self.out_sizes, self.in_rows, self.in_sizes, per_expert)
-        host = torch.cat(parts, 1).cpu().split([part.shape[1] for part in parts], 1)
+        widths = [part.shape[1] for part in parts]
+        width = sum(widths)
+        told = self.chunks_of_ranks.long()
+        host, told = torch.cat((torch.cat(parts, 1).flatten(), told)).cpu().split((self.chunks * width, len(told)))
+        _same_everywhere(told.tolist())
+        host = host.view(self.chunks, width).split(widths, 1)
         self.host_out_rows, self.host_out_sizes, self.host_in_rows, self.host_in_sizes, self.host_experts = (
             part.tolist() for part in host
         )
@@ -343,14 +360,29 @@ class _Layout:
         ]
 
 
-def _gather_choices(experts: Tensor, num_experts: int, group) -> Tensor:
-    """[n, k] of this rank → [ranks, n, k] of all, one byte a choice where that is enough."""
-    ids = experts.to(torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int32).contiguous()
+def _gather_choices(experts: Tensor, num_experts: int, num_chunks: int, group) -> tuple[Tensor, Tensor]:
+    """[n, k] of this rank → [ranks, n, k] of all, one byte a choice where that is enough; and every rank's number of
+    chunks, which rides along: ranks that cut differently would wait for each other's transfers for ever."""
+    ids = experts.to(torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int32)
+    chunks = torch.full((1,), num_chunks, dtype=torch.int32, device=ids.device)
     if group.size() == 1:
-        return ids.unsqueeze(0)
-    gathered = ids.new_empty(group.size() * ids.shape[0], ids.shape[1])
-    dist.all_gather_into_tensor(gathered, ids, group=group)
-    return gathered.view(group.size(), *ids.shape)
+        return ids.unsqueeze(0), chunks
+    message = torch.cat((ids.flatten(), chunks.view(ids.dtype)))
+    gathered = message.new_empty(group.size() * message.numel())
+    dist.all_gather_into_tensor(gathered, message, group=group)
+    gathered = gathered.view(group.size(), -1)
+    choices, chunks = gathered[:, : ids.numel()], gathered[:, ids.numel() :].contiguous()
+    return choices.reshape(group.size(), *ids.shape), chunks.view(torch.int32).flatten()
+
+
+def _same_everywhere(chunks: list[int]) -> None:
+    """Raises ConfigError, on every rank of the group, if their numbers of chunks differ."""
+    if len(set(chunks)) > 1:
+        raise ConfigError(
+            f"the ranks that share experts cut their input into {', '.join(map(str, chunks))} pieces",
+            "model",
+            "give every rank the same number",
+        ).on_every_rank()
 
 
 def _before(sizes: Tensor) -> Tensor:
