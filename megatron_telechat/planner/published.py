@@ -7,12 +7,15 @@ there, tokens a second and NPU on Atlas 800T A2 at 8192 tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Sequence
 
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec, device_spec
 from megatron_telechat.costs.time import Software
+from megatron_telechat.planner.build import balance_problem
 from megatron_telechat.planner.predict import predict
+from megatron_telechat.planner.problem import BalanceProblem
 
 DEVICE = "ascend-910b-64g"
 
@@ -25,17 +28,25 @@ class Published:
         preset: of its model, layout and recompute.
         world_size: ranks of the published YAML.
         tokens_per_s: published, for each device.
+        memory_gb: memory cap of the published YAML, 1e9 bytes.
         software: what is known of the program that ran it.
     """
 
     preset: str
     world_size: int
     tokens_per_s: float
+    memory_gb: float
     software: Software = Software()
 
     def run(self) -> RunConfig:
         """The run as published."""
         return load_run_config(["--preset", self.preset, "--dry-run", "--world-size", str(self.world_size)], {}).run
+
+    def problem(self, device: DeviceSpec, kinds: Sequence[str] = ("full",)) -> BalanceProblem:
+        """Its balance problem under the published memory cap, of which nothing is held back."""
+        return balance_problem(
+            self.run(), device, kinds, mem_limit_bytes=self.memory_gb * 1e9, reserve_bytes=0.0, software=self.software
+        )
 
     def ratio(self, device: DeviceSpec) -> float:
         """Predicted over published tokens a second."""
@@ -43,11 +54,11 @@ class Published:
 
 
 PUBLISHED = (
-    Published("telechat2-7b", 8, 2950.0),
-    Published("telechat2-35b", 16, 516.0),
-    Published("telechat2-115b", 512, 158.0),
+    Published("telechat2-7b", 8, 2950.0, 58.0),
+    Published("telechat2-35b", 16, 516.0, 57.0),
+    Published("telechat2-115b", 512, 158.0, 54.5),
     # capacity_factor 1.2: every expert works on 1.2 times its even share of rows, padded
-    Published("telechat2-39b-a12b", 1024, 865.0, Software(moe_imbalance=1.2)),
+    Published("telechat2-39b-a12b", 1024, 865.0, 53.0, Software(moe_imbalance=1.2)),
 )
 
 

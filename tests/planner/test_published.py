@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.planner.build import assignment_of
 from megatron_telechat.planner.published import PUBLISHED, fit_gemm, published_device
+from megatron_telechat.planner.simulate import simulate
+from megatron_telechat.planner.solve import solve
 
 BY_NAME = {entry.preset: entry for entry in PUBLISHED}
 
@@ -29,3 +32,13 @@ def test_the_device_file_holds_the_fit_to_one_of_them():
 @pytest.mark.parametrize("name", BY_NAME)
 def test_throughput_within_15_percent(name):
     assert BY_NAME[name].ratio(published_device()) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("name, gain", [("telechat2-35b", 0.2), ("telechat2-115b", 0.03), ("telechat2-39b-a12b", 0.02)])
+def test_the_plan_is_faster_than_the_published_layout_under_its_memory_cap(name, gain):
+    entry, device = BY_NAME[name], published_device()
+    problem = entry.problem(device)
+    published = assignment_of(entry.run(), problem)
+    solution = solve(problem, time_limit_s=3, warm_start=published)
+    assert max(solution.peak_bytes) <= entry.memory_gb * 1e9
+    assert simulate(problem, published).makespan / solution.makespan - 1 > gain
