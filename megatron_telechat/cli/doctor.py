@@ -151,7 +151,15 @@ def _devices(gpus: Sequence[str]) -> list[Finding]:
         device = Finding("CUDA", ABSENT, "no NVIDIA driver answers", "--device cuda")
     nccl = Finding("NCCL", OK if cuda else ABSENT, "in torch" if cuda else "torch has none", "ranks on NVIDIA GPUs",
                    cpu_build if gpus and not cuda else "")  # fmt: skip
-    return [host, gloo, device, nccl, _ascend()]
+    return [host, gloo, device, nccl, *_cuda_queues(gpus), _ascend()]
+
+
+def _cuda_queues(gpus: Sequence[str]) -> list[Finding]:
+    """A setting that Megatron-LM's scripts carry, and that keeps the experts' exchange from running beside their kernels."""
+    if not gpus or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+        return []
+    return [Finding("CUDA queues", ABSENT, "CUDA_DEVICE_MAX_CONNECTIONS=1", "--moe-input-chunks: exchange beside the experts",
+                    "unset CUDA_DEVICE_MAX_CONNECTIONS (the training sets it where it helps)")]  # fmt: skip
 
 
 def _ascend() -> Finding:

@@ -56,7 +56,7 @@ def report(loaded: LoadedConfig) -> str:
     out.section("steps", _steps(run))
     out.section("files", _files(run, out))
     out.section("data", _data(run, out))
-    out.warnings += placement_warnings(topology, run.model.is_moe)
+    out.warnings += placement_warnings(topology, run.model.is_moe, run.parallel.fold_tensor_into_experts)
     changed = _said_by_person(loaded)
     if changed:
         out.section("differs from the preset" if loaded.preset else "set", changed)
@@ -102,12 +102,31 @@ def _devices(run: RunConfig) -> list[DeviceSpec]:
     return [spec for spec in specs if spec.name.startswith("ascend") == ascend]
 
 
+def _imbalance(run: RunConfig) -> float:
+    """Rows of the busiest rank's experts over the mean that the memory table adds a column for; 1: no column.
+
+    At most the worst there is: all tokens of the expert group choose the experts of one rank.
+    """
+    experts, model = run.parallel.expert_sizes[0], run.model
+    if not model.is_moe:
+        return 1.0
+    chosen_of_a_rank = min(model.moe_router_topk, (model.num_experts or 0) // experts)
+    return min(run.logging.moe_memory_imbalance, experts * chosen_of_a_rank / model.moe_router_topk)
+
+
+_TOTAL = 7
+"""Column of the whole memory in the table."""
+
+
 def _memory(run: RunConfig, out: _Report) -> list[str]:
-    stages, devices = stage_memory(run), _devices(run)
+    stages, devices, imbalance = stage_memory(run), _devices(run), _imbalance(run)
     rows = [["stage", "parameters", "weights", "gradients", "optimizer", "activations", "in flight", "total"]]
-    rows[0] += [f"of {spec.name}" for spec in devices]
-    for stage in stages:
-        rows.append(_memory_row(stage, devices))
+    uneven = stage_memory(run, imbalance) if imbalance > 1 else []
+    rows[0] += [f"at {imbalance:g}x"] * bool(uneven) + [f"of {spec.name}" for spec in devices]
+    for number, stage in enumerate(stages):
+        row = _memory_row(stage, devices)
+        row[_TOTAL + 1 : _TOTAL + 1] = [gib(other.total_bytes) for other in uneven[number : number + 1]]
+        rows.append(row)
     worst = max(stages, key=lambda stage: stage.total_bytes)
     need = worst.total_bytes / 2**30
     too_small = [f"{spec.name} ({spec.memory_gib:g} GiB)" for spec in devices if need > (spec.memory_gib or 0)]
@@ -116,7 +135,25 @@ def _memory(run: RunConfig, out: _Report) -> list[str]:
             f"stage {worst.pipeline_rank} needs about {need:.1f} GiB a rank: more than {', '.join(too_small)}. "
             "More tensor or pipeline stages, recompute, or --use-distributed-optimizer lower it"
         )
-    return table(rows)
+    lines = table(rows)
+    if uneven:
+        lines.append(
+            f"at {imbalance:g}x: the total of a rank whose experts get {imbalance:g} times the mean of rows in every layer, "
+            "since no token is dropped (--moe-memory-imbalance)"
+        )
+        _warn_of_uneven(max(uneven, key=lambda stage: stage.total_bytes), need, imbalance, devices, out)
+    return lines
+
+
+def _warn_of_uneven(stage: StageMemory, balanced_gib: float, imbalance: float, devices: list[DeviceSpec], out: _Report) -> None:
+    """Devices that the run fits while the routing is even, and no longer when it is not."""
+    need = stage.total_bytes / 2**30
+    tight = [f"{spec.name} ({spec.memory_gib:g} GiB)" for spec in devices if balanced_gib <= (spec.memory_gib or 0) < need]
+    if tight:
+        out.warnings.append(
+            f"stage {stage.pipeline_rank} needs about {need:.1f} GiB on a rank whose experts get {imbalance:g} times the mean of "
+            f"rows: more than {', '.join(tight)}, which even routing fits. Recompute of moe, or smaller micro-batches, lower it"
+        )
 
 
 def _memory_row(stage: StageMemory, devices: list[DeviceSpec]) -> list[str]:

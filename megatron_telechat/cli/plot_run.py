@@ -98,6 +98,8 @@ def _colors(runs: Sequence[Metrics]) -> list[str]:
 def plot_runs(runs: Sequence[Metrics], output: Path) -> None:
     """Draw the runs over each other: loss, gradient norm, throughput, and expert load (learning rate for dense models).
 
+    Where experts exchange tokens between ranks, also the learning rate, and the time spent waiting for that exchange.
+
     Raises:
         ConfigError: matplotlib is missing, or the suffix is no picture format.
         ResourceError: the picture cannot be written.
@@ -109,8 +111,12 @@ def plot_runs(runs: Sequence[Metrics], output: Path) -> None:
         if has_experts
         else _draw_key("lr", "Learning rate", smooth=False, floor=0)
     )
-    panels = (_draw_loss, _draw_key("grad_norm", "Gradient norm", floor=0), _draw_throughput, last)
-    figure, grid = pyplot.subplots(2, 2, figsize=(11, 6.6), layout="constrained")
+    panels = [_draw_loss, _draw_key("grad_norm", "Gradient norm", floor=0), _draw_throughput, last]
+    if any(run.series("a2a_exposed")[0] for run in runs):
+        exposed = _draw_key("a2a_exposed", "Waiting for the experts' exchange, % of the time", 100, floor=0)
+        panels = [*panels[:2], _draw_key("lr", "Learning rate", smooth=False, floor=0), *panels[2:], exposed]
+    columns = len(panels) // 2
+    figure, grid = pyplot.subplots(2, columns, figsize=(5.5 * columns, 6.6), layout="constrained")
     try:
         for draw, axes in zip(panels, grid.flat):
             draw(axes, runs)

@@ -6,7 +6,7 @@ from typing import Sequence
 
 from megatron_telechat.cli.text import ranges, table
 from megatron_telechat.config.schema import ModelConfig
-from megatron_telechat.parallel.topology import ATTENTION_AXES, EXPERT_AXES, Topology
+from megatron_telechat.parallel.topology import ATTENTION_AXES, EXPERT_AXES, Topology, expert_groups_text
 
 ALL_RANKS = 32
 """Up to this many ranks each has a row of its own; beyond, each node has one."""
@@ -98,7 +98,5 @@ def expert_table(topology: Topology, model: ModelConfig, folded: bool) -> list[s
         held = range(place * each, (place + 1) * each)
         rows[place] = [str(place), ranges(held), ranges(ranks), ranges(topology.nodes_of(ranks))]
     lines += _with_gaps(["ep", "experts", "ranks", "node"], rows, topology.ep, "place")
-    count = len(topology.groups("etp-ep"))
-    if count > 1:
-        lines.append(f"and {count - 1} more expert group{'s' * (count > 2)} like this one")
+    lines.append(expert_groups_text(topology))
     return lines

@@ -145,8 +145,33 @@ class Topology:
         return sum(len(self.nodes_of(group)) > 1 for group in self.groups(kind))
 
 
-def placement_warnings(topology: Topology, is_moe: bool) -> list[str]:
-    """Arrangements that put busy traffic on the slow links, each with one that would not."""
+def expert_groups_text(topology: Topology, most: int = 4) -> str:
+    """The expert groups, which exchange tokens, in a line: their ranks and nodes, and how many of them cross nodes.
+
+    Groups of the expert domain are runs of ranks; with many groups the first ones and the last one stand for all.
+    """
+    groups, crossing = topology.groups("etp-ep"), topology.crossing("etp-ep")
+    shown = groups if len(groups) <= most else [*groups[: most - 1], groups[-1]]
+    texts = [_group_text(topology, group) for group in shown]
+    if len(groups) > most:
+        texts.insert(most - 1, "..")
+    across = "none crosses nodes" if not crossing else "all cross nodes" if crossing == len(groups) else f"{crossing} cross nodes"
+    count = f"{len(groups)} group{'s' * (len(groups) > 1)} of {len(groups[0])}"
+    return f"{count}: ranks {', '.join(texts)}; {across} of {topology.ranks_per_node}"
+
+
+def _group_text(topology: Topology, group: Sequence[int]) -> str:
+    nodes = topology.nodes_of(group)
+    ranks = str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}"
+    return ranks if topology.num_nodes == 1 else f"{ranks} (node{'s' * (len(nodes) > 1)} {', '.join(map(str, nodes))})"
+
+
+def placement_warnings(topology: Topology, is_moe: bool, folded: bool = False) -> list[str]:
+    """Arrangements that put busy traffic on the slow links, each with one that would not.
+
+    Args:
+        folded: the tensor domain is folded into the expert domain, so EP has to stay a multiple of TP.
+    """
     warnings = []
     node = topology.ranks_per_node
     if topology.tp > 1 and topology.crossing("tp"):
@@ -158,13 +183,9 @@ def placement_warnings(topology: Topology, is_moe: bool) -> list[str]:
     if is_moe and topology.ep * topology.etp > 1 and topology.crossing("etp-ep"):
         domain = topology.ep * topology.etp
         crossing, total = topology.crossing("etp-ep"), len(topology.groups("etp-ep"))
-        fitting = [
-            size for size in range(1, topology.ep + 1) if topology.ep % size == 0 and node % (size * topology.etp) == 0
-        ]
-        fix = f"--expert-model-parallel-size {fitting[-1]}" if fitting else "--expert-tensor-parallel-size 1"
         warnings.append(
             f"{crossing} of {total} expert groups ({domain} ranks: EP{topology.ep} x ETP{topology.etp}) cross nodes of "
-            f"{node} ranks: the all-to-all uses the network. {fix} stays within a node"
+            f"{node} ranks: the all-to-all uses the network. {_experts_in_a_node(topology, folded)} stays within a node"
         )
     if topology.cp > 1 and topology.crossing("tp-cp") and not topology.crossing("tp"):
         warnings.append(
@@ -174,3 +195,20 @@ def placement_warnings(topology: Topology, is_moe: bool) -> list[str]:
     if topology.world_size % node and topology.world_size > node:
         warnings.append(f"world_size={topology.world_size} does not fill nodes of {node} ranks: the last node is partly used")
     return warnings
+
+
+def _experts_in_a_node(topology: Topology, folded: bool) -> str:
+    """The flags of the largest expert groups that do not cross nodes."""
+    node, tensor = topology.ranks_per_node, topology.tp
+    for etp in [size for size in range(topology.etp, 0, -1) if topology.etp % size == 0]:
+        ep = max((s for s in _divisors(topology.ep) if node % (s * etp) == 0 and not (folded and s % tensor)), default=0)
+        if ep:
+            changed = f" --expert-tensor-parallel-size {etp}" if etp != topology.etp else ""
+            return f"--expert-model-parallel-size {ep}{changed}"
+    # A folded tensor domain that is itself too large for a node: the experts follow it.
+    tensor = max(s for s in _divisors(tensor) if node % s == 0)
+    return f"--tensor-model-parallel-size {tensor} --expert-model-parallel-size {tensor}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Mapping, Optional
 
 from megatron_telechat.config.schema import RunConfig
@@ -18,6 +19,7 @@ def train(run: RunConfig, origins: Optional[Mapping[str, str]] = None) -> int:
     """
     from megatron_telechat.backend import get_backend
 
+    _leave_queues_open(run)
     # The fixes for megatron.core hook its import: they come before the first module that needs it.
     get_backend(run.training.device).install()
     from megatron_telechat.parallel.agreement import lost_ranks_reported
@@ -35,6 +37,17 @@ def train(run: RunConfig, origins: Optional[Mapping[str, str]] = None) -> int:
         trainer.release()
         destroy()
         return code
+
+
+def _leave_queues_open(run: RunConfig) -> None:
+    """Where the experts' exchange is to run beside their kernels, CUDA gets its usual eight hardware queues.
+
+    Elsewhere the CUDA backend asks for one, which keeps the collectives of sequence parallelism in the order of their issue. What
+    the environment says is left as it is. Read when the CUDA context is made.
+    """
+    expert, expert_tensor = run.parallel.expert_sizes
+    if run.model.is_moe and run.parallel.moe_input_chunks != 1 and expert * expert_tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8")
 
 
 __all__ = ["train"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from typing import Iterator, Mapping, Optional
 
@@ -13,6 +14,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import count_parameters
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.parallel.topology import Topology, expert_groups_text, placement_warnings
 from megatron_telechat.planner.picture import layout_picture
 from megatron_telechat.training.console import format_count
 from megatron_telechat.training.paths import RunPaths
@@ -39,6 +41,7 @@ def banner(
         f"  batch     {run.training.global_batch_size} x {run.training.seq_length} = {format_count(tokens)} tokens a step, "
         f"{run.num_microbatches} micro-batches of {run.training.micro_batch_size}, {run.training.precision}",
         f"  ranks     {state.world_size} on {backend.device_name()}: {parallel_sizes(run)}",
+        *(f"  experts   {line}" for line in expert_lines(run)),
         f"  layout    {layout}",
         *(f"            {line}" for line in layout_picture(run).splitlines()),
         *_memory_lines(run, backend),
@@ -49,7 +52,35 @@ def banner(
     said = [name for name, origin in origins.items() if not origin.startswith(NOT_SAID)]
     if said:
         lines.append("  given     " + ", ".join(f"{name}={_short(values[name])}" for name in said))
+    lines += [f"  ! {warning}" for warning in warnings(run, backend)]
     return "\n".join(lines)
+
+
+def expert_lines(run: RunConfig) -> Iterator[str]:
+    """Where the experts are, and in how many pieces their input comes."""
+    if not run.model.is_moe:
+        return
+    topology = Topology.from_config(run.parallel)
+    chunks = run.parallel.moe_input_chunks
+    pieces = "whole" if chunks == 1 else "in chunks, as many as are fastest" if chunks == "auto" else f"in {chunks} chunks"
+    held = (run.model.num_experts or 0) // topology.ep
+    yield f"{run.model.num_experts}, top-{run.model.moe_router_topk}: {held} a rank; their input {pieces}"
+    if topology.ep * topology.etp > 1:
+        folded = run.parallel.fold_tensor_into_experts and topology.tp > 1
+        yield ("the tensor domain folded in, " if folded else "") + expert_groups_text(topology)
+
+
+def warnings(run: RunConfig, backend: Backend) -> list[str]:
+    """What makes this run slower than it need be, each with its remedy."""
+    topology = Topology.from_config(run.parallel)
+    found = placement_warnings(topology, run.model.is_moe, run.parallel.fold_tensor_into_experts)
+    chunked = run.model.is_moe and run.parallel.moe_input_chunks != 1 and topology.ep * topology.etp > 1
+    if backend.name == "cuda" and chunked and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        found.append(
+            "CUDA_DEVICE_MAX_CONNECTIONS=1 queues the experts' exchange behind their kernels, which costs much of what "
+            "--moe-input-chunks gains: unset it"
+        )
+    return found
 
 
 def parallel_sizes(run: RunConfig) -> str:

@@ -51,6 +51,17 @@ def test_a_bare_python_gets_the_lines_that_mend_it():
     assert "not ready: torch" in done.stdout
 
 
+def test_one_cuda_queue_is_told_where_there_is_a_gpu(tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'NVIDIA H100, 81559 MiB'\n")
+    fake.chmod(0o755)
+    gpu = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    told = doctor(**gpu, CUDA_DEVICE_MAX_CONNECTIONS="1").stdout
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in row(told, "CUDA queues") and "unset CUDA_DEVICE_MAX_CONNECTIONS" in told
+    assert "CUDA queues" not in doctor(**gpu, CUDA_DEVICE_MAX_CONNECTIONS="8").stdout
+    assert "CUDA queues" not in doctor(CUDA_DEVICE_MAX_CONNECTIONS="1").stdout, "no GPU, no matter"
+
+
 def distribution(folder: Path, name: str, version: str) -> None:
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir()

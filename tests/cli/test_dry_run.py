@@ -85,6 +85,46 @@ def test_warns_of_groups_across_nodes_and_of_stages_too_large():
     assert "stage 0 needs about" in small
 
 
+def column(text: str, title: str) -> list[float]:
+    """A column of the memory table, by its title."""
+    lines = text.splitlines()
+    head = next(line for line in lines if "activations" in line and title in line)
+    rows = lines[lines.index(head) + 1 :]
+    stop = next(number for number, line in enumerate(rows) if not line.strip() or not line.split()[0].isdigit())
+    end = head.index(title) + len(title)
+    return [float(row[:end].split()[-1]) for row in rows[:stop]]
+
+
+def test_memory_of_uneven_routing_stands_beside_the_even_one():
+    text = dry("--world-size", "1024", "--moe-memory-imbalance", "1.5", preset="telechat2-39b-a12b")
+    even, uneven = column(text, "total"), column(text, "at 1.5x")
+    assert len(even) == 2 and all(more > less for more, less in zip(uneven, even))
+    assert "1.5 times the mean of rows" in text
+    assert "at 1x" not in dry("--world-size", "1024", "--moe-memory-imbalance", "1", preset="telechat2-39b-a12b")
+    worst = dry("--world-size", "4", "--expert-model-parallel-size", "2", "--moe-memory-imbalance", "9")
+    assert "at 2x" in worst, "two ranks: one cannot get more than all"
+    assert " at 2x" not in dry("--world-size", "1"), "one rank has all experts, always"
+
+
+def test_warns_where_only_even_routing_fits():
+    argv = ("--world-size", "8", "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--device", "cuda",
+            "--num-layers", "6", "--pipeline-model-parallel-layout", "Et*6L", "--recompute-layout", "none*6",
+            "--micro-batch-size", "2", "--expert-model-parallel-size", "8", "--use-distributed-optimizer")  # fmt: skip
+    text = dry(*argv, "--moe-memory-imbalance", "8", preset="telechat2-39b-a12b")
+    assert "which even routing fits" in text
+    assert "which even routing fits" not in dry(*argv, "--moe-memory-imbalance", "1.1", preset="telechat2-39b-a12b")
+
+
+def test_expert_groups_and_what_crosses_are_drawn_with_and_without_folding():
+    folded = dry("--world-size", "16", "--tensor-model-parallel-size", "2", "--ranks-per-node", "4")
+    assert "8 groups of 2: ranks 0-1 (node 0), 2-3 (node 0), 4-5 (node 1), .., 14-15 (node 3); none crosses nodes of 4" in folded
+    assert "the tensor domain is folded in" in folded and "EP 2 x ETP 1" in folded
+    cut = dry("--world-size", "16", "--tensor-model-parallel-size", "2", "--ranks-per-node", "4", "--no-fold-tensor-into-experts",
+              "--expert-model-parallel-size", "4", "--expert-tensor-parallel-size", "2")  # fmt: skip
+    assert "2 groups of 8: ranks 0-7 (nodes 0, 1), 8-15 (nodes 2, 3); all cross nodes of 4" in cut
+    assert "each cut 2 ways" in cut and "--expert-model-parallel-size 2 stays within a node" in cut
+
+
 def write_dataset(prefix, documents=2, tokens=10, magic=b"MMIDIDX\x00\x00"):
     header = struct.pack("<9sQBQQ", magic, 1, 8, documents, documents + 1)
     prefix.with_suffix(".idx").write_bytes(header + bytes(12 * documents + 8 * (documents + 1)))

@@ -40,6 +40,16 @@ def training_run(folder: Path, steps: int = 200, seed: int = 0, experts: bool = 
     return write_run(folder, lines)
 
 
+def test_waiting_for_the_exchange_gets_a_panel(tmp_path):
+    waits = write_run(tmp_path / "waits", [record(step, 3.0, a2a_exposed=0.2, expert_load_max_over_mean=1.1) for step in range(1, 9)])
+    sizes = []
+    for run in (waits, training_run(tmp_path / "alone", 20)):
+        assert main([str(run)]) == 0
+        header = (run / "metrics.png").read_bytes()[16:24]
+        sizes.append(int.from_bytes(header[:4], "big") / int.from_bytes(header[4:], "big"))
+    assert sizes[0] == pytest.approx(1.5 * sizes[1], rel=0.02), "three columns in place of two"
+
+
 def test_a_resume_takes_back_what_lay_beyond_it(tmp_path):
     run = write_run(
         tmp_path / "run",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 
 from megatron_telechat.config.schema import ParallelConfig
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.parallel.topology import ATTENTION_AXES, EXPERT_AXES, Topology, placement_warnings
+from megatron_telechat.parallel.topology import ATTENTION_AXES, EXPERT_AXES, Topology, expert_groups_text, placement_warnings
 
 
 def topologies():
@@ -66,6 +67,44 @@ def test_crossing_groups_are_told_with_a_better_size():
     assert "context-parallel" in context
     (part,) = placement_warnings(Topology(12, 8, tp=2), is_moe=False)
     assert "last node" in part
+
+
+def sizes_of(fix: str) -> dict[str, int]:
+    words = fix.split()
+    return {word: int(words[at + 1]) for at, word in enumerate(words) if word.startswith("--")}
+
+
+def test_the_proposed_expert_groups_stay_in_a_node_and_keep_what_the_layout_needs():
+    """Over all layouts: the proposal crosses no node, divides what was asked for, and holds whole folded tensor domains."""
+    told = 0
+    for topology, node in itertools.product(topologies(), (3, 4, 8)):
+        topology = dataclasses.replace(topology, ranks_per_node=node)
+        for folded in (False, True):
+            if folded and (topology.etp != 1 or topology.ep % topology.tp):
+                continue
+            found = [text for text in placement_warnings(topology, True, folded) if "expert groups" in text]
+            assert bool(found) == (topology.crossing("etp-ep") > 0)
+            for text in found:
+                sizes = sizes_of(text.partition("uses the network. ")[2].partition(" stays")[0])
+                tensor = sizes.get("--tensor-model-parallel-size", topology.tp)
+                etp, ep = sizes.get("--expert-tensor-parallel-size", topology.etp), sizes["--expert-model-parallel-size"]
+                assert topology.ep % ep == 0 and topology.etp % etp == 0 and node % (ep * etp) == 0
+                assert not folded or ep % tensor == 0
+                told += 1
+    assert told > 50
+    (text,) = placement_warnings(Topology(16, 4, tp=2, ep=4, etp=2), is_moe=True)
+    assert "EP4 x ETP2" in text and "--expert-model-parallel-size 2 stays" in text
+    *_, text = placement_warnings(Topology(64, 4, tp=8, ep=8), is_moe=True, folded=True)
+    assert "--tensor-model-parallel-size 4 --expert-model-parallel-size 4 stays" in text
+
+
+def test_expert_groups_are_named_with_their_nodes():
+    assert expert_groups_text(Topology(4, 4, tp=2, pp=2, ep=2)) == "2 groups of 2: ranks 0-1, 2-3; none crosses nodes of 4"
+    assert expert_groups_text(Topology(16, 4, ep=4, etp=2)) == (
+        "2 groups of 8: ranks 0-7 (nodes 0, 1), 8-15 (nodes 2, 3); all cross nodes of 4"
+    )
+    many = expert_groups_text(Topology(1024, 8, tp=4, pp=2, ep=8))
+    assert many.startswith("128 groups of 8: ranks 0-7 (node 0), ") and "..," in many and "1016-1023 (node 127)" in many
 
 
 def test_sizes_that_do_not_divide_are_refused():

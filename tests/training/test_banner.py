@@ -1,0 +1,63 @@
+"""What the start of a run says about its experts, and what it warns of."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_telechat.config import load_run_config
+from megatron_telechat.training import _leave_queues_open
+from megatron_telechat.training.banner import expert_lines, warnings
+
+CUDA, CPU = SimpleNamespace(name="cuda"), SimpleNamespace(name="cpu")
+
+
+def load(*argv: str, world: int = 4):
+    return load_run_config(["--preset", "telechat2-tiny-moe", "--mock-data", *argv], {"WORLD_SIZE": str(world)}).run
+
+
+TP2 = ("--tensor-model-parallel-size", "2")
+
+
+def test_experts_their_groups_and_their_chunks():
+    first, second = expert_lines(load(*TP2, "--moe-input-chunks", "3"))
+    assert first == "16, top-4: 8 a rank; their input in 3 chunks"
+    assert second == "the tensor domain folded in, 2 groups of 2: ranks 0-1, 2-3; none crosses nodes of 4"
+    (alone,) = expert_lines(load())
+    assert alone == "16, top-4: 16 a rank; their input whole"
+    assert "as many as are fastest" in next(iter(expert_lines(load(*TP2, "--moe-input-chunks", "auto"))))
+
+
+@pytest.mark.parametrize(
+    "backend, connections, flags, told",
+    [
+        (CUDA, "1", (*TP2, "--moe-input-chunks", "auto"), True),
+        (CUDA, "1", (*TP2, "--moe-input-chunks", "4"), True),
+        (CUDA, "1", TP2, False),
+        (CUDA, "1", ("--moe-input-chunks", "4"), False),
+        (CUDA, "8", (*TP2, "--moe-input-chunks", "4"), False),
+        (CPU, "1", (*TP2, "--moe-input-chunks", "4"), False),
+    ],
+)
+def test_one_cuda_queue_is_warned_of_where_chunks_need_more(monkeypatch, backend, connections, flags, told):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+    found = [text for text in warnings(load(*flags), backend) if "CUDA_DEVICE_MAX_CONNECTIONS" in text]
+    assert bool(found) == told
+
+
+@pytest.mark.parametrize(
+    "given, flags, after", [(None, (*TP2, "--moe-input-chunks", "auto"), "8"), ("1", (*TP2, "--moe-input-chunks", "4"), "1"), (None, TP2, None)]
+)
+def test_queues_are_left_open_for_chunks_unless_the_environment_says(monkeypatch, given, flags, after):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
+    if given is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    _leave_queues_open(load(*flags))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == after
+
+
+def test_expert_groups_across_nodes_are_warned_of():
+    (text,) = warnings(load(*TP2, "--expert-model-parallel-size", "4", "--ranks-per-node", "2"), CPU)
+    assert "cross nodes of 2" in text and "--expert-model-parallel-size 2 stays" in text
