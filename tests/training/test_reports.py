@@ -23,6 +23,7 @@ RECORD = {
     "mfu": 0.413,
     "memory_peak_gib": 61.2,
     "expert_load_max_over_mean": 1.31,
+    "a2a_exposed": 0.0214,
 }
 
 
@@ -30,14 +31,15 @@ def test_step_line():
     line = format_step(RECORD, 5000, eta_s=11_520, memory_total_gib=80)
     assert line == (
         "step 120/5000  loss 7.4123  gnorm 1.830  lr 1.20e-04  412k tok/s  MFU 41.3%  "
-        "mem 61.2/80 GiB  experts max/mean 1.31  eta 3:12:00"
+        "mem 61.2/80 GiB  experts max/mean 1.31  a2a exposed 2.1%  eta 3:12:00"
     )
 
 
 def test_step_line_leaves_out_what_is_not_known():
     record = {**RECORD, "mfu": None, "expert_load_max_over_mean": None, "grad_norm": None, "skipped_steps": 2}
+    del record["a2a_exposed"]  # experts on one rank
     line = format_step(record, 5000, eta_s=5, memory_total_gib=None)
-    assert "MFU" not in line and "experts" not in line
+    assert "MFU" not in line and "experts" not in line and "exposed" not in line
     assert "gnorm overflow" in line and "skipped 2" in line and "mem 61.2 GiB" in line
 
 
