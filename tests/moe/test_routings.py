@@ -1,0 +1,22 @@
+"""Drawn routings: one launch of four ranks, many cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_cases
+from tests.moe.worker_routings import WORLD, cases
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def report():
+    return run_cases(Path(__file__).with_name("worker_routings.py"), WORLD)
+
+
+@pytest.mark.parametrize("name", cases.names)
+def test_routings(report, name):
+    report.check(name)
