@@ -1,4 +1,4 @@
-"""Branch and bound over layer counts, with path cuts separated at fractional points."""
+"""Branch and bound over layer counts."""
 
 from __future__ import annotations
 
@@ -6,158 +6,33 @@ import heapq
 import itertools
 import math
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_telechat.planner.cuts import PathCut, Separator
 from megatron_telechat.planner.graph import OpGraph
 from megatron_telechat.planner.incumbent import Incumbent
-from megatron_telechat.planner.lp import INF, LinearProgram, LpResult, RowStore
+from megatron_telechat.planner.lp import INF, LpResult
 from megatron_telechat.planner.problem import BalanceProblem
-from megatron_telechat.planner.space import Space
-
-WHOLE = 1e-6
-"""A value this near to a whole number is one."""
-
-ROOT_ROUNDS, NODE_ROUNDS, PROBE_ROUNDS = 400, 30, 10
-POOL_CUTS = 5
-MAX_CUTS = 150
-"""Rows of cuts that the LP keeps; slack ones go first. Every cut ever found stays in the pool."""
+from megatron_telechat.planner.relaxation import NODE_ROUNDS, PROBE_ROUNDS, ROOT_ROUNDS, WHOLE, Node, Relaxation
 
 
-@dataclass(order=True)
-class Node:
-    """A box: bounds of the columns and of the branching rows. `boundary`: first and last stage of each group's end."""
-
-    bound: float
-    number: int
-    depth: int = field(compare=False)
-    lo: np.ndarray = field(compare=False)
-    hi: np.ndarray = field(compare=False)
-    row_lo: np.ndarray = field(compare=False)
-    row_hi: np.ndarray = field(compare=False)
-    boundary: tuple[tuple[int, int], ...] = field(compare=False)
-
-
-class Tree:
-    """The search. `bound` (in the problem's own time) holds at any moment for every assignment that fits."""
+class Tree(Relaxation):
+    """The search: boxes still open in a heap, the best bound first; the newest child of a box is taken next."""
 
     def __init__(self, problem: BalanceProblem, graph: OpGraph, incumbent: Incumbent, deadline: float, gap: float):
-        self.problem, self.incumbent, self.deadline, self.gap = problem, incumbent, deadline, gap
-        longest = _serial_time(problem)
-        self.space = space = Space(problem, longest)
-        self.unit = space.time_unit
-        self.separator = Separator(graph, space.p2p)
-        self.lp = LinearProgram(space.cost, space.lo, space.hi, space.rows, space.row_lo, space.row_hi)
-        self.pool: dict[PathCut, None] = {}
-        self.pool_rows = RowStore(space.size)
-        self.num_fixed_rows = self.lp.num_rows
+        super().__init__(problem, graph, incumbent, deadline, gap)
         self.counter = itertools.count()
         self.heap: list[Node] = []
         self.closed_bound = INF
         self.nodes = 0
         self.score: dict[tuple[str, int], list] = {}
-        self.tables: list[dict[int, float]] = []
-
-    # bounds ------------------------------------------------------------------------------------------------------
-
-    def cutoff(self) -> float:
-        """A node whose bound is at least this holds nothing better (LP time units)."""
-        best = self.incumbent.makespan
-        if not math.isfinite(best):
-            return INF
-        if self.gap > 0:
-            best *= 1 - self.gap
-        return self.incumbent.cutoff(best) / self.unit
 
     def root_node(self) -> Node:
         space, first = self.space, self.space.first_branch_row
-        stages, groups = self.problem.num_stages, len(self.problem.groups)
-        return Node(
-            -INF, next(self.counter), 0, space.lo.copy(), space.hi.copy(), space.row_lo[first:].copy(),
-            space.row_hi[first:].copy(), ((0, stages - 1),) * (groups - 1),
-        )  # fmt: skip
-
-    # one LP ------------------------------------------------------------------------------------------------------
-
-    def load(self, node: Node) -> None:
-        self.lp.set_columns(node.lo, node.hi)
-        self.lp.set_rows(self.space.first_branch_row, node.row_lo, node.row_hi)
-
-    def add_cuts(self, cuts: list[PathCut], x: np.ndarray, above: float) -> int:
-        """Add the cuts that `x` violates; returns how many."""
-        rows, lows = [], []
-        for cut in dict.fromkeys(cuts):
-            row, low = self.space.cut_row(cut)
-            if row @ x < low - above:
-                rows.append(row)
-                lows.append(low)
-                if cut not in self.pool:
-                    self.pool[cut] = None
-                    self.pool_rows.append(row, low)
-        if rows:
-            self.lp.add_rows(np.array(rows), np.array(lows), np.full(len(rows), INF))
-        return len(rows)
-
-    def add_from_pool(self, x: np.ndarray, above: float) -> int:
-        """Add the few cuts of the pool that `x` violates most; returns how many."""
-        rows, lows = self.pool_rows.rows(), self.pool_rows.lows()
-        short = lows - rows @ x
-        worst = np.argsort(-short, kind="stable")[:POOL_CUTS]
-        worst = worst[short[worst] > above]
-        if len(worst):
-            self.lp.add_rows(rows[worst], lows[worst], np.full(len(worst), INF))
-        return len(worst)
-
-    def relax(self, node: Node, rounds: int) -> LpResult:
-        """Solve the LP of a node with as many cuts as pay off. The result's bound is safe; node.bound is raised.
-
-        Cuts are taken at the LP point, and half way to the best point met so far (in-out separation), which makes
-        the bound rise in half the rounds.
-        """
-        if np.any(node.lo > node.hi) or np.any(node.row_lo > node.row_hi):
-            return LpResult(False, INF, node.lo, node.lo)
-        self.load(node)
-        gains: list[float] = []
-        center, least = None, INF
-        while True:
-            result = self.lp.solve()
-            node.bound = max(node.bound, result.bound)
-            if not result.feasible or node.bound >= self.cutoff() or time.perf_counter() > self.deadline:
-                return result
-            x = result.x
-            tolerance = 1e-9 * max(1.0, x[0])
-            gains.append(result.bound)
-            stalled = len(gains) > rounds or len(gains) > 4 and gains[-1] - gains[-5] < 1e-5 * abs(gains[-1])
-            if stalled and not self.is_whole(x):
-                return result
-            self.trim(result.duals)
-            if self.add_from_pool(x, 1e-5 * abs(x[0])):
-                continue
-            added = 0
-            if center is not None:
-                middle = (x + center) / 2
-                span, cuts = self.separator.longest(self.space.stage_times(middle).tolist())
-                added = self.add_cuts(cuts, x, tolerance / 2)
-                if span < least:
-                    center, least = middle, span
-            if not added:
-                span, cuts = self.separator.longest(self.space.stage_times(x).tolist())
-                if span < least:
-                    center, least = x, span
-                if span <= x[0] + tolerance or not self.add_cuts(cuts, x, tolerance / 2):
-                    return result
-
-    def trim(self, duals: np.ndarray) -> None:
-        """Throw slack cuts out of the LP when there are many; they stay in the pool."""
-        if len(duals) != self.lp.num_rows or self.lp.num_rows - self.num_fixed_rows <= MAX_CUTS:
-            return
-        slack = np.flatnonzero(np.abs(duals[self.num_fixed_rows :]) < 1e-12) + self.num_fixed_rows
-        self.lp.delete_rows(slack)
-
-    def is_whole(self, x: np.ndarray) -> bool:
-        return bool(np.all(np.abs(x[1:] - np.rint(x[1:])) < WHOLE))
+        root = Node(
+            _least_work(self.problem) / self.unit, 0, -1, space.lo, space.hi, space.row_lo[first:], space.row_hi[first:]
+        )
+        return root.child(next(self.counter))
 
     # branching ---------------------------------------------------------------------------------------------------
 
@@ -198,36 +73,19 @@ class Tree:
         return []
 
     def children(self, node: Node, what: str, number: int, value: float) -> tuple[Node, Node]:
-        down, up = self._copy(node), self._copy(node)
+        down, up = node.child(next(self.counter)), node.child(next(self.counter))
         if what == "col":
             down.hi[number], up.lo[number] = math.floor(value), math.floor(value) + 1
         else:
             down.row_hi[number], up.row_lo[number] = math.floor(value), math.floor(value) + 1
-            self._tighten(down, number)
-            self._tighten(up, number)
         return down, up
-
-    def _copy(self, node: Node) -> Node:
-        return Node(
-            node.bound, next(self.counter), node.depth + 1, node.lo.copy(), node.hi.copy(), node.row_lo.copy(),
-            node.row_hi.copy(), node.boundary,
-        )  # fmt: skip
-
-    def _tighten(self, node: Node, row: int) -> None:
-        """A device whose layers are bounded repeats at least what its table says."""
-        device = row + self.space.first_branch_row - self.space.device_rows[0]
-        if self.tables and 0 <= device < self.problem.P:
-            low, high = int(node.row_lo[row]), int(min(node.row_hi[row], self.problem.num_layers))
-            least = min((self.tables[device].get(layers, 0.0) for layers in range(low, high + 1)), default=INF)
-            extra = self.space.extra_rows[device] - self.space.first_branch_row
-            node.row_lo[extra] = max(node.row_lo[extra], min(least, 1e9))
 
     def boundary_children(self, node: Node, g: int, stage: int) -> tuple[Node, Node]:
         """The last stage with layers of group `g` or before is at most `stage`, or behind it."""
         space = self.space
         early = [at for at, kind in enumerate(space.kinds) if kind[0] <= g]
         late = [at for at, kind in enumerate(space.kinds) if kind[0] > g]
-        before, behind = self._copy(node), self._copy(node)
+        before, behind = node.child(next(self.counter)), node.child(next(self.counter))
         before.hi[space.n[stage + 1 :, early]] = 0
         behind.hi[space.n[: stage + 1, late]] = 0
         return before, behind
@@ -284,7 +142,7 @@ class Tree:
         basis = self.lp.basis()
         self.lp.limit_iterations(40)
         for child in pair:
-            if np.any(child.row_lo > child.row_hi):
+            if child.empty:
                 child.bound = INF
                 continue
             self.load(child)
@@ -293,25 +151,6 @@ class Tree:
         self.lp.limit_iterations(None)
         self.load(node)
         return pair
-
-    def narrow(self, node: Node, result: LpResult) -> None:
-        """Drop values whose reduced cost says that they hold nothing better."""
-        spare = self.cutoff() - result.bound
-        if not math.isfinite(spare) or len(result.duals) != self.lp.num_rows:
-            return
-        first = self.space.first_branch_row
-        last = first + len(node.row_lo)
-        rows = result.duals[first:last].copy()
-        rows[self.space.extra_rows[0] - first :] = 0.0
-        costs = self.lp.reduced_costs(result.duals)
-        costs[0] = 0.0
-        for low, high, price in ((node.lo, node.hi, costs), (node.row_lo, node.row_hi, rows)):
-            at = np.flatnonzero(price > 1e-9)
-            high[at] = np.minimum(high[at], low[at] + np.floor(spare / price[at] + 1e-6))
-            at = np.flatnonzero(price < -1e-9)
-            low[at] = np.maximum(low[at], high[at] + np.ceil(spare / price[at] - 1e-6))
-
-    # shaving -----------------------------------------------------------------------------------------------------
 
     def shave(self, node: Node, until: float) -> LpResult | None:
         """Cut off ends of the ranges of layers (devices, stages, modes) that hold nothing better.
@@ -349,23 +188,19 @@ class Tree:
             edge = base + step if up else base - step
             if not low <= edge <= high:
                 return False
-            child = self._copy(node)
+            child = node.child(next(self.counter))
             if up:
                 child.row_lo[number] = edge
             else:
                 child.row_hi[number] = edge
-            self._tighten(child, number)
             outcome = self.relax(child, PROBE_ROUNDS)
             if child.bound >= self.cutoff() or outcome.bound == INF:
                 if up:
                     node.row_hi[number] = edge - 1
                 else:
                     node.row_lo[number] = edge + 1
-                self._tighten(node, number)
                 return step == 1
         return False
-
-    # the loop ----------------------------------------------------------------------------------------------------
 
     def run(self, root: Node) -> None:
         """Search until everything is closed or time is up; `lower_bound` tells what is proved."""
@@ -391,11 +226,11 @@ class Tree:
         if node.bound >= self.cutoff():
             self.closed_bound = min(self.closed_bound, node.bound)
             return None
-        if result.bound == INF or np.any(node.lo > node.hi) or np.any(node.row_lo > node.row_hi):
+        if result.bound == INF:
             return None
         if result.feasible:
             self.incumbent.offer_point(self.space, result.x, self.is_whole(result.x), self.nodes)
-            self.narrow(node, result)
+            self.narrow(node, result.duals)
             pair = self.choose(node, result)
         else:
             pair = self.halve(node, (node.lo + node.hi) / 2)
@@ -413,15 +248,16 @@ class Tree:
         self.closed_bound = min(self.closed_bound, max(node.bound, exact))
 
     def lower_bound(self) -> float:
-        """What is proved, in the problem's time; inf if there is no assignment that fits."""
+        """What is proved, in the problem's time; inf if there is no assignment that fits.
+
+        Ranges that were cut off hold nothing below the cutoff of their time, hence nothing below the present one.
+        """
         open_bound = min((node.bound for node in self.heap), default=INF)
-        return min(open_bound, self.closed_bound) * self.unit
+        return min(open_bound, self.closed_bound, self.cutoff()) * self.unit
 
 
-def _serial_time(problem: BalanceProblem) -> float:
-    """No schedule takes longer than all ops one after the other."""
-    layers = sum(
-        group.count * (group.f + group.b + max(mode.extra_b for mode in group.modes)) for group in problem.groups
-    )
-    blocks = sum(block.f + block.b for block in (problem.embed, problem.head, problem.mtp) if block is not None)
-    return problem.m * (layers + blocks + 2 * problem.num_stages * problem.p2p) + 1.0
+def _least_work(problem: BalanceProblem) -> float:
+    """Some device has at least its share of the work, and does one op at a time."""
+    layers = [group.count * (group.f + group.b + min(mode.extra_b for mode in group.modes)) for group in problem.groups]
+    blocks = [block.f + block.b for block in (problem.embed, problem.head, problem.mtp) if block is not None]
+    return problem.m * math.fsum(layers + blocks) / problem.P * (1 - 1e-12)

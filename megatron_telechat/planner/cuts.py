@@ -1,4 +1,4 @@
-"""Paths through the op graph: the makespan is at least the length of each, and a length is linear in the stage times."""
+"""Paths through the op graph: the makespan is at least the length of each, which is linear in the stage times."""
 
 from __future__ import annotations
 

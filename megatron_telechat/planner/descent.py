@@ -46,14 +46,15 @@ class Evaluator:
         blocks = [problem.fixed_block(stage, place) for stage in range(problem.num_stages)]
         forward = inside @ self.f + [block.f for block in blocks]
         backward = inside @ self.b + [block.b for block in blocks]
-        extra, fits = self._extra(inside, place)
+        extra, fits = self.extra(inside, place)
         out = np.full(len(counts), math.inf)
         if fits.any():
             times = np.concatenate([forward, backward + extra], axis=1)[fits]
             out[fits] = makespans(self.graph, times, problem.p2p)
         return out
 
-    def _extra(self, inside: np.ndarray, place: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def extra(self, inside: np.ndarray, place: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """For compositions [K, C, G]: (time that the best fitting modes add to each stage [K, C], which rows fit)."""
         problem, plans = self.problem, self.plans
         extra = inside @ self.b0
         fits = np.ones(len(inside), dtype=bool)

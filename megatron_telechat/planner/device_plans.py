@@ -1,4 +1,4 @@
-"""Which modes the layers of a device can have: all choices that fit its memory, or the one that repeats the least work."""
+"""Which modes the layers of a device can have: all choices that fit, or the one that repeats the least work."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _compositions(total: int, fewest: tuple[int, ...]) -> Iterator[tuple[int, ..
 
 
 def _assignments(problem: BalanceProblem) -> Iterator[tuple[float, Assignment | None]]:
-    """For each split: (bytes over the limit in the best case, an assignment or None), as many as can be the best one."""
+    """For each split: (bytes over the limit in the best case, an assignment or None), all that can be the best."""
     cache: dict[tuple, tuple[float, list[tuple[tuple[int, ...], ...]]]] = {}
     for place, counts in splits(problem):
         in_stage = stage_groups(problem, counts)

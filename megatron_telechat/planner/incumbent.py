@@ -19,6 +19,11 @@ RELATIVE = 1e-7
 """Where times are not whole numbers, makespans nearer than this (relative) count as equal."""
 
 
+def rounding(time: float) -> float:
+    """Where times are whole numbers, a bound this much above one is still taken for it."""
+    return min(0.25, max(1e-3, abs(time) * 1e-12))
+
+
 class Incumbent:
     """Keeps the best assignment that the simulator says fits."""
 
@@ -34,7 +39,7 @@ class Incumbent:
     def cutoff(self, best: float) -> float:
         """Bounds from here on leave nothing better than `best`."""
         if self.problem.integral:
-            return math.ceil(best - 1e-6) - 1 + max(1e-3, abs(best) * 1e-12)
+            return math.ceil(best - 1e-6) - 1 + 2 * rounding(best)
         return best * (1 - RELATIVE)
 
     def offer(self, assignment: Assignment) -> bool:

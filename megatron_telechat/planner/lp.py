@@ -20,7 +20,7 @@ class LpResult:
 
 
 class LinearProgram:
-    """min cost.x with bounds on columns and rows; rows can be added, bounds changed, and it is solved from the last basis.
+    """min cost.x with bounds on columns and rows; rows and bounds may change, a solve starts from the last basis.
 
     All columns need finite bounds: then every vector of row duals proves a bound by plain arithmetic
     (Neumaier & Shcherbina, Math. Prog. 99, 2004), whatever the simplex tolerances were.
@@ -118,8 +118,8 @@ class LinearProgram:
 
     def safe_bound(self, duals: np.ndarray, cost: np.ndarray) -> float:
         """Lagrangian bound of any row duals, less an allowance for the rounding of its own sum."""
+        duals = self.usable(duals)
         lo, hi = self.row_lo[: self.num_rows], self.row_hi[: self.num_rows]
-        duals = np.where((duals > 0) & (lo == -INF) | (duals < 0) & (hi == INF), 0.0, duals)
         side = np.where(duals > 0, lo, hi)
         terms = duals * np.where(duals == 0, 0.0, side)
         reduced = cost - duals @ self.rows[: self.num_rows]
@@ -131,8 +131,10 @@ class LinearProgram:
         )
         return float(terms.sum() + ends.sum() - 1e-13 * size)
 
-    def reduced_costs(self, duals: np.ndarray) -> np.ndarray:
-        return self.cost - duals @ self.rows[: self.num_rows]
+    def usable(self, duals: np.ndarray) -> np.ndarray:
+        """Duals without those that point at a bound that a row does not have."""
+        lo, hi = self.row_lo[: self.num_rows], self.row_hi[: self.num_rows]
+        return np.where((duals > 0) & (lo == -INF) | (duals < 0) & (hi == INF), 0.0, duals)
 
     def _infeasible(self) -> float:
         """inf if the ray of HiGHS proves that there is no point, else -inf."""

@@ -16,7 +16,7 @@ from megatron_telechat.planner.space import Space
 
 @dataclass(frozen=True)
 class LeastMemory:
-    """`lacking`: bytes over the limit (negative: to spare) of `assignment`; no assignment lacks less than `at_least`."""
+    """`lacking`: bytes over the limit (negative: to spare) of `assignment`; none lacks less than `at_least`."""
 
     lacking: float
     at_least: float

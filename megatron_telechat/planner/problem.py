@@ -1,4 +1,4 @@
-"""The balance problem: layers with times and bytes, a pipeline schedule, a memory limit. Numbers only; no FLOPs here."""
+"""The balance problem: layers with times and bytes, a pipeline schedule, a memory limit; no FLOPs here."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import time
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.branch import Tree
 from megatron_telechat.planner.graph import op_graph
-from megatron_telechat.planner.incumbent import Incumbent
+from megatron_telechat.planner.incumbent import Incumbent, rounding
 from megatron_telechat.planner.memory import LeastMemory, least_memory
 from megatron_telechat.planner.plan import Assignment, Solution, check_assignment
 from megatron_telechat.planner.problem import BalanceProblem
@@ -61,14 +61,14 @@ def solve(
 def _solution(problem: BalanceProblem, incumbent: Incumbent, tree: Tree, seconds: float) -> Solution:
     bound = tree.lower_bound()
     if problem.integral and math.isfinite(bound):
-        bound = float(math.ceil(bound - max(1e-3, abs(bound) * 1e-12)))
+        bound = float(math.ceil(bound - rounding(bound)))
     if incumbent.assignment is None or incumbent.result is None:
         return Solution(
             "feasible", lower_bound=bound, seconds=seconds, reason="no assignment that fits was found in time"
         )
     best = incumbent.makespan
     bound = max(min(bound, best), 0.0)
-    proved = bound >= best if problem.integral else bound >= incumbent.cutoff(best)
+    proved = bound >= best if problem.integral else bound >= incumbent.cutoff(best) * (1 - 1e-9)
     return Solution(
         status="optimal" if proved else "feasible",
         makespan=best,

@@ -21,8 +21,7 @@ class Space:
 
     Attributes:
         rows, row_lo, row_hi: the rules; from `first_branch_row` on, sums that may be branched on: layers of each
-            device, layers of each stage, layers of each device in each mode but 0 and (one row a device) the time
-            that recompute adds.
+            device, layers of each stage, layers of each device in each mode but 0.
         times, fixed_times: stage times = fixed_times + times @ x, forward then backward.
     """
 
@@ -145,10 +144,6 @@ class Space:
         for mode in range(1, max(len(group.modes) for group in problem.groups)):
             kinds = [at for at, (_, j) in enumerate(self.kinds) if j == mode]
             self.mode_rows += [self._row({int(c): 1.0 for c in one[:, kinds].ravel()}, 0, layers) for one in by_device]
-        extra = [problem.groups[g].modes[j].extra_b / self.time_unit for g, j in self.kinds]
-        self.extra_rows = [
-            self._row({int(c): extra[at] for line in one for at, c in enumerate(line)}, 0.0, INF) for one in by_device
-        ]
 
     def cut_row(self, cut: PathCut) -> tuple[np.ndarray, float]:
         """(row, low) with row @ x >= low for every assignment x."""

@@ -117,6 +117,17 @@ def test_gap_stops_early():
     assert answer.gap <= 0.2 and answer.nodes <= 5
 
 
+def test_a_gap_leaves_the_bound_true():
+    for seed in range(40):
+        problem = small_problem(seed)
+        truth = solve_exhaustively(problem)
+        if truth.status == "infeasible":
+            continue
+        answer = solve(problem, gap=0.1)
+        assert answer.lower_bound <= truth.makespan * (1 + 1e-12) <= answer.makespan * (1 + 2e-12)
+        assert answer.gap <= 0.1 + 1e-9
+
+
 def test_warm_start_is_kept_or_beaten():
     problem = large_problem(8, 2)
     best = solve(problem, 60)

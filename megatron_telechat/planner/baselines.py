@@ -1,0 +1,191 @@
+"""Assignments that others would choose, for comparison by the same simulator."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Iterator, Sequence
+
+import numpy as np
+
+from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.descent import Evaluator, round_counts
+from megatron_telechat.planner.device_plans import DevicePlans
+from megatron_telechat.planner.graph import makespans, op_graph
+from megatron_telechat.planner.plan import Assignment, check_assignment
+from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.simulate import peak_bytes, simulate, stage_times
+
+
+NEAR = 5
+"""Layers a chunk by which a plain split's first and last stages are tried away from the even share."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a plain way of splitting gives. `makespan` is None where it has no assignment that fits the memory."""
+
+    name: str
+    makespan: float | None
+    assignment: Assignment | None
+
+
+def baselines(problem: BalanceProblem) -> list[Baseline]:
+    """Megatron's splits (best recompute flags for each), the best plain flags, and the surrogate objectives."""
+    best_flags = _best(problem, (one for counts in _flag_splits(problem) for one in _plain_modes(problem, *counts)))
+    return [
+        _named("uniform split", problem, uniform_counts(problem)),
+        _named("account_for_embedding/loss", problem, accounted_counts(problem)),
+        Baseline("best plain flags", *best_flags),
+        surrogate(problem, "largest stage"),
+        surrogate(problem, "all pairs of chunks"),
+    ]
+
+
+def _named(name: str, problem: BalanceProblem, counts: tuple[int, ...] | None) -> Baseline:
+    place = problem.mtp_places()[-1] if problem.mtp_places() else None
+    if counts is None:
+        return Baseline(name, None, None)
+    return Baseline(name, *_best(problem, _plain_modes(problem, counts, place)))
+
+
+def uniform_counts(problem: BalanceProblem) -> tuple[int, ...] | None:
+    """num_layers / (P V) layers on each virtual stage; None where that is not whole, which Megatron refuses."""
+    share, rest = divmod(problem.num_layers, problem.num_stages)
+    return (share,) * problem.num_stages if not rest else None
+
+
+def accounted_counts(problem: BalanceProblem) -> tuple[int, ...] | None:
+    """--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split: each counts as one layer."""
+    share, rest = divmod(problem.num_layers + 2, problem.num_stages)
+    if rest or share < 1 or problem.num_stages == 1 and share < 2:
+        return None
+    counts = [share] * problem.num_stages
+    counts[0] -= 1
+    counts[-1] -= 1
+    return tuple(counts)
+
+
+def _flag_splits(problem: BalanceProblem) -> Iterator[tuple[tuple[int, ...], int | None]]:
+    """What plain flags can say: even, accounted, --decoder-first/last-pipeline-num-layers (V chunks alike)."""
+    places = problem.mtp_places()
+    if not places:
+        return
+    P, V, total = problem.P, problem.V, problem.num_layers
+    found = {counts for counts in (uniform_counts(problem), accounted_counts(problem)) if counts}
+    if P > 2:
+        near = range(max(total // P - NEAR * V, 0), total // P + NEAR * V + 1)
+        for first, last in itertools.product(near, repeat=2):
+            rest = total - first - last
+            if rest > 0 and not rest % (P - 2) and not (first % V or last % V or rest // (P - 2) % V):
+                row = (first // V, *[rest // (P - 2) // V] * (P - 2), last // V)
+                found.add(row * V)
+    for counts in sorted(found):
+        yield counts, places[-1]
+
+
+def _plain_modes(problem: BalanceProblem, counts: tuple[int, ...], place: int | None) -> Iterator[Assignment]:
+    """One kind of recompute for all, on the first n layers of every virtual stage (--recompute-num-layers, block)."""
+    most = max(len(group.modes) for group in problem.groups)
+    of_layer = [number for number, group in enumerate(problem.groups) for _ in range(group.count)]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    for mode in range(most):
+        for first in [0] if mode == 0 else range(1, max(counts) + 1):
+            stages = []
+            for stage, count in enumerate(counts):
+                known = [
+                    len(problem.groups[of_layer[layer]].modes) for layer in range(starts[stage], starts[stage + 1])
+                ]
+                stages.append(tuple(mode if at < first and mode < known[at] else 0 for at in range(count)))
+            yield Assignment(tuple(stages), place)
+
+
+def _best(problem: BalanceProblem, candidates: Iterator[Assignment]) -> tuple[float | None, Assignment | None]:
+    fitting = []
+    for assignment in dict.fromkeys(candidates):
+        try:
+            check_assignment(problem, assignment)
+        except ConfigError:
+            continue
+        if max(peak_bytes(problem, assignment)) <= problem.mem_limit:
+            fitting.append(assignment)
+    if not fitting:
+        return None, None
+    times = np.array([stage_times(problem, assignment) for assignment in fitting], dtype=float)
+    best = fitting[int(np.argmin(makespans(op_graph(problem.P, problem.V, problem.m), times, problem.p2p)))]
+    return simulate(problem, best).makespan, best
+
+
+def surrogate(problem: BalanceProblem, kind: str) -> Baseline:
+    """The assignment that a published surrogate of the makespan likes best, found by descent from several starts.
+
+    kind: "largest stage": m times the largest time of a device, and one pass of all stages (the objective of
+    planners for 1F1B, PipeDream and its successors); "all pairs of chunks": in the steady state every device runs
+    a forward of one chunk beside a backward of another, so the sum over pairs of chunks of the largest such time of
+    any device, times m / V, and one pass (the interleaved objective of SAPP-PPB, re-stated here).
+    """
+    evaluator = Evaluator(problem, DevicePlans(problem))
+    best: tuple[float, Assignment] | None = None
+    for place in problem.mtp_places():
+        start = round_counts(problem, [problem.num_layers / problem.num_stages] * problem.num_stages, place)
+        if start is None:
+            continue
+        for counts in _surrogate_descent(evaluator, start, place, kind):
+            assignment = evaluator.assignment(counts, place) if _fits(evaluator, counts, place) else None
+            if assignment is not None:
+                value = surrogate_value(problem, stage_times(problem, assignment), kind)
+                if best is None or value < best[0]:
+                    best = value, assignment
+    if best is None:
+        return Baseline(f"surrogate: {kind}", None, None)
+    return Baseline(f"surrogate: {kind}", simulate(problem, best[1]).makespan, best[1])
+
+
+def surrogate_value(problem: BalanceProblem, times: Sequence[float], kind: str) -> float:
+    """The surrogate of the makespan for these stage times (forward, then backward)."""
+    C, P, V = problem.num_stages, problem.P, problem.V
+    forward, backward = np.array(times[:C]).reshape(V, P), np.array(times[C:]).reshape(V, P)
+    one_pass = float(forward.sum() + backward.sum())
+    if kind == "largest stage":
+        return problem.m * float((forward.sum(axis=0) + backward.sum(axis=0)).max()) + one_pass / V
+    pairs = (forward[:, None, :] + backward[None, :, :]).max(axis=2)
+    return problem.m / V * float(pairs.sum()) + one_pass / V
+
+
+def _fits(evaluator: Evaluator, counts: tuple[int, ...], place: int | None) -> bool:
+    return math.isfinite(float(evaluator.spans(np.array([counts]), place)[0]))
+
+
+def _surrogate_descent(
+    evaluator: Evaluator, start: tuple[int, ...], place: int | None, kind: str
+) -> Iterator[tuple[int, ...]]:
+    """Move single layers, and pairs of layers between stages, while the surrogate falls."""
+    problem = evaluator.problem
+    fewest = problem.fewest_layers(place)
+    last = problem.num_stages if place is None else place + 1
+
+    def value(counts: tuple[int, ...]) -> float:
+        inside = evaluator.compositions(np.array([counts]))
+        extra, fits = evaluator.extra(inside, place)
+        if not fits[0]:
+            return math.inf
+        blocks = [problem.fixed_block(stage, place) for stage in range(problem.num_stages)]
+        forward = inside[0] @ evaluator.f + [block.f for block in blocks]
+        backward = inside[0] @ evaluator.b + [block.b for block in blocks] + extra[0]
+        return surrogate_value(problem, [*forward, *backward], kind)
+
+    here, cost = start, value(start)
+    improved = True
+    while improved:
+        improved = False
+        for a, b in itertools.permutations(range(last), 2):
+            if here[a] <= fewest[a]:
+                continue
+            near = list(here)
+            near[a] -= 1
+            near[b] += 1
+            found = value(tuple(near))
+            if found < cost * (1 - 1e-12) or math.isinf(cost) and math.isfinite(found):
+                here, cost, improved = tuple(near), found, True
+    yield here

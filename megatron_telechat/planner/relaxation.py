@@ -1,0 +1,178 @@
+"""The LP of a box of branch and bound: path cuts separated at fractional points, and bounds that are safe."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_telechat.planner.cuts import PathCut, Separator
+from megatron_telechat.planner.graph import OpGraph
+from megatron_telechat.planner.incumbent import Incumbent
+from megatron_telechat.planner.lp import INF, LinearProgram, LpResult, RowStore
+from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.space import Space
+
+WHOLE = 1e-6
+"""A value this near to a whole number is one."""
+
+ROOT_ROUNDS, NODE_ROUNDS, PROBE_ROUNDS = 400, 30, 10
+MORE_ROUNDS = 300
+"""Rounds of cuts at the root, at a node, in a trial; and more of them while the point is whole."""
+
+POOL_CUTS = 5
+MAX_CUTS = 150
+"""Rows of cuts that the LP keeps; slack ones go first. Every cut ever found stays in the pool."""
+
+
+@dataclass(order=True)
+class Node:
+    """A box: bounds of the columns and of the branching rows. `bound` holds for all in it (LP time units)."""
+
+    bound: float
+    number: int
+    depth: int = field(compare=False)
+    lo: np.ndarray = field(compare=False)
+    hi: np.ndarray = field(compare=False)
+    row_lo: np.ndarray = field(compare=False)
+    row_hi: np.ndarray = field(compare=False)
+
+    @property
+    def empty(self) -> bool:
+        return bool(np.any(self.lo > self.hi) or np.any(self.row_lo > self.row_hi))
+
+    def child(self, number: int) -> Node:
+        """The same box, to be narrowed."""
+        bounds = (bound.copy() for bound in (self.lo, self.hi, self.row_lo, self.row_hi))
+        return Node(self.bound, number, self.depth + 1, *bounds)
+
+
+class Relaxation:
+    """One LP for all boxes: loading a box changes bounds only, and every cut holds in every box."""
+
+    def __init__(self, problem: BalanceProblem, graph: OpGraph, incumbent: Incumbent, deadline: float, gap: float):
+        self.problem, self.incumbent, self.deadline, self.gap = problem, incumbent, deadline, gap
+        self.space = space = Space(problem, _serial_time(problem))
+        self.unit = space.time_unit
+        self.separator = Separator(graph, space.p2p)
+        self.lp = LinearProgram(space.cost, space.lo, space.hi, space.rows, space.row_lo, space.row_hi)
+        self.pool: dict[PathCut, None] = {}
+        self.pool_rows = RowStore(space.size)
+        self.num_fixed_rows = self.lp.num_rows
+
+    def cutoff(self) -> float:
+        """A node whose bound is at least this holds nothing better (LP time units)."""
+        best = self.incumbent.makespan
+        if not math.isfinite(best):
+            return INF
+        nothing_better = self.incumbent.cutoff(best)
+        return (min(nothing_better, best * (1 - self.gap)) if self.gap > 0 else nothing_better) / self.unit
+
+    def load(self, node: Node) -> None:
+        self.lp.set_columns(node.lo, node.hi)
+        self.lp.set_rows(self.space.first_branch_row, node.row_lo, node.row_hi)
+
+    def add_cuts(self, cuts: list[PathCut], x: np.ndarray, above: float) -> int:
+        """Add the cuts that `x` violates; returns how many."""
+        rows, lows = [], []
+        for cut in dict.fromkeys(cuts):
+            row, low = self.space.cut_row(cut)
+            if row @ x < low - above:
+                rows.append(row)
+                lows.append(low)
+                if cut not in self.pool:
+                    self.pool[cut] = None
+                    self.pool_rows.append(row, low)
+        if rows:
+            self.lp.add_rows(np.array(rows), np.array(lows), np.full(len(rows), INF))
+        return len(rows)
+
+    def add_from_pool(self, x: np.ndarray, above: float) -> int:
+        """Add the few cuts of the pool that `x` violates most; returns how many."""
+        rows, lows = self.pool_rows.rows(), self.pool_rows.lows()
+        short = lows - rows @ x
+        worst = np.argsort(-short, kind="stable")[:POOL_CUTS]
+        worst = worst[short[worst] > above]
+        if len(worst):
+            self.lp.add_rows(rows[worst], lows[worst], np.full(len(worst), INF))
+        return len(worst)
+
+    def relax(self, node: Node, rounds: int) -> LpResult:
+        """Solve the LP of a node with as many cuts as pay off. The result's bound is safe; node.bound is raised.
+
+        Cuts are taken at the LP point, and half way to the best point met so far (in-out separation), which makes
+        the bound rise in half the rounds.
+        """
+        if node.empty:
+            node.bound = INF
+            return LpResult(False, INF, node.lo, node.lo)
+        self.load(node)
+        gains: list[float] = []
+        center, least = None, INF
+        while True:
+            result = self.lp.solve()
+            node.bound = max(node.bound, result.bound)
+            if not result.feasible or node.bound >= self.cutoff() or time.perf_counter() > self.deadline:
+                return result
+            x = result.x
+            tolerance = 1e-9 * max(1.0, x[0])
+            gains.append(result.bound)
+            stalled = len(gains) > rounds or len(gains) > 4 and gains[-1] - gains[-5] < 1e-5 * abs(gains[-1])
+            if stalled and not self.is_whole(x) or len(gains) > rounds + MORE_ROUNDS:
+                return result
+            self.trim(result.duals)
+            if self.add_from_pool(x, 1e-5 * abs(x[0])):
+                continue
+            added = 0
+            if center is not None:
+                middle = (x + center) / 2
+                span, cuts = self.separator.longest(self.space.stage_times(middle).tolist())
+                added = self.add_cuts(cuts, x, tolerance / 2)
+                if span < least:
+                    center, least = middle, span
+            if not added:
+                span, cuts = self.separator.longest(self.space.stage_times(x).tolist())
+                if span < least:
+                    center, least = x, span
+                if span <= x[0] + tolerance or not self.add_cuts(cuts, x, tolerance / 2):
+                    return result
+
+    def trim(self, duals: np.ndarray) -> None:
+        """Throw slack cuts out of the LP when there are many; they stay in the pool."""
+        if len(duals) != self.lp.num_rows or self.lp.num_rows - self.num_fixed_rows <= MAX_CUTS:
+            return
+        slack = np.flatnonzero(np.abs(duals[self.num_fixed_rows :]) < 1e-12) + self.num_fixed_rows
+        self.lp.delete_rows(slack)
+
+    def is_whole(self, x: np.ndarray) -> bool:
+        return bool(np.all(np.abs(x[1:] - np.rint(x[1:])) < WHOLE))
+
+    def narrow(self, node: Node, duals: np.ndarray) -> None:
+        """Drop values whose reduced cost says that they hold nothing better; any duals do, so these need not be new."""
+        self.load(node)
+        if len(duals) != self.lp.num_rows:
+            return
+        duals = self.lp.usable(duals)
+        spare = self.cutoff() - self.lp.safe_bound(duals, self.lp.cost)
+        if not math.isfinite(spare) or spare <= 0:
+            return
+        first = self.space.first_branch_row
+        rows = duals[first : first + len(node.row_lo)]
+        costs = self.lp.cost - duals @ self.lp.rows[: self.lp.num_rows]
+        costs[0] = 0.0
+        for low, high, price in ((node.lo, node.hi, costs), (node.row_lo, node.row_hi, rows)):
+            at = np.flatnonzero(price > 1e-9)
+            high[at] = np.minimum(high[at], low[at] + np.floor(spare / price[at] + 1e-6))
+            at = np.flatnonzero(price < -1e-9)
+            low[at] = np.maximum(low[at], high[at] + np.ceil(spare / price[at] - 1e-6))
+
+
+def _serial_time(problem: BalanceProblem) -> float:
+    """No schedule takes longer than all ops one after the other."""
+    layers = sum(
+        group.count * (group.f + group.b + max(mode.extra_b for mode in group.modes)) for group in problem.groups
+    )
+    blocks = sum(block.f + block.b for block in (problem.embed, problem.head, problem.mtp) if block is not None)
+    return problem.m * (layers + blocks + 2 * problem.num_stages * problem.p2p) + 1.0
