@@ -16,6 +16,8 @@ DENSE = ["--preset", "telechat2-tiny", *SMALL, "--ffn-hidden-size", "128"]
 # picks the other expert, and the curves part by 1e-5 for a reason that is no mistake.
 MOE = ["--preset", "telechat2-tiny-moe", *SMALL, "--seed", "2", "--moe-ffn-hidden-size", "32", "--ffn-hidden-size", "32"]
 
+SHARED = [*MOE, "--moe-shared-expert-intermediate-size", "32"]
+
 
 def load(flags: Sequence[str], run_dir: Path):
     """The RunConfig of these flags, at the world size of this process."""

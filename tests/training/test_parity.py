@@ -8,12 +8,13 @@ import pytest
 
 from megatron_telechat.costs import parameter_table
 from tests.harness import run_cases
-from tests.training.runs import DENSE, MOE, assemble, load
+from tests.training.runs import DENSE, MOE, SHARED, assemble, load
 from tests.training.worker_parity import LAYOUTS
 
 WORKER = Path(__file__).with_name("worker_parity.py")
 TOLERANCE = 1e-5
-REFERENCE = {"dense": "dense_one", "moe": "moe_one"}
+BASE = {"dense": DENSE, "moe": MOE, "shared": SHARED}
+REFERENCE = {"dense": "dense_one", "moe": "moe_one", "shared": "shared_one"}
 ALL = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
 
 pytestmark = pytest.mark.gloo
@@ -27,7 +28,7 @@ def runs(tmp_path_factory):
 
     def of(world: int):
         if world not in done:
-            done[world] = run_cases(WORKER, world, timeout=420, env={"PARITY_DIR": str(folder)})
+            done[world] = run_cases(WORKER, world, timeout=600, env={"PARITY_DIR": str(folder)})
         return done[world]
 
     of.folder = folder
@@ -35,7 +36,7 @@ def runs(tmp_path_factory):
 
 
 def gradients(folder: Path, name: str, model: str, tmp: Path):
-    run = load(DENSE if model == "dense" else MOE, tmp)
+    run = load(BASE[model], tmp)
     return assemble(sorted(folder.glob(f"{name}.rank*.safetensors")), parameter_table(run.model))
 
 

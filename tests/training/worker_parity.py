@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.harness import Cases  # noqa: E402
-from tests.training.runs import DENSE, MOE, gradient_boxes, make_trainer  # noqa: E402
+from tests.training.runs import DENSE, MOE, SHARED, gradient_boxes, make_trainer  # noqa: E402
 
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
@@ -17,6 +17,7 @@ VP2 = "--num-virtual-stages-per-pipeline-rank 2"
 EP2 = "--expert-model-parallel-size 2 --no-fold-tensor-into-experts"
 DIST = "--use-distributed-optimizer"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
+MOE_AGAIN = "--recompute-granularity selective --recompute-modules core_attn moe"
 UNEVEN = "--pipeline-model-parallel-layout Et|t*3L"
 
 LAYOUTS = {
@@ -28,7 +29,9 @@ LAYOUTS = {
         "moe_one": (MOE, ""),
         "moe_distributed_optimizer": (MOE, DIST),
         "moe_recompute_full": (MOE, "--recompute-granularity full"),
-        "moe_recompute_selective": (MOE, "--recompute-granularity selective --recompute-modules core_attn moe"),
+        "moe_recompute_selective": (MOE, MOE_AGAIN),
+        "moe_chunks3": (MOE, "--moe-input-chunks 3"),
+        "shared_one": (SHARED, ""),
     },
     2: {
         "dense_dp2": (DENSE, ""),
@@ -48,6 +51,10 @@ LAYOUTS = {
         "moe_ep2_distributed_overlap": (MOE, f"{EP2} {DIST} {OVERLAP}"),
         "moe_tp2_folded_ep2": (MOE, TP2),
         "moe_tp2_folded_ep2_recompute": (MOE, f"{TP2} --recompute-granularity full"),
+        "moe_ep2_auto_chunks": (MOE, f"{EP2} --moe-input-chunks auto"),
+        "moe_ep2_chunks3_distributed_overlap": (MOE, f"{EP2} {DIST} {OVERLAP} --moe-input-chunks 3"),
+        "moe_tp2_folded_chunks5_recompute": (MOE, f"{TP2} --moe-input-chunks 5 --recompute-granularity full"),
+        "shared_tp2_folded_chunks3_recompute_moe": (SHARED, f"{TP2} --moe-input-chunks 3 {MOE_AGAIN}"),
     },
     4: {
         "dense_pp4": (DENSE, "--pipeline-model-parallel-size 4"),
@@ -59,6 +66,8 @@ LAYOUTS = {
         "moe_tp2_pp2_ep2_interleaved_distributed": (MOE, f"{TP2} {PP2} {VP2} {DIST}"),
         "moe_tp2_pp2_ep2_uneven_recompute": (MOE, f"{TP2} {PP2} {UNEVEN} --recompute-layout full*1|moe*1,none*1,core_attn*1"),
         "moe_tp2_ep2_etp2": (MOE, f"{TP2} {EP2} --expert-tensor-parallel-size 2"),
+        "moe_tp2_ep2_etp2_chunks3": (MOE, f"{TP2} {EP2} --expert-tensor-parallel-size 2 --moe-input-chunks 3"),
+        "moe_tp2_pp2_ep2_interleaved_chunks3": (MOE, f"{TP2} {PP2} {VP2} {DIST} --moe-input-chunks 3 {MOE_AGAIN}"),
     },
 }
 
