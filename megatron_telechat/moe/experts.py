@@ -17,6 +17,7 @@ from megatron_telechat.moe.te_products import accumulating_product
 
 # Row strides of torch.nn.functional.grouped_mm on accelerators.
 _GROUPED_MM_ALIGNMENT_BYTES = 16
+_PROBABILITY_BYTES = 4
 
 
 class _Weights(torch.nn.Module):
@@ -30,6 +31,12 @@ class _Weights(torch.nn.Module):
 
 def _check_alignment(config, device: torch.device, ffn_local: int) -> None:
     element = torch.empty((), dtype=config.params_dtype).element_size()
+    if config.hidden_size * element % _PROBABILITY_BYTES:
+        raise ConfigError(
+            f"hidden_size {config.hidden_size} is odd: routing probabilities travel in whole rows of {config.params_dtype}",
+            where="model",
+            fix="choose an even hidden_size",
+        )
     multiple = _GROUPED_MM_ALIGNMENT_BYTES // element
     bad = [f"{name} {size}" for name, size in (("hidden_size", config.hidden_size),
                                                ("moe_ffn_hidden_size / expert_tensor_parallel_size", ffn_local))
@@ -51,7 +58,7 @@ class GroupedExperts(MegatronModule):
     ``linear_fc2.bias`` [E, h]. They are zero until the model fills them.
 
     Raises:
-        ConfigError: widths that the accelerator's grouped product cannot take.
+        ConfigError: widths that the exchange or the accelerator's grouped product cannot take.
     """
 
     def __init__(self, num_local_experts: int, config, pg_collection, output_bias: bool = False):
