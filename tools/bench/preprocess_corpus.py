@@ -1,0 +1,140 @@
+"""The corpus and the tokenizers of tools/bench/preprocess.py: text that a package manager brings. Nothing is distributed.
+
+English and Chinese are the help texts and manuals of Debian packages (``apt-get download``, unpacked beside the corpus and
+not installed) with the descriptions and docstrings of installed Python packages; code is the Python packages themselves.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import html
+import json
+import random
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Iterator
+
+PACKAGES = {
+    "zh": ("libreoffice-help-zh-cn", "libreoffice-help-zh-tw", "manpages-zh", "debian-reference-zh-cn", "debian-faq-zh-cn"),
+    "en": ("libreoffice-help-en-us", "debian-reference-en", "debian-handbook", "bible-kjv-text"),
+}
+_TEXT = (".html", ".htm", ".txt", ".md", ".rst", ".gz", ".1", ".3", ".5", ".7", ".8")
+_TAGS = re.compile(r"<(script|style)\b.*?</\1>|<[^>]{0,2000}>|^\.\\?\"?.{0,3}\s", re.S | re.M | re.I)
+_GAPS = re.compile(r"\n\s*\n\s*\n")
+_LONGEST = 60_000
+# Shares of the corpus at most; code, of which there is most, takes what is left.
+SHARES = {"zh": 0.2, "en": 0.3, "code": 1.0}
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = ["<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>", "<_observation>", "<_sep>"]
+
+
+def build(folder: Path, megabytes: float) -> Path:
+    """Write ``corpus.jsonl``: Chinese and English up to their shares, code for the rest, mixed; returns its path."""
+    target = folder / "corpus.jsonl"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    size, seen = 0, set()
+    for language, share in SHARES.items():
+        most = min(megabytes * 1e6, size + share * megabytes * 1e6)
+        for text in _texts(folder, language):
+            digest = hashlib.sha1(text.encode("utf-8", "replace")).digest()
+            if digest in seen or len(text) < 200:
+                continue
+            seen.add(digest)
+            lines.append(json.dumps({"text": text}, ensure_ascii=False))
+            size += len(lines[-1].encode("utf-8", "replace")) + 1
+            if size > most:
+                break
+    random.Random(0).shuffle(lines)
+    partial = target.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+    partial.replace(target)
+    return target
+
+
+def _texts(folder: Path, language: str) -> Iterator[str]:
+    for package in PACKAGES.get(language, ()):
+        yield from _package(folder / "packages" / language, package)
+    patterns = {"en": ("METADATA", "*.md", "*.rst"), "code": ("*.py", "*.h", "*.js")}.get(language, ())
+    for root in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))):
+        for pattern in patterns:
+            for path in sorted(Path(root).rglob(pattern)):
+                yield _read(path)
+
+
+def _package(folder: Path, name: str) -> Iterator[str]:
+    """Texts of a Debian package; none where there is no apt or no such package."""
+    unpacked = folder / name
+    if not unpacked.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            subprocess.run(["apt-get", "download", "-qq", name], cwd=folder, check=True, capture_output=True)
+            file = next(folder.glob(f"{name}_*.deb"))
+            subprocess.run(["dpkg-deb", "-x", str(file), str(unpacked)], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError, StopIteration):
+            print(f"  without {name}: apt-get update && apt-get download {name} brings it")
+            return
+    for path in sorted(p for p in unpacked.rglob("*") if p.is_file() and p.suffix in _TEXT):
+        yield _GAPS.sub("\n\n", html.unescape(_TAGS.sub("", _read(path)))).strip()
+
+
+def _read(path: Path) -> str:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode("utf-8").replace("\0", "")[:_LONGEST]
+    except (OSError, UnicodeDecodeError, EOFError):
+        return ""  # a file in another encoding is no loss
+
+
+def _sample(corpus: Path, every: int) -> Iterator[str]:
+    with open(corpus, encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            if number % every == 0:
+                yield json.loads(line)["text"]
+
+
+def byte_level(corpus: Path, vocab_size: int, folder: Path) -> Path:
+    """A byte-level BPE tokenizer trained on every second document, in a folder that transformers opens too."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if (folder / "tokenizer.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(_sample(corpus, 2), trainer=trainer)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<_start>", "eos_token": "<_end>", "pad_token": "<_pad>",
+              "unk_token": "<_unk>", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def sentencepiece(corpus: Path, vocab_size: int, folder: Path) -> Path:
+    """A model of TeleChat2's kind: BPE with byte fallback, digits, newline and tab as pieces of their own, identity."""
+    import io
+
+    from sentencepiece import SentencePieceTrainer
+
+    target = folder / "tokenizer.model"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    lines = (line[:4000] for text in _sample(corpus, 20) for line in text.split("\n") if line.strip())
+    SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True, add_dummy_prefix=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3, unk_piece="<_unk>",
+        bos_piece="<_start>", eos_piece="<_end>", pad_piece="<_pad>", control_symbols=SPECIAL[4:], minloglevel=2,
+        user_defined_symbols=[*"0123456789", "_", "\n", "\t", "__", "___", "____"], input_sentence_size=200_000, shuffle_input_sentence=True)
+    target.write_bytes(model.getvalue())
+    return target
