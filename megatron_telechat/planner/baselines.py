@@ -10,7 +10,7 @@ from typing import Iterator, Sequence
 import numpy as np
 
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.descent import Evaluator, round_counts
+from megatron_telechat.planner.descent import Evaluator, starts
 from megatron_telechat.planner.device_plans import DevicePlans
 from megatron_telechat.planner.graph import makespans, op_graph
 from megatron_telechat.planner.plan import Assignment, check_assignment
@@ -128,15 +128,14 @@ def surrogate(problem: BalanceProblem, kind: str) -> Baseline:
     evaluator = Evaluator(problem, DevicePlans(problem))
     best: tuple[float, Assignment] | None = None
     for place in problem.mtp_places():
-        start = round_counts(problem, [problem.num_layers / problem.num_stages] * problem.num_stages, place)
-        if start is None:
-            continue
-        for counts in _surrogate_descent(evaluator, start, place, kind):
-            assignment = evaluator.assignment(counts, place) if _fits(evaluator, counts, place) else None
-            if assignment is not None:
-                value = surrogate_value(problem, stage_times(problem, assignment), kind)
-                if best is None or value < best[0]:
-                    best = value, assignment
+        for start in starts(problem, place):
+            counts = _surrogate_descent(evaluator, start, place, kind)
+            if not math.isfinite(float(evaluator.spans(np.array([counts]), place)[0])):
+                continue
+            assignment = evaluator.assignment(counts, place)
+            value = surrogate_value(problem, stage_times(problem, assignment), kind)
+            if best is None or value < best[0]:
+                best = value, assignment
     if best is None:
         return Baseline(f"surrogate: {kind}", None, None)
     return Baseline(f"surrogate: {kind}", simulate(problem, best[1]).makespan, best[1])
@@ -153,14 +152,8 @@ def surrogate_value(problem: BalanceProblem, times: Sequence[float], kind: str) 
     return problem.m / V * float(pairs.sum()) + one_pass / V
 
 
-def _fits(evaluator: Evaluator, counts: tuple[int, ...], place: int | None) -> bool:
-    return math.isfinite(float(evaluator.spans(np.array([counts]), place)[0]))
-
-
-def _surrogate_descent(
-    evaluator: Evaluator, start: tuple[int, ...], place: int | None, kind: str
-) -> Iterator[tuple[int, ...]]:
-    """Move single layers, and pairs of layers between stages, while the surrogate falls."""
+def _surrogate_descent(evaluator: Evaluator, start: tuple[int, ...], place: int | None, kind: str) -> tuple[int, ...]:
+    """Move single layers while the surrogate falls."""
     problem = evaluator.problem
     fewest = problem.fewest_layers(place)
     last = problem.num_stages if place is None else place + 1
@@ -188,4 +181,4 @@ def _surrogate_descent(
             found = value(tuple(near))
             if found < cost * (1 - 1e-12) or math.isinf(cost) and math.isfinite(found):
                 here, cost, improved = tuple(near), found, True
-    yield here
+    return here
