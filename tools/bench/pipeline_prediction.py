@@ -44,6 +44,9 @@ from megatron_telechat.planner.predict import predict  # noqa: E402
 
 RANKS = 2
 CALIBRATION = "calibration"
+# Freed memory stays with the process. Else glibc gives it back and every step pays for its pages anew, the more the
+# more micro-batches are in flight: a cost of the allocator, which a calibration of single layers does not see.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20)}
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class Arm:
         import torch.distributed as dist
 
         self.layout = layout
+        self.malloc = MALLOC if options.malloc == "keep" else {}
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         spec = json.dumps({**asdict(layout), "moe": options.moe, "quick": options.quick, "folder": folder})
         self.ranks = [self._start(rank, spec, folder) for rank in range(RANKS)]
@@ -161,7 +165,7 @@ class Arm:
         environment = {
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
             "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
-            "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+            "OMP_NUM_THREADS": "1", **self.malloc, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
         command = [sys.executable, "-W", "ignore", __file__, "--serve", spec]
         with open(f"{folder}/{self.layout.name.replace(' ', '_')}.{rank}.log", "wb") as log:
@@ -270,6 +274,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--probes", type=int, default=3, help="calibration rounds in each turn")
+    parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="keep: freed memory stays with the process")
     parser.add_argument("--layouts", help="only these, by name, commas between them")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
@@ -296,7 +301,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         result = compare(layouts, entry, seconds, options, folder)
     show(result)
     if options.json:
-        options.json.write_text(json.dumps({"options": {"moe": options.moe, "quick": options.quick}, **result}, indent=1))
+        options.json.write_text(json.dumps({"options": {"moe": options.moe, "quick": options.quick, "malloc": options.malloc}, **result}, indent=1))
     return 0
 
 
