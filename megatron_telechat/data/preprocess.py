@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
@@ -199,9 +200,9 @@ def _run(job: Job, work: Workspace, engine: Engine, resume: bool) -> Report:
         job.log(f"an earlier run of this command left {report.documents_in:,} documents: going on from there")
     report.engine = engine.name
     progress = Progress(job, report)
-    with SelfCheck(engine, job.tokenizer) as check:
+    with SelfCheck(engine, job.tokenizer) as check, closing(_pipeline(job, parts, engine)) as encoded_blocks:
         journalled = time.monotonic()
-        for block, encoded in _pipeline(job, parts, engine):
+        for block, encoded in encoded_blocks:
             check.settle(wait=False)
             check.offer(*encoded.sample)
             _take(work, job, report, block, encoded)
