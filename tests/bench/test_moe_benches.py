@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 
 def bench(name: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCH / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads than free cores wait for each other
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
 
 @pytest.mark.gloo
@@ -40,6 +42,19 @@ def test_training_over_links(tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(path.read_text())["rows"]
     assert row["loss_spread"] < 1e-5 and set(row["arms"]) == {"auto", "k=1", "megatron-core"}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_device(tmp_path, device):
+    path = tmp_path / "device.json"
+    done = bench("moe_gpu.py", "--device", device, "--quick", "--json", str(path), "--trace", str(tmp_path / "trace"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    assert len(report["schedule"]) == 12 and all(line["over_ideal"] > 0 for line in report["schedule"])
+    assert set(report["layer_ms"]) == {"ours", "megatron-core"}
+    assert all(Path(file).stat().st_size for file in report["trace"])
+    if device == "cuda":
+        assert all(tuple(syncs) == (1, 0) for syncs in report["host_syncs"].values())
 
 
 def test_summary_counts_what_is_saved():

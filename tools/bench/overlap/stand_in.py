@@ -43,12 +43,12 @@ class StandInEngine:
     def forward(self, rows: Tensor, scale: Tensor, plan: Any, weights: Any, keep: bool) -> tuple[Tensor, Optional[Tensor]]:
         inputs = rows.index_select(0, plan.rows)
         self._device.work(plan.num_rows, _FORWARD)
-        return inputs * scale.unsqueeze(1), inputs if keep else None
+        return (inputs * scale.unsqueeze(1)).to(rows.dtype), inputs if keep else None
 
     def input_gradients(self, grad: Tensor, scale: Tensor, gate_up: Tensor, plan: Any, weights: Any):
         grads = grad.index_select(0, plan.token_rows)
         self._device.work(plan.num_rows, _INPUT_GRADIENTS)
-        grad_scale = torch.linalg.vecdot(grads, gate_up).to(torch.promote_types(scale.dtype, torch.float32))
+        grad_scale = torch.linalg.vecdot(grads, gate_up).to(scale.dtype)
         return grads.mul_(scale.unsqueeze(1)), grad_scale, gate_up
 
     def weight_gradients(self, grad, scale, rows, grad_gate_up, hidden, plan: Any, gradients: Any) -> None:
@@ -74,11 +74,11 @@ class _StandInExpert(torch.autograd.Function):
         ctx.device = device
         ctx.save_for_backward(rows, probabilities)
         device.work(rows.shape[0], _FORWARD)
-        return rows * probabilities.unsqueeze(-1).to(rows.dtype)
+        return (rows * probabilities.unsqueeze(-1)).to(rows.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         rows, probabilities = ctx.saved_tensors
         ctx.device.work(rows.shape[0], _INPUT_GRADIENTS + _WEIGHT_GRADIENTS)
         grad_probabilities = torch.linalg.vecdot(grad, rows).to(probabilities.dtype)
-        return grad * probabilities.unsqueeze(-1).to(grad.dtype), grad_probabilities, None
+        return (grad * probabilities.unsqueeze(-1)).to(rows.dtype), grad_probabilities, None
