@@ -78,8 +78,8 @@ def weight_gradients(
 ) -> None:
     """Add one chunk's share of the weights' gradients."""
     g = grad.index_select(0, plan.token_rows)
-    gradients.fc2.add(F.grouped_mm(g.t(), hidden, offs=plan.offsets))
+    gradients.fc2.add_grouped_product(g, hidden, plan)
     if gradients.bias is not None:
         gradients.bias.add(_row_scales(scale.to(g.dtype), plan.offsets).t() @ g)
     x = rows.index_select(0, plan.rows)
-    gradients.fc1.add(F.grouped_mm(grad_gate_up.t(), x, offs=plan.offsets))
+    gradients.fc1.add_grouped_product(grad_gate_up, x, plan)
