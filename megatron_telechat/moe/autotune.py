@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
@@ -34,7 +33,7 @@ class ChunkChoice:
     Attributes:
         num_chunks: for all blocks of the model.
         reason: one line for a person.
-        measured_ms: forward and backward of one block, by number of chunks; the slowest rank's median.
+        measured_ms: forward and backward of one block, by number of chunks; the slowest rank's, in the fastest of several rounds.
         predicted_ms: what the model says, for the candidates.
         forward, backward: the fitted costs; None where nothing had to be measured.
     """
@@ -180,26 +179,29 @@ def choose_num_chunks(
     return ChunkChoice(best, _reason(best, measured, parts), measured, predicted, *parts)
 
 
-def _measure(probe: Optional[_Probe], arms: Mapping[tuple[str, int], dict[str, Any]], device) -> dict[tuple[str, int], tuple[float, float]]:
-    """The slowest rank's median of every arm, forward and backward; rounds over all arms, so that drift hits all alike."""
-    samples: dict[tuple[str, int], list[tuple[float, float]]] = {arm: [] for arm in arms}
+def _measure(
+    probe: Optional[_Probe], arms: Mapping[tuple[str, int], dict[str, Any]], device: torch.device
+) -> dict[tuple[str, int], tuple[float, float]]:
+    """Forward and backward of every arm: in each round the slowest rank's, of the rounds the fastest.
+
+    A round is over all arms, so that drift hits all alike; and what disturbs a round only adds to its time.
+    """
+    rounds: list[list[tuple[float, float]]] = []
     spent = torch.zeros(1, dtype=torch.float64, device=device)
     for number in range(ROUNDS + 1):
         begin = time.perf_counter()
-        for arm, options in arms.items():
-            result = probe.run(arm[1], **options) if probe else (0.0, 0.0)
-            if number:  # the first round warms up
-                samples[arm].append(result)
+        times = [probe.run(k, **options) if probe else (0.0, 0.0) for (_, k), options in arms.items()]
+        if number:  # the first one warms up
+            rounds.append(times)
         spent += time.perf_counter() - begin
         total = spent.clone()
         _reduce(total)  # ranks must stop together
         if number >= 2 and float(total) * (number + 2) / (number + 1) > BUDGET_S:
             break
-    medians = torch.tensor(
-        [[median(run[way] for run in runs) for way in (0, 1)] for runs in samples.values()], dtype=torch.float64, device=device
-    )
-    _reduce(medians)
-    return {arm: (forward, backward) for arm, (forward, backward) in zip(samples, medians.tolist())}
+    slowest = torch.tensor(rounds, dtype=torch.float64, device=device)  # [rounds, arms, 2]
+    _reduce(slowest)
+    fastest = slowest.sum(-1).min(0).indices.tolist()
+    return {arm: tuple(slowest[fastest[number], number].tolist()) for number, arm in enumerate(arms)}
 
 
 def _reduce(values: Tensor) -> None:
