@@ -16,10 +16,13 @@ from megatron_telechat.moe.overlap_model import PassCosts, predicted_ms
 from megatron_telechat.moe.pipeline import ChunkPipeline
 from megatron_telechat.moe.plan import Arrivals
 
-FIRST = (1, 2, 4)
+FIRST = (1, 2, 4, 8)
 CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16)
 ROUNDS = 5
-BUDGET_S = 20.0
+BUDGET_S = 30.0
+"""Of measuring, for each of the two rounds of questions."""
+SLACK = 1.05
+"""How much slower than the best a neighbour may look to the model and still be tried."""
 MIN_GAIN = 0.01
 """What a larger number of chunks must win over a smaller one; less is noise, and costs memory for its indices."""
 MIN_ROWS = {"cpu": 16, "cuda": 128}
@@ -140,7 +143,8 @@ def choose_num_chunks(
     device: torch.device,
     synchronize: Callable[[], None] = lambda: None,
 ) -> ChunkChoice:
-    """Time the block with 1, 2 and 4 chunks, the computation and the transfers alone; fit the model; try what it likes best.
+    """Time the block with 1, 2, 4 and 8 chunks, the computation and the transfers alone; fit the model; try the numbers next to
+    the best, where the model does not rule them out.
 
     Collective over all ranks: every rank sees the slowest rank's times, and so comes to the same choice.
 
@@ -169,9 +173,11 @@ def choose_num_chunks(
         PassCosts.fit({k: times["compute", k][way] for k in ends}, {k: times["link", k][way] for k in ends}) for way in (0, 1)
     ]
     predicted = {k: predicted_ms(*parts, k) for k in CANDIDATES if k <= limit}
-    further = _worth_trying(predicted, [k for k in first])
-    if further:
-        times |= _measure(probe, {("block", k): {} for k in sorted({*further, first[-1], 1})}, device)
+    measured = {k: sum(times["block", k]) for k in first}
+    best = min(measured, key=measured.get)
+    further = _neighbours(best, first, predicted)
+    if further:  # beside the best again: what is compared is measured side by side
+        times |= _measure(probe, {("block", k): {} for k in sorted({1, best, *further})}, device)
     if probe is not None:
         probe.clean()
     measured = {k: sum(times["block", k]) for kind, k in sorted(times) if kind == "block"}
@@ -209,11 +215,12 @@ def _reduce(values: Tensor) -> None:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
 
 
-def _worth_trying(predicted: Mapping[int, float], measured: Sequence[int]) -> list[int]:
-    """The two candidates that the model likes best, if they were not measured and beat what was."""
-    known = min(predicted[k] for k in measured)
-    ranked = sorted((k for k in predicted if k not in measured and predicted[k] < known), key=lambda k: predicted[k])
-    return ranked[:2]
+def _neighbours(best: int, measured: Sequence[int], predicted: Mapping[int, float]) -> list[int]:
+    """The candidates next to the best of what was measured, unless the model sees them well behind it."""
+    known = sorted({*predicted, *measured})
+    place = known.index(best)
+    beside = [known[at] for at in (place - 1, place + 1) if 0 <= at < len(known)]
+    return [k for k in beside if k not in measured and predicted[k] <= SLACK * predicted[best]]
 
 
 def _smallest_good(measured: Mapping[int, float]) -> int:
