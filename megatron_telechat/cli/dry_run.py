@@ -258,7 +258,7 @@ def _said_by_person(loaded: LoadedConfig) -> list[str]:
     """Values that come from a flag or from a YAML file, with their origin."""
     sections = vars(loaded.run).values()
     values = {name: value for section in sections for name, value in vars(section).items()}
-    quiet = ("default", "derived", "preset ", "torchrun", "no torchrun")
+    quiet = ("default", "derived", "preset ", "torchrun", "no torchrun", "plan ")
     return [
         f"{name} = {values[name]}  ({origin})"
         for name, origin in loaded.origins.items()

@@ -27,6 +27,33 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def new_figure(mosaic: list[list[str]], size: tuple[float, float], rows: tuple[float, ...]) -> tuple[Any, dict[str, Any]]:
+    """A figure and its axes by name; `rows`: heights in proportion.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    return _pyplot().subplot_mosaic(mosaic, figsize=size, layout="constrained", height_ratios=rows)
+
+
+def save_figure(figure: Any, output: Path, flag: str) -> None:
+    """Write a figure and close it; `flag` names the file on the command line.
+
+    Raises:
+        ConfigError: the suffix is no picture format.
+        ResourceError: the picture cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=150, facecolor="white")
+    except OSError as error:
+        raise ResourceError(f"cannot write {output}: {error.strerror}", flag, "name a folder you may write to") from error
+    except ValueError as error:
+        raise ConfigError(f"cannot draw to {output}: {error}", flag, "a name that ends in .png, .svg or .pdf") from error
+    finally:
+        _pyplot().close(figure)
+
+
 def running_mean(values: Sequence[float], reach: int) -> list[float]:
     """Mean of each value and its `reach` neighbours on both sides; values that are not finite are left out."""
     means = []
@@ -43,7 +70,8 @@ def _curve(axes: Any, steps: list[int], values: list[float], color: str, label: 
     axes.plot(steps, values, color=color, linewidth=1.6, label=label)
 
 
-def _style(axes: Any, title: str) -> None:
+def style(axes: Any, title: str) -> None:
+    """Title, grid and frame as all our pictures have them."""
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -65,7 +93,7 @@ def _draw_loss(axes: Any, runs: Sequence[Metrics]) -> None:
         for number, step in enumerate(run.resumes):
             label = "resumed" if number == 0 and not several else None
             axes.axvline(step, color=color if several else INK, linestyle=":", linewidth=1.2, alpha=0.8, label=label)
-    _style(axes, "Loss")
+    style(axes, "Loss")
     axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
 
 
@@ -74,7 +102,7 @@ def _draw_key(key: str, title: str, scale: float = 1.0, smooth: bool = True, flo
         for run, color in zip(runs, _colors(runs)):
             steps, values = run.series(key)
             _curve(axes, steps, [value * scale for value in values], color, None, smooth)
-        _style(axes, title)
+        style(axes, title)
         if floor is not None:
             axes.set_ylim(bottom=floor)
 
@@ -117,20 +145,12 @@ def plot_runs(runs: Sequence[Metrics], output: Path) -> None:
         panels = [*panels[:2], _draw_key("lr", "Learning rate", smooth=False, floor=0), *panels[2:], exposed]
     columns = len(panels) // 2
     figure, grid = pyplot.subplots(2, columns, figsize=(5.5 * columns, 6.6), layout="constrained")
-    try:
-        for draw, axes in zip(panels, grid.flat):
-            draw(axes, runs)
-        for axes in grid[1]:
-            axes.set_xlabel("step", fontsize=9, color=INK)
-        figure.suptitle(", ".join(run.name for run in runs), fontsize=12, fontweight="bold", color=INK, x=0.01, ha="left")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=150, facecolor="white")
-    except OSError as error:
-        raise ResourceError(f"cannot write {output}: {error.strerror}", "--output", "name a folder you may write to") from error
-    except ValueError as error:
-        raise ConfigError(f"cannot draw to {output}: {error}", "--output", "a name that ends in .png, .svg or .pdf") from error
-    finally:
-        pyplot.close(figure)
+    for draw, axes in zip(panels, grid.flat):
+        draw(axes, runs)
+    for axes in grid[1]:
+        axes.set_xlabel("step", fontsize=9, color=INK)
+    figure.suptitle(", ".join(run.name for run in runs), fontsize=12, fontweight="bold", color=INK, x=0.01, ha="left")
+    save_figure(figure, output, "--output")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

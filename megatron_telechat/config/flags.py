@@ -48,6 +48,7 @@ class CommandLine:
         preset: the preset named, if any.
         configs: YAML files named, in order.
         layers_per_virtual_stage: Megatron's way to give the number of chunks; resolved when num_layers is known.
+        refused: of the problems, flags of Megatron-LM that ask for what our training does not have.
         unreadable: fields whose value could not be read.
     """
 
@@ -57,6 +58,7 @@ class CommandLine:
     layers_per_virtual_stage: Optional[int] = None
     actions: Actions = field(default_factory=Actions)
     problems: list[Problem] = field(default_factory=list)
+    refused: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
 
@@ -256,7 +258,9 @@ class _Flag:
                 self.problem(f"{given} contradicts this framework: {answer.because}", fix)
         elif isinstance(answer, Refused):
             use = f"use {answer.use}" if answer.use else "leave it out"
-            self.problem(f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}", use)
+            what = f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}"
+            self.problem(what, use)
+            self.line.refused.append(self.line.problems[-1])
         else:
             value = self.single()
             if value is not None and (not value.isdigit() or int(value) < 1):

@@ -11,13 +11,18 @@ from megatron_telechat.config.derive import derive
 from megatron_telechat.config.fields import did_you_mean, fields_by_name, make_run
 from megatron_telechat.config.flags import Actions, CommandLine, read_command_line
 from megatron_telechat.config.origins import DEFAULT, Check, apply_rules
+from megatron_telechat.config.plan_file import PlanFile, read_plan, same_value
 from megatron_telechat.config.presets import preset_names, preset_text
 from megatron_telechat.config.rules import ALL_RULES, VALUE_RULES
+from megatron_telechat.config.rules.pipeline import working_layout
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import Said, YamlFile, read_yaml
 from megatron_telechat.errors import ConfigError, Problem
 
 LAYOUTS = ("pipeline_model_parallel_layout", "recompute_layout")
+
+PLANNED = (*LAYOUTS, "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
+"""What a planner chooses."""
 
 SUPERSEDES: dict[str, tuple[str, ...]] = {
     "num_layers": LAYOUTS,
@@ -54,22 +59,25 @@ class LoadedConfig:
     preset: Optional[str] = None
 
 
-def load_run_config(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedConfig:
+def load_run_config(argv: Sequence[str], environ: Mapping[str, str], planning: bool = False) -> LoadedConfig:
     """Read flags, files and preset, merge them, fill in what follows, and hold every rule.
 
     Args:
         argv: arguments behind the program's name.
         environ: environment variables; torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE are read.
+        planning: layout and recompute are still to be chosen: what is said of them is dropped, an even split stands in,
+            and flags of Megatron-LM that our training refuses are noted as not modelled.
 
     Raises:
         ConfigError: with all problems.
     """
     line = read_command_line(argv)
-    merged = _Merge(line, environ)
+    merged = _Merge(line, environ, planning)
     merged.run()
     check = Check(make_run(merged.values), merged.origins, merged.unreadable, line.actions.starts_nothing, merged.notes)
     problems = [*merged.problems, *apply_rules(VALUE_RULES, check)]
     derive(check)
+    problems += merged.plan_problems(check)
     problems += apply_rules(ALL_RULES, check)
     if problems:
         raise ConfigError(problems)
@@ -79,15 +87,19 @@ def load_run_config(argv: Sequence[str], environ: Mapping[str, str]) -> LoadedCo
 class _Merge:
     """Values in order of precedence, each overwriting the one before."""
 
-    def __init__(self, line: CommandLine, environ: Mapping[str, str]):
+    def __init__(self, line: CommandLine, environ: Mapping[str, str], planning: bool = False):
         self.line = line
         self.environ = environ
+        self.planning = planning
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {name: DEFAULT for name in fields_by_name()}
-        self.problems: list[Problem] = list(line.problems)
+        self.problems: list[Problem] = [one for one in line.problems if not (planning and one in line.refused)]
         self.notes: list[str] = list(line.notes)
+        if planning:
+            self.notes += [f"{one.what.split(' (a Megatron')[0]} is not modelled, planned without it" for one in line.refused]
         self.unreadable: set[str] = set(line.unreadable)
         self.preset: Optional[str] = None
+        self.plan: Optional[PlanFile] = None
 
     def run(self) -> None:
         files = [self.read_file(path) for path in self.line.configs]
@@ -99,8 +111,11 @@ class _Merge:
             self.take(file.said)
         self.take(self.line.said)
         self.chunks_from_layers()
+        self.take_plan()
         self.world()
         self.settle()
+        if self.planning:
+            self.open_layout()
 
     def take(self, said: Sequence[Said]) -> None:
         for one in said:
@@ -165,6 +180,61 @@ class _Merge:
             return
         self.values[name] = layers // (stages * each)
         self.origins[name] = "flag --num-layers-per-virtual-pipeline-stage"
+
+    def take_plan(self) -> None:
+        """What the plan file sets, as if flags said so; a flag or file that says otherwise is a slip."""
+        path = self.values.get("plan")
+        if path is None:
+            return
+        try:
+            plan = read_plan(path)
+        except ConfigError as error:
+            self.problems += error.problems
+            return
+        self.plan = plan
+        for name, value in plan.sets.items():
+            if self.by_person(name) and not self.same(name, self.values.get(name), value):
+                what = f"{name}={self.values.get(name)} and {name}={value} of the plan disagree"
+                fix = f"drop one of the two, or plan again with {fields_by_name()[name].flag} {self.values.get(name)}"
+                self.problems.append(Problem(what, f"{self.origins[name]}; {plan.origin}", fix))
+                continue
+            self.values[name] = value
+            self.origins[name] = plan.origin
+
+    @staticmethod
+    def same(name: str, one: Any, other: Any) -> bool:
+        try:
+            return same_value(name, one, other)
+        except ConfigError:
+            return False
+
+    def plan_problems(self, check: Check) -> list[Problem]:
+        """What keeps the plan from being one for this model; a note where only its predictions do not hold."""
+        if self.plan is None or self.problems:
+            return []
+        differences = self.plan.differences(check.run)
+        if differences:
+            fix = "plan again for this run: tools/plan_pipeline.py with the flags of this run"
+            return [Problem(f"the plan was made for another run: {'; '.join(differences)}", self.plan.origin, fix)]
+        if self.plan.predicted is not None and self.plan.prediction_for(check.run) is None:
+            made = ", ".join(f"{name}={value}" for name, value in self.plan.predicted_for.items())
+            self.notes.append(f"{self.plan.origin} was made for {made}: its predictions are not used")
+        return []
+
+    def open_layout(self) -> None:
+        """Drop what is said of layout and recompute, and of files, which may be on another machine; an even split, so that
+        the other rules have one to look at."""
+        files = (name for name, info in fields_by_name().items() if info.section in ("data", "checkpoint"))
+        for name in (*PLANNED, *files):
+            self.values.pop(name, None)
+            self.origins[name] = DEFAULT
+        self.unreadable -= set(PLANNED)
+        stages = self.values.get("pipeline_model_parallel_size", 1)
+        chunks = self.values.get("num_virtual_stages_per_pipeline_rank", 1)
+        layers = self.values.get("num_layers", 0)
+        layout = working_layout(layers, stages, chunks) if min(layers, stages, chunks) >= 1 else None
+        if layout is not None:
+            self.values["pipeline_model_parallel_layout"] = str(layout)
 
     def world(self) -> None:
         """Number of ranks: torchrun's, else the flag's (to describe a run), else the fewest that hold the model."""

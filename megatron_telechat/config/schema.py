@@ -103,6 +103,8 @@ class ParallelConfig:
     """Chunks of layers on each pipeline rank; more than 1 selects the interleaved schedule."""
     pipeline_model_parallel_layout: Optional[str] = None
     """Megatron's layout string, such as Et*3|t*4|t*4|t*3L. Unset: the layers are split evenly."""
+    plan: Optional[str] = None
+    """Plan file of tools/plan_pipeline.py --output: parallel sizes, layout and recompute, as if given as flags."""
     context_parallel_size: int = 1
     """Ranks that share one sequence."""
     expert_model_parallel_size: Optional[int] = None

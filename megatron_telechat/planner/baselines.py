@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from dataclasses import dataclass
 from typing import Iterator, Sequence
 
@@ -22,6 +23,10 @@ NEAR = 5
 """Layers a chunk by which a plain split's first and last stages are tried away from the even share."""
 
 
+LAYOUT_STARTS = 6
+"""Plain splits from which the search with a layout string starts, beside those it is given."""
+
+
 @dataclass(frozen=True)
 class Baseline:
     """What a plain way of splitting gives. `makespan` is None where it has no assignment that fits the memory."""
@@ -33,21 +38,32 @@ class Baseline:
 
 def baselines(problem: BalanceProblem) -> list[Baseline]:
     """Megatron's splits (best recompute flags for each), the best plain flags, and the surrogate objectives."""
-    best_flags = _best(problem, (one for counts in _flag_splits(problem) for one in _plain_modes(problem, *counts)))
     return [
-        _named("uniform split", problem, uniform_counts(problem)),
-        _named("account_for_embedding/loss", problem, accounted_counts(problem)),
-        Baseline("best plain flags", *best_flags),
+        *megatron_splits(problem),
         surrogate(problem, "largest stage"),
         surrogate(problem, "all pairs of chunks"),
     ]
 
 
-def _named(name: str, problem: BalanceProblem, counts: tuple[int, ...] | None) -> Baseline:
+def megatron_splits(problem: BalanceProblem, strict: bool = False) -> list[Baseline]:
+    """Megatron's splits (best recompute flags for each), and the best that plain flags without a layout string say.
+
+    strict: recompute only as Megatron's flags can ask for it (see `_plain_modes`).
+    """
+    splits = _flag_splits(problem)
+    best_flags = _best(problem, (one for counts in splits for one in _plain_modes(problem, *counts, strict)))
+    return [
+        _named("uniform split", problem, uniform_counts(problem), strict),
+        _named("account_for_embedding/loss", problem, accounted_counts(problem), strict),
+        Baseline("best plain flags", *best_flags),
+    ]
+
+
+def _named(name: str, problem: BalanceProblem, counts: tuple[int, ...] | None, strict: bool = False) -> Baseline:
     place = problem.mtp_places()[-1] if problem.mtp_places() else None
     if counts is None:
         return Baseline(name, None, None)
-    return Baseline(name, *_best(problem, _plain_modes(problem, counts, place)))
+    return Baseline(name, *_best(problem, _plain_modes(problem, counts, place, strict)))
 
 
 def uniform_counts(problem: BalanceProblem) -> tuple[int, ...] | None:
@@ -85,13 +101,19 @@ def _flag_splits(problem: BalanceProblem) -> Iterator[tuple[tuple[int, ...], int
         yield counts, places[-1]
 
 
-def _plain_modes(problem: BalanceProblem, counts: tuple[int, ...], place: int | None) -> Iterator[Assignment]:
-    """One kind of recompute for all, on the first n layers of every virtual stage (--recompute-num-layers, block)."""
+def _plain_modes(
+    problem: BalanceProblem, counts: tuple[int, ...], place: int | None, strict: bool = False
+) -> Iterator[Assignment]:
+    """One kind of recompute for all, on the first n layers of every virtual stage (--recompute-num-layers, block).
+
+    strict: kinds other than full are taken on all layers alone, as Megatron's selective recompute is.
+    """
     most = max(len(group.modes) for group in problem.groups)
     of_layer = [number for number, group in enumerate(problem.groups) for _ in range(group.count)]
     starts = np.concatenate([[0], np.cumsum(counts)])
     for mode in range(most):
-        for first in [0] if mode == 0 else range(1, max(counts) + 1):
+        partly = any(group.modes[mode].name == "full" for group in problem.groups if mode < len(group.modes)) or not strict
+        for first in [0] if mode == 0 else range(1 if partly else max(counts), max(counts) + 1):
             stages = []
             for stage, count in enumerate(counts):
                 known = [
@@ -115,6 +137,42 @@ def _best(problem: BalanceProblem, candidates: Iterator[Assignment]) -> tuple[fl
     times = np.array([stage_times(problem, assignment) for assignment in fitting], dtype=float)
     best = fitting[int(np.argmin(makespans(op_graph(problem.P, problem.V, problem.m), times, problem.p2p)))]
     return simulate(problem, best).makespan, best
+
+
+def best_with_layout_string(problem: BalanceProblem, begin: Sequence[Assignment], time_limit_s: float) -> Baseline:
+    """The best found of what --pipeline-model-parallel-layout with one set of recompute flags can say.
+
+    One kind of recompute for all, on the first n layers of every virtual stage. For each of these settings single
+    layers are moved between stages while that helps, from the splits of `begin` and from Megatron's own.
+    """
+    name = "layout string and plain recompute"
+    deadline = time.perf_counter() + time_limit_s
+    place = problem.mtp_places()[-1] if problem.mtp_places() else None
+    splits = dict.fromkeys([one.counts for one in begin] + [counts for counts, _ in _flag_splits(problem)][:LAYOUT_STARTS])
+    best = Baseline(name, None, None)
+    for counts in splits:
+        here = math.inf
+        while True:
+            near = [counts, *_moved(counts, problem.fewest_layers(place))]
+            value, found = _best(problem, (one for split in near for one in _plain_modes(problem, split, place, True)))
+            if value is None or found is None or value >= here * (1 - 1e-12):
+                break
+            here, counts = value, found.counts
+            if best.makespan is None or value < best.makespan:
+                best = Baseline(name, value, found)
+            if time.perf_counter() > deadline:
+                return best
+    return best
+
+
+def _moved(counts: tuple[int, ...], fewest: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Splits that differ by one layer on another stage."""
+    for a, b in itertools.permutations(range(len(counts)), 2):
+        if counts[a] > fewest[a]:
+            near = list(counts)
+            near[a] -= 1
+            near[b] += 1
+            yield tuple(near)
 
 
 def surrogate(problem: BalanceProblem, kind: str) -> Baseline:

@@ -19,7 +19,7 @@ from megatron_telechat.planner.picture import layout_picture
 from megatron_telechat.training.console import format_count
 from megatron_telechat.training.paths import RunPaths
 
-NOT_SAID = ("preset", "default", "derived", "torchrun", "no torchrun")
+NOT_SAID = ("preset", "default", "derived", "torchrun", "no torchrun", "plan ")
 """Origins of values that no person gave for this run; --print-config shows those too."""
 
 

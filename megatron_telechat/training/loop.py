@@ -18,6 +18,7 @@ from megatron_telechat.parallel.state import initialize
 from megatron_telechat.training.banner import banner, resume_differences
 from megatron_telechat.training.chunks import ChunkSetting, set_chunks
 from megatron_telechat.training.console import Console
+from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.optimizer import build_optimizer, gathered_parameters, set_learning_rate, wrap_data_parallel
 from megatron_telechat.training.paths import RunPaths
@@ -69,6 +70,9 @@ class Trainer:
         self._introduce(origins or {})
         self.chunk_setting = self._set_chunks()
         self.trace = ExchangeTrace(self.chunks, run, self.state, self.paths.run_dir)
+        with together(self.state):
+            self.forecast = Forecast.of(run, self.backend)
+        self._reported = self.step
         self.meter = Meter(run, self.state, self.backend, self.chunks)
 
     # ---- the run ----------------------------------------------------------------------------
@@ -86,7 +90,9 @@ class Trainer:
             if leave or result.save or self._due(self.run.checkpoint.save_interval) or self._is_last():
                 self._save()
             if leave and not self._is_last():
+                self._compare(self.forecast.line())
                 return self._leave(result)
+        self._compare(self.forecast.line())
         self.console.say(f"done: {self.step} steps, checkpoints in {self.paths.save_dir}")
         return EXIT_OK
 
@@ -120,10 +126,17 @@ class Trainer:
     # ---- between steps ----------------------------------------------------------------------
 
     def _report(self, result: StepResult, lr: float) -> None:
-        record = self.meter.record(self.step, lr, self.consumed_samples, result)
+        record = {**self.meter.record(self.step, lr, self.consumed_samples, result), **self.forecast.fields()}
         self.writer.write(record)
         total = self.backend.memory().total_bytes
         self.console.step(record, total / 2**30 if total else None)
+        self._compare(self.forecast.observe(record, self.step - self._reported))
+        self._reported = self.step
+
+    def _compare(self, line: Optional[str]) -> None:
+        """What was predicted of the run, beside what is measured."""
+        if line is not None:
+            self.console.say(line)
 
     def _evaluate(self) -> None:
         with self.meter.excluded():

@@ -36,7 +36,7 @@ def layers_split(check: Check) -> Iterator[Problem]:
     if works is None:
         fix = f"at most {layers + 2} stages: an empty one would deadlock"
     else:
-        fix = flag(LAYOUT, works)
+        fix = proposal(works)
     yield check.problem(f"num_layers={layers} does not split over {named}", *names, fix=fix)
     check.bad.add(LAYOUT)
 
@@ -46,7 +46,7 @@ def layout_fits(check: Check) -> Iterator[Problem]:
     if text is None:
         return
     works = working_layout(layers, stages, chunks)
-    fix = flag(LAYOUT, works) if works else ""
+    fix = proposal(works) if works else ""
     try:
         complaints = PipelineLayout.parse(text, stages).problems(layers, chunks)
     except ConfigError as error:
@@ -59,6 +59,11 @@ def layout_fits(check: Check) -> Iterator[Problem]:
         )
     if complaints:
         check.bad.add(LAYOUT)
+
+
+def proposal(layout: PipelineLayout) -> str:
+    """A layout that works, and where to find the best one."""
+    return f"{flag(LAYOUT, layout)}  (tools/plan_pipeline.py prints the best one)"
 
 
 def working_layout(layers: int, stages: int, chunks: int) -> Optional[PipelineLayout]:

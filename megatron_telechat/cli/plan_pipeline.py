@@ -1,0 +1,162 @@
+"""The door of the pipeline-stage balancer; torch is imported only to calibrate."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+from megatron_telechat.cli.plan_request import Request, read_device, read_request
+from megatron_telechat.cli.tool import run_tool
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError
+
+GIB = 2**30
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Plan, sweep, solve or calibrate; the exit code of the error where one stands in the way."""
+    return run_tool(_run, argv)
+
+
+def _run(argv: list[str]) -> int:
+    request = read_request(argv)
+    options = request.options
+    chosen = [name for name in ("problem", "sweep", "calibrate") if getattr(options, name)]
+    if len(chosen) > 1:
+        raise ConfigError(f"--{' and --'.join(chosen)} are different jobs", "command line", "give one of them")
+    if options.reserve_gib is not None and not 0 <= options.reserve_gib < float("inf"):
+        raise ConfigError(f"--reserve-gib {options.reserve_gib:g}", "command line", "a number of GiB, at least 0")
+    if options.problem:
+        return _problem(request)
+    if options.calibrate:
+        from megatron_telechat.cli.tool import quiet_imports
+
+        quiet_imports()
+        from megatron_telechat.cli.calibrate_door import calibrate_door
+
+        return calibrate_door(request)
+    if options.sweep:
+        from megatron_telechat.cli.plan_sweep import sweep_door
+
+        return sweep_door(request)
+    return _plan(request)
+
+
+def _problem(request: Request) -> int:
+    """--problem FILE: the abstract problem, in its own units."""
+    from megatron_telechat.planner.problem import BalanceProblem
+    from megatron_telechat.planner.solve import solve
+
+    options = request.options
+    if request.words or options.device or options.plain_flags or options.output:
+        others = [*request.words[:3], *(f"--{name}" for name in ("device", "output") if getattr(options, name))]
+        others += ["--plain-flags"] * options.plain_flags
+        raise ConfigError(f"--problem says all there is to know; {' '.join(others)} does not go with it", "command line",
+                          "leave it out; --time-limit, --gap, --json and --plot do")  # fmt: skip
+    try:
+        text = sys.stdin.read() if options.problem == "-" else Path(options.problem).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"cannot read {options.problem}: {reason}", "--problem", "name a JSON file, or - for stdin") from None
+    problem = BalanceProblem.from_json(text, options.problem)
+    solution = solve(problem, options.time_limit, gap=options.gap)
+    if options.json:
+        print(json.dumps(solution.to_json()))
+    else:
+        from megatron_telechat.cli.plan_report import problem_text
+
+        print(problem_text(problem, solution))
+    if options.plot and solution.assignment is not None:
+        from megatron_telechat.cli.plan_picture import draw
+
+        draw(problem, solution.assignment, Path(options.plot), title=Path(options.problem).name)
+    return EXIT_OK
+
+
+def question_of(request: Request, run: RunConfig, device: Any, time_limit_s: Optional[float] = None) -> Any:
+    """The planner's question of this run under the tool's options."""
+    from megatron_telechat.planner.advice import Question
+
+    options = request.options
+    return Question(
+        run,
+        device,
+        request.kinds,
+        memory_bytes=None if options.memory_gib is None else options.memory_gib * GIB,
+        reserve_bytes=None if options.reserve_gib is None else options.reserve_gib * GIB,
+        time_limit_s=time_limit_s or options.time_limit,
+        gap=options.gap,
+        plain=options.plain_flags,
+    )
+
+
+def _plan(request: Request) -> int:
+    from megatron_telechat.cli.plan_report import infeasible_text, plan_json, plan_text
+    from megatron_telechat.planner.advice import make_plan, plainer
+
+    loaded = request.load()
+    device, run = read_device(request.options.device, loaded.run)
+    question = question_of(request, run, device)
+    plan, solution, problem = make_plan(question)
+    if plan is None:
+        from megatron_telechat.planner.remedy import remedies, shortage
+
+        lack, changes = None, []
+        if solution.status == "infeasible":
+            lack = shortage(problem)
+            pinned = ("--world-size", str(run.parallel.world_size))
+            changes = remedies(question, lambda *flags: request.load(*pinned, *flags).run) if lack else []
+        if request.options.json:
+            print(json.dumps({**solution.to_json(), "stage": lack and lack.stage, "changes": [vars(change) for change in changes]}))
+        else:
+            print(infeasible_text(question, problem, solution, lack, changes))
+        if request.options.output:
+            raise ConfigError("there is no plan to write", "--output", "see above for what fits")
+        return EXIT_OK
+    configured = request.as_configured()
+    if configured is not None:
+        configured = replace(configured, training=replace(configured.training, device=run.training.device))
+    others = plainer(plan, configured)
+    if request.options.json:
+        print(json.dumps(plan_json(plan, others)))
+    else:
+        print(plan_text(plan, others, loaded.notes))
+    write_answers(request, plan)
+    return EXIT_OK
+
+
+def write_answers(request: Request, plan: Any) -> None:
+    """The plan file and the picture, where they are asked for."""
+    from megatron_telechat.cli.plan_report import plan_file
+
+    options = request.options
+    if options.output:
+        text = json.dumps(plan_file(plan, options.output).to_json(), indent=1) + "\n"
+        write_text(options.output, text)
+        if not options.json:
+            print(f"written: {options.output}  (train with --plan {options.output})")
+    if options.plot:
+        from megatron_telechat.cli.plan_picture import draw
+
+        run = plan.question.run
+        draw(plan.problem, plan.assignment, Path(options.plot), title=f"{run.model.name} on {plan.question.device.name}", real=True)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    target = Path(path)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror}", "--output", "name a file you may write") from None

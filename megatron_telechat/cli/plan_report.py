@@ -1,0 +1,259 @@
+"""A plan as a person reads it, and as JSON."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any, Iterable, Optional, Sequence
+
+from megatron_telechat.cli.text import gib, table
+from megatron_telechat.config.plan_file import PlanFile, Predicted, plan_of
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.memory import stage_memory
+from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.advice import Plan, Question
+from megatron_telechat.planner.baselines import Baseline
+from megatron_telechat.planner.plan import Solution
+from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.remedy import Change, Shortage
+from megatron_telechat.planner.build import UNLIMITED_BYTES
+from megatron_telechat.planner.simulate import stage_times
+
+WORTH = 0.005
+"""Gain below which a plan is said to be none."""
+NAMES = {
+    "uniform split": "Megatron's uniform split",
+    "account_for_embedding/loss": "--account-for-embedding/loss-in-pipeline-split",
+    "best plain flags": "best plain flags (no layout string)",
+    "as configured": "as configured (preset, file, flags)",
+}
+
+
+def sizes_text(run: RunConfig) -> str:
+    """TP8 x PP8 (3 chunks) x DP8."""
+    parallel = run.parallel
+    chunks = parallel.num_virtual_stages_per_pipeline_rank
+    text = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
+    text += f" ({chunks} chunks)" * (chunks > 1)
+    text += f" x CP{parallel.context_parallel_size}" * (parallel.context_parallel_size > 1)
+    text += f" x DP{parallel.data_parallel_size}"
+    if run.model.is_moe:
+        text += ", experts EP{} x ETP{}".format(*parallel.expert_sizes)
+    return text
+
+
+def head(question: Question, problem: BalanceProblem) -> list[str]:
+    run, training = question.run, question.run.training
+    limit = "memory not limited" if problem.mem_limit >= UNLIMITED_BYTES else (
+        f"{problem.mem_limit / 2**30:.1f} GiB a device, {problem.const_mem / 2**30:g} of them held back"
+    )  # fmt: skip
+    return [
+        f"{run.model.name} on {question.device.name}: {sizes_text(run)}, {run.parallel.world_size} ranks",
+        f"  {problem.m} micro-batches of {training.micro_batch_size} x {training.seq_length} tokens, {training.precision}; {limit}; "
+        f"recompute allowed: {', '.join(question.kinds)}",
+    ]
+
+
+def plan_text(plan: Plan, others: Sequence[Baseline], notes: Iterable[str] = ()) -> str:
+    """Table of the stages, times, comparisons, proof, flags."""
+    lines = [*head(plan.question, plan.problem), "", *_stages(plan), "", *_times(plan), "", *_comparison(plan, others)]
+    lines += ["", _proof(plan), "", *_flags(plan)]
+    lines += [f"note: {note}" for note in notes if "not modelled" in note]
+    return "\n".join(lines)
+
+
+def _stages(plan: Plan) -> list[str]:
+    problem, counts = plan.problem, plan.assignment.counts
+    times = stage_times(problem, plan.assignment)
+    limited = problem.mem_limit < UNLIMITED_BYTES
+    rows = [["stage", "layers", "recomputed", "forward", "backward", "busy", "waits", "memory GiB", *["of limit"] * limited]]
+    unit, scale = _unit(max(times))
+    recompute = list(plan.planned.recompute)
+    starts = [sum(counts[:stage]) for stage in range(len(counts))]
+    for rank, peak in enumerate(plan.peak_bytes):
+        own = range(rank, problem.num_stages, problem.P)
+        forward, backward = (sum(times[first + stage] for stage in own) for first in (0, problem.num_stages))
+        modes = [mode for stage in own for mode in recompute[starts[stage] : starts[stage] + counts[stage]]]
+        busy = (forward + backward) * problem.m
+        layers = "+".join(str(counts[stage]) for stage in own)
+        layers += f" = {sum(counts[stage] for stage in own)}" * (problem.V > 1)
+        rows.append([
+            str(rank), layers, _recomputed(modes), f"{forward * scale:.4g} {unit}", f"{backward * scale:.4g} {unit}",
+            f"{busy / plan.makespan:.0%}", f"{1 - busy / plan.makespan:.0%}", gib(peak),
+            *[f"{peak / (problem.mem_limit - problem.const_mem):.0%}"] * limited,
+        ])  # fmt: skip
+    return table(rows, left=(0, 1, 2))
+
+
+def _recomputed(modes: Sequence[tuple[str, ...]]) -> str:
+    names = ["+".join(mode) for mode in modes if mode]
+    return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "-"
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    return ("s", 1.0) if seconds >= 1 else ("ms", 1e3)
+
+
+def _seconds(value: float) -> str:
+    unit, scale = _unit(value)
+    return f"{value * scale:.4g} {unit}"
+
+
+def _times(plan: Plan) -> list[str]:
+    found = plan.prediction
+    parts = [f"pipeline {_seconds(found.makespan)} (the busiest stage waits {found.bubble:.0%})"]
+    rest = (("gradient reduction", found.reduction), ("optimizer", found.optimizer), ("rest", found.constant))
+    parts += [f"{name} {_seconds(value)}" for name, value in rest if value > 0]
+    return [
+        f"predicted: {_seconds(found.iteration)} a step, {found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
+    ]
+
+
+def _comparison(plan: Plan, others: Sequence[Baseline]) -> list[str]:
+    rows = [["pipeline time, by the same simulator", "", "", ""], ["  this plan", _seconds(plan.makespan), "", _layout(plan.assignment.counts)]]
+    for other in others:
+        name = f"  {NAMES.get(other.name, other.name)}"
+        if other.makespan is None or other.assignment is None:
+            layers, stages = plan.problem.num_layers, plan.problem.num_stages
+            splits = {"uniform split": layers % stages == 0, "account_for_embedding/loss": (layers + 2) % stages == 0}
+            why = "does not fit the memory" if splits.get(other.name, True) else f"{layers} layers do not split so over {stages}"
+            why = "none splits these layers and fits" if other.name == "best plain flags" else why
+            rows.append([name, "-", "", why])
+            continue
+        more = other.makespan / plan.makespan - 1
+        rows.append([name, _seconds(other.makespan), f"{more:+.1%}", _layout(other.assignment.counts)])
+    return [*table(rows, left=(0, 3)), verdict(plan, others)]
+
+
+def _layout(counts: Sequence[int]) -> str:
+    text = " ".join(map(str, counts))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def verdict(plan: Plan, others: Sequence[Baseline]) -> str:
+    """What the plan is worth, without flattery."""
+    known = {other.name: other.makespan for other in others if other.makespan is not None}
+    plain = [value for name, value in known.items() if name != "as configured"]
+    configured = known.get("as configured")
+    if not plain:
+        fits = "none of Megatron's plain splits works here; this plan does"
+    else:
+        gain = min(plain) / plan.makespan - 1
+        if gain < -WORTH:
+            fits = f"worse than plain flags by {-gain:.1%}: give the search more --time-limit"
+        elif gain < WORTH:
+            fits = f"no gain over plain flags: they are within {max(gain, 0):.1%} of this plan"
+        else:
+            fits = f"{gain:.1%} faster than the best that plain flags give"
+        if "uniform split" in known and known["uniform split"] < plan.makespan * (1 + WORTH):
+            fits += "; the uniform split is as good" if gain < WORTH else ""
+    if configured is not None:
+        gain = configured / plan.makespan - 1
+        fits += f"; {gain:.1%} faster than as configured" if gain >= WORTH else "; as good as configured, no more"
+    return "  " + fits
+
+
+def _proof(plan: Plan) -> str:
+    solution, seconds = plan.solution, f"{plan.solution.seconds:.2f} s"
+    if solution.status == "optimal" and plan.gap <= 1e-6:
+        return f"proof: optimal; no layout and recompute that fit are faster under this model ({seconds} of search)"
+    what = "any recompute per layer" if plan.question.plain else "anything"
+    bound = f"{what} that fits is at most {plan.gap:.2%} faster"
+    if plan.question.plain and solution.status == "optimal":
+        return f"proof: {bound}, which Megatron-LM's flags cannot say; within them, the best found ({seconds})"
+    return f"proof: not closed after {seconds}; {bound} (a longer --time-limit may close it)"
+
+
+def plan_flags(plan: Plan) -> tuple[str, ...]:
+    """Flags of our training that ask for the plan."""
+    chunks = plan.problem.V
+    more = ("--num-virtual-stages-per-pipeline-rank", str(chunks)) if chunks > 1 else ()
+    return (*more, *plan.planned.flags) if plan.problem.P > 1 else plan.planned.flags[2:]
+
+
+def _megatron_flags(plan: Plan) -> tuple[Optional[str], str]:
+    try:
+        return shlex.join(plan.planned.megatron_flags()), ""
+    except ConfigError as error:
+        return None, error.problems[0].what
+
+
+def _flags(plan: Plan) -> list[str]:
+    lines = [f"layout: {plan.planned.layout}", f"flags: {shlex.join(plan_flags(plan))}"]
+    flags, why = _megatron_flags(plan)
+    if flags is None:
+        lines.append("Megatron-LM cannot say this: recompute differs between stages; --plain-flags gives the best that it can")
+    elif flags != shlex.join(plan_flags(plan)):
+        lines.append(f"Megatron-LM: {flags}")
+    return lines
+
+
+def plan_file(plan: Plan, path: str) -> PlanFile:
+    """What --output writes."""
+    found = plan.prediction
+    memory = tuple(round(stage.total_bytes / 2**30, 4) for stage in stage_memory(plan.planned.run))
+    predicted = Predicted(
+        plan.question.device.name, found.iteration, memory, found.tokens_per_s_per_device
+    )
+    about = {
+        "flags": list(plan_flags(plan)),
+        "megatron_flags": _megatron_flags(plan)[0],
+        "proof": {"status": plan.solution.status, "makespan": plan.makespan, "lower_bound": plan.solution.lower_bound, "gap": plan.gap},
+    }
+    return plan_of(plan.planned.run, path, predicted, about)
+
+
+def plan_json(plan: Plan, others: Sequence[Baseline]) -> dict[str, Any]:
+    """The answer of a balance problem, and what it means for the run."""
+    found = plan.prediction
+    answer = plan.solution.to_json()
+    answer |= {"makespan": plan.makespan, "gap": plan.gap, "modes": [list(stage) for stage in plan.assignment.modes]}
+    return {
+        **answer,
+        "peak_bytes": [peak + plan.problem.const_mem for peak in plan.peak_bytes],
+        "layers": list(plan.assignment.counts),
+        "compared": {other.name: other.makespan for other in others},
+        "predicted": {
+            "iteration_s": found.iteration, "pipeline_s": found.makespan, "bubble": found.bubble,
+            "gradient_reduction_s": found.reduction, "optimizer_s": found.optimizer, "rest_s": found.constant,
+            "tokens_per_s_per_device": found.tokens_per_s_per_device,
+        },
+        "plan": plan_file(plan, "").to_json(),
+    }  # fmt: skip
+
+
+def infeasible_text(
+    question: Question, problem: BalanceProblem, solution: Solution, lack: Optional[Shortage], changes: Sequence[Change]
+) -> str:
+    """Which stage lacks how much, and what fits."""
+    lines = head(question, problem)
+    if solution.status != "infeasible":
+        return "\n".join([*lines, "", f"nothing found in {solution.seconds:.1f} s: {solution.reason}; a longer --time-limit may help"])
+    if lack is None:
+        return "\n".join([*lines, "", f"does not fit: {solution.reason}"])
+    most = problem.mem_limit - problem.const_mem
+    at_least = "" if lack.proved else " (best case found)"
+    lines += ["", f"does not fit: in the best case stage {lack.stage} lacks {gib(lack.lacking_bytes)} GiB{at_least}"]
+    lines.append("  GiB of each stage then: " + ", ".join(gib(need) for need in lack.needed_bytes) + f"; usable: {gib(most)}")
+    if not changes:
+        return "\n".join([*lines, "  no change or pair of changes that was tried fits: a larger device, or more of them"])
+    rows = [["  what fits, smallest change first", "pipeline", "tokens/s", "flags"]]
+    for change in changes:
+        rows.append([f"  {change.text}", _seconds(change.makespan), f"{change.tokens_per_s:,.0f}", " ".join(change.flags)])
+    return "\n".join([*lines, *table(rows, left=(0, 3))])
+
+
+def problem_text(problem: BalanceProblem, solution: Solution) -> str:
+    """The answer to an abstract problem, in its own units."""
+    if solution.assignment is None:
+        lack = f"; the tightest device lacks {solution.shortfall:g}" if solution.shortfall is not None else ""
+        return f"{solution.status}: {solution.reason}{lack}"
+    rows = [["device", "layers", "modes", "peak", "of limit"]]
+    for rank, peak in enumerate(solution.peak_bytes or ()):
+        own = solution.assignment.modes[rank :: problem.P]
+        modes = [mode for stage in own for mode in stage]
+        uses = ", ".join(f"{modes.count(mode)} of mode {mode}" for mode in sorted(set(modes)))
+        rows.append([str(rank), "+".join(str(len(stage)) for stage in own), uses or "-", f"{peak:g}",
+                     f"{peak / problem.mem_limit:.0%}" if problem.mem_limit else "-"])  # fmt: skip
+    place = "" if solution.assignment.mtp_stage is None else f"; MTP block on virtual stage {solution.assignment.mtp_stage}"
+    state = f"{solution.status}: makespan {solution.makespan:g}, lower bound {solution.lower_bound:g}, gap {solution.gap:.3%}{place}"
+    return "\n".join([f"{state} ({solution.seconds:.2f} s)", *table(rows, left=(0, 1, 2))])

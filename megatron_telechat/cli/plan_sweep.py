@@ -1,0 +1,81 @@
+"""--sweep of plan_pipeline: parallel layouts of a cluster in a ranked table."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from megatron_telechat.cli.plan_pipeline import question_of, write_answers
+from megatron_telechat.cli.plan_report import plan_file, plan_flags
+from megatron_telechat.cli.plan_request import Request, read_device
+from megatron_telechat.cli.text import gib, table
+from megatron_telechat.config.fields import values_of
+from megatron_telechat.errors import EXIT_OK, ConfigError
+from megatron_telechat.planner.advice import Plan
+from megatron_telechat.planner.build import UNLIMITED_BYTES
+from megatron_telechat.planner.sweep import FLAGS, Ranking, candidates, sweep
+
+
+
+def sweep_door(request: Request) -> int:
+    """Rank the layouts of --world-size ranks; --output and --plot are those of the first.
+
+    Raises:
+        ConfigError: no number of ranks; no layout that the configuration takes.
+    """
+    options = request.options
+    if options.top < 1:
+        raise ConfigError(f"--top {options.top}", "command line", "at least 1")
+    loaded = request.load()
+    if loaded.origins["world_size"] == "derived":
+        raise ConfigError("a sweep has no number of ranks to lay out", "command line", "--world-size N")
+    device, run = read_device(options.device, loaded.run)
+    values = values_of(loaded.run)
+    fixed = {name: values[name] for name in FLAGS if loaded.origins[name].startswith("flag") and values[name]}
+    question = question_of(request, run, device)
+    found = candidates(question, lambda *flags: request.load(*flags).run, fixed)
+    if not found:
+        raise ConfigError(f"no parallel layout of {run.parallel.world_size} ranks goes with this run", "--sweep",
+                          "another --world-size, a --global-batch-size with more divisors, or fewer fixed sizes")  # fmt: skip
+    ranking = sweep(found, options.top, options.time_limit)
+    if options.json:
+        print(json.dumps([{"flags": list(_flags(flags, plan)), "plan": plan_file(plan, "").to_json()} for flags, plan in ranking.plans]))
+    else:
+        print("\n".join(_text(ranking, run.model.name, device.name, run.parallel.world_size, options.time_limit)))
+    if ranking.plans:
+        write_answers(request, ranking.plans[0][1])
+    elif options.output:
+        raise ConfigError("there is no plan to write", "--output", "see above")
+    return EXIT_OK
+
+
+def _flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+    """Sizes of the sweep, and the plan's own flags; the number of chunks is among both."""
+    chunks = flags.index(FLAGS["num_virtual_stages_per_pipeline_rank"])
+    return (*flags[:chunks], *flags[chunks + 2 :], *plan_flags(plan))
+
+
+def _text(ranking: Ranking, model: str, device: str, ranks: int, limit_s: float) -> list[str]:
+    lines = [f"{model} on {ranks} x {device}: {ranking.tried} parallel layouts solved, {ranking.no_fit} of them do not fit the memory"]
+    if ranking.skipped:
+        lines.append(f"  {ranking.skipped} more cannot be among these, by the work they have")
+    if ranking.unseen:
+        lines.append(f"  ! no time for {ranking.unseen} more, less promising by their work: --time-limit {limit_s * 3:g} sees more of them")
+    if not ranking.plans:
+        return [*lines, "", "no layout was found that fits: more ranks, --recompute-kinds full, or a larger device"]
+    moe = any(plan.question.run.model.is_moe for _, plan in ranking.plans)
+    rows = [["", "TP", "PP", "chunks", *["EP"] * moe, "DP", "micro-batch", "tokens/s a device", "step", "waits", "GiB", "of limit", "recomputed", "gap", "layers"]]
+    for number, (_, plan) in enumerate(ranking.plans, 1):
+        parallel, problem = plan.question.run.parallel, plan.problem
+        peak = max(plan.peak_bytes)
+        share = "-" if problem.mem_limit >= UNLIMITED_BYTES else f"{peak / (problem.mem_limit - problem.const_mem):.0%}"
+        recomputed = sum(bool(mode) for mode in plan.planned.recompute)
+        counts = " ".join(map(str, plan.assignment.counts))
+        rows.append([
+            str(number), str(parallel.tensor_model_parallel_size), str(problem.P), str(problem.V),
+            *[str(parallel.expert_sizes[0])] * moe, str(parallel.data_parallel_size), str(plan.question.run.training.micro_batch_size),
+            f"{plan.prediction.tokens_per_s_per_device:,.0f}", f"{plan.prediction.iteration:.4g} s", f"{plan.prediction.bubble:.0%}",
+            gib(peak), share, f"{recomputed} of {problem.num_layers}", f"{plan.gap:.1%}", counts if len(counts) <= 40 else counts[:37] + "...",
+        ])  # fmt: skip
+    flags, plan = ranking.plans[0]
+    return [*lines, "", *table(rows, left=(0, len(rows[0]) - 1)), "", "flags of the first: " + shlex.join(_flags(flags, plan))]

@@ -1,0 +1,118 @@
+"""The plan of a run: the balance problem solved, the iteration that follows, and what plainer splits would give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Optional, Sequence
+
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.devices import DeviceSpec
+from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.baselines import Baseline, best_with_layout_string, megatron_splits
+from megatron_telechat.planner.build import PlannedRun, assignment_of, balance_problem, kinds_of, planned_run
+from megatron_telechat.planner.plan import Assignment, Solution
+from megatron_telechat.planner.predict import Prediction, predict
+from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.simulate import peak_bytes, simulate
+from megatron_telechat.planner.solve import solve
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned.
+
+    Attributes:
+        run: the run; its own layout and recompute are not read.
+        kinds: recompute kinds a layer may have, next to none.
+        memory_bytes, reserve_bytes: of one device; unset: the device file's, and the usual reserve.
+        time_limit_s, gap: of the search.
+        plain: only what Megatron-LM's flags can say.
+    """
+
+    run: RunConfig
+    device: DeviceSpec
+    kinds: tuple[str, ...] = ("full",)
+    memory_bytes: Optional[float] = None
+    reserve_bytes: Optional[float] = None
+    time_limit_s: float = 30.0
+    gap: float = 0.0
+    plain: bool = False
+
+    def problem(self) -> BalanceProblem:
+        """Its balance problem.
+
+        Raises:
+            ConfigError: unknown kind; no times for this device at these shapes.
+        """
+        return balance_problem(
+            self.run, self.device, self.kinds, mem_limit_bytes=self.memory_bytes, reserve_bytes=self.reserve_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An answer.
+
+    Attributes:
+        solution: of the solver; with plain flags its bound, and the assignment within them.
+        planned: the run with layout and recompute in place.
+        prediction: of one iteration of it.
+    """
+
+    question: Question
+    problem: BalanceProblem
+    solution: Solution
+    assignment: Assignment
+    makespan: float
+    planned: PlannedRun
+    prediction: Prediction
+
+    @property
+    def gap(self) -> float:
+        """Share of the makespan by which anything that fits may be faster."""
+        return max(0.0, 1 - (self.solution.lower_bound or 0.0) / self.makespan) if self.makespan else 0.0
+
+    @property
+    def peak_bytes(self) -> tuple[float, ...]:
+        """Of each stage, without the reserve."""
+        return tuple(peak - self.problem.const_mem for peak in peak_bytes(self.problem, self.assignment))
+
+
+def make_plan(question: Question, problem: Optional[BalanceProblem] = None) -> tuple[Optional[Plan], Solution, BalanceProblem]:
+    """Solve it. The plan is None where nothing fits, or nothing was found in time: the solution says which.
+
+    Raises:
+        ConfigError: see `Question.problem`.
+    """
+    problem = problem or question.problem()
+    solution = solve(problem, question.time_limit_s, gap=question.gap)
+    assignment, makespan = solution.assignment, solution.makespan
+    if question.plain and assignment is not None:
+        plain = best_with_layout_string(problem, [assignment], question.time_limit_s)
+        assignment, makespan = plain.assignment, plain.makespan
+    if assignment is None or makespan is None:
+        return None, solution, problem
+    planned = planned_run(question.run, problem, assignment)
+    prediction = predict(planned.run, question.device)
+    return Plan(question, problem, solution, assignment, makespan, planned, prediction), solution, problem
+
+
+def plainer(plan: Plan, configured: Optional[RunConfig]) -> list[Baseline]:
+    """What to compare with: the run as it was configured, Megatron's splits, the best plain flags."""
+    problem = plan.problem
+    found = [_configured(plan.question, problem, configured)] if configured is not None else []
+    return [one for one in found if one is not None] + megatron_splits(problem, strict=True)
+
+
+def _configured(question: Question, problem: BalanceProblem, run: RunConfig) -> Optional[Baseline]:
+    """The configured layout and recompute, which may use kinds that the plan may not."""
+    kinds: Sequence[str] = dict.fromkeys([*question.kinds, *kinds_of(run)])
+    try:
+        wide = replace(question, kinds=tuple(kinds)).problem()
+        assignment = assignment_of(run, wide)
+    except ConfigError:
+        return None
+    if len(assignment.modes) != problem.num_stages:
+        return None
+    fits = max(peak_bytes(wide, assignment)) <= wide.mem_limit
+    return Baseline("as configured", simulate(wide, assignment).makespan if fits else None, assignment)

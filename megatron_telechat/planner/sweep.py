@@ -1,0 +1,172 @@
+"""Parallel layouts of a cluster, each with its best pipeline, ranked by tokens a second."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Callable, Iterator, Mapping, Optional, Sequence
+
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.advice import Plan, Question, make_plan
+from megatron_telechat.planner.problem import BalanceProblem
+
+MOST_CHUNKS = 4
+FIRST_LOOK_S, FIRST_LOOK_GAP = 0.15, 0.02
+"""Search for one candidate; the best few get the time that is left."""
+FIRST_LOOK_SHARE = 0.6
+"""Of the time limit, for first looks."""
+FLAGS = {
+    "tensor_model_parallel_size": "--tensor-model-parallel-size",
+    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
+    "num_virtual_stages_per_pipeline_rank": "--num-virtual-stages-per-pipeline-rank",
+    "expert_model_parallel_size": "--expert-model-parallel-size",
+    "micro_batch_size": "--micro-batch-size",
+}
+"""What a sweep varies, and how to ask for it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One parallel layout. `bound_s`: no split of it runs the pipeline in less; `guess_s`: what it may take."""
+
+    flags: tuple[str, ...]
+    question: Question
+    problem: BalanceProblem
+    bound_s: float
+    guess_s: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a sweep found.
+
+    Attributes:
+        plans: fastest first, with the flags of each.
+        tried: layouts that were solved; no_fit: of them, those that do not fit the memory.
+        skipped: layouts that cannot be among the best, by a bound, and were not solved.
+        unseen: layouts for which there was no time.
+    """
+
+    plans: tuple[tuple[tuple[str, ...], Plan], ...]
+    tried: int
+    no_fit: int
+    skipped: int
+    unseen: int
+
+
+def candidates(question: Question, load: Callable[..., RunConfig], fixed: Mapping[str, int]) -> list[Candidate]:
+    """All layouts of the run's ranks that the configuration takes, most promising first.
+
+    Args:
+        load: the run with some flags added; raises ConfigError where they do not go together.
+        fixed: fields that keep their value.
+    """
+    found = []
+    for sizes in _sizes(question.run, fixed):
+        flags = tuple(word for name, size in sizes.items() for word in (FLAGS[name], str(size)))
+        try:
+            run = load(*flags)
+            run = replace(run, training=replace(run.training, device=question.run.training.device))
+            if run.num_microbatches < 1:
+                continue
+            asked = replace(question, run=run)
+            problem = asked.problem()
+        except ConfigError:
+            continue
+        found.append(Candidate(flags, asked, problem, work_bound(problem), guess(problem)))
+    return sorted(found, key=lambda one: one.guess_s)
+
+
+def _sizes(run: RunConfig, fixed: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    parallel, model = run.parallel, run.model
+    ranks = parallel.world_size // parallel.context_parallel_size
+    node = parallel.ranks_per_node or min(8, parallel.world_size)
+    batch = run.training.global_batch_size
+
+    def choices(name: str, values: Sequence[int]) -> Sequence[int]:
+        return [fixed[name]] if name in fixed else values
+
+    tensors = choices("tensor_model_parallel_size", [size for size in _divisors(node) if model.num_attention_heads % size == 0])
+    stages = choices("pipeline_model_parallel_size", [size for size in _divisors(ranks) if size <= model.num_layers])
+    chunks = choices("num_virtual_stages_per_pipeline_rank", range(1, MOST_CHUNKS + 1))
+    experts = choices("expert_model_parallel_size", _divisors(model.num_experts)) if model.num_experts else [0]
+    micro = choices("micro_batch_size", [size for size in (1, 2, 4, 8) if batch % size == 0])
+    for tensor, stage, chunk, expert, size in itertools.product(tensors, stages, chunks, experts, micro):
+        if ranks % (tensor * stage) or (stage == 1 and chunk > 1) or stage * chunk > model.num_layers:
+            continue
+        data = ranks // (tensor * stage)
+        if batch % (data * size) or (chunk > 1 and batch // (data * size) % stage):
+            continue
+        sizes = {
+            "tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": stage,
+            "num_virtual_stages_per_pipeline_rank": chunk, "micro_batch_size": size,
+        }  # fmt: skip
+        yield sizes | ({"expert_model_parallel_size": expert} if expert else {})
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def work_bound(problem: BalanceProblem) -> float:
+    """Seconds below which no split can run: the work of all stages, without recompute, shared by all devices; the fullest
+    device has at least the mean."""
+    layers = math.fsum(group.count * (group.f + group.b) for group in problem.groups)
+    ends = math.fsum((problem.embed.f, problem.embed.b, problem.head.f, problem.head.b))
+    return problem.m * (layers + ends) / problem.P
+
+
+def guess(problem: BalanceProblem) -> float:
+    """Seconds that an even split may take, to order candidates by: work, bubble, and the recompute that makes stage 0 fit."""
+    layers, chunks = problem.num_layers, problem.P * problem.V
+    in_flight = min(problem.m, problem.P + (problem.P - 1) / problem.V)
+    leanest = [min(group.modes, key=lambda mode: mode.act) for group in problem.groups]
+    kept = sum(group.count * group.modes[0].act for group in problem.groups) / problem.P * in_flight
+    saved = kept - sum(group.count * mode.act for group, mode in zip(problem.groups, leanest)) / problem.P * in_flight
+    resident = sum(group.count * group.w for group in problem.groups) / problem.P + max(problem.embed.w, problem.head.w)
+    over = problem.const_mem + resident + kept - problem.mem_limit
+    share = max(over, 0.0) / saved if saved else math.inf * (over > 0)
+    extra = problem.m / problem.P * sum(group.count * mode.extra_b for group, mode in zip(problem.groups, leanest))
+    bubble = (problem.P - 1) / (problem.V * problem.m)
+    uneven = -(-layers // chunks) * chunks / layers
+    return (work_bound(problem) + extra * share) * (1 + bubble) * uneven * (1 if share <= 1 else 1e3)
+
+
+def sweep(found: Sequence[Candidate], top: int, time_limit_s: float) -> Ranking:
+    """Solve the candidates, most promising first, those left out that a bound says cannot be among the `top` best; then search
+    longer for the best."""
+    deadline = time.perf_counter() + time_limit_s
+    looks_until = deadline - (1 - FIRST_LOOK_SHARE) * time_limit_s
+    best: list[tuple[Candidate, Plan]] = []
+    tried = no_fit = skipped = 0
+    for one in found:
+        worst = best[top - 1][1].prediction.iteration if len(best) >= top else math.inf
+        if one.bound_s >= worst:
+            skipped += 1
+            continue
+        if time.perf_counter() > looks_until:
+            continue
+        tried += 1
+        plan = _solved(one, FIRST_LOOK_S, FIRST_LOOK_GAP)
+        if plan is None:
+            no_fit += 1
+            continue
+        best.append((one, plan))
+        best.sort(key=lambda pair: pair[1].prediction.iteration)
+        del best[max(top, 1) * 2 :]
+    refined = []
+    for number, (one, plan) in enumerate(best[:top]):
+        left = deadline - time.perf_counter()
+        share = left / (min(len(best), top) - number)
+        again = _solved(one, min(share, one.question.time_limit_s), one.question.gap) if plan.gap > 1e-6 and share > FIRST_LOOK_S else None
+        refined.append((one.flags, again if again is not None and again.makespan <= plan.makespan else plan))
+    refined.sort(key=lambda pair: pair[1].prediction.iteration)
+    return Ranking(tuple(refined), tried, no_fit, skipped, len(found) - tried - skipped)
+
+
+def _solved(one: Candidate, time_limit_s: float, gap: float) -> Optional[Plan]:
+    plan, _, _ = make_plan(replace(one.question, time_limit_s=max(time_limit_s, 0.05), gap=gap), one.problem)
+    return plan
