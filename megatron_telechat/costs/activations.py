@@ -121,7 +121,7 @@ def expert_activations(model: ModelConfig, size: int, tokens: Tokens) -> tuple[f
 
     Rows that arrived: h elements, one for every rank a token's experts lie on (`arriving_rows`); on a rank that has all
     experts they are the norm's output itself. Expert rows (top-k of a token): 2 f_e elements (gate, up), f_e cut by
-    the expert tensor-parallel size, and the probability. The product of gate and up is made again in every backward.
+    the expert tensor-parallel size, and the fp32 probability. The product of gate and up is made again in every backward.
     Router: the chosen experts (int64) and their fp32 weights, and fp32 scores of all experts for an auxiliary loss.
     Recompute ``moe`` drops gate and up: no exchange is repeated. Row numbers, below 1 % of a row, are left out.
     """
@@ -130,7 +130,7 @@ def expert_activations(model: ModelConfig, size: int, tokens: Tokens) -> tuple[f
     gate_up = 2 * size * tokens.routed * expert_ffn_hidden_size(model) / tokens.expert_tensor
     scores = 4 * (model.num_experts or 0) * (model.moe_aux_loss_coeff > 0 or model.moe_z_loss_coeff > 0)
     router = tokens.split * (model.moe_router_topk * (INDEX_BYTES + 4) + scores)
-    return rows + gate_up + size * tokens.routed + router, gate_up
+    return rows + gate_up + 4 * tokens.routed + router, gate_up
 
 
 def arriving_rows(model: ModelConfig, tokens: Tokens) -> float:
