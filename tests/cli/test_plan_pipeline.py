@@ -1,0 +1,324 @@
+"""plan_pipeline: answers that hold, honest comparisons, changes that really fit, mistakes that are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_telechat.cli.plan_pipeline import main
+from megatron_telechat.config import load_run_config
+from megatron_telechat.config.fields import values_of
+from megatron_telechat.costs.devices import device_spec
+from megatron_telechat.costs.memory import stage_memory
+from megatron_telechat.planner.plan import Assignment
+from megatron_telechat.planner.predict import predict
+from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.simulate import simulate
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "plan_pipeline.py"
+RUN_35B = ["--preset", "telechat2-35b", "--world-size", "16"]
+ON_910B = ["--device", "ascend-910b-64g"]
+SMALL = ["--preset", "telechat2-tiny", "--pipeline-model-parallel-size", "2", "--world-size", "2", "--global-batch-size", "8",
+         "--micro-batch-size", "1"]  # fmt: skip
+PROBLEM = {
+    "P": 2, "V": 1, "m": 4, "mem_limit": 2000, "const_mem": 100, "p2p": 3,
+    "groups": [{"count": 6, "f": 100, "b": 200, "w": 100, "modes": [
+        {"name": "none", "extra_b": 0, "act": 200, "ws": 0}, {"name": "full", "extra_b": 100, "act": 8, "ws": 82}]}],
+    "embed": {"f": 5, "b": 5, "w": 200, "act": 10}, "head": {"f": 60, "b": 120, "w": 200, "act": 80},
+}  # fmt: skip
+
+
+@pytest.fixture
+def ask(capsys):
+    def run(*words: str) -> tuple[int, str]:
+        code = main(list(words))
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, said.out + said.err
+
+    return run
+
+
+def answer(ask, *words: str) -> dict:
+    code, text = ask("--json", *words)
+    assert code == 0, text
+    return json.loads(text)
+
+
+@pytest.mark.parametrize("words", [["--help"], [*SMALL, "--device", "h100-80g"]], ids=["help", "small plan"])
+def test_answers_at_once_and_without_torch(words):
+    """Seconds of processor time, the best of three: other work on the machine is not ours."""
+    code = "import sys; from megatron_telechat.cli.plan_pipeline import main\ntry: code = main(sys.argv[1:])\n"
+    code += "except SystemExit as end: code = end.code\nprint('loaded', {'torch', 'matplotlib', 'megatron.core'} & set(sys.modules))"
+    seconds = []
+    for command in ([sys.executable, "-c", code], [sys.executable, str(TOOL)], [sys.executable, str(TOOL)]):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if command[1] == "-c":
+            assert "loaded set()" in done.stdout
+    assert min(seconds) < 0.5, seconds
+
+
+def test_problem_in_the_answer_format(ask, tmp_path):
+    path = tmp_path / "problem.json"
+    path.write_text(json.dumps(PROBLEM))
+    found = answer(ask, "--problem", str(path))
+    assert set(found) == {"status", "makespan", "lower_bound", "gap", "modes", "mtp_stage", "peak_bytes", "seconds"}
+    assert found["status"] == "optimal" and found["gap"] == 0
+    result = simulate(BalanceProblem.from_json(PROBLEM), Assignment.from_json(found))
+    assert (result.makespan, list(result.peak_bytes)) == (found["makespan"], found["peak_bytes"])
+    assert "optimal: makespan" in ask("--problem", str(path))[1]
+    path.write_text(json.dumps({**PROBLEM, "mem_limit": 500}))
+    found = answer(ask, "--problem", str(path))
+    assert found["status"] == "infeasible" and found["shortfall"] > 0 and found["modes"] is None
+
+
+def test_plan_is_what_the_cost_model_says(ask):
+    """Times and bytes of the answer, against prediction and memory of the run that its flags give."""
+    found = answer(ask, *RUN_35B, *ON_910B)
+    assert found["status"] == "optimal"
+    run = load_run_config([*RUN_35B, "--dry-run", *found["plan"]["flags"]], {}).run
+    prediction = predict(run, device_spec("ascend-910b-64g"))
+    assert prediction.makespan == pytest.approx(found["makespan"], rel=1e-9)
+    assert prediction.iteration == pytest.approx(found["predicted"]["iteration_s"], rel=1e-9)
+    bytes_of_stages = [stage.total_bytes for stage in stage_memory(run)]
+    assert [peak - 3 * 2**30 for peak in found["peak_bytes"]] == pytest.approx(bytes_of_stages, rel=1e-9)
+    assert found["makespan"] < found["compared"]["uniform split"] < found["compared"]["as configured"]
+
+
+def test_table_says_all_of_it(ask):
+    code, text = ask(*RUN_35B, *ON_910B)
+    assert code == 0
+    for part in ("60.9 GiB a device, 3 of them held back", "memory GiB", "of limit", "Megatron's uniform split", "best plain flags",
+                 "faster than as configured", "proof: optimal", "layout: Et*15|t*16|t*17|t*16L",
+                 "--recompute-layout", "Megatron-LM cannot say this"):  # fmt: skip
+        assert part in text, part
+
+
+def test_no_gain_is_said_to_be_none(ask):
+    words = ["--num-layers", "96", "--global-batch-size", "256", "--world-size", "32", "--pipeline-model-parallel-size", "4"]
+    code, text = ask("--preset", "telechat2-115b", *words, "--num-virtual-stages-per-pipeline-rank", "1", "--device", "h200-141g")
+    assert code == 0 and "no gain over plain flags" in text and "the uniform split is as good" in text
+
+
+def test_plain_flags_are_plain_and_cost_something(ask):
+    free, plain = answer(ask, *RUN_35B, *ON_910B), answer(ask, *RUN_35B, *ON_910B, "--plain-flags")
+    assert free["plan"]["megatron_flags"] is None
+    assert "--recompute-num-layers 2" in plain["plan"]["megatron_flags"]
+    assert free["makespan"] < plain["makespan"] <= plain["compared"]["best plain flags"]
+    assert plain["gap"] == pytest.approx(1 - free["makespan"] / plain["makespan"], abs=1e-6)
+
+
+def test_infeasible_names_the_stage_and_changes_that_fit(ask):
+    tight = [*RUN_35B, *ON_910B, "--memory-gib", "45", "--recompute-kinds", "none"]
+    code, text = ask(*tight)
+    assert code == 0 and "does not fit: in the best case stage 3 lacks 13.0 GiB" in text and "smallest change first" in text
+    found = answer(ask, *tight)
+    assert found["status"] == "infeasible" and found["stage"] == 3
+    assert found["shortfall"] == pytest.approx(13.0 * 2**30, rel=0.01)
+    assert found["changes"][0]["flags"] == ["--recompute-kinds", "full"]
+    for change in found["changes"]:
+        changed = answer(ask, *tight, *change["flags"], "--time-limit", "0.5")
+        assert changed["makespan"] and max(changed["peak_bytes"]) <= 45 * 2**30
+
+
+def test_two_changes_where_none_is_enough_alone(ask):
+    tight = ["--preset", "telechat2-7b", "--world-size", "8", "--pipeline-model-parallel-size", "8", "--micro-batch-size", "4",
+             "--global-batch-size", "8", "--device", "h100-80g", "--recompute-kinds", "none", "--memory-gib"]  # fmt: skip
+    singles = answer(ask, *tight, "17")["changes"]
+    assert all(len(change["flags"]) <= 4 for change in singles) and singles
+    assert answer(ask, *tight, "5")["changes"] == []
+    assert "no change or pair of changes that was tried fits" in ask(*tight, "5")[1]
+
+
+MEGATRON = """
+torchrun --nproc-per-node 8 --nnodes=2 pretrain_gpt.py \\
+  --num-layers 40 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 --swiglu --normalization RMSNorm \\
+  --untie-embeddings-and-output-weights --disable-bias-linear --vocab-size 32000 --seq-length 4096 --max-position-embeddings 4096 \\
+  --micro-batch-size 1 --global-batch-size 64 --bf16 --use-distributed-optimizer --tensor-model-parallel-size 2 \\
+  --pipeline-model-parallel-size 4 --recompute-activations --data-path /nowhere/corpus --tokenizer-type Llama3Tokenizer \\
+  --tokenizer-model /nowhere/tok --save /nowhere/x --grad-reduce-in-bf16
+"""
+
+
+def test_pasted_megatron_command(ask, tmp_path):
+    script = tmp_path / "run.sh"
+    script.write_text(MEGATRON)
+    code, text = ask("--device", "a100-80g", "--command", str(script))
+    assert code == 0, text
+    assert "TP2 x PP4 x DP2, 16 ranks" in text and "8 ranks" not in text.replace("16 ranks", "")
+    assert "note: --grad-reduce-in-bf16 is not modelled, planned without it" in text
+    words = MEGATRON.replace("\\\n", " ").split()
+    behind = answer(ask, "--device", "a100-80g", "--", *words)
+    again = answer(ask, "--device", "a100-80g", "--command", str(script))
+    assert behind["modes"] == again["modes"]
+
+
+def test_sweep_ranks_layouts_that_train(ask):
+    words = ["--preset", "telechat2-7b", "--world-size", "8", "--global-batch-size", "16", *ON_910B, "--sweep", "--top", "3"]
+    found = answer(ask, *words, "--time-limit", "6", "--tensor-model-parallel-size", "2")
+    assert len(found) == 3
+    seconds = [one["plan"]["predicted"]["iteration_s"] for one in found]
+    assert seconds == sorted(seconds)
+    for one in found:
+        run = load_run_config(["--preset", "telechat2-7b", "--world-size", "8", "--global-batch-size", "16", "--dry-run", *one["flags"]], {}).run
+        assert run.parallel.tensor_model_parallel_size == 2
+        assert predict(run, device_spec("ascend-910b-64g")).iteration == pytest.approx(one["plan"]["predicted"]["iteration_s"])
+        assert max(stage.total_bytes for stage in stage_memory(run)) < (60.9 - 3) * 2**30
+
+
+def test_sweep_of_experts_as_a_table(ask):
+    words = ["--preset", "telechat2-39b-a12b", "--world-size", "64", "--global-batch-size", "256", "--device", "h200-141g", "--sweep"]
+    code, text = ask(*words, "--top", "2", "--time-limit", "4", "--pipeline-model-parallel-size", "2", "--micro-batch-size", "1")
+    assert code == 0 and "EP" in text and "flags of the first: --tensor-model-parallel-size" in text
+
+
+def test_plot_is_a_picture(ask, tmp_path):
+    pytest.importorskip("matplotlib")
+    problem = tmp_path / "problem.json"
+    problem.write_text(json.dumps(PROBLEM))
+    for name, words in (("a.png", [*SMALL, "--device", "h100-80g"]), ("b.png", ["--problem", str(problem)])):
+        assert ask(*words, "--plot", str(tmp_path / name))[0] == 0
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert ask(*SMALL, "--device", "h100-80g", "--plot", str(tmp_path / "a.xyz"))[0] == 2
+
+
+# ---- the plan in the training's configuration ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    words = [*RUN_35B, "--num-virtual-stages-per-pipeline-rank", "2"]
+    assert main([*words, *ON_910B, "--time-limit", "1", "--output", str(path)]) == 0
+    return path.read_text()
+
+
+@pytest.fixture
+def plan(written, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(written)
+    return path
+
+
+def test_plan_equals_its_flags(plan):
+    flags = json.loads(plan.read_text())["flags"]
+    by_plan = load_run_config([*RUN_35B, "--dry-run", "--plan", str(plan)], {})
+    by_flags = load_run_config([*RUN_35B, "--dry-run", *flags], {})
+    differ = {name for name, value in values_of(by_plan.run).items() if value != values_of(by_flags.run)[name]}
+    assert differ == {"plan"}
+    assert by_plan.run.parallel.num_virtual_stages_per_pipeline_rank == 2
+    assert by_plan.origins["pipeline_model_parallel_layout"] == f"plan {plan}"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--num-virtual-stages-per-pipeline-rank 1", ["num_virtual_stages_per_pipeline_rank=1 and", "=2 of the plan disagree"]),
+        ("--pipeline-model-parallel-layout Et*16|t*16|t*16|t*16L", ["pipeline_model_parallel_layout=Et*16|t*16|t*16|t*16L and"]),
+        ("--recompute-granularity full --recompute-num-layers 3", ["recompute_granularity=full and", "recompute_num_layers=3 and"]),
+        ("--micro-batch-size 2", ["micro_batch_size=2 and micro_batch_size=1 of the plan disagree", "flag; plan "]),
+        ("--hidden-size 4096", ["made for another run: hidden_size=6144, this run 4096"]),
+        ("--seq-length 4096", ["seq_length=8192, this run 4096"]),
+    ],
+)
+def test_plan_of_another_run_is_refused(plan, words, said):
+    from megatron_telechat.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        load_run_config([*RUN_35B, "--dry-run", "--plan", str(plan), *words.split()], {})
+    for part in said:
+        assert part in caught.value.render(), caught.value.render()
+
+
+def test_same_value_twice_is_no_conflict_and_another_batch_a_note(plan):
+    both = load_run_config([*RUN_35B, "--dry-run", "--plan", str(plan), "--tensor-model-parallel-size", "4"], {})
+    assert not [note for note in both.notes if "predictions" in note]
+    more = load_run_config(["--preset", "telechat2-35b", "--world-size", "32", "--dry-run", "--plan", str(plan)], {})
+    assert any("its predictions are not used" in note for note in more.notes)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda data: {}, "not a plan file"),
+        (lambda data: {**data, "sets": {"lr": 1.0}}, "sets.lr is nothing a plan says"),
+        (lambda data: {**data, "sets": {**data["sets"], "micro_batch_size": "two"}}, "micro_batch_size = 'two'"),
+        (lambda data: {**data, "made_for": None}, "the plan has no made_for"),
+        (lambda data: {**data, "predicted": {"device": "x"}}, "predicted is damaged"),
+    ],
+)
+def test_damaged_plans_are_named(plan, change, said):
+    from megatron_telechat.errors import ConfigError
+
+    plan.write_text(json.dumps(change(json.loads(plan.read_text()))))
+    with pytest.raises(ConfigError, match=said):
+        load_run_config([*RUN_35B, "--dry-run", "--plan", str(plan)], {})
+
+
+# ---- mistakes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([*SMALL], "which device is to be planned for"),
+        ([*SMALL, "--device", "h1000"], "unknown device 'h1000'"),
+        ([*SMALL, "--device", "nowhere.yaml"], "cannot read the device file"),
+        ([*SMALL, "--device", "cpu"], "nothing is known of the speed of cpu"),
+        ([*SMALL, "--device", "h100-80g", "--recompute-kinds", "most"], "unknown recompute kind 'most'"),
+        ([*SMALL, "--device", "h100-80g", "--time-limit", "-1"], "-1 is not above 0"),
+        ([*SMALL, "--device", "h100-80g", "--time-limit", "soon"], "invalid number value: 'soon'"),
+        ([*SMALL, "--device", "h100-80g", "--gap", "2"], "a gap of 2"),
+        ([*SMALL, "--device", "h100-80g", "--memory-gib", "0"], "0 is not above 0"),
+        ([*SMALL, "--device", "h100-80g", "--reserve-gib", "-2"], "--reserve-gib -2"),
+        ([*SMALL, "--device", "h100-80g", "--num-layer", "4"], "did you mean --num-layers"),
+        (["--preset", "telechat3", "--device", "h100-80g"], "unknown preset telechat3"),
+        (["--preset", "telechat2-tiny", "--pipeline-model-parallel-size", "9", "--device", "h100-80g"], "does not split over"),
+        (["--problem", "a.json", "--sweep"], "--problem and --sweep are different jobs"),
+        (["--problem", "nowhere.json"], "cannot read nowhere.json"),
+        (["--problem", "a.json", "--num-layers", "3"], "does not go with it"),
+        (["--sweep", "--preset", "telechat2-tiny", "--device", "h100-80g"], "no number of ranks"),
+        (["--device", "h100-80g", "--command", "nowhere.sh"], "cannot read nowhere.sh"),
+        (["--device", "h100-80g", "--", "torchrun", "pretrain_gpt.py", "${ARGS[@]}"], "shell variables in the command"),
+        ([*SMALL, "--calibrate"], "--calibrate has no file to write"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_named(ask, words, said):
+    code, text = ask(*words)
+    assert code == 2 and text.startswith("config error") and said in text, text
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"m": None}, "m = None"),
+        ({"p2p": -1}, "p2p = -1"),
+        ({"speed": 1}, "unknown keys: speed"),
+        ({"groups": [{**PROBLEM["groups"][0], "modes": []}]}, "modes"),
+    ],
+)
+def test_problems_that_are_none(ask, tmp_path, change, said):
+    path = tmp_path / "problem.json"
+    path.write_text(json.dumps({**PROBLEM, **change}))
+    code, text = ask("--problem", str(path), "--json")
+    assert code == 2 and said in text, text
+    path.write_text("{")
+    assert ask("--problem", str(path))[0] == 2
+
+
+def test_unwritable_output_is_a_resource_error(ask, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, text = ask(*SMALL, "--device", "h100-80g", "--output", str(tmp_path / "file" / "plan.json"))
+    assert code == 6 and "cannot write" in text
