@@ -14,6 +14,7 @@ from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_ta
 from megatron_telechat.cli.text import count_text, flop_text, gib, table
 from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.config.plan_file import read_plan
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import DeviceSpec, count_parameters, device_spec, device_spec_names, training_flops_per_token
 from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
@@ -177,6 +178,12 @@ def _steps(run: RunConfig) -> list[str]:
         + f"; {flop_text(flops)} a token, {flop_text(flops * tokens)} a step",
         f"pipeline bubble of an even split: {bubble:.1%} of a step",
     ]
+    planned = read_plan(run.parallel.plan).prediction_for(run) if run.parallel.plan is not None else None
+    if planned is not None:
+        lines.append(
+            f"predicted by {run.parallel.plan} on {planned.device}: {planned.iteration_s:.3g} s a step, "
+            f"{planned.tokens_per_s_per_device:,.0f} tokens/s a device"
+        )
     for spec in _devices(run):
         if not spec.peak(run.training.precision):
             continue

@@ -9,6 +9,7 @@ from megatron_telechat.cli.text import gib, table
 from megatron_telechat.config.plan_file import PlanFile, Predicted, plan_of
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.memory import stage_memory
+from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.advice import Plan, Question
 from megatron_telechat.planner.baselines import Baseline
@@ -103,8 +104,11 @@ def _times(plan: Plan) -> list[str]:
     parts = [f"pipeline {_seconds(found.makespan)} (the busiest stage waits {found.bubble:.0%})"]
     rest = (("gradient reduction", found.reduction), ("optimizer", found.optimizer), ("rest", found.constant))
     parts += [f"{name} {_seconds(value)}" for name, value in rest if value > 0]
+    entry = TimeModel(plan.question.run, plan.question.device).measured
+    source = f"measured: {entry.source}" if entry else "estimates from the device file's figures; --calibrate measures them"
     return [
         f"predicted: {_seconds(found.iteration)} a step, {found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
+        f"  times of the layers: {source}",
     ]
 
 
@@ -143,13 +147,20 @@ def verdict(plan: Plan, others: Sequence[Baseline]) -> str:
         elif gain < WORTH:
             fits = f"no gain over plain flags: they are within {max(gain, 0):.1%} of this plan"
         else:
-            fits = f"{gain:.1%} faster than the best that plain flags give"
+            fits = f"{gain:.1%} faster than the best that plain flags give" + _of_the_step(plan, min(plain))
         if "uniform split" in known and known["uniform split"] < plan.makespan * (1 + WORTH):
             fits += "; the uniform split is as good" if gain < WORTH else ""
     if configured is not None:
         gain = configured / plan.makespan - 1
-        fits += f"; {gain:.1%} faster than as configured" if gain >= WORTH else "; as good as configured, no more"
+        faster = f"; {gain:.1%} faster than as configured" + _of_the_step(plan, configured)
+        fits += faster if gain >= WORTH else "; as good as configured, no more"
     return "  " + fits
+
+
+def _of_the_step(plan: Plan, other: float) -> str:
+    """The gain where the pipeline is not nearly all of a step."""
+    whole, pipeline = plan.prediction.iteration, plan.prediction.makespan
+    return f" ({(other - plan.makespan) / whole:.1%} of the whole step)" if pipeline < 0.95 * whole else ""
 
 
 def _proof(plan: Plan) -> str:

@@ -166,5 +166,19 @@ def _plot(argv: list[str]) -> int:
     first = arguments.runs[0]
     output = arguments.output or (first if first.is_dir() else first.parent) / "metrics.png"
     plot_runs([read_metrics(run) for run in arguments.runs], output)
+    for run in map(read_metrics, arguments.runs):
+        line = predicted_and_measured(run)
+        if line is not None:
+            print(f"{run.name}: {line}")
     print(output)
     return EXIT_OK
+
+
+def predicted_and_measured(run: Metrics) -> Optional[str]:
+    """Seconds of a step, predicted and measured (the median), where the run has both."""
+    predicted = [value for value in run.series("predicted_iteration_s")[1] if math.isfinite(value)]
+    measured = sorted(value for value in run.series("iteration_time_s")[1] if math.isfinite(value))
+    if not predicted or not measured:
+        return None
+    middle = measured[len(measured) // 2]
+    return f"{predicted[-1]:.4g} s a step predicted, {middle:.4g} s measured: {predicted[-1] / middle - 1:+.1%}"

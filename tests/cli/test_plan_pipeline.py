@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_telechat.cli.dry_run import report as dry_run
 from megatron_telechat.cli.plan_pipeline import main
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.fields import values_of
@@ -217,6 +218,7 @@ def test_plan_equals_its_flags(plan):
     by_flags = load_run_config([*RUN_35B, "--dry-run", *flags], {})
     differ = {name for name, value in values_of(by_plan.run).items() if value != values_of(by_flags.run)[name]}
     assert differ == {"plan"}
+    assert f"predicted by {plan} on ascend-910b-64g" in dry_run(by_plan)
     assert by_plan.run.parallel.num_virtual_stages_per_pipeline_rank == 2
     assert by_plan.origins["pipeline_model_parallel_layout"] == f"plan {plan}"
 

@@ -207,7 +207,7 @@ BAD = [
         "layers do not split",
         "--num-layers 30 --pipeline-model-parallel-size 4",
         "num_layers=30 does not split over pipeline_model_parallel_size=4    (num_layers: flag; pipeline_model_parallel_size: flag)",
-        'fix: --pipeline-model-parallel-layout "Et*7|t*8|t*8|t*7L"',
+        'fix: --pipeline-model-parallel-layout "Et*7|t*8|t*8|t*7L"  (tools/plan_pipeline.py prints the best one)',
         world=4,
     ),
     case(
