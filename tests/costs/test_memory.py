@@ -102,8 +102,8 @@ def test_uneven_routing_costs_memory_on_the_busiest_rank():
     training = {"seq_length": 8192, "global_batch_size": 512}
     run = make(M39B, training, world_size=64, expert_model_parallel_size=8)
     even, uneven = stage_memory(run)[0], stage_memory(run, imbalance=2.0)[0]
-    # gate and up, and the probability, of as many rows again; and up to as many token rows
-    expert_rows = 30 * 8192 * 4 * 2 * (2 * 6144 + 1)
+    # gate and up, and the fp32 probability, of as many rows again; and up to as many token rows
+    expert_rows = 30 * 8192 * 4 * (2 * 2 * 6144 + 4)
     token_rows = 30 * 8192 * 8 * (1 - 1001 / 1820) * 2 * 4096
     assert uneven.activations_bytes - even.activations_bytes == pytest.approx(expert_rows + token_rows)
     assert stage_memory(make(), imbalance=2.0) == stage_memory(make())
