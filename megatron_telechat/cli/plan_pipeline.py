@@ -10,16 +10,25 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from megatron_telechat.cli.plan_request import Request, read_device, read_request
-from megatron_telechat.cli.tool import run_tool
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError
+from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError, UserError
 
 GIB = 2**30
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Plan, sweep, solve or calibrate; the exit code of the error where one stands in the way."""
-    return run_tool(_run, argv)
+    """Plan, sweep, solve or calibrate; the exit code of the error where one stands in the way.
+
+    Under torchrun, what all ranks find wrong before they meet is said by the first alone.
+    """
+    quiet = os.environ.get("RANK", "0") != "0"
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        distributed = sys.modules.get("torch.distributed")
+        if not quiet or distributed is not None and distributed.is_initialized():
+            print(error.render(), file=sys.stderr)
+        return error.exit_code
 
 
 def _run(argv: list[str]) -> int:

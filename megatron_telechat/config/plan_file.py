@@ -31,7 +31,7 @@ MADE_FOR = (
 """Fields that must be as they were: another value is another problem with another solution."""
 PREDICTED_FOR = ("world_size", "global_batch_size")
 """Fields on which the predictions depend, though the plan can be run without them."""
-_FIX = "write one with tools/plan_pipeline.py --output FILE"
+_FIX = "write one with tools/plan_pipeline.py --output FILE, or --plan none"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Forecast:
     _seconds: list[float] = field(default_factory=list)
     _steps: int = 0
     _memory: float = 0.0
-    _said: bool = False
+    _said: int = 0
 
     @classmethod
     def of(cls, run: RunConfig, backend: Backend) -> Forecast:
@@ -53,19 +53,20 @@ class Forecast:
 
     def observe(self, record: dict[str, Any], steps: int) -> Optional[str]:
         """Take a record of `steps` steps in; once, when enough steps are measured, the line that compares."""
-        if self._steps:  # the first window pays for allocation and warm-up
+        # the first window pays for allocation and warm-up, which tells where it is short
+        if self._steps or steps > 2 * FIRST_REPORT:
             self._seconds += [record["iteration_time_s"]] * steps
         self._steps += steps
         self._memory = max(self._memory, record["memory_peak_gib"])
         if self._said or self._steps < FIRST_REPORT or not self._seconds:
             return None
-        self._said = True
         return self.line()
 
     def line(self) -> Optional[str]:
-        """Predicted beside measured; None before anything was measured."""
-        if not self._seconds:
+        """Predicted beside measured; None while nothing was measured since it was said last."""
+        if len(self._seconds) <= self._said:
             return None
+        self._said = len(self._seconds)
         measured = statistics.median(self._seconds)
         text = f"measured {measured:.4g} s a step (median of {len(self._seconds)})"
         if self.iteration_s is not None:
