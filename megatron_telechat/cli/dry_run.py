@@ -103,7 +103,7 @@ def _devices(run: RunConfig) -> list[DeviceSpec]:
     return [spec for spec in specs if spec.name.startswith("ascend") == ascend]
 
 
-def _imbalance(run: RunConfig) -> float:
+def uneven_rows(run: RunConfig) -> float:
     """Rows of the busiest rank's experts over the mean that the memory table adds a column for; 1: no column.
 
     At most the worst there is: all tokens of the expert group choose the experts of one rank.
@@ -120,7 +120,7 @@ _TOTAL = 7
 
 
 def _memory(run: RunConfig, out: _Report) -> list[str]:
-    stages, devices, imbalance = stage_memory(run), _devices(run), _imbalance(run)
+    stages, devices, imbalance = stage_memory(run), _devices(run), uneven_rows(run)
     rows = [["stage", "parameters", "weights", "gradients", "optimizer", "activations", "in flight", "total"]]
     uneven = stage_memory(run, imbalance) if imbalance > 1 else []
     rows[0] += [f"at {imbalance:g}x"] * bool(uneven) + [f"of {spec.name}" for spec in devices]

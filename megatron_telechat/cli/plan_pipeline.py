@@ -7,11 +7,17 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
 from megatron_telechat.cli.plan_request import Request, read_device, read_request
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError, UserError
+
+if TYPE_CHECKING:  # the solver's libraries are loaded when there is something to solve: --help is quick
+    from megatron_telechat.costs.devices import DeviceSpec
+    from megatron_telechat.planner.advice import Plan, Question
+    from megatron_telechat.planner.plan import Solution
+    from megatron_telechat.planner.problem import BalanceProblem
 
 GIB = 2**30
 
@@ -86,7 +92,7 @@ def _problem(request: Request) -> int:
     return EXIT_OK
 
 
-def question_of(request: Request, run: RunConfig, device: Any, time_limit_s: Optional[float] = None) -> Any:
+def question_of(request: Request, run: RunConfig, device: DeviceSpec) -> Question:
     """The planner's question of this run under the tool's options."""
     from megatron_telechat.planner.advice import Question
 
@@ -97,14 +103,14 @@ def question_of(request: Request, run: RunConfig, device: Any, time_limit_s: Opt
         request.kinds,
         memory_bytes=None if options.memory_gib is None else options.memory_gib * GIB,
         reserve_bytes=None if options.reserve_gib is None else options.reserve_gib * GIB,
-        time_limit_s=time_limit_s or options.time_limit,
+        time_limit_s=options.time_limit,
         gap=options.gap,
         plain=options.plain_flags,
     )
 
 
 def _plan(request: Request) -> int:
-    from megatron_telechat.cli.plan_report import infeasible_text, plan_json, plan_text
+    from megatron_telechat.cli.plan_report import plan_json, plan_text
     from megatron_telechat.planner.advice import make_plan, plainer
 
     loaded = request.load()
@@ -112,20 +118,7 @@ def _plan(request: Request) -> int:
     question = question_of(request, run, device)
     plan, solution, problem = make_plan(question)
     if plan is None:
-        from megatron_telechat.planner.remedy import remedies, shortage
-
-        lack, changes = None, []
-        if solution.status == "infeasible":
-            lack = shortage(problem)
-            pinned = ("--world-size", str(run.parallel.world_size))
-            changes = remedies(question, lambda *flags: request.load(*pinned, *flags).run) if lack else []
-        if request.options.json:
-            print(json.dumps({**solution.to_json(), "stage": lack and lack.stage, "changes": [vars(change) for change in changes]}))
-        else:
-            print(infeasible_text(question, problem, solution, lack, changes))
-        if request.options.output:
-            raise ConfigError("there is no plan to write", "--output", "see above for what fits")
-        return EXIT_OK
+        return _no_plan(request, question, problem, solution)
     configured = request.as_configured()
     if configured is not None:
         configured = replace(configured, training=replace(configured.training, device=run.training.device))
@@ -138,7 +131,24 @@ def _plan(request: Request) -> int:
     return EXIT_OK
 
 
-def write_answers(request: Request, plan: Any) -> None:
+def _no_plan(request: Request, question: Question, problem: BalanceProblem, solution: Solution) -> int:
+    """Why there is none, and the smallest changes with which there is one. An answer too: exit code 0 unless a file was asked for."""
+    from megatron_telechat.cli.plan_report import no_plan_text
+    from megatron_telechat.planner.remedy import remedies, shortage
+
+    lack = shortage(problem) if solution.status == "infeasible" else None
+    pinned = ("--world-size", str(question.run.parallel.world_size))
+    changes = remedies(question, lambda *flags: request.load(*pinned, *flags).run) if lack else []
+    if request.options.json:
+        print(json.dumps({**solution.to_json(), "stage": lack and lack.stage, "changes": [vars(change) for change in changes]}))
+    else:
+        print(no_plan_text(question, problem, solution, lack, changes))
+    if request.options.output:
+        raise ConfigError("there is no plan to write", "--output", "see above for what fits")
+    return EXIT_OK
+
+
+def write_answers(request: Request, plan: Plan) -> None:
     """The plan file and the picture, where they are asked for."""
     from megatron_telechat.cli.plan_report import plan_file
 

@@ -56,7 +56,7 @@ def head(question: Question, problem: BalanceProblem) -> list[str]:
 
 def plan_text(plan: Plan, others: Sequence[Baseline], notes: Iterable[str] = ()) -> str:
     """Table of the stages, times, comparisons, proof, flags."""
-    lines = [*head(plan.question, plan.problem), "", *_stages(plan), "", *_times(plan), "", *_comparison(plan, others)]
+    lines = [*head(plan.question, plan.problem), "", *_stages(plan), *_uneven(plan), "", *_times(plan), "", *_comparison(plan, others)]
     lines += ["", _proof(plan), "", *_flags(plan)]
     lines += [f"note: {note}" for note in notes if "not modelled" in note]
     return "\n".join(lines)
@@ -83,6 +83,22 @@ def _stages(plan: Plan) -> list[str]:
             *[f"{peak / (problem.mem_limit - problem.const_mem):.0%}"] * limited,
         ])  # fmt: skip
     return table(rows, left=(0, 1, 2))
+
+
+def _uneven(plan: Plan) -> list[str]:
+    """A warning where the plan fits even routing only: no token is dropped, so that a busy rank needs more."""
+    run, limit = plan.planned.run, plan.problem.mem_limit
+    if not run.model.is_moe or limit >= UNLIMITED_BYTES:
+        return []
+    from megatron_telechat.cli.dry_run import uneven_rows
+
+    rows = uneven_rows(run)
+    worst = max(stage_memory(run, rows), key=lambda stage: stage.total_bytes)
+    if worst.total_bytes <= limit - plan.problem.const_mem:
+        return []
+    need = f"stage {worst.pipeline_rank} needs {gib(worst.total_bytes)} GiB"
+    return [f"! for even routing; on a rank whose experts get {rows:g} times the mean of rows {need} (--moe-memory-imbalance, "
+            "--memory-gib to plan with less)"]  # fmt: skip
 
 
 def _recomputed(modes: Sequence[tuple[str, ...]]) -> str:
@@ -232,11 +248,14 @@ def plan_json(plan: Plan, others: Sequence[Baseline]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def infeasible_text(
+def no_plan_text(
     question: Question, problem: BalanceProblem, solution: Solution, lack: Optional[Shortage], changes: Sequence[Change]
 ) -> str:
     """Which stage lacks how much, and what fits."""
     lines = head(question, problem)
+    if solution.assignment is not None:
+        what = f"without --plain-flags there is a plan of {_seconds(solution.makespan or 0.0)}"
+        return "\n".join([*lines, "", f"nothing that Megatron-LM's flags can say was found to fit; {what}"])
     if solution.status != "infeasible":
         return "\n".join([*lines, "", f"nothing found in {solution.seconds:.1f} s: {solution.reason}; a longer --time-limit may help"])
     if lack is None:

@@ -115,6 +115,15 @@ def mode_name(modes: Iterable[str]) -> str:
     return "+".join(modes) or "none"
 
 
+def _nearest(device: DeviceSpec, wanted: dict[str, Any]) -> str:
+    """How the measured entry that differs least from these conditions differs."""
+    differences = [
+        [f"{name}={entry.conditions.get(name)}, this run {value}" for name, value in wanted.items() if entry.conditions.get(name) != value]
+        for entry in device.measured
+    ]
+    return f"; measured was {'; '.join(min(differences, key=len))}" if differences else ""
+
+
 class TimeModel:
     """Times of a run's parts on a device.
 
@@ -133,7 +142,8 @@ class TimeModel:
         peak = device.peak(run.training.precision)
         if self.measured is None and not (peak and device.hbm_bandwidth_gb_s):
             raise ConfigError(
-                f"nothing is known of the speed of {device.name} at these shapes in {run.training.precision}",
+                f"nothing is known of the speed of {device.name} at these shapes in {run.training.precision}"
+                + _nearest(device, conditions(run)),
                 f"device {device.name}",
                 "measure it: tools/plan_pipeline.py --calibrate; or name a device whose file has figures",
             )

@@ -15,8 +15,9 @@ from megatron_telechat.cli.dry_run import report as dry_run
 from megatron_telechat.cli.plan_pipeline import main
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.fields import values_of
-from megatron_telechat.costs.devices import device_spec
+from megatron_telechat.costs.devices import DeviceSpec, Measured, device_spec, write_device_file
 from megatron_telechat.costs.memory import stage_memory
+from megatron_telechat.costs.time import conditions
 from megatron_telechat.planner.plan import Assignment
 from megatron_telechat.planner.predict import predict
 from megatron_telechat.planner.problem import BalanceProblem
@@ -140,6 +141,38 @@ def test_two_changes_where_none_is_enough_alone(ask):
     assert all(len(change["flags"]) <= 4 for change in singles) and singles
     assert answer(ask, *tight, "5")["changes"] == []
     assert "no change or pair of changes that was tried fits" in ask(*tight, "5")[1]
+
+
+@pytest.mark.parametrize("kinds", ["core_attn", "core_attn+mlp", "core_attn+mlp,full", "layernorm,full"])
+def test_plain_answers_can_be_said_in_megatron_flags(ask, kinds):
+    words = [*RUN_35B, *ON_910B, "--recompute-kinds", kinds, "--plain-flags", "--time-limit", "1", "--memory-gib", "58"]
+    found = answer(ask, *words)
+    if found.get("plan") is None:
+        assert found["status"] in ("infeasible", "optimal", "feasible")
+        return
+    assert found["plan"]["megatron_flags"] is not None
+    assert max(found["peak_bytes"]) <= 58 * 2**30
+
+
+def test_uneven_routing_is_warned_of_where_only_even_routing_fits(ask):
+    words = ["--preset", "telechat2-39b-a12b", "--world-size", "32", "--global-batch-size", "64", *ON_910B]
+    assert "! for even routing" not in ask(*words)[1]
+    assert "on a rank whose experts get 2 times the mean of rows stage 0 needs" in ask(*words, "--memory-gib", "46")[1]
+
+
+def test_device_file_of_other_shapes_says_which(ask, tmp_path):
+    run = load_run_config([*SMALL, "--dry-run"], {}).run
+    dense = {"forward": 1e-3, "backward": 2e-3, "extra.full": 1e-3}
+    ends = {"forward": 1e-4, "backward": 1e-4}
+    entry = Measured(conditions(run), {"dense": dense}, ends, ends, 1e-5, 1e-9, source="by hand")
+    path = tmp_path / "mine.yaml"
+    write_device_file(path, DeviceSpec("cpu", measured=(entry,)))
+    code, text = ask(*SMALL, "--device", str(path))
+    assert code == 0 and "memory not limited" in text and "times of the layers: measured: by hand" in text
+    code, text = ask(*SMALL, "--seq-length", "96", "--device", str(path))
+    assert code == 2 and f"measured was seq_length={run.training.seq_length}, this run 96" in text
+    code, text = ask(*SMALL, "--device", str(path), "--recompute-kinds", "mlp")
+    assert code == 2 and "mlp" in text
 
 
 MEGATRON = """
