@@ -19,6 +19,8 @@ from megatron_telechat.planner.remedy import Change, Shortage
 from megatron_telechat.planner.build import UNLIMITED_BYTES
 from megatron_telechat.planner.simulate import stage_times
 
+SHORTEST_STEP_S = 0.02
+"""Below this an estimate from FLOPs says nothing."""
 WORTH = 0.005
 """Gain below which a plan is said to be none."""
 NAMES = {
@@ -122,6 +124,8 @@ def _times(plan: Plan) -> list[str]:
     parts += [f"{name} {_seconds(value)}" for name, value in rest if value > 0]
     entry = TimeModel(plan.question.run, plan.question.device).measured
     source = f"measured: {entry.source}" if entry else "estimates from the device file's figures; --calibrate measures them"
+    if entry is None and found.iteration < SHORTEST_STEP_S:
+        source += ". A step this short is bound by launches, which they do not know"
     return [
         f"predicted: {_seconds(found.iteration)} a step, {found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
         f"  times of the layers: {source}",
