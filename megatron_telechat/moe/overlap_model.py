@@ -12,7 +12,10 @@ with A the time of the computation and B that of the link; both fall towards max
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Mapping
+
+from megatron_telechat.moe.chunks import chunk_parts
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,18 @@ class PassCosts:
         link, per_pair = _line(link_ms)
         return cls(compute, per_chunk, link, per_pair / 2)
 
-    def chunk_ms(self, k: int) -> float:
-        return self.compute / k + self.per_chunk
+    def chunks_ms(self, k: int) -> list[float]:
+        """Computation of each of k chunks."""
+        return [self.compute * share + self.per_chunk for share in _shares(k)]
 
-    def transfer_ms(self, k: int) -> float:
-        return self.link / (2 * k) + self.per_transfer
+    def transfers_ms(self, k: int) -> list[float]:
+        """One transfer of each of k chunks."""
+        return [self.link / 2 * share + self.per_transfer for share in _shares(k)]
+
+
+def _shares(k: int) -> list[float]:
+    parts = chunk_parts(k)
+    return [part / sum(parts) for part in parts]
 
 
 def _line(times: Mapping[int, float]) -> tuple[float, float]:
@@ -57,16 +67,13 @@ def _line(times: Mapping[int, float]) -> tuple[float, float]:
 
 def forward_ms(costs: PassCosts, k: int) -> float:
     """Makespan of a forward: all dispatches queued at once, each combine when its chunk is computed."""
-    chunk, transfer = costs.chunk_ms(k), costs.transfer_ms(k)
-    computed = [0.0] * k
+    transfers = costs.transfers_ms(k)
+    computed = []
     now = 0.0
-    for c in range(k):
-        now = max(now, (c + 1) * transfer) + chunk
-        computed[c] = now
-    link = k * transfer
-    for c in range(k):
-        link = max(link, computed[c]) + transfer
-    return link
+    for chunk, arrival in zip(costs.chunks_ms(k), accumulate(transfers)):
+        now = max(now, arrival) + chunk
+        computed.append(now)
+    return _returned(computed, transfers)
 
 
 def backward_ms(costs: PassCosts, k: int, weight_share: float = 0.5) -> float:
@@ -75,21 +82,24 @@ def backward_ms(costs: PassCosts, k: int, weight_share: float = 0.5) -> float:
     Args:
         weight_share: part of the computation that is gradients of weights (two of the four products).
     """
-    chunk, transfer = costs.chunk_ms(k), costs.transfer_ms(k)
-    inputs, weights = chunk * (1 - weight_share), chunk * weight_share
-    now, waiting = 0.0, 0
-    computed = [0.0] * k
-    for c in range(k):
-        arrival = (c + 1) * transfer
+    transfers = costs.transfers_ms(k)
+    computed, waiting = [], []
+    now = 0.0
+    for chunk, arrival in zip(costs.chunks_ms(k), accumulate(transfers)):
         while waiting and now < arrival:
-            now, waiting = now + weights, waiting - 1
-        now = max(now, arrival) + inputs
-        computed[c], waiting = now, waiting + 1
-    now += waiting * weights
-    link = k * transfer
-    for c in range(k):
-        link = max(link, computed[c]) + transfer
-    return max(now, link)
+            now += waiting.pop(0)
+        now = max(now, arrival) + chunk * (1 - weight_share)
+        computed.append(now)
+        waiting.append(chunk * weight_share)
+    return max(now + sum(waiting), _returned(computed, transfers))
+
+
+def _returned(computed: list[float], transfers: list[float]) -> float:
+    """When the last chunk is back: the way back of each begins when it is computed and the link is free."""
+    link = sum(transfers)
+    for ready, transfer in zip(computed, transfers):
+        link = max(link, ready) + transfer
+    return link
 
 
 def predicted_ms(forward: PassCosts, backward: PassCosts, k: int) -> float:

@@ -7,7 +7,7 @@ A token chosen by several experts of one rank travels there once. What a rank re
 so that tokens and probabilities take one exchange, and every row stays aligned. The way back of the gradients has the
 same form (gradient of a token's row | gradients of its probabilities); outputs and their gradients need the rows alone.
 
-The input is cut into chunks of consecutive tokens. All ranks tell each other their choice of experts once, for all chunks;
+The input is cut into chunks of consecutive tokens (:mod:`megatron_telechat.moe.chunks`). All ranks tell each other their choice of experts once, for all chunks;
 from then on everything about every chunk is known, on the device, and the sizes of all messages on the host: one
 device-to-host copy in a forward, none in a backward.
 
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.moe.chunks import ChunkRange, chunk_ranges
 from megatron_telechat.moe.router import Routing
 
 
@@ -121,26 +122,6 @@ class Arrivals:
         return sum(self.counts)
 
 
-class ChunkRange(NamedTuple):
-    """Tokens [start, stop) of the rank's input."""
-
-    start: int
-    stop: int
-
-
-def chunk_ranges(num_tokens: int, num_chunks: int) -> tuple[ChunkRange, ...]:
-    """Consecutive chunks of one size, the last ones shorter or empty."""
-    size = -(-num_tokens // num_chunks)
-    edges = [min(number * size, num_tokens) for number in range(num_chunks + 1)]
-    return tuple(ChunkRange(start, stop) for start, stop in zip(edges, edges[1:]))
-
-
-def check_num_chunks(num_chunks: int) -> None:
-    """Raises ConfigError below 1."""
-    if num_chunks < 1:
-        raise ConfigError(f"the input of the experts cannot be cut into {num_chunks} pieces", "model", "use 1 or more")
-
-
 class Dispatch:
     """The plan of one call of a block: ranges, outgoing and arriving sides of all chunks.
 
@@ -158,17 +139,16 @@ class Dispatch:
     """
 
     def __init__(self, routing: Routing, groups: ExpertGroups, num_chunks: int, rows: RowFormat):
-        check_num_chunks(num_chunks)
         self.num_tokens, self.topk = routing.experts.shape
         self.ranges = chunk_ranges(self.num_tokens, num_chunks)
         self.outgoing: tuple[Outgoing, ...] = ()
         self.arrivals: tuple[Arrivals, ...] = ()
-        layout = _Layout(routing, groups, num_chunks, rows)
+        layout = _Layout(routing, groups, self.ranges, rows)
         self._layout: Optional[_Layout] = layout
         self._incoming = tuple(map(tuple, layout.host_in_sizes))
         self.local = layout.group_size == 1
         if not self.local:
-            self.outgoing = layout.outgoing(self.ranges)
+            self.outgoing = layout.outgoing()
 
     def incoming_sizes(self, chunk: int) -> tuple[int, ...]:
         """Rows from each rank, known before the arrivals are laid out."""
@@ -184,18 +164,25 @@ class _Layout:
     """Index arithmetic of a plan, for all chunks at once. Shapes: c chunks, s ranks of the group, e expert-parallel ranks,
     m tokens of a chunk, k choices of a token."""
 
-    def __init__(self, routing: Routing, groups: ExpertGroups, num_chunks: int, rows: RowFormat):
-        num_tokens, self.topk = routing.experts.shape
+    def __init__(self, routing: Routing, groups: ExpertGroups, ranges: tuple[ChunkRange, ...], rows: RowFormat):
+        self.topk = routing.experts.shape[1]
         self.num_experts = routing.tokens_per_expert.numel()
         self.ep, self.etp = groups.ep.size(), groups.etp.size()
         self.group_size = self.ep * self.etp
         self.ep_rank, me = groups.ep.rank(), groups.all.rank()
         self.local_experts = self.num_experts // self.ep
-        self.chunks, self.chunk_tokens = num_chunks, -(-num_tokens // num_chunks)
+        self.ranges, self.chunks = ranges, len(ranges)
         self.per_row = rows.weights_per_row
         self.device = routing.experts.device
+        edges = torch.tensor(ranges)  # [c, 2]
+        if self.device.type != "cpu":  # from pinned memory the copy is one more entry of the queue, no wait for it
+            edges = edges.pin_memory().to(self.device, non_blocking=True)
+        self.starts = edges[:, 0]
+        # [c, m]: the token in every place of every chunk; the shorter chunks have places that are not filled.
+        self.tokens = self.starts.unsqueeze(1) + torch.arange(max(b - a for a, b in ranges), device=self.device)
+        self.filled = self.tokens < edges[:, 1:]
 
-        gathered, self.chunks_of_ranks = _gather_choices(routing.experts, self.num_experts, num_chunks, groups.all)
+        gathered, self.chunks_of_ranks = _gather_choices(routing.experts, self.num_experts, self.chunks, groups.all)
         ids = self._padded(gathered)  # [s, c, m, k]
         destination = ids // self.local_experts
         # Which of my tokens and choices go to each expert-parallel rank: [c, e, m], [c, e, m, k].
@@ -212,11 +199,9 @@ class _Layout:
 
     def _padded(self, ids: Tensor) -> Tensor:
         """[s, n, k] → [s, c, m, k]; what is added goes nowhere."""
-        missing = self.chunks * self.chunk_tokens - ids.shape[1]
-        if missing:
-            nowhere = ids.new_full((ids.shape[0], missing, ids.shape[2]), torch.iinfo(ids.dtype).max)
-            ids = torch.cat((ids, nowhere), 1)
-        return ids.view(ids.shape[0], self.chunks, self.chunk_tokens, self.topk)
+        padded = ids.index_select(1, self.tokens.clamp(max=max(ids.shape[1] - 1, 0)).flatten())
+        padded = padded.view(ids.shape[0], *self.tokens.shape, self.topk)
+        return padded.masked_fill_(~self.filled.unsqueeze(-1), torch.iinfo(ids.dtype).max)
 
     def _count(self) -> None:
         """Sizes of everything: on the device for the arithmetic, on the host for the messages; the one copy."""
@@ -247,7 +232,7 @@ class _Layout:
 
     # ---- the side of the tokens ---------------------------------------------------------------
 
-    def outgoing(self, ranges: tuple[ChunkRange, ...]) -> tuple[Outgoing, ...]:
+    def outgoing(self) -> tuple[Outgoing, ...]:
         sliced = range(self.etp)
         # Position of a token's row in its segment, and of its first slice-group segment in the buffers: [c, e, m].
         place = self.tokens_out.cumsum(-1) - 1
@@ -256,8 +241,7 @@ class _Layout:
         rows = torch.stack([place + (starts + t * self.out_sizes).unsqueeze(-1) for t in sliced], 2)
         plain_rows = torch.stack([place + (plain_starts + t * self.out_rows).unsqueeze(-1) for t in sliced], 2)
         mask = self.tokens_out.unsqueeze(2).expand_as(rows)  # [c, e, t, m]
-        token = torch.arange(self.chunks * self.chunk_tokens, device=self.device).view(self.chunks, 1, 1, -1)
-        token = token.expand_as(rows)
+        token = self.tokens[:, None, None].expand_as(rows)
         send = [[size for size in sizes for _ in sliced] for sizes in self.host_out_sizes]
         send_tokens = [[size for size in sizes for _ in sliced] for sizes in self.host_out_rows]
         totals, plain_totals = [sum(sizes) for sizes in send], [sum(sizes) for sizes in send_tokens]
@@ -283,7 +267,7 @@ class _Layout:
                 gradient_bags=gradient_bags[c],
                 bag_starts=bag_starts[c, : stop - start].to(torch.int32),
             )
-            for c, (start, stop) in enumerate(ranges)
+            for c, (start, stop) in enumerate(self.ranges)
         )
 
     def _outgoing_slots(self, starts: Tensor) -> Tensor:
@@ -308,7 +292,7 @@ class _Layout:
         rows = place + starts.unsqueeze(-1)
         token_rows = place + _before(self.in_rows).unsqueeze(-1)
         if self.group_size == 1:  # the input itself is the buffer, of all chunks together
-            rows = rows + self.chunk_tokens * torch.arange(self.chunks, device=self.device).view(-1, 1, 1)
+            rows = rows + self.starts.view(-1, 1, 1)
 
         order = self.experts_in.sort(dim=1, stable=True).indices  # [c, s * m * k] choices, those for here first
         owner = order // self.topk
@@ -345,7 +329,7 @@ class _Layout:
         """[c, s * m * k]: where the probability of every choice for here lies in the buffer; without an exchange in the
         probabilities of all tokens."""
         if self.group_size == 1:
-            return torch.arange(self.experts_in.numel(), device=self.device).view_as(self.experts_in)
+            return self.starts.unsqueeze(1) * self.topk + torch.arange(self.experts_in.shape[1], device=self.device)
         within = self.pairs_in.flatten(2).cumsum(-1) - 1  # [c, s, m * k]
         return (within + ((starts + self.in_rows) * self.per_row).unsqueeze(-1)).flatten(1)
 
