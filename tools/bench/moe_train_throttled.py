@@ -42,6 +42,8 @@ LAYOUTS = {
 QUICK = "--seq-length 64 --hidden-size 64 --kv-channels 8 --vocab-size 512 --moe-ffn-hidden-size 64 --global-batch-size 8".split()
 # The arms differ in the order of sums; steps of training let that grow.
 LOSS_TOLERANCE = 1e-5
+LATE_LOSS_TOLERANCE = 1e-2
+"""In later rows, which go on training: sooner or later rounding decides a tie between two experts, and the curves part."""
 
 
 class Trainee:
@@ -178,7 +180,7 @@ def take_row(trainees: Sequence[Trainee], options: argparse.Namespace, first: in
             samples[trainee.arm].append(result.tolist())
     losses = {arm: [sample[2] for sample in taken] for arm, taken in samples.items()}
     spread = max((max(values) - min(values)) / abs(min(values)) for values in zip(*losses.values()))
-    if not spread <= LOSS_TOLERANCE:
+    if not spread <= (LATE_LOSS_TOLERANCE if first else LOSS_TOLERANCE):
         raise SystemExit(f"the losses of the arms do not agree ({spread:.1e}): {losses}")
     timed = {arm: taken[options.warmup :] for arm, taken in samples.items()}
     arms = {}
