@@ -15,7 +15,7 @@ from megatron_telechat.planner.simulate import SimResult, in_flight, simulate, s
 FORWARD = ("#2563eb", "#60a5fa", "#93c5fd", "#1d4ed8")
 BACKWARD = ("#ea580c", "#fb923c", "#fdba74", "#c2410c")
 """Of the chunks in turn."""
-WEIGHTS, KEPT, WORKING, HELD = "#64748b", "#059669", "#a7f3d0", "#e2e8f0"
+WEIGHTS, KEPT, WORKING, HELD = "#64748b", "#059669", "#f59e0b", "#e2e8f0"
 MOST_DRAWN = 24
 """Micro-batches of the Gantt chart; the rest repeats the steady state."""
 
@@ -126,11 +126,14 @@ def _parts(problem: BalanceProblem, assignment: Assignment) -> tuple[list[float]
 def _gantt(axes: Any, figure: Any, problem: BalanceProblem, result: SimResult, drawn: int, real: bool) -> None:
     scale, unit = _unit(problem, [result.makespan], real)
     width = figure.get_size_inches()[0] * 72 * 0.9
+    bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for op in result.ops:
         color = (FORWARD if op.kind == "F" else BACKWARD)[op.chunk % 4]
-        axes.barh(op.device, (op.end - op.start) * scale, 0.84, op.start * scale, color=color, edgecolor="white", linewidth=0.4)
+        bars.setdefault((op.device, color), []).append((op.start * scale, (op.end - op.start) * scale))
         if (op.end - op.start) / result.makespan * width > 11:
             axes.text((op.start + op.end) / 2 * scale, op.device, str(op.microbatch), ha="center", va="center", fontsize=6.5, color="white")
+    for (device, color), spans in bars.items():
+        axes.broken_barh(spans, (device - 0.42, 0.84), color=color, edgecolor="white", linewidth=0.4)
     most = "" if drawn == problem.m else f", the first {drawn} of {problem.m} micro-batches"
     chunks = ", shades are chunks" if problem.V > 1 else ""
     style(axes, f"Schedule, {unit}: forwards blue, backwards orange{chunks}{most}")
