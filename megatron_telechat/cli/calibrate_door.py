@@ -23,14 +23,10 @@ def calibrate_door(request: Request) -> int:
     An entry for the same shapes is replaced, others stay: one file serves several runs.
 
     Raises:
-        ConfigError: no --output, or the ranks do not hold one stage of the run.
+        ConfigError: the ranks do not hold one stage of the run.
         ResourceError: the file cannot be written.
     """
     options = request.options
-    if not options.output:
-        raise ConfigError("--calibrate has no file to write", "command line", "--output FILE.yaml")
-    if options.rounds < 1:
-        raise ConfigError(f"--rounds {options.rounds}", "command line", "at least 1")
     run = request.load().run
     if options.device == "cpu":
         run = replace(run, training=replace(run.training, device="cpu"))

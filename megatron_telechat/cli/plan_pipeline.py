@@ -50,6 +50,10 @@ def _run(argv: list[str]) -> int:
     if options.calibrate:
         from megatron_telechat.cli.tool import quiet_imports
 
+        if not options.output:
+            raise ConfigError("--calibrate has no file to write", "command line", "--output FILE.yaml")
+        if options.rounds < 1:
+            raise ConfigError(f"--rounds {options.rounds}", "command line", "at least 1")
         quiet_imports()
         from megatron_telechat.cli.calibrate_door import calibrate_door
 

@@ -18,7 +18,7 @@ from megatron_telechat.planner.solve import solve
 TRIAL_S = 2.0
 """Seconds of search for a change; its time is the best found by then."""
 TRIAL_GAP = 0.02
-PAIRS_S = 20.0
+PAIRS_S = 10.0
 """Seconds spent on pairs of changes."""
 Load = Callable[..., RunConfig]
 
