@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Optional, Sequence
 
 import torch
@@ -116,5 +117,6 @@ class MoEBlock(BaseMoELayer):
         layer = None if self.layer_number is None else self.layer_number - 1
         with self.clock.computing("plan", None, layer, False):
             form = RowFormat(self.config.hidden_size, dtype)
-            dispatch = Dispatch(routing, self.groups, num_chunks or self.num_chunks, form)
+            waiting = partial(self.clock.waiting, None, None, layer, False, routing.experts.device)
+            dispatch = Dispatch(routing, self.groups, num_chunks or self.num_chunks, form, waiting)
         return ChunkPipeline(dispatch, self.channel, self.clock, layer, recompute=self.recompute_experts)

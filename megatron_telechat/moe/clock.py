@@ -31,6 +31,10 @@ class Span(NamedTuple):
     end_us: float
 
 
+EVENTS = 4096
+"""Pairs of events that may wait to be read: beyond, those that have passed are read at once."""
+
+
 @dataclass
 class ExchangeClock:
     """Measures waits for transfers, and, while tracing, everything.
@@ -52,13 +56,15 @@ class ExchangeClock:
         return (time.perf_counter() - self._origin) * 1e6
 
     @contextmanager
-    def waiting(self, name: str, chunk: Optional[int], layer: Optional[int], backward: bool, device: torch.device) -> Iterator[None]:
-        """Around a wait for a transfer."""
+    def waiting(
+        self, name: Optional[str], chunk: Optional[int], layer: Optional[int], backward: bool, device: torch.device
+    ) -> Iterator[None]:
+        """Around a wait for other ranks; one without a name is part of another span, and gets none of its own."""
         if device.type == "cpu":
             start = time.perf_counter()
             yield
             self._exposed_s += time.perf_counter() - start
-            if self.tracing:
+            if self.tracing and name is not None:
                 begin = (start - self._origin) * 1e6
                 self.spans.append(Span("compute", f"wait {name}", chunk, layer, backward, begin, self.now_us()))
             return
@@ -68,6 +74,8 @@ class ExchangeClock:
         yield
         end.record()
         self._events.append((begin, end))
+        if len(self._events) >= EVENTS:
+            self._drain()
 
     @contextmanager
     def computing(self, name: str, chunk: Optional[int], layer: Optional[int], backward: bool) -> Iterator[None]:
@@ -89,10 +97,16 @@ class ExchangeClock:
 
     def take_exposed_s(self) -> float:
         """Seconds of waiting since the last call. On an accelerator: call it once the device is synchronised."""
-        for begin, end in self._events:
-            self._exposed_s += begin.elapsed_time(end) / 1e3
-        exposed, self._exposed_s, self._events = self._exposed_s, 0.0, []
+        self._drain()
+        exposed, self._exposed_s = self._exposed_s, 0.0
         return exposed
+
+    def _drain(self) -> None:
+        """Read the waits that the device has behind it; never waits for the others."""
+        passed = next((number for number, (_, end) in enumerate(self._events) if not end.query()), len(self._events))
+        for begin, end in self._events[:passed]:
+            self._exposed_s += begin.elapsed_time(end) / 1e3
+        del self._events[:passed]
 
     def take_spans(self) -> list[Span]:
         """The recorded spans, in order of their start; the clock goes on."""

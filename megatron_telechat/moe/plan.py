@@ -16,8 +16,9 @@ Terms: a *token row* is a token on its way to a rank, an *expert row* the same t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Callable, ContextManager, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -133,17 +134,25 @@ class Dispatch:
         groups: the ranks that share the experts.
         num_chunks: pieces of the input, the same on all ranks of the group.
         rows: how the rows are sent.
+        waiting: context around the wait for the other ranks' choices.
 
     Raises:
         ConfigError: the ranks of the group do not hold one number of chunks; on all of them, before anything is sent.
     """
 
-    def __init__(self, routing: Routing, groups: ExpertGroups, num_chunks: int, rows: RowFormat):
+    def __init__(
+        self,
+        routing: Routing,
+        groups: ExpertGroups,
+        num_chunks: int,
+        rows: RowFormat,
+        waiting: Callable[[], ContextManager] = nullcontext,
+    ):
         self.num_tokens, self.topk = routing.experts.shape
         self.ranges = chunk_ranges(self.num_tokens, num_chunks)
         self.outgoing: tuple[Outgoing, ...] = ()
         self.arrivals: tuple[Arrivals, ...] = ()
-        layout = _Layout(routing, groups, self.ranges, rows)
+        layout = _Layout(routing, groups, self.ranges, rows, waiting)
         self._layout: Optional[_Layout] = layout
         self._incoming = tuple(map(tuple, layout.host_in_sizes))
         self.local = layout.group_size == 1
@@ -164,7 +173,7 @@ class _Layout:
     """Index arithmetic of a plan, for all chunks at once. Shapes: c chunks, s ranks of the group, e expert-parallel ranks,
     m tokens of a chunk, k choices of a token."""
 
-    def __init__(self, routing: Routing, groups: ExpertGroups, ranges: tuple[ChunkRange, ...], rows: RowFormat):
+    def __init__(self, routing: Routing, groups: ExpertGroups, ranges: tuple[ChunkRange, ...], rows: RowFormat, waiting):
         self.topk = routing.experts.shape[1]
         self.num_experts = routing.tokens_per_expert.numel()
         self.ep, self.etp = groups.ep.size(), groups.etp.size()
@@ -182,7 +191,7 @@ class _Layout:
         self.tokens = self.starts.unsqueeze(1) + torch.arange(max(b - a for a, b in ranges), device=self.device)
         self.filled = self.tokens < edges[:, 1:]
 
-        gathered, self.chunks_of_ranks = _gather_choices(routing.experts, self.num_experts, self.chunks, groups.all)
+        gathered, self.chunks_of_ranks = _gather_choices(routing.experts, self.num_experts, self.chunks, groups.all, waiting)
         ids = self._padded(gathered)  # [s, c, m, k]
         destination = ids // self.local_experts
         # Which of my tokens and choices go to each expert-parallel rank: [c, e, m], [c, e, m, k].
@@ -344,7 +353,7 @@ class _Layout:
         ]
 
 
-def _gather_choices(experts: Tensor, num_experts: int, num_chunks: int, group) -> tuple[Tensor, Tensor]:
+def _gather_choices(experts: Tensor, num_experts: int, num_chunks: int, group, waiting) -> tuple[Tensor, Tensor]:
     """[n, k] of this rank → [ranks, n, k] of all, one byte a choice where that is enough; and every rank's number of
     chunks, which rides along: ranks that cut differently would wait for each other's transfers for ever."""
     ids = experts.to(torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int32)
@@ -353,7 +362,8 @@ def _gather_choices(experts: Tensor, num_experts: int, num_chunks: int, group) -
         return ids.unsqueeze(0), chunks
     message = torch.cat((ids.flatten(), chunks.view(ids.dtype)))
     gathered = message.new_empty(group.size() * message.numel())
-    dist.all_gather_into_tensor(gathered, message, group=group)
+    with waiting():
+        dist.all_gather_into_tensor(gathered, message, group=group)
     gathered = gathered.view(group.size(), -1)
     choices, chunks = gathered[:, : ids.numel()], gathered[:, ids.numel() :].contiguous()
     return choices.reshape(group.size(), *ids.shape), chunks.view(torch.int32).flatten()
