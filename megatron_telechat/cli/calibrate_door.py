@@ -77,5 +77,5 @@ def _summary(entry: Measured, name: str, path: Path) -> list[str]:
     lines.append(f"message {entry.p2p * 1e3:.3g} ms, optimizer {entry.optimizer_per_parameter * 1e9:.3g} ns a parameter")
     ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.cpu_count() or 1
     if name == "cpu" and ranks > cores:
-        lines.append(f"! {ranks} ranks share {cores} cores: a stage that waits lends its core to another, so that no plan can tell the time")
+        lines.append(f"! {ranks} ranks share {cores} cores: a stage that waits lends its core to another, so that a predicted time is a rough one")
     return [*lines, f"written: {path}  (plan with --device {path})"]
