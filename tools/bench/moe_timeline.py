@@ -77,13 +77,11 @@ def draw(path: Path, spans: Sequence[Any], title: str) -> None:
 
     figure, axes = plt.subplots(2, 1, figsize=(11, 4.6), layout="constrained")
     for axis, backward in zip(axes, (False, True)):
-        mine = [span for span in spans if span.backward == backward]
+        mine = [s for s in spans if s.backward == backward and s.chunk is not None and s.name[0] in COLOURS]
         origin = min(span.start_us for span in mine)
         free = 0.0
         for span in mine:
             letter = span.name[0]
-            if letter not in COLOURS or span.chunk is None:
-                continue
             start, end = span.start_us - origin, span.end_us - origin
             if span.track == "link":
                 start, free = max(start, free), end
@@ -91,6 +89,7 @@ def draw(path: Path, spans: Sequence[Any], title: str) -> None:
             axis.barh(height, (end - start) / 1e3, left=start / 1e3, height=0.8, color=COLOURS[letter], edgecolor="white")
             if end - start > LABELLED_US:
                 axis.text((start + end) / 2e3, height, f"{span.name}{span.chunk}", ha="center", va="center", fontsize=9, color="white")
+        axis.set_xlim(left=0)
         axis.set_yticks((0, 1), ("link", "compute"))
         axis.set_title("backward" if backward else "forward", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
