@@ -64,7 +64,8 @@ def _text(ranking: Ranking, model: str, device: str, ranks: int, limit_s: float)
     if not ranking.plans:
         return [*lines, "", "no layout was found that fits: more ranks, --recompute-kinds full, or a larger device"]
     moe = any(plan.question.run.model.is_moe for _, plan in ranking.plans)
-    rows = [["", "TP", "PP", "chunks", *["EP"] * moe, "DP", "micro-batch", "tokens/s a device", "step", "waits", "GiB", "of limit", "recomputed", "gap", "layers"]]
+    rows = [["", "TP", "PP", "chunks", *["EP"] * moe, "DP", "micro-batch", "tokens/s a device", "step", "waits", "GiB", "of limit",
+             "recomputed", "gap", "layers"]]  # fmt: skip
     for number, (_, plan) in enumerate(ranking.plans, 1):
         parallel, problem = plan.question.run.parallel, plan.problem
         peak = max(plan.peak_bytes)
