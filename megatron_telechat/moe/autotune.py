@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_telechat.moe.block import MoEBlock
+from megatron_telechat.moe.chunks import chunk_parts
 from megatron_telechat.moe.engine import Gradients
 from megatron_telechat.moe.overlap_model import PassCosts, predicted_ms
 from megatron_telechat.moe.pipeline import ChunkPipeline
@@ -129,11 +130,13 @@ class _Probe:
 
 
 def max_chunks(block: MoEBlock, num_tokens: int) -> int:
-    """The largest number of chunks that leaves an expert enough rows in each, with an even load."""
+    """The largest candidate that leaves an expert enough rows in the smallest chunk, with an even load."""
     config = block.config
     rows = num_tokens * config.moe_router_topk * block.channel.size / config.num_moe_experts
     minimum = MIN_ROWS.get(block.router.weight.device.type, MIN_ROWS["cuda"])
-    return max(1, min(int(rows // minimum), num_tokens))
+    # The smallest chunk is one part of all: megatron_telechat.moe.chunks.
+    fitting = [k for k in CANDIDATES if k <= num_tokens and sum(chunk_parts(k)) * minimum <= rows]
+    return max(fitting, default=1)
 
 
 def choose_num_chunks(

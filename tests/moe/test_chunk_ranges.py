@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.moe.autotune import max_chunks
 from megatron_telechat.moe.chunks import chunk_ranges
 from megatron_telechat.moe.overlap_model import PassCosts, backward_ms, forward_ms, ideal_ms, predicted_ms
 
@@ -63,3 +67,15 @@ def test_fit_finds_the_costs_it_was_made_from():
 def test_fit_of_noise_keeps_costs_above_zero():
     fitted = PassCosts.fit({1: 10.0, 8: 9.0}, {1: 0.1, 8: 8.0})
     assert min(fitted.compute, fitted.per_chunk, fitted.link, fitted.per_transfer) >= 0.0
+
+
+@pytest.mark.parametrize("tokens,expected", ((8, 1), (32, 1), (64, 2), (128, 3), (192, 4), (960, 16)))
+def test_auto_leaves_the_smallest_chunk_enough_rows(tokens, expected):
+    """One rank of two, 16 experts, top-4: an expert gets half as many rows as a rank has tokens, and wants 16 in each chunk."""
+    config = SimpleNamespace(moe_router_topk=4, num_moe_experts=16)
+    router = SimpleNamespace(weight=torch.empty(0))
+    block = SimpleNamespace(config=config, channel=SimpleNamespace(size=2), router=router)
+    assert max_chunks(block, tokens) == expected
+    if expected > 1:
+        sizes = [stop - start for start, stop in chunk_ranges(tokens, expected)]
+        assert min(sizes) * 4 * 2 / 16 >= 16
