@@ -11,8 +11,6 @@ from typing import Iterator, Sequence
 import numpy as np
 
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.descent import Evaluator, starts
-from megatron_telechat.planner.device_plans import DevicePlans
 from megatron_telechat.planner.graph import makespans, op_graph
 from megatron_telechat.planner.plan import Assignment, check_assignment
 from megatron_telechat.planner.problem import BalanceProblem
@@ -29,20 +27,15 @@ LAYOUT_STARTS = 6
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a plain way of splitting gives. `makespan` is None where it has no assignment that fits the memory."""
+    """What another way of splitting gives. `makespan` is None where it has no assignment that fits the memory.
+
+    `proved`: False where a search for it was cut short.
+    """
 
     name: str
     makespan: float | None
     assignment: Assignment | None
-
-
-def baselines(problem: BalanceProblem) -> list[Baseline]:
-    """Megatron's splits (best recompute flags for each), the best plain flags, and the surrogate objectives."""
-    return [
-        *megatron_splits(problem),
-        surrogate(problem, "largest stage"),
-        surrogate(problem, "all pairs of chunks"),
-    ]
+    proved: bool = True
 
 
 def megatron_splits(problem: BalanceProblem, strict: bool = False) -> list[Baseline]:
@@ -173,70 +166,3 @@ def _moved(counts: tuple[int, ...], fewest: tuple[int, ...]) -> Iterator[tuple[i
             near[a] -= 1
             near[b] += 1
             yield tuple(near)
-
-
-def surrogate(problem: BalanceProblem, kind: str) -> Baseline:
-    """The assignment that a published surrogate of the makespan likes best, found by descent from several starts.
-
-    kind: "largest stage": m times the largest time of a device, and one pass of all stages (the objective of
-    planners for 1F1B, PipeDream and its successors); "all pairs of chunks": in the steady state every device runs
-    a forward of one chunk beside a backward of another, so the sum over pairs of chunks of the largest such time of
-    any device, times m / V, and one pass (the interleaved objective of SAPP-PPB, re-stated here).
-    """
-    evaluator = Evaluator(problem, DevicePlans(problem))
-    best: tuple[float, Assignment] | None = None
-    for place in problem.mtp_places():
-        for start in starts(problem, place):
-            counts = _surrogate_descent(evaluator, start, place, kind)
-            if not math.isfinite(float(evaluator.spans(np.array([counts]), place)[0])):
-                continue
-            assignment = evaluator.assignment(counts, place)
-            value = surrogate_value(problem, stage_times(problem, assignment), kind)
-            if best is None or value < best[0]:
-                best = value, assignment
-    if best is None:
-        return Baseline(f"surrogate: {kind}", None, None)
-    return Baseline(f"surrogate: {kind}", simulate(problem, best[1]).makespan, best[1])
-
-
-def surrogate_value(problem: BalanceProblem, times: Sequence[float], kind: str) -> float:
-    """The surrogate of the makespan for these stage times (forward, then backward)."""
-    C, P, V = problem.num_stages, problem.P, problem.V
-    forward, backward = np.array(times[:C]).reshape(V, P), np.array(times[C:]).reshape(V, P)
-    one_pass = float(forward.sum() + backward.sum())
-    if kind == "largest stage":
-        return problem.m * float((forward.sum(axis=0) + backward.sum(axis=0)).max()) + one_pass / V
-    pairs = (forward[:, None, :] + backward[None, :, :]).max(axis=2)
-    return problem.m / V * float(pairs.sum()) + one_pass / V
-
-
-def _surrogate_descent(evaluator: Evaluator, start: tuple[int, ...], place: int | None, kind: str) -> tuple[int, ...]:
-    """Move single layers while the surrogate falls."""
-    problem = evaluator.problem
-    fewest = problem.fewest_layers(place)
-    last = problem.num_stages if place is None else place + 1
-
-    def value(counts: tuple[int, ...]) -> float:
-        inside = evaluator.compositions(np.array([counts]))
-        extra, fits = evaluator.extra(inside, place)
-        if not fits[0]:
-            return math.inf
-        blocks = [problem.fixed_block(stage, place) for stage in range(problem.num_stages)]
-        forward = inside[0] @ evaluator.f + [block.f for block in blocks]
-        backward = inside[0] @ evaluator.b + [block.b for block in blocks] + extra[0]
-        return surrogate_value(problem, [*forward, *backward], kind)
-
-    here, cost = start, value(start)
-    improved = True
-    while improved:
-        improved = False
-        for a, b in itertools.permutations(range(last), 2):
-            if here[a] <= fewest[a]:
-                continue
-            near = list(here)
-            near[a] -= 1
-            near[b] += 1
-            found = value(tuple(near))
-            if found < cost * (1 - 1e-12) or math.isinf(cost) and math.isfinite(found):
-                here, cost, improved = tuple(near), found, True
-    return here

@@ -51,14 +51,19 @@ class Tree(Relaxation):
         return None
 
     def candidates(self, node: Node, x: np.ndarray) -> list[tuple[str, int, float]]:
-        """What may be branched on, of the first class that has something fractional: (col or row, number, value)."""
+        """What may be branched on, of the first class that has something fractional: (col or row, number, value).
+
+        Sums over a device come before its stages: in the steady state the rounds of a device make the time. With m <= P
+        there is no steady state, only filling and draining through single stages, and their sums come first.
+        """
         space, first = self.space, self.space.first_branch_row
         values = space.rows[first:] @ x
+        sums = [space.device_rows, space.mode_rows, space.stage_rows]
+        if self.problem.m <= self.problem.P:
+            sums = [space.stage_rows, space.mode_rows, space.device_rows]
         classes = [
             [("col", column) for column in space.y.values()],
-            [("row", row - first) for row in space.device_rows],
-            [("row", row - first) for row in space.mode_rows],
-            [("row", row - first) for row in space.stage_rows],
+            *([("row", row - first) for row in rows] for rows in sums),
             [("col", int(column)) for column in space.n.ravel()],
             [("col", int(column)) for column in space.z.ravel()],
         ]

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""The solver on large balance problems: value, proven bound, gap, seconds, and what plain splits would lose.
+"""The solver on large problems of the cost model: value, proven bound, gap, seconds, and what other choices lose.
 
-    python tools/bench/planner.py [--only TEXT] [--time-limit 30] [--problem FILE.json ...] [--json FILE]
+    python tools/bench/planner.py [--only TEXT] [--time-limit 30] [--problem FILE.json ...] [--json FILE] [--list]
 
-Without --problem the problems are made here, from the shapes of the models: times in microseconds from FLOPs at a
-fixed rate, bytes from parameters and activations, to be solved, not to be believed. Every value, also those of the
-baselines, comes from the same simulator. Seconds are wall time on a machine that should do nothing else.
+Every problem is a run (the flags are printed by --list) on a device file of the package; `loose` takes the memory
+limit away, a size in GiB replaces the device's. Beside the solver: Megatron's uniform split, its
+account-for-embedding/loss flags, the best that plain flags say, and two published surrogate objectives, each minimised
+exactly (~ marks one that its own time limit cut short). Every makespan comes from the same simulator. Seconds are wall
+time of one process on a machine that should do nothing else.
 """
 
 from __future__ import annotations
@@ -13,101 +15,126 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator, Optional
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_telechat.planner.baselines import baselines  # noqa: E402
-from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup, Mode  # noqa: E402
+from megatron_telechat.config import load_run_config  # noqa: E402
+from megatron_telechat.config.schema import RunConfig  # noqa: E402
+from megatron_telechat.costs.devices import device_spec  # noqa: E402
+from megatron_telechat.planner.baselines import megatron_splits  # noqa: E402
+from megatron_telechat.planner.build import balance_problem, mtp_block  # noqa: E402
+from megatron_telechat.planner.problem import BalanceProblem  # noqa: E402
 from megatron_telechat.planner.solve import solve  # noqa: E402
+from megatron_telechat.planner.surrogates import surrogates  # noqa: E402
 
-GIB = 2**30
-FLOPS_PER_MICROSECOND = 150e6
-VOCABULARY, SEQUENCE = 131072, 8192
-BYTES_PER_PARAMETER = 6 + 12 / 8
-"""bf16 weight and fp32 gradient, and the optimizer over 8 data-parallel ranks."""
+LOOSE = float(2**20)
+DEVICE = "ascend-910b-64g"
+DENSE_80 = (
+    "--num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 --group-query-attention "
+    "--num-query-groups 8 --seq-length 8192 --vocab-size 128256 --micro-batch-size 1 --bf16 --use-distributed-optimizer "
+    "--tensor-model-parallel-size 8 --sequence-parallel --swiglu --normalization RMSNorm --position-embedding-type rope "
+    "--untie-embeddings-and-output-weights --disable-bias-linear --mock-data"
+)
+DENSE_58 = (
+    "--num-layers 58 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 56 --seq-length 4096 --vocab-size 129280 "
+    "--micro-batch-size 1 --bf16 --use-distributed-optimizer --tensor-model-parallel-size 4 --sequence-parallel --swiglu "
+    "--normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --mock-data"
+)
+MOE_58 = (
+    DENSE_58
+    + " --num-experts 64 --moe-router-topk 8 --moe-ffn-hidden-size 2048 --expert-model-parallel-size 16 --expert-tensor-parallel-size 1"
+)
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Shape of a decoder layer; `kv` is the width of the keys; experts 0 for a dense one."""
+class Case:
+    """A run in flags, the recompute it may choose from, and the memory of a device (GiB; unset: the device's own).
 
-    hidden: int
-    kv: int
-    ffn: int
-    tp: int = 8
-    experts: int = 0
-    topk: int = 1
+    first: (layers, flags of a run): that many of its layers before those of `flags`; a configuration knows no such mixture.
+    """
 
-    def group(self, count: int, kinds: Sequence[str]) -> LayerGroup:
-        h, s, tp = self.hidden, SEQUENCE, self.tp
-        core = 2 * s * s * h
-        gemm = (
-            2 * s * h * (h + 2 * self.kv) + 2 * s * h * h + 6 * s * h * self.ffn * self.topk + 2 * s * h * self.experts
-        )
-        f = round((gemm + core) / tp / FLOPS_PER_MICROSECOND)
-        b = round((2 * gemm + 2.5 * core) / tp / FLOPS_PER_MICROSECOND)
-        parameters = (2 * h * h + 2 * h * self.kv) / tp + 3 * h * self.ffn * max(self.experts, 1) / 8
-        ffn_bytes = 6 * self.ffn * self.topk * s / tp
-        act = round((8 * h + 4 * h + 4 * self.kv) * s / tp + ffn_bytes)
-        known = {
-            "none": Mode("none", 0, act, 0),
-            "selective": Mode("selective", round(0.12 * f), round(act - 0.66 * ffn_bytes), round(0.66 * ffn_bytes)),
-            "full": Mode("full", f, round(2 * h * s / tp), act - round(2 * h * s / tp)),
+    name: str
+    flags: str
+    pipeline: int
+    chunks: int
+    microbatches: int
+    data_parallel: int
+    model_parallel: int
+    memory_gib: Optional[float] = None
+    kinds: tuple[str, ...] = ("full",)
+    device: str = DEVICE
+    first: Optional[tuple[int, str]] = None
+    mtp: bool = False
+
+    def words(self, flags: str) -> list[str]:
+        sizes = {
+            "world-size": self.pipeline * self.data_parallel * self.model_parallel,
+            "global-batch-size": self.microbatches * self.data_parallel,
+            "pipeline-model-parallel-size": self.pipeline,
+            "num-virtual-stages-per-pipeline-rank": self.chunks,
         }
-        return LayerGroup(count, f, b, round(parameters * BYTES_PER_PARAMETER), tuple(known[kind] for kind in kinds))
+        return [*flags.split(), *(word for name, size in sizes.items() for word in (f"--{name}", str(size)))]
+
+    def problem(self) -> BalanceProblem:
+        device = device_spec(self.device)
+        assert device is not None  # it comes with the package
+        limit = None if self.memory_gib is None else self.memory_gib * 2**30
+        run, before = self._run(self.flags), self.first and self._run(self.first[1])
+        block = mtp_block(run, device) if self.mtp else None
+        problem = balance_problem(run, device, self.kinds, mem_limit_bytes=limit, mtp=block)
+        if before is None or self.first is None:
+            return problem
+        group = replace(balance_problem(before, device, self.kinds).groups[0], count=self.first[0])
+        return replace(problem, groups=(group, *problem.groups))
+
+    def _run(self, flags: str) -> RunConfig:
+        return load_run_config([*self.words(flags), "--dry-run"], {}, planning=True).run
 
 
-def problem(
-    P: int,
-    V: int,
-    m: int,
-    limit_gib: float,
-    *layers: tuple[Layer, int],
-    kinds: Sequence[str] = ("none", "full"),
-    mtp: bool = False,
-) -> BalanceProblem:
-    groups = tuple(layer.group(count, kinds) for layer, count in layers)
-    last, group = layers[-1][0], groups[-1]
-    h, s, tp = last.hidden, SEQUENCE, last.tp
-    w = round(VOCABULARY * h / tp * BYTES_PER_PARAMETER)
-    f = round(2 * s * h * VOCABULARY / tp / FLOPS_PER_MICROSECOND)
-    head = Block(f, 2 * f, w, round((6 * VOCABULARY + 4 * h) * s / tp))
-    embed = Block(round(0.01 * group.f), round(0.01 * group.f), w, round(2 * h * s / tp))
-    block = Block(group.f + head.f, group.b + head.b, group.w, group.modes[0].act + head.act) if mtp else None
-    return BalanceProblem(P, V, m, limit_gib * GIB, 2 * GIB, 150, groups, embed, head, block)
+def telechat_115b(name: str, pipeline: int, chunks: int, microbatches: int, memory_gib: Optional[float] = None, **more) -> Case:
+    dp = 512 // (8 * pipeline)
+    return Case(f"115B {name}", "--preset telechat2-115b", pipeline, chunks, microbatches, dp, 8, memory_gib, **more)
 
 
-LARGE, TELECHAT_39B, EIGHTY = Layer(8192, 1024, 40960), Layer(4096, 4096, 6144, 4, 16, 4), Layer(8192, 1024, 28672)
-DENSE, MOE, MEDIUM = Layer(7168, 7168, 18432), Layer(7168, 7168, 2048, 8, 64, 8), Layer(5120, 5120, 13824, 4)
-LOOSE = 2**20
+def telechat_39b(name: str, pipeline: int, chunks: int, memory_gib: Optional[float] = None) -> Case:
+    return Case(f"39B-A12B {name}", "--preset telechat2-39b-a12b", pipeline, chunks, 32, 16, 4, memory_gib)
 
 
-def problems() -> Iterator[tuple[str, BalanceProblem]]:
-    yield "115B PP8", problem(8, 1, 64, 54, (LARGE, 96))
-    yield "115B PP16", problem(16, 1, 64, 40, (LARGE, 96))
-    yield "39B PP4", problem(4, 1, 32, 54, (TELECHAT_39B, 30))
-    yield "39B PP6", problem(6, 1, 32, 54, (TELECHAT_39B, 30))
-    yield "80 layers PP16", problem(16, 1, 64, 40, (EIGHTY, 80))
-    yield "61 layers dense+MoE+MTP PP8", problem(8, 1, 32, 70, (DENSE, 3), (MOE, 58), mtp=True)
-    yield "115B PP8 V2 loose", problem(8, 2, 32, LOOSE, (LARGE, 96))
-    yield "115B PP8 V2 binding", problem(8, 2, 32, 54, (LARGE, 96))
-    yield "39B PP4 V2", problem(4, 2, 32, 54, (TELECHAT_39B, 30))
-    yield "40 layers PP5 V2 selective+full", problem(5, 2, 30, 24, (MEDIUM, 40), kinds=("none", "selective", "full"))
-    yield "115B PP8 V3", problem(8, 3, 32, LOOSE, (LARGE, 96))
-    yield "115B PP8 V4", problem(8, 4, 32, LOOSE, (LARGE, 96))
-    yield "115B PP16 V2", problem(16, 2, 32, LOOSE, (LARGE, 96))
+CASES = (
+    telechat_115b("PP8", 8, 1, 64),
+    telechat_115b("PP16", 16, 1, 64),
+    telechat_39b("PP4", 4, 1),
+    telechat_39b("PP6", 6, 1),
+    Case("80 layers PP16", DENSE_80, 16, 1, 64, 4, 8, device="h100-80g"),
+    Case("61 layers dense+MoE+MTP PP8", MOE_58, 8, 1, 32, 16, 4, device="h100-80g", first=(3, DENSE_58), mtp=True),
+    telechat_115b("PP8 V2 loose", 8, 2, 32, LOOSE),
+    telechat_115b("PP8 V2 binding", 8, 2, 32, 50),
+    telechat_39b("PP4 V2", 4, 2),
+    Case("35B PP5 V2 selective+full", "--preset telechat2-35b", 5, 2, 30, 4, 4, 38, kinds=("core_attn+mlp", "full")),
+    telechat_115b("PP8 V3", 8, 3, 32, LOOSE),
+    telechat_115b("PP8 V3 binding", 8, 3, 32, 50),
+    telechat_115b("PP8 V4", 8, 4, 32, LOOSE),
+    telechat_115b("PP16 V2", 16, 2, 32, LOOSE),
+    telechat_115b("PP8 V3, 8 micro-batches", 8, 3, 8),
+    telechat_115b("PP8 V4, 8 micro-batches", 8, 4, 8),
+    telechat_115b("PP16 V2, 16 micro-batches", 16, 2, 16, LOOSE),
+)
 
 
 def measure(name: str, one: BalanceProblem, time_limit: float) -> dict:
     answer = solve(one, time_limit)
     row = {"problem": name, **answer.to_json(), "nodes": answer.nodes}
-    row["baselines"] = {
-        other.name: None if other.makespan is None or not answer.makespan else other.makespan / answer.makespan - 1
-        for other in baselines(one)
+    row["recomputes"] = answer.assignment is not None and any(map(any, answer.assignment.modes))
+    row["others"] = {
+        other.name: {
+            "excess": None if other.makespan is None or not answer.makespan else other.makespan / answer.makespan - 1,
+            "proved": other.proved,
+        }
+        for other in (*megatron_splits(one), *surrogates(one))
     }
     return row
 
@@ -117,12 +144,20 @@ def show(row: dict) -> None:
         return "-" if value is None else f"{100 * value:.2f} %"
 
     if row["makespan"] is None:
-        print(f"{row['problem']:<34}{row['status']}", flush=True)
+        print(f"{row['problem']:<32}{row['status']}", flush=True)
         return
-    numbers = f"{row['makespan']:>12.6g}{row['lower_bound']:>12.6g}{share(row['gap']):>9}"
-    numbers += f"{row['seconds']:>8.2f}{row['nodes']:>7}"
-    others = "".join(f"{share(value):>12}" for value in row["baselines"].values())
-    print(f"{row['problem']:<34}{row['status']:<9}{numbers}{others}", flush=True)
+    numbers = f"{row['makespan']:>10.6g}{share(row['gap']):>9}{row['seconds']:>8.2f}{row['nodes']:>7}"
+    others = "".join(f"{share(one['excess']) + '~' * (not one['proved']):>12}" for one in row["others"].values())
+    recompute = "yes" if row["recomputes"] else "no"
+    print(f"{row['problem']:<32}{row['status']:<9}{recompute:>10}{numbers}{others}", flush=True)
+
+
+def chosen(args: argparse.Namespace) -> Iterator[tuple[str, BalanceProblem]]:
+    for name in args.problem:
+        yield Path(name).stem, BalanceProblem.from_json(Path(name).read_text(), name)
+    for case in () if args.problem else CASES:
+        if args.only in case.name:
+            yield case.name, case.problem()
 
 
 def main() -> None:
@@ -130,17 +165,20 @@ def main() -> None:
     parser.add_argument("--only", default="", help="problems whose name holds this text")
     parser.add_argument("--time-limit", type=float, default=30.0, help="seconds a problem")
     parser.add_argument("--problem", nargs="*", default=[], help="balance problems in files instead")
+    parser.add_argument("--list", action="store_true", help="print device, memory and flags of each problem and stop")
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args()
-    files = [(Path(name).stem, BalanceProblem.from_json(Path(name).read_text(), name)) for name in args.problem]
-    print("excess of: uniform split, account_for_embedding/loss, best plain flags, largest stage, all pairs of chunks")
-    print(f"{'problem':<34}{'status':<9}{'value':>12}{'bound':>12}{'gap':>9}{'s':>8}{'boxes':>7}"
+    if args.list:
+        for case in CASES:
+            memory = "no limit" if case.memory_gib == LOOSE else f"{case.memory_gib or 'its own'} GiB"
+            print(f"{case.name}: {case.device}, {memory}, recompute {', '.join(case.kinds)}\n  {' '.join(case.words(case.flags))}")
+        return
+    print(f"{'problem':<32}{'status':<9}{'recomputes':>10}{'value s':>10}{'gap':>9}{'s':>8}{'boxes':>7}"
           f"{'uniform':>12}{'accounted':>12}{'flags':>12}{'stage':>12}{'pairs':>12}")  # fmt: skip
     rows = []
-    for name, one in files or problems():
-        if args.only in name:
-            rows.append(measure(name, one, args.time_limit))
-            show(rows[-1])
+    for name, one in chosen(args):
+        rows.append(measure(name, one, args.time_limit))
+        show(rows[-1])
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 
