@@ -36,6 +36,14 @@ ROUNDS = 15
 WARM_UP = 3
 P2P_REPEATS = 5
 Times = dict[str, float]
+NORMAL_QUARTILES = 1.349
+"""Between the quartiles of a normal distribution, in standard deviations."""
+_WAYS = (".forward", ".backward")
+
+
+def _whole(record: Times) -> float:
+    """Seconds of a whole micro-batch."""
+    return sum(seconds for name, seconds in record.items() if name.endswith(_WAYS))
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,10 @@ class Calibration:
         self._batch = self._make_batch()
 
     def round(self) -> None:
-        """Time one micro-batch, one optimizer step and the exchange."""
+        """Time one micro-batch, the same in turns, one optimizer step and the exchange."""
+        dist.barrier()
         record = self._micro_batch()
+        record["alone"] = self._alone()
         record["optimizer"] = self._optimizer()
         record["p2p"] = self._p2p()
         record["step"] = self._small_reductions()
@@ -172,6 +182,7 @@ class Calibration:
         of_ranks: list[Optional[Times]] = [None] * self.state.world_size
         dist.all_gather_object(of_ranks, mine)
         mean = {name: statistics.fmean(rank[name] for rank in of_ranks if rank) for name in mine}
+        alone = mean["alone"] / _whole(mean)
         return Measured(
             conditions=conditions(self.run),
             layers=self._by_kind(mean),
@@ -180,6 +191,8 @@ class Calibration:
             p2p=mean["p2p"],
             optimizer_per_parameter=mean["optimizer"] / self._own_parameters(),
             step=mean["step"],
+            alone=min(alone, 1.0) if alone else 1.0,
+            jitter=self._jitter(records),
             source=f"{date.today()}, {self.backend.device_name()} ({platform.machine()}), {self.state.world_size} ranks, "
             f"medians of {len(records)} rounds",
         )
@@ -191,9 +204,22 @@ class Calibration:
 
     # ---- what a round times -----------------------------------------------------------------
 
+    def _alone(self) -> float:
+        """Seconds of a micro-batch while the ranks of all other stages wait; 0 where experts join them all."""
+        expert, expert_tensor = self.run.parallel.expert_sizes
+        sharing = max(self.run.parallel.tensor_model_parallel_size * self.run.parallel.context_parallel_size, expert * expert_tensor)
+        if sharing == self.state.world_size:
+            return 0.0
+        seconds = 0.0
+        for turn in range(self.state.world_size // sharing):
+            dist.barrier()
+            if self.state.rank // sharing == turn:
+                seconds = _whole(self._micro_batch())
+        dist.barrier()
+        return seconds
+
     def _micro_batch(self) -> Times:
         self._watch.clear()
-        dist.barrier()
         start = self._watch.now()
         output, loss_of = forward_step(self.backend.device, iter([self._batch]), self.chunks[0])
         loss = loss_of(output)[0]
@@ -271,6 +297,23 @@ class Calibration:
                     whole = mean[f"{number}.forward"] + mean[f"{number}.backward"]
                     out[kind][f"extra.{mode_name(modes)}"] = max(0.0, whole - forward - backward)
         return out
+
+    def _jitter(self, records: Sequence[Times]) -> float:
+        """Standard deviation of a pass of all layers over its mean, beside what all ranks have in common at the time;
+        from the middle half of the rounds, so that a single interruption says nothing. 0 on one rank."""
+        ranks = self.state.world_size
+        passes = [[sum(value for name, value in one.items() if name.endswith(way)) for one in records] for way in _WAYS]
+        of_ranks: list[Optional[list[list[float]]]] = [None] * ranks
+        dist.all_gather_object(of_ranks, passes)
+        if ranks == 1 or len(records) < 4:
+            return 0.0
+        found = []
+        for way in range(len(_WAYS)):
+            rounds = list(zip(*(rank[way] for rank in of_ranks if rank)))
+            off = [time / statistics.fmean(one) - 1 for one in rounds for time in one]
+            low, _, high = statistics.quantiles(off, n=4)
+            found.append((high - low) / NORMAL_QUARTILES / (1 - 1 / ranks) ** 0.5)
+        return statistics.fmean(found)
 
     def _own_parameters(self) -> float:
         count = local_count(parameter_table(self.probe.model), self.probe.parallel)

@@ -27,6 +27,8 @@ class Measured:
         p2p: one micro-batch's hidden states to the next stage.
         optimizer_per_parameter: of an optimizer step, for each parameter of a rank.
         step: the rest of an iteration, whatever its size.
+        alone: time of a micro-batch while the other ranks of the node wait, over its time beside them; 1: the same.
+        jitter: standard deviation of an op over its mean, beside what all ranks share.
         source: when, where and how they were taken.
     """
 
@@ -37,6 +39,8 @@ class Measured:
     p2p: float
     optimizer_per_parameter: float
     step: float = 0.0
+    alone: float = 1.0
+    jitter: float = 0.0
     source: str = ""
 
 

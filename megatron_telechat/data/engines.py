@@ -18,9 +18,10 @@ from megatron_telechat.data.tokenizers import HuggingFaceTokenizer, SentencePiec
 from megatron_telechat.errors import ConfigError, UserError
 
 ENGINES = ("gigatoken", "tiktoken", "reference")
-# Encoders remember pretokens without a limit; an encoder that has grown this much is opened anew.
-GROWTH_BYTES = 40 << 20
-_LOOK_EVERY = 32 << 20
+# Encoders remember pretokens without a limit; an encoder that has grown this much since its first characters, when all
+# buffers of the tool are in use, is opened anew. That takes half a second, and the words have to be met again.
+GROWTH_BYTES = 64 << 20
+_FIRST_LOOK, _LOOK_EVERY = 16 << 20, 32 << 20
 
 
 class EngineUnfit(Exception):
@@ -139,7 +140,8 @@ class Gigatoken:
         if isinstance(tokenizer, HuggingFaceTokenizer):
             self.head, self.tail = affixes(tokenizer)
         self.backend = self._open()
-        self._renewing = threading.Lock()
+        self._turn = threading.Condition()
+        self._calls, self._renewing = 0, False
         self.before: Optional[int] = None
         self.encoded = 0
 
@@ -156,12 +158,19 @@ class Gigatoken:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         if self.space:
             texts = [" " + text if text else text for text in texts]
+        with self._turn:
+            self._turn.wait_for(lambda: not self._renewing)
+            self._calls += 1
         try:
             layout = self.backend.encode_batch(list(texts), parallel=self.parallel).layout
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # a panic of Rust is no Exception for Python
                 raise
             raise RuntimeError(f"gigatoken gave up: {error}") from error
+        finally:
+            with self._turn:
+                self._calls -= 1
+                self._turn.notify_all()
         offsets = np.asarray(layout.offsets.data).astype(np.int64)
         flat, lengths = np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
         self._renew(sum(map(len, texts)))
@@ -170,14 +179,29 @@ class Gigatoken:
     def _renew(self, characters: int) -> None:
         self.encoded += characters
         if self.before is None:
-            self.before = _resident_bytes()
+            if self.encoded > _FIRST_LOOK:
+                self.before = _resident_bytes()
         elif self.encoded > _LOOK_EVERY:
             self.encoded = 0
-            if _resident_bytes() > self.before + GROWTH_BYTES and self._renewing.acquire(blocking=False):
-                self.backend = self._open()
-                # What stays is not the encoder's: opening it again and again would not help.
-                self.before = max(self.before, _resident_bytes() - GROWTH_BYTES // 2)
-                self._renewing.release()
+            if _resident_bytes() > self.before + GROWTH_BYTES:
+                self._open_anew()
+
+    def _open_anew(self) -> None:
+        """Alone: the old encoder is gone before there is a new one, so that there are never two."""
+        with self._turn:
+            if self._renewing:
+                return
+            self._renewing = True
+            self._turn.wait_for(lambda: not self._calls)
+        try:
+            self.backend = None
+            self.backend = self._open()
+            # What stays is not the encoder's: opening it again and again would not help.
+            self.before = max(self.before or 0, _resident_bytes() - GROWTH_BYTES // 2)
+        finally:
+            with self._turn:
+                self._renewing = False
+                self._turn.notify_all()
 
 
 def _resident_bytes() -> int:
@@ -277,7 +301,8 @@ def _byte_letters() -> dict[str, int]:
     return {**{chr(byte): byte for byte in plain}, **{chr(256 + place): byte for place, byte in enumerate(rest)}}
 
 
-_M_ARENA_MAX = -8  # of malloc.h
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
+_MMAP_BYTES = 1 << 20
 
 
 def limit_threads(workers: int) -> None:
@@ -287,8 +312,12 @@ def limit_threads(workers: int) -> None:
     try:
         import ctypes
 
-        # glibc keeps a heap for each thread, and what one thread freed stays in its heap: two heaps are enough here.
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+        # glibc keeps a heap for each thread, and what one thread freed stays in its heap: two heaps are enough here, and
+        # what is large gets pages of its own, which go back when it is freed (left alone glibc raises this limit to 32 MiB,
+        # and the heap of a gigabyte's run grew by 100 MB).
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_ARENA_MAX, 2)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
     except (OSError, AttributeError):
         return  # another C library: nothing to set
 

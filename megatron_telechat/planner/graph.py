@@ -117,8 +117,8 @@ def _levels(P: int, V: int, m: int) -> tuple[tuple[np.ndarray, ...], ...]:
     return tuple(out)
 
 
-def makespans(graph: OpGraph, times: np.ndarray, p2p: float) -> np.ndarray:
-    """Makespan for many vectors of times at once: [K, 2*P*V] -> [K]."""
+def makespans(graph: OpGraph, times: np.ndarray, p2p: float, factors: np.ndarray | None = None) -> np.ndarray:
+    """Makespan for many vectors of times at once: [K, 2*P*V] -> [K]. `factors`: [ops, K], on the time of every op."""
     times = np.ascontiguousarray(times.T)
     ends = np.zeros((len(graph.kind), times.shape[1]))
     for ops, kinds, before, needs, lag in _levels(graph.P, graph.V, graph.m):
@@ -126,6 +126,6 @@ def makespans(graph: OpGraph, times: np.ndarray, p2p: float) -> np.ndarray:
         if p2p:
             ready += (lag * p2p)[:, None]
         np.maximum(ready, ends[before], out=ready)
-        ready += times[kinds]
+        ready += times[kinds] if factors is None else times[kinds] * factors[ops]
         ends[ops] = ready
     return ends[graph.last_ops()].max(axis=0)

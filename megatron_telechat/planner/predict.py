@@ -10,6 +10,7 @@ from megatron_telechat.costs.devices import DeviceSpec
 from megatron_telechat.costs.memory import stage_parameters
 from megatron_telechat.costs.time import Software, TimeModel
 from megatron_telechat.planner.build import assignment_of, balance_problem, kinds_of
+from megatron_telechat.planner.pace import expected_makespan
 from megatron_telechat.planner.plan import Assignment
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import SimResult, simulate, stage_times
@@ -80,6 +81,18 @@ def simulated(problem: BalanceProblem, assignment: Assignment) -> tuple[float, S
     return result.makespan + growth * ((problem.m - short) // group), result
 
 
+def _pace(run: RunConfig, times: TimeModel, problem: BalanceProblem, assignment: Assignment, simulation: SimResult) -> float:
+    """What waiting neighbours and varying ops do to the makespan, where a calibration measured them."""
+    if times.measured is None:
+        return 1.0
+    ops = max(op.microbatch for op in simulation.ops) + 1
+    on_one_node = run.parallel.world_size <= (run.parallel.ranks_per_node or run.parallel.world_size)
+    alone = times.measured.alone if on_one_node else 1.0
+    together = max(run.parallel.world_size // problem.P, 1)
+    expected = expected_makespan(replace(problem, m=ops), stage_times(problem, assignment), alone, times.measured.jitter, together)
+    return expected / simulation.makespan
+
+
 def predict(run: RunConfig, device: DeviceSpec, software: Optional[Software] = None) -> Prediction:
     """One iteration of this run: its own layout and recompute, on Megatron-Core's schedule, then the optimizer.
 
@@ -92,6 +105,7 @@ def predict(run: RunConfig, device: DeviceSpec, software: Optional[Software] = N
     assignment = assignment_of(run, problem)
     makespan, simulation = simulated(problem, assignment)
     times = TimeModel(run, device, software)
+    makespan *= _pace(run, times, problem, assignment, simulation)
     counts = stage_parameters(run)
     hidden = [0.0] * problem.P
     if run.parallel.overlap_grad_reduce:

@@ -34,7 +34,7 @@ def calibrated(run: RunConfig, kinds: tuple[str, ...] = ("full", "mlp")) -> dict
     from megatron_telechat.cli.calibrate import calibrate
 
     base = DeviceSpec("mine", description="a machine", measured=())
-    device = calibrate(run, kinds, base, rounds=3)
+    device = calibrate(run, kinds, base, rounds=5)
     again = calibrate(run, kinds, device, rounds=1)
     path = Path(f"{os.environ['CASE_REPORTS']}/{os.environ['RANK']}.yaml")
     write_device_file(path, device)
@@ -48,6 +48,8 @@ def calibrated(run: RunConfig, kinds: tuple[str, ...] = ("full", "mlp")) -> dict
         "p2p": entry.p2p,
         "optimizer": entry.optimizer_per_parameter,
         "source": entry.source,
+        "alone": entry.alone,
+        "jitter": entry.jitter,
         "iteration": predict(run, read).iteration,
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -179,11 +181,29 @@ def test_a_growing_encoder_is_opened_anew(files, monkeypatch):
     tokenizer = build_tokenizer(None, str(files["split"]))
     engine = open_engine("gigatoken", tokenizer, 1)
     monkeypatch.setattr(engines, "_LOOK_EVERY", 100)
+    monkeypatch.setattr(engines, "_FIRST_LOOK", 0)
     resident = iter([0, 10**9, 10**9, *[0] * 9])
     monkeypatch.setattr(engines, "_resident_bytes", lambda: next(resident))
     first = engine.backend
     results = [engine.encode_batch(TEXTS * 3)[0].tolist() for _ in range(3)]
     assert engine.backend is not first and results[0] == results[1] == results[2]
+
+
+def test_threads_that_encode_while_it_is_opened_anew(files, monkeypatch):
+    pytest.importorskip("gigatoken")
+    engine = open_engine("gigatoken", build_tokenizer(None, str(files["split"])), 2)
+    monkeypatch.setattr(engines, "_LOOK_EVERY", 0)
+    monkeypatch.setattr(engines, "_FIRST_LOOK", 0)
+    resident = itertools.count(step=10**9)  # grows at every look
+    monkeypatch.setattr(engines, "_resident_bytes", lambda: next(resident))
+    opened, alive = [], []
+    open_backend = engine._open
+    monkeypatch.setattr(engine, "_open", lambda: alive.append(engine.backend) or opened.append(1) or open_backend())
+    wanted = engine.encode_batch(TEXTS)[0].tolist()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: engine.encode_batch(TEXTS)[0].tolist(), range(40)))
+    assert all(result == wanted for result in results)
+    assert len(opened) >= 10 and not any(alive), "the old one goes before the new one comes"
 
 
 def test_a_text_that_breaks_an_engine_goes_to_the_reference(tmp_path, files, monkeypatch):

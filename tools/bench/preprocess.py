@@ -95,7 +95,7 @@ def _watch(pid: int, peak: list[float], done: threading.Event) -> None:
     """The largest sum of PSS over a process and its children, in MB."""
     import psutil
 
-    while not done.wait(0.05):
+    while not done.wait(0.25):  # the kernel walks all pages for a PSS: sampled more often it slows what it measures
         total = 0
         try:
             parent = psutil.Process(pid)

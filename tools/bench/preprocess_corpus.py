@@ -119,7 +119,7 @@ def byte_level(corpus: Path, vocab_size: int, folder: Path) -> Path:
     return folder
 
 
-def sentencepiece(corpus: Path, vocab_size: int, folder: Path) -> Path:
+def sentencepiece(corpus: Path, vocab_size: int, folder: Path, dummy_prefix: bool = False) -> Path:
     """A model of TeleChat2's kind: BPE with byte fallback, digits, newline and tab as pieces of their own, identity."""
     import io
 
@@ -132,7 +132,7 @@ def sentencepiece(corpus: Path, vocab_size: int, folder: Path) -> Path:
     model = io.BytesIO()
     lines = (line[:4000] for text in _sample(corpus, 20) for line in text.split("\n") if line.strip())
     SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True, add_dummy_prefix=False,
+        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True, add_dummy_prefix=dummy_prefix,
         normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3, unk_piece="<_unk>",
         bos_piece="<_start>", eos_piece="<_end>", pad_piece="<_pad>", control_symbols=SPECIAL[4:], minloglevel=2,
         user_defined_symbols=[*"0123456789", "_", "\n", "\t", "__", "___", "____"], input_sentence_size=200_000, shuffle_input_sentence=True)
