@@ -310,7 +310,9 @@ class Calibration:
         found = []
         for way in range(len(_WAYS)):
             rounds = list(zip(*(rank[way] for rank in of_ranks if rank)))
-            off = [time / statistics.fmean(one) - 1 for one in rounds for time in one]
+            shares = zip(*([time / statistics.fmean(one) for time in one] for one in rounds))
+            # a rank that is always slower than the others is no jitter
+            off = [share - statistics.median(own) for own in map(list, shares) for share in own]
             low, _, high = statistics.quantiles(off, n=4)
             found.append((high - low) / NORMAL_QUARTILES / (1 - 1 / ranks) ** 0.5)
         return statistics.fmean(found)
