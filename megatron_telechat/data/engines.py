@@ -139,6 +139,7 @@ class Gigatoken:
         self.tokenizer = tokenizer
         if isinstance(tokenizer, HuggingFaceTokenizer):
             self.head, self.tail = affixes(tokenizer)
+            give_back_large_blocks()
         self.backend = self._open()
         self._turn = threading.Condition()
         self._calls, self._renewing = 0, False
@@ -312,14 +313,25 @@ def limit_threads(workers: int) -> None:
     try:
         import ctypes
 
-        # glibc keeps a heap for each thread, and what one thread freed stays in its heap: two heaps are enough here, and
-        # what is large gets pages of its own, which go back when it is freed (left alone glibc raises this limit to 32 MiB,
-        # and the heap of a gigabyte's run grew by 100 MB).
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_ARENA_MAX, 2)
-        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        # glibc keeps a heap for each thread, and what one thread freed stays in its heap: two heaps are enough here.
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
     except (OSError, AttributeError):
         return  # another C library: nothing to set
+
+
+def give_back_large_blocks() -> None:
+    """What is large gets pages of its own, which go back when it is freed.
+
+    Left alone glibc raises this limit to 32 MiB, and the heap of a gigabyte's run grew by 100 MB. Not for every encoder:
+    gigatoken takes and frees large blocks for each text of a sentencepiece model, and new pages each time took three
+    times as long as the work.
+    """
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+    except (OSError, AttributeError):
+        return  # as above
 
 
 def explain(error: BaseException) -> str:
