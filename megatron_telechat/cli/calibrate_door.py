@@ -75,6 +75,8 @@ def _summary(entry: Measured, name: str, path: Path) -> list[str]:
         rows.append([part, f"{times['forward'] * 1e3:.4g}", f"{times['backward'] * 1e3:.4g}", ""])
     lines = [f"{name}: {entry.source}", *table(rows, left=(0, 3))]
     lines.append(f"message {entry.p2p * 1e3:.3g} ms, optimizer {entry.optimizer_per_parameter * 1e9:.3g} ns a parameter")
+    if entry.alone < 1 or entry.jitter:
+        lines.append(f"alone on the machine an op takes {entry.alone:.2f} of its time beside the others; it varies by {entry.jitter:.0%}")
     ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.cpu_count() or 1
     if name == "cpu" and ranks > cores:
         lines.append(f"! {ranks} ranks share {cores} cores: a stage that waits lends its core to another, so that a predicted time is a rough one")

@@ -126,6 +126,8 @@ def _times(plan: Plan) -> list[str]:
     source = f"measured: {entry.source}" if entry else "estimates from the device file's figures; --calibrate measures them"
     if entry is None and found.iteration < SHORTEST_STEP_S:
         source += ". A step this short is bound by launches, which they do not know"
+    if found.pace != 1:
+        source += f". Waiting neighbours and varying ops: {found.pace - 1:+.1%} of the pipeline's time, which the comparison leaves out"
     return [
         f"predicted: {_seconds(found.iteration)} a step, {found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
         f"  times of the layers: {source}",

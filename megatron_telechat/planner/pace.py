@@ -16,7 +16,7 @@ from megatron_telechat.planner.problem import BalanceProblem
 ROUNDS = 6
 """Repeats of pace <- waits <- pace; the pace moves in the third digit after two."""
 DRAWS = 64
-"""Simulations with varied ops that are averaged."""
+"""Simulations with varied ops that are averaged, in pairs with opposite variations."""
 
 
 def expected_makespan(problem: BalanceProblem, times: list[float], alone: float, jitter: float, together: int = 1) -> float:
@@ -34,8 +34,9 @@ def expected_makespan(problem: BalanceProblem, times: list[float], alone: float,
         return float(makespans(graph, paced[None], problem.p2p)[0])
     # log-normal: never below 0, and with the long side that interruptions have; its mean is 1
     spread = math.sqrt(math.log1p(jitter**2))
-    draws = np.random.default_rng(0).normal(-(spread**2) / 2, spread, (len(graph.kind), DRAWS))
-    return float(makespans(graph, np.repeat(paced[None], DRAWS, axis=0), problem.p2p, np.exp(draws)).mean())
+    draws = np.random.default_rng(0).normal(0.0, spread, (len(graph.kind), DRAWS // 2))
+    factors = np.exp(np.concatenate([draws, -draws], axis=1) - spread**2 / 2)
+    return float(makespans(graph, np.repeat(paced[None], DRAWS, axis=0), problem.p2p, factors).mean())
 
 
 def device_pace(problem: BalanceProblem, times: list[float], alone: float, together: int = 1) -> np.ndarray:

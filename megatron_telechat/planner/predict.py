@@ -28,6 +28,7 @@ class Prediction:
     Attributes:
         problem, assignment: the pipeline.
         makespan: from its first forward to the end of its last backward.
+        pace: of the makespan, the factor for waiting neighbours and varying ops; 1 where no calibration measured them.
         simulation: its ops; of the first micro-batches alone where there are very many.
         reduction: gradient reduction and weight gathering that the backward does not cover, of the slowest stage.
         optimizer: optimizer step of the stage with the most parameters.
@@ -39,6 +40,7 @@ class Prediction:
     problem: BalanceProblem
     assignment: Assignment
     makespan: float
+    pace: float
     simulation: SimResult
     reduction: float
     optimizer: float
@@ -57,11 +59,11 @@ class Prediction:
 
     @property
     def bubble(self) -> float:
-        """Share of the makespan in which the busiest stage waits."""
+        """Share of the makespan in which the busiest stage waits, by the schedule alone."""
         times = stage_times(self.problem, self.assignment)
         stages, size = self.problem.num_stages, self.problem.P
         busy = [sum(times[rank:stages:size]) + sum(times[stages + rank :: size]) for rank in range(size)]
-        return 1 - max(busy) * self.problem.m / self.makespan
+        return 1 - max(busy) * self.problem.m * self.pace / self.makespan
 
 
 def simulated(problem: BalanceProblem, assignment: Assignment) -> tuple[float, SimResult]:
@@ -105,7 +107,7 @@ def predict(run: RunConfig, device: DeviceSpec, software: Optional[Software] = N
     assignment = assignment_of(run, problem)
     makespan, simulation = simulated(problem, assignment)
     times = TimeModel(run, device, software)
-    makespan *= _pace(run, times, problem, assignment, simulation)
+    pace = _pace(run, times, problem, assignment, simulation)
     counts = stage_parameters(run)
     hidden = [0.0] * problem.P
     if run.parallel.overlap_grad_reduce:
@@ -115,7 +117,8 @@ def predict(run: RunConfig, device: DeviceSpec, software: Optional[Software] = N
     return Prediction(
         problem=problem,
         assignment=assignment,
-        makespan=makespan,
+        makespan=makespan * pace,
+        pace=pace,
         simulation=simulation,
         reduction=max(max(0.0, times.gradient_reduction(count) - cover) for count, cover in zip(counts, hidden)),
         optimizer=max(times.optimizer_step(count) for count in counts),

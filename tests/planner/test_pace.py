@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_telechat.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_telechat.costs.devices import DeviceSpec, Measured
+from megatron_telechat.costs.time import conditions
 from megatron_telechat.planner.graph import makespans, op_graph
 from megatron_telechat.planner.pace import device_pace, expected_makespan
 from megatron_telechat.planner.plan import Assignment
+from megatron_telechat.planner.predict import predict
 from megatron_telechat.planner.problem import BalanceProblem, LayerGroup, Mode
 from megatron_telechat.planner.simulate import simulate, stage_times
 
@@ -57,6 +61,29 @@ def test_varying_ops_make_even_stages_wait():
     assert one < expected_makespan(problem, times, 1.0, 0.2)
     lone, lone_times, lone_makespan = pipeline(2, 1, 1, (4, 4))
     assert expected_makespan(lone, lone_times, 1.0, 0.1) == pytest.approx(lone_makespan, rel=0.03)
+
+
+def test_the_prediction_of_a_run_counts_what_was_measured():
+    model = ModelConfig(num_layers=4, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, vocab_size=256)
+    training = TrainingConfig(device="cpu", precision="fp32", seq_length=128, global_batch_size=8)
+
+    def predicted(alone: float, jitter: float, ranks_per_node: int = 2, layout: str = "Et*3|tL"):
+        parallel = ParallelConfig(
+            world_size=2, ranks_per_node=ranks_per_node, pipeline_model_parallel_size=2, pipeline_model_parallel_layout=layout
+        )
+        run = RunConfig(model=model, parallel=parallel, training=training)
+        both = {"forward": 0.001, "backward": 0.002}
+        layers = {"dense": {"forward": 0.01, "backward": 0.02}}
+        entry = Measured(conditions(run), layers, both, both, 0.0, 1e-9, alone=alone, jitter=jitter)
+        return predict(run, DeviceSpec("mine", measured=(entry,)))
+
+    plain, faster = predicted(1.0, 0.0), predicted(0.6, 0.0)
+    assert plain.pace == 1.0 and plain.makespan == plain.simulation.makespan
+    assert 0.6 < faster.pace < 1.0 and faster.iteration < plain.iteration
+    even, varied = (predicted(1.0, jitter, layout="Et*2|t*2L") for jitter in (0.0, 0.2))
+    assert even.pace == 1.0 < varied.pace and even.iteration < varied.iteration
+    assert faster.bubble == pytest.approx(plain.bubble) and varied.bubble == pytest.approx(even.bubble) and 0 < even.bubble < 1
+    assert predicted(0.6, 0.0, ranks_per_node=1).pace == 1.0, "ranks of other nodes do not disturb"
 
 
 def test_factors_of_ops():

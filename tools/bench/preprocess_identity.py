@@ -27,7 +27,8 @@ HERE = Path(__file__).resolve().parent
 KEYS = ("text", "title")
 HARD = (
     "", " ", "\n", "\t \n", "<_end>", "<_user>hi<_bot>there<_end>", "a<_start>b", "1234567890 12 3", "a\r\nb\rc", "x\u2028y\u2029z", "\ufeffbom",
-    "🙂👩‍👩‍👧‍👦", "e\u0301 é ﬁ", "天地玄黄，宇宙洪荒。\n中 文mixed", "\u3000全角", "don't I'LL", "  leading", "trailing  ", "_ __ ___ ____ _____", "\x00\x01\x7f", "x" * 5000,
+    "🙂👩‍👩‍👧‍👦", "e\u0301 é ﬁ", "天地玄黄，宇宙洪荒。\n中 文mixed", "\u3000全角", "don't I'LL", "  leading", "trailing  ", "_ __ ___ ____ _____",
+    "\x00\x01\x7f", "x" * 5000,
     " " * 200, "\n" * 50, "नमस्ते สวัสดี 안녕 ﷺ", "\U0010ffff", "<0x41>▁x",
 )
 
