@@ -14,6 +14,7 @@ from typing import Any, Optional, Sequence
 import torch
 
 from megatron_telechat.checkpoint.hf_model import HfModel
+from megatron_telechat.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,19 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
 
 
 def end_tokens_of(folder: Path, config: dict[str, Any], tokenizer_end: Optional[int]) -> frozenset[int]:
-    """Ids that end a text: of generation_config.json, config.json and the tokenizer."""
+    """Ids that end a text: of generation_config.json, config.json and the tokenizer.
+
+    Raises:
+        DataError: generation_config.json is damaged; without its ids a text might not end.
+    """
     found: set[int] = set() if tokenizer_end is None else {tokenizer_end}
     path = folder / "generation_config.json"
     sources = [config]
     if path.is_file():
         try:
             sources.append(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:  # a hint only
-            pass
+        except ValueError as error:
+            raise DataError(f"it is not JSON: {error}", str(path), "restore the file or take it away") from error
     for source in sources:
         value = source.get("eos_token_id") if isinstance(source, dict) else None
         found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))

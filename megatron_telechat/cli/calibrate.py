@@ -6,6 +6,7 @@ slow one another down in the same way.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -207,7 +208,8 @@ class Calibration:
     def _alone(self) -> float:
         """Seconds of a micro-batch while the ranks of all other stages wait; 0 where experts join them all."""
         expert, expert_tensor = self.run.parallel.expert_sizes
-        sharing = max(self.run.parallel.tensor_model_parallel_size * self.run.parallel.context_parallel_size, expert * expert_tensor)
+        dense = self.run.parallel.tensor_model_parallel_size * self.run.parallel.context_parallel_size
+        sharing = math.lcm(dense, expert * expert_tensor)  # no group of either kind reaches over the end of such a block
         if sharing == self.state.world_size:
             return 0.0
         seconds = 0.0

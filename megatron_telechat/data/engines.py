@@ -310,13 +310,8 @@ def limit_threads(workers: int) -> None:
     """Threads and heaps of the packages; they read the variables once, when they first start threads."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
-    try:
-        import ctypes
-
-        # glibc keeps a heap for each thread, and what one thread freed stays in its heap: two heaps are enough here.
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
-    except (OSError, AttributeError):
-        return  # another C library: nothing to set
+    # glibc keeps a heap for each thread, and what one thread freed stays in its heap: two heaps are enough here.
+    _mallopt(_M_ARENA_MAX, 2)
 
 
 def give_back_large_blocks() -> None:
@@ -326,12 +321,16 @@ def give_back_large_blocks() -> None:
     gigatoken takes and frees large blocks for each text of a sentencepiece model, and new pages each time took three
     times as long as the work.
     """
+    _mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+
+
+def _mallopt(option: int, value: int) -> None:
     try:
         import ctypes
 
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        ctypes.CDLL(None).mallopt(option, value)
     except (OSError, AttributeError):
-        return  # as above
+        return  # another C library: nothing to set
 
 
 def explain(error: BaseException) -> str:

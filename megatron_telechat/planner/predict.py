@@ -85,7 +85,7 @@ def simulated(problem: BalanceProblem, assignment: Assignment) -> tuple[float, S
 
 def _pace(run: RunConfig, times: TimeModel, problem: BalanceProblem, assignment: Assignment, simulation: SimResult) -> float:
     """What waiting neighbours and varying ops do to the makespan, where a calibration measured them."""
-    if times.measured is None:
+    if times.measured is None or problem.P == 1:
         return 1.0
     ops = max(op.microbatch for op in simulation.ops) + 1
     on_one_node = run.parallel.world_size <= (run.parallel.ranks_per_node or run.parallel.world_size)

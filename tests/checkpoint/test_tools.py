@@ -59,6 +59,7 @@ def test_generate_is_greedy_samples_and_stops(report):
     code, out, err = found["greedy"]
     assert (code, out) == (0, found["by_hand"] + "\n"), err
     assert found["stopped"][1] == found["by_hand"][: found["first_end"]] + "\n"
+    assert found["damaged"][0] == 3 and "generation_config.json" in found["damaged"][2]
     first, again, other = (line[1] for line in found["sampled"])
     assert first == again != other and first != out
     assert found["top_k_1"][1] == found["top_p_small"][1] == out

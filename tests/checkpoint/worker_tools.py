@@ -194,6 +194,8 @@ def generation() -> dict[str, Any]:
     third = tokens[len(prompt) + 2]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [third]}))
     stopped = run(main, *common)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [')
+    damaged = run(main, *common)
     (folder / "generation_config.json").unlink()
     sampled = [run(main, *common, "--temperature", "1.5", "--seed", seed) for seed in (1, 1, 2)]
     return {
@@ -201,6 +203,7 @@ def generation() -> dict[str, Any]:
         "greedy": greedy,
         "first_end": tokens.index(third, len(prompt)),
         "stopped": stopped,
+        "damaged": damaged,
         "sampled": sampled,
         "top_k_1": run(main, *common, "--temperature", "1.5", "--top-k", "1"),
         "top_p_small": run(main, *common, "--temperature", "1.5", "--top-p", "1e-6"),

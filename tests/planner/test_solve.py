@@ -92,6 +92,12 @@ def test_large_problems_are_proved(P, V, layers):
     assert (answer.status, answer.gap) == ("optimal", 0.0)
 
 
+def test_as_many_microbatches_as_stages_are_proved():
+    """Branching on devices before stages left a gap after 9000 boxes; stages first take about a hundred."""
+    answer = solve(large_problem(8, 3, m=8), 60)
+    assert (answer.status, answer.gap) == ("optimal", 0.0) and answer.nodes < 1000
+
+
 def test_binding_memory_is_proved_and_costs_time():
     loose = large_problem(8, 1)
     tight = dataclasses.replace(loose, mem_limit=max(solve(loose, 60).peak_bytes) * 0.75)

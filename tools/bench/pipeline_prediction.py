@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Optional, Sequence
@@ -214,17 +214,18 @@ def measure(layouts: Sequence[Layout], options: argparse.Namespace, folder: str)
 def compare(layouts: Sequence[Layout], entry: Measured, seconds: dict[str, list[float]], options, folder: str) -> dict[str, Any]:
     """Predicted beside measured, with errors and the agreement of the orders."""
     device = DeviceSpec("this machine", measured=(entry,))
+    steady = DeviceSpec("the same", measured=(replace(entry, alone=1.0, jitter=0.0),))
     rows = []
     for layout in layouts:
         run = make_run(layout, options.moe, options.quick, folder)
         assert len(recompute_plan(run)) == run.model.num_layers
         times = seconds[layout.name]
         measured = statistics.median(times)
-        prediction = predict(run, device)
+        prediction, by_medians = predict(run, device), predict(run, steady)
         rows.append({
             "layout": layout.name, "counts": layout.counts, "recompute": run.training.recompute_layout,
             "predicted_s": prediction.iteration, "measured_s": measured, "best_s": min(times), "times_s": times,
-            "error": prediction.iteration / measured - 1, "makespan_s": prediction.simulation.makespan,
+            "error": prediction.iteration / measured - 1, "error_by_medians": by_medians.iteration / measured - 1, "makespan_s": prediction.simulation.makespan,
             # half the width of the middle of the times, relative: what two medians may differ by without a reason
             "noise": _spread(times) / measured,
         })  # fmt: skip
@@ -250,6 +251,10 @@ def _spread(times: Sequence[float]) -> float:
     return (quarters[2] - quarters[0]) / 2
 
 
+def _range(rows: Sequence[dict[str, Any]], key: str) -> str:
+    return f"{min(row[key] for row in rows):+.1%} to {max(row[key] for row in rows):+.1%}"
+
+
 def show(result: dict[str, Any]) -> None:
     layer = result["measured"]["layers"]
     for kind, times in layer.items():
@@ -261,6 +266,11 @@ def show(result: dict[str, Any]) -> None:
             f"{row['layout']:24}{counts:>16}{row['predicted_s']:>10.3f}s{row['measured_s']:>9.3f}s"
             f"{row['error']:>+8.1%}{row['noise']:>7.1%}"
         )
+    measured = result["measured"]
+    print(
+        f"alone {measured['alone']:.2f}, jitter {measured['jitter']:.2f}: errors {_range(result['rows'], 'error')} with them, "
+        f"{_range(result['rows'], 'error_by_medians')} without"
+    )
     print(
         f"median error {result['median_error']:.1%}; order agrees in {result['pairs_in_order']} of "
         f"{result['pairs']} pairs that differ by more than the noise"

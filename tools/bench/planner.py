@@ -120,6 +120,7 @@ CASES = (
     telechat_115b("PP8 V4", 8, 4, 32, LOOSE),
     telechat_115b("PP16 V2", 16, 2, 32, LOOSE),
     telechat_115b("PP8 V3, 8 micro-batches", 8, 3, 8),
+    telechat_115b("the same, binding", 8, 3, 8, 44),
     telechat_115b("PP8 V4, 8 micro-batches", 8, 4, 8),
     telechat_115b("PP16 V2, 16 micro-batches", 16, 2, 16, LOOSE),
 )
