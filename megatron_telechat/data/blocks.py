@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import zlib
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from megatron_telechat.data.text_input import LARGEST_LINE, TooLong, count_lines
 from megatron_telechat.errors import ConfigError, DataError
 
 BLOCK_BYTES = 2 << 20
+_BUFFER_BYTES = 1 << 20
 _ROWS = 1024
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 
@@ -37,7 +39,7 @@ class Span:
 
 @dataclass
 class Block:
-    """Whole lines (bytes) or rows (dicts) of one file.
+    """Whole lines (bytes, their ends included) or rows (dicts) of one file.
 
     Attributes:
         first: number of the first item, 1 at the span's begin, which is byte ``counted_from`` of the file.
@@ -151,13 +153,13 @@ def read_blocks(parts: Sequence[Span], keys: Optional[Sequence[str]] = None, siz
             raise DataError(f"cannot read on: {error}", f"{part.path}:{line}", "copy or compress the file again") from error
 
 
-def _open(part: Span) -> tuple[Any, BinaryIO]:
+def _open(part: Span) -> tuple[BinaryIO, BinaryIO]:
     """The stream of text, and the file under it (whose position tells the progress)."""
-    file = open(part.path, "rb")
+    file = open(part.path, "rb", buffering=_BUFFER_BYTES)
     if part.kind == "gzip":
-        return gzip.GzipFile(fileobj=file), file
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), _BUFFER_BYTES), file
     if part.kind == "zstd":
-        return ZstdReader(file, part.path), file
+        return io.BufferedReader(ZstdStream(file, part.path), _BUFFER_BYTES), file
     return file, file
 
 
@@ -170,33 +172,34 @@ def _text_blocks(part: Span, number: int, size: int) -> Iterator[Block]:
         else:
             _discard(stream, part.skip)
         line, done, source = part.line, part.skip, 0 if not plain else part.begin + part.skip
-        pieces: list[bytes] = []  # of a line that goes on
-        held = dropped = 0
-        left = None if part.end is None else part.end - part.begin - part.skip
         while True:
-            chunk = stream.read(size if left is None else min(size, left))
-            left = left if left is None else left - len(chunk)
-            cut = chunk.rfind(b"\n") + 1
-            if chunk and not cut:
-                pieces.append(chunk)
-                held += len(chunk)
-                if held > LARGEST_LINE:
-                    dropped, held, pieces = dropped + held, 0, []
-                continue
-            text = b"".join([*pieces, chunk[:cut]])
-            pieces, held = [chunk[cut:]], len(chunk) - cut
-            if text or dropped:
-                items: list[Any] = text.split(b"\n")
-                if not items[-1]:
-                    items.pop()
-                if dropped:
-                    items[:1] = [TooLong(dropped)]
-                done, dropped = done + len(text) + dropped, 0
-                position = part.begin + done if plain else file.tell()
-                yield Block(part.path, items, line, number, done, position - source, part.begin)
-                line, source = line + len(items), position
-            if not chunk:
+            room = size if part.end is None else min(size, part.end - part.begin - done)
+            items, held = _lines(stream, room)
+            if not items:
                 return
+            done += held
+            position = part.begin + done if plain else file.tell()
+            yield Block(part.path, items, line, number, done, position - source, part.begin)
+            line, source = line + len(items), position
+
+
+def _lines(stream: BinaryIO, room: int) -> tuple[list[Any], int]:
+    """Lines with their ends, until they take ``room`` bytes, and those bytes.
+
+    A line at a time is several times as fast as cutting a block: its memory is small enough to be used again at once.
+    """
+    items: list[Any] = []
+    held = 0
+    while held < room and (text := stream.readline(LARGEST_LINE + 1)):
+        held += len(text)
+        if len(text) <= LARGEST_LINE:
+            items.append(text)
+            continue
+        whole = len(text)
+        while not text.endswith(b"\n") and (text := stream.readline(_BUFFER_BYTES)):
+            whole, held = whole + len(text), held + len(text)
+        items.append(TooLong(whole))
+    return items, held
 
 
 def _discard(stream: Any, count: int) -> None:
@@ -205,9 +208,9 @@ def _discard(stream: Any, count: int) -> None:
         count -= len(chunk)
 
 
-class ZstdReader:
-    """``read(n)`` over the frames of a zstd file; a file that ends inside a frame is an error (zstandard's own reader
-    takes it for the end)."""
+class ZstdStream(io.RawIOBase):
+    """The text of the frames of a zstd file; a file that ends inside a frame is an error (zstandard's own reader takes
+    it for the end)."""
 
     def __init__(self, file: BinaryIO, path: str):
         try:
@@ -217,15 +220,19 @@ class ZstdReader:
                               "pip install 'megatron_telechat[data]'") from error
         self._module, self._file = zstandard, file
         self._frame: Any = None
-        self._ready = bytearray()
+        self._ready = memoryview(b"")
         self._rest = b""
 
-    def read(self, size: int) -> bytes:
-        while len(self._ready) < size and self._fill():
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and self._fill():
             pass
-        out = bytes(self._ready[:size])
-        del self._ready[:size]
-        return out
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
 
     def _fill(self) -> bool:
         chunk = self._rest or self._file.read(1 << 16)
@@ -237,7 +244,7 @@ class ZstdReader:
         try:
             if self._frame is None:
                 self._frame = self._module.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self._ready += self._frame.decompress(chunk)
+            self._ready = memoryview(self._frame.decompress(chunk))
             if self._frame.eof:
                 self._rest, self._frame = self._frame.unused_data, None
         except self._module.ZstdError as error:

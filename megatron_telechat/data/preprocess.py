@@ -245,7 +245,8 @@ def _take(work: Workspace, job: Job, report: Report, block: Block, encoded: Enco
         work.add_line("skipped.txt", f"{place}: {reason}".encode("utf-8", "replace"))
         if job.on_error == "quarantine":
             item = block.items[number]
-            work.add_line("quarantine.jsonl", item if isinstance(item, bytes) else json.dumps(item, default=str).encode())
+            content = item.removesuffix(b"\n") if isinstance(item, bytes) else json.dumps(item, default=str).encode()
+            work.add_line("quarantine.jsonl", content)
     for key, arrays in encoded.keys.items():
         work.add(key, *arrays)
         report.tokens[key] = work.totals[key][0]

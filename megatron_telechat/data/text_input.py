@@ -98,12 +98,12 @@ def read_lines(files: Sequence[Path]) -> Iterator[Line]:
 
     for block in read_blocks(spans(files)):
         for place, item in enumerate(block.items):
-            content = item if isinstance(item, bytes) else json.dumps(item, default=str).encode()
+            content = item.removesuffix(b"\n") if isinstance(item, bytes) else json.dumps(item, default=str).encode()
             yield Line(content, block.file, block.first + place)
 
 
 def parse_items(items: Sequence[Any], keys: Sequence[str]) -> tuple[list[tuple], list[int], list[tuple[int, str]]]:
-    """Lines (bytes) or rows (dicts) as documents.
+    """Lines (bytes, with or without their ends) or rows (dicts) as documents.
 
     Returns:
         The documents (for each key a text or a list of texts), the number of the item each came from, and
@@ -144,7 +144,7 @@ def _documents(item: Any, keys: Sequence[str]) -> list[tuple]:
         if b"\r" not in item.rstrip(b"\r\n"):
             raise
         # A text file may end its lines with a carriage return alone; inside a JSON text one cannot stand.
-        parts = item.removesuffix(b"\r").split(b"\r")
+        parts = item.removesuffix(b"\n").removesuffix(b"\r").split(b"\r")
         try:
             return [_check(_parse_json(part), keys) for part in parts]
         except BadLine:

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Text to tokens: our preprocess_data beside Megatron-LM's two tools, in one interleaved run.
 
-    python tools/bench/preprocess.py --work DIR [--mb 120] [--times 1] [--rounds 3] [--megatron CHECKOUT] [--json FILE]
+    python tools/bench/preprocess.py --work DIR [--mb 280] [--also 140,1400] [--rounds 3] [--megatron CHECKOUT] [--json FILE]
 
 Builds a corpus (preprocess_corpus.py) and trains tokenizers in DIR, once. Cases: a byte-level tokenizer of 131,072 ids with the
 fast engine and with the fallback, and a sentencepiece model. Each round runs every arm of a case in turn. Reported are
 medians of wall time, MB/s, tokens/s, CPU seconds and peak memory of the process with its children (the sum of their PSS,
-sampled), and whether the bytes are the same. ``--times N`` joins the corpus N times for our tool alone: memory and rate on
-a larger input. Megatron's tools need what their checkout needs (transformers; triton on its newest commits).
+sampled), and whether the bytes are the same. ``--also`` runs our tool alone on corpora of other sizes: memory and rate by the
+size of the input. No document of a corpus is in it twice. Megatron's tools need what their checkout needs (transformers;
+triton on its newest commits).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -69,6 +69,7 @@ def arms(case: str, source: Path, tokenizer: Path, work: Path, megatron: Optiona
 def run_once(arm: Arm) -> None:
     for path in arm.prefix.parent.glob(f"{arm.prefix.name}_*"):
         path.unlink()
+    os.sync()  # no arm pays for what the one before left to be written
     begin = time.monotonic()
     process = subprocess.Popen(arm.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peak, done = [0.0], threading.Event()
@@ -144,8 +145,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", required=True, type=Path, help="folder for the corpus, the tokenizers and the outputs")
-    parser.add_argument("--mb", type=float, default=120.0, help="megabytes of the corpus")
-    parser.add_argument("--times", type=int, default=1, help="also run ours on the corpus joined this often")
+    parser.add_argument("--mb", type=float, default=280.0, help="megabytes of the corpus")
+    parser.add_argument("--also", default="", help="megabytes of more corpora, with commas, for our tool alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=131072)
     parser.add_argument("--cases", default="fast,fallback,sentencepiece")
@@ -163,15 +164,9 @@ def main() -> int:
             tokenizer = corpus_of.byte_level(source, args.vocab_size, args.work / f"bpe{args.vocab_size}")
             engine = {"fast": "auto", "fallback": "tiktoken"}[case]
         rows += measure(case, arms(case, source, tokenizer, args.work, args.megatron, engine), source, args.rounds)
-        if case == "fast" and args.times > 1:
-            joined = args.work / f"corpus-{args.times}.jsonl"
-            if not joined.exists():
-                with open(joined, "wb") as target:
-                    for _ in range(args.times):
-                        with open(source, "rb") as one:
-                            shutil.copyfileobj(one, target, 1 << 22)
-            name = f"fast, {args.times} times the corpus"
-            rows += measure(name, arms("large", joined, tokenizer, args.work, None, engine), joined, args.rounds)
+        for size in (float(size) for size in args.also.split(",") if size and case == "fast"):
+            other = corpus_of.build(args.work, size)
+            rows += measure(f"fast, {size:g} MB", arms(f"fast-{size:g}", other, tokenizer, args.work, None, engine), other, args.rounds)
     print(table(rows))
     if args.json:
         args.json.write_text(json.dumps({"rows": rows, "corpus_bytes": source.stat().st_size, "cores": os.cpu_count()}, indent=1))

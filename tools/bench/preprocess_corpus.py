@@ -1,7 +1,8 @@
-"""The corpus and the tokenizers of tools/bench/preprocess.py: text that a package manager brings. Nothing is distributed.
+"""The corpora and the tokenizers of tools/bench/preprocess.py: text that a package manager brings. Nothing is distributed.
 
-English and Chinese are the help texts and manuals of Debian packages (``apt-get download``, unpacked beside the corpus and
-not installed) with the descriptions and docstrings of installed Python packages; code is the Python packages themselves.
+Prose is the help texts and manuals of Debian packages (``apt-get download``, unpacked beside the corpus and not installed)
+with the descriptions of installed Python packages; code is the Python packages themselves and, for a corpus larger than
+these, the source of the Linux kernel. No document is in a corpus twice.
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ import random
 import re
 import subprocess
 import sysconfig
+import tarfile
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 PACKAGES = {
     "zh": ("libreoffice-help-zh-cn", "libreoffice-help-zh-tw", "manpages-zh", "debian-reference-zh-cn", "debian-faq-zh-cn"),
     "en": ("libreoffice-help-en-us", "debian-reference-en", "debian-handbook", "bible-kjv-text"),
 }
-_TEXT = (".html", ".htm", ".txt", ".md", ".rst", ".gz", ".1", ".3", ".5", ".7", ".8")
+# Downloaded when the above and what is installed do not fill the corpus; prose of other languages too, for its new words.
+MORE = {
+    "en": ("python3.11-doc", "openjdk-17-doc", "postgresql-doc-15", "cppreference-doc-en-html", "dict-gcide", "dict-foldoc",
+           *(f"libreoffice-help-{language}" for language in ("ru", "ja", "ko", "de", "fr", "es"))),
+    "code": ("linux-source-6.1",),
+}
+_TEXT = (".html", ".htm", ".txt", ".md", ".rst", ".gz", ".dz", ".1", ".3", ".5", ".7", ".8")
+_CODE = (".c", ".h", ".S", ".py", ".sh", ".rst", ".dts", ".dtsi", ".json", ".yaml")
 _TAGS = re.compile(r"<(script|style)\b.*?</\1>|<[^>]{0,2000}>|^\.\\?\"?.{0,3}\s", re.S | re.M | re.I)
 _GAPS = re.compile(r"\n\s*\n\s*\n")
 _LONGEST = 60_000
@@ -32,39 +41,48 @@ SPECIAL = ["<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_sys
 
 
 def build(folder: Path, megabytes: float) -> Path:
-    """Write ``corpus.jsonl``: Chinese and English up to their shares, code for the rest, mixed; returns its path."""
-    target = folder / "corpus.jsonl"
+    """Write a corpus once: Chinese and prose up to their shares, code for the rest, mixed; returns its path."""
+    target = folder / f"corpus-{megabytes:g}.jsonl"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
+    lines: list[bytes] = []
     size, seen = 0, set()
     for language, share in SHARES.items():
         most = min(megabytes * 1e6, size + share * megabytes * 1e6)
-        for text in _texts(folder, language):
+        for text in _pieces(_texts(folder / "packages" / language, language)):
+            if size > most:
+                break
             digest = hashlib.sha1(text.encode("utf-8", "replace")).digest()
             if digest in seen or len(text) < 200:
                 continue
             seen.add(digest)
-            lines.append(json.dumps({"text": text}, ensure_ascii=False))
-            size += len(lines[-1].encode("utf-8", "replace")) + 1
-            if size > most:
-                break
+            lines.append(json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            size += len(lines[-1])
     random.Random(0).shuffle(lines)
     partial = target.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+    with open(partial, "wb") as file:
+        file.writelines(lines)
     partial.replace(target)
     return target
 
 
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for begin in range(0, len(text), _LONGEST):
+            yield text[begin : begin + _LONGEST]
+
+
 def _texts(folder: Path, language: str) -> Iterator[str]:
     for package in PACKAGES.get(language, ()):
-        yield from _package(folder / "packages" / language, package)
+        yield from _package(folder, package)
     patterns = {"en": ("METADATA", "*.md", "*.rst"), "code": ("*.py", "*.h", "*.js")}.get(language, ())
     for root in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))):
         for pattern in patterns:
             for path in sorted(Path(root).rglob(pattern)):
                 yield _read(path)
+    for package in MORE.get(language, ()):
+        yield from _package(folder, package)
 
 
 def _package(folder: Path, name: str) -> Iterator[str]:
@@ -79,15 +97,32 @@ def _package(folder: Path, name: str) -> Iterator[str]:
         except (OSError, subprocess.CalledProcessError, StopIteration):
             print(f"  without {name}: apt-get update && apt-get download {name} brings it")
             return
-    for path in sorted(p for p in unpacked.rglob("*") if p.is_file() and p.suffix in _TEXT):
-        yield _GAPS.sub("\n\n", html.unescape(_TAGS.sub("", _read(path)))).strip()
+    for path in sorted(p for p in unpacked.rglob("*") if p.is_file()):
+        if path.name.endswith(".tar.xz"):
+            yield from _archive(path)
+        elif path.suffix in _TEXT:
+            yield _GAPS.sub("\n\n", html.unescape(_TAGS.sub("", _read(path)))).strip()
+
+
+def _archive(path: Path) -> Iterator[str]:
+    """Source files of a tar file, in its order."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(_CODE):
+                yield _text(archive.extractfile(member).read())
 
 
 def _read(path: Path) -> str:
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf-8").replace("\0", "")[:_LONGEST]
-    except (OSError, UnicodeDecodeError, EOFError):
+        return _text(gzip.decompress(path.read_bytes()) if path.suffix in (".gz", ".dz") else path.read_bytes())
+    except (OSError, EOFError):
+        return ""
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8").replace("\0", "")
+    except UnicodeDecodeError:
         return ""  # a file in another encoding is no loss
 
 
