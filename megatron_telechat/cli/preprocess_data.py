@@ -8,6 +8,9 @@ import signal
 import sys
 import threading
 import time
+from contextlib import ExitStack, closing
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from megatron_telechat.cli.tool import ToolParser, natural, positive, run_tool
@@ -85,12 +88,19 @@ def _run(argv: list[str]) -> int:
         if word.startswith("--") and flag in REFUSED:
             raise ConfigError(f"{flag} is refused", "command line", REFUSED[flag])
     args = build_parser().parse_args(argv)
+    from megatron_telechat.data.beside import TokenizerBeside
     from megatron_telechat.data.preprocess import Interrupted, preprocess
     from megatron_telechat.data.tokenizers import build_tokenizer
 
     begin = time.monotonic()
-    with _Signals() as signals:
-        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
+    with _Signals() as signals, ExitStack() as at_end:
+        huggingface = None
+        if args.workers > 1 and args.engine in ("auto", "gigatoken") and find_spec("gigatoken"):
+
+            def huggingface(file: Path) -> TokenizerBeside:
+                return at_end.enter_context(closing(TokenizerBeside(file)))
+
+        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size, huggingface=huggingface)
         try:
             report = preprocess(
                 args.input,

@@ -46,7 +46,7 @@ def open_engine(name: str, tokenizer: Tokenizer, workers: int) -> Engine:
         EngineUnfit: the package is not there, or it does not take this tokenizer.
     """
     if name == "reference":
-        return Reference(tokenizer, workers)
+        return Reference(getattr(tokenizer, "here", tokenizer), workers)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         kind = {"gigatoken": Gigatoken, "tiktoken": Tiktoken}[name]
     elif isinstance(tokenizer, SentencePieceTokenizer) and name == "gigatoken":
@@ -105,12 +105,9 @@ class Reference:
 
 def affixes(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
     """Ids that the post-processor puts before and after every text (BOS, EOS)."""
-    before, inner = tokenizer.encode("a b"), tokenizer.backend.encode("a b", add_special_tokens=False).ids
-    for begin in range(len(before) - len(inner) + 1):
-        head, tail = before[:begin], before[begin + len(inner):]
-        if inner and before[begin : begin + len(inner)] == inner and tokenizer.encode("") == head + tail:
-            return head, tail
-    raise EngineUnfit("the post-processor of the tokenizer does more than put ids before and after a text")
+    if tokenizer.affixes is None:
+        raise EngineUnfit("the post-processor of the tokenizer does more than put ids before and after a text")
+    return tokenizer.affixes
 
 
 def add_affixes(flat: np.ndarray, lengths: np.ndarray, head: list[int], tail: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -138,9 +135,11 @@ class Gigatoken:
         self.space = False
         self.tokenizer = tokenizer
         if isinstance(tokenizer, HuggingFaceTokenizer):
-            self.head, self.tail = affixes(tokenizer)
             give_back_large_blocks()
         self.backend = self._open()
+        self.backend.encode_batch([""])  # imports what its answers are made of, before the tokenizer is asked
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            self.head, self.tail = affixes(tokenizer)
         self._turn = threading.Condition()
         self._calls, self._renewing = 0, False
         self.before: Optional[int] = None

@@ -107,15 +107,17 @@ def preprocess(
         ResourceError: the output cannot be written, or another run writes it.
         Interrupted: ``stop`` said so.
     """
-    if append_eod and tokenizer.eod is None:
-        raise ConfigError("--append-eod: the tokenizer has no end-of-document token", "--tokenizer-model",
-                          "use a tokenizer with <_end>, </s> or <|endoftext|>, or drop --append-eod")
     keys = tuple(dict.fromkeys(json_keys))
     if unfit := [key for key in keys if not key or "/" in key or "\0" in key]:
         raise ConfigError(f"the key {unfit[0]!r} cannot be part of a file name", "--json-keys", "rename the key in the input")
-    limit_threads(workers)
+    names = engine_names(engine, tokenizer)
     files = find_inputs(inputs)
     parts = spans(files)
+    limit_threads(workers)
+    first = _opened(names[0], tokenizer, workers)  # before the tokenizer is asked anything: it may be on its way (beside.py)
+    if append_eod and tokenizer.eod is None:
+        raise ConfigError("--append-eod: the tokenizer has no end-of-document token", "--tokenizer-model",
+                          "use a tokenizer with <_end>, </s> or <|endoftext|>, or drop --append-eod")
     prefix = output_prefix
     if shard is not None:
         parts, prefix = shard_of(parts, *shard), f"{output_prefix}.shard-{shard[0]}-of-{shard[1]}"
@@ -123,7 +125,7 @@ def preprocess(
               log, stop, journal_seconds)
     work = Workspace(prefix, keys, token_dtype(tokenizer.vocab_size), _identity(job), _LISTS[on_error])
     try:
-        return _with_engines(job, work, engine)
+        return _with_engines(job, work, names, first)
     except OSError as error:
         refused = work.refused(error, _needed(work, job))
         _leave(work)
@@ -168,13 +170,23 @@ def _needed(work: Workspace, job: Job) -> int:
     return max(work.output_bytes, round(work.output_bytes * max(1.0, total / done)))
 
 
-def _with_engines(job: Job, work: Workspace, wanted: str) -> Report:
-    names = engine_names(wanted, job.tokenizer)
+def _opened(name: str, tokenizer: Tokenizer, workers: int) -> Engine | EngineUnfit:
+    try:
+        return open_engine(name, tokenizer, workers)
+    except EngineUnfit as error:
+        return error
+
+
+def _with_engines(job: Job, work: Workspace, names: Sequence[str], first: Engine | EngineUnfit) -> Report:
+    """The run with the first engine that is fit; ``first`` is that of ``names[0]``, opened."""
     resume = True
     for place, name in enumerate(names):
         following = names[place + 1] if place + 1 < len(names) else None
+        engine = first if place == 0 else _opened(name, job.tokenizer, job.workers)
         try:
-            return _run(job, work, open_engine(name, job.tokenizer, job.workers), resume)
+            if isinstance(engine, EngineUnfit):
+                raise engine
+            return _run(job, work, engine, resume)
         except (EngineUnfit, EngineDiffers) as error:
             if following is None:
                 raise ConfigError(f"--engine {name} cannot be used: {error}", "--engine", "leave --engine away") from error

@@ -103,7 +103,7 @@ def _around_added(tokenizer: Tokenizer) -> list[str]:
     """Added tokens and user-defined pieces inside, beside and between words."""
     names: list[str] = []
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        names = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
+        names = tokenizer.added_tokens
     elif (backend := getattr(tokenizer, "backend", None)) is not None and hasattr(backend, "IdToPiece"):
         first = range(min(600, backend.GetPieceSize()))
         names = [backend.IdToPiece(i) for i in first if not backend.IsByte(i) and (i < 200 or backend.IsControl(i))]

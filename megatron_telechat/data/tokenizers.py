@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional, Protocol, Sequence
+from typing import Any, Callable, Optional, Protocol, Sequence
 
 from megatron_telechat.errors import ConfigError, DataError
 
@@ -32,7 +33,11 @@ class Tokenizer(Protocol):
 
 
 def build_tokenizer(
-    tokenizer_type: Optional[str], tokenizer_model: Optional[str], *, vocab_size: Optional[int] = None
+    tokenizer_type: Optional[str],
+    tokenizer_model: Optional[str],
+    *,
+    vocab_size: Optional[int] = None,
+    huggingface: Optional[Callable[[Path], Tokenizer]] = None,
 ) -> Tokenizer:
     """Open a tokenizer.
 
@@ -40,6 +45,7 @@ def build_tokenizer(
         tokenizer_type: one of ``TYPES``; None lets the file tell.
         tokenizer_model: a tokenizer.json, a .model, a folder that holds one of them, or a tiktoken .json.
         vocab_size: ids of a NullTokenizer, its end-of-document token included.
+        huggingface: what opens a tokenizer.json in place of ``HuggingFaceTokenizer``.
 
     Raises:
         ConfigError: unknown type, or no file given.
@@ -57,7 +63,7 @@ def build_tokenizer(
     if not path.exists():
         raise DataError(f"the tokenizer {tokenizer_model} does not exist", "tokenizer_model", "correct --tokenizer-model")
     kind, file = _locate(tokenizer_type, path)
-    return {"HuggingFaceTokenizer": HuggingFaceTokenizer, "SentencePieceTokenizer": SentencePieceTokenizer,
+    return {"HuggingFaceTokenizer": huggingface or HuggingFaceTokenizer, "SentencePieceTokenizer": SentencePieceTokenizer,
             "TikTokenizer": TikTokenizer}[kind](file)
 
 
@@ -80,7 +86,7 @@ def _locate(tokenizer_type: Optional[str], path: Path) -> tuple[str, Path]:
                       f"give --tokenizer-type, one of {', '.join(TYPES)}")
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -105,7 +111,7 @@ class HuggingFaceTokenizer:
         self.backend.no_padding()
         self.vocab_size = _ids(self.backend)
         names = _special_names(file.parent)
-        self.file, self.digest = file, _digest(file)
+        self.file, self.digest = file, digest_of(file)
         self.eod = self._id(names.get("eos_token"), *END_TOKENS)
         self.bos = self._id(names.get("bos_token"), "<_start>", "<s>", "<|begin_of_text|>")
         self.pad = self._id(names.get("pad_token"), "<_pad>", "<pad>", "<|pad|>")
@@ -113,6 +119,20 @@ class HuggingFaceTokenizer:
     def _id(self, *names: Optional[str]) -> Optional[int]:
         ids = (self.backend.token_to_id(name) for name in names if name)
         return next((i for i in ids if i is not None), None)
+
+    @cached_property
+    def affixes(self) -> Optional[tuple[list[int], list[int]]]:
+        """Ids that the post-processor puts before and after every text (BOS, EOS); None if it does more than that."""
+        before, inner = self.encode("a b"), self.backend.encode("a b", add_special_tokens=False).ids
+        for begin in range(len(before) - len(inner) + 1):
+            head, tail = before[:begin], before[begin + len(inner):]
+            if inner and before[begin : begin + len(inner)] == inner and self.encode("") == head + tail:
+                return head, tail
+        return None
+
+    @property
+    def added_tokens(self) -> list[str]:
+        return [token.content for token in self.backend.get_added_tokens_decoder().values()]
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text).ids
@@ -167,7 +187,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{file} is not a sentencepiece model: {error}", "tokenizer_model",
                             "give the tokenizer.model of the model, or --tokenizer-type") from error
-        self.digest = _digest(file)
+        self.digest = digest_of(file)
         self.vocab_size = self.backend.GetPieceSize()
         self.eod = self._id(self.backend.eos_id(), *END_TOKENS)
         self.bos = self._id(self.backend.bos_id(), "<_start>", "<s>")
@@ -220,7 +240,7 @@ class TikTokenizer:
             mergeable_ranks={token: rank + self.SPECIAL for token, rank in ranks.items()},
             special_tokens={name: i for i, name in enumerate(names)},
         )
-        self.digest = _digest(file)
+        self.digest = digest_of(file)
         self.vocab_size = self.SPECIAL + len(ranks)
         self.eod, self.bos, self.pad = (self.NAMES.index(name) for name in ("</s>", "<s>", "<pad>"))
 

@@ -176,8 +176,9 @@ def test_blocks_in_flight_are_limited(tmp_path, tokenizers, monkeypatch):
 def test_end_of_document_that_the_tokenizer_lacks(tmp_path, tokenizers):
     tokenizer = build_tokenizer(None, str(tokenizers["hf"]))
     tokenizer.eod = None
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     with pytest.raises(ConfigError, match="end-of-document"):
-        preprocess([str(tmp_path)], str(tmp_path / "o"), tokenizer, append_eod=True)
+        preprocess([str(source)], str(tmp_path / "o"), tokenizer, append_eod=True)
 
 
 def test_the_command(tmp_path, tokenizers):
