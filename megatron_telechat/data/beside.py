@@ -23,7 +23,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 # Ctrl-C is for the process that asks.
 _START = """import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path.insert(0, sys.argv[1])
 from megatron_telechat.data.beside import serve; serve(sys.argv[2])"""
-_FACTS = ("vocab_size", "eod", "bos", "pad", "affixes", "added_tokens")
+_FACTS = ("vocab_size", "eod", "bos", "pad", "affixes", "added_tokens", "splitting")
 _SIZE = struct.Struct("<Q")
 # A helper that says nothing for so long is taken for lost: it is asked for 20,000 characters at a time.
 LIMIT_S = 120.0

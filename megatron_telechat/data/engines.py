@@ -149,7 +149,7 @@ class Gigatoken:
         from gigatoken.gigatoken_rs import load_hf_json
 
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
-            return load_hf_json(self.tokenizer.file.read_bytes())
+            return load_hf_json(self.tokenizer.content())
         content, self.space = sentencepiece_json(self.tokenizer)
         return load_hf_json(content)
 
@@ -253,7 +253,7 @@ class Tiktoken:
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
         if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in content["added_tokens"]):
             raise EngineUnfit("tiktoken does not know added tokens that take spaces along")
-        letters = _byte_letters()
+        letters = byte_letters()
         vocabulary = {piece: i for piece, i in model["vocab"].items() if piece not in added}
         ranks = {bytes(letters[letter] for letter in piece): i for piece, i in vocabulary.items()}
         merged = [vocabulary["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in model["merges"]]
@@ -294,7 +294,7 @@ def _pattern(pretokenizer: Optional[dict]) -> str:
     raise EngineUnfit("the pretokenizer of the tokenizer is no single pattern")
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """The letters that stand for bytes in a byte-level vocabulary (GPT-2's table)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in plain]

@@ -21,7 +21,8 @@ import numpy as np
 
 from megatron_telechat.data.blocks import Block, Span, read_blocks, shard_of, spans
 from megatron_telechat.data.encode import Encoded, encode_block
-from megatron_telechat.data.engines import Engine, EngineUnfit, engine_names, limit_threads, open_engine
+from megatron_telechat.data.characters import guarded
+from megatron_telechat.data.engines import Engine, EngineUnfit, Reference, engine_names, limit_threads, open_engine
 from megatron_telechat.data.indexed import token_dtype
 from megatron_telechat.data.self_check import EngineDiffers, SelfCheck
 from megatron_telechat.data.text_input import find_inputs, quoted
@@ -211,6 +212,8 @@ def _run(job: Job, work: Workspace, engine: Engine, resume: bool) -> Report:
         report.resumed_bytes = report.input_bytes
         job.log(f"an earlier run of this command left {report.documents_in:,} documents: going on from there")
     report.engine = engine.name
+    if not isinstance(engine, Reference):
+        engine = guarded(engine, job.tokenizer, job.log)
     progress = Progress(job, report)
     with SelfCheck(engine, job.tokenizer) as check, closing(_pipeline(job, parts, engine)) as encoded_blocks:
         journalled = time.monotonic()

@@ -7,6 +7,7 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from megatron_telechat.data.characters import CONTEXT
 from megatron_telechat.data.engines import Engine, Reference
 from megatron_telechat.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 
@@ -36,7 +37,7 @@ class SelfCheck:
         self._pool = ThreadPoolExecutor(1) if self.needed else None
         self._pending: list[Future] = []
         if self.needed:
-            texts = [*HARD, *_around_added(tokenizer)]
+            texts = [*HARD, *map(CONTEXT.format, map(chr, range(128))), *_around_added(tokenizer)]
             self._pending.append(self._pool.submit(self._hard, texts))
 
     def __enter__(self) -> "SelfCheck":

@@ -130,6 +130,20 @@ class HuggingFaceTokenizer:
                 return head, tail
         return None
 
+    @cached_property
+    def splitting(self) -> Optional[dict[str, Any]]:
+        """Normalizer and pre-tokenizer of a byte-level tokenizer as its file has them; None for another one."""
+        steps = {name: getattr(self.backend, name) for name in ("normalizer", "pre_tokenizer")}
+        said = {name: json.loads(step.__getstate__()) if step is not None else None for name, step in steps.items()}
+        last = said["pre_tokenizer"] or {}
+        while last.get("pretokenizers"):
+            last = last["pretokenizers"][-1]
+        return said if last.get("type") == "ByteLevel" else None
+
+    def content(self) -> bytes:
+        """The file."""
+        return self.file.read_bytes()
+
     @property
     def added_tokens(self) -> list[str]:
         return [token.content for token in self.backend.get_added_tokens_decoder().values()]

@@ -21,7 +21,7 @@ from tests.data.material import TEXTS, write_jsonl
 from tests.data.test_engines import files  # noqa: F401
 from tests.harness import ROOT
 
-FACTS = ("vocab_size", "eod", "bos", "pad", "affixes", "added_tokens", "digest")
+FACTS = ("vocab_size", "eod", "bos", "pad", "affixes", "added_tokens", "splitting", "digest")
 
 
 def helpers(process: psutil.Process | None = None) -> list[psutil.Process]:

@@ -21,7 +21,7 @@ from tests.data.material import TEXTS, huggingface_tokenizer, sentencepiece_toke
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def _split_tokenizer(folder, bos=False):
+def split_tokenizer(folder, bos=False, vocab_size=400, texts=TEXTS * 4):
     """A byte-level tokenizer with that split; with ``bos`` its post-processor puts <_start> before each text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -30,8 +30,8 @@ def _split_tokenizer(folder, bos=False):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(TEXTS * 4, trainer=trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer=trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<_start> $A", special_tokens=[("<_start>", 1)])
     folder.mkdir()
@@ -58,8 +58,8 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     return {
         "own": huggingface_tokenizer(folder / "own"),
-        "split": _split_tokenizer(folder / "split"),
-        "bos": _split_tokenizer(folder / "bos", bos=True),
+        "split": split_tokenizer(folder / "split"),
+        "bos": split_tokenizer(folder / "bos", bos=True),
         "model": sentencepiece_tokenizer(folder / "a.model"),
         "prefixed": _sentencepiece_prefixed(folder / "b.model", remove_extra_whitespaces=False),
         "stripping": _sentencepiece_prefixed(folder / "c.model"),

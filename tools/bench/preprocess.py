@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Text to tokens: our preprocess_data beside Megatron-LM's two tools, in one interleaved run.
 
-    python tools/bench/preprocess.py --work DIR [--mb 280] [--also 140,1400] [--rounds 3] [--megatron CHECKOUT] [--json FILE]
+    python tools/bench/preprocess.py --work DIR [--mb 180] [--also 140,1400] [--rounds 3] [--megatron CHECKOUT] [--json FILE]
 
 Builds a corpus (preprocess_corpus.py) and trains tokenizers in DIR, once. Cases: a byte-level tokenizer of 131,072 ids with the
 fast engine and with the fallback, and a sentencepiece model. Each round runs every arm of a case in turn. Reported are
@@ -145,7 +145,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", required=True, type=Path, help="folder for the corpus, the tokenizers and the outputs")
-    parser.add_argument("--mb", type=float, default=280.0, help="megabytes of the corpus")
+    parser.add_argument("--mb", type=float, default=180.0, help="megabytes of the corpus")
     parser.add_argument("--also", default="", help="megabytes of more corpora, with commas, for our tool alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=131072)
