@@ -96,11 +96,15 @@ class Guarded:
             codes = codes[self._kinds[codes] == _UNKNOWN]
             if not codes.size:
                 return
-            texts = [CONTEXT.format(chr(code)) for code in codes.tolist()]
-            (ids, lengths), (right, right_lengths) = (probe.encode_batch(texts) for probe in self._probes)
-            same = _same(ids, lengths, right, right_lengths)
+            same = self.same(codes)
             self._kinds[codes] = np.where(same, _SAME, _DIFFERS)
             self._tell(codes[~same].tolist())
+
+    def same(self, codes: np.ndarray) -> np.ndarray:
+        """Which of some characters leave the same ids (bool)."""
+        texts = [CONTEXT.format(chr(code)) for code in codes.tolist()]
+        (ids, lengths), (right, right_lengths) = (probe.encode_batch(texts) for probe in self._probes)
+        return _same(ids, lengths, right, right_lengths)
 
     def _tell(self, codes: list[int]) -> None:
         self._differing += len(codes)

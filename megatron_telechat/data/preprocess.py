@@ -1,7 +1,7 @@
 """jsonl and parquet to indexed datasets: what Megatron's ``tools/preprocess_data.py`` writes, byte for byte.
 
 One thread reads ahead, others parse and encode, this one writes; the encoders work without the interpreter lock. Blocks
-under way are limited, so memory does not grow with the input; there are no processes to lose.
+under way are limited, so memory does not grow with the input; no other process writes (beside.py reads).
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Whether preprocess_data writes the bytes of Megatron-LM's, for every kind of tokenizer and way of running.
 
-    python tools/bench/preprocess_identity.py --work DIR --megatron CHECKOUT [--documents 600] [--mb 120]
+    python tools/bench/preprocess_identity.py --work DIR --megatron CHECKOUT [--documents 600] [--mb 180] [--whole]
 
 A sample of the corpus of preprocess.py (the same --work shares it) with documents made to be hard, in two keys, one of
 them often empty. For each tokenizer, with and without --append-eod, Megatron's tool runs with one worker and with two, ours
-with one, with two, and in three shards that are merged; all .bin and .idx are compared. Exit code 1 if any differs.
+with one, with two, and in three shards that are merged; all .bin and .idx are compared. --whole compares the whole corpus
+too, by our fast engine and by the tokenizer itself. Before that the characters are counted at which an engine splits texts otherwise
+than the tokenizer. Exit code 1 if any bytes differ.
 """
 
 from __future__ import annotations
@@ -17,19 +19,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import preprocess_corpus as corpus_of  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
+from megatron_telechat.data.characters import guarded  # noqa: E402
+from megatron_telechat.data.engines import open_engine  # noqa: E402
+from megatron_telechat.data.tokenizers import build_tokenizer  # noqa: E402
+
 KEYS = ("text", "title")
 HARD = (
     "", " ", "\n", "\t \n", "<_end>", "<_user>hi<_bot>there<_end>", "a<_start>b", "1234567890 12 3", "a\r\nb\rc", "x\u2028y\u2029z", "\ufeffbom",
     "🙂👩‍👩‍👧‍👦", "e\u0301 é ﬁ", "天地玄黄，宇宙洪荒。\n中 文mixed", "\u3000全角", "don't I'LL", "  leading", "trailing  ", "_ __ ___ ____ _____",
     "\x00\x01\x7f", "x" * 5000,
     " " * 200, "\n" * 50, "नमस्ते สวัสดี 안녕 ﷺ", "\U0010ffff", "<0x41>▁x",
+    # Letters since Unicode 15.1 to 17, which not all packages know yet.
+    *(f'"{letter}",\n a{letter}b {letter}{letter}1' for letter in "\U0002ebf0\ua7cd\ua7db\ua7cf\u088f\U00010d50\U00010940\U00016ebb\U000323b0"),
 )
 
 
@@ -67,13 +77,13 @@ def tokenizers(corpus: Path, work: Path) -> dict[str, Path]:
     }
 
 
-def run(command: Sequence[object], prefix: Path) -> str:
+def run(command: Sequence[object], prefix: Path, keys: Sequence[str] = KEYS) -> str:
     """Digest of what a command wrote under this prefix."""
     found = subprocess.run([sys.executable, "-W", "ignore", *map(str, command)], capture_output=True, text=True)
     if found.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{(found.stdout + found.stderr)[-1500:]}")
     digest = hashlib.sha256()
-    for key in KEYS:
+    for key in keys:
         for suffix in ("bin", "idx"):
             digest.update(Path(f"{prefix}_{key}_document.{suffix}").read_bytes())
     return digest.hexdigest()
@@ -99,16 +109,40 @@ def digests(source: Path, tokenizer: Path, eod: bool, out: Path, megatron: Path)
     return found
 
 
+def whole(corpus: Path, tokenizer: Path, out: Path) -> bool:
+    """Whether the fast engine and the tokenizer itself give the same bytes on all of the corpus."""
+    found = []
+    for engine in ("auto", "reference"):
+        prefix = out / engine
+        command = [HERE.parent / "preprocess_data.py", "--input", corpus, "--tokenizer-model", tokenizer, "--append-eod", "--workers", 2,
+                   "--log-interval", 0, "--engine", engine, "--output-prefix", prefix]
+        found.append(run(command, prefix, ("text",)))
+    return found[0] == found[1]
+
+
+def characters(tokenizer: Path) -> Iterator[str]:
+    """For each fast engine, the characters at which it splits texts as the tokenizer does not."""
+    opened = build_tokenizer(None, str(tokenizer))
+    every = np.array([code for code in range(128, 0x110000) if not 0xD800 <= code < 0xE000])
+    for name in ("gigatoken", "tiktoken"):
+        engine = guarded(open_engine(name, opened, 2), opened, print)
+        wrong = np.concatenate([part[~engine.same(part)] for part in np.array_split(every, 64)])
+        shown = ", ".join(f"U+{code:04X}" for code in wrong[:6].tolist())
+        yield f"{name}: {wrong.size:,} of {every.size:,} characters" + (f" ({shown}, ...)" if wrong.size else "")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, type=Path, help="folder for the corpus, the tokenizers and the outputs")
     parser.add_argument("--megatron", required=True, type=Path, help="a Megatron-LM checkout")
     parser.add_argument("--documents", type=int, default=600, help="documents of the sample")
-    parser.add_argument("--mb", type=float, default=120.0, help="megabytes of the corpus, where it is not there yet")
+    parser.add_argument("--mb", type=float, default=180.0, help="megabytes of the corpus")
+    parser.add_argument("--whole", action="store_true", help="compare the whole corpus too, with the tokenizer itself")
     args = parser.parse_args()
     corpus = corpus_of.build(args.work, args.mb)
     source = sample(corpus, args.documents, args.work / "sample.jsonl")
     print(f"sample: {source.stat().st_size / 1e6:.1f} MB, keys {', '.join(KEYS)}")
+    print("split otherwise than by the tokenizer:", *characters(corpus_of.byte_level(corpus, 131072, args.work / "bpe131072")), sep="\n  ")
     same = True
     for name, tokenizer in tokenizers(corpus, args.work).items():
         for eod in (False, True):
@@ -121,6 +155,10 @@ def main() -> int:
             same = same and not different
             print(f"{name:52}{'with' if eod else 'without'} --append-eod: "
                   f"{'the same bytes, ' + str(len(found)) + ' ways' if not different else 'DIFFERENT: ' + ', '.join(different)}", flush=True)
+        if args.whole:
+            alike = whole(corpus, tokenizer, args.work / "identity")
+            same = same and alike
+            print(f"{name:52}the whole corpus, {corpus.stat().st_size / 1e6:.0f} MB: {'the same bytes' if alike else 'DIFFERENT'}", flush=True)
     return 0 if same else 1
 
 
