@@ -13,20 +13,19 @@ from megatron_telechat.cli.preprocess_data import main
 from megatron_telechat.data import engines, preprocess as preprocess_module, self_check
 from megatron_telechat.data.engines import EngineUnfit, Reference, open_engine
 from megatron_telechat.data.preprocess import preprocess
+from megatron_telechat.data.tokenizer_training import SPLIT
 from megatron_telechat.data.tokenizers import build_tokenizer
 from megatron_telechat.errors import ConfigError
 from tests.data.material import TEXTS, huggingface_tokenizer, sentencepiece_tokenizer, write_jsonl
 
-# The split of one letter run, one digit, one run of signs, that several published tokenizers use.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-
-def split_tokenizer(folder, bos=False, vocab_size=400, texts=TEXTS * 4):
-    """A byte-level tokenizer with that split; with ``bos`` its post-processor puts <_start> before each text."""
+def split_tokenizer(folder, bos=False, vocab_size=400, texts=TEXTS * 4, split=SPLIT):
+    """A byte-level tokenizer; with ``bos`` its post-processor puts <_start> before each text; ``split`` None: digits alone,
+    the rest as GPT-2, in two steps."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    steps = [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    steps = [pre_tokenizers.Split(Regex(split or r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>"]
@@ -58,6 +57,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     return {
         "own": huggingface_tokenizer(folder / "own"),
+        "digits": split_tokenizer(folder / "digits", split=None),
         "split": split_tokenizer(folder / "split"),
         "bos": split_tokenizer(folder / "bos", bos=True),
         "model": sentencepiece_tokenizer(folder / "a.model"),
@@ -66,7 +66,7 @@ def files(tmp_path_factory):
     }
 
 
-TAKEN = [("own", "tiktoken"), ("split", "gigatoken"), ("split", "tiktoken"), ("bos", "gigatoken"), ("bos", "tiktoken"), ("model", "gigatoken"),
+TAKEN = [("own", "gigatoken"), ("digits", "tiktoken"), ("split", "gigatoken"), ("split", "tiktoken"), ("bos", "gigatoken"), ("bos", "tiktoken"), ("model", "gigatoken"),
          ("prefixed", "gigatoken")]
 
 
@@ -92,7 +92,7 @@ def test_gigatoken_as_it_is_would_be_wrong_on_the_prefixed_model(files):
 
 def test_engines_that_do_not_fit_say_why(files):
     pytest.importorskip("gigatoken")
-    for name, engine, reason in [("own", "gigatoken", "does not take this tokenizer"), ("model", "tiktoken", "does not read")]:
+    for name, engine, reason in [("digits", "gigatoken", "does not take this tokenizer"), ("model", "tiktoken", "does not read")]:
         with pytest.raises(EngineUnfit, match=reason):
             open_engine(engine, build_tokenizer(None, str(files[name])), 1)
     null = build_tokenizer("NullTokenizer", None, vocab_size=9)
@@ -168,7 +168,7 @@ def test_the_sample_goes_on_to_the_end(files):
 def test_an_engine_asked_for_that_cannot_be_used_is_an_error(tmp_path, files, capsys):
     pytest.importorskip("gigatoken")
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
-    arguments = ["--input", str(source), "--output-prefix", str(tmp_path / "o"), "--tokenizer-model", str(files["own"])]
+    arguments = ["--input", str(source), "--output-prefix", str(tmp_path / "o"), "--tokenizer-model", str(files["digits"])]
     assert main([*arguments, "--engine", "gigatoken"]) == 2
     assert "--engine gigatoken cannot be used" in capsys.readouterr().err
     assert main(arguments) == 0

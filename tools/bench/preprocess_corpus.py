@@ -14,10 +14,15 @@ import json
 import random
 import re
 import subprocess
+import sys
 import sysconfig
 import tarfile
 from pathlib import Path
 from typing import Iterable, Iterator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_telechat.data.tokenizer_training import SPECIAL_TOKENS, SPLIT  # noqa: E402
 
 PACKAGES = {
     "zh": ("libreoffice-help-zh-cn", "libreoffice-help-zh-tw", "manpages-zh", "debian-reference-zh-cn", "debian-faq-zh-cn"),
@@ -36,8 +41,6 @@ _GAPS = re.compile(r"\n\s*\n\s*\n")
 _LONGEST = 60_000
 # Shares of the corpus at most; code, of which there is most, takes what is left.
 SHARES = {"zh": 0.2, "en": 0.3, "code": 1.0}
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPECIAL = ["<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>", "<_observation>", "<_sep>"]
 
 
 def build(folder: Path, megabytes: float) -> Path:
@@ -144,7 +147,7 @@ def byte_level(corpus: Path, vocab_size: int, folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(_sample(corpus, 2), trainer=trainer)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<_start>", "eos_token": "<_end>", "pad_token": "<_pad>",
@@ -169,7 +172,7 @@ def sentencepiece(corpus: Path, vocab_size: int, folder: Path, dummy_prefix: boo
     SentencePieceTrainer.train(
         sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True, add_dummy_prefix=dummy_prefix,
         normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3, unk_piece="<_unk>",
-        bos_piece="<_start>", eos_piece="<_end>", pad_piece="<_pad>", control_symbols=SPECIAL[4:], minloglevel=2,
+        bos_piece="<_start>", eos_piece="<_end>", pad_piece="<_pad>", control_symbols=SPECIAL_TOKENS[4:], minloglevel=2,
         user_defined_symbols=[*"0123456789", "_", "\n", "\t", "__", "___", "____"], input_sentence_size=200_000, shuffle_input_sentence=True)
     target.write_bytes(model.getvalue())
     return target
