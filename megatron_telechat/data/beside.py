@@ -25,7 +25,7 @@ _START = """import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sy
 from megatron_telechat.data.beside import serve; serve(sys.argv[2])"""
 _FACTS = ("vocab_size", "eod", "bos", "pad", "affixes", "added_tokens", "splitting")
 _SIZE = struct.Struct("<Q")
-# A helper that says nothing for so long is taken for lost: it is asked for 20,000 characters at a time.
+# A helper that says nothing for so long is taken for lost. A document of 100 MB takes it half as long.
 LIMIT_S = 120.0
 
 
@@ -43,7 +43,8 @@ class TokenizerBeside(HuggingFaceTokenizer):
         self._helper: Optional[subprocess.Popen] = None
         with theirs:
             try:
-                self._helper = subprocess.Popen([sys.executable, "-c", _START, str(_ROOT), str(file)], stdin=theirs)
+                self._helper = subprocess.Popen(
+                    [sys.executable, "-c", _START, str(_ROOT), str(file)], stdin=theirs, env={**os.environ, "RAYON_NUM_THREADS": "1"})
             except OSError:
                 pass  # no more processes here: the file is opened when it is asked for
 
@@ -52,8 +53,9 @@ class TokenizerBeside(HuggingFaceTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         answer = None
+        _ = self._facts  # its first word, before the lock: others ask for it too
         with self._lock:
-            if self._facts and self._helper is not None:
+            if self._helper is not None:
                 try:
                     _send(self._connection, list(texts))
                     answer = _receive(self._connection)

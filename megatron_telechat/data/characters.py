@@ -1,9 +1,9 @@
 r"""Characters that an engine takes for another kind than the reference does.
 
 The patterns that split text (``\p{L}``, ``\p{N}``, ``\s``) stand on tables of Unicode, and each package brings a version of
-its own: what one knows as a letter since last year is no character at all for another. The ids differ then, in a document of
-ten thousand, and no sample finds it. So each character is compared when it is first met, and a text that holds
-one with another outcome is encoded by the reference.
+its own: what one knows as a letter since last year is no character at all for another. The ids differ then, in one document of
+ten thousand, and no sample finds it. So each character that is not as old as any table is compared when it is first met, and
+a text that holds one with another outcome is encoded by the reference.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def preprocess(
     files = find_inputs(inputs)
     parts = spans(files)
     limit_threads(workers)
-    first = _opened(names[0], tokenizer, workers)  # before the tokenizer is asked anything: it may be on its way (beside.py)
+    opened = [_opened(names[0], tokenizer, workers)]  # before the tokenizer is asked anything: it may be on its way (beside.py)
     if append_eod and tokenizer.eod is None:
         raise ConfigError("--append-eod: the tokenizer has no end-of-document token", "--tokenizer-model",
                           "use a tokenizer with <_end>, </s> or <|endoftext|>, or drop --append-eod")
@@ -126,7 +126,7 @@ def preprocess(
               log, stop, journal_seconds)
     work = Workspace(prefix, keys, token_dtype(tokenizer.vocab_size), _identity(job), _LISTS[on_error])
     try:
-        return _with_engines(job, work, names, first)
+        return _with_engines(job, work, names, opened)
     except OSError as error:
         refused = work.refused(error, _needed(work, job))
         _leave(work)
@@ -178,12 +178,12 @@ def _opened(name: str, tokenizer: Tokenizer, workers: int) -> Engine | EngineUnf
         return error
 
 
-def _with_engines(job: Job, work: Workspace, names: Sequence[str], first: Engine | EngineUnfit) -> Report:
-    """The run with the first engine that is fit; ``first`` is that of ``names[0]``, opened."""
+def _with_engines(job: Job, work: Workspace, names: Sequence[str], opened: list[Engine | EngineUnfit]) -> Report:
+    """The run with the first engine that is fit; ``opened`` holds that of ``names[0]``, and lets go of it."""
     resume = True
     for place, name in enumerate(names):
         following = names[place + 1] if place + 1 < len(names) else None
-        engine = first if place == 0 else _opened(name, job.tokenizer, job.workers)
+        engine = opened.pop() if opened else _opened(name, job.tokenizer, job.workers)
         try:
             if isinstance(engine, EngineUnfit):
                 raise engine
