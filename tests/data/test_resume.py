@@ -56,12 +56,24 @@ def _clear(folder):
         path.unlink()
 
 
+def _written(tmp_path) -> int:
+    try:
+        return (tmp_path / "o.partial" / "text.bin").stat().st_size
+    except OSError:
+        return 0
+
+
 def _storm(tmp_path, material, count, seed):
+    """Kills at random points of the output, some of them while a run starts."""
     source, model, whole, seconds = material
     rng, killed, journalled = random.Random(seed), 0, 0
-    while killed < count:
+    for _ in range(20 * count):
+        had = _written(tmp_path)
+        until = had + rng.random() * (len(whole["text_document.bin"]) - had)
         run = _start(source, tmp_path / "o", model)
-        time.sleep(seconds * rng.uniform(0.5, 1.0))
+        latest = time.monotonic() + (seconds * rng.random() if rng.random() < 0.2 else 60)
+        while run.poll() is None and _written(tmp_path) <= until and time.monotonic() < latest:
+            time.sleep(0.001)
         if run.poll() is not None:
             assert run.returncode == 0 and _bytes(tmp_path, "o") == whole
             for path in tmp_path.iterdir():
@@ -73,6 +85,9 @@ def _storm(tmp_path, material, count, seed):
         journalled += (tmp_path / "o.partial" / "state.json").exists()
         for path in tmp_path.glob("o_*.idx"):  # whole or not there
             assert path.read_bytes() == whole[path.name.removeprefix("o_")]
+        if killed == count:
+            break
+    assert killed == count
     assert _start(source, tmp_path / "o", model).wait(timeout=60) == 0
     assert _bytes(tmp_path, "o") == whole and journalled
     assert not (tmp_path / "o.partial").exists()
