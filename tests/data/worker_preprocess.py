@@ -1,11 +1,13 @@
-"""One run of preprocess that journals often; ``--die-at N`` ends it without a word at its N-th rename (0: never)."""
+"""One run of preprocess, its tokenizer with a helper, that journals often; ``--die-at N`` ends it without a word at its N-th rename (0: never)."""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 
 from megatron_telechat.data import blocks
+from megatron_telechat.data.beside import TokenizerBeside
 from megatron_telechat.data.preprocess import preprocess
 from megatron_telechat.data.tokenizers import build_tokenizer
 
@@ -22,8 +24,9 @@ def main(source: str, prefix: str, model: str, die_at: str, on_error: str = "ski
 
     if left[0]:
         os.replace = dying
-    preprocess(source.split(","), prefix, build_tokenizer(None, model), json_keys=("text", "title"), append_eod=True, workers=2,
-               on_error=on_error, log_interval=0, journal_seconds=0.0)
+    with closing(build_tokenizer(None, model, huggingface=TokenizerBeside)) as tokenizer:
+        preprocess(source.split(","), prefix, tokenizer, json_keys=("text", "title"), append_eod=True, workers=2, on_error=on_error,
+                   log_interval=0, journal_seconds=0.0)
 
 
 if __name__ == "__main__":
