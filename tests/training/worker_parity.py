@@ -48,7 +48,6 @@ LAYOUTS = {
         "dense_pp2_recompute_per_stage": (DENSE, f"{PP2} --recompute-layout full*2|none*1,core_attn+mlp*1"),
         "moe_dp2": (MOE, ""),
         "moe_dp2_distributed_overlap": (MOE, f"{DIST} {OVERLAP}"),
-        "moe_etp2": (MOE, ETP2),
         "moe_etp2_distributed": (MOE, f"{ETP2} {DIST}"),
         "moe_pp2": (MOE, PP2),
         "moe_ep2": (MOE, EP2),
@@ -58,6 +57,7 @@ LAYOUTS = {
         "moe_ep2_auto_chunks": (MOE, f"{EP2} --moe-input-chunks auto"),
         "moe_ep2_chunks3_distributed_overlap": (MOE, f"{EP2} {DIST} {OVERLAP} --moe-input-chunks 3"),
         "moe_tp2_folded_chunks5_recompute": (MOE, f"{TP2} --moe-input-chunks 5 --recompute-granularity full"),
+        "shared_etp2": (SHARED, ETP2),
         "shared_tp2_folded_chunks3_recompute_moe": (SHARED, f"{TP2} --moe-input-chunks 3 {MOE_AGAIN}"),
     },
     4: {
