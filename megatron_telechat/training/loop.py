@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Mapping, Optional
 
@@ -210,9 +211,7 @@ class Trainer:
                 self._require_same_data(info)
             self.step, self.consumed_samples = info.step, info.consumed_samples
             self.progress, note = Progress.of(info)
-            if note is not None:
-                self.console.say(note)
-            return info
+            return info if note is None else replace(info, message=f"{info.message}\n{note}")
         # --load and --save naming one folder is Megatron's way to say "go on if there is something".
         if self.paths.load_dir != self.paths.save_dir or settings.load_step is not None:
             raise CheckpointError(
