@@ -58,6 +58,10 @@ class ModelOptimizer(ChainedOptimizer):
         """What the loss is multiplied by; None outside of fp16."""
         return None if self.grad_scaler is None else float(self.grad_scaler.scale)
 
+    def count_zeros(self) -> float:
+        """Zeros in the gradients of the whole model; collective. megatron-core's chain forgets the tensor groups of its parts."""
+        return sum(part.count_zeros() for part in self.chained_optimizers)
+
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Unscale the gradients of all parts; with fp16 also agree on an overflow, then move the loss scale.

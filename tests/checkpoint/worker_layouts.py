@@ -422,8 +422,6 @@ def every_number_counts_once() -> dict:
             if value:
                 norm = float(built.optimizer.get_grad_norm())
             else:
-                for part in built.optimizer.chained_optimizers:
-                    part.config.log_num_zeros_in_grad = True
                 zeros = float(built.optimizer.count_zeros())
         found[name] = [round(norm**2, 1), zeros, count_parameters(built.run.model).total]
     return found
