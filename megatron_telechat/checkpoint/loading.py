@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Mapping, Optional, Protocol, Sequence
 
@@ -11,8 +11,9 @@ import torch
 from megatron_telechat.checkpoint import rng as rng_tree
 from megatron_telechat.checkpoint.find import find_checkpoint, require_fit, saved_config, weight_key
 from megatron_telechat.checkpoint.format import CheckpointReader
+from megatron_telechat.checkpoint.loss_scale import diverged_scales, load_scaler_state, one_scale
 from megatron_telechat.checkpoint.optimizer_state import (
-    MASTER, MOMENTS, global_boxes, grad_scalers, load_scaler_state, optimizer_slices, set_adam_step,
+    MASTER, MOMENTS, global_boxes, optimizer_slices, set_adam_step,
 )
 from megatron_telechat.checkpoint.train_state import TrainState, topology
 from megatron_telechat.config.schema import RunConfig
@@ -37,6 +38,7 @@ class LoadedInfo:
         step, consumed_samples: where the run goes on; 0 when only weights were taken.
         config: configuration of the run that saved it, None when this program cannot read it.
         message: one or more lines for the person who started the run.
+        adam_step: steps that Adam had counted; None where the checkpoint holds no optimizer state.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class LoadedInfo:
     message: str
     data_fingerprint: Optional[Mapping[str, Any]] = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    adam_step: Optional[int] = None
 
 
 def load_checkpoint(
@@ -87,7 +90,8 @@ def load_checkpoint(
         return LoadedInfo(folder, 0, 0, config, "\n".join([head, *notes]))
     head = f"resumed from {folder}: step {manifest.step}, {manifest.consumed_samples} samples"
     return LoadedInfo(folder, manifest.step, manifest.consumed_samples, config, "\n".join([head, *notes]),
-                      manifest.data_fingerprint, manifest.extra)
+                      manifest.data_fingerprint, manifest.extra,
+                      manifest.optimizer["step"] if manifest.optimizer else None)
 
 
 def _load_parameters(reader: CheckpointReader, shards: Sequence[ParameterShards]) -> None:
@@ -116,6 +120,9 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
         return []
     saved = reader.manifest.optimizer
     resume = not weights_only and not run.checkpoint.no_load_optim and saved is not None
+    parted = diverged_scales(saved)
+    if parted is not None and resume:
+        raise CheckpointError(replace(parted, where=str(reader.path)))
     with_moments = resume and saved["step"] > 0
     for item in optimizer_slices(state.optimizer, state.shards, create_state=with_moments):
         for name, tensor in item.tensors.items():
@@ -131,14 +138,12 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
     if with_moments:
         set_adam_step(state.optimizer, saved["step"])
     if resume:
-        for kind, scaler in grad_scalers(state.optimizer, state.shards).items():
-            values = saved["grad_scaler"].get(kind) or saved["grad_scaler"].get("dense")
-            if values:
-                load_scaler_state(scaler, values)
+        load_scaler_state(state.optimizer, one_scale(saved["grad_scaler"]))
+    notes = [] if parted is None else [parted.what]
     if weights_only or resume:
-        return []
+        return notes
     why = "--no-load-optim was given" if saved is not None else "the checkpoint holds none"
-    return [f"the optimizer state is fresh: {why}"]
+    return [*notes, f"the optimizer state is fresh: {why}"]
 
 
 def _load_generators(

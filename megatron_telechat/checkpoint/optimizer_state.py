@@ -138,33 +138,6 @@ def set_adam_step(optimizer: Any, step: int) -> None:
                 group["step"] = step
 
 
-def grad_scalers(optimizer: Any, shards: Sequence[Any]) -> dict[str, Any]:
-    """The fp16 loss scalers by what they scale: "dense" and "expert". Empty for bf16 and fp32."""
-    expert = {id(item.parameter): item.is_expert for item in shards}
-    found = {}
-    for part in leaf_optimizers(optimizer):
-        scaler = getattr(part, "grad_scaler", None)
-        if scaler is None or not scaler.state_dict():
-            continue
-        leaf = next(iter(_leaves(part)), None)
-        if leaf is not None:
-            found["expert" if expert[id(leaf.parameter)] else "dense"] = scaler
-    return found
-
-
-def scaler_state(scaler: Any) -> dict[str, Any]:
-    state = scaler.state_dict()
-    return {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-
-
-def load_scaler_state(scaler: Any, saved: Mapping[str, Any]) -> None:
-    current = scaler.state_dict()
-    scaler.load_state_dict({
-        name: torch.full_like(value, saved[name]) if isinstance(value, torch.Tensor) else saved[name]
-        for name, value in current.items()
-    })
-
-
 class GlobalBox(NamedTuple):
     """Elements [start, stop) of a local parameter that are one box of a global tensor."""
 

@@ -18,10 +18,9 @@ from megatron_telechat.checkpoint import rng as rng_tree
 from megatron_telechat.checkpoint.files import require_free_space
 from megatron_telechat.checkpoint.format import Part, PartWriter, merge_parts, versions
 from megatron_telechat.checkpoint.hf_files import carry_companions
+from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
-from megatron_telechat.checkpoint.optimizer_state import (
-    adam_steps, global_boxes, grad_scalers, optimizer_slices, scaler_state,
-)
+from megatron_telechat.checkpoint.optimizer_state import adam_steps, global_boxes, optimizer_slices
 from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
@@ -163,11 +162,7 @@ def _write_part(
 def _optimizer_scalars(state: TrainState, run: RunConfig) -> Optional[dict[str, Any]]:
     if state.optimizer is None or run.checkpoint.no_save_optim:
         return None
-    scalers = grad_scalers(state.optimizer, state.shards)
-    return {
-        "steps": sorted(adam_steps(state.optimizer)),
-        "grad_scaler": {kind: scaler_state(scaler) for kind, scaler in scalers.items()},
-    }
+    return {"steps": sorted(adam_steps(state.optimizer)), "grad_scaler": scaler_state(state.optimizer)}
 
 
 def _merged_scalars(found: Sequence[Optional[dict[str, Any]]]) -> Optional[dict[str, Any]]:
@@ -178,11 +173,11 @@ def _merged_scalars(found: Sequence[Optional[dict[str, Any]]]) -> Optional[dict[
     if len(steps) > 1:
         raise CheckpointError(f"parameters have taken different numbers of optimizer steps: {steps}",
                               fix="nothing was saved; this is a bug, please report it")
-    scalers: dict[str, Any] = {}
-    for item in saved:
-        for kind, values in item["grad_scaler"].items():
-            scalers.setdefault(kind, values)
-    return {"step": steps[0] if steps else 0, "grad_scaler": scalers}
+    scaler = saved[0]["grad_scaler"]
+    if any(item["grad_scaler"] != scaler for item in saved):
+        raise CheckpointError("the ranks have different loss scales",
+                              fix="nothing was saved; this is a bug, please report it")
+    return {"step": steps[0] if steps else 0, "grad_scaler": scaler}
 
 
 def _commit(

@@ -21,12 +21,20 @@ _PROBABILITY_BYTES = 4
 
 
 class _Weights(torch.nn.Module):
-    """Holds ``weight`` and ``bias`` under the name of a linear layer."""
+    """Holds ``weight`` and ``bias`` under the name of a linear layer.
+
+    Whoever reads them calls the module: Megatron-Core's overlapped gather of parameters is started and awaited by the
+    forward hook of the module that owns them.
+    """
 
     def __init__(self, weight: Tensor, bias: Optional[Tensor] = None):
         super().__init__()
         self.weight = torch.nn.Parameter(weight)
         self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
+
+    def forward(self) -> tuple[Tensor, Optional[Tensor]]:
+        """Weight and bias, the parameters themselves."""
+        return self.weight, self.bias
 
 
 def _check_alignment(config, device: torch.device, ffn_local: int) -> None:
@@ -77,27 +85,29 @@ class GroupedExperts(MegatronModule):
         self.num_local_experts = num_local_experts
         self.adds_bias = etp_rank == 0
         self._accumulate = accumulating_product(self.linear_fc1.weight.device, config.params_dtype)
-        self._mark_parameters(etp_rank)
+        self._mark_parameters()
 
-    def _mark_parameters(self, etp_rank: int) -> None:
+    def _mark_parameters(self) -> None:
         """Tell Megatron-Core which ranks hold the same values.
 
         ``allreduce = False`` puts a parameter into the buffers that are reduced over the expert-data-parallel
         ranks, at one expert-parallel rank too, so that the optimizer state has the same form in every layout.
-        ``tensor_model_parallel`` says "count it in the gradient norm on every tensor rank": true of the weights,
-        which no two ranks of a tensor group share, and of the bias on the first rank of an expert-tensor group.
+        ``tensor_model_parallel`` says "count it in the gradient norm on every rank of the tensor group": true of the
+        weights, which are cut over that group, and not of the bias, which all of its ranks hold whole. The group is
+        that of the experts (`training.optimizer` tells the optimizer so), whatever the attention's is.
         """
         for parameter in self.parameters():
             parameter.allreduce = False
         for linear, axis in ((self.linear_fc1, 2), (self.linear_fc2, 2)):
             set_tensor_model_parallel_attributes(linear.weight, is_parallel=True, dim=axis, stride=1)
         if self.linear_fc2.bias is not None:
-            set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=etp_rank == 0, dim=0, stride=1)
+            set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=False, dim=-1, stride=1)
 
     @property
     def weights(self) -> ExpertWeights:
-        fc1, fc2 = self.linear_fc1, self.linear_fc2
-        return ExpertWeights(fc1.weight, fc2.weight, fc2.bias, self.adds_bias, self._accumulate)
+        """The local experts, gathered where the gather of parameters is overlapped."""
+        (fc1, _), (fc2, bias) = self.linear_fc1(), self.linear_fc2()
+        return ExpertWeights(fc1, fc2, bias, self.adds_bias, self._accumulate)
 
     def forward(self, tokens: Tensor, probabilities: Tensor, pipeline: ChunkPipeline) -> Tensor:
         """Tokens to their experts, wherever these are, and back.

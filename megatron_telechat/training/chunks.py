@@ -15,7 +15,7 @@ from megatron_telechat.moe import moe_blocks
 from megatron_telechat.moe.autotune import ChunkChoice, choose_num_chunks
 from megatron_telechat.parallel.agreement import agree, from_rank_0
 from megatron_telechat.parallel.state import ParallelState
-from megatron_telechat.training.optimizer import gathered_parameters
+from megatron_telechat.training.param_gather import gathered_parameters
 
 KEY = "moe_input_chunks"
 """Of this choice, in the ``extra`` of a checkpoint and as the event in metrics.jsonl."""

@@ -31,7 +31,7 @@ def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_t
     parts = [
         f"step {record['step']}/{train_iters}",
         f"loss {record['loss']:.4f}",
-        f"gnorm {norm:.3f}" if norm is not None else "gnorm overflow",
+        f"gnorm {norm:.3f}" if norm is not None else "gnorm none",
         f"lr {record['lr']:.2e}",
         f"{format_count(record['tokens_per_s'])} tok/s",
     ]
@@ -43,8 +43,10 @@ def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_t
         parts.append(f"experts max/mean {record['expert_load_max_over_mean']:.2f}")
     if record.get("a2a_exposed") is not None:
         parts.append(f"a2a exposed {100 * record['a2a_exposed']:.1f}%")
+    if record.get("loss_scale") is not None:
+        parts.append(f"loss scale {record['loss_scale']:g}")
     if record.get("skipped_steps"):
-        parts.append(f"skipped {record['skipped_steps']}")
+        parts.append(f"not taken {record['skipped_steps']} ({', '.join(record['skipped_reasons'])})")
     parts.append(f"eta {format_duration(eta_s)}")
     return "  ".join(parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Mapping, Optional
 
@@ -20,8 +21,11 @@ from megatron_telechat.training.chunks import ChunkSetting, set_chunks
 from megatron_telechat.training.console import Console
 from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.metrics import Meter
-from megatron_telechat.training.optimizer import build_optimizer, gathered_parameters, set_learning_rate, wrap_data_parallel
+from megatron_telechat.training.numerics import require_finite_weights
+from megatron_telechat.training.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from megatron_telechat.training.param_gather import gathered_parameters
 from megatron_telechat.training.paths import RunPaths
+from megatron_telechat.training.progress import Progress
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, TrainStep, chunk_iterators, close_iterators, evaluate
 from megatron_telechat.training.trace import ExchangeTrace
@@ -59,6 +63,7 @@ class Trainer:
             self.fingerprint = data_fingerprint(run) if self.state.rank == 0 else None
         self.step = 0
         self.consumed_samples = 0
+        self.progress = Progress()
         self.resumed: Optional[LoadedInfo] = None
         self.chunk_setting: Optional[ChunkSetting] = None
         self.resumed = self._resume()
@@ -93,7 +98,9 @@ class Trainer:
                 self._compare(self.forecast.line())
                 return self._leave(result)
         self._compare(self.forecast.line())
-        self.console.say(f"done: {self.step} steps, checkpoints in {self.paths.save_dir}")
+        not_taken = self.step - self.progress.taken
+        steps = f"{self.step} steps" + (f", {not_taken} of them not taken" if not_taken else "")
+        self.console.say(f"done: {steps}, checkpoints in {self.paths.save_dir}")
         return EXIT_OK
 
     def training_iterators(self):
@@ -106,13 +113,17 @@ class Trainer:
         )
 
     def take_step(self, iterators) -> tuple[StepResult, float]:
-        """One optimizer step; moves the step and sample counters on. Returns the result and the learning rate."""
-        lr = set_learning_rate(self.optimizer, self.run, self.step)
+        """One optimizer step; moves the step and sample counters on. Returns the result and the learning rate.
+
+        A step that is not taken moves these counters too, but not the learning rate.
+        """
+        lr = set_learning_rate(self.optimizer, self.run, self.progress.taken)
         with self.trace.step(self.step + 1):
             result = self.train_step(iterators, self.step, self.requests.poll())
         self.step += 1
         self.consumed_samples += self.run.training.global_batch_size
         self.meter.add(result)
+        self.progress.add(result, self.step, self.run.optimizer.max_skipped_steps)
         if self.run.training.empty_unused_memory_level:
             self.backend.empty_cache()
         return result, lr
@@ -153,6 +164,7 @@ class Trainer:
         started = time.perf_counter()
         with self.meter.excluded():
             with gathered_parameters(self.chunks):
+                require_finite_weights(self.step, self.shards)
                 folder = save_checkpoint(self.paths.save_dir, self._train_state(), self.run, self.state)
             if self.state.rank == 0:
                 self.requests.clear_files()
@@ -180,7 +192,7 @@ class Trainer:
             backend=self.backend,
             data_fingerprint=self.fingerprint,
             resumed_from=self.resumed.path if self.resumed else None,
-            extra=self.chunk_setting.extra if self.chunk_setting else {},
+            extra={**(self.chunk_setting.extra if self.chunk_setting else {}), **self.progress.extra},
         )
 
     def _resume(self) -> Optional[LoadedInfo]:
@@ -198,7 +210,8 @@ class Trainer:
             with together(self.state):
                 self._require_same_data(info)
             self.step, self.consumed_samples = info.step, info.consumed_samples
-            return info
+            self.progress, note = Progress.of(info)
+            return info if note is None else replace(info, message=f"{info.message}\n{note}")
         # --load and --save naming one folder is Megatron's way to say "go on if there is something".
         if self.paths.load_dir != self.paths.save_dir or settings.load_step is not None:
             raise CheckpointError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Iterator, Optional
 
 import torch
@@ -34,7 +35,8 @@ class Window:
     started_s: float
     steps: int = 0
     tokens: int = 0
-    skipped: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Steps that were not taken, by reason."""
     exposed_s: float = 0.0
     """Time in which this rank's computation stood still for an exchange of the experts, as far as it was read."""
 
@@ -78,7 +80,8 @@ class Meter:
     def add(self, result: StepResult) -> None:
         self._window.steps += 1
         self._window.tokens += self._run.training.global_batch_size * self._run.training.seq_length
-        self._window.skipped += int(result.skipped)
+        if result.skipped is not None:
+            self._window.skipped[result.skipped] += 1
 
     def record(self, step: int, lr: float, consumed_samples: int, result: StepResult) -> dict[str, Any]:
         """Close the window. Collective: every rank calls it at the same step."""
@@ -98,8 +101,11 @@ class Meter:
             "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_samples * self._run.training.seq_length,
         }
+        if result.loss_scale is not None:
+            record["loss_scale"] = result.loss_scale
         if self._window.skipped:
-            record["skipped_steps"] = self._window.skipped
+            record["skipped_steps"] = self._window.skipped.total()
+            record["skipped_reasons"] = dict(self._window.skipped)
         load = collect_expert_load(self._chunks, self._state) if self._run.model.is_moe else None
         if load is not None:
             record["expert_load_max_over_mean"] = load.max_over_mean.max().item()

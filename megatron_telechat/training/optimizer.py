@@ -6,9 +6,6 @@ torch's own, switched to its fused kernel (megatron-core builds it unfused).
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import Iterator
-
 import torch
 
 from megatron_telechat.config.schema import RunConfig
@@ -59,11 +56,13 @@ def _install_schedule_hooks(config, chunks: list[torch.nn.Module], run: RunConfi
 
 
 def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: ParallelState):
-    """AdamW over the wrapped chunks: megatron-core's optimizer for dense and expert parameters.
+    """AdamW over the wrapped chunks: megatron-core's optimizers of dense and expert parameters, chained to one (`training.chain`).
 
     No weight decay on biases and on one-dimensional parameters (megatron-core's standard rule).
     """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_telechat.training.chain import ModelOptimizer
 
     settings = run.optimizer
     config = OptimizerConfig(
@@ -85,9 +84,8 @@ def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: Parall
         loss_scale_window=settings.loss_scale_window,
         hysteresis=settings.hysteresis,
     )
-    optimizer = get_megatron_optimizer(
-        config, chunks, use_gloo_process_groups=False, pg_collection=state.process_groups
-    )
+    made = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=state.process_groups)
+    optimizer = ModelOptimizer(made.chained_optimizers, config, state.process_groups.expt_tp)
     _use_fused_kernel(optimizer)
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss if run.training.precision == "fp16" else None
@@ -104,27 +102,10 @@ def _use_fused_kernel(optimizer) -> None:
                 group["foreach"] = False
 
 
-def set_learning_rate(optimizer, run: RunConfig, step: int) -> float:
-    """Set learning rate and weight decay of every parameter group for the step after ``step`` completed ones."""
-    rate = learning_rate(run.optimizer, run.training.train_iters, step)
+def set_learning_rate(optimizer, run: RunConfig, taken: int) -> float:
+    """Set learning rate and weight decay of every parameter group for the step after ``taken`` optimizer steps."""
+    rate = learning_rate(run.optimizer, run.training.train_iters, taken)
     for group in optimizer.param_groups:
         group["lr"] = rate
         group["weight_decay"] = run.optimizer.weight_decay * group.get("wd_mult", 1.0)
     return rate
-
-
-@contextmanager
-def gathered_parameters(chunks: list[torch.nn.Module]) -> Iterator[None]:
-    """Hold the overlapped parameter gather back and complete it, so that every rank sees whole, current weights.
-
-    With overlap_param_gather the gather of an optimizer step runs at the next forward;
-    evaluation and saving come before that forward.
-    """
-    hooked = [chunk for chunk in chunks if getattr(chunk, "use_forward_hook", False)]
-    for chunk in hooked:
-        chunk.disable_forward_pre_hook(param_sync=True)
-    try:
-        yield
-    finally:
-        for chunk in hooked:
-            chunk.enable_forward_pre_hook()

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step.
+"""The learning rate as a pure function of the number of steps taken.
 
 The formulas are those of megatron-core's ``OptimizerParamScheduler.get_lr``, so a
 run that moves over from Megatron-LM keeps its curve. Being a pure function it has
@@ -20,12 +20,13 @@ def warmup_steps(config: OptimizerConfig, train_iters: int) -> int:
 
 
 def learning_rate(config: OptimizerConfig, train_iters: int, step: int) -> float:
-    """Learning rate of the optimizer step taken after ``step`` completed steps.
+    """Learning rate of the optimizer step that comes after ``step`` others.
 
     Args:
         config: the optimizer section.
         train_iters: steps of the whole run; the decay ends there unless lr_decay_iters says otherwise.
-        step: completed optimizer steps; 0 for the first step of a run.
+        step: optimizer steps taken before; 0 for the first step of a run. One that was skipped is none: Megatron's
+            scheduler does not move then either.
     """
     warmup = warmup_steps(config, train_iters)
     decay = config.lr_decay_iters or train_iters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Iterator, Optional
@@ -12,11 +13,15 @@ import torch.distributed as dist
 
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.errors import NumericsError, Problem
 from megatron_telechat.model.attention import Segments
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.numerics import require_finite_norm, require_finite_validation, step_error
+from megatron_telechat.training.param_gather import every_parameter_awaited, is_overlapped
 
 Batch = dict[str, torch.Tensor]
+
+OVERFLOW = "fp16 overflow"
+"""Why a step was not taken: a gradient was too large for fp16 at this loss scale."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +31,19 @@ class StepResult:
     Attributes:
         loss: mean cross entropy over all tokens of the global batch that count, in nats.
         tokens: how many tokens counted.
-        grad_norm: global gradient norm before clipping; None where fp16 overflowed.
-        skipped: the step was not taken because fp16 gradients overflowed.
+        grad_norm: global gradient norm before clipping; None where the step was not taken.
+        skipped: why the step was not taken, such as :data:`OVERFLOW`; None where it was.
         stop, save: some rank was asked to stop, or to save.
+        loss_scale: what the loss was multiplied by (fp16); None elsewhere.
     """
 
     loss: float
     tokens: int
     grad_norm: Optional[float]
-    skipped: bool
+    skipped: Optional[str]
     stop: bool
     save: bool
+    loss_scale: Optional[float] = None
 
 
 def masked_loss(loss_mask: torch.Tensor, per_token_loss: torch.Tensor):
@@ -135,33 +142,43 @@ class TrainStep:
         self.run = run
         self.state = state
         self.backend = backend
+        self._gather_unproved = is_overlapped(chunks)
 
     def forward_backward(self, iterators: list[Optional[Iterator[Batch]]]) -> torch.Tensor:
         """Fill the gradient buffers from one global batch; returns this rank's [loss sum, tokens]."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return run_schedule(
-            self.chunks, iterators, self.run, self.backend, self.run.num_microbatches, forward_only=False
-        )
+        watch = every_parameter_awaited(self.chunks, self.shards, self.state) if self._gather_unproved else nullcontext()
+        with watch:
+            sums = run_schedule(
+                self.chunks, iterators, self.run, self.backend, self.run.num_microbatches, forward_only=False
+            )
+        self._gather_unproved = False
+        return sums
 
     def __call__(self, iterators, step: int, requests: tuple[bool, bool] = (False, False)) -> StepResult:
         """One optimizer step.
 
         Raises:
-            NumericsError: loss or gradient norm is not finite on some rank; the parameters are unchanged
-                and every rank raises.
+            NumericsError: loss or gradient norm is not finite, or fp16 overflowed at the smallest loss scale; the
+                parameters are unchanged and every rank raises.
+            ConfigError: at the first step, see `param_gather.every_parameter_awaited`.
         """
         local = self.forward_backward(iterators)
         loss, tokens, stop, save = self._reduce(local, requests)
-        found_inf = self._agree_on_overflow(self.optimizer.prepare_grads())
-        if found_inf:
-            return StepResult(loss, tokens, None, True, stop, save)
+        if not math.isfinite(loss):  # the same sum on every rank; no smaller loss scale would mend it
+            raise step_error(f"loss {loss}", step, self.shards)
+        loss_scale = self.optimizer.loss_scale
+        if self.optimizer.prepare_grads():
+            if loss_scale <= self.run.optimizer.min_loss_scale:
+                raise step_error(f"{OVERFLOW} at the smallest loss scale {loss_scale:g}", step, self.shards)
+            return StepResult(loss, tokens, None, OVERFLOW, stop, save, loss_scale)
         grad_norm = float(self.optimizer.get_grad_norm())
-        self._require_finite(loss, grad_norm, step)
+        require_finite_norm(grad_norm, loss, step, self.shards)
         self._clip(grad_norm)
         self.optimizer.step_with_ready_grads()
-        return StepResult(loss, tokens, grad_norm, False, stop, save)
+        return StepResult(loss, tokens, grad_norm, None, stop, save, loss_scale)
 
     def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool]) -> tuple[float, int, bool, bool]:
         """One small all-reduce: the loss over the ranks that computed it, and what any rank was asked."""
@@ -174,15 +191,6 @@ class TrainStep:
         loss_sum, tokens, stop, save = values.tolist()
         return loss_sum / max(tokens, 1.0), int(tokens), stop > 0, save > 0
 
-    def _agree_on_overflow(self, found_inf: bool) -> bool:
-        # megatron-core reduces the flag inside one model replica only; an expert that overflowed
-        # on one expert-parallel rank must hold back the step everywhere.
-        if self.run.training.precision != "fp16":
-            return False
-        flag = torch.tensor([float(found_inf)], device=self.backend.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
     def _clip(self, grad_norm: float) -> None:
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -194,37 +202,13 @@ class TrainStep:
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=grad_norm)
 
-    def _require_finite(self, loss: float, grad_norm: float, step: int) -> None:
-        """All ranks see the same loss; the norm may differ between model replicas, so it is agreed on."""
-        bad = torch.tensor([float(not (math.isfinite(loss) and math.isfinite(grad_norm)))], device=self.backend.device)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if bad.item() == 0:
-            return
-        names: list[list[str]] = [[] for _ in range(self.state.world_size)]
-        dist.all_gather_object(names, self._non_finite_parameters())
-        culprits = [f"rank {rank}: {', '.join(found)}" for rank, found in enumerate(names) if found]
-        raise NumericsError(
-            Problem(
-                what=f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; the optimizer step was not taken",
-                where="; ".join(culprits[:4]) or "no single gradient is non-finite: the norm overflowed",
-                fix="resume from the last checkpoint; lower lr, look at the data of this step, or train in fp32 to compare",
-            )
-        ).on_every_rank()
-
-    def _non_finite_parameters(self) -> list[str]:
-        """Global keys of the first few parameters whose gradient on this rank is not finite."""
-        found = []
-        for shard in self.shards:
-            gradient = getattr(shard.parameter, "main_grad", None)
-            if gradient is not None and not torch.isfinite(gradient).all():
-                found.append(shard.pieces[0].key)
-                if len(found) == 3:
-                    break
-        return found
-
 
 def evaluate(chunks, iterators, batches: int, run: RunConfig, state: ParallelState, backend: Backend) -> float:
-    """Mean loss over ``batches`` global batches, the same on every rank."""
+    """Mean loss over ``batches`` global batches, the same on every rank.
+
+    Raises:
+        NumericsError: on every rank, where that is not finite: such weights are not worth a checkpoint.
+    """
     total = torch.zeros(2, dtype=wide_dtype(backend), device=backend.device)
     for chunk in chunks:
         chunk.eval()
@@ -238,7 +222,9 @@ def evaluate(chunks, iterators, batches: int, run: RunConfig, state: ParallelSta
     if state.tp_rank != 0:
         total.zero_()
     dist.all_reduce(total)
-    return (total[0] / total[1].clamp(min=1)).item()
+    loss = (total[0] / total[1].clamp(min=1)).item()
+    require_finite_validation(loss)
+    return loss
 
 
 def wide_dtype(backend: Backend) -> torch.dtype:

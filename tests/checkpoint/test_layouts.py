@@ -58,6 +58,27 @@ def test_a_checkpoint_of_another_model_is_refused_naming_the_tensors(report):
         assert "missing: model/decoder.layers.0.mlp.router.weight" in message and "not of this model" in message
 
 
+def test_loss_scales_that_have_parted_are_refused_with_what_it_means(report):
+    for found in report.check("loss_scales_that_have_parted"):
+        for text in (found["refused"], found["note"]):
+            assert "2048 of the dense and 1.34218e+08 of the expert parameters" in text
+            assert "gradients too small, last by 65536 times" in text
+        assert "--load-step" in found["refused"] and "--no-load-optim" in found["refused"]
+
+
+def test_two_loss_scales_that_agree_go_on_as_one(report):
+    for found in report.check("loss_scales_that_agree"):
+        assert found["states"] == [{"scale": 512, "growth_tracker": 0, "hysteresis_tracker": 1}] * 2
+        assert found["adam_step"] == 1
+
+
+def test_every_number_counts_once_in_the_gradient_norm_whatever_the_two_tensor_groups(report):
+    for found in report.check("every_number_counts_once"):
+        for layout, (squared_norm, zeros, parameters) in found.items():
+            assert squared_norm == pytest.approx(parameters, rel=1e-5), layout
+            assert zeros == parameters, layout
+
+
 @pytest.mark.parametrize("name", HF_LAYOUTS)
 def test_hugging_face_weights_pass_through_models_of_every_layout_unchanged(report, name):
     report.check(f"hf_{name}")

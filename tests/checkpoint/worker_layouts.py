@@ -341,6 +341,92 @@ def another_model_is_refused_on_all_ranks() -> str:
     raise AssertionError("it was loaded")
 
 
+def fp16_checkpoint(name: str, grad_scaler: dict) -> tuple[Any, Path]:
+    """A run, and a checkpoint of it whose manifest holds this state of the loss scale."""
+    import torch
+
+    from megatron_telechat.checkpoint import save_checkpoint
+    from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
+
+    first = Built(run_config("moe", "fp16", expert(2), seed=1))
+    first.step()
+    path = save_checkpoint(SHARED / name, first.state(1, 4), first.run, first.parallel)
+    if first.parallel.rank == 0:
+        manifest = read_manifest(path)
+        assert set(manifest.optimizer["grad_scaler"]) == {"scale", "growth_tracker", "hysteresis_tracker"}
+        manifest = replace(manifest, optimizer={**manifest.optimizer, "grad_scaler": grad_scaler})
+        (path / MANIFEST).write_bytes(manifest.to_bytes())
+    torch.distributed.barrier()
+    return first, path
+
+
+def tracked(scale: float, growth: int, hysteresis: int) -> dict:
+    return {"scale": scale, "growth_tracker": growth, "hysteresis_tracker": hysteresis}
+
+
+@cases.case
+def loss_scales_that_have_parted() -> dict:
+    """As a release with a scale for each optimizer wrote them: refused, unless the moments are left behind."""
+    from megatron_telechat.checkpoint import load_checkpoint
+    from megatron_telechat.checkpoint.optimizer_state import adam_steps
+    from megatron_telechat.errors import CheckpointError
+
+    first, path = fp16_checkpoint("parted", {"dense": tracked(2048.0, 3, 1), "expert": tracked(134217728.0, 900, 2)})
+    try:
+        load_checkpoint(path, first.state(), first.run, first.parallel)
+    except CheckpointError as error:
+        refused = str(error)
+    fresh = Built(replace(first.run, checkpoint=replace(first.run.checkpoint, no_load_optim=True)))
+    info = load_checkpoint(path, fresh.state(), fresh.run, fresh.parallel)
+    assert info.step == 1 and not adam_steps(fresh.optimizer) and fresh.optimizer.loss_scale == 8.0
+    return {"refused": refused, "note": info.message}
+
+
+@cases.case
+def loss_scales_that_agree() -> dict:
+    """The older form of a sound checkpoint: one scale goes on, with the trackers that are the more careful."""
+    from megatron_telechat.checkpoint import load_checkpoint
+
+    first, path = fp16_checkpoint("agreed", {"dense": tracked(512.0, 1, 1), "expert": tracked(512.0, 0, 2)})
+    second = Built(first.run)
+    info = load_checkpoint(path, second.state(), second.run, second.parallel)
+    states = [
+        {name: float(value) for name, value in part.grad_scaler.state_dict().items()}
+        for part in second.optimizer.chained_optimizers
+    ]
+    return {"states": states, "adam_step": info.adam_step}
+
+
+OWNERS: dict[str, dict] = {
+    "etp2": {"expert_tensor_parallel_size": 2},
+    "ep2_etp2_distributed": {**expert(2), "expert_tensor_parallel_size": 2, **DISTRIBUTED},
+    "tp2_etp4": {**TP2, "expert_tensor_parallel_size": 4},
+    "tp2_etp1": TP2,
+    "tp4_ep2_etp2": {"tensor_model_parallel_size": 4, **expert(2), "expert_tensor_parallel_size": 2},
+    "tp2_pp2_etp2": {**TP2, **PP2, "expert_tensor_parallel_size": 2, **DISTRIBUTED},
+}
+
+
+@cases.case
+def every_number_counts_once() -> dict:
+    """Gradients of ones have the number of parameters as the square of their norm; gradients of zeros as the count of zeros."""
+    from megatron_telechat.costs import count_parameters
+
+    found = {}
+    for name, layout in OWNERS.items():
+        built = Built(run_config("moe", "fp32", layout, seed=1))
+        for value in (0.0, 1.0):
+            for item in built.shards:
+                item.parameter.main_grad.fill_(value)
+            built.optimizer.prepare_grads()
+            if value:
+                norm = float(built.optimizer.get_grad_norm())
+            else:
+                zeros = float(built.optimizer.count_zeros())
+        found[name] = [round(norm**2, 1), zeros, count_parameters(built.run.model).total]
+    return found
+
+
 HF_MODELS = {False: ("heads_24_24", "heads_32_32", "heads_48_48", "heads_64_8"), True: ("moe",)}
 HF_LAYOUTS: dict[str, tuple[bool, dict]] = {  # of MoE models or of dense ones
     "tp1": (False, {}),

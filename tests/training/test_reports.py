@@ -36,11 +36,12 @@ def test_step_line():
 
 
 def test_step_line_leaves_out_what_is_not_known():
-    record = {**RECORD, "mfu": None, "expert_load_max_over_mean": None, "grad_norm": None, "skipped_steps": 2}
+    record = {**RECORD, "mfu": None, "expert_load_max_over_mean": None, "grad_norm": None, "loss_scale": 512.0,
+              "skipped_steps": 2, "skipped_reasons": {"fp16 overflow": 2}}  # fmt: skip
     del record["a2a_exposed"]  # experts on one rank
     line = format_step(record, 5000, eta_s=5, memory_total_gib=None)
     assert "MFU" not in line and "experts" not in line and "exposed" not in line
-    assert "gnorm overflow" in line and "skipped 2" in line and "mem 61.2 GiB" in line
+    assert "gnorm none" in line and "loss scale 512  not taken 2 (fp16 overflow)" in line and "mem 61.2 GiB" in line
 
 
 @pytest.mark.parametrize("value,text", [(412, "412"), (12_300, "12.3k"), (4_194_304, "4.19M"), (113_282_916_352, "113B")])

@@ -17,6 +17,7 @@ VP2 = "--num-virtual-stages-per-pipeline-rank 2"
 EP2 = "--expert-model-parallel-size 2 --no-fold-tensor-into-experts"
 DIST = "--use-distributed-optimizer"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
+ETP2 = "--no-fold-tensor-into-experts --expert-tensor-parallel-size 2"
 MOE_AGAIN = "--recompute-granularity selective --recompute-modules core_attn moe"
 UNEVEN = "--pipeline-model-parallel-layout Et|t*3L"
 
@@ -46,6 +47,8 @@ LAYOUTS = {
         ),
         "dense_pp2_recompute_per_stage": (DENSE, f"{PP2} --recompute-layout full*2|none*1,core_attn+mlp*1"),
         "moe_dp2": (MOE, ""),
+        "moe_dp2_distributed_overlap": (MOE, f"{DIST} {OVERLAP}"),
+        "moe_etp2_distributed": (MOE, f"{ETP2} {DIST}"),
         "moe_pp2": (MOE, PP2),
         "moe_ep2": (MOE, EP2),
         "moe_ep2_distributed_overlap": (MOE, f"{EP2} {DIST} {OVERLAP}"),
@@ -54,6 +57,7 @@ LAYOUTS = {
         "moe_ep2_auto_chunks": (MOE, f"{EP2} --moe-input-chunks auto"),
         "moe_ep2_chunks3_distributed_overlap": (MOE, f"{EP2} {DIST} {OVERLAP} --moe-input-chunks 3"),
         "moe_tp2_folded_chunks5_recompute": (MOE, f"{TP2} --moe-input-chunks 5 --recompute-granularity full"),
+        "shared_etp2": (SHARED, ETP2),
         "shared_tp2_folded_chunks3_recompute_moe": (SHARED, f"{TP2} --moe-input-chunks 3 {MOE_AGAIN}"),
     },
     4: {
@@ -65,6 +69,10 @@ LAYOUTS = {
         "moe_tp2_pp2_ep2": (MOE, f"{TP2} {PP2}"),
         "moe_tp2_pp2_ep2_interleaved_distributed": (MOE, f"{TP2} {PP2} {VP2} {DIST}"),
         "moe_tp2_pp2_ep2_uneven_recompute": (MOE, f"{TP2} {PP2} {UNEVEN} --recompute-layout full*1|moe*1,none*1,core_attn*1"),
+        "moe_ep2_dp2_distributed_overlap_recompute": (MOE, f"{EP2} {DIST} {OVERLAP} {MOE_AGAIN}"),
+        "moe_pp2_dp2_interleaved_distributed_overlap": (MOE, f"{PP2} {VP2} {DIST} {OVERLAP}"),
+        "moe_ep2_etp2": (MOE, f"{EP2} {ETP2}"),
+        "moe_tp2_etp4": (MOE, f"{TP2} {ETP2.replace('2', '4')}"),
         "moe_tp2_ep2_etp2": (MOE, f"{TP2} {EP2} --expert-tensor-parallel-size 2"),
         "moe_tp2_ep2_etp2_chunks3": (MOE, f"{TP2} {EP2} --expert-tensor-parallel-size 2 --moe-input-chunks 3"),
         "moe_tp2_pp2_ep2_interleaved_chunks3": (MOE, f"{TP2} {PP2} {VP2} {DIST} --moe-input-chunks 3 {MOE_AGAIN}"),

@@ -82,6 +82,17 @@ def loss_scales_in_order(check: Check) -> Iterator[Problem]:
         )
 
 
+def loss_scale_may_fall(check: Check) -> Iterator[Problem]:
+    precision, limit, tolerated = check.take("precision", "max_skipped_steps", "hysteresis")
+    if precision == "fp16" and 0 < limit <= tolerated:
+        yield check.problem(
+            f"max_skipped_steps={limit} would end the run before the loss scale halves: hysteresis={tolerated} overflows come first",
+            "max_skipped_steps",
+            "hysteresis",
+            fix=flag("max_skipped_steps", 50 + tolerated),
+        )
+
+
 RULES: tuple[Rule, ...] = (
     rates_in_order,
     warmup_starts_below,
@@ -89,4 +100,5 @@ RULES: tuple[Rule, ...] = (
     warmup_before_decay,
     wsd_is_complete,
     loss_scales_in_order,
+    loss_scale_may_fall,
 )

@@ -23,7 +23,7 @@ AT_LEAST_ONE = (
 )
 NOT_NEGATIVE = (
     *("ffn_hidden_size", "init_method_std", "router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
-    *("train_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad"),
+    *("train_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad", "max_skipped_steps"),
     *("load_step", "keep_last"),
 )
 MORE_THAN_ZERO = (

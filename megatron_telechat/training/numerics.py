@@ -1,0 +1,71 @@
+"""Numbers that are not finite end a run on every rank, with the names of the tensors they are in."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from typing import Iterable, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_telechat.errors import NumericsError, UserError
+from megatron_telechat.model.shards import ParameterShards
+from megatron_telechat.parallel.agreement import gather_objects
+
+_FIX = "resume from the last checkpoint; lower lr, look at the data of this step, or train in fp32 to compare"
+
+
+def step_error(found: str, step: int, shards: Sequence[ParameterShards]) -> UserError:
+    """The error of a step that was not taken; collective, since it names the gradients of all ranks.
+
+    Args:
+        found: what is not finite.
+        step: completed steps.
+    """
+    gradients = ((shard, getattr(shard.parameter, "main_grad", None)) for shard in shards)
+    where = _culprits(gradients) or "no single gradient is non-finite"
+    return NumericsError(f"step {step + 1}: {found}; the optimizer step was not taken", where, _FIX).on_every_rank()
+
+
+def require_finite_norm(grad_norm: float, loss: float, step: int, shards: Sequence[ParameterShards]) -> None:
+    """Collective: the norm may differ between model replicas, so it is agreed on.
+
+    Raises:
+        NumericsError: on every rank.
+    """
+    device = shards[0].parameter.device
+    bad = torch.tensor([float(not math.isfinite(grad_norm))], device=device)
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if bad.item():
+        raise step_error(f"loss {loss}, gradient norm {grad_norm}", step, shards)
+
+
+def require_finite_weights(step: int, shards: Sequence[ParameterShards]) -> None:
+    """Check what is about to be saved; collective. The parameters have been gathered.
+
+    The step that a loss and its gradients allowed can still carry a weight out of the range of its type: fp16 ends at 65,504.
+
+    Raises:
+        NumericsError: on every rank, naming ranks and parameters.
+    """
+    where = _culprits((shard, shard.parameter) for shard in shards)
+    if where:
+        raise NumericsError(f"step {step} left weights that are not finite; they were not saved", where, _FIX).on_every_rank()
+
+
+def require_finite_validation(loss: float) -> None:
+    """Check a validation loss, which is the same on every rank.
+
+    Raises:
+        NumericsError: on every rank.
+    """
+    if not math.isfinite(loss):
+        raise NumericsError(f"validation loss {loss}", "evaluation", _FIX).on_every_rank()
+
+
+def _culprits(tensors: Iterable[tuple[ParameterShards, Optional[torch.Tensor]]]) -> str:
+    """Where the tensors of all ranks are not finite, four ranks and three tensors of each; "" where all are."""
+    bad = (shard.pieces[0].key for shard, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all())
+    everyone = gather_objects(list(islice(bad, 3)))
+    return "; ".join([f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(everyone) if keys][:4])

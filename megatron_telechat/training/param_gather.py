@@ -1,0 +1,85 @@
+"""The overlapped gather of parameters: held back where whole weights are read, and checked once in a forward.
+
+With ``overlap_param_gather`` megatron-core gathers the weights of an optimizer step during the next forward. A hook before
+the forward of each module awaits the gather of the parameters that the module owns itself.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator, Sequence
+
+import torch
+
+from megatron_telechat.errors import ConfigError
+from megatron_telechat.model.shards import ParameterShards
+from megatron_telechat.parallel.agreement import together
+from megatron_telechat.parallel.state import ParallelState
+
+_NAMED = 5
+"""Parameters that the error names; their number is said besides."""
+
+
+def is_overlapped(chunks: Sequence[torch.nn.Module]) -> bool:
+    """Whether these wrapped chunks gather their parameters during the forward."""
+    return any(getattr(chunk, "use_forward_hook", False) for chunk in chunks)
+
+
+@contextmanager
+def gathered_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Hold the overlapped parameter gather back and complete it, so that every rank sees whole, current weights.
+
+    With overlap_param_gather the gather of an optimizer step runs at the next forward;
+    evaluation and saving come before that forward.
+    """
+    hooked = [chunk for chunk in chunks if getattr(chunk, "use_forward_hook", False)]
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
+
+
+@contextmanager
+def every_parameter_awaited(
+    chunks: Sequence[torch.nn.Module], shards: Sequence[ParameterShards], state: ParallelState
+) -> Iterator[None]:
+    """Watch the forward that runs inside: each parameter must belong to a module that is called.
+
+    A parameter whose module is never called is read without its gather having been started or awaited: from the second step
+    on each rank would compute with the shares of the others as they were at the start. Watched is the first forward of
+    a run, whose weights are whole on every rank, so that nothing was computed with wrong ones. Collective at its end.
+
+    Raises:
+        ConfigError: on every rank, naming the parameters.
+    """
+    owners: dict[int, list[torch.nn.Module]] = {}
+    for chunk in chunks:
+        for module in chunk.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    owners.setdefault(id(parameter), []).append(module)
+    called: set[torch.nn.Module] = set()
+    modules = {module for found in owners.values() for module in found}
+    handles = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = [
+        shard.pieces[0].key
+        for shard in shards
+        if id(shard.parameter) in owners and called.isdisjoint(owners[id(shard.parameter)])
+    ]
+    with together(state):
+        if missed:
+            more = f" and {len(missed) - _NAMED} more" if len(missed) > _NAMED else ""
+            raise ConfigError(
+                f"the overlapped gather would never reach {', '.join(missed[:_NAMED])}{more}: "
+                "the module that owns the parameter is not called in the forward",
+                "overlap_param_gather",
+                "--no-overlap-param-gather, and please report this: a module of the model has to be mended",
+            )
