@@ -353,3 +353,9 @@ class RunConfig:
     def num_microbatches(self) -> int:
         """Micro-batches of one optimizer step on one data-parallel rank."""
         return self.training.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)
+
+    @property
+    def routers_read_masks(self) -> bool:
+        """Whether the routers must be told which tokens are padding, and how many of a step are learned."""
+        data = self.data
+        return self.model.is_moe and (data.sft or data.eod_mask_loss or data.reset_attention_mask)

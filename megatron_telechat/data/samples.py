@@ -25,10 +25,12 @@ class Marks:
     Attributes:
         learned: bool [sequence_length + 1], the tokens that are learned where they are labels.
         starts: int64, ascending, where dialogs and the padding begin.
+        used: tokens before the padding.
     """
 
     learned: np.ndarray
     starts: np.ndarray
+    used: int
 
 
 class SampleSource(Protocol):
@@ -302,7 +304,7 @@ class TokenDataset(torch.utils.data.Dataset):
     """Samples as the training reads them.
 
     ``dataset[i]`` gives tokens, labels, position_ids (int64) and loss_mask (float32), each [s];
-    ``dataset.batch(ids)`` the same, each [len(ids), s].
+    ``dataset.batch(ids)`` the same, each [len(ids), s]. Of dialogs there is ``padding`` too, bool: the inputs that are none.
 
     Args:
         source: where the tokens come from.
@@ -366,6 +368,8 @@ class TokenDataset(torch.utils.data.Dataset):
         }
         if self.reset_attention_mask:
             batch["segment_lengths"] = np.concatenate([np.diff([*begins, length]) for begins in starts])
+        if marks[0] is not None:
+            batch["padding"] = np.stack([np.arange(length) >= mark.used for mark in marks])
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def _starts(self, row: np.ndarray, marks: Optional[Marks]) -> np.ndarray:

@@ -78,7 +78,7 @@ class Meter:
     def add(self, result: StepResult) -> None:
         self._window.steps += 1
         self._window.tokens += self._run.training.global_batch_size * self._run.training.seq_length
-        self._window.skipped += int(result.skipped)
+        self._window.skipped += result.skipped is not None
 
     def record(self, step: int, lr: float, consumed_samples: int, result: StepResult) -> dict[str, Any]:
         """Close the window. Collective: every rank calls it at the same step."""
