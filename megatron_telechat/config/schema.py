@@ -257,7 +257,8 @@ class DataConfig:
     reset_position_ids: bool = False
     """Positions begin anew after an end-of-document token; with sft, with every dialog of a row."""
     reset_attention_mask: bool = False
-    """A document (with sft, a dialog) attends to itself only, not to what stands before it in the sample."""
+    """A document (with sft, a dialog) attends to itself only, not to what stands before it in the sample; its first token,
+    which has nothing before it, is not learned."""
     sft: bool = False
     """Fine-tuning: the data paths name jsonl files of dialogs, which are packed and learned through a loss mask."""
     sft_template: Literal["telechat2", "telechat2-115b", "telechat"] = "telechat2"
