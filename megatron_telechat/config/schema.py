@@ -259,7 +259,8 @@ class DataConfig:
     reset_position_ids: bool = False
     """Positions begin anew after an end-of-document token; with sft, with every dialog of a row."""
     reset_attention_mask: bool = False
-    """A document (with sft, a dialog) attends to itself only, not to what stands before it in the sample."""
+    """A document (with sft, a dialog) attends to itself only, not to what stands before it in the sample; its first token,
+    which has nothing before it, is not learned."""
     sft: bool = False
     """Fine-tuning: the data paths name jsonl files of dialogs, which are packed and learned through a loss mask."""
     sft_template: Literal["telechat2", "telechat2-115b", "telechat"] = "telechat2"
@@ -355,3 +356,9 @@ class RunConfig:
     def num_microbatches(self) -> int:
         """Micro-batches of one optimizer step on one data-parallel rank."""
         return self.training.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)
+
+    @property
+    def routers_read_masks(self) -> bool:
+        """Whether the routers must be told which tokens are padding, and how many of a step are learned."""
+        data = self.data
+        return self.model.is_moe and (data.sft or data.eod_mask_loss or data.reset_attention_mask)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional, Sequence
 
+from megatron_telechat.config.data_names import data_json_entries, dataset_prefix
 from megatron_telechat.config.schema import DataConfig
-from megatron_telechat.data.indexed import dataset_prefix
-from megatron_telechat.errors import ConfigError, DataError
+from megatron_telechat.errors import ConfigError
 
 SPLITS = ("train", "valid", "test")
 
@@ -111,36 +109,16 @@ def _weighted(
 
 
 def read_data_json(path: str, dialogs: bool = False) -> Blend:
-    """A data.json as TeleChat writes it: {path: number of copies}. Relative paths count from here, then from the file.
+    """The blend of a data.json, whose weights count copies of a dataset.
 
     Args:
         dialogs: the paths are those of jsonl files (fine-tuning), not prefixes of indexed datasets.
 
     Raises:
-        DataError: missing, not JSON, or not {text: number}.
+        DataError: it cannot be read (`config.data_names.data_json_entries`).
     """
-    file = Path(path)
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", "data_json", "correct --data-json") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}", "data_json", 'write {"prefix_text_document": weight, ...}') from error
-    good = isinstance(entries, dict) and entries and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) for value in entries.values()
-    )
-    if not good:
-        raise DataError(f"{path} is not of the form {{prefix: weight}}", "data_json",
-                        'write {"prefix_text_document": weight, ...}')
-    prefixes = []
-    for entry in entries:
-        if not dialogs and entry.endswith((".jsonl", ".json", ".jsonl.gz")):
-            raise DataError(f"{entry} is raw text, training reads indexed datasets", path,
-                            f"run tools/preprocess_data.py --input {entry} --output-prefix PREFIX and name PREFIX_text_document; for dialogs, --sft")
-        beside = file.parent / entry
-        here = Path(entry if dialogs else f"{dataset_prefix(entry)}.idx").exists() or Path(entry).is_absolute()
-        prefixes.append(entry if here else str(beside))
-    return _weighted(tuple(prefixes), tuple(float(value) for value in entries.values()), path, True, dialogs)
+    names, weights = zip(*data_json_entries(path, dialogs))
+    return _weighted(names, weights, path, True, dialogs)
 
 
 def split_shares(split: str) -> tuple[Optional[tuple[float, float]], ...]:

@@ -125,7 +125,8 @@ def build_datasets(run: RunConfig, state: Ranks) -> Datasets:
         word.hear(index.folder.name)
     sources, summary = split_sources(run, index.opened, used_splits(run, index.opened), index.folder)
     sizes = dict(zip(SPLITS, samples_needed(run)))
-    options = (run.model.vocab_size, eod, *(getattr(run.data, name) for name in _BORDER_OPTIONS))
+    borders = (getattr(run.data, name) for name in _BORDER_OPTIONS)
+    options = (run.model.vocab_size, eod, *borders, run.routers_read_masks)
     datasets = {name: TokenDataset(source, sizes[name], *options) for name, source in sources.items()}
     return Datasets(datasets["train"], datasets.get("valid"), datasets.get("test"), tuple(summary))
 

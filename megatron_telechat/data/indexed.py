@@ -18,6 +18,7 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from megatron_telechat.config.data_names import dataset_prefix
 from megatron_telechat.data.index_file import DTYPES, HEADER_BYTES, MAGIC, write_index
 from megatron_telechat.errors import DataError, ResourceError
 
@@ -29,11 +30,6 @@ _DIGEST_BYTES = 1 << 16
 def token_dtype(vocab_size: int) -> type:
     """The dtype Megatron stores tokens of this vocabulary in: uint16 below 65,500, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
-
-
-def dataset_prefix(path: str) -> str:
-    """A path as people give it, with or without ``.bin`` or ``.idx``, as a prefix."""
-    return path[:-4] if path.endswith((".bin", ".idx")) else path
 
 
 def _refuse_full_disk(error: OSError, path: Path, needed_bytes: int) -> None:

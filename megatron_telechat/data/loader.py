@@ -40,6 +40,9 @@ class BatchIterator:
         self._count = steps * (run.training.global_batch_size // (self._micro_batch_size * self._dp_size))
         self._next = 0
         self._ahead = 2 * run.data.num_workers
+        if run.routers_read_masks:
+            # The training looks through all micro-batches of a step before the first: let them be there.
+            self._ahead = max(self._ahead, run.num_microbatches)
         self._pending: deque[Future] = deque()
         self._pool: Optional[ThreadPoolExecutor] = None
         if run.data.num_workers:
@@ -94,7 +97,7 @@ def batches(
     dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_samples: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches from sample ``consumed_samples`` on: dicts of CPU tensors tokens, labels, loss_mask, position_ids,
-    each [micro_batch_size, seq_length].
+    each [micro_batch_size, seq_length], and where they have a meaning segment_lengths and padding (`TokenDataset`).
 
     Each pipeline chunk that reads data takes an iterator of its own.
 

@@ -10,6 +10,7 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
+from megatron_telechat.config.data_names import same_data
 from megatron_telechat.data.index_file import CHUNK_BYTES, HEADER_BYTES, ChunkSums, sums_path, write_index, write_sums
 from megatron_telechat.data.indexed import IndexedDataset
 from megatron_telechat.data.verify import pieces, verify_dataset
@@ -22,10 +23,14 @@ def plan_merge(prefixes: Sequence[str], output_prefix: str) -> dict[str, list[st
     """Which datasets go into which: shards by their keys and in their order, others as they are named.
 
     Raises:
-        DataError: shards are missing or from different runs, or shards and others are mixed.
+        DataError: shards are missing or from different runs, shards and others are mixed, or a dataset is named twice.
     """
     found = [_SHARD.match(prefix) for prefix in prefixes]
     if not any(found):
+        twice = same_data(prefixes, copies=False)
+        if twice:
+            raise DataError([Problem(f"one dataset under several names: {', '.join(same.names)}", "--input", "name it once")
+                             for same in twice])  # fmt: skip
         return {output_prefix: list(prefixes)}
     if not all(found):
         other = prefixes[[bool(match) for match in found].index(False)]

@@ -171,7 +171,7 @@ class ChatSamples:
         return out
 
     def marks(self, sample: int) -> Marks:
-        """Which tokens are learned, and where dialogs (and the padding) begin."""
+        """Which tokens are learned, and where dialogs and the padding begin."""
         is_learned = np.zeros(self.row, bool)
         starts = []
         at = 0
@@ -180,7 +180,7 @@ class ChatSamples:
             is_learned[at : at + roles.size] = learned(roles, self.convention)
             starts.append(at)
             at += roles.size
-        return Marks(is_learned, np.array([*starts, at] if at < self.row else starts, np.int64))
+        return Marks(is_learned, np.array([*starts, at] if at < self.row else starts, np.int64), at)
 
     def pieces(self, sample: int) -> list[tuple[int, str]]:
         """First token, and name, of each dialog of a row, and of its padding."""

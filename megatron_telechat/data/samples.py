@@ -25,10 +25,12 @@ class Marks:
     Attributes:
         learned: bool [sequence_length + 1], the tokens that are learned where they are labels.
         starts: int64, ascending, where dialogs and the padding begin.
+        used: tokens before the padding.
     """
 
     learned: np.ndarray
     starts: np.ndarray
+    used: int
 
 
 class SampleSource(Protocol):
@@ -311,8 +313,10 @@ class TokenDataset(torch.utils.data.Dataset):
         eod: end-of-document id: documents begin behind it. A source of dialogs knows their borders itself.
         eod_mask_loss: no loss at positions whose input is ``eod``.
         reset_position_ids: positions begin anew with a document or dialog.
-        reset_attention_mask: so does the attention; a batch then holds ``segment_lengths`` too, int64 [segments of all its
-            rows]: the lengths of the stretches that attend to themselves only. They sum to s in each row.
+        reset_attention_mask: so does the attention, and the first token of a document or dialog is not learned from the end
+            of the one before it. A batch then holds ``segment_lengths`` too, int64 [segments of all its rows]: the lengths
+            of the stretches that attend to themselves only. They sum to s in each row.
+        tell_padding: a batch of dialogs holds ``padding`` too, bool [len(ids), s]: the inputs that are padding.
     """
 
     def __init__(
@@ -324,6 +328,7 @@ class TokenDataset(torch.utils.data.Dataset):
         eod_mask_loss: bool = False,
         reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
+        tell_padding: bool = False,
     ):
         assert size <= len(source)
         self.source = source
@@ -333,6 +338,7 @@ class TokenDataset(torch.utils.data.Dataset):
         self.eod_mask_loss = eod_mask_loss
         self.reset_position_ids = reset_position_ids
         self.reset_attention_mask = reset_attention_mask
+        self.tell_padding = tell_padding
 
     def __len__(self) -> int:
         return self.size
@@ -361,11 +367,13 @@ class TokenDataset(torch.utils.data.Dataset):
         batch = {
             "tokens": text[:, :-1].copy(),
             "labels": text[:, 1:].copy(),
-            "loss_mask": np.stack([self._loss_mask(*row) for row in zip(text, marks, starts)]),
+            "loss_mask": np.stack([self._loss_mask(*row) for row in zip(text, marks)]),
             "position_ids": place,
         }
         if self.reset_attention_mask:
             batch["segment_lengths"] = np.concatenate([np.diff([*begins, length]) for begins in starts])
+        if self.tell_padding and marks[0] is not None:
+            batch["padding"] = np.stack([np.arange(length) >= mark.used for mark in marks])
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def _starts(self, row: np.ndarray, marks: Optional[Marks]) -> np.ndarray:
@@ -376,14 +384,15 @@ class TokenDataset(torch.utils.data.Dataset):
             return np.zeros(1, np.int64)
         return np.concatenate([[0], np.flatnonzero(row[:-2] == self.eod) + 1])
 
-    def _loss_mask(self, row: np.ndarray, marks: Optional[Marks], starts: np.ndarray) -> np.ndarray:
+    def _loss_mask(self, row: np.ndarray, marks: Optional[Marks]) -> np.ndarray:
         """float32 [s]: the mask of a position is that of its label."""
-        if marks is None:
-            return (row[:-1] != self.eod if self.eod_mask_loss else np.ones(row.size - 1)).astype(np.float32)
-        mask = marks.learned[1:].astype(np.float32)
-        if self.reset_attention_mask:
-            # The first token of a dialog would be guessed from the end of another one.
-            mask[starts[1:] - 1] = 0.0
+        mask = np.ones(row.size - 1, np.float32) if marks is None else marks.learned[1:].astype(np.float32)
+        # Where the attention is reset, the first token of a document would be guessed from the end of another one. The
+        # last position counts too: its label may begin a document of which no other token is in the row.
+        if marks is None and (self.eod_mask_loss or self.reset_attention_mask):
+            mask[row[:-1] == self.eod] = 0.0
+        elif marks is not None and self.reset_attention_mask:
+            mask[marks.starts[1:] - 1] = 0.0
         return mask
 
     def _check_vocabulary(self, text: np.ndarray, samples: Sequence[int]) -> None:

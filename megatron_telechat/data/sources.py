@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Callable, Iterator, Optional, Union
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from megatron_telechat.data.chat_files import ChatDataset, encoded
 from megatron_telechat.data.indexed import IndexedDataset
 from megatron_telechat.data.packing import ChatSamples, usable_dialogs
 from megatron_telechat.data.samples import BlendedSamples, IndexedSamples, SampleSource, samples_of_each, share_of
-from megatron_telechat.errors import ConfigError, DataError, ResourceError
+from megatron_telechat.errors import ConfigError, DataError, Problem, ResourceError
 
 # A number that takes part in the name of a cached index: raise it when the same inputs give another order.
 _INDEX_FORMAT = 1
@@ -61,9 +61,23 @@ def open_sources(run: RunConfig, say: Say = quiet) -> Opened:
             _check_vocabulary(dataset, run.model.vocab_size)
         except DataError as error:
             problems.extend(error.problems)
+    problems.extend(_named_twice(run, opened))
     if problems:
         raise DataError(problems)
     return opened
+
+
+def _named_twice(run: RunConfig, opened: Opened) -> Iterator[Problem]:
+    """The same tokens under two names of a blend, which the rules of the configuration cannot always see: a.jsonl and a.jsonl.gz."""
+    for blend in data_plan(run.data).blends[: 2 if run.data.train_data_path else 1]:
+        groups: dict[str, list[str]] = {}
+        for prefix in blend.prefixes if blend else ():
+            if prefix in opened:
+                groups.setdefault(json.dumps(opened[prefix].fingerprint()), []).append(prefix)
+        for names in groups.values():
+            if len(names) > 1:
+                yield Problem(f"these are the same data, which would be read twice: {', '.join(names)}", "data",
+                              "name it once; a weight says how often it is read")  # fmt: skip
 
 
 def open_encoded(run: RunConfig, final: Path) -> Opened:

@@ -11,8 +11,9 @@ from typing import Iterator, Optional, Sequence
 
 import numpy as np
 
+from megatron_telechat.config.data_names import dataset_prefix
 from megatron_telechat.data.index_file import CHUNK_BYTES, HEADER_BYTES, file_sums, stored, sums_path, write_sums
-from megatron_telechat.data.indexed import IndexedDataset, dataset_prefix
+from megatron_telechat.data.indexed import IndexedDataset
 from megatron_telechat.errors import DataError, Problem, ResourceError
 
 MEND = "copy the file again from where it was made, or write the dataset again with tools/preprocess_data.py"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_telechat.model.attention import Segments
 from megatron_telechat.model.rotary import Tables
+from megatron_telechat.moe.counted import CountedTokens
 
 
 @dataclass
@@ -79,15 +80,21 @@ class DecoderLayer(MegatronModule):
             self.mlp.set_layer_number(self.layer_number)
 
     def forward(
-        self, hidden_states: Tensor, rotary_pos_emb: Tables, packed_seq_params: Optional[Segments] = None, **_: Any
+        self,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tables,
+        packed_seq_params: Optional[Segments] = None,
+        padding_mask: Optional[CountedTokens] = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         """[s (/ tp under sequence parallelism), b, hidden] -> the same; the second value is megatron-core's context.
 
         Args:
             rotary_pos_emb: the tables of `model.rotary.RotaryEmbedding`.
             packed_seq_params: stretches that attend to themselves only; megatron-core's block hands it on under this name.
+            padding_mask: which tokens count in the losses of the routers; None: all. The name is megatron-core's, too.
         """
-        run = partial(self._forward, rotary_tables=rotary_pos_emb, segments=packed_seq_params)
+        run = partial(self._forward, rotary_tables=rotary_pos_emb, segments=packed_seq_params, counted=padding_mask)
         if self.recompute_layer and self._recomputes():
             return tensor_parallel.checkpoint(run, False, hidden_states), None
         # pipeline schedules free a stage's output, which must not be a view for that
@@ -96,7 +103,13 @@ class DecoderLayer(MegatronModule):
     def _recomputes(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
-    def _forward(self, hidden_states: Tensor, rotary_tables: Tables, segments: Optional[Segments]) -> Tensor:
+    def _forward(
+        self,
+        hidden_states: Tensor,
+        rotary_tables: Tables,
+        segments: Optional[Segments],
+        counted: Optional[CountedTokens],
+    ) -> Tensor:
         normed, release = self._norm(self.input_layernorm, hidden_states)
         out, bias = self.self_attention(normed, rotary_tables=rotary_tables, segments=segments)
         release(out)
@@ -105,14 +118,14 @@ class DecoderLayer(MegatronModule):
         normed, release = self._norm(self.pre_mlp_layernorm, hidden_states)
         if self.recompute_mlp and self._recomputes():
             # the bias is added inside: a checkpoint must not hand a parameter out
-            out, bias = tensor_parallel.checkpoint(self._mlp_with_bias, False, normed), None
+            out, bias = tensor_parallel.checkpoint(partial(self._mlp_with_bias, counted=counted), False, normed), None
         else:
-            out, bias = self.mlp(normed)
+            out, bias = self.mlp(normed, counted=counted)
         release(out)
         return bias_dropout_add(out, bias, hidden_states, self.dropout, self.training)
 
-    def _mlp_with_bias(self, normed: Tensor) -> Tensor:
-        out, bias = self.mlp(normed)
+    def _mlp_with_bias(self, normed: Tensor, counted: Optional[CountedTokens]) -> Tensor:
+        out, bias = self.mlp(normed, counted=counted)
         return out if bias is None else out + bias
 
     def _norm(self, norm: torch.nn.Module, x: Tensor):

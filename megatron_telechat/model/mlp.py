@@ -88,7 +88,7 @@ class MLP(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Optional[Tensor]]:
         """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias."""
         gate_up, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(swiglu(gate_up))

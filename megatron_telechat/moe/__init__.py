@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from megatron_telechat.moe.block import MoEBlock, moe_blocks, moe_submodules
+from megatron_telechat.moe.counted import CountedTokens
 from megatron_telechat.moe.experts import GroupedExperts
 from megatron_telechat.moe.load import ExpertLoad, collect_expert_load
 from megatron_telechat.moe.router import Router, Routing
 
 __all__ = [
+    "CountedTokens",
     "ExpertLoad",
     "GroupedExperts",
     "MoEBlock",

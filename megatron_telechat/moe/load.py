@@ -19,10 +19,10 @@ class ExpertLoad:
 
     Attributes:
         layers: zero-based numbers of the MoE layers.
-        tokens_per_expert: [layers, experts] int64, tokens of all ranks; host memory.
+        tokens_per_expert: [layers, experts] int64, tokens of all ranks, without padding; host memory.
         max_over_mean: [layers] fp32, the busiest expert's load over the mean; 1 is even.
-        aux_loss: mean load-balancing loss of a layer and micro-batch, without its coefficient
-            (1 is even); None where no auxiliary loss is configured.
+        aux_loss: load-balancing loss, the mean over layers and over tokens that are no padding, without its
+            coefficient (1 is even); None where no auxiliary loss is configured.
     """
 
     layers: tuple[int, ...]
@@ -53,25 +53,25 @@ def collect_expert_load(chunks: Sequence[nn.Module], state: ParallelState) -> Op
     if not num_experts:
         return None
     counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
-    sums = torch.zeros(num_layers, 2, dtype=torch.float32, device=device)  # auxiliary loss, calls
+    sums = torch.zeros(num_layers, 2, dtype=torch.float32, device=device)  # auxiliary loss x tokens, tokens
     for router in routers:
         statistics = router.statistics
-        if statistics.calls:
+        if statistics.tokens:
             layer = router.layer_number - 1
             counts[layer] += statistics.tokens_per_expert
-            # Ranks with parts of the same sequences hold shares of one loss: one call between them.
+            # Ranks with parts of the same sequences hold shares of one loss, and each counts the tokens of all of them.
             sums[layer, 0] += statistics.aux_loss
-            sums[layer, 1] += statistics.calls / router.tp_cp_group.size()
+            sums[layer, 1] += statistics.tokens / router.tp_cp_group.size()
         statistics.reset()
     if state.world_size > 1:
         dist.all_reduce(counts)
         dist.all_reduce(sums)
     present = sums[:, 1].cpu() > 0
-    counts, (losses, calls) = counts.cpu()[present], sums.cpu()[present].unbind(1)
+    counts, (losses, tokens) = counts.cpu()[present], sums.cpu()[present].unbind(1)
     loads = counts.double()
     return ExpertLoad(
         layers=tuple(present.nonzero().flatten().tolist()),
         tokens_per_expert=counts,
         max_over_mean=(loads.max(1).values / loads.mean(1)).float(),
-        aux_loss=float((losses / calls).mean()) if bool((losses > 0).any()) else None,
+        aux_loss=float((losses / tokens).mean()) if bool((losses > 0).any()) else None,
     )

@@ -10,6 +10,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_telechat.moe.counted import CountedTokens
+
 
 class Routing(NamedTuple):
     """Where the tokens of one call go.
@@ -30,27 +32,32 @@ class RunningStatistics:
 
     Plain tensors and not buffers: a cast of the module to bf16 must not touch them, and no
     checkpoint holds them.
+
+    Attributes:
+        tokens_per_expert: [experts] int64, choices of the tokens of this rank that are no padding.
+        aux_loss: fp32 [], this rank's shares of the balancing loss, each times the tokens of its micro-batch.
+        tokens: those tokens, over the ranks that share the sequences.
     """
 
     def __init__(self) -> None:
         self.tokens_per_expert: Optional[Tensor] = None
         self.aux_loss: Optional[Tensor] = None
-        self.calls = 0
+        self.tokens = 0
 
-    def add(self, tokens_per_expert: Tensor, aux_loss: Optional[Tensor]) -> None:
+    def add(self, tokens_per_expert: Tensor, aux_loss: Optional[Tensor], tokens: int) -> None:
         if self.tokens_per_expert is None:
             self.tokens_per_expert = torch.zeros_like(tokens_per_expert)
             self.aux_loss = torch.zeros((), dtype=torch.float32, device=tokens_per_expert.device)
         self.tokens_per_expert += tokens_per_expert
         if aux_loss is not None:
-            self.aux_loss += aux_loss
-        self.calls += 1
+            self.aux_loss += aux_loss * tokens
+        self.tokens += tokens
 
     def reset(self) -> None:
         if self.tokens_per_expert is not None:
             self.tokens_per_expert.zero_()
             self.aux_loss.zero_()
-        self.calls = 0
+        self.tokens = 0
 
 
 class Router(TopKRouter):
@@ -72,8 +79,12 @@ class Router(TopKRouter):
         self.z_coefficient = config.moe_z_loss_coeff or 0.0
         self.statistics = RunningStatistics()
 
-    def forward(self, hidden_states: Tensor) -> Routing:
-        """Choose experts for [..., hidden] tokens."""
+    def forward(self, hidden_states: Tensor, counted: Optional[CountedTokens] = None) -> Routing:
+        """Choose experts for [..., hidden] tokens.
+
+        Args:
+            counted: which tokens count in the losses and figures; None: all, and all are learned.
+        """
         logits = self.gating(hidden_states).view(-1, self.num_experts)
         chosen, experts = torch.topk(logits, k=self.topk, dim=1)
         weights = torch.softmax(chosen, dim=-1)
@@ -81,20 +92,26 @@ class Router(TopKRouter):
         tokens_per_expert = one_hot.sum(0)
         # No gradient: evaluation, or the first pass of a checkpointed block, which is repeated.
         if self.training and torch.is_grad_enabled():
-            weights = self._add_auxiliary_losses(weights, logits, tokens_per_expert)
+            real = counted.real if counted is not None else None
+            counts = tokens_per_expert if real is None else (one_hot * real.unsqueeze(1)).sum(0)
+            weights = self._add_auxiliary_losses(weights, logits, counts, counted)
         return Routing(weights, experts, tokens_per_expert)
 
-    def _add_auxiliary_losses(self, weights: Tensor, logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    def _add_auxiliary_losses(
+        self, weights: Tensor, logits: Tensor, tokens_per_expert: Tensor, counted: Optional[CountedTokens]
+    ) -> Tensor:
         """Hang this rank's share of the losses on the weights.
 
         Ranks of the tensor and context groups hold parts of the same sequences; their shares add up to the
         loss over all of these tokens. Where the training loss is a sum over tokens that is divided by their
         number at the end (``calculate_per_token_loss``), the share is multiplied by the tokens of the
-        micro-batch over all those ranks. Megatron-Core multiplies by its own tokens alone, so that its
-        auxiliary losses shrink with the tensor- and context-parallel sizes.
+        micro-batch over all those ranks, or by what `CountedTokens` says where tokens are not learned. Megatron-Core
+        multiplies by its own tokens alone, learned or not, so that its auxiliary losses shrink with the tensor- and
+        context-parallel sizes and grow with every token that is not learned.
         """
         ranks = self.tp_cp_group.size()
-        total_tokens = logits.shape[0] * ranks
+        real = counted.real if counted is not None else None
+        total = max(counted.total, 1) if counted is not None else logits.shape[0] * ranks
         share, balance = None, None
         if self.balance_coefficient:
             totals = tokens_per_expert
@@ -103,13 +120,22 @@ class Router(TopKRouter):
                 dist.all_reduce(totals, group=self.tp_cp_group)
             scores = torch.softmax(logits, dim=-1)
             # E * sum_e f_e P_e with f_e = totals_e / (k T), P_e = sum of scores / T
-            scale = self.num_experts / (self.topk * total_tokens * total_tokens)
-            balance = (scores.sum(0) * totals).sum() * scale
+            scale = self.num_experts / (self.topk * total * total)
+            balance = (_sum_of_rows(scores, real) * totals).sum() * scale
             share = balance * self.balance_coefficient
         if self.z_coefficient:
-            z_loss = torch.logsumexp(logits, dim=-1).square().sum() * (self.z_coefficient / total_tokens)
+            squares = torch.logsumexp(logits, dim=-1).square()
+            z_loss = _sum_of_rows(squares, real) * (self.z_coefficient / total)
             share = z_loss if share is None else share + z_loss
-        self.statistics.add(tokens_per_expert, None if balance is None else balance.detach())
+        self.statistics.add(tokens_per_expert, None if balance is None else balance.detach(), total)
         if share is None:
             return weights
-        return MoEAuxLossAutoScaler.apply(weights, share * total_tokens if self.calculate_per_token_loss else share)
+        if self.calculate_per_token_loss:
+            share = share * (counted.weight if counted is not None else total)
+        return MoEAuxLossAutoScaler.apply(weights, share)
+
+
+def _sum_of_rows(values: Tensor, real: Optional[Tensor]) -> Tensor:
+    """Sum over the first dimension; where ``real`` is given, of its rows only."""
+    # A product, not a choice by index: its size does not depend on the data, so the host waits for nothing.
+    return values.sum(0) if real is None else real.to(values.dtype) @ values

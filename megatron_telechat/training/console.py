@@ -27,10 +27,10 @@ def format_duration(seconds: float) -> str:
 
 def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_total_gib: Optional[float]) -> str:
     """The line of one record."""
-    norm = record.get("grad_norm")
+    loss, norm = record["loss"], record.get("grad_norm")
     parts = [
         f"step {record['step']}/{train_iters}",
-        f"loss {record['loss']:.4f}",
+        f"loss {loss:.4f}" if loss is not None else "loss none",
         f"gnorm {norm:.3f}" if norm is not None else "gnorm none",
         f"lr {record['lr']:.2e}",
         f"{format_count(record['tokens_per_s'])} tok/s",

@@ -87,6 +87,8 @@ class Trainer:
         self._iterators_open = iterators = self.training_iterators()
         while self.step < self.run.training.train_iters:
             result, lr = self.take_step(iterators)
+            if result.skipped is not None:
+                self._say_skipped(result.skipped)
             if self.step % self.run.logging.log_interval == 0 or self._is_last():
                 self._report(result, lr)
             if self._due(self.run.evaluation.eval_interval):
@@ -144,6 +146,11 @@ class Trainer:
         self._compare(self.forecast.observe(record, self.step - self._reported))
         self._reported = self.step
 
+    def _say_skipped(self, reason: str) -> None:
+        """A step that was not taken, at once and whatever the log interval."""
+        self.console.say(f"step {self.step} was not taken: {reason}")
+        self.writer.write({"event": "skipped_step", "step": self.step, "reason": reason})
+
     def _compare(self, line: Optional[str]) -> None:
         """What was predicted of the run, beside what is measured."""
         if line is not None:
@@ -158,7 +165,8 @@ class Trainer:
                 )
             close_iterators(iterators)
             self.writer.write({"step": self.step, "valid_loss": loss})
-            self.console.say(f"step {self.step}  validation loss {loss:.4f}")
+            shown = f"{loss:.4f}" if loss is not None else "none: the loss mask leaves no token of the validation data"
+            self.console.say(f"step {self.step}  validation loss {shown}")
 
     def _save(self) -> None:
         started = time.perf_counter()

@@ -6,6 +6,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Iterator, Optional
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model.attention import Segments
+from megatron_telechat.moe import CountedTokens
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.numerics import require_finite_norm, require_finite_validation, step_error
 from megatron_telechat.training.param_gather import every_parameter_awaited, is_overlapped
@@ -22,6 +24,10 @@ Batch = dict[str, torch.Tensor]
 
 OVERFLOW = "fp16 overflow"
 """Why a step was not taken: a gradient was too large for fp16 at this loss scale."""
+_OF_THE_HOST = ("segment_lengths", "padding")
+"""Parts of a batch that are read before the forward, by the host."""
+
+NOTHING_LEARNED = "the loss mask leaves no token of the global batch to learn from"
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,15 @@ class StepResult:
     """What one optimizer step did, the same on every rank.
 
     Attributes:
-        loss: mean cross entropy over all tokens of the global batch that count, in nats.
+        loss: mean cross entropy over all tokens of the global batch that count, in nats; None where none counted.
         tokens: how many tokens counted.
         grad_norm: global gradient norm before clipping; None where the step was not taken.
-        skipped: why the step was not taken, such as :data:`OVERFLOW`; None where it was.
+        skipped: why the step was not taken (parameters and optimizer are as before), such as :data:`OVERFLOW`; None where it was.
         stop, save: some rank was asked to stop, or to save.
         loss_scale: what the loss was multiplied by (fp16); None elsewhere.
     """
 
-    loss: float
+    loss: Optional[float]
     tokens: int
     grad_norm: Optional[float]
     skipped: Optional[str]
@@ -63,18 +69,34 @@ def masked_loss(loss_mask: torch.Tensor, per_token_loss: torch.Tensor):
     return total, tokens.to(torch.int), report
 
 
-def forward_step(device: torch.device, data_iterator: Optional[Iterator[Batch]], model: torch.nn.Module):
+def forward_step(
+    device: torch.device,
+    data_iterator: Optional[Iterator[Batch]],
+    model: torch.nn.Module,
+    learned_share: Optional[torch.Tensor] = None,
+):
     """The schedules' forward function: one micro-batch through one model chunk.
 
     Stages between the first and the last need no batch; their iterator is None.
+
+    Args:
+        learned_share: of the tokens of the global batch, where the routers must know of masks (`TrainStep`).
     """
     if data_iterator is None:
         return model(None, None, None), None
     host = next(data_iterator)
     lengths = host.get("segment_lengths")
     segments = None if lengths is None else Segments.of(lengths, host["tokens"].shape[0])
-    batch = {key: value.to(device, non_blocking=True) for key, value in host.items() if key != "segment_lengths"}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=segments)
+    counted = None if learned_share is None else CountedTokens.of(host["tokens"], host.get("padding"), learned_share)
+    batch = {key: value.to(device, non_blocking=True) for key, value in host.items() if key not in _OF_THE_HOST}
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        packed_seq_params=segments,
+        padding_mask=counted,
+    )
     return output, partial(masked_loss, batch["loss_mask"])
 
 
@@ -84,12 +106,12 @@ def chunk_iterators(
     """One iterator of micro-batches for each model chunk of this rank that reads data, else None.
 
     The first stage reads tokens and the last one labels; every stage reads the borders of documents where
-    positions or attention are reset there.
+    positions or attention are reset there, and the masks where routers must know of them.
     """
-    resets = run.data.reset_position_ids or run.data.reset_attention_mask
+    every = run.data.reset_position_ids or run.data.reset_attention_mask or run.routers_read_masks
     return [
         make_iterator()
-        if state.is_first_stage(chunk) or state.is_last_stage(chunk) or resets
+        if state.is_first_stage(chunk) or state.is_last_stage(chunk) or every
         else None
         for chunk in range(chunks)
     ]
@@ -109,8 +131,12 @@ def run_schedule(
     backend: Backend,
     num_microbatches: int,
     forward_only: bool,
+    learned_share: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Forward, and backward unless ``forward_only``, of one global batch.
+
+    Args:
+        learned_share: fp32 [], what the routers' losses are weighed by (`TrainStep`); None: all tokens are learned.
 
     Returns:
         [2] on the device: this rank's sum of losses and number of tokens; zeros off the last stage.
@@ -119,7 +145,7 @@ def run_schedule(
 
     single = len(chunks) == 1
     reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, backend.device),
+        forward_step_func=partial(forward_step, backend.device, learned_share=learned_share),
         data_iterator=iterators[0] if single else iterators,
         model=chunks[0] if single else chunks,
         num_microbatches=num_microbatches,
@@ -149,16 +175,40 @@ class TrainStep:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        learned_share = None
+        if self.run.routers_read_masks:
+            iterators, learned_share = self._look_ahead(iterators)
         watch = every_parameter_awaited(self.chunks, self.shards, self.state) if self._gather_unproved else nullcontext()
         with watch:
             sums = run_schedule(
-                self.chunks, iterators, self.run, self.backend, self.run.num_microbatches, forward_only=False
+                self.chunks,
+                iterators,
+                self.run,
+                self.backend,
+                self.run.num_microbatches,
+                forward_only=False,
+                learned_share=learned_share,
             )
         self._gather_unproved = False
         return sums
 
+    def _look_ahead(self, iterators: list[Optional[Iterator[Batch]]]) -> tuple[list[Iterator[Batch]], torch.Tensor]:
+        """The micro-batches of this step, and the share of the global batch's tokens, padding left out, that is learned.
+
+        The schedules divide all gradients by the learned tokens of the global batch, which is known only at the end. A
+        router's loss is a mean over all tokens that are no padding, so its gradients must be multiplied by that share,
+        and before the first backward. One all-reduce of two numbers, which the host does not wait for.
+        """
+        ahead = [list(islice(iterator, self.run.num_microbatches)) for iterator in iterators]
+        learned = sum(float(batch["loss_mask"].sum()) for batch in ahead[0])
+        real = sum(batch["tokens"].numel() - int(batch["padding"].sum()) if "padding" in batch else batch["tokens"].numel()
+                   for batch in ahead[0])  # fmt: skip
+        counts = torch.tensor([learned, real], dtype=wide_dtype(self.backend)).to(self.backend.device, non_blocking=True)
+        dist.all_reduce(counts, group=self.state.dp_group)
+        return [iter(batches) for batches in ahead], (counts[0] / counts[1].clamp(min=1)).float()
+
     def __call__(self, iterators, step: int, requests: tuple[bool, bool] = (False, False)) -> StepResult:
-        """One optimizer step.
+        """One optimizer step; not taken where no token is learned, or where fp16 gradients overflow.
 
         Raises:
             NumericsError: loss or gradient norm is not finite, or fp16 overflowed at the smallest loss scale; the
@@ -170,6 +220,8 @@ class TrainStep:
         if not math.isfinite(loss):  # the same sum on every rank; no smaller loss scale would mend it
             raise step_error(f"loss {loss}", step, self.shards)
         loss_scale = self.optimizer.loss_scale
+        if not tokens:
+            return StepResult(None, 0, None, NOTHING_LEARNED, stop, save, loss_scale)
         if self.optimizer.prepare_grads():
             if loss_scale <= self.run.optimizer.min_loss_scale:
                 raise step_error(f"{OVERFLOW} at the smallest loss scale {loss_scale:g}", step, self.shards)
@@ -203,8 +255,10 @@ class TrainStep:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=grad_norm)
 
 
-def evaluate(chunks, iterators, batches: int, run: RunConfig, state: ParallelState, backend: Backend) -> float:
-    """Mean loss over ``batches`` global batches, the same on every rank.
+def evaluate(
+    chunks, iterators, batches: int, run: RunConfig, state: ParallelState, backend: Backend
+) -> Optional[float]:
+    """Mean loss over ``batches`` global batches, the same on every rank; None where no token counts.
 
     Raises:
         NumericsError: on every rank, where that is not finite: such weights are not worth a checkpoint.
@@ -222,9 +276,9 @@ def evaluate(chunks, iterators, batches: int, run: RunConfig, state: ParallelSta
     if state.tp_rank != 0:
         total.zero_()
     dist.all_reduce(total)
-    loss = (total[0] / total[1].clamp(min=1)).item()
+    loss, tokens = total.tolist()
     require_finite_validation(loss)
-    return loss
+    return loss / tokens if tokens else None
 
 
 def wide_dtype(backend: Backend) -> torch.dtype:

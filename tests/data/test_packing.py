@@ -278,6 +278,24 @@ def test_a_tokenizer_that_does_not_fit_the_model_or_the_template(tmp_path):
         build(replace(run, model=replace(run.model, vocab_size=200)))
 
 
+def test_a_dialog_that_begins_at_the_last_label_is_not_learned(tmp_path):
+    """Its only token in the row would be guessed from the end of another dialog."""
+    from megatron_telechat.data.samples import Marks, TokenDataset
+
+    class Row:
+        def __len__(self) -> int:
+            return 1
+
+        def tokens(self, sample: int):
+            return np.arange(9)
+
+        def marks(self, sample: int) -> Marks:
+            return Marks(np.ones(9, bool), np.array([0, 3, 8]), 9)
+
+    learned = [TokenDataset(Row(), 1, 16, reset_attention_mask=reset)[0]["loss_mask"].tolist() for reset in (False, True)]
+    assert learned == [[1] * 8, [1, 1, 0, 1, 1, 1, 1, 0]]
+
+
 def test_attention_borders_of_documents_in_pretraining(tmp_path):
     """The same option on indexed text: a document is a stretch, and the token after an end of document begins one."""
     from tests.data.material import make_run, write_dataset
@@ -286,9 +304,15 @@ def test_attention_borders_of_documents_in_pretraining(tmp_path):
     tokenizer = chat_run(tmp_path, "x").data.tokenizer_model
     run = make_run(tmp_path, data_path=(prefix,), tokenizer_model=tokenizer, reset_attention_mask=True, split="1")
     train = build(run)
-    for i in range(20):
+    at_the_border = 0
+    for i in range(40):
         sample = train[i]
-        ends = [at + 1 for at, token in enumerate(sample["tokens"].tolist()[:-1]) if token == 2]
+        tokens = sample["tokens"].tolist()
+        ends = [at + 1 for at, token in enumerate(tokens[:-1]) if token == 2]
         assert sample["segment_lengths"].tolist() == np.diff([0, *ends, 32]).tolist()
+        # The end itself is learned from its document; what is asked for behind it begins another one, also at the last place.
+        assert sample["loss_mask"].tolist() == [0.0 if token == 2 else 1.0 for token in tokens]
+        at_the_border += tokens[-1] == 2
+    assert at_the_border
     batch = train.batch([0, 1, 2])
     assert int(batch["segment_lengths"].sum()) == 3 * 32

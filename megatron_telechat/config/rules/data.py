@@ -7,9 +7,10 @@ import os
 import re
 from typing import Iterator, Optional
 
+from megatron_telechat.config.data_names import data_json_entries, dataset_prefix, same_data
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.config.origins import Check, Rule
-from megatron_telechat.errors import Problem
+from megatron_telechat.errors import DataError, Problem
 
 SOURCES = ("data_path", "data_json", "train_data_path")
 RAW_TEXT = (".jsonl", ".json", ".jsonl.gz", ".txt", ".parquet")
@@ -97,7 +98,7 @@ def _missing_files(check: Check, name: str, prefix: str) -> Iterator[Problem]:
             "for dialogs, --sft",
         )
         return
-    base = re.sub(r"\.(bin|idx)$", "", prefix)
+    base = dataset_prefix(prefix)
     missing = [base + suffix for suffix in (".bin", ".idx") if not os.path.isfile(base + suffix)]
     if missing:
         folder = os.path.dirname(base) or "."
@@ -152,12 +153,62 @@ def borders_are_known(check: Check) -> Iterator[Problem]:
             yield check.problem(f"{name} has no documents to act on in mock_data", name, "mock_data", fix="drop one of them")
 
 
-def data_json_is_there(check: Check) -> Iterator[Problem]:
-    path = check.take("data_json")
-    if path is not None and not os.path.isfile(path):
-        yield check.problem(
-            f"data_json {path} is not a file", "data_json", fix='a file such as {"corpus_text_document": 1.0}'
-        )
+def data_json_can_be_read(check: Check) -> Iterator[Problem]:
+    path, dialogs = check.take("data_json", "sft")
+    if path is None:
+        return
+    if not os.path.isfile(path):
+        yield check.one(f"data_json {path} is not a file", "data_json", fix='a file such as {"corpus_text_document": 1.0}')
+        return
+    try:
+        data_json_entries(path, dialogs)
+    except DataError as error:
+        yield from (check.one(problem.what, "data_json", problem.fix) for problem in error.problems)
+
+
+def datasets_are_named_once(check: Check) -> Iterator[Problem]:
+    """A dataset under two names gives each of its samples twice, and no word of it is in the loss."""
+    dialogs = check.take("sft")
+    for name, names in _lists_of_data(check):
+        for same in same_data(names, dialogs):
+            yield check.problem(
+                f"{name} names the same data more than once: {', '.join(same.names)} ({same.how}), so that it is read twice",
+                name,
+                fix="name it once, with the sum of the weights"
+                if _weighs(check, name)
+                else "name it once; with weights (0.7 en 0.3 zh) data is read as often as the run needs",
+            )
+
+
+def validation_is_not_trained_on(check: Check) -> Iterator[Problem]:
+    dialogs, *given = check.take("sft", "train_data_path", "valid_data_path")
+    train, valid = map(_prefixes, given)
+    for same in same_data([*train, *valid], dialogs):
+        shared = [name for name in same.names if name in valid]
+        if shared and any(name in train for name in same.names):
+            yield check.problem(
+                f"{shared[0]} is trained on and validated on ({', '.join(dict.fromkeys(same.names))}: {same.how}), "
+                "so that its loss says nothing about text the model has not seen",
+                "valid_data_path",
+                "train_data_path",
+                fix="other data for --valid-data-path, or --data-path with --split 99,1, which keeps the two apart",
+            )
+
+
+def _lists_of_data(check: Check) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every list of datasets that the run names: field, names without weights."""
+    for name in ("data_path", "train_data_path", "valid_data_path"):
+        if name not in check.bad and not _blend_complaint(check.take(name)):
+            yield name, _prefixes(check.take(name))
+    path, dialogs = check.take("data_json", "sft")
+    if path is not None:
+        yield "data_json", tuple(entry for entry, _ in data_json_entries(path, dialogs))
+
+
+def _weighs(check: Check, name: str) -> bool:
+    """Whether the datasets of a field have weights."""
+    items = check.take(name)
+    return name == "data_json" or _prefixes(items) != items
 
 
 def split_can_be_read(check: Check) -> Iterator[Problem]:
@@ -225,7 +276,9 @@ def end_of_document_is_known(check: Check) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     one_source,
     blends_can_be_read,
-    data_json_is_there,
+    data_json_can_be_read,
+    datasets_are_named_once,
+    validation_is_not_trained_on,
     split_can_be_read,
     evaluation_has_data,
     tokenizer_is_there,

@@ -1,0 +1,48 @@
+"""Which tokens of a micro-batch count in the losses and figures of a router, and how much the micro-batch weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CountedTokens:
+    """What a router must know of a micro-batch in which some tokens are padding, or are not learned.
+
+    It belongs to one forward call: several micro-batches are under way at once, and a layer may be computed again.
+
+    Attributes:
+        total: tokens that are no padding, over all ranks that hold parts of these sequences.
+        weight: fp32 [] on the device; the mean of a loss over those tokens is multiplied by this.
+        real: bool, True where a token is no padding: [b, s] of the whole sequences, or [n] in the order of a router's
+            rows (:meth:`rows`). None: there is no padding.
+    """
+
+    total: int
+    weight: Tensor
+    real: Optional[Tensor] = None
+
+    @classmethod
+    def of(cls, tokens: Tensor, padding: Optional[Tensor], learned_share: Tensor) -> CountedTokens:
+        """Of one micro-batch.
+
+        The gradients of a step are divided by the learned tokens of the global batch, N. The loss of a router is a mean
+        over the R tokens of the global batch that are no padding. So a micro-batch with r of them weighs r N / R.
+
+        Args:
+            tokens: [b, s], on the host.
+            padding: bool [b, s] on the host, True where a token is padding; None: there is none.
+            learned_share: fp32 [] on the device, N / R of the global batch.
+        """
+        total = tokens.numel() if padding is None else padding.numel() - int(padding.sum())
+        real = None if total == tokens.numel() else (~padding).to(learned_share.device, non_blocking=True)
+        return cls(total, learned_share * total, real)
+
+    def rows(self, part: int, parts: int) -> CountedTokens:
+        """The same, for the rows [s / parts, b] that one rank of a tensor group routes."""
+        if self.real is None:
+            return self
+        return CountedTokens(self.total, self.weight, self.real.t().chunk(parts)[part].flatten())
