@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_telechat.moe.choices import FirstPass
 from megatron_telechat.moe.clock import ExchangeClock
 from megatron_telechat.moe.experts import GroupedExperts
 from megatron_telechat.moe.pipeline import ChunkPipeline
@@ -83,15 +84,18 @@ class MoEBlock(BaseMoELayer):
         if self.use_shared_expert:
             self.shared_experts = build_module(parts.shared_experts, config=config, pg_collection=groups, gate=False)
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, first_pass: Optional[FirstPass] = None, **_: Any) -> tuple[Tensor, None]:
         """[s, b, h], with sequence parallelism the own part of the sequence, → the same.
 
         The second value is Megatron-Core's bias, None: the experts' bias is in the output.
+
+        Args:
+            first_pass: a new one for each call that runs inside of a checkpoint, given to both of its passes.
         """
         assert not self.training or self.attn_tp_group.size() == 1 or self.config.sequence_parallel, (
             "tensor-parallel ranks without sequence parallelism would route every token twice"
         )
-        routing = self.router(hidden_states)
+        routing = self.router(hidden_states, first_pass)
         output = self.run_experts(hidden_states.reshape(-1, hidden_states.shape[-1]), routing).view_as(hidden_states)
         if self.use_shared_expert:
             output = output + self._run_shared_experts(hidden_states)

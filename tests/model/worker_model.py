@@ -213,6 +213,74 @@ for _name in RECOMPUTE:
     cases.add(f"recompute_{_name}", partial(recompute, _name))
 
 
+class near_ties:
+    """Two experts of every router are equal in the forward, and differ by 1e-6 in the pass that repeats it."""
+
+    def __init__(self):
+        self.flipped = 0
+
+    def __enter__(self) -> "near_ties":
+        import torch
+        from megatron.core.tensor_parallel.random import is_checkpointing
+
+        from megatron_telechat.moe import Router
+
+        self.router, self.real = Router, Router.gating
+
+        def gating(router, hidden):
+            logits = self.real(router, hidden)
+            logits = torch.cat((logits[..., :-1], logits[..., -2:-1]), -1)
+            if not (is_checkpointing() and torch.is_grad_enabled()):
+                return logits
+            flat = logits.detach().view(-1, logits.shape[-1])
+            nudge = torch.zeros_like(flat)
+            nudge[::2, -1], nudge[1::2, -2] = 1e-6, 1e-6
+            self.flipped += int((flat.topk(router.topk).indices.sort().values != (flat + nudge).topk(router.topk).indices.sort().values).sum())
+            return logits + nudge.view_as(logits)
+
+        Router.gating = gating
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.router.gating = self.real
+
+
+def repeated_choices(parallel: dict) -> dict[str, Any]:
+    """Full recompute whose second pass rounds otherwise, several micro-batches in flight and evaluations between them; against
+    a run without recompute."""
+    import torch
+
+    from megatron_telechat import parallel as ranks
+
+    def gradients(**training):
+        run = run_of(dict(MOE, moe_layer_freq=1, moe_z_loss_coeff=0.01), parallel, **training)
+        state, chunks, shards = build(run)
+        with near_ties() as ties:
+            if len(chunks) == 1 and state.pp_size == 1:
+                chunks[0].register_forward_pre_hook(evaluate_first)
+            forward_backward(run, chunks)
+        found = {s.pieces[0].key: s.parameter.grad for s in shards}
+        ranks.destroy(keep_world=True)
+        return found, ties.flipped
+
+    def evaluate_first(model, inputs):
+        if model.training:
+            model.eval()
+            with torch.no_grad():
+                model(torch.zeros_like(inputs[0]), None, None)
+            model.train()
+
+    expected, flips = gradients()
+    assert flips == 0
+    found, flips = gradients(recompute_granularity="full")
+    errors = {key: ((found[key] - grad).norm() / (grad.norm() + 1e-12)).item() for key, grad in expected.items()}
+    return {"flipped": flips, "worst": max(errors.values()), "at": max(errors, key=errors.get)}
+
+
+for _name in ("moe_dp4", "moe_tp2_pp2"):
+    cases.add(f"repeated_choices_{_name}", partial(repeated_choices, LAYOUTS[_name][1]))
+
+
 def fill_from_hf(shards, weights: dict, model) -> None:
     """Copy a published checkpoint into a one-rank model, packing query, key and value as Megatron does."""
     import torch
