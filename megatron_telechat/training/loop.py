@@ -22,6 +22,7 @@ from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.optimizer import build_optimizer, gathered_parameters, set_learning_rate, wrap_data_parallel
 from megatron_telechat.training.paths import RunPaths
+from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, TrainStep, chunk_iterators, close_iterators, evaluate
 from megatron_telechat.training.trace import ExchangeTrace
@@ -70,6 +71,7 @@ class Trainer:
         self._introduce(origins or {})
         self.chunk_setting = self._set_chunks()
         self.trace = ExchangeTrace(self.chunks, run, self.state, self.paths.run_dir)
+        self.routing = StepRouting(self.chunks, run, self.state, self.fingerprint, self.step + 1)
         with together(self.state):
             self.forecast = Forecast.of(run, self.backend)
         self._reported = self.step
@@ -108,7 +110,7 @@ class Trainer:
     def take_step(self, iterators) -> tuple[StepResult, float]:
         """One optimizer step; moves the step and sample counters on. Returns the result and the learning rate."""
         lr = set_learning_rate(self.optimizer, self.run, self.step)
-        with self.trace.step(self.step + 1):
+        with self.trace.step(self.step + 1), self.routing.step(self.step + 1):
             result = self.train_step(iterators, self.step, self.requests.poll())
         self.step += 1
         self.consumed_samples += self.run.training.global_batch_size

@@ -68,7 +68,7 @@ def topk_within_experts(check: Check) -> Iterator[Problem]:
             f"moe_router_topk={topk} is more than num_experts={experts}",
             "moe_router_topk",
             "num_experts",
-            fix=f"{flag('moe_router_topk', experts)} at most",
+            fix=f"{flag('moe_router_topk', experts)} at most" if experts > 1 else "leave --num-experts out for a dense model",
         )
 
 
@@ -108,6 +108,8 @@ _NEED_EXPERTS = (
     "expert_model_parallel_size",
     "moe_input_chunks",
     "moe_trace",
+    "moe_routing_record",
+    "moe_routing_replay",
 )
 
 
