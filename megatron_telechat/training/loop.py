@@ -72,6 +72,8 @@ class Trainer:
         self.chunk_setting = self._set_chunks()
         self.trace = ExchangeTrace(self.chunks, run, self.state, self.paths.run_dir)
         self.routing = StepRouting(self.chunks, run, self.state, self.fingerprint, self.step + 1)
+        for line in self.routing.about():
+            self.console.say(line)
         with together(self.state):
             self.forecast = Forecast.of(run, self.backend)
         self._reported = self.step

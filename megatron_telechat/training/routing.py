@@ -61,6 +61,18 @@ class StepRouting:
                     self._begin_recording(self._record, fingerprint)
         self._box = self._own_box()
 
+    def about(self) -> list[str]:
+        """Lines for a person; none where nothing is recorded or replayed."""
+        which = f"of steps {self._steps[0]} to {self._steps[-1]}" if self._steps is not None else "of all steps"
+        lines = []
+        if self._replay is not None:
+            rest = "; in other steps the routers choose" if self._steps is not None else ""
+            lines.append(f"moe_routing_replay: the experts {which} are those of {self._replay}{rest}")
+        if self._record is not None:
+            own = ", what the routers would choose themselves" if self._replay is not None else ""
+            lines.append(f"moe_routing_record: the experts {which}{own}, go to {self._record}")
+        return lines
+
     def _own_box(self) -> Box:
         """What this rank routes in a step; samples in the order of its micro-batches."""
         run, state = self._run, self._state
