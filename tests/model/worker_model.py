@@ -63,6 +63,8 @@ LIGHTER = ("full", "core_attn", "mlp_moe")
 
 cases = Cases()
 references: dict[str, Any] = {}
+choices: dict[str, dict[int, list]] = {}
+"""Of the reference of each model: layer -> the experts of every micro-batch."""
 
 
 def run_of(model: dict, parallel: Optional[dict] = None, **training):
@@ -135,15 +137,49 @@ def reduced_gradient(shard, state):
     return grad
 
 
+class one_routing:
+    """Routes as the first run with this dictionary did, and counts what the routers would have done otherwise."""
+
+    def __init__(self, chosen: dict, chunks, state):
+        from megatron_telechat.moe import moe_blocks
+
+        self.chosen, self.state, self.unlike, self.clearest = chosen, state, 0, 0.0
+        self.routers = {block.layer_number: block.router for block in moe_blocks(chunks)}
+        self.first = not chosen
+
+    def part(self, choices):
+        """[s * b, k] of the whole sequence -> those of this tensor-parallel rank."""
+        positions = choices.view(self.state.tp_size, -1, choices.shape[-1])
+        return positions[self.state.tp_rank]
+
+    def __enter__(self) -> "one_routing":
+        from megatron_telechat.moe.choices import RoutingTape
+
+        for layer, router in self.routers.items():
+            router.tape = RoutingTape(None if self.first else [self.part(one) for one in self.chosen[layer]], notes=True)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for layer, router in self.routers.items():
+            if self.first:
+                self.chosen[layer] = [noted.experts for noted in router.tape.noted]
+                continue
+            for wanted, noted in zip(self.chosen[layer], router.tape.noted, strict=True):
+                unlike = (self.part(wanted).sort().values != noted.experts.sort().values).any(-1)
+                self.unlike += int(unlike.sum())
+                self.clearest = max([self.clearest, *noted.gap[unlike].tolist()])
+
+
 def compare(name: str) -> dict[str, Any]:
-    """Build a layout; weights bitwise and gradients closely equal to the reference's."""
+    """Build a layout; weights bitwise and gradients closely equal to the reference's, under the reference's routing."""
     import torch
 
     model, parallel = LAYOUTS[name]
     kind = name.split("_")[0]
     run = run_of(model, parallel)
     state, chunks, shards = build(run)
-    loss = forward_backward(run, chunks)
+    with one_routing(choices.setdefault(kind, {}), chunks, state) as routing:
+        loss = forward_backward(run, chunks)
     grads = {id(shard): reduced_gradient(shard, state) for shard in shards}
     if kind not in references:
         references[kind] = {
@@ -164,7 +200,7 @@ def compare(name: str) -> dict[str, Any]:
         if error > worst:
             worst, at = error, piece.key
     loss_error = abs(loss / reference["loss"] - 1) if state.is_last_stage() else 0.0
-    return {"loss": loss_error, "gradient": worst, "at": at}
+    return {"loss": loss_error, "gradient": worst, "at": at, "unlike": routing.unlike, "clearest": routing.clearest}
 
 
 for _name in LAYOUTS:
