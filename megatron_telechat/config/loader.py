@@ -74,7 +74,7 @@ def load_run_config(argv: Sequence[str], environ: Mapping[str, str], planning: b
     line = read_command_line(argv)
     merged = _Merge(line, environ, planning)
     merged.run()
-    check = Check(make_run(merged.values), merged.origins, merged.unreadable, line.actions.starts_nothing, merged.notes)
+    check = Check(make_run(merged.values), merged.origins, merged.unreadable, line.actions.starts_nothing, merged.notes, planning)
     problems = [*merged.problems, *apply_rules(VALUE_RULES, check)]
     derive(check)
     problems += merged.plan_problems(check)
@@ -225,7 +225,8 @@ class _Merge:
         """Drop what is said of layout and recompute, and of files, which may be on another machine; an even split, so that
         the other rules have one to look at."""
         files = (name for name, info in fields_by_name().items() if info.section in ("data", "checkpoint"))
-        for name in (*PLANNED, *files):
+        recordings = ("moe_routing_record", "moe_routing_replay", "moe_routing_steps")
+        for name in (*PLANNED, *files, *recordings):
             self.values.pop(name, None)
             self.origins[name] = DEFAULT
         self.unreadable -= set(PLANNED)

@@ -188,7 +188,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         inference-moe-disable-fused-quant-kernels inference-moe-token-dispatcher-type inference-repeat-n
         inference-rng-tracker inference-sampling-seed inference-shards inference-text-gen-server-logging
         inference-use-synchronous-zmq-collectives inference-wandb-logging max-tokens-to-oom mem-batch-size
-        mem-infer-seq-len mlp-chunks-for-prefill model-provider moe-enable-routing-replay
+        mem-infer-seq-len mlp-chunks-for-prefill model-provider
         moe-pad-experts-for-cuda-graph-inference nccl-all-reduce-for-prefill num-speculative-tokens
         num-tokens-from-file num-tokens-to-generate num-tokens-to-prompt output-every-n-results output-path
         output-request-events prefill-chunk-size prompt-file prompt-file-num-truncate prompts
@@ -388,10 +388,20 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     ),
     (
         Ignored("the expert load is in every console line and in metrics.jsonl"),
+        "moe-per-layer-logging save-tokens-per-expert-interval",
+    ),
+    (
+        Refused(
+            "the experts' choices are recorded into one folder and replayed from another",
+            "--moe-routing-record DIR or --moe-routing-replay DIR",
+        ),
+        "moe-enable-routing-replay",
+    ),
+    (
+        Ignored("--moe-routing-record DIR writes the experts' choices, and no other trace of the router is written"),
         """
-        moe-per-layer-logging moe-routing-trace-capture-hidden-states moe-routing-trace-capture-logits
-        moe-routing-trace-dump-weights moe-routing-trace-max-inference-steps
-        moe-routing-trace-max-training-iters moe-routing-trace-path save-tokens-per-expert-interval
+        moe-routing-trace-capture-hidden-states moe-routing-trace-capture-logits moe-routing-trace-dump-weights
+        moe-routing-trace-max-inference-steps moe-routing-trace-max-training-iters moe-routing-trace-path
         """,
     ),
     (Always("the router computes in fp32", ("fp32",)), "moe-router-dtype"),

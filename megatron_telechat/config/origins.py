@@ -28,6 +28,7 @@ class Check:
         environ: environment variables (torchrun's are read).
         dry_run: whether the run is only described, not started.
         notes: things a person should know that stop nothing.
+        planning: whether a layout is looked for, for a model that need not be one that this program trains.
     """
 
     run: RunConfig
@@ -35,6 +36,7 @@ class Check:
     bad: set[str] = field(default_factory=set)
     dry_run: bool = False
     notes: list[str] = field(default_factory=list)
+    planning: bool = False
 
     def take(self, *names: str) -> Any:
         """Values of these fields, one alone or several as a tuple; ends the rule if one of them is already reported."""

@@ -335,6 +335,13 @@ class LoggingConfig:
     """Peak TFLOP/s of one device for MFU. Unset: looked up from the device's name."""
     moe_trace: Optional[str] = None
     """Steps, such as 10 or 10-12, whose expert exchange is written to moe_trace/ in the run folder, one Chrome trace a rank."""
+    moe_routing_record: Optional[str] = None
+    """Folder that gets the experts each router chooses, token by token, and how clear the choice was; tools/compare_routing.py
+    compares two of them. Unset: nothing is recorded."""
+    moe_routing_replay: Optional[str] = None
+    """Recording whose choices take the place of the routers' own; layout and micro-batch size may differ. Unset: none."""
+    moe_routing_steps: Optional[str] = None
+    """Steps, such as 10 or 1-20, that are recorded or replayed. Unset: all."""
     moe_memory_imbalance: float = 2.0
     """Rows of the busiest rank's experts over the mean, for the second memory estimate of --dry-run; 1: none."""
 

@@ -1,4 +1,4 @@
-"""Which steps are traced."""
+"""Which steps are traced, recorded or replayed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def trace_steps(text: str) -> range:
-    """The steps that ``--moe-trace`` names, counted from 1: ``10`` or ``10-12``.
+    """The steps that ``--moe-trace`` or ``--moe-routing-steps`` names, counted from 1: ``10`` or ``10-12``.
 
     Raises:
         ValueError: it names no step; the message says what is expected.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_telechat.model.attention import Segments
 from megatron_telechat.model.rotary import Tables
+from megatron_telechat.moe.choices import FirstPass
 from megatron_telechat.moe.counted import CountedTokens
 
 
@@ -76,6 +77,7 @@ class DecoderLayer(MegatronModule):
         )
         self.pre_mlp_layernorm = norm()
         self.mlp = build_module(submodules.mlp, config=config, pg_collection=pg_collection)
+        self.routes = hasattr(self.mlp, "router")
         if hasattr(self.mlp, "set_layer_number"):
             self.mlp.set_layer_number(self.layer_number)
 
@@ -96,6 +98,8 @@ class DecoderLayer(MegatronModule):
         """
         run = partial(self._forward, rotary_tables=rotary_pos_emb, segments=packed_seq_params, counted=padding_mask)
         if self.recompute_layer and self._recomputes():
+            if self.routes:  # both passes of this call, and of no other, share it
+                run = partial(run, first_pass=FirstPass())
             return tensor_parallel.checkpoint(run, False, hidden_states), None
         # pipeline schedules free a stage's output, which must not be a view for that
         return make_viewless_tensor(run(hidden_states), requires_grad=True, keep_graph=True), None
@@ -109,6 +113,7 @@ class DecoderLayer(MegatronModule):
         rotary_tables: Tables,
         segments: Optional[Segments],
         counted: Optional[CountedTokens],
+        first_pass: Optional[FirstPass] = None,
     ) -> Tensor:
         normed, release = self._norm(self.input_layernorm, hidden_states)
         out, bias = self.self_attention(normed, rotary_tables=rotary_tables, segments=segments)
@@ -120,7 +125,7 @@ class DecoderLayer(MegatronModule):
             # the bias is added inside: a checkpoint must not hand a parameter out
             out, bias = tensor_parallel.checkpoint(partial(self._mlp_with_bias, counted=counted), False, normed), None
         else:
-            out, bias = self.mlp(normed, counted=counted)
+            out, bias = self.mlp(normed, counted=counted, first_pass=first_pass)
         release(out)
         return bias_dropout_add(out, bias, hidden_states, self.dropout, self.training)
 

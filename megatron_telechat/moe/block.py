@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_telechat.moe.choices import FirstPass
 from megatron_telechat.moe.clock import ExchangeClock
 from megatron_telechat.moe.counted import CountedTokens
 from megatron_telechat.moe.experts import GroupedExperts
@@ -85,16 +86,24 @@ class MoEBlock(BaseMoELayer):
             self.shared_experts = build_module(parts.shared_experts, config=config, pg_collection=groups, gate=False)
 
     def forward(
-        self, hidden_states: Tensor, counted: Optional[CountedTokens] = None, **_: Any
+        self,
+        hidden_states: Tensor,
+        counted: Optional[CountedTokens] = None,
+        first_pass: Optional[FirstPass] = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         """[s, b, h], with sequence parallelism the own part of the sequence, → the same.
 
-        ``counted`` says which of these tokens count in the losses and figures of the router; None: all. The second value is Megatron-Core's bias, None: the experts' bias is in the output.
+        The second value is Megatron-Core's bias, None: the experts' bias is in the output.
+
+        Args:
+            counted: which of these tokens count in the losses and figures of the router; None: all.
+            first_pass: a new one for each call that runs inside of a checkpoint, given to both of its passes.
         """
         assert not self.training or self.attn_tp_group.size() == 1 or self.config.sequence_parallel, (
             "tensor-parallel ranks without sequence parallelism would route every token twice"
         )
-        routing = self.router(hidden_states, counted)
+        routing = self.router(hidden_states, counted, first_pass)
         output = self.run_experts(hidden_states.reshape(-1, hidden_states.shape[-1]), routing).view_as(hidden_states)
         if self.use_shared_expert:
             output = output + self._run_shared_experts(hidden_states)

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_telechat.moe.choices import FirstPass, RoutingTape
 from megatron_telechat.moe.counted import CountedTokens
 
 
@@ -67,6 +68,9 @@ class Router(TopKRouter):
     renormalisation. ``config.moe_aux_loss_coeff`` weighs the load-balancing loss over the
     whole input of the micro-batch (Switch Transformer, eq. 4), ``config.moe_z_loss_coeff`` the
     z-loss (ST-MoE, eq. 5).
+
+    Attributes:
+        tape: of a step whose choices are recorded or replayed; None elsewhere.
     """
 
     def __init__(self, config, pg_collection=None):
@@ -78,15 +82,23 @@ class Router(TopKRouter):
         self.balance_coefficient = self.get_aux_loss_coeff("aux_loss")
         self.z_coefficient = config.moe_z_loss_coeff or 0.0
         self.statistics = RunningStatistics()
+        self.tape: Optional[RoutingTape] = None
 
-    def forward(self, hidden_states: Tensor, counted: Optional[CountedTokens] = None) -> Routing:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        counted: Optional[CountedTokens] = None,
+        first_pass: Optional[FirstPass] = None,
+    ) -> Routing:
         """Choose experts for [..., hidden] tokens.
 
         Args:
             counted: which tokens count in the losses and figures; None: all, and all are learned.
+            first_pass: of a call that is repeated in the backward. The repetition takes the experts of the first pass: it may
+                round differently, and the gradient must be that of the forward that was.
         """
         logits = self.gating(hidden_states).view(-1, self.num_experts)
-        chosen, experts = torch.topk(logits, k=self.topk, dim=1)
+        chosen, experts = self._choose(logits, first_pass)
         weights = torch.softmax(chosen, dim=-1)
         one_hot = torch.zeros_like(logits, dtype=torch.int64).scatter_(1, experts, 1)
         tokens_per_expert = one_hot.sum(0)
@@ -96,6 +108,18 @@ class Router(TopKRouter):
             counts = tokens_per_expert if real is None else (one_hot * real.unsqueeze(1)).sum(0)
             weights = self._add_auxiliary_losses(weights, logits, counts, counted)
         return Routing(weights, experts, tokens_per_expert)
+
+    def _choose(self, logits: Tensor, first_pass: Optional[FirstPass]) -> tuple[Tensor, Tensor]:
+        """The chosen logits and their experts, [n, k] each; the logits carry the gradient, whoever chose."""
+        if first_pass is not None and (repeated := first_pass.experts) is not None:
+            return logits.gather(1, repeated), repeated
+        chosen, experts = torch.topk(logits, k=self.topk, dim=1)
+        if self.tape is not None and self.training:
+            experts = self.tape.choose(logits, experts)
+            chosen = logits.gather(1, experts)
+        if first_pass is not None:
+            first_pass.keep(experts, self.num_experts)
+        return chosen, experts
 
     def _add_auxiliary_losses(
         self, weights: Tensor, logits: Tensor, tokens_per_expert: Tensor, counted: Optional[CountedTokens]

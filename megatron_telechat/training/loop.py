@@ -26,6 +26,7 @@ from megatron_telechat.training.optimizer import build_optimizer, set_learning_r
 from megatron_telechat.training.param_gather import gathered_parameters
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.progress import Progress
+from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, TrainStep, chunk_iterators, close_iterators, evaluate
 from megatron_telechat.training.trace import ExchangeTrace
@@ -75,6 +76,9 @@ class Trainer:
         self._introduce(origins or {})
         self.chunk_setting = self._set_chunks()
         self.trace = ExchangeTrace(self.chunks, run, self.state, self.paths.run_dir)
+        self.routing = StepRouting(self.chunks, run, self.state, self.fingerprint, self.step + 1)
+        for line in self.routing.about():
+            self.console.say(line)
         with together(self.state):
             self.forecast = Forecast.of(run, self.backend)
         self._reported = self.step
@@ -120,7 +124,7 @@ class Trainer:
         A step that is not taken moves these counters too, but not the learning rate.
         """
         lr = set_learning_rate(self.optimizer, self.run, self.progress.taken)
-        with self.trace.step(self.step + 1):
+        with self.trace.step(self.step + 1), self.routing.step(self.step + 1):
             result = self.train_step(iterators, self.step, self.requests.poll())
         self.step += 1
         self.consumed_samples += self.run.training.global_batch_size

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+CLEAR = 2e-5
+"""Least gap between the last expert chosen and the next one; the few steps of these runs move a logit by 1e-8."""
 VOCAB, SEQ, HIDDEN, LAYERS = 64, 16, 32, 4
 
 
@@ -135,7 +137,7 @@ def train(state: Any, config: Any, steps: int = 3, distributed_optimizer: bool =
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     forward_backward = get_forward_backward_func()
-    losses = []
+    losses, gaps = [], gaps_of_choices(model)
     for step in range(steps):
         model.zero_grad_buffer()
         optimizer.zero_grad()
@@ -153,7 +155,22 @@ def train(state: Any, config: Any, steps: int = 3, distributed_optimizer: bool =
         torch.distributed.all_reduce(mean, group=state.pp_group)
         torch.distributed.all_reduce(mean, group=state.dp_group)
         losses.append(float(mean) / state.dp_size)
+    assert all(gap > CLEAR for gap in gaps), f"a near tie ({min(gaps):.1e}): rounding would choose the experts"
     return losses
+
+
+def gaps_of_choices(model: Any) -> list[float]:
+    """A list that gets, at every call of a router of this model, the smallest gap between a token's last choice and the next one."""
+    gaps: list[float] = []
+
+    def note(router: Any, inputs: tuple, output: Any) -> None:
+        best = router.gating(inputs[0]).detach().flatten(0, -2).topk(router.topk + 1).values
+        gaps.append(float((best[:, -2] - best[:, -1]).min()))
+
+    for module in model.modules():
+        if hasattr(module, "gating") and hasattr(module, "topk"):
+            module.register_forward_hook(note)
+    return gaps
 
 
 def _samples(state: Any, step: int, micro_batches: int) -> Any:

@@ -63,6 +63,8 @@ LIGHTER = ("full", "core_attn", "mlp_moe")
 
 cases = Cases()
 references: dict[str, Any] = {}
+choices: dict[str, dict[int, list]] = {}
+"""Of the reference of each model: layer -> the experts of every micro-batch."""
 
 
 def run_of(model: dict, parallel: Optional[dict] = None, **training):
@@ -135,15 +137,49 @@ def reduced_gradient(shard, state):
     return grad
 
 
+class one_routing:
+    """Routes as the first run with this dictionary did, and counts what the routers would have done otherwise."""
+
+    def __init__(self, chosen: dict, chunks, state):
+        from megatron_telechat.moe import moe_blocks
+
+        self.chosen, self.state, self.unlike, self.clearest = chosen, state, 0, 0.0
+        self.routers = {block.layer_number: block.router for block in moe_blocks(chunks)}
+        self.first = not chosen
+
+    def part(self, choices):
+        """[s * b, k] of the whole sequence -> those of this tensor-parallel rank."""
+        positions = choices.view(self.state.tp_size, -1, choices.shape[-1])
+        return positions[self.state.tp_rank]
+
+    def __enter__(self) -> "one_routing":
+        from megatron_telechat.moe.choices import RoutingTape
+
+        for layer, router in self.routers.items():
+            router.tape = RoutingTape(None if self.first else [self.part(one) for one in self.chosen[layer]], notes=True)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for layer, router in self.routers.items():
+            if self.first:
+                self.chosen[layer] = [noted.experts for noted in router.tape.noted]
+                continue
+            for wanted, noted in zip(self.chosen[layer], router.tape.noted, strict=True):
+                unlike = (self.part(wanted).sort().values != noted.experts.sort().values).any(-1)
+                self.unlike += int(unlike.sum())
+                self.clearest = max([self.clearest, *noted.gap[unlike].tolist()])
+
+
 def compare(name: str) -> dict[str, Any]:
-    """Build a layout; weights bitwise and gradients closely equal to the reference's."""
+    """Build a layout; weights bitwise and gradients closely equal to the reference's, under the reference's routing."""
     import torch
 
     model, parallel = LAYOUTS[name]
     kind = name.split("_")[0]
     run = run_of(model, parallel)
     state, chunks, shards = build(run)
-    loss = forward_backward(run, chunks)
+    with one_routing(choices.setdefault(kind, {}), chunks, state) as routing:
+        loss = forward_backward(run, chunks)
     grads = {id(shard): reduced_gradient(shard, state) for shard in shards}
     if kind not in references:
         references[kind] = {
@@ -164,7 +200,7 @@ def compare(name: str) -> dict[str, Any]:
         if error > worst:
             worst, at = error, piece.key
     loss_error = abs(loss / reference["loss"] - 1) if state.is_last_stage() else 0.0
-    return {"loss": loss_error, "gradient": worst, "at": at}
+    return {"loss": loss_error, "gradient": worst, "at": at, "unlike": routing.unlike, "clearest": routing.clearest}
 
 
 for _name in LAYOUTS:
@@ -211,6 +247,74 @@ def recompute(name: str) -> dict[str, Any]:
 
 for _name in RECOMPUTE:
     cases.add(f"recompute_{_name}", partial(recompute, _name))
+
+
+class near_ties:
+    """Two experts of every router are equal in the forward, and differ by 1e-6 in the pass that repeats it."""
+
+    def __init__(self):
+        self.flipped = 0
+
+    def __enter__(self) -> "near_ties":
+        import torch
+        from megatron.core.tensor_parallel.random import is_checkpointing
+
+        from megatron_telechat.moe import Router
+
+        self.router, self.real = Router, Router.gating
+
+        def gating(router, hidden):
+            logits = self.real(router, hidden)
+            logits = torch.cat((logits[..., :-1], logits[..., -2:-1]), -1)
+            if not (is_checkpointing() and torch.is_grad_enabled()):
+                return logits
+            flat = logits.detach().view(-1, logits.shape[-1])
+            nudge = torch.zeros_like(flat)
+            nudge[::2, -1], nudge[1::2, -2] = 1e-6, 1e-6
+            self.flipped += int((flat.topk(router.topk).indices.sort().values != (flat + nudge).topk(router.topk).indices.sort().values).sum())
+            return logits + nudge.view_as(logits)
+
+        Router.gating = gating
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.router.gating = self.real
+
+
+def repeated_choices(parallel: dict) -> dict[str, Any]:
+    """Full recompute whose second pass rounds otherwise, several micro-batches in flight and evaluations between them; against
+    a run without recompute."""
+    import torch
+
+    from megatron_telechat import parallel as ranks
+
+    def gradients(**training):
+        run = run_of(dict(MOE, moe_layer_freq=1, moe_z_loss_coeff=0.01), parallel, **training)
+        state, chunks, shards = build(run)
+        with near_ties() as ties:
+            if len(chunks) == 1 and state.pp_size == 1:
+                chunks[0].register_forward_pre_hook(evaluate_first)
+            forward_backward(run, chunks)
+        found = {s.pieces[0].key: s.parameter.grad for s in shards}
+        ranks.destroy(keep_world=True)
+        return found, ties.flipped
+
+    def evaluate_first(model, inputs):
+        if model.training:
+            model.eval()
+            with torch.no_grad():
+                model(torch.zeros_like(inputs[0]), None, None)
+            model.train()
+
+    expected, flips = gradients()
+    assert flips == 0
+    found, flips = gradients(recompute_granularity="full")
+    errors = {key: ((found[key] - grad).norm() / (grad.norm() + 1e-12)).item() for key, grad in expected.items()}
+    return {"flipped": flips, "worst": max(errors.values()), "at": max(errors, key=errors.get)}
+
+
+for _name in ("moe_dp4", "moe_tp2_pp2"):
+    cases.add(f"repeated_choices_{_name}", partial(repeated_choices, LAYOUTS[_name][1]))
 
 
 def fill_from_hf(shards, weights: dict, model) -> None:

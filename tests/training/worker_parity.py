@@ -1,10 +1,16 @@
-"""Runs of one model on many layouts: 20 losses, 20 gradient norms, and all gradients of the first step."""
+"""Runs of one model on many layouts: 20 losses, 20 gradient norms, and all gradients of the first step.
+
+A mixture's experts are those that the one-rank run chose, so that no layout can part from it at a near tie; what each layout
+would have chosen itself is recorded.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -21,6 +27,9 @@ ETP2 = "--no-fold-tensor-into-experts --expert-tensor-parallel-size 2"
 MOE_AGAIN = "--recompute-granularity selective --recompute-modules core_attn moe"
 UNEVEN = "--pipeline-model-parallel-layout Et|t*3L"
 
+NOISY = "moe_noisy_router"
+"""Rounding that is larger than any machine's: every logit of the router is off by about 1e-6 of itself."""
+
 LAYOUTS = {
     1: {
         "dense_one": (DENSE, ""),
@@ -32,6 +41,7 @@ LAYOUTS = {
         "moe_recompute_full": (MOE, "--recompute-granularity full"),
         "moe_recompute_selective": (MOE, MOE_AGAIN),
         "moe_chunks3": (MOE, "--moe-input-chunks 3"),
+        NOISY: (MOE, ""),
         "shared_one": (SHARED, ""),
     },
     2: {
@@ -82,14 +92,44 @@ LAYOUTS = {
 cases = Cases()
 
 
+def one_routing(name: str, folder: Path) -> list[str]:
+    """Flags: take the choices of the one-rank run of this model, and record one's own."""
+    model = name.split("_")[0]
+    if model == "dense":
+        return []
+    record = ["--moe-routing-record", str(folder / f"{name}.routing")]
+    return record if name == f"{model}_one" else [*record, "--moe-routing-replay", str(folder / f"{model}_one.routing")]
+
+
+@contextmanager
+def noise(name: str) -> Iterator[None]:
+    import torch
+
+    from megatron_telechat.moe import Router
+
+    real, generator = Router.gating, torch.Generator().manual_seed(3)
+
+    def gating(router, hidden):
+        logits = real(router, hidden)
+        return logits * (1 + 1e-6 * torch.randn(logits.shape, generator=generator))
+
+    if name == NOISY:
+        Router.gating = gating
+    try:
+        yield
+    finally:
+        Router.gating = real
+
+
 def run_case(name: str, flags: list[str]) -> dict:
     from safetensors.torch import save_file
 
     folder = Path(os.environ["PARITY_DIR"])
-    trainer = make_trainer(flags, folder / name)
+    trainer = make_trainer([*flags, *one_routing(name, folder)], folder / name)
     try:
         iterators = trainer.training_iterators()
-        trainer.train_step.forward_backward(iterators)
+        with trainer.routing.step(1):
+            trainer.train_step.forward_backward(iterators)
         save_file(gradient_boxes(trainer), folder / f"{name}.rank{trainer.state.rank}.safetensors")
         iterators = trainer.training_iterators()
         results = [trainer.take_step(iterators)[0] for _ in range(trainer.run.training.train_iters)]
@@ -99,7 +139,7 @@ def run_case(name: str, flags: list[str]) -> dict:
 
 
 for _name, (_base, _flags) in LAYOUTS[int(os.environ.get("WORLD_SIZE", "1"))].items():
-    cases.add(_name, lambda name=_name, flags=[*_base, *_flags.split()]: run_case(name, flags))
+    cases.add(_name, noise(_name)(lambda name=_name, flags=[*_base, *_flags.split()]: run_case(name, flags)))
 
 if __name__ == "__main__":
     cases.main()

@@ -1,15 +1,19 @@
-"""Rules of the expert block: its chunks, its traces, its memory estimate."""
+"""Rules of the expert block: its choices, its chunks, its traces and recordings, its memory estimate."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Iterator
 
 from megatron_telechat.config.origins import Check, Rule, flag
+from megatron_telechat.config.routing import Recording, is_recording, read_recording
 from megatron_telechat.config.trace import trace_steps
-from megatron_telechat.errors import Problem
+from megatron_telechat.errors import ConfigError, Problem
 
 CHUNKS = "moe_input_chunks"
 TRACE = "moe_trace"
+RECORD, REPLAY, STEPS = "moe_routing_record", "moe_routing_replay", "moe_routing_steps"
 IMBALANCE = "moe_memory_imbalance"
 
 
@@ -28,22 +32,119 @@ def chunks_hold_tokens(check: Check) -> Iterator[Problem]:
         )
 
 
-def trace_names_steps(check: Check) -> Iterator[Problem]:
-    text, last_step = check.take(TRACE, "train_iters")
-    if text is None:
-        return
-    try:
-        steps = trace_steps(text)
-    except ValueError as error:
-        yield check.one(f"{TRACE}={text!r} names no steps", TRACE, fix=f"it takes {error}")
-        return
-    if last_step and steps[0] > last_step:
+def names_steps(check: Check) -> Iterator[Problem]:
+    for name in (TRACE, STEPS):
+        text, last_step = check.take(name, "train_iters")
+        if text is None:
+            continue
+        try:
+            steps = trace_steps(text)
+        except ValueError as error:
+            yield check.one(f"{name}={text!r} names no steps", name, fix=f"it takes {error}")
+            continue
+        if last_step and steps[0] > last_step:
+            yield check.problem(
+                f"{name}={text} begins after the last step, train_iters={last_step}",
+                name,
+                "train_iters",
+                fix=flag(name, max(1, min(10, last_step))),
+            )
+
+
+def routing_steps_need_routing(check: Check) -> Iterator[Problem]:
+    steps, record, replay = check.take(STEPS, RECORD, REPLAY)
+    if steps is not None and record is None and replay is None:
         yield check.problem(
-            f"{TRACE}={text} begins after the last step, train_iters={last_step}",
-            TRACE,
-            "train_iters",
-            fix=flag(TRACE, max(1, min(10, last_step))),
+            f"{STEPS}={steps}, but nothing is recorded or replayed", STEPS, fix="--moe-routing-record DIR, or --moe-routing-replay DIR"
         )
+
+
+def replay_fits(check: Check) -> Iterator[Problem]:
+    """A recording of another shape has no choice for some tokens, or one that no router of this run could make."""
+    path, experts = check.take(REPLAY, "num_experts")
+    if path is None or experts is None:
+        return
+    recording = _read(path)
+    if isinstance(recording, Problem):
+        yield check.one(recording.what, REPLAY, fix=recording.fix)
+        return
+    if recording.replayed:
+        yield check.one(
+            f"{REPLAY} {path} was recorded during a replay: it holds what the routers would have chosen, not what was used",
+            REPLAY,
+            fix="replay the recording that that run replayed",
+        )
+        return
+    differences = recording.differences(check.run)
+    if differences:
+        yield check.problem(
+            f"the recording does not fit the run: {'; '.join(differences)}", REPLAY, fix="the sizes of the recorded run, or a recording of this one"
+        )
+        return
+    yield from _missing_steps(check, recording)
+
+
+def _missing_steps(check: Check, recording: Recording) -> Iterator[Problem]:
+    """Of the steps that are asked for, or of those behind the first recorded one: where a resume begins is not known here."""
+    text, last_step = check.take(STEPS, "train_iters")
+    there = recording.steps()
+    if not there:
+        yield check.one(f"{REPLAY} {recording.path} holds no step", REPLAY, fix="a recording that was not cut off before its first step")
+        return
+    wanted = trace_steps(text) if text is not None else range(there[0], last_step + 1)
+    missing = sorted(set(wanted) - set(there))
+    if missing:
+        yield check.problem(
+            f"the recording holds steps {there[0]} to {there[-1]}, and not step {missing[0]}"
+            + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""),
+            REPLAY,
+            "train_iters",
+            fix=f"{flag(STEPS, f'{there[0]}-{there[-1]}')} to replay these alone, or --train-iters {there[-1]}",
+        )
+
+
+def record_has_a_place(check: Check) -> Iterator[Problem]:
+    """A recording goes on where it was cut off; another run's is not written over."""
+    path, replay, experts = check.take(RECORD, REPLAY, "num_experts")
+    if path is None or experts is None:
+        return
+    if replay is not None and os.path.realpath(path) == os.path.realpath(replay):
+        yield check.problem(f"{path} is to be recorded and replayed at once", RECORD, REPLAY, fix="another folder for --moe-routing-record")
+        return
+    if not is_recording(Path(path)):
+        return
+    recording = _read(path)
+    if isinstance(recording, Problem):
+        yield check.one(recording.what, RECORD, fix="another folder for --moe-routing-record")
+        return
+    differences = recording.differences(check.run)
+    if recording.replayed != (replay is not None):
+        differences.append(f"{'no replay' if replay is None else 'a replay'}, recorded {'one' if recording.replayed else 'none'}")
+    if differences:
+        yield check.problem(
+            f"{path} holds the recording of another run: {'; '.join(differences)}", RECORD, fix="another folder, or delete that one"
+        )
+
+
+def _read(path: str) -> Recording | Problem:
+    try:
+        return read_recording(Path(path))
+    except ConfigError as error:
+        return error.problems[0]
+
+
+def one_expert_a_token_learns_nothing(check: Check) -> Iterator[Problem]:
+    topk, experts = check.take("moe_router_topk", "num_experts")
+    if experts is None or topk != 1:
+        return
+    if check.planning:
+        check.notes.append("moe_router_topk=1 can be planned, but not trained here: see the message of the training")
+        return
+    yield check.problem(
+        "moe_router_topk=1: the softmax over one chosen logit is 1 whatever the logit, so the loss would never train the router",
+        "moe_router_topk",
+        fix=f"{flag('moe_router_topk', 2)} or more" if experts > 1 else "leave --num-experts out for a dense model",
+    )
 
 
 def imbalance_is_a_ratio(check: Check) -> Iterator[Problem]:
@@ -52,4 +153,12 @@ def imbalance_is_a_ratio(check: Check) -> Iterator[Problem]:
         yield check.one(f"{IMBALANCE}={ratio:g} is less than 1", IMBALANCE, fix="busiest over mean, 1 or more")
 
 
-RULES: tuple[Rule, ...] = (chunks_hold_tokens, trace_names_steps, imbalance_is_a_ratio)
+RULES: tuple[Rule, ...] = (
+    one_expert_a_token_learns_nothing,
+    chunks_hold_tokens,
+    names_steps,
+    routing_steps_need_routing,
+    replay_fits,
+    record_has_a_place,
+    imbalance_is_a_ratio,
+)

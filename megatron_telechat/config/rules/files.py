@@ -10,7 +10,7 @@ from megatron_telechat.errors import Problem
 
 
 def folders_are_folders(check: Check) -> Iterator[Problem]:
-    for name in ("run_dir", "save", "load", "data_cache_path"):
+    for name in ("run_dir", "save", "load", "data_cache_path", "moe_routing_record"):
         path = check.take(name)
         if not path or not check.said(name):
             continue

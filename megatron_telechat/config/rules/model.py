@@ -42,6 +42,18 @@ def head_dim_is_even(check: Check) -> Iterator[Problem]:
         )
 
 
+def ntk_scaling_has_channels(check: Check) -> Iterator[Problem]:
+    """NTK-aware scaling raises a factor to d / (d - 2)."""
+    head, training = check.take("kv_channels", "rotary_training_seqlen")
+    if head == 2 and training is not None:
+        yield check.problem(
+            "a head 2 wide has one rotary frequency, and NTK-aware scaling (rotary_training_seqlen) needs two",
+            "kv_channels",
+            "rotary_training_seqlen",
+            fix=f"{flag('kv_channels', 4)}, or --rotary-training-seqlen none",
+        )
+
+
 def dense_ffn_given(check: Check) -> Iterator[Problem]:
     width, experts, freq = check.take("ffn_hidden_size", "num_experts", "moe_layer_freq")
     if width == 0 and (experts is None or freq > 1):
@@ -68,7 +80,7 @@ def topk_within_experts(check: Check) -> Iterator[Problem]:
             f"moe_router_topk={topk} is more than num_experts={experts}",
             "moe_router_topk",
             "num_experts",
-            fix=f"{flag('moe_router_topk', experts)} at most",
+            fix=f"{flag('moe_router_topk', experts)} at most" if experts > 1 else "leave --num-experts out for a dense model",
         )
 
 
@@ -108,6 +120,8 @@ _NEED_EXPERTS = (
     "expert_model_parallel_size",
     "moe_input_chunks",
     "moe_trace",
+    "moe_routing_record",
+    "moe_routing_replay",
 )
 
 
@@ -156,6 +170,7 @@ RULES: tuple[Rule, ...] = (
     heads_divide_hidden,
     groups_divide_heads,
     head_dim_is_even,
+    ntk_scaling_has_channels,
     dense_ffn_given,
     expert_ffn_given,
     topk_within_experts,

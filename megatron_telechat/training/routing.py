@@ -1,0 +1,186 @@
+"""Recording the experts' choices of a run, and replaying them in another layout."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megatron_telechat.config.routing import Recording, is_recording, read_recording, shape_of
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.trace import trace_steps
+from megatron_telechat.data import fingerprint_differences
+from megatron_telechat.data.loader import micro_batch_samples
+from megatron_telechat.errors import ConfigError, DataError
+from megatron_telechat.moe import moe_blocks
+from megatron_telechat.moe.choices import RoutingTape
+from megatron_telechat.parallel.agreement import gather_objects, together
+from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.routing_files import Box, StepReader, begin_step, commit_step, write_box, write_manifest
+
+
+class StepRouting:
+    """Gives the routers their tapes for the steps that ``--moe-routing-record`` and ``--moe-routing-replay`` ask for.
+
+    What is recorded is what a router would choose by itself, also where a replay gives it other choices: a recording made
+    during a replay shows what this layout would have changed under the same routing. Evaluations are never recorded or replayed.
+
+    Args:
+        chunks: the model chunks of this rank.
+        fingerprint: of the data, on rank 0.
+        first_step: number of the first step to be taken, from 1.
+
+    Raises:
+        UserError: on all ranks, if the recording does not fit, or cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        run: RunConfig,
+        state: ParallelState,
+        fingerprint: Optional[Mapping[str, Any]],
+        first_step: int,
+    ):
+        logging = run.logging
+        self._routers = {block.layer_number - 1: block.router for block in moe_blocks(chunks)}
+        self._run, self._state = run, state
+        self._record = Path(logging.moe_routing_record) if logging.moe_routing_record and run.model.is_moe else None
+        self._replay = Path(logging.moe_routing_replay) if logging.moe_routing_replay and run.model.is_moe else None
+        self._steps = trace_steps(logging.moe_routing_steps) if logging.moe_routing_steps else None
+        if self._replay is not None:
+            with together(state):
+                self._require_fit(read_recording(self._replay), fingerprint, first_step)
+        if self._record is not None:
+            with together(state):
+                if state.rank == 0:
+                    self._begin_recording(self._record, fingerprint)
+        self._box = self._own_box()
+
+    def about(self) -> list[str]:
+        """Lines for a person; none where nothing is recorded or replayed."""
+        which = f"of steps {self._steps[0]} to {self._steps[-1]}" if self._steps is not None else "of all steps"
+        lines = []
+        if self._replay is not None:
+            rest = "; in other steps the routers choose" if self._steps is not None else ""
+            lines.append(f"moe_routing_replay: the experts {which} are those of {self._replay}{rest}")
+        if self._record is not None:
+            own = ", what the routers would choose themselves" if self._replay is not None else ""
+            lines.append(f"moe_routing_record: the experts {which}{own}, go to {self._record}")
+        return lines
+
+    def _own_box(self) -> Box:
+        """What this rank routes in a step; samples in the order of its micro-batches."""
+        run, state = self._run, self._state
+        assert state.cp_size == 1, "positions of a context-parallel rank are not one stretch"
+        split = state.tp_size if run.parallel.sequence_parallel is not False else 1
+        length = run.training.seq_length // split
+        start = length * (state.tp_rank if split > 1 else 0)
+        samples = [
+            sample
+            for number in range(run.num_microbatches)
+            for sample in micro_batch_samples(number, state.dp_rank, state.dp_size, run.training.micro_batch_size, 0)
+        ]
+        return Box(f"rank_{state.rank:05d}.safetensors", tuple(sorted(self._routers)), tuple(samples), start, start + length)
+
+    def _require_fit(self, recording: Recording, fingerprint: Optional[Mapping[str, Any]], first_step: int) -> None:
+        """What the rules could not see: the data, the step at which a resumed run goes on, another run's layers."""
+        differences = recording.differences(self._run)
+        if differences:
+            raise ConfigError(f"the recording does not fit the run: {'; '.join(differences)}", str(recording.path), "a recording of this run")
+        if fingerprint is not None and recording.data is not None:
+            differences = fingerprint_differences(dict(recording.data), dict(fingerprint))
+            if differences:
+                raise DataError(
+                    f"the data is not the data of the recording: {'; '.join(differences[:3])}",
+                    str(recording.path),
+                    "give the data, seed and seq_length of the recorded run",
+                )
+        last = self._run.training.train_iters
+        wanted = [step for step in self._steps or range(first_step, last + 1) if first_step <= step <= last]
+        missing = sorted(set(wanted) - set(recording.steps()))
+        if missing:
+            raise ConfigError(
+                f"the recording does not hold step {missing[0]}, which is to be replayed",
+                str(recording.path),
+                "a recording of all these steps, or --moe-routing-steps with those that it holds",
+            )
+
+    def _begin_recording(self, path: Path, fingerprint: Optional[Mapping[str, Any]]) -> None:
+        """A new manifest, or the one of the run that this one goes on with."""
+        replayed = self._replay is not None
+        if not is_recording(path):
+            write_manifest(path, shape_of(self._run), replayed, fingerprint)
+            return
+        there = read_recording(path)
+        differences = there.differences(self._run)
+        if fingerprint is not None and there.data is not None:
+            differences += fingerprint_differences(dict(there.data), dict(fingerprint))
+        if differences or there.replayed != replayed:
+            why = "; ".join(differences[:3]) or "one of the two is a replay"
+            raise ConfigError(f"{path} holds the recording of another run: {why}", "moe_routing_record", "another folder, or delete that one")
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the forwards and backwards of the step with this number, from 1; collective over all ranks if it takes part.
+
+        Raises:
+            UserError: on all ranks, if one cannot read or write its file.
+        """
+        if (self._record is None and self._replay is None) or (self._steps is not None and number not in self._steps):
+            yield
+            return
+        given: dict[int, Optional[list[Tensor]]] = dict.fromkeys(self._routers)
+        if self._replay is not None:
+            with together(self._state):
+                reader = StepReader(self._replay, number)
+                given = {layer: self._given(reader, layer) for layer in self._routers}
+        tapes = {layer: RoutingTape(given[layer], self._record is not None) for layer in self._routers}
+        for layer, router in self._routers.items():
+            router.tape = tapes[layer]
+        try:
+            yield
+        finally:
+            for router in self._routers.values():
+                router.tape = None
+        routed = {tape.calls for tape in tapes.values()} - {self._run.num_microbatches}
+        assert not routed, f"a router was called {routed} times, not once a micro-batch"
+        if self._record is not None:
+            self._write(self._record, number, tapes)
+
+    def _given(self, reader: StepReader, layer: int) -> list[Tensor]:
+        """For every micro-batch of this rank the recorded experts of a layer, [positions * samples, k]."""
+        box, router = self._box, self._routers[layer]
+        experts = reader.read("experts", layer, box.samples, box.start, box.stop)
+        ordered = np.sort(experts.astype(np.int64), -1)
+        if experts.shape[-1] != router.topk or ordered.min() < 0 or ordered.max() >= router.num_experts or (np.diff(ordered) == 0).any():
+            raise DataError(f"layer {layer} holds what is no choice of {router.topk} of {router.num_experts} experts", str(reader.folder), "record the step again")
+        parts = torch.from_numpy(experts).to(router.weight.device).split(self._run.training.micro_batch_size)
+        # a router sees [positions, samples] of a micro-batch, flattened
+        return [part.transpose(0, 1).reshape(-1, router.topk) for part in parts]
+
+    def _write(self, recording: Path, number: int, tapes: Mapping[int, RoutingTape]) -> None:
+        state, box = self._state, self._box
+        with together(state):
+            if state.rank == 0:
+                begin_step(recording, number)
+        with together(state):
+            experts, gaps = {}, {}
+            for layer, tape in tapes.items():
+                experts[layer] = self._rows([noted.experts for noted in tape.noted])
+                gaps[layer] = self._rows([noted.gap for noted in tape.noted])
+            if tapes:
+                write_box(recording, number, box, experts, gaps)
+        boxes = gather_objects(box)
+        with together(state):
+            if state.rank == 0:
+                commit_step(recording, number, [one for one in boxes if one.layers])
+
+    def _rows(self, noted: Sequence[Tensor]) -> np.ndarray:
+        """[samples, positions, ...] of all micro-batches from the [positions * samples, ...] that the router saw of each."""
+        length, size = self._box.stop - self._box.start, self._run.training.micro_batch_size
+        return torch.cat([part.view(length, size, *part.shape[1:]).transpose(0, 1) for part in noted]).cpu().numpy()
