@@ -104,7 +104,7 @@ class CheckpointError(UserError):
 
 
 class NumericsError(UserError):
-    """A non-finite loss or gradient; the optimizer step was not taken."""
+    """A number that is not finite, or too many steps in a row that were not taken; nothing of it was saved."""
 
     exit_code = EXIT_NUMERICS
     kind = "numerics error"

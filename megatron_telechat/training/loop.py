@@ -95,6 +95,8 @@ class Trainer:
                 self._say_skipped(result.skipped)
             if self.step % self.run.logging.log_interval == 0 or self._is_last():
                 self._report(result, lr)
+            if self._is_last():
+                self.progress.require_some_taken(self.step)
             if self._due(self.run.evaluation.eval_interval):
                 self._evaluate()
             leave = result.stop or self._due(self.run.training.exit_interval)

@@ -28,13 +28,19 @@ def step_error(found: str, step: int, shards: Sequence[ParameterShards]) -> User
     return NumericsError(f"step {step + 1}: {found}; the optimizer step was not taken", where, _FIX).on_every_rank()
 
 
-def require_finite_norm(grad_norm: float, loss: float, step: int, shards: Sequence[ParameterShards]) -> None:
+def require_finite_norm(
+    grad_norm: float, loss: float, step: int, shards: Sequence[ParameterShards], device: torch.device
+) -> None:
     """Collective: the norm may differ between model replicas, so it is agreed on.
+
+    Args:
+        step: completed steps.
+        shards: whose gradients the message names.
+        device: of the agreement.
 
     Raises:
         NumericsError: on every rank.
     """
-    device = shards[0].parameter.device
     bad = torch.tensor([float(not math.isfinite(grad_norm))], device=device)
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if bad.item():

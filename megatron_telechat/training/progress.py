@@ -47,6 +47,19 @@ class Progress:
                 "resume from the last checkpoint; lower lr, look at the data of these steps, or train in bf16 or fp32",
             ).on_every_rank()
 
+    def require_some_taken(self, step: int) -> None:
+        """At the end of a run: its last checkpoint must hold something that was learned.
+
+        Raises:
+            NumericsError: on every rank, where not one of `step` steps was taken.
+        """
+        if step and not self.taken:
+            raise NumericsError(
+                f"none of the {step} steps was taken; nothing was learned, and nothing is saved",
+                f"step {step}",
+                "the lines of the steps say why; with fp16, a smaller --initial-loss-scale is found sooner, or train in bf16",
+            ).on_every_rank()
+
     @property
     def extra(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

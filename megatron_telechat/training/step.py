@@ -227,7 +227,7 @@ class TrainStep:
                 raise step_error(f"{OVERFLOW} at the smallest loss scale {loss_scale:g}", step, self.shards)
             return StepResult(loss, tokens, None, OVERFLOW, stop, save, loss_scale)
         grad_norm = float(self.optimizer.get_grad_norm())
-        require_finite_norm(grad_norm, loss, step, self.shards)
+        require_finite_norm(grad_norm, loss, step, self.shards, self.backend.device)
         self._clip(grad_norm)
         self.optimizer.step_with_ready_grads()
         return StepResult(loss, tokens, grad_norm, None, stop, save, loss_scale)

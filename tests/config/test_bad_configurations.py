@@ -405,6 +405,13 @@ BAD = [
         "--initial-loss-scale 1 --min-loss-scale 2",
         "initial_loss_scale=1 is less than min_loss_scale=2",
     ),
+    case(
+        "fewer skipped steps than the loss scale needs to fall",
+        "--fp16 --hysteresis 4 --max-skipped-steps 4",
+        "max_skipped_steps=4 would end the run before the loss scale halves",
+        "--max-skipped-steps 54",
+    ),
+    case("negative skipped steps", "--max-skipped-steps -1", "max_skipped_steps=-1 is negative"),
     # the data
     case("no data", "", "no training data", "--mock-data", model=("--preset", "telechat2-tiny")),
     case("data and mock data", "--data-path /nowhere/x", "mock_data and data_path contradict", "drop one of them"),

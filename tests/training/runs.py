@@ -45,6 +45,18 @@ def gradient_boxes(trainer) -> dict[str, "torch.Tensor"]:
     return boxes
 
 
+def weight_boxes(trainer) -> dict[str, "torch.Tensor"]:
+    """Boxes of the weights that this rank, and no other, writes; names are ``key@offset``. Collective."""
+    from megatron_telechat.training.param_gather import gathered_parameters
+
+    with gathered_parameters(trainer.chunks):
+        return {
+            f"{piece.key}@{','.join(map(str, piece.global_offset))}": shard.parameter.detach().view(piece.shape).clone()
+            for shard in trainer.shards if shard.writer
+            for piece in shard.pieces
+        }  # fmt: skip
+
+
 def assemble(files: Sequence[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, "torch.Tensor"]:
     """Global tensors from the boxes that all ranks wrote; fails where a number was written by nobody."""
     import torch

@@ -68,13 +68,28 @@ def test_checkpoints_of_releases_that_did_not_count(info, taken, said):
     assert not said or "97 of its 100 steps were taken" in note
 
 
+def test_a_run_without_a_single_taken_step_is_no_run():
+    Progress(taken=1, skipped_in_a_row=19).require_some_taken(20)
+    with pytest.raises(NumericsError, match="none of the 20 steps was taken") as caught:
+        Progress(skipped_in_a_row=20).require_some_taken(20)
+    assert caught.value.exit_code == 5
+
+
 @pytest.mark.gloo
-def test_a_run_that_takes_no_step_ends_with_5_and_saves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "more,logged,said",
+    [
+        (["--max-skipped-steps", "4"], 3, "step 4: 4 steps in a row were not taken"),
+        (["--train-iters", "5"], 5, "none of the 5 steps was taken"),
+    ],
+    ids=["limit", "end"],
+)
+def test_a_run_that_takes_no_step_ends_with_5_and_saves_nothing(tmp_path, more, logged, said):
     """The real command: a loss scale that no gradient of fp16 survives, so that every step is skipped."""
-    flags = [*(flag for flag in DENSE if flag != "--fp32"), "--fp16", "--initial-loss-scale", "1e30", "--max-skipped-steps", "4"]
+    flags = [*(flag for flag in DENSE if flag != "--fp32"), "--fp16", "--initial-loss-scale", "1e30", *more]
     result = launch(PRETRAIN, 1, *flags, "--run-dir", str(tmp_path / "run"), timeout=120)
     assert result.returncode == 5, result.tails()
-    assert "step 4: 4 steps in a row were not taken" in result.stderr and "Traceback" not in result.stderr
-    assert "step 3/20" in result.stdout and "not taken 1 (fp16 overflow)" in result.stdout
-    assert [record[2] for record in records(tmp_path / "run").values()] == [1e-3] * 3
+    assert said in result.stderr and "Traceback" not in result.stderr
+    assert f"step {logged}/" in result.stdout and "not taken 1 (fp16 overflow)" in result.stdout
+    assert [record[2] for record in records(tmp_path / "run").values()] == [1e-3] * logged
     assert not list((tmp_path / "run" / "checkpoints").glob("iter_*"))

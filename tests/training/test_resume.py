@@ -63,8 +63,10 @@ def test_resume_is_bitwise(name, tmp_path):
     resumed = train(nproc, flags, tmp_path / "parts").ok()
     assert "step 3" in resumed.stdout and "step 4/8" in resumed.stdout and "step 3/8" not in resumed.stdout
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
-    not_taken = [step for step, record in records(tmp_path / "whole").items() if record[-1]]
+    whole = records(tmp_path / "whole")
+    not_taken = [step for step, record in whole.items() if record[-1]]
     assert ("--fp16" in flags) == (not_taken[:4] == [1, 2, 3, 4]), not_taken
+    assert len({whole[step][2] for step in not_taken[:4]}) <= 1, "a step that is not taken does not move the learning rate"
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, limit_s: float = 120) -> None:

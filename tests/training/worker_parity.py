@@ -1,4 +1,4 @@
-"""Runs of one model on many layouts: 20 losses, 20 gradient norms, and all gradients of the first step.
+"""Runs of one model on many layouts: 20 losses, 20 gradient norms, all gradients of the first step, and the weights at the end.
 
 A mixture's experts are those that the one-rank run chose, so that no layout can part from it at a near tie; what each layout
 would have chosen itself is recorded.
@@ -15,7 +15,7 @@ from typing import Iterator
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.harness import Cases  # noqa: E402
-from tests.training.runs import DENSE, MOE, SHARED, gradient_boxes, make_trainer  # noqa: E402
+from tests.training.runs import DENSE, MOE, SHARED, gradient_boxes, make_trainer, weight_boxes  # noqa: E402
 
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
@@ -133,6 +133,7 @@ def run_case(name: str, flags: list[str]) -> dict:
         save_file(gradient_boxes(trainer), folder / f"{name}.rank{trainer.state.rank}.safetensors")
         iterators = trainer.training_iterators()
         results = [trainer.take_step(iterators)[0] for _ in range(trainer.run.training.train_iters)]
+        save_file(weight_boxes(trainer), folder / f"{name}.weights.rank{trainer.state.rank}.safetensors")
         return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
     finally:
         trainer.release()
