@@ -313,7 +313,7 @@ def expert_load() -> dict[str, Any]:
 
 @cases.case
 def expert_parameters_are_marked() -> dict[str, Any]:
-    """The gradient norm counts every element of the experts exactly once over the tensor ranks."""
+    """The gradient norm counts every element of the experts exactly once over the ranks of their own tensor group."""
     from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 
     counted = {}
@@ -323,7 +323,7 @@ def expert_parameters_are_marked() -> dict[str, Any]:
         assert all(p.allreduce is False for p in block.experts.parameters())
         elements = torch.zeros(2)
         for index, parameter in enumerate((block.experts.linear_fc1.weight, block.experts.linear_fc2.bias)):
-            if param_is_not_tensor_parallel_duplicate(parameter, state.tp_group):
+            if param_is_not_tensor_parallel_duplicate(parameter, state.process_groups.expt_tp):
                 elements[index] = parameter.numel() / state.edp_size
         dist.all_reduce(elements)
         counted[layout] = elements.tolist()
