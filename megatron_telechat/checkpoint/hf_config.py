@@ -204,6 +204,9 @@ def _check_shapes(reader: _Reader, values: Mapping[str, Any]) -> None:
     experts, topk = values.get("num_experts"), values.get("moe_router_topk")
     if experts is not None and topk > experts:
         reader.complain(f"{topk} experts per token of {experts}")
+    elif topk == 1:
+        reader.complain("one expert per token is not supported: the softmax over one chosen logit is 1, and its router learns nothing",
+                        "a mixture with two experts per token or more")
 
 
 def hf_config_of(model: ModelConfig, precision: str, tokens: Mapping[str, int] = {}) -> dict[str, Any]:

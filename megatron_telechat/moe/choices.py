@@ -6,7 +6,7 @@ numbers (another layout, another kernel, the second pass of a recomputed layer) 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,32 @@ from torch import Tensor
 def pack(experts: Tensor, num_experts: int) -> Tensor:
     """Numbers of experts in as few bytes as hold them: uint8 up to 256 experts, int16 up to 32,768, else int32."""
     return experts.to(torch.uint8 if num_experts <= 256 else torch.int16 if num_experts <= 32768 else torch.int32)
+
+
+class _Picked(torch.autograd.Function):
+    """``logits.gather(1, experts)`` for experts that differ within a row. torch's own backward adds up, in an order that changes
+    on a GPU or in a slow one under deterministic algorithms; here, as in the backward of top-k, nothing has to be added."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, experts: Tensor) -> Tensor:
+        ctx.save_for_backward(experts)
+        ctx.num_experts = logits.shape[1]
+        return logits.gather(1, experts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (experts,) = ctx.saved_tensors
+        return grad.new_zeros(grad.shape[0], ctx.num_experts).scatter_(1, experts, grad), None
+
+
+def picked(logits: Tensor, experts: Tensor) -> Tensor:
+    """The [n, k] logits of these experts, with their gradient.
+
+    Args:
+        logits: [n, experts].
+        experts: [n, k] int64, no two alike in a row.
+    """
+    return _Picked.apply(logits, experts)
 
 
 def gap_to_runner_up(logits: Tensor, experts: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_telechat.moe.choices import FirstPass, RoutingTape
+from megatron_telechat.moe.choices import FirstPass, RoutingTape, picked
 from megatron_telechat.moe.counted import CountedTokens
 
 
@@ -112,11 +112,11 @@ class Router(TopKRouter):
     def _choose(self, logits: Tensor, first_pass: Optional[FirstPass]) -> tuple[Tensor, Tensor]:
         """The chosen logits and their experts, [n, k] each; the logits carry the gradient, whoever chose."""
         if first_pass is not None and (repeated := first_pass.experts) is not None:
-            return logits.gather(1, repeated), repeated
+            return picked(logits, repeated), repeated
         chosen, experts = torch.topk(logits, k=self.topk, dim=1)
         if self.tape is not None and self.training:
             experts = self.tape.choose(logits, experts)
-            chosen = logits.gather(1, experts)
+            chosen = picked(logits, experts)
         if first_pass is not None:
             first_pass.keep(experts, self.num_experts)
         return chosen, experts

@@ -91,7 +91,8 @@ class StepRouting:
         """What the rules could not see: the data, the step at which a resumed run goes on, another run's layers."""
         differences = recording.differences(self._run)
         if differences:
-            raise ConfigError(f"the recording does not fit the run: {'; '.join(differences)}", str(recording.path), "a recording of this run")
+            what = f"the recording does not fit the run: {'; '.join(differences)}"
+            raise ConfigError(what, str(recording.path), "a recording of this run")
         if fingerprint is not None and recording.data is not None:
             differences = fingerprint_differences(dict(recording.data), dict(fingerprint))
             if differences:
@@ -122,7 +123,8 @@ class StepRouting:
             differences += fingerprint_differences(dict(there.data), dict(fingerprint))
         if differences or there.replayed != replayed:
             why = "; ".join(differences[:3]) or "one of the two is a replay"
-            raise ConfigError(f"{path} holds the recording of another run: {why}", "moe_routing_record", "another folder, or delete that one")
+            what = f"{path} holds the recording of another run: {why}"
+            raise ConfigError(what, "moe_routing_record", "another folder, or delete that one")
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -157,8 +159,10 @@ class StepRouting:
         box, router = self._box, self._routers[layer]
         experts = reader.read("experts", layer, box.samples, box.start, box.stop)
         ordered = np.sort(experts.astype(np.int64), -1)
-        if experts.shape[-1] != router.topk or ordered.min() < 0 or ordered.max() >= router.num_experts or (np.diff(ordered) == 0).any():
-            raise DataError(f"layer {layer} holds what is no choice of {router.topk} of {router.num_experts} experts", str(reader.folder), "record the step again")
+        inside = experts.shape[-1] == router.topk and ordered.min() >= 0 and ordered.max() < router.num_experts
+        if not inside or (np.diff(ordered) == 0).any():
+            what = f"layer {layer} holds what is no choice of {router.topk} of {router.num_experts} experts"
+            raise DataError(what, str(reader.folder), "record the step again")
         parts = torch.from_numpy(experts).to(router.weight.device).split(self._run.training.micro_batch_size)
         # a router sees [positions, samples] of a micro-batch, flattened
         return [part.transpose(0, 1).reshape(-1, router.topk) for part in parts]

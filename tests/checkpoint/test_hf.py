@@ -203,6 +203,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         (lambda c: c.update(n_head=7), "does not divide by 7"),
         (lambda c: c.update(num_key_value_heads=3), "do not divide by num_key_value_heads 3"),
         (lambda c: c.update(num_experts=4), "num_experts_per_tok is missing"),
+        (lambda c: c.update(num_experts=4, num_experts_per_tok=1), "one expert per token is not supported"),
         (lambda c: c.update(rope_scaling={"type": "dynamic", "factor": 3.0}), "factor 3.0"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_telechat.moe.choices import FirstPass, RoutingTape, gap_to_runner_up, pack
+from megatron_telechat.moe.choices import FirstPass, RoutingTape, gap_to_runner_up, pack, picked
 
 
 @pytest.mark.parametrize("experts,bytes_each", [(2, 1), (256, 1), (257, 2), (32768, 2), (32769, 4)])
@@ -23,6 +23,17 @@ def test_the_gap_is_between_the_last_choice_and_the_next():
     assert gap_to_runner_up(logits, logits.topk(2).indices).tolist() == [0.25, 0.0]
     assert gap_to_runner_up(logits, logits.topk(4).indices).tolist() == [float("inf")] * 2
     assert logits[0, 0] == 0.5, "the logits stay as they were"
+
+
+def test_picked_logits_and_their_gradient_are_those_of_top_k():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    one, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    values, experts = one.topk(3)
+    again = picked(other, experts)
+    (values * direction).sum().backward()
+    (again * direction).sum().backward()
+    assert torch.equal(values, again) and torch.equal(one.grad, other.grad)
 
 
 def test_a_tape_gives_each_micro_batch_its_choices_and_notes_the_routers_own():

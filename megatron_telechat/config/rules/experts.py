@@ -78,7 +78,9 @@ def replay_fits(check: Check) -> Iterator[Problem]:
     differences = recording.differences(check.run)
     if differences:
         yield check.problem(
-            f"the recording does not fit the run: {'; '.join(differences)}", REPLAY, fix="the sizes of the recorded run, or a recording of this one"
+            f"the recording does not fit the run: {'; '.join(differences)}",
+            REPLAY,
+            fix="the sizes of the recorded run, or a recording of this one",
         )
         return
     yield from _missing_steps(check, recording)
