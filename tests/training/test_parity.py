@@ -13,7 +13,7 @@ from tests.training.worker_parity import LAYOUTS
 
 WORKER = Path(__file__).with_name("worker_parity.py")
 TOLERANCE = 1e-5
-WEIGHT_TOLERANCE = 1e-4
+WEIGHT_TOLERANCE = 1e-3
 """Adam divides by the size of a gradient: where that is next to nothing, rounding decides the direction of a step."""
 BASE = {"dense": DENSE, "moe": MOE, "shared": SHARED}
 REFERENCE = {"dense": "dense_one", "moe": "moe_one", "shared": "shared_one"}
