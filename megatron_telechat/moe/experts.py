@@ -85,23 +85,23 @@ class GroupedExperts(MegatronModule):
         self.num_local_experts = num_local_experts
         self.adds_bias = etp_rank == 0
         self._accumulate = accumulating_product(self.linear_fc1.weight.device, config.params_dtype)
-        self._mark_parameters()
+        self._mark_parameters(etp_rank)
 
-    def _mark_parameters(self) -> None:
+    def _mark_parameters(self, etp_rank: int) -> None:
         """Tell Megatron-Core which ranks hold the same values.
 
         ``allreduce = False`` puts a parameter into the buffers that are reduced over the expert-data-parallel
         ranks, at one expert-parallel rank too, so that the optimizer state has the same form in every layout.
-        ``tensor_model_parallel`` says "count it in the gradient norm on every rank of the tensor group": true of the
-        weights, which are cut over that group, and not of the bias, which all of its ranks hold whole. The group is
-        that of the experts (`training.optimizer` tells the optimizer so), whatever the attention's is.
+        ``tensor_model_parallel`` says "count it in the gradient norm on every tensor rank": true of the weights,
+        which no two ranks of a tensor group share, and of the bias on the first rank of an expert-tensor group. Not marked,
+        it counts on the first rank of the tensor group: for the experts that of their own group (`training.chain`).
         """
         for parameter in self.parameters():
             parameter.allreduce = False
         for linear, axis in ((self.linear_fc1, 2), (self.linear_fc2, 2)):
             set_tensor_model_parallel_attributes(linear.weight, is_parallel=True, dim=axis, stride=1)
         if self.linear_fc2.bias is not None:
-            set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=False, dim=-1, stride=1)
+            set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=etp_rank == 0, dim=0, stride=1)
 
     @property
     def weights(self) -> ExpertWeights:

@@ -16,16 +16,18 @@ from megatron_telechat.parallel.agreement import gather_objects
 _FIX = "resume from the last checkpoint; lower lr, look at the data of this step, or train in fp32 to compare"
 
 
-def step_error(found: str, step: int, shards: Sequence[ParameterShards]) -> UserError:
+def step_error(found: str, step: int, shards: Sequence[ParameterShards], fix: str = _FIX) -> UserError:
     """The error of a step that was not taken; collective, since it names the gradients of all ranks.
 
     Args:
         found: what is not finite.
         step: completed steps.
+        shards: whose gradients it names.
+        fix: what to do.
     """
     gradients = ((shard, getattr(shard.parameter, "main_grad", None)) for shard in shards)
     where = _culprits(gradients) or "no single gradient is non-finite"
-    return NumericsError(f"step {step + 1}: {found}; the optimizer step was not taken", where, _FIX).on_every_rank()
+    return NumericsError(f"step {step + 1}: {found}; the optimizer step was not taken", where, fix).on_every_rank()
 
 
 def require_finite_norm(

@@ -224,7 +224,8 @@ class TrainStep:
             return StepResult(None, 0, None, NOTHING_LEARNED, stop, save, loss_scale)
         if self.optimizer.prepare_grads():
             if loss_scale <= self.run.optimizer.min_loss_scale:
-                raise step_error(f"{OVERFLOW} at the smallest loss scale {loss_scale:g}", step, self.shards)
+                fix = "train in bf16, whose range is that of fp32; or allow a smaller scale: --min-loss-scale"
+                raise step_error(f"{OVERFLOW} at the smallest loss scale {loss_scale:g}", step, self.shards, fix)
             return StepResult(loss, tokens, None, OVERFLOW, stop, save, loss_scale)
         grad_norm = float(self.optimizer.get_grad_norm())
         require_finite_norm(grad_norm, loss, step, self.shards, self.backend.device)
