@@ -40,6 +40,8 @@ def build_parser() -> ToolParser:
     add("--tokenizer-model", help="file or folder of the tokenizer")
     add("--vocab-size", type=positive(int), help="ids of a NullTokenizer")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--special-tokens-in-text", action="store_true", help="the name of a special token in a text (<_end>) becomes that "
+        "token, as in Megatron's tool; unset: it is text")
     add("--workers", type=positive(int), default=os.cpu_count() or 1, help="threads (default: the cores of this machine)")
     add("--on-error", choices=("fail", "skip", "quarantine"), default="fail",
         help="a bad line ends the run, is left out and listed, or is put aside as well (default: fail)")
@@ -98,9 +100,17 @@ def _run(argv: list[str]) -> int:
         if args.workers > 1 and args.engine in ("auto", "gigatoken") and find_spec("gigatoken"):
 
             def huggingface(file: Path) -> TokenizerBeside:
-                return at_end.enter_context(closing(TokenizerBeside(file)))
+                return at_end.enter_context(closing(TokenizerBeside(file, args.special_tokens_in_text)))
 
-        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size, huggingface=huggingface)
+        tokenizer = build_tokenizer(
+            args.tokenizer_type,
+            args.tokenizer_model,
+            vocab_size=args.vocab_size,
+            huggingface=huggingface,
+            special_tokens_in_text=args.special_tokens_in_text,
+        )
+        if args.special_tokens_in_text and not getattr(tokenizer, "special_tokens_in_text", False):
+            print(f"--special-tokens-in-text changes nothing: a {type(tokenizer).__name__} never takes them from a text", file=sys.stderr)
         try:
             report = preprocess(
                 args.input,

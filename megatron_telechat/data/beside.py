@@ -22,7 +22,7 @@ from megatron_telechat.data.tokenizers import HuggingFaceTokenizer, digest_of
 _ROOT = Path(__file__).resolve().parents[2]
 # Ctrl-C is for the process that asks.
 _START = """import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path.insert(0, sys.argv[1])
-from megatron_telechat.data.beside import serve; serve(sys.argv[2])"""
+from megatron_telechat.data.beside import serve; serve(sys.argv[2], sys.argv[3] == "special")"""
 _FACTS = ("vocab_size", "eod", "bos", "pad", "affixes", "added_tokens", "splitting")
 _SIZE = struct.Struct("<Q")
 # A helper that says nothing for so long is taken for lost. A document of 100 MB takes it half as long.
@@ -35,16 +35,17 @@ class TokenizerBeside(HuggingFaceTokenizer):
     What needs the ``backend`` itself (another engine, ``decode``) opens the file here. Call ``close`` at the end.
     """
 
-    def __init__(self, file: Path):
-        self.file, self.digest = file, digest_of(file)
+    def __init__(self, file: Path, special_tokens_in_text: bool = True):
+        self.special_tokens_in_text = special_tokens_in_text
+        self.file, self.digest = file, digest_of(file, special_tokens_in_text)
         self._lock = threading.RLock()
         self._connection, theirs = socket.socketpair()
         self._connection.settimeout(LIMIT_S)
         self._helper: Optional[subprocess.Popen] = None
         with theirs:
             try:
-                self._helper = subprocess.Popen(
-                    [sys.executable, "-c", _START, str(_ROOT), str(file)], stdin=theirs, env={**os.environ, "RAYON_NUM_THREADS": "1"})
+                command = [sys.executable, "-c", _START, str(_ROOT), str(file), "special" if special_tokens_in_text else "text"]
+                self._helper = subprocess.Popen(command, stdin=theirs, env={**os.environ, "RAYON_NUM_THREADS": "1"})
             except OSError:
                 pass  # no more processes here: the file is opened when it is asked for
 
@@ -85,7 +86,7 @@ class TokenizerBeside(HuggingFaceTokenizer):
     @cached_property
     def here(self) -> HuggingFaceTokenizer:
         """The same tokenizer, opened by this process."""
-        return HuggingFaceTokenizer(self.file)
+        return HuggingFaceTokenizer(self.file, self.special_tokens_in_text)
 
     @property
     def backend(self) -> Any:
@@ -123,11 +124,11 @@ def _bytes(connection: socket.socket, size: int) -> bytes:
     return b"".join(parts)
 
 
-def serve(file: str) -> None:
+def serve(file: str, special_tokens_in_text: bool) -> None:
     """The helper: says what it knows of the tokenizer, then encodes what it is asked, until the connection ends."""
     connection = socket.socket(fileno=0)
     try:
-        tokenizer = HuggingFaceTokenizer(Path(file))
+        tokenizer = HuggingFaceTokenizer(Path(file), special_tokens_in_text)
         _send(connection, {name: getattr(tokenizer, name) for name in _FACTS})
         while True:
             _send(connection, tokenizer.encode_batch(_receive(connection)))

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Sequence
 import numpy as np
 
 from megatron_telechat.data.chat import BadDialog, Dialog
-from megatron_telechat.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_telechat.data.tokenizers import Tokenizer, build_tokenizer, refuse_tokens_made_of_text
 from megatron_telechat.errors import ConfigError, DataError
 
 TEMPLATES = ("telechat2", "telechat2-115b", "telechat")
@@ -77,23 +77,23 @@ class ChatVocabulary:
     """A tokenizer as the templates need it: ids of special tokens by name, text that never becomes one.
 
     Raises:
-        ConfigError: the tokenizer lacks a token of the template.
+        ConfigError: the tokenizer lacks a token of the template, or makes it of a text.
     """
 
     def __init__(self, tokenizer_type: Optional[str], tokenizer_model: Optional[str], template: str, vocab_size: int):
-        self.tokenizer = build_tokenizer(tokenizer_type, tokenizer_model, vocab_size=vocab_size)
-        self.template = template
+        # "<_user>" that a person typed stays text
+        self.tokenizer = build_tokenizer(tokenizer_type, tokenizer_model, vocab_size=vocab_size, special_tokens_in_text=False)
+        self.template, self.tokenizer_model = template, tokenizer_model
         self._added = _added_tokens(Path(tokenizer_model)) if tokenizer_model else {}
         backend = getattr(self.tokenizer, "backend", None)
         self._is_huggingface = hasattr(backend, "encode_special_tokens")
-        if self._is_huggingface:
-            backend.encode_special_tokens = True  # "<_user>" that a person typed stays text
         start = {"telechat2-115b": ("<_start>",), "telechat2": ("<_system>",)}.get(template, ())
         self.ids = {name: self._find(name) for name in (*start, "<_user>", "<_bot>", "<_end>", *TOOL_TAGS)}
         missing = [name for name, found in self.ids.items() if found is None and name not in TOOL_TAGS]
         if missing:
             raise ConfigError(f"the tokenizer has no {', '.join(missing)}, which the template {template} needs",
                               "tokenizer_model", "the tokenizer of a TeleChat model, or another --sft-template")
+        self._leave_text([name for name in self.ids if name not in TOOL_TAGS])
         pad = self._find("<_pad>")
         self.pad: int = pad if pad is not None else self.tokenizer.pad if self.tokenizer.pad is not None else self.ids["<_end>"]
 
@@ -107,6 +107,14 @@ class ChatVocabulary:
             found = backend.PieceToId(name)
             return None if found == backend.unk_id() and name != backend.IdToPiece(found) else found
         return None
+
+    def _leave_text(self, names: Sequence[str]) -> None:
+        """See to it that the template alone places these tokens, whatever the tokenizer calls them."""
+        if self._is_huggingface:
+            self.tokenizer.leave_text(names, names)
+        else:
+            made = [name for name, ids in zip(names, self.encode_texts(names)) if self.ids[name] in ids]
+            refuse_tokens_made_of_text(Path(self.tokenizer_model or ""), made)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts, without BOS or EOS."""

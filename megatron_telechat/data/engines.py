@@ -259,11 +259,13 @@ class Tiktoken:
         merged = [vocabulary["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in model["merges"]]
         if any(later < earlier for earlier, later in zip(merged, merged[1:])):
             raise EngineUnfit("the ids of the tokenizer do not follow the order of its merges")
-        self.special = set(added)
+        if not tokenizer.special_tokens_in_text:
+            added = {token["content"]: token["id"] for token in content["added_tokens"] if not token["special"]}
+        self.known = set(added)
         self.backend = tiktoken.Encoding("own", pat_str=_pattern(content["pre_tokenizer"]), mergeable_ranks=ranks, special_tokens=added)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        flat, lengths = flatten(self.backend.encode_batch(list(texts), num_threads=self.workers, allowed_special=self.special))
+        flat, lengths = flatten(self.backend.encode_batch(list(texts), num_threads=self.workers, allowed_special=self.known))
         return add_affixes(flat, lengths, self.head, self.tail) if self.head or self.tail else (flat, lengths)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Optional, Protocol, Sequence
+from typing import Any, Callable, Iterable, Iterator, Optional, Protocol, Sequence
 
 from megatron_telechat.errors import ConfigError, DataError
 
 TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer")
-# Names of the token that ends a document, where the files do not say which one it is.
+# Names of the token that ends a document, begins it, or fills a row, where the files do not say which one it is.
 END_TOKENS = ("<_end>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
+BEGIN_TOKENS = ("<_start>", "<s>", "<|begin_of_text|>")
+PAD_TOKENS = ("<_pad>", "<pad>", "<|pad|>")
 
 
 class Tokenizer(Protocol):
@@ -38,6 +41,7 @@ def build_tokenizer(
     *,
     vocab_size: Optional[int] = None,
     huggingface: Optional[Callable[[Path], Tokenizer]] = None,
+    special_tokens_in_text: bool = True,
 ) -> Tokenizer:
     """Open a tokenizer.
 
@@ -46,9 +50,11 @@ def build_tokenizer(
         tokenizer_model: a tokenizer.json, a .model, a folder that holds one of them, or a tiktoken .json.
         vocab_size: ids of a NullTokenizer, its end-of-document token included.
         huggingface: what opens a tokenizer.json in place of ``HuggingFaceTokenizer``.
+        special_tokens_in_text: the name of a special token that stands in a text becomes that token, as in Megatron (where
+            the package does that: sentencepiece never does); False: it is text like any other.
 
     Raises:
-        ConfigError: unknown type, or no file given.
+        ConfigError: unknown type, no file given, or a tokenizer that cannot leave such names text.
         DataError: the file is missing or is not what the type means.
     """
     if tokenizer_type is not None and tokenizer_type not in TYPES:
@@ -63,8 +69,10 @@ def build_tokenizer(
     if not path.exists():
         raise DataError(f"the tokenizer {tokenizer_model} does not exist", "tokenizer_model", "correct --tokenizer-model")
     kind, file = _locate(tokenizer_type, path)
-    return {"HuggingFaceTokenizer": huggingface or HuggingFaceTokenizer, "SentencePieceTokenizer": SentencePieceTokenizer,
-            "TikTokenizer": TikTokenizer}[kind](file)
+    if kind == "HuggingFaceTokenizer" and huggingface is not None:
+        return huggingface(file)
+    return {"HuggingFaceTokenizer": HuggingFaceTokenizer, "SentencePieceTokenizer": SentencePieceTokenizer,
+            "TikTokenizer": TikTokenizer}[kind](file, special_tokens_in_text)
 
 
 def _locate(tokenizer_type: Optional[str], path: Path) -> tuple[str, Path]:
@@ -86,8 +94,9 @@ def _locate(tokenizer_type: Optional[str], path: Path) -> tuple[str, Path]:
                       f"give --tokenizer-type, one of {', '.join(TYPES)}")
 
 
-def digest_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def digest_of(file: Path, special_tokens_in_text: bool = True) -> str:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return digest if special_tokens_in_text else f"{digest}, special tokens in a text are text"
 
 
 def _first_byte(path: Path) -> bytes:
@@ -96,9 +105,15 @@ def _first_byte(path: Path) -> bytes:
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json`` through the ``tokenizers`` package; its post-processor (BOS, EOS) takes part, as in Megatron."""
+    """A ``tokenizer.json`` through the ``tokenizers`` package; its post-processor (BOS, EOS) takes part, as in Megatron.
 
-    def __init__(self, file: Path):
+    Added tokens are cut out of a text. With ``special_tokens_in_text`` False the special ones are not: those that the file or
+    the files beside it call special, and every name that could end a document, begin it or fill a row.
+    """
+
+    special_tokens_in_text = True
+
+    def __init__(self, file: Path, special_tokens_in_text: bool = True):
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -111,10 +126,36 @@ class HuggingFaceTokenizer:
         self.backend.no_padding()
         self.vocab_size = _ids(self.backend)
         names = _special_names(file.parent)
-        self.file, self.digest = file, digest_of(file)
+        self.file, self.digest = file, digest_of(file, special_tokens_in_text)
         self.eod = self._id(names.get("eos_token"), *END_TOKENS)
-        self.bos = self._id(names.get("bos_token"), "<_start>", "<s>", "<|begin_of_text|>")
-        self.pad = self._id(names.get("pad_token"), "<_pad>", "<pad>", "<|pad|>")
+        self.bos = self._id(names.get("bos_token"), *BEGIN_TOKENS)
+        self.pad = self._id(names.get("pad_token"), *PAD_TOKENS)
+        if not special_tokens_in_text:
+            self.special_tokens_in_text = False
+            self.leave_text(names_taken_for_special(file.parent), [] if self.eod is None else [self.backend.id_to_token(self.eod)])
+
+    def leave_text(self, names: Iterable[str], never: Iterable[str]) -> None:
+        """From now on special tokens are text where their names stand in one.
+
+        Args:
+            names: added tokens that are special, too, whatever the file calls them.
+            never: further names that no text may become, added tokens or not.
+
+        Raises:
+            ConfigError: the model of the tokenizer makes such a token out of the text by itself.
+        """
+        wanted = set(names)
+        for token in self.backend.get_added_tokens_decoder().values():
+            if token.content in wanted and not token.special:
+                token.special = True
+                self.backend.add_special_tokens([token])
+        self.backend.encode_special_tokens = True
+        unknown = getattr(self.backend.model, "unk_token", None)
+        special = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+        checked = [name for name in dict.fromkeys([*special, *never]) if name != unknown]
+        ids = [self.backend.token_to_id(name) for name in checked]
+        texts = self.backend.encode_batch_fast(checked, add_special_tokens=False)
+        refuse_tokens_made_of_text(self.file, [n for n, i, text in zip(checked, ids, texts) if i is not None and i in text.ids])
 
     def _id(self, *names: Optional[str]) -> Optional[int]:
         ids = (self.backend.token_to_id(name) for name in names if name)
@@ -141,8 +182,20 @@ class HuggingFaceTokenizer:
         return said if last.get("type") == "ByteLevel" else None
 
     def content(self) -> bytes:
-        """The file."""
-        return self.file.read_bytes()
+        """The file, without the special tokens where they are text: what a fast engine reads.
+
+        Their ids stay in the vocabulary, where no merge leads to them. Only the list of added tokens is read, since reading
+        all of a large file takes half a second.
+        """
+        content = self.file.read_bytes()
+        found = None if self.special_tokens_in_text else _ADDED_TOKENS.search(content)
+        if found is None:
+            return content
+        text = content[found.end() - 1 :].decode()
+        added, end = json.JSONDecoder().raw_decode(text)
+        special = names_taken_for_special(self.file.parent)
+        kept = [token for token in added if not token.get("special") and token["content"] not in special]
+        return b"".join((content[: found.end() - 1], json.dumps(kept).encode(), text[end:].encode()))
 
     @property
     def added_tokens(self) -> list[str]:
@@ -166,9 +219,38 @@ def _ids(backend: Any) -> int:
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
+# The list is told from a piece of the vocabulary of that name by its bracket.
+_ADDED_TOKENS = re.compile(rb'"added_tokens"\s*:\s*\[')
+
+
 def _special_names(folder: Path) -> dict[str, str]:
-    """eos_token, bos_token and pad_token as the files beside a tokenizer.json name them."""
+    """eos_token, bos_token, pad_token and so on as the files beside a tokenizer.json name them."""
     names: dict[str, str] = {}
+    for content in _files_beside(folder):
+        for key in ("eos_token", "bos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"):
+            value = _content_of(content.get(key))
+            if value is not None:
+                names[key] = value
+    return names
+
+
+def names_taken_for_special(folder: Path) -> set[str]:
+    """Names that are special whatever the list of added tokens says: those of the files beside it, and the usual ones."""
+    names = {*_special_names(folder).values(), *END_TOKENS, *BEGIN_TOKENS, *PAD_TOKENS}
+    for content in _files_beside(folder):
+        more = content.get("additional_special_tokens")
+        listed = content.get("added_tokens_decoder")
+        tokens = [token for token in listed.values() if isinstance(token, dict) and token.get("special")] if isinstance(listed, dict) else []
+        names.update(name for name in map(_content_of, [*(more if isinstance(more, list) else ()), *tokens]) if name)
+    return names
+
+
+def _content_of(token: Any) -> Optional[str]:
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) else None
+
+
+def _files_beside(folder: Path) -> Iterator[dict[str, Any]]:
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / file
         if not path.is_file():
@@ -177,12 +259,16 @@ def _special_names(folder: Path) -> dict[str, str]:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{path} is not JSON: {error}", "tokenizer_model", "restore the file or take it away") from error
-        for key in ("eos_token", "bos_token", "pad_token"):
-            value = content.get(key)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                names[key] = value
-    return names
+        if isinstance(content, dict):
+            yield content
+
+
+def refuse_tokens_made_of_text(file: Path, names: Sequence[str]) -> None:
+    """Raise ConfigError where there are names that a tokenizer turns into special tokens although it was told not to."""
+    if names:
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        raise ConfigError(f"{file} makes a special token of the text {shown}: it would stand in the middle of what somebody wrote",
+                          "tokenizer_model", "another tokenizer; for pretraining data --special-tokens-in-text allows it")  # fmt: skip
 
 
 class SentencePieceTokenizer:
@@ -192,7 +278,7 @@ class SentencePieceTokenizer:
     are ordinary characters there: only code can place them.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, special_tokens_in_text: bool = True):
         import sentencepiece
 
         self.backend = sentencepiece.SentencePieceProcessor()
@@ -206,6 +292,10 @@ class SentencePieceTokenizer:
         self.eod = self._id(self.backend.eos_id(), *END_TOKENS)
         self.bos = self._id(self.backend.bos_id(), "<_start>", "<s>")
         self.pad = self._id(self.backend.pad_id(), "<_pad>", "<pad>")
+        if not special_tokens_in_text and self.eod is not None:
+            # A user-defined piece, where the model has no control piece for the end.
+            name = self.backend.IdToPiece(self.eod)
+            refuse_tokens_made_of_text(file, [name] if self.eod in self.encode(name) else [])
 
     def _id(self, own: int, *names: str) -> Optional[int]:
         if own >= 0:
@@ -227,7 +317,7 @@ class TikTokenizer:
     """A Megatron tiktoken vocabulary: a JSON list of {"rank", "token_bytes" (base64)}.
 
     As in megatron-core's defaults: 1,000 special ids come first, at most 2^17 ids in all, and the name of a
-    special token written in a text becomes its id.
+    special token written in a text becomes its id, unless ``special_tokens_in_text`` is False.
     """
 
     SPECIAL = 1000
@@ -240,7 +330,7 @@ class TikTokenizer:
         r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, special_tokens_in_text: bool = True):
         try:
             import tiktoken
         except ImportError as error:
@@ -254,7 +344,8 @@ class TikTokenizer:
             mergeable_ranks={token: rank + self.SPECIAL for token, rank in ranks.items()},
             special_tokens={name: i for i, name in enumerate(names)},
         )
-        self.digest = digest_of(file)
+        self.special_tokens_in_text = special_tokens_in_text
+        self.digest = digest_of(file, special_tokens_in_text)
         self.vocab_size = self.SPECIAL + len(ranks)
         self.eod, self.bos, self.pad = (self.NAMES.index(name) for name in ("</s>", "<s>", "<pad>"))
 
@@ -272,7 +363,7 @@ class TikTokenizer:
         return ranks
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, allowed_special="all")
+        return self.backend.encode(text, allowed_special="all") if self.special_tokens_in_text else self.backend.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]

@@ -8,6 +8,11 @@ from typing import Optional
 from torch import Tensor
 
 
+def real_tokens(tokens: Tensor, padding: Optional[Tensor]) -> int:
+    """How many of these tokens are no padding; both on the host, [b, s]; None: all."""
+    return tokens.numel() if padding is None else padding.numel() - int(padding.sum())
+
+
 @dataclass(frozen=True)
 class CountedTokens:
     """What a router must know of a micro-batch in which some tokens are padding, or are not learned.
@@ -37,7 +42,7 @@ class CountedTokens:
             padding: bool [b, s] on the host, True where a token is padding; None: there is none.
             learned_share: fp32 [] on the device, N / R of the global batch.
         """
-        total = tokens.numel() if padding is None else padding.numel() - int(padding.sum())
+        total = real_tokens(tokens, padding)
         real = None if total == tokens.numel() else (~padding).to(learned_share.device, non_blocking=True)
         return cls(total, learned_share * total, real)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model.attention import Segments
-from megatron_telechat.moe import CountedTokens
+from megatron_telechat.moe.counted import CountedTokens, real_tokens
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.numerics import require_finite_norm, require_finite_validation, step_error
 from megatron_telechat.training.param_gather import every_parameter_awaited, is_overlapped
@@ -201,8 +201,7 @@ class TrainStep:
         """
         ahead = [list(islice(iterator, self.run.num_microbatches)) for iterator in iterators]
         learned = sum(float(batch["loss_mask"].sum()) for batch in ahead[0])
-        real = sum(batch["tokens"].numel() - int(batch["padding"].sum()) if "padding" in batch else batch["tokens"].numel()
-                   for batch in ahead[0])  # fmt: skip
+        real = sum(real_tokens(batch["tokens"], batch.get("padding")) for batch in ahead[0])
         counts = torch.tensor([learned, real], dtype=wide_dtype(self.backend)).to(self.backend.device, non_blocking=True)
         dist.all_reduce(counts, group=self.state.dp_group)
         return [iter(batches) for batches in ahead], (counts[0] / counts[1].clamp(min=1)).float()

@@ -76,7 +76,7 @@ def test_a_padded_row_gives_the_figures_of_the_row(runs):
 
 def test_a_step_that_learns_nothing_is_not_taken_and_said(runs):
     found = runs(1).check("nothing_to_learn")[0]
-    assert found["code"] == 0 and found["same"] == [True, False]
+    assert found["code"] == 0 and found["same"] == [True, False] and found["evaluation"] is None
     steps = {line["step"]: line for line in found["lines"] if "event" not in line}
     assert steps[2]["loss"] is None and steps[2]["skipped_steps"] == 1 and steps[2]["grad_norm"] is None
     assert steps[1]["loss"] and steps[3]["loss"] and "skipped_steps" not in steps[3]

@@ -170,6 +170,11 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
         finally:
             trainer.release()
 
+    def evaluation_of(trainer, batches):
+        from megatron_telechat.training.step import evaluate
+
+        return evaluate(trainer.chunks, [iter(batches)], 1, trainer.run, trainer.state, trainer.backend)
+
     @cases.case
     def nothing_to_learn() -> dict:
         """The second of three steps has no learned token."""
@@ -199,7 +204,7 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
             code = trainer.fit()
             same = [all(torch.equal(a, b) for a, b in zip(states[n], states[n + 1], strict=True)) for n in range(2)]
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            return {"code": code, "same": same, "lines": lines}
+            return {"code": code, "same": same, "lines": lines, "evaluation": evaluation_of(trainer, rows[1])}
         finally:
             trainer.release()
 

@@ -57,7 +57,8 @@ def arms(case: str, source: Path, tokenizer: Path, work: Path, megatron: Optiona
         prefix = out / f"{case}-{name}"
         return Arm(name, [sys.executable, "-W", "ignore", *command, *shared, "--output-prefix", str(prefix)], prefix)
 
-    found = [arm("ours", str(OURS), "--workers", "2", "--engine", engine, "--log-interval", "0")]
+    # Megatron's tools take special tokens from a text.
+    found = [arm("ours", str(OURS), "--workers", "2", "--engine", engine, "--log-interval", "0", "--special-tokens-in-text")]
     if megatron is not None:
         run = (str(HERE / "preprocess_megatron.py"), str(megatron))
         found.append(arm("megatron", *run, "preprocess_data.py", "--workers", "2"))
