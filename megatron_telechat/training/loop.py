@@ -10,7 +10,7 @@ from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint import LoadedInfo, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
-from megatron_telechat.data import batches, build_datasets, data_fingerprint, fingerprint_differences
+from megatron_telechat.data import Datasets, Progress, batches, build_datasets, data_fingerprint, fingerprint_differences
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, DataError
 from megatron_telechat.model import build_model, parameter_shards, verify_tiling
 from megatron_telechat.parallel.agreement import from_rank_0, together
@@ -22,6 +22,7 @@ from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.optimizer import build_optimizer, gathered_parameters, set_learning_rate, wrap_data_parallel
 from megatron_telechat.training.paths import RunPaths
+from megatron_telechat.training.progress import progress_at
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, TrainStep, chunk_iterators, close_iterators, evaluate
 from megatron_telechat.training.trace import ExchangeTrace
@@ -54,14 +55,15 @@ class Trainer:
         self.optimizer = build_optimizer(self.chunks, run, self.state)
         self.train_step = TrainStep(self.chunks, self.optimizer, self.shards, run, self.state, self.backend)
 
-        self.datasets = build_datasets(run, self.state)
         with together(self.state):
             self.fingerprint = data_fingerprint(run) if self.state.rank == 0 else None
         self.step = 0
         self.consumed_samples = 0
         self.resumed: Optional[LoadedInfo] = None
         self.chunk_setting: Optional[ChunkSetting] = None
+        self.datasets: Optional[Datasets] = None
         self.resumed = self._resume()
+        self.datasets = build_datasets(run, self.state, self._progress())
 
         self.requests = StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
         with together(self.state):
@@ -180,7 +182,10 @@ class Trainer:
             backend=self.backend,
             data_fingerprint=self.fingerprint,
             resumed_from=self.resumed.path if self.resumed else None,
-            extra=self.chunk_setting.extra if self.chunk_setting else {},
+            extra={
+                **(self.chunk_setting.extra if self.chunk_setting else {}),
+                **(self.datasets.order.saved() if self.datasets else {}),
+            },
         )
 
     def _resume(self) -> Optional[LoadedInfo]:
@@ -210,6 +215,14 @@ class Trainer:
             source = Path(settings.pretrained_checkpoint)
             return load_checkpoint(source, self._train_state(), self.run, self.state, weights_only=True)
         return None
+
+    def _progress(self) -> Progress:
+        """How far the run has read: the samples it needs, and their order, follow from that."""
+        info = self.resumed
+        with together(self.state):
+            if info is None:
+                return Progress()
+            return progress_at(self.run, self.step, self.consumed_samples, info.extra, info.config, str(info.path))
 
     def _require_same_data(self, info: LoadedInfo) -> None:
         """Other data under the same sample numbers would train on samples twice, or never, without a word."""

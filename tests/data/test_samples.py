@@ -13,8 +13,9 @@ import torch
 
 from megatron_telechat.config.schema import ModelConfig
 from megatron_telechat.data import build_datasets, data_fingerprint, fingerprint_differences
+from megatron_telechat.data.blending import _blend_order, samples_of_each
 from megatron_telechat.data.indexed import IndexedDataset
-from megatron_telechat.data.samples import TokenDataset, samples_of_each
+from megatron_telechat.data.samples import TokenDataset
 from megatron_telechat.errors import ConfigError, DataError, ResourceError
 from tests.data.material import VOCAB, Rank, huggingface_tokenizer, make_run, with_training, write_dataset
 
@@ -24,7 +25,7 @@ def megatrons(run, prefixes, weights, sizes):
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    from megatron_telechat.data.samples import _IndexTokenizer
+    from megatron_telechat.data.epochs import _IndexTokenizer
 
     config = GPTDatasetConfig(
         random_seed=run.training.seed,
@@ -116,8 +117,6 @@ def test_data_json_counts_copies(tmp_path, two):
 
 @pytest.mark.parametrize("size", [1, 7, 100, 999])
 def test_a_blend_never_asks_for_more_than_was_built(tmp_path, size):
-    from megatron_telechat.data.samples import _blend_order
-
     rng = np.random.default_rng(size)
     for _ in range(40):
         weights = rng.random(rng.integers(1, 12)) + 1e-3
