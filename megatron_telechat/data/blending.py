@@ -94,6 +94,10 @@ class BlendedSamples:
         source, inner = self.order.place(sample)
         return self.sources[source].find_token(inner, token)
 
+    def drawn(self) -> list[int]:
+        """Samples of each source in the whole blend."""
+        return self.order.drawn()
+
 
 def _blend_order(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
     from megatron.core.datasets import helpers

@@ -15,7 +15,7 @@ from typing import Iterator, Optional
 import numpy as np
 
 from megatron_telechat.data.indexed import IndexedDataset
-from megatron_telechat.data.pieces import IndexFolder
+from megatron_telechat.data.pieces import IndexFolder, Say
 from megatron_telechat.data.samples import share_of
 from megatron_telechat.errors import DataError
 
@@ -151,12 +151,13 @@ class IndexedSamples:
         for stretch in self._shape.stretches():
             if at >= size:
                 break
-            self._folders.append(index.piece(f"{name}-{stretch.name}", lambda folder: self._build(stretch, folder)))
+            self._folders.append(index.piece(f"{name}-{stretch.name}", lambda folder: self._build(stretch, folder, index.say)))
             at += stretch.samples
             ends.append(at)
         self._ends = np.array(ends, np.int64)
 
-    def _build(self, stretch: Stretch, folder: Path) -> None:
+    def _build(self, stretch: Stretch, folder: Path, say: Say) -> None:
+        say(f"indexing {self.dataset.prefix} for {self._split}: {stretch.name}")
         if stretch.megatron_for is not None:
             _build_megatrons(self.dataset, self._sequences, self._split, self.sequence_length, self._seed, stretch, folder)
             return

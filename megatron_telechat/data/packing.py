@@ -160,6 +160,7 @@ class ChatSamples:
         wanted = None if size is None else roomy(size, _LEAST_ROWS)
 
         def build(folder: Path) -> None:
+            index.say(f"packing {self.dataset.source} for {self._split}")
             orders = epochs(self.usable.dialogs.size, self._seed, self._split)
             rows = pack(self.usable.lengths, self.row, orders, wanted, self._packing)
             np.save(folder / "dialogs.npy", np.array([dialog for row in rows for dialog in row], np.int32))

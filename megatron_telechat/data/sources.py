@@ -221,8 +221,7 @@ def _split_source(
     parts = [_part(run, opened[p], share, once, name, built_for) for p, built_for in zip(blend.prefixes, ours)]
 
     def require(sizes: Sequence[Optional[int]]) -> None:
-        for number, (prefix, part, size) in enumerate(zip(blend.prefixes, parts, sizes)):
-            index.say(f"indexing {prefix} for {name} ({number + 1} of {count})")
+        for number, (part, size) in enumerate(zip(parts, sizes)):
             part.require(size, index, f"{name}-{number}")
 
     if once:
@@ -235,7 +234,8 @@ def _split_source(
     else:
         require([needed])
         return parts[0], [_source_line(name, parts[0], needed)]
-    return BlendedSamples(parts, order), [_source_line(name, part, drawn) for part, drawn in zip(parts, order.drawn())]
+    source = BlendedSamples(parts, order)
+    return source, [_source_line(name, part, drawn) for part, drawn in zip(parts, source.drawn())]
 
 
 def _part(
