@@ -7,8 +7,8 @@ of the next one.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Iterator, Optional
 
@@ -131,9 +131,9 @@ class IndexedSamples:
         # One epoch in Megatron's order is our first epoch.
         self._shape = SourceShape(self.tokens_per_epoch, sequence_length, None if once else megatron_for)
         self._size = 0
-        self._ends = np.zeros(0, np.int64)
+        self._begins: list[int] = []
         self._folders: list[Path] = []
-        self._opened = lru_cache(maxsize=_OPEN)(self._open)
+        self._opened: dict[int, tuple[np.ndarray, ...]] = {}
 
     def require(self, size: Optional[int], index: IndexFolder, name: str) -> None:
         """Make the first ``size`` samples readable.
@@ -147,14 +147,13 @@ class IndexedSamples:
             FileNotFoundError, ResourceError: see :meth:`IndexFolder.piece`.
         """
         self._size = size = self._shape.samples_in(1) if size is None else size
-        ends, at = [], 0
+        at = 0
         for stretch in self._shape.stretches():
             if at >= size:
                 break
             self._folders.append(index.piece(f"{name}-{stretch.name}", lambda folder: self._build(stretch, folder, index.say)))
+            self._begins.append(at)
             at += stretch.samples
-            ends.append(at)
-        self._ends = np.array(ends, np.int64)
 
     def _build(self, stretch: Stretch, folder: Path, say: Say) -> None:
         say(f"indexing {self.dataset.prefix} for {self._split}: {stretch.name}")
@@ -165,17 +164,23 @@ class IndexedSamples:
         for file, array in zip(_FILES, found):
             np.save(folder / f"{file}.npy", array)
 
-    def _open(self, number: int) -> tuple[np.ndarray, ...]:
-        return tuple(np.load(self._folders[number] / f"{file}.npy", mmap_mode="r") for file in _FILES)
+    def _arrays(self, number: int) -> tuple[np.ndarray, ...]:
+        """documents, samples and shuffle of a stretch, memory-mapped; few are open at a time, since each costs files."""
+        found = self._opened.get(number)
+        if found is None:
+            found = tuple(np.load(self._folders[number] / f"{file}.npy", mmap_mode="r") for file in _FILES)
+            # A new dictionary: other threads read the one before meanwhile.
+            self._opened = {**dict(list(self._opened.items())[1 - _OPEN :]), number: found}
+        return found
 
     def __len__(self) -> int:
         return self._size
 
     def _pieces(self, sample: int):
         """(sequence number, first token, tokens or None for all) of the parts that make the sample."""
-        number = int(np.searchsorted(self._ends, sample, side="right"))
-        documents, samples, shuffle = self._opened(number)
-        place = int(shuffle[sample - (int(self._ends[number - 1]) if number else 0)])
+        number = bisect_right(self._begins, sample) - 1
+        documents, samples, shuffle = self._arrays(number)
+        place = int(shuffle[sample - self._begins[number]])
         first, first_offset = (int(x) for x in samples[place])
         last, last_offset = (int(x) for x in samples[place + 1])
         for entry in range(first, last + 1):
