@@ -7,10 +7,13 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from megatron_telechat.data import epochs
+
 
 def epochs_joined(tokens: int, length: int) -> int:
     """Epochs that are laid end to end before the rest of a sample is dropped."""
-    return max(math.ceil((length + 1) / tokens), min(4096, math.ceil(65536 * length / tokens)))
+    most = min(epochs.STRETCH_EPOCHS, math.ceil(epochs.STRETCH_SAMPLES * length / tokens))
+    return max(math.ceil((length + 1) / tokens), most)
 
 
 def endless(
@@ -56,21 +59,21 @@ def flat_samples(documents: Sequence[list[int]], numbers: Sequence[int], wanted:
     """
     random = np.random.RandomState(seed)
     tokens = sum(len(documents[number]) for number in numbers)
-    epochs = 1
-    while wanted is not None and epochs * tokens < wanted * length + 1:
-        epochs += 1
-    before_last = ((epochs - 1) * tokens - 1) // length
+    needed = 1
+    while wanted is not None and needed * tokens < wanted * length + 1:
+        needed += 1
+    before_last = ((needed - 1) * tokens - 1) // length
     of_one = (tokens - 1) // length
-    apart = epochs > 1 and wanted - before_last < int(0.80 * of_one)
+    apart = needed > 1 and wanted - before_last < int(0.80 * of_one)
 
-    order = np.array(list(numbers) * (epochs - 1 if apart else epochs), np.int32)
+    order = np.array(list(numbers) * (needed - 1 if apart else needed), np.int32)
     random.shuffle(order)
     if apart:
         last = np.array(list(numbers), np.int32)
         random.shuffle(last)
         order = [*order, *last]
     stream = [token for number in order for token in documents[number]]
-    count = (epochs * tokens - 1) // length
+    count = (needed * tokens - 1) // length
     samples = [stream[at * length : at * length + length + 1] for at in range(count)]
 
     first = np.arange(before_last if apart else count, dtype=np.uint32)

@@ -22,6 +22,12 @@ from tests.data.test_blend_properties import write_documents
 LENGTH = 16
 
 
+@pytest.fixture(autouse=True)
+def many_files(monkeypatch):
+    """A few hundred samples a file: the runs of these tests cross several borders."""
+    monkeypatch.setattr(epochs, "STRETCH_SAMPLES", 300)
+
+
 @dataclass(frozen=True)
 class Leg:
     """A part of a run between two starts."""

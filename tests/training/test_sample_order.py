@@ -47,8 +47,6 @@ def test_a_run_made_longer_reads_what_the_long_run_reads_and_then_takes_another_
     halved = train(flags, tmp_path / "run", 14, "--global-batch-size", "4", nproc=1).ok()
     assert "done: 14 steps" in halved.stdout
     assert [records(tmp_path / "run")[step][3] for step in (12, 13, 14)] == [96, 100, 104]
-    larger = train(flags, tmp_path / "run", 15, "--global-batch-size", "32", nproc=1).ok()
-    assert "done: 15 steps" in larger.stdout and records(tmp_path / "run")[15][3] == 136
 
 
 def test_a_checkpoint_that_names_no_order_goes_on_in_megatrons(flags, tmp_path, capsys):
