@@ -14,8 +14,8 @@ from megatron_telechat.errors import EXIT_OK, ConfigError
 USAGE = """usage: tools/build_index.py [the flags of the training command]
 
 Encode the dialogs (--sft) and build the sample index and the blend of a run into its cache (--data-cache-path, else
-cache/ in the run folder), as rank 0 would at the start. The index depends on the data, --split, --seed, --seq-length,
---train-iters, --global-batch-size and the evaluation; not on the number of ranks.
+cache/ in the run folder), as rank 0 would at the start. The order depends on the data, --split, --seed and --seq-length; how
+much of it is built follows from --train-iters, --global-batch-size, the evaluation and the checkpoint the run goes on from.
 """
 _SECONDS = 1.0
 
@@ -62,13 +62,16 @@ def _run(argv: list[str]) -> int:
         raise ConfigError("train_iters is 0: the index is made for the samples of a whole run", "train_iters",
                           "--train-iters N, as the training will have it")
     quiet_imports()
-    from megatron_telechat.data import prepare_index
-    from megatron_telechat.data.sources import split_sources, used_splits
+    from megatron_telechat.data import prepare_index, read_sources, samples_needed
+    from megatron_telechat.training.progress import saved_progress
 
     started = time.monotonic()
-    index = prepare_index(run, paced(lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)))
-    _, summary = split_sources(run, index.opened, used_splits(run, index.opened), index.folder)
+    progress = saved_progress(run)
+    said = paced(lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True))
+    index = prepare_index(run, said, progress)
+    _, summary = read_sources(run, index, progress)
     print("\n".join(summary))
     how = f"built in {time.monotonic() - started:.1f} s" if index.built else "there already"
-    print(f"{index.folder}: {how}, for {run.training.train_iters:,} steps of {run.training.global_batch_size:,} samples")
+    before = f", {progress.consumed_samples:,} of them read by step {progress.steps:,}" if progress.steps else ""
+    print(f"{index.folder}: {how}, for {run.training.train_iters:,} steps: {samples_needed(run, progress)[0]:,} samples{before}")
     return EXIT_OK

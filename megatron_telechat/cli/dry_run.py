@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_telechat.cli.data_files import data_files
+from megatron_telechat.cli.data_files import DataFile, data_files
 from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_table
 from megatron_telechat.cli.text import count_text, flop_text, gib, table
 from megatron_telechat.config import LoadedConfig
@@ -18,6 +18,8 @@ from megatron_telechat.config.plan_file import read_plan
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import DeviceSpec, count_parameters, device_spec, device_spec_names, training_flops_per_token
 from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
+from megatron_telechat.data.blend import data_plan
+from megatron_telechat.errors import DataError
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.picture import layout_picture
 from megatron_telechat.planner.predict import predict
@@ -247,7 +249,8 @@ def _data(run: RunConfig, out: _Report) -> list[str]:
         return ["none named"]
     rows = [["file", "weight", "tokens", "dialogs"] if data.sft else ["dataset", "weight", "tokens", "documents"]]
     total = 0
-    for file in data_files(data):
+    files = data_files(data)
+    for file in files:
         weight = "-" if file.weight is None else f"{file.weight:g}"
         total += file.tokens or 0
         counts = ["-" if number is None else count_text(number) for number in (file.tokens, file.documents)]
@@ -256,9 +259,34 @@ def _data(run: RunConfig, out: _Report) -> list[str]:
     wanted = run.training.train_iters * run.training.global_batch_size * run.training.seq_length
     if total and wanted:
         lines.append(f"{count_text(total)} tokens for {count_text(wanted)} of the run: {wanted / total:.2f} epochs")
+    _require_enough(run, files, out)
     if data.sft:
         lines.append(f"template {data.sft_template}, loss mask {data.sft_loss_mask}; encoded and packed when the run starts")
     return lines
+
+
+def _require_enough(run: RunConfig, files: list[DataFile], out: _Report) -> None:
+    """Prefixes without weights are read once. What the headers say is the most there can be: a split may leave less.
+
+    Raises:
+        DataError: a run that begins would outlast them.
+    """
+    blend, length = data_plan(run.data).blends[0], run.training.seq_length
+    needed = run.training.train_iters * run.training.global_batch_size
+    if blend is None or blend.weights is not None or len(blend.prefixes) == 1 or run.data.sft:
+        return
+    tokens = {file.prefix: file.tokens or 0 for file in files}
+    there = sum(max(0, tokens[prefix] - 1) // length for prefix in blend.prefixes)
+    if there >= needed:
+        return
+    message = (f"the train data ends before the run: {there:,} samples ({there * length:,} tokens) are there at most, "
+               f"{needed:,} samples ({needed * length:,} tokens) are needed")
+    paths = Path(run.checkpoint.load or run.checkpoint.save or Path(run.logging.run_dir or f"runs/{run.model.name}") / "checkpoints")
+    if any(paths.glob("iter_*")):
+        out.warnings.append(f"{message}, unless the steps before the checkpoint took smaller batches")
+        return
+    raise DataError(message, "prefixes without weights are read once",
+                    "give weights (0.7 en 0.3 zh) to read them more than once, add data, or lower --train-iters")
 
 
 def _said_by_person(loaded: LoadedConfig) -> list[str]:

@@ -57,8 +57,9 @@ def _run(argv: list[str]) -> int:
                           "--tokenizer-model PATH")
     quiet_imports()
     from megatron_telechat.data import build_datasets, build_tokenizer
+    from megatron_telechat.training.progress import saved_progress
 
-    dataset = getattr(build_datasets(run, _Alone()), args.of)
+    dataset = getattr(build_datasets(run, _Alone(), saved_progress(run)), args.of)
     if dataset is None:
         raise ConfigError(f"the run has no {args.of} data", "command line", "--eval-interval N and a share in --split")
     if args.sample >= len(dataset):

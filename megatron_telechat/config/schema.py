@@ -246,6 +246,9 @@ class DataConfig:
     """Validation data of its own."""
     data_cache_path: Optional[str] = None
     """Folder of the sample index and of encoded dialogs. Unset: cache/ in the run folder."""
+    data_order: Literal["epochs", "megatron"] = "epochs"
+    """Order of the samples of indexed data: epochs (each epoch of a source on its own, whatever the length of the run) or
+    megatron (Megatron's for the length the run is started with, then epochs). A run keeps the order it began with."""
     mock_data: bool = False
     """Train on a fixed pseudo-random token stream; for benchmarks and smoke tests."""
     tokenizer_type: Optional[

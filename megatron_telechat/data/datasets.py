@@ -9,18 +9,17 @@ from typing import Optional, Protocol
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, data_plan
 from megatron_telechat.data.chat_files import encoding_of, file_digest
+from megatron_telechat.data.order import MEGATRON, Progress, SampleOrder, order_of, samples_needed
+from megatron_telechat.data.pieces import IndexFolder, Say, quiet
 from megatron_telechat.data.rank_zero import WordOfRankZero
-from megatron_telechat.data.samples import MockSamples, TokenDataset
+from megatron_telechat.data.samples import MockSamples, SampleSource, TokenDataset
 from megatron_telechat.data.sources import (
     Opened,
-    Say,
     build_index,
     cache_root,
     index_key,
     open_encoded,
     open_sources,
-    quiet,
-    samples_needed,
     split_sources,
     used_splits,
 )
@@ -29,7 +28,7 @@ from megatron_telechat.errors import ConfigError
 
 __all__ = [
     *("Datasets", "PreparedIndex", "Ranks", "build_datasets", "data_fingerprint", "fingerprint_differences"),
-    *("prepare_index", "samples_needed"),
+    *("prepare_index", "read_sources", "samples_needed"),
 ]
 
 # Options that need to know where documents end.
@@ -49,7 +48,8 @@ class Datasets:
     """The samples of a run; None where a split is not used or holds nothing.
 
     ``valid`` and ``test`` hold exactly the samples of one evaluation: start ``batches`` at 0 each time, so that
-    every evaluation sees the same samples. ``train`` holds the samples of the whole run (train_iters steps).
+    every evaluation sees the same samples. ``train`` holds the samples of the whole run, those read before a resume
+    included.
     """
 
     train: TokenDataset
@@ -57,6 +57,8 @@ class Datasets:
     test: Optional[TokenDataset]
     summary: tuple[str, ...]
     """Lines for the banner: documents, tokens and epochs of each source."""
+    order: SampleOrder
+    """The order the samples are read in, for the checkpoints of the run."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class PreparedIndex:
 
     Attributes:
         folder: where it lies, named after all that decides it.
-        built: whether it was made now; False where it was there.
+        built: whether some of it was made now; False where all was there.
         opened: the datasets of the run by prefix or path.
     """
 
@@ -74,11 +76,12 @@ class PreparedIndex:
     opened: Opened
 
 
-def prepare_index(run: RunConfig, say: Say = quiet) -> PreparedIndex:
-    """Build the index of a run into its cache, if it is not there; by one process alone.
+def prepare_index(run: RunConfig, say: Say = quiet, progress: Progress = Progress()) -> PreparedIndex:
+    """Build what the cache lacks of the index of a run; by one process alone.
 
     Args:
         say: told what is under way.
+        progress: how far the run has read.
 
     Raises:
         ConfigError, DataError, ResourceError: as ``build_datasets``.
@@ -86,15 +89,18 @@ def prepare_index(run: RunConfig, say: Say = quiet) -> PreparedIndex:
     _end_of_document(run)
     opened = open_sources(run, say)
     names = used_splits(run, opened)
-    folder = cache_root(run) / index_key(run, opened, names)
-    return PreparedIndex(folder, build_index(run, opened, names, folder, say), opened)
+    folder = cache_root(run) / index_key(run, opened)
+    return PreparedIndex(folder, build_index(run, opened, names, folder, say, progress), opened)
 
 
-def build_datasets(run: RunConfig, state: Ranks) -> Datasets:
+def build_datasets(run: RunConfig, state: Ranks, progress: Progress = Progress()) -> Datasets:
     """The datasets of a run; called by all ranks.
 
     Rank 0 builds the index into the cache (and encodes files of dialogs), the others wait for it and read it. The order
-    depends on the files, the seed, the sequence length and the number of samples of the run: not on the layout.
+    depends on the files, the blend, the seed and the sequence length: not on the layout, and not on the length of the run.
+
+    Args:
+        progress: how far the run has read, and in which order it began.
 
     Raises:
         ConfigError: the data section contradicts itself or the model.
@@ -102,19 +108,19 @@ def build_datasets(run: RunConfig, state: Ranks) -> Datasets:
         ResourceError: the cache cannot be written, or rank 0 did not finish in time.
     """
     if run.data.mock_data:
-        return _mock_datasets(run)
+        return _mock_datasets(run, progress)
     word = WordOfRankZero(run.data.data_index_timeout_minutes * 60)
     try:
         eod = _end_of_document(run)
         if word.first:
-            index = prepare_index(run, word.progress)
+            index = prepare_index(run, word.progress, progress)
         elif run.data.sft:
             # The encoded text is named after its bytes; one rank reads them, not all.
             folder = cache_root(run) / word.hear()
             index = PreparedIndex(folder, False, open_encoded(run, folder))
         else:
             opened = open_sources(run)
-            index = PreparedIndex(cache_root(run) / index_key(run, opened, used_splits(run, opened)), False, opened)
+            index = PreparedIndex(cache_root(run) / index_key(run, opened), False, opened)
     except BaseException as error:
         if word.first:
             word.say(f"error: {error}")
@@ -123,15 +129,26 @@ def build_datasets(run: RunConfig, state: Ranks) -> Datasets:
         word.say(index.folder.name)
     elif not run.data.sft:
         word.hear(index.folder.name)
-    sources, summary = split_sources(run, index.opened, used_splits(run, index.opened), index.folder)
-    sizes = dict(zip(SPLITS, samples_needed(run)))
+    sources, summary = read_sources(run, index, progress)
+    sizes = dict(zip(SPLITS, samples_needed(run, progress)))
     borders = (getattr(run.data, name) for name in _BORDER_OPTIONS)
     options = (run.model.vocab_size, eod, *borders, run.routers_read_masks)
     datasets = {name: TokenDataset(source, sizes[name], *options) for name, source in sources.items()}
-    return Datasets(datasets["train"], datasets.get("valid"), datasets.get("test"), tuple(summary))
+    return Datasets(datasets["train"], datasets.get("valid"), datasets.get("test"), tuple(summary), order_of(run, progress))
 
 
-def _mock_datasets(run: RunConfig) -> Datasets:
+def read_sources(run: RunConfig, index: PreparedIndex, progress: Progress = Progress()) -> tuple[dict[str, SampleSource], list[str]]:
+    """The sources of the splits out of an index that is built, and the lines of the banner about them."""
+    names = used_splits(run, index.opened)
+    sources, summary = split_sources(run, index.opened, names, IndexFolder(index.folder), progress)
+    order = order_of(run, progress)
+    if order.kind == MEGATRON:
+        numbers = ", ".join(f"{number:,} of {split}" for split, number in order.built_for.items())
+        summary.append(f"order: Megatron's for {numbers} samples; later epochs are each shuffled on their own")
+    return sources, summary
+
+
+def _mock_datasets(run: RunConfig, progress: Progress) -> Datasets:
     wanted = [name for name in _BORDER_OPTIONS if getattr(run.data, name)]
     if wanted:
         raise ConfigError(f"mock_data has no documents: {' and '.join(wanted)} mean nothing with it",
@@ -142,10 +159,10 @@ def _mock_datasets(run: RunConfig) -> Datasets:
             size,
             run.model.vocab_size,
         ) if size else None
-        for number, size in enumerate(samples_needed(run))
+        for number, size in enumerate(samples_needed(run, progress))
     ]
     summary = f"mock data: {len(made[0]):,} training samples of {run.training.seq_length:,} tokens"
-    return Datasets(*made, (summary,))
+    return Datasets(*made, (summary,), order_of(run, progress))
 
 
 def _end_of_document(run: RunConfig) -> Optional[int]:

@@ -11,11 +11,13 @@ import numpy as np
 from megatron_telechat.config.schema import DataConfig
 from megatron_telechat.data.chat_files import ChatDataset
 from megatron_telechat.data.chat_template import ANSWER, learned
+from megatron_telechat.data.pieces import IndexFolder, roomy
 from megatron_telechat.data.samples import Marks, share_of
 from megatron_telechat.errors import DataError
 
 OPEN_ROWS = 32
 """Rows that wait for a dialog that still fits."""
+_LEAST_ROWS = 1 << 8
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,13 @@ def pack(lengths: np.ndarray, row: int, orders: Iterator[np.ndarray], rows_wante
 class ChatSamples:
     """Packed rows of one encoded file, as a source of samples of ``sequence_length`` + 1 tokens.
 
+    ``require`` says how many before any is read.
+
     Args:
         dataset: the encoded file.
         share: (begin, end) of its dialogs that belong to this split.
-        num_samples: rows that are needed, reading the dialogs again as often as it takes; None: one epoch.
         split: train, valid or test.
         data: the data section: convention of the mask, packing, what becomes of long dialogs.
-        cache: folder that the rows are kept in.
-        name: of the files there.
 
     Raises:
         DataError: no dialog of the split can be used.
@@ -124,13 +125,10 @@ class ChatSamples:
         self,
         dataset: ChatDataset,
         share: tuple[float, float],
-        num_samples: Optional[int],
         split: str,
         sequence_length: int,
         seed: int,
         data: DataConfig,
-        cache: Path,
-        name: str,
     ):
         self.dataset = dataset
         self.sequence_length = sequence_length
@@ -144,16 +142,36 @@ class ChatSamples:
                 dataset.source,
                 "give it a larger share with --split, more dialogs, or raise --seq-length",
             )
-        paths = (cache / f"{name}-dialogs.npy", cache / f"{name}-rows.npy")
-        if not all(path.exists() for path in paths):
-            orders = epochs(self.usable.dialogs.size, seed, split)
-            rows = pack(self.usable.lengths, self.row, orders, num_samples, data.sft_packing)
-            np.save(paths[0], np.array([dialog for row in rows for dialog in row], np.int32))
-            np.save(paths[1], np.cumsum([0, *map(len, rows)], dtype=np.int64))
-        self._items, self._rows = (np.load(path, mmap_mode="r") for path in paths)
+        self._split, self._seed, self._packing = split, seed, data.sft_packing
+        self._size = 0
+
+    def require(self, size: Optional[int], index: IndexFolder, name: str) -> None:
+        """Make the first ``size`` rows readable, reading the dialogs again as often as it takes.
+
+        Args:
+            size: None: the rows of one epoch, the last ones included.
+            index: the folder of the index.
+            name: of this source there.
+
+        Raises:
+            FileNotFoundError, ResourceError: see :meth:`IndexFolder.piece`.
+        """
+        # The first rows do not depend on how many are made.
+        wanted = None if size is None else roomy(size, _LEAST_ROWS)
+
+        def build(folder: Path) -> None:
+            index.say(f"packing {self.dataset.source} for {self._split}")
+            orders = epochs(self.usable.dialogs.size, self._seed, self._split)
+            rows = pack(self.usable.lengths, self.row, orders, wanted, self._packing)
+            np.save(folder / "dialogs.npy", np.array([dialog for row in rows for dialog in row], np.int32))
+            np.save(folder / "rows.npy", np.cumsum([0, *map(len, rows)], dtype=np.int64))
+
+        folder = index.piece(f"{name}-{'epoch' if wanted is None else f'rows-{wanted}'}", build)
+        self._items, self._rows = (np.load(folder / f"{file}.npy", mmap_mode="r") for file in ("dialogs", "rows"))
+        self._size = self._rows.shape[0] - 1 if size is None else size
 
     def __len__(self) -> int:
-        return self._rows.shape[0] - 1
+        return self._size
 
     def dialogs(self, sample: int) -> list[int]:
         """Numbers of the dialogs of a row, in order."""

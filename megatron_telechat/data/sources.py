@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
-from typing import Callable, Iterator, Optional, Union
+from typing import Callable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, Blend, data_plan
+from megatron_telechat.data.blending import BlendedSamples, BlendOrder, samples_of_each
 from megatron_telechat.data.chat_files import ChatDataset, encoded
+from megatron_telechat.data.epochs import IndexedSamples
 from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.data.order import Progress, order_of, samples_needed
 from megatron_telechat.data.packing import ChatSamples, usable_dialogs
-from megatron_telechat.data.samples import BlendedSamples, IndexedSamples, SampleSource, samples_of_each, share_of
-from megatron_telechat.errors import ConfigError, DataError, Problem, ResourceError
+from megatron_telechat.data.pieces import IndexFolder, Say, quiet
+from megatron_telechat.data.samples import SampleSource, share_of
+from megatron_telechat.errors import ConfigError, DataError, Problem
 
 # A number that takes part in the name of a cached index: raise it when the same inputs give another order.
-_INDEX_FORMAT = 1
+_INDEX_FORMAT = 2
 _SAMPLED_TOKENS = 1 << 20
 _NOT_SHARED = "give --data-cache-path a folder that all nodes share"
 
 Opened = dict[str, IndexedDataset]
 Source = Union[IndexedSamples, ChatSamples]
-Say = Callable[[str], None]
-
-
-def quiet(text: str) -> None:
-    """A listener to progress that says nothing."""
-
-
-def samples_needed(run: RunConfig) -> tuple[int, int, int]:
-    """Samples of the whole run for train, and of one evaluation for valid and test (0: not used)."""
-    batch = run.training.global_batch_size
-    evaluation = run.evaluation.eval_iters * batch if run.evaluation.eval_interval else 0
-    return max(1, run.training.train_iters) * batch, evaluation, evaluation
 
 
 def cache_root(run: RunConfig) -> Path:
@@ -147,8 +137,8 @@ def _tokens_of(dataset: IndexedDataset, share: tuple[float, float]) -> int:
     return int(dataset.sequence_lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
 
 
-def index_key(run: RunConfig, opened: Opened, names: tuple[str, ...]) -> str:
-    """Names the index by everything that decides it, the files' contents included."""
+def index_key(run: RunConfig, opened: Opened) -> str:
+    """Names the index by everything that decides it, the files' contents included; not by how much of it a run reads."""
     plan = data_plan(run.data)
     parts = {
         "format": _INDEX_FORMAT,
@@ -157,8 +147,6 @@ def index_key(run: RunConfig, opened: Opened, names: tuple[str, ...]) -> str:
         "files": {prefix: _content_of(dataset) for prefix, dataset in opened.items()},
         "seed": run.training.seed,
         "sequence_length": run.training.seq_length,
-        "samples": dict(zip(SPLITS, samples_needed(run))),
-        "splits": names,
     }
     if run.data.sft:
         parts["sft"] = (run.data.sft_packing, run.data.sft_overlong)
@@ -170,54 +158,57 @@ def _content_of(dataset: IndexedDataset):
     return dataset.bin_path.parent.name if isinstance(dataset, ChatDataset) else dataset.fingerprint()
 
 
-def build_index(run: RunConfig, opened: Opened, names: tuple[str, ...], final: Path, say: Say = quiet) -> bool:
-    """Build the index in a folder beside ``final`` and rename it: a folder under that name is whole.
+def build_index(
+    run: RunConfig, opened: Opened, names: tuple[str, ...], final: Path, say: Say = quiet, progress: Progress = Progress()
+) -> bool:
+    """Build the pieces of the index that a run needs and the folder lacks. A piece that is there is whole.
 
     Returns:
-        Whether it was built; False where it was there.
+        Whether anything was built.
 
     Raises:
         DataError: an entry of an ``.idx`` is damaged, or the data does not last for the run.
         ResourceError: the cache cannot be written.
     """
-    if final.is_dir():
-        return False
-    for number, (prefix, dataset) in enumerate(opened.items(), 1):
-        say(f"checking {prefix} ({number} of {len(opened)})")
-        dataset.verify()
-    partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        if run.data.sft:
-            folders = {prefix: dataset.bin_path.parent.name for prefix, dataset in opened.items()}
-            (partial / "sources.json").write_text(json.dumps(folders), encoding="utf-8")
-        split_sources(run, opened, names, partial, say)
-        os.rename(partial, final)
-    except OSError as error:
-        if final.is_dir():
-            return False  # another run with the same data was faster
-        raise ResourceError(f"cannot write the sample index: {error}", str(final.parent),
-                            "give --data-cache-path a folder with space that all nodes share") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return True
+    index = _CheckedIndex(final, opened, say)
+    if run.data.sft:
+        index.text("sources.json", json.dumps({prefix: dataset.bin_path.parent.name for prefix, dataset in opened.items()}))
+    split_sources(run, opened, names, index, progress)
+    return bool(index.built)
+
+
+class _CheckedIndex(IndexFolder):
+    """The index as rank 0 builds it: each dataset is checked before the first piece is built."""
+
+    def __init__(self, path: Path, opened: Opened, say: Say):
+        super().__init__(path, True, say)
+        self._unchecked = opened
+
+    def piece(self, name: str, build: Callable[[Path], None]) -> Path:
+        if self._unchecked and not (self.path / name).is_dir():
+            for number, (prefix, dataset) in enumerate(self._unchecked.items(), 1):
+                self.say(f"checking {prefix} ({number} of {len(self._unchecked)})")
+                dataset.verify()
+            self._unchecked = {}
+        return super().piece(name, build)
 
 
 def split_sources(
-    run: RunConfig, opened: Opened, names: tuple[str, ...], cache: Path, say: Say = quiet
+    run: RunConfig, opened: Opened, names: tuple[str, ...], index: IndexFolder, progress: Progress = Progress()
 ) -> tuple[dict[str, SampleSource], list[str]]:
-    """The sources of the splits, and a line for the banner about each part; index files that ``cache`` lacks are made.
+    """The sources of the splits, and a line for the banner about each part.
 
     Raises:
         DataError: the index is not there (on a rank that only reads), or the data does not last for the run.
     """
     plan = data_plan(run.data)
     sources, summary = {}, []
-    for name, blend, share, needed in zip(SPLITS, plan.blends, plan.shares, samples_needed(run)):
+    for name, blend, share, needed in zip(SPLITS, plan.blends, plan.shares, samples_needed(run, progress)):
         if name not in names:
             continue
+        megatron_for = order_of(run, progress).built_for.get(name)
         try:
-            sources[name], lines = _split_source(run, opened, name, blend, share, needed, cache, say)
+            sources[name], lines = _split_source(run, opened, name, blend, share, needed, megatron_for, index)
         except FileNotFoundError as error:
             raise _not_shared(error) from error
         summary.extend(lines)
@@ -231,37 +222,43 @@ def _split_source(
     blend: Blend,
     share: tuple[float, float],
     needed: int,
-    cache: Path,
-    say: Say,
+    megatron_for: Optional[int],
+    index: IndexFolder,
 ) -> tuple[SampleSource, list[str]]:
-    weights = blend.weights
+    count, weights = len(blend.prefixes), blend.weights
     if weights is not None and blend.per_token:
         weights = tuple(w * _size_of(run, opened[p], share) for w, p in zip(weights, blend.prefixes))
-    single = len(blend.prefixes) == 1
-    if weights is None:
-        sizes = [needed if single else None] * len(blend.prefixes)
+    once = weights is None and count > 1
+    ours: list[Optional[int]] = [megatron_for] * count
+    if megatron_for is not None and weights is not None:
+        ours = list(samples_of_each(weights, megatron_for))
+    parts = [_part(run, opened[p], share, once, name, built_for) for p, built_for in zip(blend.prefixes, ours)]
+
+    def require(sizes: Sequence[Optional[int]]) -> None:
+        for number, (part, size) in enumerate(zip(parts, sizes)):
+            part.require(size, index, f"{name}-{number}")
+
+    if once:
+        require([None] * count)
+        there = _enough(run, name, parts, needed)
+        order = BlendOrder([float(len(part)) for part in parts], needed, index, f"{name}-blend", there)
+    elif weights is not None:
+        order = BlendOrder(weights, needed, index, f"{name}-blend")
+        require(order.drawn())
     else:
-        sizes = samples_of_each(weights, needed)
-    parts: list[Source] = []
-    for number, (prefix, size) in enumerate(zip(blend.prefixes, sizes)):
-        say(f"indexing {prefix} for {name} ({number + 1} of {len(sizes)})")
-        parts.append(_part(run, opened[prefix], share, size, name, cache, number))
-    if single and weights is None:
+        require([needed])
         return parts[0], [_source_line(name, parts[0], needed)]
-    if weights is None:
-        weights = tuple(float(len(part)) for part in parts)
-        _check_enough(run, name, parts, needed)
-    source = BlendedSamples(parts, weights, needed, cache, name)
+    source = BlendedSamples(parts, order)
     return source, [_source_line(name, part, drawn) for part, drawn in zip(parts, source.drawn())]
 
 
 def _part(
-    run: RunConfig, dataset: IndexedDataset, share: tuple[float, float], size: Optional[int], name: str, cache: Path, number: int
+    run: RunConfig, dataset: IndexedDataset, share: tuple[float, float], once: bool, name: str, megatron_for: Optional[int]
 ) -> Source:
     length, seed = run.training.seq_length, run.training.seed
     if isinstance(dataset, ChatDataset):
-        return ChatSamples(dataset, share, size, name, length, seed, run.data, cache, f"{name}-{number}")
-    return IndexedSamples(dataset, share, size, name, length, seed, cache)
+        return ChatSamples(dataset, share, name, length, seed, run.data)
+    return IndexedSamples(dataset, share, once, name, length, seed, megatron_for)
 
 
 def _size_of(run: RunConfig, dataset: IndexedDataset, share: tuple[float, float]) -> int:
@@ -272,11 +269,11 @@ def _size_of(run: RunConfig, dataset: IndexedDataset, share: tuple[float, float]
     return int(usable.lengths.sum(dtype=np.int64)) if run.data.sft_packing else usable.dialogs.size
 
 
-def _check_enough(run: RunConfig, name: str, parts: list[Source], needed: int) -> None:
-    """Prefixes without weights are read once (Megatron's rule): the run must not outlast them."""
+def _enough(run: RunConfig, name: str, parts: list[Source], needed: int) -> int:
+    """Samples of prefixes without weights, which are read once (Megatron's rule): the run must not outlast them."""
     there = sum(len(part) for part in parts)
     if there >= needed:
-        return
+        return there
     length = run.training.seq_length
     raise DataError(
         f"the {name} data ends before the run: {there:,} samples ({there * length:,} tokens) are there, "

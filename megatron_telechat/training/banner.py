@@ -118,6 +118,7 @@ def resume_differences(run: RunConfig, saved: Optional[RunConfig]) -> list[str]:
         now, then = getattr(run, section), getattr(saved, section)
         for field in fields(now):
             a, b = getattr(then, field.name), getattr(now, field.name)
-            if a != b:
+            # A run keeps the order of its samples, whatever the flag says now; the lines about the data say which it is.
+            if a != b and field.name != "data_order":
                 lines.append(f"{section}.{field.name}: {a} -> {b}")
     return lines

@@ -11,7 +11,7 @@ from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint import LoadedInfo, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
-from megatron_telechat.data import batches, build_datasets, data_fingerprint, fingerprint_differences
+from megatron_telechat.data import Datasets, Progress, batches, build_datasets, data_fingerprint, fingerprint_differences
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, DataError
 from megatron_telechat.model import build_model, parameter_shards, verify_tiling
 from megatron_telechat.parallel.agreement import from_rank_0, together
@@ -25,10 +25,11 @@ from megatron_telechat.training.numerics import require_finite_weights
 from megatron_telechat.training.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from megatron_telechat.training.param_gather import gathered_parameters
 from megatron_telechat.training.paths import RunPaths
-from megatron_telechat.training.progress import Progress
+from megatron_telechat.training.progress import progress_at
 from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, TrainStep, chunk_iterators, close_iterators, evaluate
+from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.trace import ExchangeTrace
 from megatron_telechat.training.writers import MetricsWriter
 
@@ -59,15 +60,16 @@ class Trainer:
         self.optimizer = build_optimizer(self.chunks, run, self.state)
         self.train_step = TrainStep(self.chunks, self.optimizer, self.shards, run, self.state, self.backend)
 
-        self.datasets = build_datasets(run, self.state)
         with together(self.state):
             self.fingerprint = data_fingerprint(run) if self.state.rank == 0 else None
         self.step = 0
         self.consumed_samples = 0
-        self.progress = Progress()
+        self.steps_taken = StepsTaken()
         self.resumed: Optional[LoadedInfo] = None
         self.chunk_setting: Optional[ChunkSetting] = None
+        self.datasets: Optional[Datasets] = None
         self.resumed = self._resume()
+        self.datasets = build_datasets(run, self.state, self._progress())
 
         self.requests = StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
         with together(self.state):
@@ -96,7 +98,7 @@ class Trainer:
             if self.step % self.run.logging.log_interval == 0 or self._is_last():
                 self._report(result, lr)
             if self._is_last():
-                self.progress.require_some_taken(self.step)
+                self.steps_taken.require_some_taken(self.step)
             if self._due(self.run.evaluation.eval_interval):
                 self._evaluate()
             leave = result.stop or self._due(self.run.training.exit_interval)
@@ -106,7 +108,7 @@ class Trainer:
                 self._compare(self.forecast.line())
                 return self._leave(result)
         self._compare(self.forecast.line())
-        not_taken = self.step - self.progress.taken
+        not_taken = self.step - self.steps_taken.taken
         steps = f"{self.step} steps" + (f", {not_taken} of them not taken" if not_taken else "")
         self.console.say(f"done: {steps}, checkpoints in {self.paths.save_dir}")
         return EXIT_OK
@@ -125,13 +127,13 @@ class Trainer:
 
         A step that is not taken moves these counters too, but not the learning rate.
         """
-        lr = set_learning_rate(self.optimizer, self.run, self.progress.taken)
+        lr = set_learning_rate(self.optimizer, self.run, self.steps_taken.taken)
         with self.trace.step(self.step + 1), self.routing.step(self.step + 1):
             result = self.train_step(iterators, self.step, self.requests.poll())
         self.step += 1
         self.consumed_samples += self.run.training.global_batch_size
         self.meter.add(result)
-        self.progress.add(result, self.step, self.run.optimizer.max_skipped_steps)
+        self.steps_taken.add(result, self.step, self.run.optimizer.max_skipped_steps)
         if self.run.training.empty_unused_memory_level:
             self.backend.empty_cache()
         return result, lr
@@ -206,7 +208,11 @@ class Trainer:
             backend=self.backend,
             data_fingerprint=self.fingerprint,
             resumed_from=self.resumed.path if self.resumed else None,
-            extra={**(self.chunk_setting.extra if self.chunk_setting else {}), **self.progress.extra},
+            extra={
+                **(self.chunk_setting.extra if self.chunk_setting else {}),
+                **self.steps_taken.extra,
+                **(self.datasets.order.saved() if self.datasets else {}),
+            },
         )
 
     def _resume(self) -> Optional[LoadedInfo]:
@@ -224,7 +230,7 @@ class Trainer:
             with together(self.state):
                 self._require_same_data(info)
             self.step, self.consumed_samples = info.step, info.consumed_samples
-            self.progress, note = Progress.of(info)
+            self.steps_taken, note = StepsTaken.of(info)
             return info if note is None else replace(info, message=f"{info.message}\n{note}")
         # --load and --save naming one folder is Megatron's way to say "go on if there is something".
         if self.paths.load_dir != self.paths.save_dir or settings.load_step is not None:
@@ -237,6 +243,14 @@ class Trainer:
             source = Path(settings.pretrained_checkpoint)
             return load_checkpoint(source, self._train_state(), self.run, self.state, weights_only=True)
         return None
+
+    def _progress(self) -> Progress:
+        """How far the run has read: the samples it needs, and their order, follow from that."""
+        info = self.resumed
+        with together(self.state):
+            if info is None:
+                return Progress()
+            return progress_at(self.run, self.step, self.consumed_samples, info.extra, info.config, str(info.path))
 
     def _require_same_data(self, info: LoadedInfo) -> None:
         """Other data under the same sample numbers would train on samples twice, or never, without a word."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.errors import DataError
 from megatron_telechat.model.attention import Segments
 from megatron_telechat.moe.counted import CountedTokens, real_tokens
 from megatron_telechat.parallel.state import ParallelState
@@ -84,7 +85,10 @@ def forward_step(
     """
     if data_iterator is None:
         return model(None, None, None), None
-    host = next(data_iterator)
+    host = next(data_iterator, None)
+    if host is None:
+        raise DataError("the samples end before the run", "training data",
+                        "this is a bug, please report it; the last checkpoint is whole, and the same command goes on from it")
     lengths = host.get("segment_lengths")
     segments = None if lengths is None else Segments.of(lengths, host["tokens"].shape[0])
     counted = None if learned_share is None else CountedTokens.of(host["tokens"], host.get("padding"), learned_share)

@@ -145,6 +145,18 @@ def test_headers_of_the_data_are_read(tmp_path):
         dry("--data-json", str(data_json))
 
 
+def test_data_that_is_read_once_and_ends_before_the_run_is_refused(tmp_path):
+    for name in ("en", "zh"):
+        write_dataset(tmp_path / name, tokens=24_000)
+    once = ["--data-path", str(tmp_path / "en"), str(tmp_path / "zh"), "--global-batch-size", "8", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(DataError, match="the train data ends before the run.*are there at most"):
+        dry(*once, "--train-iters", "100000")
+    assert "ends before the run" not in dry(*once, "--train-iters", "1", "--lr-warmup-iters", "0", "--seq-length", "512")
+    # Where a run goes on, its first steps may have taken less.
+    (tmp_path / "run" / "checkpoints" / "iter_0000001").mkdir(parents=True)
+    assert "! the train data ends before the run" in dry(*once, "--train-iters", "100000")
+
+
 @pytest.mark.parametrize("harm", ["magic", "short", "odd", "version"])
 def test_damaged_data_is_refused(tmp_path, harm):
     write_dataset(tmp_path / "en", magic=b"NOTADATA\x00" if harm == "magic" else b"MMIDIDX\x00\x00")

@@ -513,6 +513,7 @@ BAD = [
     case("finetune from its own folder", "--finetune --load a --save ./a", "none is named"),
     case("chat template", "--chat-template x", "use --sft-template"),
     case("fine-tuning on mock data", "--sft", "sft and mock_data contradict each other"),
+    case("Megatron's order of mock data", "--data-order megatron", "data_order=megatron is for indexed text", "drop --data-order"),
     case("fine-tuning settings alone", "--sft-loss-mask answer", "sft_loss_mask is given without sft", "fix: --sft"),
     case(
         "fine-tuning without a tokenizer",

@@ -1,4 +1,4 @@
-"""Megatron's sample order in plain Python, one list at a time: what the property tests compare with."""
+"""The orders of samples in plain Python, one list at a time: what the property tests compare with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,50 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from megatron_telechat.data import epochs
+
+
+def epochs_joined(tokens: int, length: int) -> int:
+    """Epochs that are laid end to end before the rest of a sample is dropped."""
+    most = min(epochs.STRETCH_EPOCHS, math.ceil(epochs.STRETCH_SAMPLES * length / tokens))
+    return max(math.ceil((length + 1) / tokens), most)
+
+
+def endless(
+    documents: Sequence[list[int]], numbers: Sequence[int], count: int, length: int, seed: int, megatron_for: Optional[int] = None
+) -> list[tuple[int, list[int]]]:
+    """The first samples of one dataset, each with the epoch it belongs to: each epoch is shuffled on its own.
+
+    Args:
+        documents: all documents of the dataset.
+        numbers: those of the split.
+        count: samples that are wanted; a few more may come.
+        megatron_for: samples of Megatron's order that the run began with; its epochs count as one, the 0th.
+    """
+    tokens = sum(len(documents[number]) for number in numbers)
+    out: list[tuple[int, list[int]]] = []
+    epoch = 0
+    if megatron_for and megatron_for * length + 1 > tokens:
+        out = [(0, sample) for sample in flat_samples(documents, numbers, megatron_for, length, seed)]
+        epoch = math.ceil((megatron_for * length + 1) / tokens)
+    rest: list[int] = []
+    joined = 0
+    while len(out) < count:
+        random = np.random.RandomState([seed, epoch] if epoch else seed)
+        order = list(numbers)
+        random.shuffle(order)
+        stream = rest + [token for number in order for token in documents[number]]
+        places = list(range((len(stream) - 1) // length))
+        random.shuffle(places)
+        out += [(epoch, stream[at * length : at * length + length + 1]) for at in places]
+        joined += 1
+        rest = [] if joined % epochs_joined(tokens, length) == 0 else stream[len(places) * length :]
+        epoch += 1
+    return out
+
 
 def flat_samples(documents: Sequence[list[int]], numbers: Sequence[int], wanted: Optional[int], length: int, seed: int) -> list[list[int]]:
-    """All samples of one dataset: documents shuffled, laid end to end, cut, shuffled again; the last epoch apart if it is short.
+    """Megatron's order of one dataset: documents shuffled, laid end to end, cut, shuffled again; the last epoch apart if it is short.
 
     Args:
         documents: all documents of the dataset.
@@ -18,21 +59,21 @@ def flat_samples(documents: Sequence[list[int]], numbers: Sequence[int], wanted:
     """
     random = np.random.RandomState(seed)
     tokens = sum(len(documents[number]) for number in numbers)
-    epochs = 1
-    while wanted is not None and epochs * tokens < wanted * length + 1:
-        epochs += 1
-    before_last = ((epochs - 1) * tokens - 1) // length
+    needed = 1
+    while wanted is not None and needed * tokens < wanted * length + 1:
+        needed += 1
+    before_last = ((needed - 1) * tokens - 1) // length
     of_one = (tokens - 1) // length
-    apart = epochs > 1 and wanted - before_last < int(0.80 * of_one)
+    apart = needed > 1 and wanted - before_last < int(0.80 * of_one)
 
-    order = np.array(list(numbers) * (epochs - 1 if apart else epochs), np.int32)
+    order = np.array(list(numbers) * (needed - 1 if apart else needed), np.int32)
     random.shuffle(order)
     if apart:
         last = np.array(list(numbers), np.int32)
         random.shuffle(last)
         order = [*order, *last]
     stream = [token for number in order for token in documents[number]]
-    count = (epochs * tokens - 1) // length
+    count = (needed * tokens - 1) // length
     samples = [stream[at * length : at * length + length + 1] for at in range(count)]
 
     first = np.arange(before_last if apart else count, dtype=np.uint32)
@@ -57,5 +98,5 @@ def blended(weights: Sequence[float], size: int) -> list[tuple[int, int]]:
 
 
 def surplus(weights: Sequence[float], size: int) -> list[int]:
-    """Samples that are prepared of each source of a blend."""
+    """Samples that Megatron prepares of each source of a blend."""
     return [math.ceil(math.ceil(size * (weight / sum(weights))) * 1.005) for weight in weights]

@@ -13,9 +13,10 @@ import pytest
 from megatron_telechat.data import batches, build_datasets
 from megatron_telechat.data.indexed import IndexedWriter
 from tests.data.material import VOCAB, Rank, make_run, with_training
-from tests.data.slow_samples import blended, flat_samples, surplus
+from tests.data.slow_samples import blended, endless, flat_samples, surplus
 
 SEEDS = range(12)
+ORDERS = ("epochs", "megatron")
 
 
 def write_documents(prefix, rng: random.Random) -> list[list[int]]:
@@ -29,7 +30,7 @@ def write_documents(prefix, rng: random.Random) -> list[list[int]]:
     return documents
 
 
-def scene(tmp_path, seed: int):
+def scene(tmp_path, seed: int, kind_of_order: str):
     """A random run, its datasets as lists, and the train samples that the reference gives."""
     rng = random.Random(seed)
     sources = [(str(tmp_path / f"d{n}"), write_documents(tmp_path / f"d{n}", rng)) for n in range(rng.randint(1, 5))]
@@ -40,7 +41,7 @@ def scene(tmp_path, seed: int):
     numbers = [range(0, int(round(share * len(documents)))) for _, documents in sources]
     tokens = [sum(len(documents[n]) for n in chosen) for (_, documents), chosen in zip(sources, numbers)]
     kind = rng.choice(["weights", "copies", "none"])
-    options: dict = {"split": split}
+    options: dict = {"split": split, "data_order": kind_of_order}
     if kind == "copies":
         (tmp_path / "data.json").write_text(json.dumps({prefix: weight for (prefix, _), weight in zip(sources, weights)}))
         options["data_json"] = str(tmp_path / "data.json")
@@ -50,6 +51,7 @@ def scene(tmp_path, seed: int):
     else:
         options["data_path"] = tuple(prefix for prefix, _ in sources)
     size = steps * batch
+    once = kind == "none" and len(sources) > 1
     if kind == "none":
         there = [len(flat_samples(d, c, None, length, seed)) for (_, d), c in zip(sources, numbers)]
         if len(sources) > 1:
@@ -60,14 +62,19 @@ def scene(tmp_path, seed: int):
     else:
         wanted = surplus(weights, size)
     run = make_run(tmp_path, seq_length=length, gbs=batch, mbs=8, iters=steps, seed=seed, **options)
-    parts = [flat_samples(d, c, w, length, seed) for (_, d), c, w in zip(sources, numbers, wanted)]
     order = blended(weights, size)
+    if kind_of_order == "megatron" or once:
+        parts = [flat_samples(d, c, w, length, seed) for (_, d), c, w in zip(sources, numbers, wanted)]
+    else:
+        drawn = [sum(source == number for source, _ in order) for number in range(len(sources))]
+        parts = [[s for _, s in endless(d, c, n, length, seed)] for (_, d), c, n in zip(sources, numbers, drawn)]
     return run, order, [parts[source][sample] for source, sample in order], tokens
 
 
+@pytest.mark.parametrize("kind", ORDERS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_sample_is_that_of_the_plain_reference(tmp_path, seed):
-    run, order, expected, tokens = scene(tmp_path, seed)
+def test_every_sample_is_that_of_the_plain_reference(tmp_path, seed, kind):
+    run, order, expected, tokens = scene(tmp_path, seed, kind)
     made = build_datasets(run, Rank())
     found = [[*made.train[i]["tokens"].tolist(), int(made.train[i]["labels"][-1])] for i in range(len(made.train))]
     assert found == expected
@@ -78,7 +85,7 @@ def test_every_sample_is_that_of_the_plain_reference(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_same_samples_at_every_data_parallel_size_from_any_step(tmp_path, seed):
-    run, _, expected, _ = scene(tmp_path, seed)
+    run, _, expected, _ = scene(tmp_path, seed, ORDERS[seed % 2])
     inputs = [sample[:-1] for sample in expected]
     train = build_datasets(run, Rank()).train
     rng = random.Random(seed)
@@ -92,7 +99,7 @@ def test_the_same_samples_at_every_data_parallel_size_from_any_step(tmp_path, se
 
 @pytest.mark.parametrize("seed", range(40))
 def test_shares_of_a_blend_are_never_more_than_one_sample_off(seed):
-    from megatron_telechat.data.samples import _blend_order, samples_of_each
+    from megatron_telechat.data.blending import _blend_order, samples_of_each
 
     rng = random.Random(seed)
     weights = [rng.uniform(1e-3, 1) ** rng.randint(1, 4) for _ in range(rng.randint(1, 9))]

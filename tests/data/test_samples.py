@@ -13,8 +13,9 @@ import torch
 
 from megatron_telechat.config.schema import ModelConfig
 from megatron_telechat.data import build_datasets, data_fingerprint, fingerprint_differences
+from megatron_telechat.data.blending import _blend_order, samples_of_each
 from megatron_telechat.data.indexed import IndexedDataset
-from megatron_telechat.data.samples import TokenDataset, samples_of_each
+from megatron_telechat.data.samples import TokenDataset
 from megatron_telechat.errors import ConfigError, DataError, ResourceError
 from tests.data.material import VOCAB, Rank, huggingface_tokenizer, make_run, with_training, write_dataset
 
@@ -24,7 +25,7 @@ def megatrons(run, prefixes, weights, sizes):
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    from megatron_telechat.data.samples import _IndexTokenizer
+    from megatron_telechat.data.epochs import _IndexTokenizer
 
     config = GPTDatasetConfig(
         random_seed=run.training.seed,
@@ -49,7 +50,7 @@ def two(tmp_path):
 @pytest.mark.parametrize("seed", [1234, 7])
 def test_order_of_a_blend_is_megatrons(tmp_path, two, weights, seed):
     path = two if weights is None else tuple(str(x) for pair in zip(weights, two) for x in pair)
-    run = make_run(tmp_path, data_path=path, eval_interval=10, split="90,10", seed=seed)
+    run = make_run(tmp_path, data_path=path, eval_interval=10, split="90,10", seed=seed, data_order="megatron")
     ours = build_datasets(run, Rank())
     theirs = megatrons(run, two, weights, [320, 16, 0] if weights else [320, 16, None])
     for mine, other in ((ours.train, theirs[0]), (ours.valid, theirs[1])):
@@ -59,7 +60,7 @@ def test_order_of_a_blend_is_megatrons(tmp_path, two, weights, seed):
 
 
 def test_order_of_one_dataset_over_several_epochs_is_megatrons(tmp_path, two):
-    run = make_run(tmp_path, data_path=two[1:], iters=60, split="90,10")
+    run = make_run(tmp_path, data_path=two[1:], iters=60, split="90,10", data_order="megatron")
     ours = build_datasets(run, Rank())
     theirs = megatrons(run, two[1:], None, [480, 16, 0])[0]
     assert len(ours.train) == 480 <= len(theirs)
@@ -70,7 +71,7 @@ def test_order_where_the_surplus_of_a_blend_begins_another_epoch_is_megatrons(tm
     twins = write_dataset(tmp_path / "a", 200, 1), write_dataset(tmp_path / "b", 200, 1)
     an_epoch = (IndexedDataset(twins[0]).num_tokens - 1) // 32
     path = ("1", twins[0], "1", twins[1])
-    run = make_run(tmp_path, data_path=path, split="1", gbs=2, mbs=1, iters=an_epoch)
+    run = make_run(tmp_path, data_path=path, split="1", gbs=2, mbs=1, iters=an_epoch, data_order="megatron")
     ours, theirs = build_datasets(run, Rank()).train, megatrons(run, twins, [1.0, 1.0], [2 * an_epoch, 0, 0])[0]
     assert len(ours) == 2 * an_epoch
     assert all(torch.equal(ours[i]["tokens"], theirs[i]["tokens"]) for i in range(len(ours)))
@@ -116,8 +117,6 @@ def test_data_json_counts_copies(tmp_path, two):
 
 @pytest.mark.parametrize("size", [1, 7, 100, 999])
 def test_a_blend_never_asks_for_more_than_was_built(tmp_path, size):
-    from megatron_telechat.data.samples import _blend_order
-
     rng = np.random.default_rng(size)
     for _ in range(40):
         weights = rng.random(rng.integers(1, 12)) + 1e-3
@@ -229,29 +228,39 @@ def test_mock_data_is_fixed_and_can_be_learned(tmp_path):
 def test_the_index_is_built_once_and_again_when_the_files_change(tmp_path, two):
     run = make_run(tmp_path, data_path=two[:1])
     before = build_datasets(run, Rank()).train[0]["tokens"]
-    cache = sorted((tmp_path / "cache").iterdir())
-    files = {path: path.stat().st_mtime_ns for path in cache[0].iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     build_datasets(run, Rank())
-    assert {path: path.stat().st_mtime_ns for path in cache[0].iterdir()} == files
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == files
     write_dataset(tmp_path / "en", 200, 9)
     after = build_datasets(run, Rank()).train[0]["tokens"]
     assert not torch.equal(before, after) and len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_an_interrupted_build_leaves_nothing_that_is_believed(tmp_path, two, monkeypatch):
-    from megatron_telechat.data import sources
+    from megatron_telechat.data import pieces
 
-    run = make_run(tmp_path, data_path=two[:1])
+    run = make_run(tmp_path, data_path=("1", two[0], "2", two[1]), eval_interval=5)
+    done = []
 
-    def interrupted(*args):
-        raise KeyboardInterrupt
+    def interrupted(source, target):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(target.name)
+        rename(source, target)
 
+    rename = pieces.os.rename
     with monkeypatch.context() as patch:
-        patch.setattr(sources.os, "rename", interrupted)
+        patch.setattr(pieces.os, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_datasets(run, Rank())
-    assert list((tmp_path / "cache").iterdir()) == []
-    build_datasets(run, Rank())
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(done)
+    # What a killed build leaves is not taken for a piece.
+    (folder / "train-1-epochs-0-99.partial-1-abc").mkdir()
+    found = build_datasets(run, Rank()).train
+    shutil.rmtree(tmp_path / "cache")
+    again = build_datasets(run, Rank()).train
+    assert all(torch.equal(found[i]["tokens"], again[i]["tokens"]) for i in range(len(found)))
 
 
 def test_a_cache_that_cannot_be_written_is_a_resource_error(tmp_path, two):

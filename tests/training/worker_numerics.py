@@ -125,7 +125,7 @@ def fp16_overflow_of_one_expert():
             same = [torch.equal(old, shard.parameter) for old, shard in zip(before, trainer.shards)]
             steps.append({"skipped": result.skipped, "lr": lr, "all_unchanged": all(same), "scalers": scaler_states(trainer),
                           "scale_of_the_step": result.loss_scale, "grad_norm": result.grad_norm})  # fmt: skip
-        return {"steps": steps, "taken": trainer.progress.taken, "consumed": trainer.consumed_samples}
+        return {"steps": steps, "taken": trainer.steps_taken.taken, "consumed": trainer.consumed_samples}
     finally:
         trainer.release()
 

@@ -153,6 +153,15 @@ def borders_are_known(check: Check) -> Iterator[Problem]:
             yield check.problem(f"{name} has no documents to act on in mock_data", name, "mock_data", fix="drop one of them")
 
 
+def order_has_documents(check: Check) -> Iterator[Problem]:
+    """Megatron's order is one of documents; dialogs and mock data have one order only."""
+    order, mock, sft = check.take("data_order", "mock_data", "sft")
+    other = "sft" if sft else "mock_data"
+    if order == "megatron" and (sft or mock):
+        yield check.problem(f"data_order=megatron is for indexed text, and means nothing with {other}", "data_order", other,
+                            fix="drop --data-order")
+
+
 def data_json_can_be_read(check: Check) -> Iterator[Problem]:
     path, dialogs = check.take("data_json", "sft")
     if path is None:
@@ -284,5 +293,6 @@ RULES: tuple[Rule, ...] = (
     tokenizer_is_there,
     end_of_document_is_known,
     borders_are_known,
+    order_has_documents,
     fine_tuning_is_whole,
 )

@@ -10,7 +10,7 @@ import pytest
 from megatron_telechat.checkpoint import LoadedInfo
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import NumericsError
-from megatron_telechat.training.progress import Progress
+from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.step import StepResult
 from tests.harness import launch
 from tests.training.runs import DENSE
@@ -27,17 +27,17 @@ def loaded(precision="fp16", step=100, extra=None, adam_step=97, **checkpoint) -
 
 
 def test_counts_taken_steps_and_those_skipped_since():
-    progress = Progress()
+    taken_so_far = StepsTaken()
     for step, result in enumerate([TAKEN, SKIPPED, SKIPPED, TAKEN, SKIPPED], 1):
-        progress.add(result, step, limit=3)
-    assert (progress.taken, progress.skipped_in_a_row) == (2, 1)
+        taken_so_far.add(result, step, limit=3)
+    assert (taken_so_far.taken, taken_so_far.skipped_in_a_row) == (2, 1)
 
 
 def test_the_limit_ends_the_run_also_over_a_resume():
-    first = Progress()
+    first = StepsTaken()
     first.add(SKIPPED, 1, limit=3)
     first.add(SKIPPED, 2, limit=3)
-    resumed, note = Progress.of(loaded(extra=first.extra))
+    resumed, note = StepsTaken.of(loaded(extra=first.extra))
     assert resumed == first and note is None
     with pytest.raises(NumericsError, match="step 3: 3 steps in a row were not taken.*fp16 overflow") as caught:
         resumed.add(SKIPPED, 3, limit=3)
@@ -45,10 +45,10 @@ def test_the_limit_ends_the_run_also_over_a_resume():
 
 
 def test_without_a_limit_nothing_ends():
-    progress = Progress()
+    taken_so_far = StepsTaken()
     for step in range(200):
-        progress.add(SKIPPED, step, limit=0)
-    assert progress.skipped_in_a_row == 200
+        taken_so_far.add(SKIPPED, step, limit=0)
+    assert taken_so_far.skipped_in_a_row == 200
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,15 @@ def test_without_a_limit_nothing_ends():
     ids=["fp16", "fp16_none_skipped", "fp16_no_optimizer", "fp16_adam_began_anew", "bf16"],
 )
 def test_checkpoints_of_releases_that_did_not_count(info, taken, said):
-    progress, note = Progress.of(info)
-    assert progress == Progress(taken) and (note is not None) == said
+    taken_so_far, note = StepsTaken.of(info)
+    assert taken_so_far == StepsTaken(taken) and (note is not None) == said
     assert not said or "97 of its 100 steps were taken" in note
 
 
 def test_a_run_without_a_single_taken_step_is_no_run():
-    Progress(taken=1, skipped_in_a_row=19).require_some_taken(20)
+    StepsTaken(taken=1, skipped_in_a_row=19).require_some_taken(20)
     with pytest.raises(NumericsError, match="none of the 20 steps was taken") as caught:
-        Progress(skipped_in_a_row=20).require_some_taken(20)
+        StepsTaken(skipped_in_a_row=20).require_some_taken(20)
     assert caught.value.exit_code == 5
 
 
