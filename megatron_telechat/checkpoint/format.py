@@ -166,7 +166,7 @@ class CheckpointWriter:
                 step=self._attempt.step, consumed_samples=0, config=self._config, topology={"world_size": 1},
                 versions=versions(), files={**part.files, **self.files}, tensors=part.tensors, extra=self.extra,
             )
-            self.path = protocol.commit(self._attempt, manifest)
+            self.path = protocol.commit(self._attempt, manifest, keep_replaced=False)
         except BaseException:
             protocol.abandon(self._attempt)
             raise

@@ -11,6 +11,7 @@ import torch
 from megatron_telechat.checkpoint import rng as rng_tree
 from megatron_telechat.checkpoint.find import find_checkpoint, require_fit, saved_config, weight_key
 from megatron_telechat.checkpoint.format import CheckpointReader
+from megatron_telechat.checkpoint.meaning import require_meaning
 from megatron_telechat.checkpoint.optimizer_state import (
     MASTER, MOMENTS, global_boxes, grad_scalers, load_scaler_state, optimizer_slices, set_adam_step,
 )
@@ -37,6 +38,7 @@ class LoadedInfo:
         step, consumed_samples: where the run goes on; 0 when only weights were taken.
         config: configuration of the run that saved it, None when this program cannot read it.
         message: one or more lines for the person who started the run.
+        digest: of its manifest, which names the checkpoint as a parent; empty when only weights were taken.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class LoadedInfo:
     message: str
     data_fingerprint: Optional[Mapping[str, Any]] = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
 
 def load_checkpoint(
@@ -71,6 +74,7 @@ def load_checkpoint(
     with together(parallel):
         reader = CheckpointReader(folder, check_sizes=False)  # rank 0 has checked every file
         require_fit(reader, run.model)
+        require_meaning(reader.config, reader.manifest.extra, run, folder)
     notes = list(passed_over)
     with together(parallel):
         _load_parameters(reader, state.shards)
@@ -87,7 +91,7 @@ def load_checkpoint(
         return LoadedInfo(folder, 0, 0, config, "\n".join([head, *notes]))
     head = f"resumed from {folder}: step {manifest.step}, {manifest.consumed_samples} samples"
     return LoadedInfo(folder, manifest.step, manifest.consumed_samples, config, "\n".join([head, *notes]),
-                      manifest.data_fingerprint, manifest.extra)
+                      manifest.data_fingerprint, manifest.extra, manifest.digest)
 
 
 def _load_parameters(reader: CheckpointReader, shards: Sequence[ParameterShards]) -> None:

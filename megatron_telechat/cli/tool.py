@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import Callable, Optional, Sequence
 
-from megatron_telechat.errors import ConfigError, UserError
+from megatron_telechat.errors import EXIT_INTERRUPTED, ConfigError, UserError
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -30,12 +31,16 @@ def _hyphens(word: str) -> str:
 
 
 def run_tool(tool: Callable[[list[str]], int], argv: Optional[Sequence[str]]) -> int:
-    """Run a tool on its arguments; a user's mistake becomes one message on stderr and its exit code."""
+    """Run a tool on its arguments; a user's mistake becomes one message on stderr and its exit code, Ctrl-C a line and 130."""
     try:
         return tool(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(error.render(), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for threads to end
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def quiet_imports() -> None:

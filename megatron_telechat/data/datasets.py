@@ -117,7 +117,7 @@ def build_datasets(run: RunConfig, state: Ranks) -> Datasets:
             index = PreparedIndex(cache_root(run) / index_key(run, opened, used_splits(run, opened)), False, opened)
     except BaseException as error:
         if word.first:
-            word.say(f"error: {error}")
+            word.say_failed(error)
         raise
     if word.first:
         word.say(index.folder.name)

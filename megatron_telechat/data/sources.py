@@ -36,7 +36,9 @@ def quiet(text: str) -> None:
 def samples_needed(run: RunConfig) -> tuple[int, int, int]:
     """Samples of the whole run for train, and of one evaluation for valid and test (0: not used)."""
     batch = run.training.global_batch_size
-    evaluation = run.evaluation.eval_iters * batch if run.evaluation.eval_interval else 0
+    # Validation data of its own is evaluated at the end, also where no interval is given.
+    evaluates = run.evaluation.eval_interval or run.data.valid_data_path
+    evaluation = run.evaluation.eval_iters * batch if evaluates else 0
     return max(1, run.training.train_iters) * batch, evaluation, evaluation
 
 

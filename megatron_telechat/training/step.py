@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Iterator, Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 import torch.distributed as dist
@@ -223,14 +223,22 @@ class TrainStep:
         return found
 
 
-def evaluate(chunks, iterators, batches: int, run: RunConfig, state: ParallelState, backend: Backend) -> float:
-    """Mean loss over ``batches`` global batches, the same on every rank."""
+def evaluate(
+    chunks, iterators, batches: int, run: RunConfig, state: ParallelState, backend: Backend, stop: Callable[[], bool] = lambda: False
+) -> Optional[float]:
+    """Mean loss over ``batches`` global batches, the same on every rank.
+
+    Args:
+        stop: asked before each batch, on all ranks alike; True ends the evaluation, which then gives None.
+    """
     total = torch.zeros(2, dtype=wide_dtype(backend), device=backend.device)
     for chunk in chunks:
         chunk.eval()
     try:
         with torch.no_grad():
             for _ in range(batches):
+                if stop():
+                    return None
                 total += run_schedule(chunks, iterators, run, backend, run.num_microbatches, forward_only=True)
     finally:
         for chunk in chunks:

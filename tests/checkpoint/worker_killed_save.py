@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_telechat.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
-from megatron_telechat.checkpoint.commit import committed_folders
+from megatron_telechat.checkpoint.names import committed_folders
 
 CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"))
 
