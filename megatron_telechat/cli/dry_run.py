@@ -205,7 +205,7 @@ def _steps(run: RunConfig, out: _Report) -> list[str]:
         )
     if times:
         fastest, name = min(times)
-        note = unsaved_note(run, 0, fastest, f"predicted on {name}")
+        note = unsaved_note(run, 0, fastest, f"as predicted for {name}")
         out.warnings += [note] if note is not None else []
     return lines
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from typing import Callable, Optional, Sequence
+from pathlib import Path
+from typing import Callable, Iterable, Optional, Sequence
 
 from megatron_telechat.errors import EXIT_INTERRUPTED, ConfigError, UserError
 
@@ -38,9 +39,30 @@ def run_tool(tool: Callable[[list[str]], int], argv: Optional[Sequence[str]]) ->
         print(error.render(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for threads to end
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return interrupted()
+
+
+def interrupted() -> int:
+    """What a tool says and answers after Ctrl-C; a second one then ends it without waiting for its threads."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print("interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there already")
+
+
+def keep_what_is_there(paths: Iterable[Path], flag: str, overwrite: bool) -> None:
+    """Refuse to write over an output that took work to make, before the work for the new one.
+
+    Raises:
+        ConfigError: one is there, and --overwrite was not given.
+    """
+    there = [] if overwrite else [str(path) for path in paths if path.exists()]
+    if there:
+        raise ConfigError(f"{', '.join(there)} {'is' if len(there) == 1 else 'are'} there already", flag,
+                          f"another {flag}, or --overwrite to replace what is there")
 
 
 def quiet_imports() -> None:
