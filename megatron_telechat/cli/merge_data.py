@@ -25,7 +25,8 @@ def _run(argv: list[str]) -> int:
     from megatron_telechat.data.verify import find_datasets
 
     plan = plan_merge(find_datasets(args.input), args.output_prefix)
-    keep_what_is_there([Path(f"{output}.idx") for output in plan], "--output-prefix", args.overwrite)
+    new = [output for output, prefixes in plan.items() if output not in prefixes]  # an output that is an input is another mistake
+    keep_what_is_there([Path(f"{output}.idx") for output in new], "--output-prefix", args.overwrite)
     for output, prefixes in plan.items():
         data = merge_datasets(prefixes, output)
         print(f"{output}: {len(prefixes)} datasets, {data.documents:,} documents, {data.num_tokens:,} tokens")
