@@ -17,7 +17,7 @@ from megatron_telechat.checkpoint.manifest import MANIFEST
 from megatron_telechat.checkpoint.meaning import require_meaning
 from megatron_telechat.checkpoint.names import committed_folders, folder_of_step, folders_aside
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.errors import CheckpointError
+from megatron_telechat.errors import CheckpointError, Problem
 
 _OTHER_FOLDER = "name another --run-dir (or --save) for a new branch"
 
@@ -172,8 +172,14 @@ def _chosen(source: Path, step: Optional[int]) -> Saved:
         return look_at(folder_of_step(source, step))
     if own:
         return own[-1]
+    problems: list[Problem] = []
     for _, folder in reversed(committed_folders(source)):
-        look_at(folder)  # says what is wrong with it
+        try:
+            look_at(folder)
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(problems)
     if (source / "config.json").is_file():
         raise CheckpointError("this is a Hugging Face folder, not a checkpoint", str(source),
                               f"tools/convert_checkpoint.py import --hf {source} --output FOLDER, and name that FOLDER")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -192,6 +193,8 @@ def test_load_of_another_folder_is_obeyed_once(tmp_path):
         with pytest.raises(CheckpointError, match="began at step 20 of .*names another beginning"):
             begin(b, load, step)
     assert begin(b).root == b
+    shutil.rmtree(tmp_path / "moved")
+    assert begin(b, a).root == b, "what the run began with is needed no longer"
     line(b, 27, branch=on(b, 25))  # a roll-back in b
 
 
@@ -229,3 +232,11 @@ def test_a_head_that_cannot_be_read_is_named(tmp_path, damage):
         look_at(tmp_path / "iter_0000030")
     with pytest.raises(CheckpointError, match="manifest"):
         begin(tmp_path / "b", tmp_path)
+
+
+def test_a_head_longer_than_the_first_read_is_read(tmp_path, monkeypatch):
+    from megatron_telechat.checkpoint import lineage
+
+    save(tmp_path, 30, Branch.opening(tmp_path))
+    monkeypatch.setattr(lineage, "_HEAD_BYTES", 64)
+    assert look_at(tmp_path / "iter_0000030").lineage.number == 1
