@@ -8,7 +8,7 @@ newest one. The manifests say it (``lineage.py``), not a file beside them.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -40,7 +40,7 @@ class Start:
     weights_only: bool = False
     opens: Optional[str] = None
     began: tuple[Began, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def find_start(run: RunConfig) -> Start:

@@ -28,10 +28,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as error:
         _report(error, os.environ)
         return _leave(error.exit_code)
-    except (StopAtStart, KeyboardInterrupt):
-        if _speaks(os.environ):
-            print("stopped before the first step: nothing was trained, nothing had to be saved; the same command starts here again",
-                  file=sys.stderr)
+    except StopAtStart:
+        _say_stopped("stopped before the first step: nothing was trained, nothing had to be saved; the same command starts here again")
+        return _leave(EXIT_SIGNAL)
+    except KeyboardInterrupt:
+        _say_stopped("interrupted while no training was under way")
         return _leave(EXIT_SIGNAL)
     except Exception:
         traceback.print_exc()
@@ -44,6 +45,11 @@ def _report(error: UserError, environ: Mapping[str, str]) -> None:
         print(error.render(), file=sys.stderr)
     elif not error.agreed and "torch.distributed" in sys.modules:
         print(f"rank {environ['RANK']}: {error.render()}", file=sys.stderr)
+
+
+def _say_stopped(text: str) -> None:
+    if _speaks(os.environ):
+        print(text, file=sys.stderr)
 
 
 def _leave(code: int) -> int:

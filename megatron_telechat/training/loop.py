@@ -125,6 +125,7 @@ class Trainer:
         """Evaluate the final weights, once on each split there is. Returns the exit code."""
         for key, dataset in (("valid_loss", self.datasets.valid), ("test_loss", self.datasets.test)):
             if dataset is not None and key not in recorded and not self._evaluate(key):
+                self.requests.clear_files()
                 self.console.say("stop request: the final evaluation is made up for by the same command")
                 return EXIT_SIGNAL
         self.console.say(f"done: {self.step} steps, checkpoints in {self.paths.save_dir}")
