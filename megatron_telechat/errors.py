@@ -18,6 +18,8 @@ EXIT_CHECKPOINT = 4
 EXIT_NUMERICS = 5
 EXIT_RESOURCE = 6
 EXIT_SIGNAL = 75
+EXIT_INTERRUPTED = 130
+"""A tool ended by Ctrl-C; what a shell gives such a process."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Problem:
     def lines(self) -> list[str]:
         head = self.what if not self.where else f"{self.what}    ({self.where})"
         return [head] if not self.fix else [head, f"fix: {self.fix}"]
+
+
+class StopAtStart(BaseException):
+    """A stop was asked for before the first step: nothing is lost, the process ends with EXIT_SIGNAL. No error, so that no
+    handler of errors takes it for one."""
 
 
 class UserError(Exception):

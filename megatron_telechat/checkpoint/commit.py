@@ -3,7 +3,8 @@
 A folder ``iter_0001000`` under the root is a committed checkpoint; ``iter_0001000.tmp-<id>``
 never is, whatever it holds. A save of a step that is already there (after a roll-back) sets
 the old folder aside as ``iter_0001000.replaced-<id>``, which still counts as committed as long
-as the new one is not in place, so that no moment is without a checkpoint.
+as the new one is not in place, so that no moment is without a checkpoint. Afterwards it is kept as
+``iter_0001000.aside-<id>``, with the rest of the branch that the roll-back left (``lineage.py``).
 """
 
 from __future__ import annotations
@@ -18,20 +19,14 @@ from pathlib import Path
 from typing import Optional
 
 from megatron_telechat.checkpoint.files import disk_error, fsync_folder, write_bytes
+from megatron_telechat.checkpoint.lineage import set_aside
 from megatron_telechat.checkpoint.manifest import MANIFEST, Manifest
-from megatron_telechat.errors import CheckpointError
+from megatron_telechat.checkpoint.names import folder_name, is_leftover, replaced_name, temporary_name
 
 LATEST = "latest"
-_COMMITTED = re.compile(r"iter_(\d{7,})")
-_REPLACED = re.compile(r"iter_(\d{7,})\.replaced-[0-9a-f]+")
 _HINT = re.compile(rf"\.{LATEST}-[0-9a-f]+")
-_LEFTOVER = re.compile(r"iter_\d{7,}\.tmp-[0-9a-f]+")
 
 log = logging.getLogger(__name__)
-
-
-def folder_name(step: int) -> str:
-    return f"iter_{step:07d}"
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Attempt:
 
     @property
     def temporary(self) -> Path:
-        return self.root / f"{folder_name(self.step)}.tmp-{self.identifier}"
+        return self.root / temporary_name(self.step, self.identifier)
 
     @property
     def final(self) -> Path:
@@ -67,30 +62,37 @@ def begin(root: Path, step: int) -> Attempt:
 
 
 def clean_leftovers(root: Path) -> None:
-    committed = {path.name for path in root.iterdir() if _COMMITTED.fullmatch(path.name)}
+    """Remove the temporary folders of killed saves. A checkpoint that was to be replaced is set aside, never removed."""
     for path in sorted(root.iterdir()):
-        superseded = _REPLACED.fullmatch(path.name) and path.name.split(".")[0] in committed
-        if (_LEFTOVER.fullmatch(path.name) or superseded) and not path.is_symlink():
+        if is_leftover(path) and not path.is_symlink():
             log.info("removing %s, left by an interrupted save", path)
             shutil.rmtree(path)
         elif _HINT.fullmatch(path.name):
             path.unlink()
+    for path in set_aside(root, uuid.uuid4().hex[:8]):
+        log.info("set aside: %s", path)
 
 
-def commit(attempt: Attempt, manifest: Manifest) -> Path:
-    """Write the manifest, sync the folder, rename it into place; the rename is the commit."""
+def commit(attempt: Attempt, manifest: Manifest, keep_replaced: bool = True) -> Path:
+    """Write the manifest, sync the folder, rename it into place; the rename is the commit.
+
+    Args:
+        keep_replaced: a folder of the same step is kept under another name; else it is removed once the new one is in place.
+    """
     try:
         write_bytes(attempt.temporary / MANIFEST, manifest.to_bytes())
         for folder, _, _ in os.walk(attempt.temporary):
             fsync_folder(Path(folder))
         replaced: Optional[Path] = None
         if attempt.final.exists():
-            replaced = attempt.root / f"{attempt.final.name}.replaced-{attempt.identifier}"
+            replaced = attempt.root / replaced_name(attempt.step, attempt.identifier)
             os.rename(attempt.final, replaced)
         os.rename(attempt.temporary, attempt.final)
         fsync_folder(attempt.root)
-        if replaced is not None:
+        if replaced is not None and not keep_replaced:
             shutil.rmtree(replaced)
+        if set_aside(attempt.root, attempt.identifier):
+            fsync_folder(attempt.root)
         _point_latest(attempt)
     except OSError as error:
         raise disk_error(attempt.temporary, error) from error
@@ -107,28 +109,3 @@ def _point_latest(attempt: Attempt) -> None:
 
 def abandon(attempt: Attempt) -> None:
     shutil.rmtree(attempt.temporary, ignore_errors=True)
-
-
-def committed_folders(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every committed checkpoint under ``root``, oldest first."""
-    if not root.is_dir():
-        return []
-    found: dict[int, Path] = {}
-    for path in sorted(root.iterdir()):
-        match = _COMMITTED.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
-        if match and path.is_dir():
-            step = int(match.group(1))
-            if step not in found or _COMMITTED.fullmatch(path.name):
-                found[step] = path
-    return sorted(found.items())
-
-
-def folder_of_step(root: Path, step: int) -> Path:
-    """The committed folder of one step. Raises CheckpointError listing the steps there are."""
-    folders = committed_folders(root)
-    for found, path in folders:
-        if found == step:
-            return path
-    steps = ", ".join(str(found) for found, _ in folders) or "none"
-    raise CheckpointError(f"no checkpoint of step {step}; there: {steps}", where=str(root),
-                          fix="choose one of these with --load-step")

@@ -21,7 +21,9 @@ from megatron_telechat.checkpoint.format import CheckpointReader, CheckpointWrit
 from megatron_telechat.checkpoint.hf import HfWeights, Link, weight_map
 from megatron_telechat.checkpoint.hf_config import config_differences, hf_config_of, model_config_from_hf
 from megatron_telechat.checkpoint.hf_files import CONFIG, carry_companions, companions, read_json, write_hf_weights
+from megatron_telechat.checkpoint.lineage import look_at
 from megatron_telechat.checkpoint.manifest import COMPANIONS
+from megatron_telechat.checkpoint.names import committed_folders
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
 from megatron_telechat.errors import CheckpointError, ConfigError, DataError
@@ -51,12 +53,16 @@ class Converted:
     notes: tuple[str, ...]
 
 
-def import_hf(hf: Path, root: Path) -> Converted:
+def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
     """Turn a Hugging Face folder into ``root/iter_0000000``, a checkpoint of weights only.
 
     Every tensor keeps its dtype; the files that are not weights are carried along, unchanged, for
     a later export. Raises CheckpointError or ResourceError; nothing is committed then.
+
+    Args:
+        overwrite: an earlier import in ``root`` is replaced, once the new one is whole. Checkpoints of a training never are.
     """
+    _require_free_place(Path(root), overwrite)
     source = HfWeights(Path(hf))
     tensors = source.folder.tensors
     size = sum(header.dtype.itemsize * torch.Size(header.shape).numel() for header in tensors.values())
@@ -73,6 +79,25 @@ def import_hf(hf: Path, root: Path) -> Converted:
         log.info("%s", note)
     assert writer.path is not None
     return Converted(writer.path, len(tensors), size, notes)
+
+
+def _require_free_place(root: Path, overwrite: bool) -> None:
+    there = committed_folders(root)
+    if not there:
+        return
+    names = ", ".join(path.name for _, path in there)
+    if not all(step == 0 and _is_import(path) for step, path in there):
+        raise CheckpointError(f"the output holds checkpoints of a training: {names}", where=str(root), fix="give another --output")
+    if not overwrite:
+        raise CheckpointError(f"the output holds an import already: {names}", where=str(root),
+                              fix="give another --output, or --overwrite to replace it")
+
+
+def _is_import(folder: Path) -> bool:
+    try:
+        return "hf" in look_at(folder).extra
+    except CheckpointError:
+        return True  # of step 0 and damaged: an import, which the next one mends
 
 
 def _make_folder(path: Path) -> None:

@@ -17,24 +17,14 @@ from typing import Callable, Mapping, Optional, Sequence
 
 import torch
 
+from megatron_telechat.checkpoint.names import DTYPE_TAGS, FileEntry
 from megatron_telechat.errors import CheckpointError, ResourceError
 
 FREE_SPACE_FACTOR = 1.2
 _CHUNK_BYTES = 16 << 20
 
 # name in a manifest -> (torch dtype, name in a safetensors header)
-DTYPES: Mapping[str, tuple[torch.dtype, str]] = {
-    "float64": (torch.float64, "F64"),
-    "float32": (torch.float32, "F32"),
-    "float16": (torch.float16, "F16"),
-    "bfloat16": (torch.bfloat16, "BF16"),
-    "int64": (torch.int64, "I64"),
-    "int32": (torch.int32, "I32"),
-    "int16": (torch.int16, "I16"),
-    "int8": (torch.int8, "I8"),
-    "uint8": (torch.uint8, "U8"),
-    "bool": (torch.bool, "BOOL"),
-}
+DTYPES: Mapping[str, tuple[torch.dtype, str]] = {name: (getattr(torch, name), tag) for name, tag in DTYPE_TAGS.items()}
 _NAME_OF = {dtype: name for name, (dtype, _) in DTYPES.items()}
 _NAME_OF_SAFETENSORS = {tag: name for name, (_, tag) in DTYPES.items()}
 
@@ -72,14 +62,6 @@ class LazyTensor:
 
 def lazy(name: str, tensor: torch.Tensor) -> LazyTensor:
     return LazyTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """What a manifest remembers of a file."""
-
-    size: int
-    crc32: str
 
 
 def write_safetensors(

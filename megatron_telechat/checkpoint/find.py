@@ -8,9 +8,10 @@ from typing import Optional, Sequence
 
 import torch
 
-from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint.format import CheckpointReader
+from megatron_telechat.checkpoint.lineage import live, readable
 from megatron_telechat.checkpoint.manifest import MANIFEST
+from megatron_telechat.checkpoint.names import committed_folders, folder_of_step, step_of
 from megatron_telechat.checkpoint.optimizer_state import MASTER
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import run_config_from_yaml
@@ -37,13 +38,13 @@ def find_checkpoint(root: Path, step: Optional[int] = None) -> tuple[Optional[Pa
         CheckpointReader(root)
         return root, ()
     if step is not None:
-        folder = protocol.folder_of_step(root, step)
-        CheckpointReader(folder)
+        folder = folder_of_step(root, step)
+        _open(folder)
         return folder, ()
     problems: list[Problem] = []
-    for _, folder in reversed(protocol.committed_folders(root)):
+    for folder in _candidates(root):
         try:
-            CheckpointReader(folder)
+            _open(folder)
         except CheckpointError as error:
             problems.extend(error.problems)
             continue
@@ -54,6 +55,27 @@ def find_checkpoint(root: Path, step: Optional[int] = None) -> tuple[Optional[Pa
     if problems:
         raise CheckpointError(problems)
     return None, ()
+
+
+def _open(folder: Path) -> None:
+    """Check the manifest and the sizes of all files. Raises CheckpointError."""
+    found = CheckpointReader(folder).manifest.step
+    if found != step_of(folder):
+        raise CheckpointError(f"the manifest is of step {found}, the folder is named after step {step_of(folder)}", str(folder),
+                              "use another checkpoint (--load-step), or restore this folder from a copy")
+
+
+def _candidates(root: Path) -> list[Path]:
+    """The lineage, newest first; among it, by their steps, those whose manifests say nothing, which a reader must hear of."""
+    known = readable(root)
+    told = {saved.path for saved in known}
+    mute = [(step, path) for step, path in reversed(committed_folders(root)) if path not in told]
+    out: list[Path] = []
+    for saved in live(known)[::-1]:
+        while mute and mute[0][0] > saved.step:
+            out.append(mute.pop(0)[1])
+        out.append(saved.path)
+    return [*out, *(path for _, path in mute)]
 
 
 def saved_config(reader: CheckpointReader) -> Optional[RunConfig]:

@@ -20,6 +20,7 @@ from megatron_telechat.checkpoint.boxes import Box, intersect, tiling_fault, who
 from megatron_telechat.checkpoint.files import (
     RESTORE_OR_OTHER, FileEntry, LazyTensor, crc32_of, dtype_name, dtype_named, dtype_of_tag, lazy, read_file_error, write_safetensors,
 )
+from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, read_manifest
 from megatron_telechat.errors import CheckpointError, Problem
 
@@ -134,10 +135,13 @@ class CheckpointWriter:
         with CheckpointWriter(root, step=0, config=yaml) as writer:
             writer.add("model/…", global_shape, offset, tensor)
         writer.path
+
+    With a ``branch`` it is the next save of that line, as a training's is; without, it replaces a checkpoint of its step.
     """
 
     def __init__(self, root: Path, *, step: int, config: str, max_file_bytes: int = 1 << 30,
-                 extra: Optional[Mapping[str, Any]] = None):
+                 extra: Optional[Mapping[str, Any]] = None, branch: Optional[Branch] = None):
+        self._branch = branch
         self._attempt = protocol.begin(Path(root), step)
         self._writer = PartWriter(self._attempt.temporary, 0, max_file_bytes)
         self._config = config
@@ -165,8 +169,11 @@ class CheckpointWriter:
             manifest = Manifest(
                 step=self._attempt.step, consumed_samples=0, config=self._config, topology={"world_size": 1},
                 versions=versions(), files={**part.files, **self.files}, tensors=part.tensors, extra=self.extra,
+                lineage=self._branch.next().to_json() if self._branch is not None else None,
             )
-            self.path = protocol.commit(self._attempt, manifest)
+            self.path = protocol.commit(self._attempt, manifest, keep_replaced=self._branch is not None)
+            if self._branch is not None:
+                self._branch.saved(look_at(self.path))
         except BaseException:
             protocol.abandon(self._attempt)
             raise

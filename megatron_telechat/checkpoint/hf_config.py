@@ -286,12 +286,13 @@ _FREE = {"name", "rotary_table_dtype", "init_method_std", "router_init_std", "mo
 
 def config_differences(model: ModelConfig, template: ModelConfig) -> list[str]:
     """What of the architecture differs: ``field: ours, theirs`` lines."""
-    ours, theirs = _comparable(model), _comparable(template)
+    ours, theirs = comparable(model), comparable(template)
     return [f"{name}: {ours[name]} in the checkpoint, {theirs[name]} in config.json"
             for name in ours if ours[name] != theirs[name]]
 
 
-def _comparable(model: ModelConfig) -> dict[str, Any]:
+def comparable(model: ModelConfig) -> dict[str, Any]:
+    """The architecture by field, so that equal values mean equal tensors: defaults filled in, what is not used left out."""
     values = {field.name: getattr(model, field.name) for field in fields(model) if field.name not in _FREE}
     values.update(query_groups=model.query_groups, head_dim=model.head_dim,
                   rotary_base_seqlen=model.rotary_base_seqlen or model.rotary_training_seqlen)

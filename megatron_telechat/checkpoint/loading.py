@@ -12,6 +12,7 @@ from megatron_telechat.checkpoint import rng as rng_tree
 from megatron_telechat.checkpoint.find import find_checkpoint, require_fit, saved_config, weight_key
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.loss_scale import diverged_scales, load_scaler_state, one_scale
+from megatron_telechat.checkpoint.meaning import require_meaning
 from megatron_telechat.checkpoint.optimizer_state import (
     MASTER, MOMENTS, global_boxes, optimizer_slices, set_adam_step,
 )
@@ -39,6 +40,7 @@ class LoadedInfo:
         config: configuration of the run that saved it, None when this program cannot read it.
         message: one or more lines for the person who started the run.
         adam_step: steps that Adam had counted; None where the checkpoint holds no optimizer state.
+        digest: of its manifest, which names the checkpoint as a parent; empty when only weights were taken.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class LoadedInfo:
     data_fingerprint: Optional[Mapping[str, Any]] = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     adam_step: Optional[int] = None
+    digest: str = ""
 
 
 def load_checkpoint(
@@ -74,6 +77,7 @@ def load_checkpoint(
     with together(parallel):
         reader = CheckpointReader(folder, check_sizes=False)  # rank 0 has checked every file
         require_fit(reader, run.model)
+        require_meaning(reader.config, reader.manifest.extra, run, folder)
     notes = list(passed_over)
     with together(parallel):
         _load_parameters(reader, state.shards)
@@ -91,7 +95,7 @@ def load_checkpoint(
     head = f"resumed from {folder}: step {manifest.step}, {manifest.consumed_samples} samples"
     return LoadedInfo(folder, manifest.step, manifest.consumed_samples, config, "\n".join([head, *notes]),
                       manifest.data_fingerprint, manifest.extra,
-                      manifest.optimizer["step"] if manifest.optimizer else None)
+                      manifest.optimizer["step"] if manifest.optimizer else None, manifest.digest)
 
 
 def _load_parameters(reader: CheckpointReader, shards: Sequence[ParameterShards]) -> None:

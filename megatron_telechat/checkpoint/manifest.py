@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Mapping, Optional
 
 from megatron_telechat.checkpoint.boxes import Box, tiling_fault
-from megatron_telechat.checkpoint.files import DTYPES, FileEntry
+from megatron_telechat.checkpoint.names import DTYPE_TAGS, FileEntry
 from megatron_telechat.errors import CheckpointError
 
 FORMAT = "megatron_telechat"
@@ -60,6 +60,9 @@ class Manifest:
     rng: tuple[Mapping[str, Any], ...] = ()
     data_fingerprint: Optional[Mapping[str, Any]] = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    lineage: Optional[Mapping[str, Any]] = None
+    digest: str = ""
+    """Of a manifest that was read; to_bytes takes it anew."""
 
     def to_bytes(self) -> bytes:
         body = {
@@ -68,7 +71,7 @@ class Manifest:
             **{
                 name: getattr(self, name)
                 for name in ("step", "consumed_samples", "config", "topology", "versions",
-                             "optimizer", "data_fingerprint", "extra")
+                             "optimizer", "data_fingerprint", "extra", "lineage")
             },
             "rng": list(self.rng),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
@@ -151,12 +154,14 @@ def _parse(path: Path, body: Any) -> Manifest:
         rng=tuple(body["rng"]),
         data_fingerprint=body["data_fingerprint"],
         extra=dict(body["extra"]),
+        digest=digest,
+        lineage=body.get("lineage"),  # absent in manifests of older releases
     )
 
 
 def _tensor(path: Path, key: str, entry: Any, files: Mapping[str, FileEntry]) -> TensorEntry:
     shape = tuple(_natural(extent) for extent in entry["shape"])
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in DTYPE_TAGS:
         raise _damaged(path, f"gives {key} the unknown dtype {entry['dtype']!r}")
     boxes = tuple(
         StoredBox(b["file"], _text(b["name"]), Box(tuple(map(_natural, b["offset"])), tuple(map(_natural, b["shape"]))))

@@ -18,8 +18,11 @@ from megatron_telechat.checkpoint import rng as rng_tree
 from megatron_telechat.checkpoint.files import require_free_space
 from megatron_telechat.checkpoint.format import Part, PartWriter, merge_parts, versions
 from megatron_telechat.checkpoint.hf_files import carry_companions
+from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
+from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
+from megatron_telechat.checkpoint.names import committed_folders
 from megatron_telechat.checkpoint.optimizer_state import adam_steps, global_boxes, optimizer_slices
 from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.config.schema import RunConfig
@@ -43,6 +46,7 @@ class TrainState:
         data_fingerprint: identity of the data, JSON.
         resumed_from: the checkpoint this run began from; --keep-last never removes it.
         extra: anything else of the run, JSON, the same on all ranks (rank 0's is kept).
+        branch: the line of saves that this run continues; None: one without a parent.
     """
 
     shards: Sequence[ParameterShards]
@@ -53,6 +57,7 @@ class TrainState:
     data_fingerprint: Optional[Mapping[str, Any]] = None
     resumed_from: Optional[Path] = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    branch: Optional[Branch] = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ def _commit(
     attempt: protocol.Attempt, gathered: Sequence[Any], state: TrainState, run: RunConfig, parallel: ParallelState
 ) -> None:
     part = merge_parts(item for item, _ in gathered)
+    branch, tokenizer = state.branch or Branch.opening(attempt.root), tokenizer_of(run)
     companions = carry_companions(_companion_source(attempt.root, run), attempt.temporary / COMPANIONS)
     manifest = Manifest(
         step=state.step,
@@ -196,16 +202,17 @@ def _commit(
         optimizer=_merged_scalars([scalars for _, scalars in gathered]),
         rng=tuple(item.rng for item, _ in gathered if item.rng),
         data_fingerprint=state.data_fingerprint,
-        extra=dict(state.extra),
+        extra={**state.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
+        lineage=branch.next().to_json(),
     )
-    protocol.commit(attempt, manifest)
+    branch.saved(look_at(protocol.commit(attempt, manifest)))
     prune(attempt.root, run.checkpoint.keep_last, state.resumed_from)
 
 
 def _companion_source(root: Path, run: RunConfig) -> Optional[Path]:
     """Where the Hugging Face files of this model's origin lie: a newer checkpoint of the run, or its first weights."""
-    folders = [path for _, path in reversed(protocol.committed_folders(root))]
+    folders = [path for _, path in reversed(committed_folders(root))]
     first = run.checkpoint.pretrained_checkpoint
     if first:
-        folders += [Path(first), *(path for _, path in reversed(protocol.committed_folders(Path(first))))]
+        folders += [Path(first), *(path for _, path in reversed(committed_folders(Path(first))))]
     return next((path / COMPANIONS for path in folders if (path / COMPANIONS).is_dir()), None)

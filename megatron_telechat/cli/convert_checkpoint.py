@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from megatron_telechat.cli.text import gib
-from megatron_telechat.cli.tool import ToolParser, natural, run_tool
+from megatron_telechat.cli.tool import ToolParser, add_overwrite, natural, run_tool
 from megatron_telechat.errors import EXIT_OK
 
 
@@ -17,6 +17,7 @@ def build_parser() -> ToolParser:
     into.add_argument("--hf", type=Path, required=True, help="folder with config.json and the weights")
     into.add_argument("--output", type=Path, required=True,
                       help="folder of checkpoints; iter_0000000 is made in it (for --pretrained-checkpoint)")
+    add_overwrite(into)
     out = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
     out.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the newest is taken)")
     out.add_argument("--step", type=natural, help="the checkpoint of this step")
@@ -41,7 +42,7 @@ def _run(argv: list[str]) -> int:
     from megatron_telechat.checkpoint.convert import export_hf, import_hf, parse_size
 
     if args.command == "import":
-        done = import_hf(args.hf, args.output)
+        done = import_hf(args.hf, args.output, args.overwrite)
     else:
         done = export_hf(
             args.checkpoint, args.output, template=args.hf_template, tokenizer=args.tokenizer, dtype=args.dtype,

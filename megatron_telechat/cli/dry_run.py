@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_telechat.checkpoint.start import require_start
 from megatron_telechat.cli.data_files import DataFile, data_files
 from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_table
 from megatron_telechat.cli.text import count_text, flop_text, gib, table
@@ -23,6 +24,7 @@ from megatron_telechat.errors import DataError
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.picture import layout_picture
 from megatron_telechat.planner.predict import predict
+from megatron_telechat.training.unsaved import unsaved_note
 
 SHORTEST_STEP_S = 0.02
 """Below this the time estimate says nothing and is left out."""
@@ -45,6 +47,7 @@ def report(loaded: LoadedConfig) -> str:
     Raises:
         ConfigError: the parallel sizes or the data section do not fit.
         DataError: a dataset that is missing or damaged.
+        CheckpointError: the checkpoint that the run begins with is not there, or of another model.
     """
     run = loaded.run
     topology = Topology.from_config(run.parallel)
@@ -56,8 +59,9 @@ def report(loaded: LoadedConfig) -> str:
     if run.model.is_moe:
         out.section("experts", expert_table(topology, run.model, run.parallel.fold_tensor_into_experts))
     out.section("memory of a rank of each stage, GiB  (estimate; leave 2-4 GiB to the context and fragmentation)", _memory(run, out))
-    out.section("steps", _steps(run))
+    out.section("steps", _steps(run, out))
     out.section("files", _files(run, out))
+    out.section("begins with", _beginning(run))
     out.section("data", _data(run, out))
     out.warnings += placement_warnings(topology, run.model.is_moe, run.parallel.fold_tensor_into_experts)
     changed = _said_by_person(loaded)
@@ -169,7 +173,7 @@ def _memory_row(stage: StageMemory, devices: list[DeviceSpec]) -> list[str]:
     ]  # fmt: skip
 
 
-def _steps(run: RunConfig) -> list[str]:
+def _steps(run: RunConfig, out: _Report) -> list[str]:
     tokens = run.training.global_batch_size * run.training.seq_length
     flops = training_flops_per_token(run.model, run.training.seq_length)
     iterations = run.training.train_iters
@@ -186,6 +190,7 @@ def _steps(run: RunConfig) -> list[str]:
             f"predicted by {run.parallel.plan} on {planned.device}: {planned.iteration_s:.3g} s a step, "
             f"{planned.tokens_per_s_per_device:,.0f} tokens/s a device"
         )
+    times: list[tuple[float, str]] = [] if planned is None else [(planned.iteration_s, planned.device)]
     for spec in _devices(run):
         if not spec.peak(run.training.precision):
             continue
@@ -194,11 +199,16 @@ def _steps(run: RunConfig) -> list[str]:
             continue  # a model this small is bound by launches, not by arithmetic
         mfu = flops * tokens / (spec.peak(run.training.precision) * 1e12 * prediction.iteration * run.parallel.world_size)
         whole = f", the run {_duration(prediction.iteration * iterations)}" if iterations else ""
+        times.append((prediction.iteration, spec.name))
         lines.append(
             f"predicted on {spec.name}: {prediction.iteration:.3g} s a step, "
             f"{prediction.tokens_per_s_per_device:,.0f} tokens/s a device, MFU {mfu:.0%}, "
             f"bubble {prediction.bubble:.0%}{whole}"
         )
+    if times:
+        fastest, name = min(times)
+        note = unsaved_note(run, 0, fastest, f"as predicted for {name}")
+        out.warnings += [note] if note is not None else []
     return lines
 
 
@@ -238,6 +248,16 @@ def _files(run: RunConfig, out: _Report) -> list[str]:
         + (f", the newest {run.checkpoint.keep_last} kept" if run.checkpoint.keep_last else ""),
         f"free there: {gib(free)} GiB",
     ]
+
+
+def _beginning(run: RunConfig) -> list[str]:
+    """Where the weights come from; the model in that checkpoint was held against the run's."""
+    start, saved = require_start(run)
+    if saved is None:
+        return ["initial weights"]
+    if start.weights_only:
+        return [f"the weights of {saved.path}, at step 0 with a fresh optimizer", *start.notes]
+    return [f"{saved.path}: step {saved.step}", *start.notes]
 
 
 def _data(run: RunConfig, out: _Report) -> list[str]:

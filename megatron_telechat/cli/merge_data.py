@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Optional, Sequence
 
-from megatron_telechat.cli.tool import ToolParser, run_tool
+from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, run_tool
 from megatron_telechat.errors import EXIT_OK
 
 
@@ -18,11 +19,15 @@ def _run(argv: list[str]) -> int:
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="prefixes, globs or a folder; shards are put in their order")
     add("--output-prefix", required=True, help="shards: PREFIX_KEY_document is written, as one run would; others: PREFIX")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     from megatron_telechat.data.merge import merge_datasets, plan_merge
     from megatron_telechat.data.verify import find_datasets
 
-    for output, prefixes in plan_merge(find_datasets(args.input), args.output_prefix).items():
+    plan = plan_merge(find_datasets(args.input), args.output_prefix)
+    new = [output for output, prefixes in plan.items() if output not in prefixes]  # an output that is an input is another mistake
+    keep_what_is_there([Path(f"{output}.idx") for output in new], "--output-prefix", args.overwrite)
+    for output, prefixes in plan.items():
         data = merge_datasets(prefixes, output)
         print(f"{output}: {len(prefixes)} datasets, {data.documents:,} documents, {data.num_tokens:,} tokens")
     return EXIT_OK

@@ -14,11 +14,12 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass
 class Metrics:
-    """One run's records. `train` and `valid` map a step to its record, in order; `resumes` are the steps resumed from."""
+    """One run's records. `train`, `valid` and `test` map a step to its record, in order; `resumes` are the steps resumed from."""
 
     name: str
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
     valid: dict[int, dict[str, Any]] = field(default_factory=dict)
+    test: dict[int, dict[str, Any]] = field(default_factory=dict)
     resumes: list[int] = field(default_factory=list)
 
     def series(self, key: str, of: str = "train") -> tuple[list[int], list[float]]:
@@ -70,6 +71,7 @@ def read_metrics(run: Path) -> Metrics:
         raise DataError(f"{path} holds no step yet", str(run), "wait for the first logged step")
     metrics.train = dict(sorted(metrics.train.items()))
     metrics.valid = dict(sorted(metrics.valid.items()))
+    metrics.test = dict(sorted(metrics.test.items()))
     return metrics
 
 
@@ -82,11 +84,13 @@ def _take(metrics: Metrics, line: str, where: str, unfinished: bool) -> None:
             return
         raise DataError(f"{where} is not a metrics record", where, "a line is one JSON object with a step; mend or drop it") from error
     if record.get("event") == "resume":
-        for kept in (metrics.train, metrics.valid):
+        for kept in (metrics.train, metrics.valid, metrics.test):
             for later in [known for known in kept if known > step]:
                 del kept[later]
         metrics.resumes = [*(known for known in metrics.resumes if known < step), step]
     elif "valid_loss" in record:
         metrics.valid[step] = record
+    elif "test_loss" in record:
+        metrics.test[step] = record
     elif "event" not in record:
         metrics.train[step] = record

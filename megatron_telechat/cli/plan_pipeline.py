@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
 
 from megatron_telechat.cli.plan_request import Request, read_device, read_request
+from megatron_telechat.cli.tool import interrupted
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError, UserError
 
@@ -35,6 +36,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if not quiet or distributed is not None and distributed.is_initialized():
             print(error.render(), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return interrupted()
 
 
 def _run(argv: list[str]) -> int:

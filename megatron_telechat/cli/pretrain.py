@@ -11,7 +11,7 @@ import megatron_telechat
 from megatron_telechat.config import LoadedConfig, load_run_config
 from megatron_telechat.config.flags import Actions, read_command_line
 from megatron_telechat.config.show import config_table, config_yaml, help_text, list_presets
-from megatron_telechat.errors import EXIT_BUG, EXIT_OK, ConfigError, UserError
+from megatron_telechat.errors import EXIT_BUG, EXIT_OK, EXIT_SIGNAL, ConfigError, StopAtStart, UserError
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -28,6 +28,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as error:
         _report(error, os.environ)
         return _leave(error.exit_code)
+    except StopAtStart:
+        _say_stopped("stopped before the first step: nothing was trained, nothing had to be saved; the same command starts here again")
+        return _leave(EXIT_SIGNAL)
+    except KeyboardInterrupt:
+        _say_stopped("interrupted while no training was under way")
+        return _leave(EXIT_SIGNAL)
     except Exception:
         traceback.print_exc()
         return _leave(EXIT_BUG)
@@ -39,6 +45,11 @@ def _report(error: UserError, environ: Mapping[str, str]) -> None:
         print(error.render(), file=sys.stderr)
     elif not error.agreed and "torch.distributed" in sys.modules:
         print(f"rank {environ['RANK']}: {error.render()}", file=sys.stderr)
+
+
+def _say_stopped(text: str) -> None:
+    if _speaks(os.environ):
+        print(text, file=sys.stderr)
 
 
 def _leave(code: int) -> int:
@@ -87,8 +98,11 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
         if _speaks(environ):
             _say(report(loaded))
         return EXIT_OK
+    from megatron_telechat.checkpoint.start import require_start
     from megatron_telechat.training import train
 
+    # Every rank looks for itself: all come to one answer, before a process group in which one would wait for another.
+    require_start(loaded.run)
     return train(loaded.run, loaded.origins)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from typing import Callable, Optional, Sequence
+from pathlib import Path
+from typing import Callable, Iterable, Optional, Sequence
 
-from megatron_telechat.errors import ConfigError, UserError
+from megatron_telechat.errors import EXIT_INTERRUPTED, ConfigError, UserError
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -30,12 +32,37 @@ def _hyphens(word: str) -> str:
 
 
 def run_tool(tool: Callable[[list[str]], int], argv: Optional[Sequence[str]]) -> int:
-    """Run a tool on its arguments; a user's mistake becomes one message on stderr and its exit code."""
+    """Run a tool on its arguments; a user's mistake becomes one message on stderr and its exit code, Ctrl-C a line and 130."""
     try:
         return tool(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(error.render(), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return interrupted()
+
+
+def interrupted() -> int:
+    """What a tool says and answers after Ctrl-C; a second one then ends it without waiting for its threads."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print("interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there already")
+
+
+def keep_what_is_there(paths: Iterable[Path], flag: str, overwrite: bool) -> None:
+    """Refuse to write over an output that took work to make, before the work for the new one.
+
+    Raises:
+        ConfigError: one is there, and --overwrite was not given.
+    """
+    there = [] if overwrite else [str(path) for path in paths if path.exists()]
+    if there:
+        raise ConfigError(f"{', '.join(there)} {'is' if len(there) == 1 else 'are'} there already", flag,
+                          f"another {flag}, or --overwrite to replace what is there")
 
 
 def quiet_imports() -> None:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Optional, Sequence
 
-from megatron_telechat.cli.tool import ToolParser, positive, run_tool
+from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, positive, run_tool
 from megatron_telechat.errors import EXIT_OK
 
 
@@ -22,7 +22,10 @@ def _run(argv: list[str]) -> int:
     add("--vocab-size", type=positive(int), default=8192, help="ids, special tokens included (default: 8192)")
     add("--output", type=Path, default=Path("tokenizer.json"), help="default: tokenizer.json")
     add("--json-key", default="text", help="key of the text (default: text)")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    beside = [args.output.with_name("tokenizer_config.json")] if args.output.name == "tokenizer.json" else []
+    keep_what_is_there([args.output, *beside], "--output", args.overwrite)
     from megatron_telechat.data.tokenizer_training import train_tokenizer
 
     begin = time.monotonic()

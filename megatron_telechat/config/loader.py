@@ -301,7 +301,7 @@ class _Merge:
                     self.drop(other, name)
         if self.values.get("eval_iters") == 0:
             self.notes.append(f"eval_iters=0 ({self.origins['eval_iters']}): no evaluation")
-            for name in ("eval_iters", "eval_interval"):
+            for name in ("eval_iters", "eval_interval", "valid_data_path"):
                 self.values.pop(name, None)
                 self.origins[name] = DEFAULT
 

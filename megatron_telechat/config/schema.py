@@ -291,9 +291,9 @@ class CheckpointConfig:
     save: Optional[str] = None
     """Folder of the checkpoints. Unset: checkpoints/ in the run folder."""
     load: Optional[str] = None
-    """Folder to resume from. Unset: the one of save; a run whose folder holds a checkpoint goes on from it."""
+    """Folder to begin from. Unset: the one of save. Obeyed once: when save holds a checkpoint of that beginning, go on from it."""
     load_step: Optional[int] = None
-    """Resume from this step and not from the newest."""
+    """Go back to this step; later ones are set aside by the next save. Obeyed once: then the run goes on from the newest."""
     finetune: bool = False
     """Begin at step 0 with the weights in --load (pretrained_checkpoint); once --save holds a checkpoint, go on from that."""
     pretrained_checkpoint: Optional[str] = None
@@ -304,6 +304,9 @@ class CheckpointConfig:
     """Resume with a fresh optimizer state."""
     allow_data_change: bool = False
     """Resume although the data, its blend, the seed or the sequence length differ from those of the checkpoint."""
+    allow_model_change: bool = False
+    """Load weights although rotary base or lengths, the norm's epsilon, the experts of a token (top-k) or the tokenizer differ from
+    those of the checkpoint; heads, groups, widths and biases never may."""
     keep_last: int = 0
     """Keep only this many newest checkpoints; 0 keeps all."""
 

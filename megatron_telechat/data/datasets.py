@@ -123,7 +123,7 @@ def build_datasets(run: RunConfig, state: Ranks, progress: Progress = Progress()
             index = PreparedIndex(cache_root(run) / index_key(run, opened), False, opened)
     except BaseException as error:
         if word.first:
-            word.say(f"error: {error}")
+            word.say_failed(error)
         raise
     if word.first:
         word.say(index.folder.name)

@@ -54,7 +54,9 @@ def samples_needed(run: RunConfig, progress: Progress = Progress()) -> tuple[int
     The batch may have been another one before a resume: what was consumed and what the steps to come need are counted apart.
     """
     batch = run.training.global_batch_size
-    evaluation = run.evaluation.eval_iters * batch if run.evaluation.eval_interval else 0
+    # Validation data of its own is evaluated at the end, also where no interval is given.
+    evaluates = run.evaluation.eval_interval or run.data.valid_data_path
+    evaluation = run.evaluation.eval_iters * batch if evaluates else 0
     ahead = max(0 if progress.steps else 1, run.training.train_iters - progress.steps)
     return progress.consumed_samples + ahead * batch, evaluation, evaluation
 

@@ -8,9 +8,12 @@ from typing import Optional
 
 import torch
 
-from megatron_telechat.errors import DataError, ResourceError
+from megatron_telechat.errors import DataError, ResourceError, StopAtStart
 
 _WAIT_MESSAGE_S = 30.0
+# A signal is not taken while the store waits: how long it may take to be heard.
+_TURN_S = 1.0
+_STOPPED = "stopped"
 _STORE_PREFIX = "megatron_telechat/data"
 
 
@@ -38,6 +41,10 @@ class WordOfRankZero:
         if not self.alone:
             self.store.set(self.key, word)
 
+    def say_failed(self, error: BaseException) -> None:
+        """What went wrong, or that rank 0 was asked to stop."""
+        self.say(_STOPPED if isinstance(error, (StopAtStart, KeyboardInterrupt)) else f"error: {error}")
+
     def progress(self, text: str) -> None:
         """What rank 0 is at: printed every half minute, and told to those who wait."""
         if not self.first:
@@ -57,8 +64,11 @@ class WordOfRankZero:
         Raises:
             DataError: rank 0 failed, or it has other data than this rank.
             ResourceError: the time is up.
+            StopAtStart: rank 0 was asked to stop.
         """
         said = self._wait()
+        if said == _STOPPED:
+            raise StopAtStart
         if said.startswith("error: "):
             raise DataError(f"rank 0 could not build the sample index: {said[len('error: '):]}")
         if expected is not None and said != expected:
@@ -71,7 +81,7 @@ class WordOfRankZero:
         return f": {self.store.get(key).decode()}" if self.store.check([key]) else ""
 
     def _wait(self) -> str:
-        begin = time.monotonic()
+        begin = told = time.monotonic()
         while True:
             waited = time.monotonic() - begin
             if waited >= self.limit_s:
@@ -81,8 +91,9 @@ class WordOfRankZero:
                     "raise --data-index-timeout-minutes, look at the output of rank 0, or build it before with tools/build_index.py",
                 )
             try:
-                self.store.wait([self.key], timedelta(seconds=min(self.limit_s - waited, _WAIT_MESSAGE_S)))
+                self.store.wait([self.key], timedelta(seconds=min(self.limit_s - waited, _TURN_S, _WAIT_MESSAGE_S)))
                 return self.store.get(self.key).decode()
             except RuntimeError:  # torch's DistStoreError: this turn's time was up
-                if self.rank == 1:
+                if self.rank == 1 and time.monotonic() - told >= _WAIT_MESSAGE_S:
+                    told = time.monotonic()
                     print(f"waiting for rank 0 to build the sample index ({waited:.0f} s){self._at()}", flush=True)

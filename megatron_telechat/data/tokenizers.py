@@ -99,6 +99,31 @@ def digest_of(file: Path, special_tokens_in_text: bool = True) -> str:
     return digest if special_tokens_in_text else f"{digest}, special tokens in a text are text"
 
 
+# What of a tokenizer.json decides the ids of a text; padding, truncation, post-processors and blanks do not.
+_DECIDING = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+
+
+def tokenizer_identity(tokenizer_type: Optional[str], tokenizer_model: str) -> dict[str, str]:
+    """{"kind", "digest"} of a tokenizer's file, read without its package: equal kinds with other digests give other ids.
+
+    Raises:
+        ConfigError, DataError: the path names no tokenizer.
+    """
+    kind, file = _locate(tokenizer_type, Path(tokenizer_model))
+    if kind != "HuggingFaceTokenizer":
+        return {"kind": kind, "digest": digest_of(file)}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        deciding = {name: content.get(name) for name in _DECIDING}
+        merges = deciding["model"].get("merges") or []
+        # Newer files write a merge as a pair, older ones as two words in a text.
+        deciding["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{file} is not a tokenizer.json: {error}", "tokenizer_model", "restore the file") from error
+    text = json.dumps(deciding, sort_keys=True, ensure_ascii=False)
+    return {"kind": kind, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def _first_byte(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(64).lstrip()[:1]

@@ -6,6 +6,8 @@ import os
 from typing import Mapping, Optional
 
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.training.paths import RunPaths
+from megatron_telechat.training.signals import StopRequests
 
 
 def train(run: RunConfig, origins: Optional[Mapping[str, str]] = None) -> int:
@@ -16,18 +18,24 @@ def train(run: RunConfig, origins: Optional[Mapping[str, str]] = None) -> int:
 
     Raises:
         UserError: on every rank; see ``errors`` for the exit code of each class.
+        StopAtStart: stopped by a signal before the first step.
     """
-    from megatron_telechat.backend import get_backend
+    # Before the imports, which take seconds.
+    first = os.environ.get("RANK", "0") == "0"
+    requests = StopRequests(RunPaths.of(run).run_dir, watch_files=first, speaks=first)
+    with requests.starting():
+        from megatron_telechat.backend import get_backend
 
-    _leave_queues_open(run)
-    # The fixes for megatron.core hook its import: they come before the first module that needs it.
-    get_backend(run.training.device).install()
-    from megatron_telechat.parallel.agreement import lost_ranks_reported
-    from megatron_telechat.parallel.state import destroy
-    from megatron_telechat.training.loop import Trainer
+        _leave_queues_open(run)
+        # The fixes for megatron.core hook its import: they come before the first module that needs it.
+        get_backend(run.training.device).install()
+        from megatron_telechat.parallel.agreement import lost_ranks_reported
+        from megatron_telechat.parallel.state import destroy
+        from megatron_telechat.training.loop import Trainer
 
+        with lost_ranks_reported():
+            trainer = Trainer(run, origins, requests)
     with lost_ranks_reported():
-        trainer = Trainer(run, origins)
         try:
             code = trainer.fit()
         except BaseException:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from typing import Any, Optional, TextIO
@@ -68,7 +70,7 @@ class Console:
         """One or more plain lines."""
         if self._enabled:
             self._clear_bar()
-            print(text, file=self._stream, flush=True)
+            self._print(text + "\n")
 
     def step(self, record: dict[str, Any], memory_total_gib: Optional[float]) -> None:
         """The line of a record, and the bar below it."""
@@ -86,10 +88,19 @@ class Console:
         share = step / max(self._train_iters, 1)
         filled = int(self.WIDTH * share)
         text = f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {100 * share:3.0f}%  eta {format_duration(eta_s)}  {time.strftime('%H:%M:%S')}"
-        print(text, end="", file=self._stream, flush=True)
+        self._print(text)
         self._drawn = len(text)
 
     def _clear_bar(self) -> None:
         if self._drawn:
-            print("\r" + " " * self._drawn + "\r", end="", file=self._stream)
+            self._print("\r" + " " * self._drawn + "\r")
             self._drawn = 0
+
+    def _print(self, text: str) -> None:
+        """A terminal that was closed, or a reader that has left, must not end a training."""
+        try:
+            print(text, end="", file=self._stream, flush=True)
+        except OSError:
+            self._enabled = self._bar = False
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

@@ -62,6 +62,11 @@ class Forecast:
             return None
         return self.line()
 
+    @property
+    def measured_s(self) -> Optional[float]:
+        """Seconds of a step, the median; None before enough steps were measured."""
+        return statistics.median(self._seconds) if self._seconds and self._steps >= FIRST_REPORT else None
+
     def line(self) -> Optional[str]:
         """Predicted beside measured; None while nothing was measured since it was said last."""
         if len(self._seconds) <= self._said:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
-from typing import Mapping, Optional
+from typing import Collection, Mapping, Optional
 
 from megatron_telechat.backend import get_backend
-from megatron_telechat.checkpoint import LoadedInfo, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint, save_checkpoint
+from megatron_telechat.checkpoint.lineage import Began, Branch
+from megatron_telechat.checkpoint.start import Start, require_start
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.data import Datasets, Progress, batches, build_datasets, data_fingerprint, fingerprint_differences
-from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, DataError
+from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, DataError
 from megatron_telechat.model import build_model, parameter_shards, verify_tiling
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
@@ -31,7 +32,8 @@ from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, TrainStep, chunk_iterators, close_iterators, evaluate
 from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.trace import ExchangeTrace
-from megatron_telechat.training.writers import MetricsWriter
+from megatron_telechat.training.unsaved import unsaved_note
+from megatron_telechat.training.writers import MetricsWriter, recorded_at
 
 
 class Trainer:
@@ -39,15 +41,21 @@ class Trainer:
 
     The constructor reads top-down: device, ranks, model, optimizer, data, checkpoint, reports. Every
     phase that can fail on one rank alone ends in an agreement, so that all ranks fail together.
+
+    Args:
+        requests: stop requests that are listened to already; unset: from here on.
     """
 
-    def __init__(self, run: RunConfig, origins: Optional[Mapping[str, str]] = None):
+    def __init__(
+        self, run: RunConfig, origins: Optional[Mapping[str, str]] = None, requests: Optional[StopRequests] = None
+    ):
         self.run = run
         self.backend = get_backend(run.training.device)
         self.backend.install()
         self.state = initialize(run, self.backend)
 
         self.paths = RunPaths.of(run)
+        self.requests = requests or StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
         self.console = Console(self.state.rank == 0, run.training.train_iters, run.logging.progress)
         with together(self.state):
             self.paths.create()
@@ -68,12 +76,12 @@ class Trainer:
         self.resumed: Optional[LoadedInfo] = None
         self.chunk_setting: Optional[ChunkSetting] = None
         self.datasets: Optional[Datasets] = None
+        self.branch = Branch()
         self.resumed = self._resume()
         self.datasets = build_datasets(run, self.state, self._progress())
 
-        self.requests = StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
         with together(self.state):
-            self.writer = MetricsWriter(run, self.paths.run_dir, enabled=self.state.rank == 0)
+            self.writer = MetricsWriter(run, self.paths.run_dir, self.state.rank == 0, self.step)
         self._iterators_open: list = []
         self._introduce(origins or {})
         self.chunk_setting = self._set_chunks()
@@ -84,14 +92,18 @@ class Trainer:
         with together(self.state):
             self.forecast = Forecast.of(run, self.backend)
         self._reported = self.step
+        self._warned = False
+        self._warn_if_unsaved(self.forecast.iteration_s, "predicted")
         self.meter = Meter(run, self.state, self.backend, self.chunks)
 
     # ---- the run ----------------------------------------------------------------------------
 
     def fit(self) -> int:
         """Train to train_iters, or to a stop request. Returns the exit code."""
+        if self._is_last():
+            return self._already_done()
         self._iterators_open = iterators = self.training_iterators()
-        while self.step < self.run.training.train_iters:
+        while not self._is_last():
             result, lr = self.take_step(iterators)
             if result.skipped is not None:
                 self._say_skipped(result.skipped)
@@ -99,15 +111,37 @@ class Trainer:
                 self._report(result, lr)
             if self._is_last():
                 self.steps_taken.require_some_taken(self.step)
-            if self._due(self.run.evaluation.eval_interval):
-                self._evaluate()
-            leave = result.stop or self._due(self.run.training.exit_interval)
+            stop = result.stop
+            # At the last step the weights are saved before they are evaluated.
+            if self._due(self.run.evaluation.eval_interval) and not self._is_last() and not stop:
+                stop = not self._evaluate()
+            leave = stop or self._due(self.run.training.exit_interval)
             if leave or result.save or self._due(self.run.checkpoint.save_interval) or self._is_last():
                 self._save()
-            if leave and not self._is_last():
+                stop = stop or self._asked_to_stop()
+            if (stop or leave) and not self._is_last():
                 self._compare(self.forecast.line())
-                return self._leave(result)
+                return self._leave(stop)
         self._compare(self.forecast.line())
+        return self._finish()
+
+    def _already_done(self) -> int:
+        """A run that is complete: nothing is trained, nothing saved; an evaluation that is still missing is made up for."""
+        target = self.run.training.train_iters
+        self.console.say(f"nothing to train: {self.resumed.path if self.resumed else 'the run'} is at step {self.step} of {target}")
+        found: set[str] = set()
+        with together(self.state):
+            if self.state.rank == 0:
+                found = recorded_at(self.paths.run_dir, self.step)
+        return self._finish(from_rank_0(found))
+
+    def _finish(self, recorded: Collection[str] = ()) -> int:
+        """Evaluate the final weights, once on each split there is. Returns the exit code."""
+        for key, dataset in (("valid_loss", self.datasets.valid), ("test_loss", self.datasets.test)):
+            if dataset is not None and key not in recorded and not self._evaluate(key):
+                self.requests.clear_files()
+                self.console.say("stop request: the final evaluation is made up for by the same command")
+                return EXIT_SIGNAL
         not_taken = self.step - self.steps_taken.taken
         steps = f"{self.step} steps" + (f", {not_taken} of them not taken" if not_taken else "")
         self.console.say(f"done: {steps}, checkpoints in {self.paths.save_dir}")
@@ -152,6 +186,7 @@ class Trainer:
         total = self.backend.memory().total_bytes
         self.console.step(record, total / 2**30 if total else None)
         self._compare(self.forecast.observe(record, self.step - self._reported))
+        self._warn_if_unsaved(self.forecast.measured_s, "measured")
         self._reported = self.step
 
     def _say_skipped(self, reason: str) -> None:
@@ -164,17 +199,32 @@ class Trainer:
         if line is not None:
             self.console.say(line)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, key: str = "valid_loss") -> bool:
+        """Evaluate the weights on the validation data, or for ``test_loss`` on the test data. False: a stop request cut it off."""
+        dataset, name = (self.datasets.valid, "validation") if key == "valid_loss" else (self.datasets.test, "test")
         with self.meter.excluded():
-            iterators = self._iterators(self.datasets.valid, 0)
+            iterators = self._iterators(dataset, 0)
             with gathered_parameters(self.chunks):
-                loss = evaluate(
-                    self.chunks, iterators, self.run.evaluation.eval_iters, self.run, self.state, self.backend
+                evaluation = evaluate(
+                    self.chunks, iterators, self.run.evaluation.eval_iters, self.run, self.state, self.backend, self._asked_to_stop
                 )
             close_iterators(iterators)
-            self.writer.write({"step": self.step, "valid_loss": loss})
-            shown = f"{loss:.4f}" if loss is not None else "none: the loss mask leaves no token of the validation data"
-            self.console.say(f"step {self.step}  validation loss {shown}")
+            if evaluation.complete:
+                self.writer.write({"step": self.step, key: evaluation.loss})
+                nothing = f"none: the loss mask leaves no token of the {name} data"
+                shown = f"{evaluation.loss:.4f}" if evaluation.loss is not None else nothing
+                self.console.say(f"step {self.step}  {name} loss {shown}")
+        return evaluation.complete
+
+    def _asked_to_stop(self) -> bool:
+        return self.requests.asked_anywhere(self.backend.device)
+
+    def _warn_if_unsaved(self, seconds: Optional[float], how: str) -> None:
+        """Once, as soon as it is known that the run is long and saves nothing on its way."""
+        note = None if self._warned else unsaved_note(self.run, self.step, seconds, how)
+        if note is not None:
+            self._warned = True
+            self.console.say(f"note: {note}")
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -186,10 +236,10 @@ class Trainer:
                 self.requests.clear_files()
             self.console.say(f"step {self.step}  saved {folder} in {time.perf_counter() - started:.1f} s")
 
-    def _leave(self, result: StepResult) -> int:
-        reason = "stop request" if result.stop else f"exit_interval {self.run.training.exit_interval}"
+    def _leave(self, stop: bool) -> int:
+        reason = "stop request" if stop else f"exit_interval {self.run.training.exit_interval}"
         self.console.say(f"{reason}: stopped after step {self.step}; the same command goes on from here")
-        return EXIT_SIGNAL if result.stop else EXIT_OK
+        return EXIT_SIGNAL if stop else EXIT_OK
 
     def _due(self, interval: Optional[int]) -> bool:
         return bool(interval) and self.step % interval == 0
@@ -213,36 +263,38 @@ class Trainer:
                 **self.steps_taken.extra,
                 **(self.datasets.order.saved() if self.datasets else {}),
             },
+            branch=self.branch,
         )
 
     def _resume(self) -> Optional[LoadedInfo]:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
-        settings = self.run.checkpoint
-        newest = None
+        start: Optional[Start] = None
         with together(self.state):
             if self.state.rank == 0:
-                newest = latest_checkpoint(self.paths.load_dir)
+                start, _ = require_start(self.run)
         # One rank decides: a stale cache of a shared folder would send some ranks into a load alone.
-        if from_rank_0(newest) is not None:
+        start = from_rank_0(start)
+        info = None
+        if start.root is not None:
             info = load_checkpoint(
-                self.paths.load_dir, self._train_state(), self.run, self.state, step=settings.load_step
+                start.root, self._train_state(), self.run, self.state, step=start.step, weights_only=start.weights_only
             )
-            with together(self.state):
-                self._require_same_data(info)
-            self.step, self.consumed_samples = info.step, info.consumed_samples
-            self.steps_taken, note = StepsTaken.of(info)
-            return info if note is None else replace(info, message=f"{info.message}\n{note}")
-        # --load and --save naming one folder is Megatron's way to say "go on if there is something".
-        if self.paths.load_dir != self.paths.save_dir or settings.load_step is not None:
-            raise CheckpointError(
-                f"no complete checkpoint in {self.paths.load_dir}",
-                where="load",
-                fix="point --load at the folder that holds iter_* folders, or leave it out to start a new run",
-            )
-        if settings.pretrained_checkpoint:
-            source = Path(settings.pretrained_checkpoint)
-            return load_checkpoint(source, self._train_state(), self.run, self.state, weights_only=True)
-        return None
+            notes = list(start.notes)
+            if not start.weights_only:
+                with together(self.state):
+                    self._require_same_data(info)
+                self.step, self.consumed_samples = info.step, info.consumed_samples
+                self.steps_taken, note = StepsTaken.of(info)
+                notes += [note] if note else []
+            info = replace(info, message="\n".join([info.message, *notes]))
+        began = start.began
+        if start.opens is not None and info is not None:
+            began = (*began, Began(start.opens, info.step, info.digest))
+        parent = (info.step, info.digest) if info is not None and not start.weights_only else None
+        with together(self.state):
+            if self.state.rank == 0:
+                self.branch = Branch.opening(self.paths.save_dir, parent, began)
+        return info
 
     def _progress(self) -> Progress:
         """How far the run has read: the samples it needs, and their order, follow from that."""
@@ -265,7 +317,9 @@ class Trainer:
             )
 
     def _set_chunks(self) -> Optional[ChunkSetting]:
-        """The pieces of the experts' input, where the run leaves their number to us."""
+        """The pieces of the experts' input, where the run leaves their number to us and something is left to train."""
+        if self._is_last():
+            return None
         saved = self.resumed.extra if self.resumed else None
         setting = set_chunks(self.chunks, self.run, self.state, self.backend, saved)
         if setting is not None:
@@ -282,8 +336,6 @@ class Trainer:
             self.console.say(self.resumed.message)
             for line in resume_differences(self.run, self.resumed.config):
                 self.console.say(f"  changed since the checkpoint: {line}")
-            if self.step:
-                self.writer.write({"event": "resume", "step": self.step})
         if self.state.rank == 0:
             (self.paths.run_dir / "config.yaml").write_text(dump_run_config(self.run), encoding="utf-8")
 

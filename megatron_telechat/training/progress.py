@@ -6,9 +6,9 @@ from typing import Any, Mapping, Optional
 
 from megatron_telechat.checkpoint.find import find_checkpoint, saved_config
 from megatron_telechat.checkpoint.format import CheckpointReader
+from megatron_telechat.checkpoint.start import find_start
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data import Progress, resumed_order
-from megatron_telechat.training.paths import RunPaths
 
 
 def progress_at(
@@ -28,9 +28,12 @@ def saved_progress(run: RunConfig) -> Progress:
     """Where the training with this configuration would go on.
 
     Raises:
-        CheckpointError: there are checkpoints and none is sound, or ``load_step`` is not there.
+        CheckpointError: there are checkpoints and none is sound, or what the command names is not there.
     """
-    folder, _ = find_checkpoint(RunPaths.of(run).load_dir, run.checkpoint.load_step)
+    start = find_start(run)
+    folder = None
+    if start.root is not None and not start.weights_only:
+        folder, _ = find_checkpoint(start.root, start.step)
     if folder is None:
         return Progress()
     reader = CheckpointReader(folder, check_sizes=False)

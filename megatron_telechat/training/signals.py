@@ -2,38 +2,117 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import threading
 from pathlib import Path
+from typing import Any, Iterator, Optional
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from megatron_telechat.errors import StopAtStart
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "stop-now"
 SAVE_FILE = "save-now"
+_LEFT_ALONE_WHEN_IGNORED = (signal.SIGINT, signal.SIGHUP)
+"""What nohup and a shell's background jobs ignore on purpose."""
 
 
 class StopRequests:
     """Remembers a request until the training loop polls it.
 
-    SIGTERM, SIGUSR1 and SIGUSR2 ask for a checkpoint and an end; so does a file ``stop-now``
-    in the run folder. A file ``save-now`` asks for a checkpoint only. A signal may reach one rank
+    SIGTERM, SIGUSR1, SIGUSR2, SIGINT (Ctrl-C) and SIGHUP (the terminal was closed) ask for a checkpoint and an end; so does a
+    file ``stop-now`` in the run folder. A file ``save-now`` asks for a checkpoint only. A signal may reach one rank
     alone: the loop reduces :meth:`poll` over the ranks before it acts.
+
+    A person who has pressed Ctrl-C and asks again does not want to wait: the process ends at once, by that signal. Ctrl-C of a
+    terminal reaches torchrun alone, which passes it on as SIGINT and a second one as SIGTERM.
+
+    Args:
+        run_dir: where the trigger files are looked for.
+        watch_files: whether this rank looks.
+        speaks: whether this rank says that it was asked.
     """
 
-    def __init__(self, run_dir: Path, watch_files: bool):
+    def __init__(self, run_dir: Path, watch_files: bool, speaks: bool = False):
         self._run_dir = run_dir
         self._watch_files = watch_files
-        self._stop = False
-        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        self._speaks = speaks
+        self._first: Optional[int] = None
+        self._at_start = False
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python gives signals to the main thread only
+        for number in STOP_SIGNALS:
+            if number in _LEFT_ALONE_WHEN_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            self._previous[number] = signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number, frame) -> None:
-        self._stop = True
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self._first is not None
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Phases before the first step: there is nothing to save, so a stop ends them where they are.
+
+        Raises:
+            StopAtStart: a signal came.
+        """
+        self._at_start = True
+        try:
+            self._raise_if_asked()
+            try:
+                yield
+            except Exception as error:
+                # A rank that was asked first has left, or the signal waited behind a call that failed for it.
+                if self.asked:
+                    raise StopAtStart from error
+                raise
+            # It may have come where an exception cannot leave, such as a destructor.
+            self._raise_if_asked()
+        finally:
+            self._at_start = False
+
+    def _raise_if_asked(self) -> None:
+        if self.asked:
+            raise StopAtStart
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._first == signal.SIGINT and number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if self._first is None:
+            self._first = number
+            if self._at_start:
+                raise StopAtStart
+            self._say(number)
+
+    def _say(self, number: int) -> None:
+        if not self._speaks:
+            return
+        more = "; once more to end at once" if number == signal.SIGINT else ""
+        # Not print: the signal may have come in the middle of one.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: saving, then the run ends{more}\n".encode())
 
     def poll(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them now."""
-        stop, save = self._stop, False
+        stop, save = self.asked, False
         if self._watch_files:
             stop = stop or (self._run_dir / STOP_FILE).exists()
             save = (self._run_dir / SAVE_FILE).exists()
         return stop, save
+
+    def asked_anywhere(self, device: Any) -> bool:
+        """Whether some rank was asked to stop by now; a small collective over all ranks."""
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor([float(self.poll()[0])], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
 
     def clear_files(self) -> None:
         """Remove the trigger files once they have been obeyed."""

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Iterator, Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 import torch.distributed as dist
@@ -259,13 +259,35 @@ class TrainStep:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=grad_norm)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, the same on every rank.
+
+    Attributes:
+        loss: mean cross entropy over all tokens that count, in nats; None where none counted, or where it was cut off.
+        complete: whether all batches were read; a stop request cuts an evaluation off.
+    """
+
+    loss: Optional[float]
+    complete: bool = True
+
+
 def evaluate(
-    chunks, iterators, batches: int, run: RunConfig, state: ParallelState, backend: Backend
-) -> Optional[float]:
-    """Mean loss over ``batches`` global batches, the same on every rank; None where no token counts.
+    chunks,
+    iterators,
+    batches: int,
+    run: RunConfig,
+    state: ParallelState,
+    backend: Backend,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """The loss over ``batches`` global batches.
+
+    Args:
+        stop: asked before each batch, on all ranks alike; True ends the evaluation.
 
     Raises:
-        NumericsError: on every rank, where that is not finite: such weights are not worth a checkpoint.
+        NumericsError: on every rank, where the loss is not finite: such weights are not worth a checkpoint.
     """
     total = torch.zeros(2, dtype=wide_dtype(backend), device=backend.device)
     for chunk in chunks:
@@ -273,6 +295,8 @@ def evaluate(
     try:
         with torch.no_grad():
             for _ in range(batches):
+                if stop():
+                    return Evaluation(None, complete=False)
                 total += run_schedule(chunks, iterators, run, backend, run.num_microbatches, forward_only=True)
     finally:
         for chunk in chunks:
@@ -282,7 +306,7 @@ def evaluate(
     dist.all_reduce(total)
     loss, tokens = total.tolist()
     require_finite_validation(loss)
-    return loss / tokens if tokens else None
+    return Evaluation(loss / tokens if tokens else None)
 
 
 def wide_dtype(backend: Backend) -> torch.dtype:

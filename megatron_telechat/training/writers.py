@@ -12,25 +12,35 @@ from megatron_telechat.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id"
+_BLOCK = 1 << 16
 
 
 class MetricsWriter:
     """Writes on one rank; elsewhere it does nothing.
 
     Each record is one JSON object a line, flushed at once, so that a killed run keeps its curve. A
-    line ``{"event": "resume", "step": N}`` says that later lines replace those beyond step N.
+    line ``{"event": "resume", "step": N}`` says that later lines replace those beyond step N. TensorBoard is told the same;
+    Weights & Biases keeps both, each at its step.
+
+    Args:
+        step: where the run goes on. What a killed run has written beyond it is taken back, also where it begins anew at 0.
     """
 
-    def __init__(self, run: RunConfig, run_dir: Path, enabled: bool):
+    def __init__(self, run: RunConfig, run_dir: Path, enabled: bool, step: int = 0):
         self._enabled = enabled
         self._file = self._tensorboard = self._wandb = None
         if not enabled:
             return
-        self._file = open(run_dir / METRICS_FILE, "a", encoding="utf-8")
         if run.logging.tensorboard:
-            self._tensorboard = _open_tensorboard(run_dir / "tensorboard")
+            self._tensorboard = _open_tensorboard(run_dir / "tensorboard", step)
         if run.logging.wandb_project:
             self._wandb = _open_wandb(run, run_dir)
+        path = run_dir / METRICS_FILE
+        _drop_unfinished_line(path)
+        written = path.exists() and path.stat().st_size > 0
+        self._file = open(path, "a", encoding="utf-8")
+        if step or written:
+            self.write({"event": "resume", "step": step})
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; its ``step`` places it on the curves."""
@@ -43,7 +53,7 @@ class MetricsWriter:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, record["step"])
         if self._wandb is not None and numbers:
-            self._wandb.log(numbers, step=record["step"])
+            self._wandb.log({**numbers, "step": record["step"]})
 
     def close(self) -> None:
         for sink in (self._file, self._tensorboard):
@@ -58,7 +68,42 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     return {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
 
 
-def _open_tensorboard(folder: Path):
+def _drop_unfinished_line(path: Path) -> None:
+    """What a kill in the middle of a write left would join the next record, and both would be lost."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as stream:
+        end = stream.seek(0, 2)
+        while end:
+            begin = max(0, end - _BLOCK)
+            stream.seek(begin)
+            newline = stream.read(end - begin).rfind(b"\n")
+            if newline >= 0:
+                stream.truncate(begin + newline + 1)
+                return
+            end = begin
+        stream.truncate(0)
+
+
+def recorded_at(run_dir: Path, step: int) -> set[str]:
+    """The keys of all records of one step that later lines did not take back."""
+    path, keys = run_dir / METRICS_FILE, set()
+    if not path.exists():
+        return keys
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+                if record.get("event") == "resume" and record["step"] < step:
+                    keys.clear()
+                elif record["step"] == step:
+                    keys.update(record)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+    return keys
+
+
+def _open_tensorboard(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -66,7 +111,9 @@ def _open_tensorboard(folder: Path):
             "logging.tensorboard is on, but the package tensorboard is missing",
             fix='pip install "megatron_telechat[tensorboard]", or leave --tensorboard out',
         ) from error
-    return SummaryWriter(str(folder))
+    used = folder.is_dir() and any(folder.iterdir())
+    # Events of a killed run beyond the step it goes on from would be drawn twice.
+    return SummaryWriter(str(folder), purge_step=step + 1 if step or used else None)
 
 
 def _open_wandb(run: RunConfig, run_dir: Path):
@@ -87,4 +134,7 @@ def _open_wandb(run: RunConfig, run_dir: Path):
         dir=str(run_dir),
     )
     id_file.write_text(session.id)
+    # Its own counter only grows: after a crash it would drop the steps that are taken again.
+    session.define_metric("step")
+    session.define_metric("*", step_metric="step")
     return session

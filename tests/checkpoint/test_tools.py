@@ -84,3 +84,47 @@ def test_convert_goes_both_ways(tmp_path, capsys):
 def test_the_doors_answer_help(tool):
     done = subprocess.run([sys.executable, f"tools/{tool}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and f"tools/{tool}.py" in done.stdout
+
+
+def test_import_writes_over_nothing_unless_it_is_told_to_and_never_over_a_training(tmp_path, capsys):
+    from megatron_telechat.checkpoint import CheckpointReader, CheckpointWriter
+    from megatron_telechat.checkpoint.lineage import Branch
+
+    output = tmp_path / "c"
+    command = ["import", "--output", str(output), "--hf"]
+    assert convert([*command, str(GOLDEN / "telechat2_tiny_gqa")]) == 0
+    manifest = (output / "iter_0000000" / "manifest.json").read_bytes()
+    capsys.readouterr()
+    assert convert([*command, str(GOLDEN / "telechat2_tiny_mha")]) == 4
+    assert "--overwrite to replace it" in capsys.readouterr().err
+    assert (output / "iter_0000000" / "manifest.json").read_bytes() == manifest
+    assert convert([*command, str(tmp_path / "none"), "--overwrite"]) == 4
+    assert (output / "iter_0000000" / "manifest.json").read_bytes() == manifest, "a new one that fails takes nothing away"
+    assert convert([*command, str(GOLDEN / "telechat2_tiny_mha"), "--overwrite"]) == 0
+    assert CheckpointReader(output / "iter_0000000", verify=True).manifest.to_bytes() != manifest
+    assert sorted(path.name for path in output.iterdir()) == ["iter_0000000", "latest"]
+    for step, name in ((0, "first"), (5, "later")):
+        with CheckpointWriter(tmp_path / name, step=step, config="", branch=Branch()) as writer:
+            writer.add("model/a", (4,), (0,), __import__("torch").zeros(4))
+        assert convert(["import", "--overwrite", "--hf", str(GOLDEN / "telechat2_tiny_gqa"), "--output", str(tmp_path / name)]) == 4
+        assert "checkpoints of a training" in capsys.readouterr().err
+
+
+def test_tools_keep_what_took_work_to_make(tmp_path, capsys):
+    from megatron_telechat.cli import build_corpus, merge_data, train_tokenizer
+    from tests.data.material import TEXTS, write_dataset, write_jsonl
+
+    text = write_jsonl(tmp_path / "t.jsonl", TEXTS * 4)
+    data = write_dataset(tmp_path / "a", 3)
+    for tool, arguments, made in (
+        (train_tokenizer, ["--input", str(text), "--vocab-size", "300", "--output", str(tmp_path / "tokenizer.json")], "tokenizer.json"),
+        (build_corpus, ["--max-mb", "0.05", "--output", str(tmp_path / "corpus")], "corpus/en.jsonl"),
+        (merge_data, ["--input", data, "--output-prefix", str(tmp_path / "m")], "m.idx"),
+    ):
+        assert tool.main(arguments) == 0
+        file = tmp_path / made
+        before = file.stat().st_mtime_ns
+        capsys.readouterr()
+        assert tool.main(arguments) == 2 and file.stat().st_mtime_ns == before
+        assert f"{file}" in (said := capsys.readouterr().err) and "there already" in said and "--overwrite" in said
+        assert tool.main([*arguments, "--overwrite"]) == 0 and file.stat().st_mtime_ns != before

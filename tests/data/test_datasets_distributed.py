@@ -48,3 +48,7 @@ def test_ranks_that_wait_say_for_what(report):
     first, second = report.check("waiting")
     assert "data: checking " in first and "waiting for" not in first
     assert "waiting for rank 0 to build the sample index (" in second and "30 dialogs, " in second
+
+
+def test_a_stop_of_rank_0_is_heard_by_those_who_wait_for_its_index(report):
+    assert all(seconds is not None and seconds < 20 for seconds in report.check("stopped"))

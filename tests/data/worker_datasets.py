@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_telechat.data import build_datasets, chat_files, datasets, rank_zero, sources
 from megatron_telechat.data.indexed import IndexedDataset
-from megatron_telechat.errors import UserError
+from megatron_telechat.errors import StopAtStart, UserError
 from tests.data.chat_material import chat_run, letters_tokenizer, numbered, write_lines
 from tests.data.material import Rank, make_run, write_dataset
 from tests.harness import Cases
@@ -158,6 +158,25 @@ def waiting():
         rank_zero._WAIT_MESSAGE_S = patience
         datasets.build_index = prepare
     return said.getvalue()
+
+
+@cases.case
+def stopped():
+    """Rank 0 is asked to stop while it builds: the one that waits hears of it, long before its time is up."""
+    run = dialogs("stopped")
+    prepare = sources.build_index
+
+    def asked(*args):
+        raise StopAtStart
+
+    datasets.build_index = asked
+    begin = time.monotonic()
+    try:
+        build_datasets(run, Rank(rank=dist.get_rank()))
+    except StopAtStart:
+        return time.monotonic() - begin
+    finally:
+        datasets.build_index = prepare
 
 
 @cases.case

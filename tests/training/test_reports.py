@@ -4,14 +4,18 @@ import io
 import json
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_telechat.config.schema import LoggingConfig, RunConfig
+from megatron_telechat.cli.metrics_file import read_metrics
+from megatron_telechat.config.schema import CheckpointConfig, LoggingConfig, RunConfig, TrainingConfig
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.training.console import Console, format_count, format_duration, format_step
 from megatron_telechat.training.signals import StopRequests
-from megatron_telechat.training.writers import MetricsWriter
+from megatron_telechat.training.unsaved import unsaved_note
+from megatron_telechat.training.writers import MetricsWriter, recorded_at
 
 RECORD = {
     "step": 120,
@@ -102,3 +106,116 @@ def test_stop_requests_by_signal_and_by_file(tmp_path):
     finally:
         requests.close()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_line_that_a_kill_cut_off_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for torn in ('{"step": 3, "lo', "x" * 200_000):
+        path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n' + torn)
+        MetricsWriter(RunConfig(), tmp_path, enabled=True, step=1).close()
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert lines[2:] == [{"event": "resume", "step": 1}]
+    path.write_text("torn")
+    MetricsWriter(RunConfig(), tmp_path, enabled=True).close()
+    assert path.read_text() == ""
+
+
+def test_a_run_that_begins_anew_takes_back_what_a_killed_one_wrote(tmp_path):
+    """Killed before its first checkpoint, it starts at step 0 again: no step counts twice, no later one stays."""
+    for steps in (9, 4):
+        writer = MetricsWriter(RunConfig(), tmp_path, enabled=True)
+        for step in range(1, steps + 1):
+            writer.write({"step": step, "loss": float(steps)})
+        writer.write({"step": steps, "valid_loss": 1.0})
+        writer.write({"step": steps, "test_loss": 2.0})
+        writer.close()
+    metrics = read_metrics(tmp_path)
+    assert metrics.series("loss") == ([1, 2, 3, 4], [4.0] * 4)
+    assert list(metrics.valid) == list(metrics.test) == [4]
+    assert recorded_at(tmp_path, 4) == {"step", "loss", "valid_loss", "test_loss"} and recorded_at(tmp_path, 9) == set()
+
+
+def crash_and_resume(tmp_path, **logging):
+    """Steps 1 to 6, killed; resumed from step 3; to step 5."""
+    run = RunConfig(logging=LoggingConfig(**logging))
+    for first, step, last in ((True, 0, 6), (False, 3, 5)):
+        writer = MetricsWriter(run, tmp_path, True, step)
+        for number in range(step + 1, last + 1):
+            writer.write({"step": number, "loss": number + (0.0 if first else 0.5)})
+        writer.close()
+
+
+def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    crash_and_resume(tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.5), (5, 5.5)]
+
+
+def test_tensorboard_is_told_what_to_take_back(tmp_path, monkeypatch):
+    made = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step=None):
+            made.append(purge_step)
+            os.makedirs(folder, exist_ok=True)
+            (tmp_path / "tensorboard" / f"events.{len(made)}").touch()
+
+        add_scalar = close = lambda *a: None
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    crash_and_resume(tmp_path, tensorboard=True)
+    MetricsWriter(RunConfig(logging=LoggingConfig(tensorboard=True)), tmp_path, True).close()
+    assert made == [None, 4, 1], "a first start, a resume from step 3, a start anew in a folder that was used"
+
+
+def test_wandb_gets_every_step_of_a_resumed_run(tmp_path, monkeypatch):
+    """Its own counter drops what is logged below it; a step that is a metric is never below."""
+    calls = []
+
+    class Session:
+        id = "run-1"
+
+        def define_metric(self, *args, **keywords):
+            calls.append(("define", *args, *keywords.items()))
+
+        def log(self, values, step=None):
+            assert step is None
+            calls.append(("log", values["step"], values["loss"]))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    def init(**keywords):
+        calls.append(("init", keywords["id"], keywords["resume"]))
+        return Session()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    crash_and_resume(tmp_path, wandb_project="p")
+    define = [("define", "step"), ("define", "*", ("step_metric", "step"))]
+    assert calls == [
+        ("init", None, "allow"), *define, *(("log", step, float(step)) for step in range(1, 7)), ("finish",),
+        ("init", "run-1", "allow"), *define, ("log", 4, 4.5), ("log", 5, 5.5), ("finish",),
+    ]  # fmt: skip
+
+
+def test_an_output_that_nobody_reads_any_more_ends_no_run():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    console = Console(True, 240, True, Closed())
+    console.say("one")
+    console.step(RECORD, None)
+
+
+@pytest.mark.parametrize("seconds, interval, noted", [(0.5, None, False), (10.0, 100, False), (None, None, False), (1.0, None, True)])
+def test_a_long_run_without_a_save_interval_is_told(seconds, interval, noted):
+    run = RunConfig(training=TrainingConfig(train_iters=5000), checkpoint=CheckpointConfig(save_interval=interval))
+    note = unsaved_note(run, 0, seconds, "measured")
+    assert (note is not None) == noted
+    if note:
+        assert "1:23:20 (measured)" in note and "--save-interval 1800" in note
+        assert unsaved_note(run, 1400, seconds, "measured") is None, "what is left counts"

@@ -173,7 +173,7 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
     def evaluation_of(trainer, batches):
         from megatron_telechat.training.step import evaluate
 
-        return evaluate(trainer.chunks, [iter(batches)], 1, trainer.run, trainer.state, trainer.backend)
+        return evaluate(trainer.chunks, [iter(batches)], 1, trainer.run, trainer.state, trainer.backend).loss
 
     @cases.case
     def nothing_to_learn() -> dict:

@@ -31,11 +31,13 @@ def checkpoint_to_resume_from(check: Check) -> Iterator[Problem]:
     load, save, step = check.take("load", "save", "load_step")
     there = load is not None and os.path.isdir(load)
     same = save is not None and load is not None and os.path.abspath(load) == os.path.abspath(save)
-    if load is not None and not there and not same:
+    # A run that has begun there needs it no longer; its own checkpoints tell whether it has.
+    begun = save is not None and os.path.isdir(save) and any(name.startswith("iter_") for name in os.listdir(save))
+    if load is not None and not there and not same and not begun:
         yield check.problem(
             f"load {load} is not a folder", "load", fix="the folder of the checkpoints, or drop --load to start afresh"
         )
-    elif step is not None and not there:
+    elif step is not None and not there and not begun:
         yield check.problem(
             f"load_step={step}, but there is no checkpoint folder {load}",
             "load_step",

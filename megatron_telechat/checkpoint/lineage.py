@@ -1,0 +1,220 @@
+"""Which checkpoint of a folder is the newest: the head of a lineage, not the largest step.
+
+Each training save has a number, one more than any before it in its folder, and names its parent: the checkpoint that the run had
+saved before it, or was started from. A save whose parent is of step 10 says that every earlier save beyond step 10 belongs to a
+branch that was left (by ``--load-step 10``, or because those were damaged). Manifests of releases before lineages, and imports,
+have number 0; among them the largest step is the newest. Everything here reads the first part of manifests only, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Mapping, Optional, Sequence
+
+from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_telechat.checkpoint.names import aside_name, committed_folders, folders_aside, is_replaced, step_of
+from megatron_telechat.errors import CheckpointError
+
+_HEAD = ("digest", "step", "config", "data_fingerprint", "extra", "lineage")
+_BEHIND_THE_HEAD = ("rng", "files", "tensors")
+_HEAD_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Began:
+    """Where a command said to begin: ``--load`` of another folder, or ``--load-step`` in the run's own.
+
+    Attributes:
+        folder: the folder that was named, absolute, links resolved.
+        step, digest: the checkpoint taken from it.
+    """
+
+    folder: str
+    step: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a manifest says of the saves before it.
+
+    Attributes:
+        number: of the save in its folder; 0 for those of older releases and imports.
+        parent: (step, digest) of the checkpoint it goes on from; None at the first save of a run that began with initial weights.
+        began: every place that a command named as a beginning, oldest first.
+    """
+
+    number: int = 0
+    parent: Optional[tuple[int, str]] = None
+    began: tuple[Began, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        parent = None if self.parent is None else {"step": self.parent[0], "digest": self.parent[1]}
+        return {"number": self.number, "parent": parent, "began": [vars(one) for one in self.began]}
+
+    @classmethod
+    def from_json(cls, body: Any) -> "Lineage":
+        """Raises KeyError, TypeError or ValueError for what is no lineage."""
+        if not body:
+            return cls()
+        parent = body["parent"]
+        began = tuple(Began(str(one["folder"]), int(one["step"]), str(one["digest"])) for one in body["began"])
+        return cls(int(body["number"]), None if parent is None else (int(parent["step"]), str(parent["digest"])), began)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, as the first part of its manifest describes it."""
+
+    path: Path
+    step: int
+    digest: str
+    lineage: Lineage
+    config: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Sorts the saves of a folder, oldest first."""
+        return self.lineage.number, self.step
+
+
+def look_at(folder: Path) -> Saved:
+    """What a checkpoint says of itself, from the first part of its manifest: quick for any number of ranks, but not verified.
+
+    Raises CheckpointError when there is no manifest or it cannot be read.
+    """
+    head = _head(folder / MANIFEST)
+    try:
+        lineage = Lineage.from_json(head.get("lineage"))
+        return Saved(folder, int(head["step"]), str(head["digest"]), lineage, str(head["config"]), dict(head["extra"]))
+    except (KeyError, TypeError, ValueError) as error:
+        read_manifest(folder)  # says what is wrong with a damaged one
+        raise CheckpointError(f"the manifest does not follow the schema ({type(error).__name__}: {error})", str(folder / MANIFEST),
+                              "use another checkpoint (--load-step)") from error
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """The values that stand before the lists of files and tensors; {} where the file does not begin like a manifest."""
+    if path.is_symlink() or not path.is_file():
+        read_manifest(path.parent)  # raises
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+            found = _values(head.decode(errors="ignore"))
+            # A blend of very many files makes a long fingerprint.
+            return found or _values((head + stream.read()).decode(errors="ignore"))
+    except OSError as error:
+        raise CheckpointError(f"no readable {MANIFEST}: {error.strerror or error}", str(path.parent), "restore it from a copy") from error
+
+
+def _values(text: str) -> dict[str, Any]:
+    decoder, found, at = json.JSONDecoder(), {}, text.find("{") + 1
+    try:
+        while at > 0:
+            key, at = decoder.raw_decode(text, _skip(text, at, " \r\n\t,"))
+            if key in _BEHIND_THE_HEAD:
+                break
+            found[key], at = decoder.raw_decode(text, _skip(text, at, " \r\n\t:"))
+    except (ValueError, RecursionError):
+        return {}
+    return {key: found[key] for key in _HEAD if key in found}
+
+
+def _skip(text: str, at: int, blanks: str) -> int:
+    while at < len(text) and text[at] in blanks:
+        at += 1
+    return at
+
+
+def saved_in(root: Path) -> list[Saved]:
+    """The checkpoints of a folder whose manifests can be read, oldest save first; those of branches that were left are not among them."""
+    return live(readable(root))
+
+
+def readable(root: Path) -> list[Saved]:
+    """The checkpoints of a folder whose manifests can be read and are of the step that their folder is named after, by step."""
+    found = []
+    for step, path in committed_folders(root):
+        try:
+            saved = look_at(path)
+        except CheckpointError:
+            continue  # a load names it
+        if saved.step == step:
+            found.append(saved)
+    return found
+
+
+def live(found: Sequence[Saved]) -> list[Saved]:
+    """Oldest save first, without those that a later save has left behind: its parent lies before them."""
+    kept: list[Saved] = []
+    reach: Optional[int] = None
+    for saved in sorted(found, key=lambda one: one.age, reverse=True):
+        if reach is None or saved.step <= reach:
+            kept.append(saved)
+            if saved.lineage.parent is not None:
+                reach = saved.lineage.parent[0]
+    return kept[::-1]
+
+
+def set_aside(root: Path, identifier: str) -> list[Path]:
+    """Rename what branches left behind: the trunk after a roll-back, and the folder that a save of the same step replaced.
+
+    A branch is the newer one from the commit of its first save on, by its number; so this may be cut off anywhere and is done
+    again by the next save. Nothing is deleted. Returns the new names.
+    """
+    kept = {saved.path for saved in saved_in(root)}
+    left = [saved.path for saved in readable(root) if saved.path not in kept]
+    there = {path.name for _, path in committed_folders(root)}
+    left += [path for path in sorted(root.iterdir()) if is_replaced(path) and path.name not in there and not path.is_symlink()]
+    renamed = []
+    for path in left:
+        step = step_of(path)
+        assert step is not None
+        target = _free_name(root, step, identifier)
+        os.rename(path, target)
+        renamed.append(target)
+    return renamed
+
+
+def _free_name(root: Path, step: int, identifier: str) -> Path:
+    number, target = 0, root / aside_name(step, identifier)
+    while target.exists():
+        number += 1
+        target = root / aside_name(step, f"{identifier}{number:x}")
+    return target
+
+
+class Branch:
+    """The line of saves that a run continues. Rank 0 keeps it; other ranks may hold one that is never asked.
+
+    Args:
+        number: of the last save in the folder, on any branch.
+        parent: what the run was loaded from, None for initial or foreign weights.
+        began: see :class:`Lineage`.
+    """
+
+    def __init__(self, number: int = 0, parent: Optional[tuple[int, str]] = None, began: tuple[Began, ...] = ()):
+        self._number, self._parent, self._began = number, parent, began
+
+    @classmethod
+    def opening(cls, root: Path, parent: Optional[tuple[int, str]] = None, began: tuple[Began, ...] = ()) -> "Branch":
+        """A branch that saves into ``root``, numbered behind everything that lies there."""
+        found = readable(root)
+        for path in folders_aside(root):
+            try:
+                found.append(look_at(path))
+            except CheckpointError:
+                continue
+        return cls(max((saved.lineage.number for saved in found), default=0), parent, began)
+
+    def next(self) -> Lineage:
+        """What the manifest of the next save says."""
+        return Lineage(self._number + 1, self._parent, self._began)
+
+    def saved(self, saved: Saved) -> None:
+        """The next save was committed."""
+        self._number, self._parent = saved.lineage.number, (saved.step, saved.digest)
