@@ -426,12 +426,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("uneven pipelines are written as a layout", "--pipeline-model-parallel-layout"),
-        """
-        account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
-        decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers num-layers-in-first-pipeline-stage
-        num-layers-in-last-pipeline-stage standalone-embedding-stage
-        """,
+        Refused("an embedding on a stage of its own is written as a layout", "--pipeline-model-parallel-layout"),
+        "standalone-embedding-stage",
     ),
     (
         Ignored("communication inside a tensor-parallel layer is left to Megatron-Core's defaults"),

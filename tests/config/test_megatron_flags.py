@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from megatron_telechat.config import load_run_config
-from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, LayersPerVirtualStage, Refused
+from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, LayersPerVirtualStage, Refused, UnevenSplit
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.config.flags import ACTION_FLAGS, read_command_line
 from megatron_telechat.config.megatron_flags import ANSWERS, WORDS
@@ -110,7 +110,7 @@ def test_each_flag_has_one_answer() -> None:
         assert re.fullmatch(r"[A-Za-z0-9-]+", name)
         line = read_command_line([f"--{name}", *arguments(answer)])
         assert bool(line.problems) == isinstance(answer, Refused), name
-        assert len(line.problems) + len(line.notes) == 1 or isinstance(answer, (Alias, LayersPerVirtualStage)), name
+        assert len(line.problems) + len(line.notes) == 1 or isinstance(answer, (Alias, LayersPerVirtualStage, UnevenSplit)), name
         if isinstance(answer, (Ignored, Refused, Always)):
             assert answer.because, name
 
@@ -122,7 +122,8 @@ def arguments(answer: Answer) -> list[str]:
     if isinstance(answer, Alias):
         needs = answer.value is None and fields_by_name()[answer.fields[0]].kind is not bool
         return ["1"] if needs else []
-    return ["1"] if isinstance(answer, LayersPerVirtualStage) else []
+    counted = isinstance(answer, UnevenSplit) and answer.part in ("first", "last")
+    return ["1"] if counted or isinstance(answer, LayersPerVirtualStage) else []
 
 
 def test_a_contradicting_value_is_a_problem() -> None:
