@@ -123,10 +123,10 @@ def _plan(request: Request) -> int:
     plan, solution, problem = make_plan(question)
     if plan is None:
         return _no_plan(request, question, problem, solution)
-    configured = request.as_configured()
+    configured, why_not = request.as_configured()
     if configured is not None:
         configured = replace(configured, training=replace(configured.training, device=run.training.device))
-    others = plainer(plan, configured)
+    others = plainer(plan, configured, why_not)
     if request.options.json:
         print(json.dumps(plan_json(plan, others)))
     else:
@@ -141,7 +141,9 @@ def _no_plan(request: Request, question: Question, problem: BalanceProblem, solu
     from megatron_telechat.planner.remedy import remedies, shortage
 
     lack = shortage(problem) if solution.status == "infeasible" else None
-    pinned = ("--world-size", str(question.run.parallel.world_size))
+    parallel = question.run.parallel
+    pinned = ("--world-size", str(parallel.world_size))
+    pinned += ("--num-virtual-stages-per-pipeline-rank", str(parallel.num_virtual_stages_per_pipeline_rank))
     changes = remedies(question, lambda *flags: request.load(*pinned, *flags).run) if lack else []
     if request.options.json:
         print(json.dumps({**solution.to_json(), "stage": lack and lack.stage, "changes": [vars(change) for change in changes]}))

@@ -42,25 +42,26 @@ class Request:
         """Recompute kinds allowed next to none."""
         return tuple(filter(None, (kind.strip() for kind in self.options.recompute_kinds.split(",")))) or ("none",)
 
-    def load(self, *more: str) -> LoadedConfig:
-        """The run with its layout still open, `more` flags added.
+    def load(self, *changes: str) -> LoadedConfig:
+        """The run with its layout still open, and with these flags in place of what was said of the same.
 
         Raises:
             ConfigError: with all problems of the configuration.
         """
-        return load_run_config([*self.words, *more, "--dry-run"], {}, planning=True)
+        return load_run_config([*self.words, "--dry-run"], {}, planning=True, changes=changes)
 
-    def as_configured(self) -> Optional[RunConfig]:
-        """The run with its own layout and recompute; None where it names none that works."""
+    def as_configured(self) -> tuple[Optional[RunConfig], str]:
+        """The run with its own layout and recompute; None where it names none, or where what it names does not work:
+        then with the reason."""
         try:
-            loaded = load_run_config([*self.words, "--dry-run"], {})
-        except ConfigError:
-            return None
+            loaded = load_run_config([*self.words, "--dry-run"], {}, planning=True, keep_layout=True)
+        except ConfigError as error:
+            return None, error.problems[0].what
         said = any(
             loaded.origins[name] not in ("default", "derived")
             for name in ("pipeline_model_parallel_layout", "recompute_granularity", "recompute_layout")
         )
-        return loaded.run if said else None
+        return (loaded.run, "") if said else (None, "")
 
 
 def read_request(argv: Sequence[str]) -> Request:

@@ -97,22 +97,31 @@ def make_plan(question: Question, problem: Optional[BalanceProblem] = None) -> t
     return Plan(question, problem, solution, assignment, makespan, planned, prediction), solution, problem
 
 
-def plainer(plan: Plan, configured: Optional[RunConfig]) -> list[Baseline]:
-    """What to compare with: the run as it was configured, Megatron's splits, the best plain flags."""
-    problem = plan.problem
-    found = [_configured(plan.question, problem, configured)] if configured is not None else []
-    return [one for one in found if one is not None] + megatron_splits(problem, strict=True)
+def plainer(plan: Plan, configured: Optional[RunConfig], why_not: str = "") -> list[Baseline]:
+    """What to compare with: the run as it was configured, Megatron's splits, the best plain flags.
+
+    Args:
+        configured: the run with its own layout and recompute; None where it names none, or none that works.
+        why_not: then what is wrong with it.
+    """
+    found = []
+    if configured is not None:
+        found = [_configured(plan.question, configured)]
+    elif why_not:
+        found = [Baseline(AS_CONFIGURED, None, None, why=why_not)]
+    return found + megatron_splits(plan.problem, strict=True)
 
 
-def _configured(question: Question, problem: BalanceProblem, run: RunConfig) -> Optional[Baseline]:
+AS_CONFIGURED = "as configured"
+
+
+def _configured(question: Question, run: RunConfig) -> Baseline:
     """The configured layout and recompute, which may use kinds that the plan may not."""
     kinds: Sequence[str] = dict.fromkeys([*question.kinds, *kinds_of(run)])
     try:
         wide = replace(question, kinds=tuple(kinds)).problem()
         assignment = assignment_of(run, wide)
-    except ConfigError:
-        return None
-    if len(assignment.modes) != problem.num_stages:
-        return None
+    except ConfigError as error:
+        return Baseline(AS_CONFIGURED, None, None, why=error.problems[0].what)
     fits = max(peak_bytes(wide, assignment)) <= wide.mem_limit
-    return Baseline("as configured", simulate(wide, assignment).makespan if fits else None, assignment)
+    return Baseline(AS_CONFIGURED, simulate(wide, assignment).makespan if fits else None, assignment)
