@@ -40,6 +40,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _run(argv: list[str]) -> int:
     request = read_request(argv)
     options = request.options
+    for note in request.notes:
+        print(f"note: {note}", file=sys.stderr)
     chosen = [name for name in ("problem", "sweep", "calibrate") if getattr(options, name)]
     if len(chosen) > 1:
         raise ConfigError(f"--{' and --'.join(chosen)} are different jobs", "command line", "give one of them")
