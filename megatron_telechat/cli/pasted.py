@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Optional, Sequence
 
 from megatron_telechat.cli.launcher import WHERE, Launch, read_launch, slurm_variables
-from megatron_telechat.cli.shell import Command, read_script, shown, slurm_lines, unknown, unknown_names
-from megatron_telechat.config.answers import Alias, Ignored
+from megatron_telechat.cli.shell import MAYBE, Command, read_script, shown, slurm_lines, unknown, unknown_names
+from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, Refused
 from megatron_telechat.config.fields import FieldInfo, fields_by_name
 from megatron_telechat.config.megatron_flags import ANSWERS
 from megatron_telechat.errors import ConfigError, Problem
@@ -48,7 +48,7 @@ def read_pasted(script: Optional[str], command: Sequence[str], others: Sequence[
         launch = read_launch(read.commands, slurm)
         launch = Launch((*launch.flags, *command), launch.ranks, launch.per_node, launch.why)
         taken = [f"{name}={value}" for name, value in read.defaults.items() if value.isdigit()]
-        notes = (f"defaults of the script: {' '.join(taken)}; its variables would be taken from the environment",) * bool(taken)
+        notes = (f"defaults of the script: {' '.join(taken)} (the environment may say otherwise)",) * bool(taken)
     flags, dropped = _known(launch.flags)
     return Pasted((*_ranks(launch, [*flags, *others]), *flags), (*notes, *dropped))
 
@@ -88,69 +88,111 @@ def _last(flags: Sequence[str], name: str) -> Optional[str]:
     return value
 
 
-# ---- unknown variables in flags ----------------------------------------------------------------
+# ---- flags that are not known ------------------------------------------------------------------
+
+
+class _Flags:
+    """The flags of a command without those that are not known and not needed to plan.
+
+    Attributes:
+        out: the flags.
+        dropped: notes that name what was left out.
+        problems: flags whose value is needed, and words that may be any flag.
+    """
+
+    def __init__(self) -> None:
+        self.out: list[str] = []
+        self.dropped: list[str] = []
+        self.problems: list[Problem] = []
+        self.last = ""
+        self.skips = False
+        """Whether the last flag was left out, and its values with it."""
+
+    def take(self, word: str) -> None:
+        maybe, word = word.startswith(MAYBE), word.removeprefix(MAYBE)
+        name, equals, value = word.partition("=")
+        is_flag = name.startswith("--") and not unknown_names(name)
+        behind = self.last != "" and not self.skips and self.out[-1:] == [self.last]
+        if is_flag:
+            self.last, self.skips = name, False
+        if maybe and (is_flag or not self.skips):
+            self.only_maybe(name if is_flag else word)
+        elif self.skips and not is_flag and not unknown_names(word):
+            return
+        elif not unknown_names(word):
+            self.out.append(word)
+        else:
+            self.unknown(word, value, inline=is_flag and bool(equals), behind=behind)
+
+    def only_maybe(self, word: str) -> None:
+        """A flag that a condition adds."""
+        if not word.startswith("--") or _plans(word):
+            self.problem(f"whether {shown(word)} is given depends on a condition that the script does not decide", "leave it in or out")
+        else:
+            self.dropped.append(f"{word}: given under a condition, and not needed to plan")
+        self.skips = True
+
+    def unknown(self, word: str, value: str, inline: bool, behind: bool) -> None:
+        """A word with a variable that is not known; `inline`: behind the = of the last flag, `behind`: next to it."""
+        info, answer = _field(self.last), _answer(self.last)
+        takes = inline or behind and not _is_switch(self.last)
+        if takes and not _plans(self.last) and not (info is not None and info.kind is str):
+            self.dropped.append(f"{self.last} {shown(value if inline else word)}: not known, and not needed to plan")
+            if not inline and not isinstance(answer, Refused):
+                self.out.pop()
+        elif (takes or _is_many(self.last)) and info is not None and info.kind is str and not info.choices:
+            self.out.append(shown(word))  # the name of something
+        else:
+            names = ", ".join(unknown_names(word))
+            what = f"the value of {self.last} is not known: {names}" if takes else f"what {names} holds is not known"
+            self.problem(what, "write its value in its place")
+
+    def problem(self, what: str, fix: str) -> None:
+        self.problems.append(Problem(what, WHERE, f"{fix}; only what the script itself sets is read"))
 
 
 def _known(flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags without those whose value is not known and not needed to plan, and notes that name them.
+    """The flags without those that are not known and not needed to plan, and notes that name them.
 
     Raises:
         ConfigError: with every flag whose value is needed, and every word that may be any flag.
     """
-    out: list[str] = []
-    dropped: list[str] = []
-    problems: list[Problem] = []
-    last = ""
+    found = _Flags()
     for word in flags:
-        name, equals, value = word.partition("=")
-        if name.startswith("--") and not unknown_names(name):
-            last = name
-        if not unknown_names(word):
-            out.append(word)
-            continue
-        inline = bool(equals) and name == last
-        info = _field(last) if inline or out[-1:] == [last] or _many(last) else None
-        if info is not None and info.kind is str and not info.choices:
-            out.append(shown(word))  # a name of something; no rule of planning reads it
-        elif (inline or out[-1:] == [last]) and not _needed(last):
-            dropped.append(f"{last} {shown(value if inline else word)}: not known, and not needed to plan")
-            if not inline:
-                out.pop()
-        else:
-            of = f" of {last}" if inline or info is not None or (out[-1:] == [last] and not _is_switch(last)) else ""
-            names = ", ".join(unknown_names(word))
-            what = f"the value{of} is not known: {names}" if of else f"what {names} holds is not known"
-            problems.append(Problem(what, WHERE, "write the value in its place; only what the script itself sets is read"))
-    if problems:
-        raise ConfigError(problems)
-    return out, dropped
+        found.take(word)
+    if found.problems:
+        raise ConfigError(found.problems)
+    return found.out, found.dropped
+
+
+def _answer(flag: str) -> Optional[Answer]:
+    return ANSWERS.get(flag[2:].replace("_", "-"))
 
 
 def _field(flag: str) -> Optional[FieldInfo]:
-    """The field that a flag sets with a value of its own."""
-    name = flag[2:].replace("_", "-")
-    info = fields_by_name().get(name.replace("-", "_"))
-    answer = ANSWERS.get(name)
-    if info is None and isinstance(answer, Alias) and answer.value is None:
-        info = fields_by_name()[answer.fields[0]]
-    return info
+    """The field that a flag sets."""
+    info, answer = fields_by_name().get(flag[2:].replace("-", "_")), _answer(flag)
+    return fields_by_name()[answer.fields[0]] if info is None and isinstance(answer, Alias) else info
 
 
-def _many(flag: str) -> bool:
+def _is_many(flag: str) -> bool:
     info = _field(flag)
     return info is not None and info.many
 
 
 def _is_switch(flag: str) -> bool:
     """Whether what follows the flag cannot be its value."""
-    info, answer = _field(flag), ANSWERS.get(flag[2:].replace("_", "-"))
-    return info.kind is bool if info is not None else isinstance(answer, Alias) or flag[2:5] == "no-"
+    info, answer = _field(flag), _answer(flag)
+    if isinstance(answer, Alias):
+        return answer.value is not None and not answer.but
+    if isinstance(answer, Always):
+        return not answer.values
+    return flag[2:5] == "no-" if info is None else info.kind is bool
 
 
-def _needed(flag: str) -> bool:
-    """Whether a plan depends on the flag's value, or on whether what follows is its value at all."""
-    info = _field(flag)
+def _plans(flag: str) -> bool:
+    """Whether a plan depends on the flag."""
+    info = _field(flag[:2] + flag[5:]) if flag[2:5] == "no-" and _answer(flag) is None else _field(flag)
     if info is None:
-        return not isinstance(ANSWERS.get(flag[2:].replace("_", "-")), Ignored)
-    aside = info.section not in ("model", "parallel", "training") or info.name in ("train_iters", "exit_interval", "seed")
-    return info.kind is bool or not aside
+        return not isinstance(_answer(flag), (Ignored, Refused))
+    return info.section in ("model", "parallel", "training") and info.name not in ("train_iters", "exit_interval", "seed")

@@ -1,8 +1,9 @@
 """Reads a launch script without running anything: its commands, with the variables that the script itself sets in their places.
 
-What only the environment, another file or another program could say stays unknown, and so does a variable that is set under
-a condition, once the condition ends. The reader knows quotes, comments, lines that go on, arrays, ``${X:-default}``,
-``$((X * Y))``, ``if``, ``for``, ``case`` and functions as far as launch scripts use them.
+What only the environment, another file or another program could say stays unknown. Of a condition that the script decides
+itself one branch is read; of another one, what the branches add to a variable is marked, and what they set is unknown. The
+reader knows quotes, comments, lines that go on, arrays, ``${X:-default}``, ``$((X * Y))``, tests of texts and numbers, ``if``,
+``case``, loops and functions, as far as launch scripts use them.
 """
 
 from __future__ import annotations
@@ -11,24 +12,25 @@ import ast
 import operator
 import re
 from dataclasses import dataclass, field
-from typing import Callable, Iterator, Optional, Union
+from typing import Callable, Optional, Union
 
-from megatron_telechat.errors import ConfigError
+from megatron_telechat.cli.shell_words import Lexer, Part, Raw, Token, assignment, literal
 
 OPEN, SHUT = "\x00", "\x01"
 """Stand around the name of an unknown variable within a text."""
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MAYBE = "\x02"
+"""Begins a word that a condition adds which the script does not decide."""
 Value = Union[str, list[str]]
 """A variable's text, or the words of an array."""
 _DECLARE = {"export", "declare", "local", "readonly", "typeset"}
-_BEGIN, _TURN, _END = {"if", "for", "while", "until", "case", "select"}, {"else", "elif", ";;"}, {"fi", "done", "esac", "}"}
-_LEAD = {"then", "do", "else", "elif", "time", "!", "{", "exec", "eval", "command", "nohup", *_BEGIN}
+_LEAD = {"time", "exec", "eval", "command", "nohup"}
 """Words before a command that are not its name."""
+_BLOCKS = {"if", "elif", "then", "else", "fi", "for", "while", "until", "select", "do", "done", "case", "esac", "{", "}", "function"}
 
 
 def unknown(name: str) -> str:
     """The text of a variable that nobody set."""
-    return f"{OPEN}{re.sub(r'[^A-Za-z0-9_@*#?()-]', '.', name)[:24]}{SHUT}"
+    return f"{OPEN}{re.sub(r'[^A-Za-z0-9_@*#?()-]', '.', name)[:40]}{SHUT}"
 
 
 def unknown_names(text: str) -> list[str]:
@@ -38,7 +40,7 @@ def unknown_names(text: str) -> list[str]:
 
 def shown(text: str) -> str:
     """A text with its unknown variables as a person wrote them."""
-    return text.replace(OPEN, "$").replace(SHUT, "")
+    return text.replace(OPEN, "$").replace(SHUT, "").replace(MAYBE, "")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Script:
     """A script, read.
 
     Attributes:
-        commands: in the order of the text.
+        commands: in the order of the text; of a condition that the script decides, those of its branch.
         defaults: variables for which a default of the script was taken, since the script does not set them.
     """
 
@@ -77,188 +79,72 @@ def read_script(text: str, variables: Optional[dict[str, Value]] = None, where: 
     Raises:
         ConfigError: a quote or bracket that does not end.
     """
-    text = text.replace("\r\n", "\n")
     script = Script()
-    tokens = list(_Lexer(text, where).tokens())
-    _Interpreter(script, dict(variables or {})).run(tokens)
+    _Interpreter(script, dict(variables or {})).run(list(Lexer(text.replace("\r\n", "\n"), where).tokens()))
     return script
-
-
-# ---- text → tokens -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a word: kind is text, variable (its name and modifiers), arithmetic or output (of a command)."""
-
-    kind: str
-    text: str
-    quoted: bool
-
-
-@dataclass(frozen=True)
-class Raw:
-    """A word before its variables are known, or an assignment of an array (`array` holds its words)."""
-
-    parts: tuple[Part, ...]
-    array: Optional[tuple["Raw", ...]] = None
-
-
-Token = Union[str, Raw]
-"""An operator, or a word."""
-
-
-class _Lexer:
-    def __init__(self, text: str, where: str):
-        self.text, self.at, self.where = text, 0, where
-
-    def fail(self, what: str) -> ConfigError:
-        return ConfigError(f"cannot read the script: {what}", self.where, "paste the command as it is typed")
-
-    def tokens(self) -> Iterator[Token]:
-        heredocs: list[str] = []
-        while self.at < len(self.text):
-            char = self.text[self.at]
-            if char in " \t":
-                self.at += 1
-            elif self.text.startswith("\\\n", self.at):
-                self.at += 2
-            elif char == "#":
-                self.skip_line()
-            elif char == "\n":
-                self.at += 1
-                for end in heredocs:
-                    found = re.search(rf"(?m)^\t*{re.escape(end)}$\n?", self.text[self.at :])
-                    self.at = len(self.text) if found is None else self.at + found.end()
-                heredocs = []
-                yield "\n"
-            elif found := re.compile(r"<<-?\s*(['\"]?)(\w+)\1").match(self.text, self.at):
-                heredocs.append(found[2])
-                self.at = found.end()
-            elif found := re.compile(r"\d*(>>|>&|<&|>\||&>>|&>|<<<|<|>)[ \t]*").match(self.text, self.at):
-                self.at = found.end()
-                self.word()  # where the output goes
-            elif found := re.compile(r";;|&&|\|\||\|&|[;&|()]").match(self.text, self.at):
-                self.at = found.end()
-                yield found[0]
-            else:
-                yield self.word()
-
-    def skip_line(self) -> None:
-        end = self.text.find("\n", self.at)
-        self.at = len(self.text) if end < 0 else end
-
-    def word(self) -> Raw:
-        """The word that begins here; an array where a bracket follows the sign of an assignment."""
-        parts: list[Part] = []
-        while self.at < len(self.text):
-            char = self.text[self.at]
-            if char == "(" and len(parts) == 1 and re.fullmatch(r"\w+\+?=", parts[0].text):
-                return Raw(tuple(parts), self.array())
-            if char in " \t\n;&|()<>":
-                break
-            if char == "'":
-                parts.append(Part("text", self.until("'"), True))
-            elif char == '"':
-                parts += self.double()
-            elif char == "\\":
-                self.at += 2
-                if self.text[self.at - 1 : self.at] != "\n":
-                    parts.append(Part("text", self.text[self.at - 1 : self.at], True))
-            elif char in "$`":
-                parts.append(self.dollar(False))
-            else:
-                found = re.compile(r"[^\s;&|()<>'\"\\$`]+").match(self.text, self.at)
-                assert found is not None
-                self.at = found.end()
-                parts.append(Part("text", found[0], False))
-        return Raw(tuple(parts))
-
-    def array(self) -> tuple[Raw, ...]:
-        self.at += 1
-        words = []
-        while True:
-            if self.at >= len(self.text):
-                raise self.fail("an array ( without its )")
-            char = self.text[self.at]
-            if char == ")":
-                self.at += 1
-                return tuple(words)
-            if char in " \t\n":
-                self.at += 1
-            elif self.text.startswith("\\\n", self.at):
-                self.at += 2
-            elif char == "#":
-                self.skip_line()
-            elif char in ";&|(<>":
-                raise self.fail(f"{char} within an array")
-            else:
-                words.append(self.word())
-
-    def until(self, end: str) -> str:
-        """The text up to `end`, which is passed."""
-        stop = self.text.find(end, self.at + 1)
-        if stop < 0:
-            raise self.fail(f"no closing {end}")
-        found, self.at = self.text[self.at + 1 : stop], stop + 1
-        return found
-
-    def double(self) -> list[Part]:
-        """What stands between double quotes."""
-        parts, text = [], ""
-        self.at += 1
-        while True:
-            if self.at >= len(self.text):
-                raise self.fail('no closing "')
-            char = self.text[self.at]
-            if char == '"':
-                self.at += 1
-                return [*parts, Part("text", text, True)] if text or not parts else parts
-            if char == "\\" and self.text[self.at + 1 : self.at + 2] in ("\n", '"', "\\", "$", "`"):
-                text += self.text[self.at + 1].replace("\n", "")
-                self.at += 2
-            elif char in "$`":
-                parts += [*([Part("text", text, True)] if text else []), self.dollar(True)]
-                text = ""
-            else:
-                text += char
-                self.at += 1
-
-    def dollar(self, quoted: bool) -> Part:
-        """An expansion: ``$X``, ``${X...}``, ``$((...))``, ``$(...)``, or a backquoted command."""
-        text = self.text
-        if text[self.at] == "`":
-            return Part("output", self.until("`"), quoted)
-        if text.startswith("$((", self.at) and (inner := self.balanced(self.at + 1, "(", ")")).startswith("(") and inner.endswith(")"):
-            return Part("arithmetic", inner[1:-1], quoted)
-        if text.startswith("$(", self.at):
-            return Part("output", self.balanced(self.at + 1, "(", ")"), quoted)
-        if text.startswith("${", self.at):
-            return Part("variable", self.balanced(self.at + 1, "{", "}"), quoted)
-        found = re.compile(r"\$([A-Za-z_]\w*|[0-9@*#?$!-])").match(text, self.at)
-        self.at = self.at + 1 if found is None else found.end()
-        return Part("text", "$", quoted) if found is None else Part("variable", found[1], quoted)
-
-    def balanced(self, start: int, begin: str, end: str) -> str:
-        """The text within the bracket at `start`; goes on behind it."""
-        depth = 0
-        for at in range(start, len(self.text)):
-            depth += (self.text[at] == begin) - (self.text[at] == end)
-            if depth == 0:
-                self.at = at + 1
-                return self.text[start + 1 : at]
-        raise self.fail(f"a {begin} without its {end}")
-
-
-# ---- tokens → commands -------------------------------------------------------------------------
 
 
 @dataclass
 class _Block:
-    """A condition, loop or function: the variables before it, and the names that some branch set to something else."""
+    """A condition, loop or function.
+
+    Attributes:
+        before: variables before it.
+        subject: of a case, the text that is compared; None: not a case.
+        branch: whether the present branch is taken; None: the script does not decide it. Until it begins: False.
+        decided: whether one of the branches up to here is taken for sure.
+        conditions: of an if, tests up to `then`, each with the operator before it.
+        results: variables at the end of each branch that is or may be taken.
+    """
 
     before: dict[str, Value]
-    changed: set[str] = field(default_factory=set)
+    subject: Optional[str] = None
+    branch: Optional[bool] = False
+    decided: bool = False
+    conditions: list[tuple[str, Optional[bool]]] = field(default_factory=list)
+    results: list[dict[str, Value]] = field(default_factory=list)
+
+    def begin(self, taken: Optional[bool]) -> None:
+        """A branch whose condition is `taken`."""
+        self.branch = False if self.decided else None if taken and self.results else taken
+        self.decided = self.decided or taken is True
+
+    def end(self, variables: dict[str, Value]) -> None:
+        """The branch ends with these variables."""
+        if self.branch is not False:
+            self.results.append(variables)
+        self.branch = False
+
+    def after(self) -> dict[str, Value]:
+        """Variables behind the block."""
+        ends = self.results if self.decided else [*self.results, self.before]
+        merged = dict(self.before)
+        for name in dict.fromkeys(name for end in ends for name in end):
+            values = [end.get(name) for end in ends]
+            if all(value == values[0] for value in values) and values[0] is not None:
+                merged[name] = values[0]
+            else:
+                merged[name] = _either(name, self.before.get(name), [value for value in values if value is not None])
+        return merged
+
+
+def _either(name: str, before: Optional[Value], values: list[Value]) -> Value:
+    """One of these values: what they add to the one before is marked, where all of them only add flags to it."""
+    if before is None:
+        before = [] if all(isinstance(value, list) for value in values) else ""
+    size = len(before)
+    if any(type(value) is not type(before) or value[:size] != before for value in values):
+        return unknown(name)
+    added = [value[size:] for value in values if value[size:]]
+    if any(not (item[0] if isinstance(item, list) else item).lstrip().startswith(("--", MAYBE)) for item in added):
+        return unknown(name)
+    if isinstance(before, list):
+        return [*before, *(_marked(word) for item in added for word in item)]
+    return " ".join([before, *(_marked(str(item)) for item in added)])
+
+
+def _marked(text: str) -> str:
+    return re.sub(rf"(?<!\S)(?!{MAYBE})(?=\S)", MAYBE, text)
 
 
 class _Interpreter:
@@ -266,82 +152,102 @@ class _Interpreter:
         self.script, self.variables = script, variables
         self.blocks: list[_Block] = []
 
+    @property
+    def active(self) -> bool:
+        """Whether what stands here is or may be run."""
+        return all(block.branch is not False for block in self.blocks)
+
     def run(self, tokens: list[Token]) -> None:
         line: list[Raw] = []
         after = "\n"
+        patterns: list[str] = []
         for at, token in enumerate([*tokens, "\n"]):
             if isinstance(token, Raw):
                 line.append(token)
                 continue
             if token == "(" and len(line) == 1 and tokens[at + 1 : at + 2] == [")"]:
                 continue  # name ( ) { … }
-            self.simple(line, maybe=after in ("&&", "||", "|", "|&") or token in ("|", "|&"))
-            if token == ";;":
-                self.turn()
+            block = self.blocks[-1] if self.blocks else None
+            if block is not None and block.subject is not None and block.branch is False and token in ("|", ")") and len(line) == 1:
+                patterns += self.expand(line[0])
+                if token == ")":
+                    block.begin(_matches(block.subject, patterns))
+                    self.variables, patterns = dict(block.before), []
+            else:
+                self.simple(line, after, token)
+                if token == ";;" and self.blocks:
+                    self.blocks[-1].end(self.variables)
             line, after = [], token
 
-    def turn(self) -> None:
-        """The next branch begins with what was known before the first."""
-        if self.blocks:
-            self.variables = dict(self.blocks[-1].before)
+    def simple(self, line: list[Raw], after: str, before: str) -> None:
+        """One command, assignments, or words of a block, between the operators `after` and `before` it."""
+        while line and (word := literal(line[0])) in _BLOCKS:
+            line = self.block(word, line[1:])
+        if line and literal(line[-1]) == "{":
+            line = self.block("{", [])
+        test = self.blocks[-1] if self.blocks and self.blocks[-1].branch is False and not self.blocks[-1].decided else None
+        if line and test is not None and test.subject is None and all(block.branch is not False for block in self.blocks[:-1]):
+            words = [piece for word in line for piece in self.expand(word)]
+            test.conditions.append((after, _test(words)))
+        elif line and self.active:
+            self.command(line, maybe=after in ("&&", "||", "|", "|&") or before in ("|", "|&"))
 
-    def simple(self, line: list[Raw], maybe: bool) -> None:
-        """One command, assignments, or a word of a block.
+    def command(self, line: list[Raw], maybe: bool) -> None:
+        """A command or assignments.
 
         Args:
             maybe: whether it depends on another command, or runs in a process of its own.
         """
         lead = ""
-        while line and (lead := _literal(line[0])) in _LEAD | _END:
-            self.block(lead)
-            if lead in ("for", "select") and len(line) > 1:
-                self.assign(_literal(line[1]), unknown(_literal(line[1])), maybe)
-                return
-            line = line[1:]
-        if len(line) >= 2 and _literal(line[0]) == "function" or line and _literal(line[-1]) == "{":
-            self.block("{")
-            return
-        prefix: dict[str, str] = {}
+        while len(line) > 1 and literal(line[0]) in _LEAD:
+            lead, line = literal(line[0]), line[1:]
         assignments = []
-        while line and (found := _assignment(line[0])):
+        while line and (found := assignment(line[0])):
             assignments.append((found, line[0]))
             line = line[1:]
-        if not line or _literal(line[0]) in _DECLARE:
-            for word in line[1:]:
-                if found := _assignment(word):
-                    assignments.append((found, word))
+        if not line or literal(line[0]) in _DECLARE:
+            assignments += [(found, word) for word in line[1:] if (found := assignment(word))]
             for (name, plus), word in assignments:
-                self.assign(name, self.value(name, plus, word), maybe)
+                value = self.value(name, plus, word)
+                self.variables[name] = unknown(name) if maybe and self.variables.get(name) != value else value
             return
-        for (name, plus), word in assignments:
-            prefix[name] = _text(self.value(name, plus, word))
+        prefix = {name: _text(self.value(name, plus, word)) for (name, plus), word in assignments}
         words = tuple(piece for word in line for piece in self.expand(word))
-        if words[:1] == ("unset",) or words[:1] == ("read",):
-            for name in words[1:]:
-                self.assign(name, unknown(name), maybe)
+        if words[:1] in (("unset",), ("read",)):
+            self.variables.update({name: unknown(name) for name in words[1:]})
+        elif words and lead == "eval":
+            self.script.commands += read_script(" ".join(words), self.variables).commands
         elif words:
-            if lead == "eval":
-                found = read_script(" ".join(words), self.variables)
-                self.script.commands += found.commands
-                return
             self.script.commands.append(Command(words, prefix, dict(self.variables)))
 
-    def block(self, word: str) -> None:
-        if word in _BEGIN or word == "{":
-            self.blocks.append(_Block(dict(self.variables)))
-        elif word in _TURN:
-            self.turn()
-        elif word in _END and self.blocks:
-            block = self.blocks.pop()
-            self.variables = block.before
-            for name in block.changed:
-                self.assign(name, unknown(name), False)
-
-    def assign(self, name: str, value: Value, maybe: bool) -> None:
-        self.variables[name] = unknown(name) if maybe and self.variables.get(name) != value else value
-        for block in self.blocks:
-            if block.before.get(name) != self.variables[name]:
-                block.changed.add(name)
+    def block(self, word: str, rest: list[Raw]) -> list[Raw]:
+        """A word of a block; returns what of the line is still to be read."""
+        block = self.blocks[-1] if self.blocks else None
+        if word in ("if", "for", "while", "until", "select", "case", "{", "function"):
+            block = _Block(dict(self.variables))
+            self.blocks.append(block)
+            if word == "case" and rest:
+                block.subject = "".join(self.expand(rest[0]))
+                return []
+            if word != "if":
+                block.begin(None)
+                self.variables = dict(self.variables)
+                if word in ("for", "select") and rest:
+                    self.variables[literal(rest[0])] = unknown(literal(rest[0]))
+                return []
+        elif block is not None and word in ("elif", "else"):
+            block.end(self.variables)
+            self.variables = dict(block.before)
+            if word == "else":
+                block.begin(True)
+        elif block is not None and word == "then":
+            block.begin(_joined(block.conditions))
+            block.conditions = []
+            self.variables = dict(block.before)
+        elif block is not None and word in ("fi", "done", "esac", "}"):
+            block.end(self.variables)
+            self.variables = self.blocks.pop().after()
+        return rest
 
     def value(self, name: str, plus: bool, word: Raw) -> Value:
         """What an assignment gives; `plus`: added to what is there."""
@@ -424,12 +330,12 @@ class _Interpreter:
         if not name.isdigit():
             self.script.defaults[name] = value
         if sign == "=":
-            self.assign(name, value, False)
+            self.variables[name] = value
         return value
 
     def quoted(self, text: str) -> str:
         """A text within a modifier, its variables in their places."""
-        lexer = _Lexer(text.strip("\"'") + '"', "Megatron command")
+        lexer = Lexer(text.strip("\"'") + '"', "Megatron command")
         lexer.at = -1
         return "".join(_text(self.part(part)) for part in lexer.double())
 
@@ -467,15 +373,50 @@ def _text(value: Value) -> str:
     return " ".join(value) if isinstance(value, list) else value
 
 
-def _literal(word: Raw) -> str:
-    """The word where it is plain text, else nothing."""
-    plain = word.array is None and all(part.kind == "text" and not part.quoted for part in word.parts)
-    return "".join(part.text for part in word.parts) if plain else ""
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    "-eq": operator.eq, "-ne": operator.ne, "-gt": operator.gt, "-lt": operator.lt, "-ge": operator.ge, "-le": operator.le,
+}  # fmt: skip
 
 
-def _assignment(word: Raw) -> Optional[tuple[str, bool]]:
-    """(name, whether it is added to) where the word is an assignment."""
-    if not word.parts or word.parts[0].kind != "text" or word.parts[0].quoted:
+def _test(words: list[str]) -> Optional[bool]:
+    """``[ … ]`` and ``[[ … ]]`` with two texts or numbers, -n or -z; None where the script does not decide it."""
+    if words[:1] == ["!"]:
+        inner = _test(words[1:])
+        return None if inner is None else not inner
+    if words[:1] == ["true"]:
+        return True
+    if len(words) < 3 or (words[0], words[-1]) not in (("[", "]"), ("[[", "]]")):
         return None
-    found = re.match(r"([A-Za-z_]\w*)(\+?)=", word.parts[0].text)
-    return None if found is None else (found[1], bool(found[2]))
+    inside = words[1:-1]
+    if any(unknown_names(word) or MAYBE in word for word in inside):
+        return None
+    if len(inside) == 2 and inside[0] in ("-n", "-z"):
+        return bool(inside[1]) == (inside[0] == "-n")
+    if len(inside) != 3:
+        return None
+    left, sign, right = inside
+    if sign in _COMPARE and re.fullmatch(r"-?\d+", left) and re.fullmatch(r"-?\d+", right):
+        return _COMPARE[sign](int(left), int(right))
+    if sign in ("=", "==", "!=") and not re.search(r"[*?\[]", right):
+        return (left == right) == (sign != "!=")
+    return None
+
+
+def _joined(conditions: list[tuple[str, Optional[bool]]]) -> Optional[bool]:
+    """Tests joined by && and ||, from left to right."""
+    value: Optional[bool] = conditions[0][1] if conditions else None
+    for sign, other in conditions[1:]:
+        if sign not in ("&&", "||"):
+            return None
+        ends = sign == "||"  # the value that decides alone
+        value = ends if ends in (value, other) else None if None in (value, other) else not ends
+    return value
+
+
+def _matches(subject: str, patterns: list[str]) -> Optional[bool]:
+    """Whether a text is one of the patterns of a branch of a case."""
+    if "*" in patterns:
+        return True
+    if unknown_names(subject) or MAYBE in subject or any(unknown_names(one) or re.search(r"[*?\[]", one) for one in patterns):
+        return None
+    return subject in patterns

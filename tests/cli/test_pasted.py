@@ -182,7 +182,7 @@ def test_a_usual_script() -> None:
         "--pipeline-model-parallel-size 2 --seq-length 2048 --bf16 --data-path '$DATA/corpus' --tokenizer-model '$TOKENIZER' --save '$1'"
     )
     notes = " ".join(read.notes)
-    assert "NNODES=2" in notes and "--train-iters $ITERS: not known, and not needed to plan" in notes
+    assert "NNODES=2 (the environment may" in notes and "--train-iters $ITERS: not known, and not needed to plan" in notes
 
 
 SBATCH = """#!/bin/bash
@@ -259,3 +259,55 @@ def test_all_unknown_values_at_once() -> None:
 def test_words_as_the_shell_makes_them(text: str, flags: list[str]) -> None:
     read = read_pasted(text, [], ["--world-size", "1"])
     assert list(read.words)[list(read.words).index("--preset") + 1 :] == flags
+
+
+CONDITIONS = """MODE={mode}
+ARGS=(--bf16)
+if [[ "$MODE" == a ]] || [ "$MODE" = b ]; then
+    N=8; ARGS+=(--seq-length 1024)
+elif [ $MODE != c ]; then
+    N=4
+else
+    N=2; ARGS+=(--seq-length 2048)
+fi
+case $MODE in
+    a|d) M=1 ;;
+    *) M=2 ;;
+esac
+if [ -n "$WANDB" ]; then
+    ARGS+=(--wandb-project "my run" --tensorboard-dir $DIR)
+fi
+torchrun --nproc_per_node $N pretrain_gpt.py --num-layers 4 --micro-batch-size $M ${{ARGS[@]}}
+"""
+
+
+@pytest.mark.parametrize(
+    "mode, words",
+    [
+        ("a", "--world-size 8 --ranks-per-node 8 --num-layers 4 --micro-batch-size 1 --bf16 --seq-length 1024"),
+        ("b", "--world-size 8 --ranks-per-node 8 --num-layers 4 --micro-batch-size 2 --bf16 --seq-length 1024"),
+        ("c", "--world-size 2 --ranks-per-node 2 --num-layers 4 --micro-batch-size 2 --bf16 --seq-length 2048"),
+        ("d", "--world-size 4 --ranks-per-node 4 --num-layers 4 --micro-batch-size 1 --bf16"),
+        ("${MODE:-a}", "--world-size 8 --ranks-per-node 8 --num-layers 4 --micro-batch-size 1 --bf16 --seq-length 1024"),
+    ],
+)
+def test_conditions_that_the_script_decides(mode: str, words: str) -> None:
+    read = read_pasted(CONDITIONS.format(mode=mode), [], [])
+    assert list(read.words) == words.split()
+    assert [note for note in read.notes if "--wandb-project: given under a condition" in note]
+
+
+def test_conditions_that_it_does_not() -> None:
+    with pytest.raises(ConfigError, match=r"number of ranks is not known: .*\$N"):
+        read_pasted(CONDITIONS.format(mode="$1"), [], [])
+    with pytest.raises(ConfigError) as caught:
+        read_pasted(CONDITIONS.format(mode="$1"), [], ["--world-size", "8"])
+    said = caught.value.render()
+    assert "the value of --micro-batch-size is not known: $M" in said and "whether --seq-length is given depends on a condition" in said
+
+
+def test_flags_that_a_launch_script_of_megatron_takes_as_arguments() -> None:
+    """Files and folders, of flags that are refused too, keep planning from nothing."""
+    text = f"TB=$2\ntorchrun --nproc_per_node 8 {P} --vocab-file $3 --merge-file ${{4}} --tensorboard-dir $TB --data-path $5 $6 --save=$1"
+    read = read_pasted(text, [], [])
+    assert list(read.words[4:]) == "--num-layers 4 --vocab-file --merge-file --data-path $5 $6 --save=$1".split()
