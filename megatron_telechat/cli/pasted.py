@@ -49,8 +49,16 @@ def read_pasted(script: Optional[str], command: Sequence[str], others: Sequence[
         launch = Launch((*launch.flags, *command), launch.ranks, launch.per_node, launch.why)
         taken = [f"{name}={value}" for name, value in read.defaults.items() if value.isdigit()]
         notes = (f"defaults of the script: {' '.join(taken)} (the environment may say otherwise)",) * bool(taken)
-    flags, dropped = _known(launch.flags)
-    return Pasted((*_ranks(launch, [*flags, *others]), *flags), (*notes, *dropped))
+    found = _Flags()
+    for word in launch.flags:
+        found.take(word)
+    try:
+        ranks = _ranks(launch, [*found.out, *others])
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *found.problems]) from None
+    if found.problems:
+        raise ConfigError(found.problems)
+    return Pasted((*ranks, *found.out), (*notes, *found.dropped))
 
 
 def _mark(word: str) -> str:
@@ -114,11 +122,12 @@ class _Flags:
         is_flag = name.startswith("--") and not unknown_names(name)
         behind = self.last != "" and not self.skips and self.out[-1:] == [self.last]
         if is_flag:
-            self.last, self.skips = name, False
-        if maybe and (is_flag or not self.skips):
-            self.only_maybe(name if is_flag else word)
-        elif self.skips and not is_flag and not unknown_names(word):
+            self.last = name
+        if maybe and not is_flag and self.skips:
             return
+        self.skips = False
+        if maybe:
+            self.only_maybe(name if is_flag else word)
         elif not unknown_names(word):
             self.out.append(word)
         else:
@@ -149,20 +158,6 @@ class _Flags:
 
     def problem(self, what: str, fix: str) -> None:
         self.problems.append(Problem(what, WHERE, f"{fix}; only what the script itself sets is read"))
-
-
-def _known(flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags without those that are not known and not needed to plan, and notes that name them.
-
-    Raises:
-        ConfigError: with every flag whose value is needed, and every word that may be any flag.
-    """
-    found = _Flags()
-    for word in flags:
-        found.take(word)
-    if found.problems:
-        raise ConfigError(found.problems)
-    return found.out, found.dropped
 
 
 def _answer(flag: str) -> Optional[Answer]:

@@ -93,7 +93,7 @@ class _Block:
         subject: of a case, the text that is compared; None: not a case.
         branch: whether the present branch is taken; None: the script does not decide it. Until it begins: False.
         decided: whether one of the branches up to here is taken for sure.
-        conditions: of an if, tests up to `then`, each with the operator before it.
+        tests: whether what stands here is the condition of an if; conditions: its tests, each with the operator before it.
         results: variables at the end of each branch that is or may be taken.
     """
 
@@ -101,6 +101,7 @@ class _Block:
     subject: Optional[str] = None
     branch: Optional[bool] = False
     decided: bool = False
+    tests: bool = False
     conditions: list[tuple[str, Optional[bool]]] = field(default_factory=list)
     results: list[dict[str, Value]] = field(default_factory=list)
 
@@ -185,10 +186,8 @@ class _Interpreter:
             line = self.block(word, line[1:])
         if line and literal(line[-1]) == "{":
             line = self.block("{", [])
-        test = self.blocks[-1] if self.blocks and self.blocks[-1].branch is False and not self.blocks[-1].decided else None
-        if line and test is not None and test.subject is None and all(block.branch is not False for block in self.blocks[:-1]):
-            words = [piece for word in line for piece in self.expand(word)]
-            test.conditions.append((after, _test(words)))
+        if line and self.blocks and self.blocks[-1].tests:
+            self.blocks[-1].conditions.append((after, _test([piece for word in line for piece in self.expand(word)])))
         elif line and self.active:
             self.command(line, maybe=after in ("&&", "||", "|", "|&") or before in ("|", "|&"))
 
@@ -229,6 +228,7 @@ class _Interpreter:
             if word == "case" and rest:
                 block.subject = "".join(self.expand(rest[0]))
                 return []
+            block.tests = word == "if"
             if word != "if":
                 block.begin(None)
                 self.variables = dict(self.variables)
@@ -238,11 +238,12 @@ class _Interpreter:
         elif block is not None and word in ("elif", "else"):
             block.end(self.variables)
             self.variables = dict(block.before)
+            block.tests = word == "elif"
             if word == "else":
                 block.begin(True)
         elif block is not None and word == "then":
             block.begin(_joined(block.conditions))
-            block.conditions = []
+            block.tests, block.conditions = False, []
             self.variables = dict(block.before)
         elif block is not None and word in ("fi", "done", "esac", "}"):
             block.end(self.variables)
