@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
 
 from megatron_telechat.cli.plan_request import Request, read_device, read_request
+from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError, UserError
 
@@ -98,11 +99,18 @@ def _problem(request: Request) -> int:
     return EXIT_OK
 
 
-def question_of(request: Request, run: RunConfig, device: DeviceSpec) -> Question:
-    """The planner's question of this run under the tool's options."""
+def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: DeviceSpec) -> Question:
+    """The planner's question of this run under the tool's options.
+
+    Args:
+        loaded: with the flags of Megatron-LM that say what its program overlaps.
+        run: the run as it is on the device.
+    """
+    from megatron_telechat.costs.software import megatron_software
     from megatron_telechat.planner.advice import Question
 
     options = request.options
+    software, counted = megatron_software(run, loaded.megatron)
     return Question(
         run,
         device,
@@ -112,6 +120,8 @@ def question_of(request: Request, run: RunConfig, device: DeviceSpec) -> Questio
         time_limit_s=options.time_limit,
         gap=options.gap,
         plain=options.plain_flags,
+        software=software,
+        counted=counted,
     )
 
 
@@ -121,7 +131,7 @@ def _plan(request: Request) -> int:
 
     loaded = request.load()
     device, run = read_device(request.options.device, loaded.run)
-    question = question_of(request, run, device)
+    question = question_of(request, loaded, run, device)
     plan, solution, problem = make_plan(question)
     if plan is None:
         return _no_plan(request, question, problem, solution)

@@ -131,6 +131,7 @@ def _times(plan: Plan) -> list[str]:
     return [
         f"predicted: {_seconds(found.iteration)} a step, {found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
         f"  times of the layers: {source}",
+        *(f"  counted: {one}" for one in plan.question.counted if entry is None),
     ]
 
 

@@ -50,6 +50,7 @@ class CommandLine:
         configs: YAML files named, in order.
         layers_per_virtual_stage: Megatron's way to give the number of chunks; resolved when num_layers is known.
         split: Megatron's ways to say an uneven split, and split_words as they were typed.
+        megatron: Megatron-LM's flags that are not ours, hyphens inside, with their values; the last counts.
         refused: of the problems, flags of Megatron-LM that ask for what our training does not have.
         unreadable: fields whose value could not be read.
     """
@@ -62,6 +63,7 @@ class CommandLine:
     split_words: dict[str, str] = field(default_factory=dict)
     actions: Actions = field(default_factory=Actions)
     problems: list[Problem] = field(default_factory=list)
+    megatron: dict[str, tuple[str, ...]] = field(default_factory=dict)
     refused: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
@@ -238,6 +240,7 @@ class _Flag:
     def megatron(self, answer: Answer) -> None:
         known = fields_by_name()
         given = " ".join([self.typed, *self.values])
+        self.line.megatron[self.name] = tuple(self.values)
         if isinstance(answer, Alias):
             if answer.but:
                 self.line.notes.append(f"{given}: taken as {known[answer.fields[0]].flag}; {answer.but}")

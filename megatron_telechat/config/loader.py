@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional, Sequence
 
 from megatron_telechat.config.derive import derive
@@ -51,6 +51,7 @@ class LoadedConfig:
         actions: what the door is asked to do.
         notes: what a person should know that stops nothing.
         preset: name of the preset, if one was named.
+        megatron: Megatron-LM's flags that are not ours, without the hyphens before them, with their values.
     """
 
     run: RunConfig
@@ -58,6 +59,7 @@ class LoadedConfig:
     actions: Actions
     notes: tuple[str, ...] = ()
     preset: Optional[str] = None
+    megatron: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def load_run_config(
@@ -91,7 +93,7 @@ def load_run_config(
     problems += apply_rules(ALL_RULES, check)
     if problems:
         raise ConfigError(problems)
-    return LoadedConfig(check.run, check.origins, line.actions, tuple(check.notes), merged.preset)
+    return LoadedConfig(check.run, check.origins, line.actions, tuple(check.notes), merged.preset, line.megatron)
 
 
 class _Merge:

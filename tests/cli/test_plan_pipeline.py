@@ -397,3 +397,24 @@ def test_sizes_tried_by_the_planner_take_the_place_of_the_split(ask):
     layout = ["--pipeline-model-parallel-layout", "Et*2|t*2|t*2|t*2|t*2|t*2|t*2|t*2L"]
     ranked = answer(ask, *words[:4], *DENSE, *layout, "--sweep", "--top", "8")
     assert len({one["plan"]["sets"]["num_virtual_stages_per_pipeline_rank"] for one in ranked}) > 1
+
+
+MOE = ["--num-layers", "16", "--num-experts", "64", "--moe-router-topk", "8", "--moe-ffn-hidden-size", "1024", "--moe-shared-expert-intermediate-size",
+       "1024", "--expert-model-parallel-size", "16", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
+       "--expert-tensor-parallel-size", "1", *DENSE[:-4], "--world-size", "64", "--use-distributed-optimizer"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags, counted",
+    [
+        ("--tp-comm-overlap", "--tp-comm-overlap hides 60%"),
+        ("--overlap-moe-expert-parallel-comm", "hides 65% of the expert exchange"),
+        ("--overlap-moe-expert-parallel-comm --delay-wgrad-compute", "hides 80% of the expert exchange"),
+        ("--moe-token-dispatcher-type flex --moe-enable-deepep", "sends a token to another node once"),
+        ("--moe-shared-expert-overlap", "computes the shared expert beside"),
+    ],
+)
+def test_overlap_flags_of_a_command_change_its_prediction(ask, flags, counted):
+    plain, overlapped = (answer(ask, *MOE, *more.split()) for more in ("", flags))
+    assert overlapped["predicted"]["iteration_s"] < 0.99 * plain["predicted"]["iteration_s"]
+    assert counted in ask(*MOE, *flags.split())[1]
