@@ -152,3 +152,44 @@ def test_words_are_for_fields_and_values_that_are_there() -> None:
 def test_tokenizer_words() -> None:
     line = read_command_line(["--tokenizer-type", "Llama2Tokenizer"])
     assert line.said[0].value == "SentencePieceTokenizer" and "taken as" in line.notes[0]
+
+
+def test_no_flag_is_refused_that_says_what_the_program_does() -> None:
+    """Against the configuration that megatron-core gets: `calculate_per_token_loss` is on, so its flag is nothing to do."""
+    from dataclasses import fields
+    from types import SimpleNamespace
+
+    from megatron_telechat.model.transformer_config import transformer_config
+
+    run = load_run_config(["--preset", "telechat2-tiny-moe", "--mock-data", "--dry-run"], {}).run
+    config = transformer_config(run, SimpleNamespace(tp_size=1, pp_size=1, cp_size=1, ep_size=1, etp_size=1))
+    # of megatron-core's experts, which ours take the place of, or details of what is off
+    aside = {"moe-grouped-gemm", "cpu-offloading-activations", "fp8-wgrad", "use-mamba-mem-eff-path"}
+    seen: dict[str, object] = {}
+    wrong = []
+    for name in (field.name for field in fields(config)):
+        flag, value = name.replace("_", "-"), getattr(config, name)
+        answer = ANSWERS.get(flag)
+        if isinstance(value, bool) and answer is not None and flag not in aside:
+            seen[flag] = value
+            wrong += [flag] * (value and isinstance(answer, Refused) or not value and isinstance(answer, Always) and not answer.values)
+    assert not wrong
+    assert len(seen) > 30 and seen["calculate-per-token-loss"]
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("calculate-per-token-loss", "the tokens that count of the whole global batch"),
+        ("fp16-lm-cross-entropy", "the loss is computed in fp32"),
+        ("no-attention-softmax-in-fp32", "softmax of the attention is computed in fp32"),
+        ("log-params-norm", "not recorded here"),
+        ("log-throughput", "throughput"),
+        ("moe-use-upcycling", "a dense model is not turned into a mixture"),
+        ("use-custom-fsdp", "the optimizer state alone can be sharded"),
+        ("replication-factor", "checkpoints"),
+        ("num-microbatches-with-partial-activation-checkpoints", "recompute"),
+    ],
+)
+def test_reasons_are_those_of_the_program(flag: str, says: str) -> None:
+    assert says in ANSWERS[flag].because
