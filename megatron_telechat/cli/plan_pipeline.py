@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Optional, Sequence
 
 from megatron_telechat.cli.plan_request import Request, read_device, read_request
 from megatron_telechat.cli.tool import interrupted
+from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError, UserError
 
@@ -43,6 +44,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _run(argv: list[str]) -> int:
     request = read_request(argv)
     options = request.options
+    for note in request.notes:
+        print(f"note: {note}", file=sys.stderr)
     chosen = [name for name in ("problem", "sweep", "calibrate") if getattr(options, name)]
     if len(chosen) > 1:
         raise ConfigError(f"--{' and --'.join(chosen)} are different jobs", "command line", "give one of them")
@@ -99,11 +102,18 @@ def _problem(request: Request) -> int:
     return EXIT_OK
 
 
-def question_of(request: Request, run: RunConfig, device: DeviceSpec) -> Question:
-    """The planner's question of this run under the tool's options."""
+def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: DeviceSpec) -> Question:
+    """The planner's question of this run under the tool's options.
+
+    Args:
+        loaded: with the flags of Megatron-LM that say what its program overlaps.
+        run: the run as it is on the device.
+    """
+    from megatron_telechat.costs.software import megatron_software
     from megatron_telechat.planner.advice import Question
 
     options = request.options
+    software, counted = megatron_software(run, loaded.megatron)
     return Question(
         run,
         device,
@@ -113,6 +123,8 @@ def question_of(request: Request, run: RunConfig, device: DeviceSpec) -> Questio
         time_limit_s=options.time_limit,
         gap=options.gap,
         plain=options.plain_flags,
+        software=software,
+        counted=counted,
     )
 
 
@@ -122,14 +134,14 @@ def _plan(request: Request) -> int:
 
     loaded = request.load()
     device, run = read_device(request.options.device, loaded.run)
-    question = question_of(request, run, device)
+    question = question_of(request, loaded, run, device)
     plan, solution, problem = make_plan(question)
     if plan is None:
         return _no_plan(request, question, problem, solution)
-    configured = request.as_configured()
+    configured, why_not = request.as_configured()
     if configured is not None:
         configured = replace(configured, training=replace(configured.training, device=run.training.device))
-    others = plainer(plan, configured)
+    others = plainer(plan, configured, why_not)
     if request.options.json:
         print(json.dumps(plan_json(plan, others)))
     else:
@@ -144,7 +156,9 @@ def _no_plan(request: Request, question: Question, problem: BalanceProblem, solu
     from megatron_telechat.planner.remedy import remedies, shortage
 
     lack = shortage(problem) if solution.status == "infeasible" else None
-    pinned = ("--world-size", str(question.run.parallel.world_size))
+    parallel = question.run.parallel
+    pinned = ("--world-size", str(parallel.world_size))
+    pinned += ("--num-virtual-stages-per-pipeline-rank", str(parallel.num_virtual_stages_per_pipeline_rank))
     changes = remedies(question, lambda *flags: request.load(*pinned, *flags).run) if lack else []
     if request.options.json:
         print(json.dumps({**solution.to_json(), "stage": lack and lack.stage, "changes": [vars(change) for change in changes]}))

@@ -131,6 +131,7 @@ def _times(plan: Plan) -> list[str]:
     return [
         f"predicted: {_seconds(found.iteration)} a step, {found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
         f"  times of the layers: {source}",
+        *(f"  counted: {one}" for one in plan.question.counted if entry is None),
     ]
 
 
@@ -142,7 +143,7 @@ def _comparison(plan: Plan, others: Sequence[Baseline]) -> list[str]:
             layers, stages = plan.problem.num_layers, plan.problem.num_stages
             splits = {"uniform split": layers % stages == 0, "account_for_embedding/loss": (layers + 2) % stages == 0}
             why = "does not fit the memory" if splits.get(other.name, True) else f"{layers} layers do not split so over {stages}"
-            why = "none splits these layers and fits" if other.name == "best plain flags" else why
+            why = "none splits these layers and fits" if other.name == "best plain flags" else other.why or why
             rows.append([name, "-", "", why])
             continue
         more = other.makespan / plan.makespan - 1

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
-import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional, Sequence
 
+from megatron_telechat.cli.pasted import read_pasted
 from megatron_telechat.cli.tool import ToolParser, natural, positive
 from megatron_telechat.config import LoadedConfig, load_run_config
 from megatron_telechat.config.schema import RunConfig
@@ -32,42 +31,44 @@ Every other flag is one of the training (pretrain_telechat2.py --help) or of Meg
 
 @dataclass(frozen=True)
 class Request:
-    """Options of the tool, and the words that describe the run."""
+    """Options of the tool, the words that describe the run, and how a pasted command was read."""
 
     options: argparse.Namespace
     words: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Recompute kinds allowed next to none."""
         return tuple(filter(None, (kind.strip() for kind in self.options.recompute_kinds.split(",")))) or ("none",)
 
-    def load(self, *more: str) -> LoadedConfig:
-        """The run with its layout still open, `more` flags added.
+    def load(self, *changes: str) -> LoadedConfig:
+        """The run with its layout still open, and with these flags in place of what was said of the same.
 
         Raises:
             ConfigError: with all problems of the configuration.
         """
-        return load_run_config([*self.words, *more, "--dry-run"], {}, planning=True)
+        return load_run_config([*self.words, "--dry-run"], {}, planning=True, changes=changes)
 
-    def as_configured(self) -> Optional[RunConfig]:
-        """The run with its own layout and recompute; None where it names none that works."""
+    def as_configured(self) -> tuple[Optional[RunConfig], str]:
+        """The run with its own layout and recompute; None where it names none, or where what it names does not work:
+        then with the reason."""
         try:
-            loaded = load_run_config([*self.words, "--dry-run"], {})
-        except ConfigError:
-            return None
+            loaded = load_run_config([*self.words, "--dry-run"], {}, planning=True, keep_layout=True)
+        except ConfigError as error:
+            return None, error.problems[0].what
         said = any(
             loaded.origins[name] not in ("default", "derived")
             for name in ("pipeline_model_parallel_layout", "recompute_granularity", "recompute_layout")
         )
-        return loaded.run if said else None
+        return (loaded.run, "") if said else (None, "")
 
 
 def read_request(argv: Sequence[str]) -> Request:
     """Read the arguments behind the program's name.
 
     Raises:
-        ConfigError: an option with a bad value; a command file that cannot be read.
+        ConfigError: an option with a bad value; a command file that cannot be read; see `read_pasted`.
     """
     words = list(argv)
     command: list[str] = []
@@ -75,10 +76,11 @@ def read_request(argv: Sequence[str]) -> Request:
         at = words.index("--")
         words, command = words[:at], words[at + 1 :]
     options, others = _parser().parse_known(words)
-    if options.command:
-        command = _read_command(options.command) + command
     options.time_limit = options.time_limit or (60.0 if options.sweep else 30.0)
-    return Request(options, (*_flags_of(command), *others))
+    if not (options.command or command):
+        return Request(options, tuple(others))
+    pasted = read_pasted(_read_text(options.command) if options.command else None, command, others)
+    return Request(options, (*pasted.words, *others), pasted.notes)
 
 
 class _Parser(ToolParser):
@@ -118,38 +120,12 @@ def _parser() -> _Parser:
     return parser
 
 
-def _read_command(path: str) -> list[str]:
+def _read_text(path: str) -> str:
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-        return shlex.split(text.replace("\\\n", " "), comments=True)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", "--command", "name a file, or - for stdin") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is no shell command: {error}", "--command", "paste the command as it is typed") from None
-
-
-def _flags_of(command: Sequence[str]) -> list[str]:
-    """Flags behind the program's name; ranks from the launcher's, where the command says them.
-
-    Raises:
-        ConfigError: a shell variable, whose value the command does not say.
-    """
-    variables = [word for word in command if re.search(r"\$[A-Za-z_{(]", word)]
-    if variables:
-        raise ConfigError(
-            f"shell variables in the command: {' '.join(variables[:5])}", "Megatron command", "write their values in their places"
-        )
-    program = next((at for at, word in enumerate(command) if word.endswith(".py")), -1)
-    flags = list(command[program + 1 :])
-    launcher = {}
-    words = list(command[: max(program, 0)])
-    for at, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        launcher[name.replace("_", "-")] = value if equals else (words[at + 1] if at + 1 < len(words) else "")
-    ranks, nodes = launcher.get("--nproc-per-node", ""), launcher.get("--nnodes", "1")
-    if ranks.isdigit() and nodes.isdigit():
-        return ["--world-size", str(int(ranks) * int(nodes)), "--ranks-per-node", ranks, *flags]
-    return flags
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"cannot read {path}: {reason}", "--command", "name a file, or - for stdin") from None
 
 
 def read_device(name: Optional[str], run: RunConfig) -> tuple[DeviceSpec, RunConfig]:

@@ -32,7 +32,7 @@ def sweep_door(request: Request) -> int:
     device, run = read_device(options.device, loaded.run)
     values = values_of(loaded.run)
     fixed = {name: values[name] for name in FLAGS if loaded.origins[name].startswith("flag") and values[name]}
-    question = question_of(request, run, device)
+    question = question_of(request, loaded, run, device)
     found = candidates(question, lambda *flags: request.load(*flags).run, fixed)
     if not found:
         raise ConfigError(f"no parallel layout of {run.parallel.world_size} ranks goes with this run", "--sweep",

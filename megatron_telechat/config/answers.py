@@ -50,4 +50,15 @@ class LayersPerVirtualStage:
     """Megatron's way to say the number of chunks; resolved when num_layers is known."""
 
 
-Answer = Union[Alias, Ignored, Always, Refused, LayersPerVirtualStage]
+@dataclass(frozen=True)
+class UnevenSplit:
+    """Megatron's way to say an uneven split; becomes a layout string when the sizes are known.
+
+    Attributes:
+        part: the field of `config.split.SplitFlags` that it sets.
+    """
+
+    part: str
+
+
+Answer = Union[Alias, Ignored, Always, Refused, LayersPerVirtualStage, UnevenSplit]

@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Optional, Sequence
 
-from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, Refused
+from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, Refused, UnevenSplit
 from megatron_telechat.config.fields import FieldInfo, closest, fields_by_name
 from megatron_telechat.config.megatron_flags import ANSWERS, WORDS
+from megatron_telechat.config.split import SplitFlags
 from megatron_telechat.config.yaml_io import Said
 from megatron_telechat.errors import Problem
 
@@ -48,6 +49,8 @@ class CommandLine:
         preset: the preset named, if any.
         configs: YAML files named, in order.
         layers_per_virtual_stage: Megatron's way to give the number of chunks; resolved when num_layers is known.
+        split: Megatron's ways to say an uneven split, and split_words as they were typed.
+        megatron: Megatron-LM's flags that are not ours, hyphens inside, with their values; the last counts.
         refused: of the problems, flags of Megatron-LM that ask for what our training does not have.
         unreadable: fields whose value could not be read.
     """
@@ -56,8 +59,11 @@ class CommandLine:
     preset: Optional[Said] = None
     configs: list[str] = field(default_factory=list)
     layers_per_virtual_stage: Optional[int] = None
+    split: SplitFlags = SplitFlags()
+    split_words: dict[str, str] = field(default_factory=dict)
     actions: Actions = field(default_factory=Actions)
     problems: list[Problem] = field(default_factory=list)
+    megatron: dict[str, tuple[str, ...]] = field(default_factory=dict)
     refused: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
@@ -234,6 +240,7 @@ class _Flag:
     def megatron(self, answer: Answer) -> None:
         known = fields_by_name()
         given = " ".join([self.typed, *self.values])
+        self.line.megatron[self.name] = tuple(self.values)
         if isinstance(answer, Alias):
             if answer.but:
                 self.line.notes.append(f"{given}: taken as {known[answer.fields[0]].flag}; {answer.but}")
@@ -261,12 +268,36 @@ class _Flag:
             what = f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}"
             self.problem(what, use)
             self.line.refused.append(self.line.problems[-1])
+        elif isinstance(answer, UnevenSplit):
+            self.uneven(answer.part)
         else:
-            value = self.single()
-            if value is not None and (not value.isdigit() or int(value) < 1):
-                self.problem(f"{self.typed} is {value!r}", fix="it takes a whole number of at least 1")
-            elif value is not None:
-                self.line.layers_per_virtual_stage = int(value)
+            self.line.layers_per_virtual_stage = self.natural() or self.line.layers_per_virtual_stage
+
+    def natural(self) -> Optional[int]:
+        """The one value, a whole number of at least 1; None after a complaint."""
+        value = self.single()
+        if value is not None and (not value.isdigit() or int(value) < 1):
+            self.problem(f"{self.typed} is {value!r}", fix="it takes a whole number of at least 1")
+            return None
+        return None if value is None else int(value)
+
+    def uneven(self, part: str) -> None:
+        """A part of `SplitFlags`; two spellings of one that disagree are a slip."""
+        line, value = self.line, None
+        if part in ("embedding", "loss"):
+            if self.values:
+                self.problem(f"{self.typed} takes no value, not {' '.join(self.values)!r}")
+                return
+            value = True
+        else:
+            value = self.natural()
+            if value is None:
+                return
+        before = line.split_words.get(part, "")
+        if before and before.split()[0] != self.typed and getattr(line.split, part) != value:
+            self.problem(f"{before} and {self.typed} {value} disagree", "keep one of the two")
+        line.split = replace(line.split, **{part: value})
+        line.split_words[part] = " ".join([self.typed, *self.values])
 
     def unknown(self, by_flag: dict[str, FieldInfo]) -> None:
         words = [*by_flag, *ACTION_FLAGS, *(f"no-{flag}" for flag, info in by_flag.items() if _is_bool(info))]

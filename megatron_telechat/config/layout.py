@@ -2,14 +2,17 @@
 
 A layout lists the virtual stages in the order a token passes them, ``|`` between
 them, each with its layers: ``E`` embedding, ``t`` decoder layer, ``L`` output layer
-and loss. ``x*n`` repeats a letter, ``(...)*n`` a group. Virtual stage ``c`` is chunk
+and loss. ``x*n`` repeats a letter, ``(...)*n`` a group. The same may be written as lists, one a stage, of Megatron-Core's
+names of layers. Virtual stage ``c`` is chunk
 ``c // P`` of pipeline rank ``c % P``, as in megatron-core.
 """
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Sequence
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
@@ -130,9 +133,48 @@ def parse_stages(text: str) -> tuple[str, ...]:
     Raises:
         ConfigError: for a letter or a bracket that means nothing.
     """
+    if text.lstrip().startswith("["):
+        text = text_of_lists(_read_lists(text))
     unrolled, rest = _unroll(text.replace(",", "").replace(" ", ""), 0, 0)
     assert rest == ""
     return tuple(unrolled.split("|"))
+
+
+WORDS = {"embedding": "E", "decoder": "t", "loss": "L", "mtp": "m"}
+"""Megatron-Core's names of layers, which layouts written as lists use."""
+
+
+def _read_lists(text: str) -> list[object]:
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise ConfigError("the layout begins with [ and is no list", fix=f"{LISTS}, names quoted; or a string such as {EXAMPLE}")
+    return found
+
+
+def text_of_lists(stages: Sequence[object]) -> str:
+    """The layout string of a list with one entry a virtual stage: a list of layers (names or letters), or letters.
+
+    Raises:
+        ConfigError: lists within the lists of layers.
+    """
+    rows = [stage if isinstance(stage, (list, tuple)) else [stage] for stage in stages]
+    if not all(isinstance(layer, str) for row in rows for layer in row):
+        raise ConfigError("a layout in lists is one list of layers for each stage", fix=LISTS)
+    return "|".join("".join(_letters(str(layer)) for layer in row) for row in rows)
+
+
+def _letters(layer: str) -> str:
+    name, times, number = layer.partition("*")
+    letters = WORDS.get(name.strip().lower(), name.strip())
+    if set(letters) - set("EtLm|()*0123456789, "):
+        raise ConfigError(f"{name.strip()!r} means nothing in a layout", fix=f"layers are {', '.join(WORDS)}: {LISTS}")
+    return letters + times + number.strip()
+
+
+LISTS = "as in [[embedding, decoder], [decoder, loss]]"
 
 
 def _unroll(text: str, depth: int, size: int) -> tuple[str, str]:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional, Sequence
 
 from megatron_telechat.config.derive import derive
 from megatron_telechat.config.fields import did_you_mean, fields_by_name, make_run
 from megatron_telechat.config.flags import Actions, CommandLine, read_command_line
-from megatron_telechat.config.origins import DEFAULT, Check, apply_rules
+from megatron_telechat.config.origins import DEFAULT, DERIVED, Check, apply_rules
 from megatron_telechat.config.plan_file import PlanFile, read_plan, same_value
 from megatron_telechat.config.presets import preset_names, preset_text
 from megatron_telechat.config.rules import ALL_RULES, VALUE_RULES
 from megatron_telechat.config.rules.pipeline import working_layout
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.stages import settle_stages
 from megatron_telechat.config.yaml_io import Said, YamlFile, read_yaml
 from megatron_telechat.errors import ConfigError, Problem
 
 LAYOUTS = ("pipeline_model_parallel_layout", "recompute_layout")
+
+RECORDINGS = ("moe_routing_record", "moe_routing_replay", "moe_routing_steps")
+"""Files of a run, and what is said of them, outside of the sections of data and checkpoints."""
 
 PLANNED = (*LAYOUTS, "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 """What a planner chooses."""
@@ -50,6 +54,7 @@ class LoadedConfig:
         actions: what the door is asked to do.
         notes: what a person should know that stops nothing.
         preset: name of the preset, if one was named.
+        megatron: Megatron-LM's flags that are not ours, without the hyphens before them, with their values.
     """
 
     run: RunConfig
@@ -57,9 +62,16 @@ class LoadedConfig:
     actions: Actions
     notes: tuple[str, ...] = ()
     preset: Optional[str] = None
+    megatron: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def load_run_config(argv: Sequence[str], environ: Mapping[str, str], planning: bool = False) -> LoadedConfig:
+def load_run_config(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    planning: bool = False,
+    keep_layout: bool = False,
+    changes: Sequence[str] = (),
+) -> LoadedConfig:
     """Read flags, files and preset, merge them, fill in what follows, and hold every rule.
 
     Args:
@@ -67,12 +79,15 @@ def load_run_config(argv: Sequence[str], environ: Mapping[str, str], planning: b
         environ: environment variables; torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE are read.
         planning: layout and recompute are still to be chosen: what is said of them is dropped, an even split stands in,
             and flags of Megatron-LM that our training refuses are noted as not modelled.
+        keep_layout: with planning, layout and recompute stay as they are said.
+        changes: flags of ours that a planner tries in place of what `argv` says; with a number of chunks among them, what
+            `argv` says of chunks and split is dropped, which was said of other sizes.
 
     Raises:
         ConfigError: with all problems.
     """
     line = read_command_line(argv)
-    merged = _Merge(line, environ, planning)
+    merged = _Merge(line, environ, planning, planning and not keep_layout, read_command_line(changes).said)
     merged.run()
     check = Check(make_run(merged.values), merged.origins, merged.unreadable, line.actions.starts_nothing, merged.notes, planning)
     problems = [*merged.problems, *apply_rules(VALUE_RULES, check)]
@@ -81,14 +96,16 @@ def load_run_config(argv: Sequence[str], environ: Mapping[str, str], planning: b
     problems += apply_rules(ALL_RULES, check)
     if problems:
         raise ConfigError(problems)
-    return LoadedConfig(check.run, check.origins, line.actions, tuple(check.notes), merged.preset)
+    return LoadedConfig(check.run, check.origins, line.actions, tuple(check.notes), merged.preset, line.megatron)
 
 
 class _Merge:
     """Values in order of precedence, each overwriting the one before."""
 
-    def __init__(self, line: CommandLine, environ: Mapping[str, str], planning: bool = False):
+    def __init__(self, line: CommandLine, environ: Mapping[str, str], planning: bool, layout_open: bool, changes: Sequence[Said]):
         self.line = line
+        self.layout_open = layout_open
+        self.changes = changes
         self.environ = environ
         self.planning = planning
         self.values: dict[str, Any] = {}
@@ -110,11 +127,15 @@ class _Merge:
         for file in files:
             self.take(file.said)
         self.take(self.line.said)
-        self.chunks_from_layers()
+        self.take(self.changes)
+        if not any(one.name == "num_virtual_stages_per_pipeline_rank" for one in self.changes):
+            settle_stages(self)
         self.take_plan()
         self.world()
         self.settle()
         if self.planning:
+            self.drop_files()
+        if self.layout_open:
             self.open_layout()
 
     def take(self, said: Sequence[Said]) -> None:
@@ -153,33 +174,6 @@ class _Merge:
         read = read_yaml(preset_text(preset.value), f"{preset.value}.yaml", label=f"preset {preset.value}")
         self.problems += read.problems
         self.take(read.said)
-
-    def chunks_from_layers(self) -> None:
-        """--num-layers-per-virtual-pipeline-stage, as a number of chunks."""
-        each = self.line.layers_per_virtual_stage
-        if each is None:
-            return
-        layers = self.values.get("num_layers", 0)
-        stages = self.values.get("pipeline_model_parallel_size", 1)
-        name = "num_virtual_stages_per_pipeline_rank"
-        if stages < 1 or layers < 1 or layers % (stages * each):
-            fitting = [n for n in range(1, layers + 1) if stages > 0 and layers % (stages * n) == 0]
-            fix = (
-                f"--num-layers-per-virtual-pipeline-stage {min(fitting, key=lambda n: abs(n - each))}"
-                if fitting
-                else "--num-virtual-stages-per-pipeline-rank V and an uneven --pipeline-model-parallel-layout"
-            )
-            self.problems.append(
-                Problem(
-                    f"num_layers={layers} does not split into {each} layers for each chunk of {stages} pipeline ranks",
-                    f"flag --num-layers-per-virtual-pipeline-stage; num_layers: {self.origins['num_layers']}",
-                    fix,
-                )
-            )
-            self.unreadable.add(name)
-            return
-        self.values[name] = layers // (stages * each)
-        self.origins[name] = "flag --num-layers-per-virtual-pipeline-stage"
 
     def take_plan(self) -> None:
         """What the plan file sets, as if flags said so; a flag or file that says otherwise is a slip."""
@@ -221,12 +215,16 @@ class _Merge:
             self.notes.append(f"{self.plan.origin} was made for {made}: its predictions are not used")
         return []
 
+    def drop_files(self) -> None:
+        """Drop what is said of files, which may be on another machine."""
+        for name, info in fields_by_name().items():
+            if info.section in ("data", "checkpoint") or name in RECORDINGS:
+                self.values.pop(name, None)
+                self.origins[name] = DEFAULT
+
     def open_layout(self) -> None:
-        """Drop what is said of layout and recompute, and of files, which may be on another machine; an even split, so that
-        the other rules have one to look at."""
-        files = (name for name, info in fields_by_name().items() if info.section in ("data", "checkpoint"))
-        recordings = ("moe_routing_record", "moe_routing_replay", "moe_routing_steps")
-        for name in (*PLANNED, *files, *recordings):
+        """Drop what is said of layout and recompute; an even split, so that the other rules have one to look at."""
+        for name in PLANNED:
             self.values.pop(name, None)
             self.origins[name] = DEFAULT
         self.unreadable -= set(PLANNED)
@@ -306,7 +304,8 @@ class _Merge:
                 self.origins[name] = DEFAULT
 
     def by_person(self, name: str) -> bool:
-        return self.origins[name] != DEFAULT and not self.origins[name].startswith("preset ")
+        """Whether the value comes from a flag or a file."""
+        return self.origins[name] not in (DEFAULT, DERIVED) and not self.origins[name].startswith("preset ")
 
     def drop(self, name: str, because: str) -> None:
         if self.origins[name].startswith("preset ") and self.values.get(name) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Mapping
 
-from megatron_telechat.config.answers import Alias, Answer, LayersPerVirtualStage
+from megatron_telechat.config.answers import Alias, Answer, LayersPerVirtualStage, UnevenSplit
 from megatron_telechat.config.megatron_table import BLOCKS
 
 ALIASES: Mapping[str, Answer] = {
@@ -19,6 +19,12 @@ ALIASES: Mapping[str, Answer] = {
     "context-parallel": Alias(("context_parallel_size",)),
     "virtual-pipeline-model-parallel-size": Alias(("num_virtual_stages_per_pipeline_rank",)),
     "num-layers-per-virtual-pipeline-stage": LayersPerVirtualStage(),
+    "account-for-embedding-in-pipeline-split": UnevenSplit("embedding"),
+    "account-for-loss-in-pipeline-split": UnevenSplit("loss"),
+    "decoder-first-pipeline-num-layers": UnevenSplit("first"),
+    "decoder-last-pipeline-num-layers": UnevenSplit("last"),
+    "num-layers-in-first-pipeline-stage": UnevenSplit("first"),
+    "num-layers-in-last-pipeline-stage": UnevenSplit("last"),
     "num-moe-experts": Alias(("num_experts",)),
     "encoder-num-layers": Alias(("num_layers",)),
     "layernorm-epsilon": Alias(("norm_epsilon",)),

@@ -219,17 +219,21 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("the residual stream, the loss and the attention have one precision here, that of --precision"),
+        Refused("parameters, residual stream, logits and pipeline messages have the one compute type of the run", "--precision"),
         """
-        apply-query-key-layer-scaling autocast-dtype disable-attention-softmax-in-fp32 enable-autocast
-        fp16-lm-cross-entropy fp32-residual-connection no-attention-softmax-in-fp32 output-logit-dtype
-        params-dtype pipeline-dtype
+        autocast-dtype enable-autocast fp32-residual-connection output-logit-dtype params-dtype pipeline-dtype
         """,
     ),
+    (Refused("the loss is computed in fp32"), "fp16-lm-cross-entropy"),
+    (
+        Refused("the softmax of the attention is computed in fp32"),
+        "disable-attention-softmax-in-fp32 no-attention-softmax-in-fp32",
+    ),
+    (Refused("scores are not scaled by the layer number"), "apply-query-key-layer-scaling"),
     (Always("the softmax of the attention is computed in fp32"), "attention-softmax-in-fp32"),
     (
         Ignored("the matrix products follow torch's own setting"),
-        "disable-bf16-reduced-precision-matmul disable-jit-fuser",
+        "disable-bf16-reduced-precision-matmul",
     ),
     (
         Always("gradients, master weights and optimizer state are fp32", ("fp32",)),
@@ -357,18 +361,28 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (
         Refused("the router is a plain top-k softmax router"),
         """
-        moe-apply-probs-on-input moe-input-jitter-eps moe-latent-size moe-router-bias-update-rate
-        moe-router-enable-expert-bias moe-router-force-biased moe-router-force-load-balancing
-        moe-router-group-topk moe-router-num-groups moe-router-quantile-balancing-ema
-        moe-router-topk-limited-devices moe-shared-expert-gate moe-upcycling-granularity moe-use-upcycling
+        moe-input-jitter-eps moe-router-bias-update-rate moe-router-enable-expert-bias moe-router-force-biased
+        moe-router-force-load-balancing moe-router-group-topk moe-router-num-groups
+        moe-router-quantile-balancing-ema moe-router-topk-limited-devices
         """,
     ),
+    (
+        Refused("an expert is a SwiGLU on the hidden states, its output weighted by the router; a shared expert has no gate"),
+        "moe-apply-probs-on-input moe-latent-size moe-shared-expert-gate",
+    ),
+    (Refused("a dense model is not turned into a mixture here"), "moe-upcycling-granularity moe-use-upcycling"),
     (
         Refused("the experts are dropless"),
         """
         moe-expert-capacity-factor moe-expert-rank-capacity-factor moe-pad-expert-input-to-capacity
+        moe-token-drop-policy moe-token-dropping
+        """,
+    ),
+    (
+        Refused("activations of the experts are kept on the device as they come", "--recompute-granularity"),
+        """
         moe-paged-stash moe-paged-stash-buffer-size-factor-cpu moe-paged-stash-buffer-size-factor-cuda
-        moe-paged-stash-page-size moe-token-drop-policy moe-token-dropping
+        moe-paged-stash-page-size
         """,
     ),
     (
@@ -378,7 +392,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         ),
         "moe-extended-tp",
     ),
-    (Always("experts run as one grouped product"), "moe-grouped-gemm"),
+    (Always("the experts of a rank run as grouped products on an accelerator, one after the other on a CPU"), "moe-grouped-gemm"),
     (
         Refused(
             "recompute of the experts is a module of selective recompute",
@@ -430,18 +444,14 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         DDP-impl align-param-gather average-in-collective bucket-size ddp-average-in-collective
         ddp-bucket-size ddp-num-buckets ddp-pad-buckets-for-high-nccl-busbw delay-param-gather
         disable-align-grad-reduce gradient-reduce-div-fusion no-align-grad-reduce no-align-param-gather
-        no-contiguous-buffers-in-local-ddp no-data-sharding no-delay-grad-reduce no-gradient-reduce-div-fusion
+        no-contiguous-buffers-in-local-ddp no-delay-grad-reduce no-gradient-reduce-div-fusion
         no-use-layer-wise-param-layout overlap-param-gather-with-optimizer-step
         pad-buckets-for-high-nccl-busbw use-contiguous-buffers-in-ddp
         """,
     ),
     (
-        Refused("uneven pipelines are written as a layout", "--pipeline-model-parallel-layout"),
-        """
-        account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
-        decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers num-layers-in-first-pipeline-stage
-        num-layers-in-last-pipeline-stage standalone-embedding-stage
-        """,
+        Refused("an embedding on a stage of its own is written as a layout", "--pipeline-model-parallel-layout"),
+        "standalone-embedding-stage",
     ),
     (
         Ignored("communication inside a tensor-parallel layer is left to Megatron-Core's defaults"),
@@ -464,9 +474,19 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         disable-clone-scatter-output-in-embedding microbatch-group-size-per-virtual-pipeline-stage
         microbatch-group-size-per-vp-stage no-batch-p2p-comm no-batch-p2p-sync
         no-clone-scatter-output-in-embedding no-scatter-gather-tensors-in-pipeline
-        num-microbatches-with-partial-activation-checkpoints overlap-p2p-comm-warmup-flush
+        overlap-p2p-comm-warmup-flush
         overlap-p2p-communication-warmup-flush wgrad-deferral-limit
         """,
+    ),
+    (Ignored("each rank reads the samples of its own place in the global batch"), "no-data-sharding"),
+    (
+        Ignored("recompute is the same for every micro-batch"),
+        "num-microbatches-with-partial-activation-checkpoints",
+    ),
+    (Ignored("neighbouring stages exchange messages rank to rank"), "use-ring-exchange-p2p"),
+    (
+        Ignored("one time limit holds for the whole run: --distributed-timeout-minutes"),
+        "distributed-timeout-seconds-after-init",
     ),
     (
         Refused("context parallelism is not supported by this version"),
@@ -476,15 +496,15 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         Ignored("the backend of the collectives follows from --device"),
         """
         create-all-gather-group disable-gloo-process-groups disable-symmetric-registration distributed-backend
-        distributed-timeout-seconds-after-init fake-process-group high-priority-stream-groups
-        nccl-communicator-config-path nccl-ub pipeline-model-parallel-comm-backend replication
-        replication-factor replication-jump sharp-enabled-group tp-comm-bootstrap-backend use-nccl-ub
-        use-ring-exchange-p2p use-sharp
+        fake-process-group high-priority-stream-groups
+        nccl-communicator-config-path nccl-ub pipeline-model-parallel-comm-backend
+        sharp-enabled-group tp-comm-bootstrap-backend use-nccl-ub
+        use-sharp
         """,
     ),
     (
         Refused(
-            "parameters are replicated over data parallelism, the optimizer state is sharded",
+            "parameters and gradients are whole on every data-parallel rank; the optimizer state alone can be sharded",
             "--use-distributed-optimizer",
         ),
         """
@@ -516,19 +536,21 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (
         Ignored("kernels are chosen by the device and by what is installed"),
         """
-        apply-rope-fusion attention-backend barrier-with-L1-time bias-activation-fusion bias-dropout-fusion
+        apply-rope-fusion attention-backend disable-jit-fuser bias-activation-fusion bias-dropout-fusion
         cross-entropy-fusion-impl cross-entropy-loss-fusion cuda-graph-impl cuda-graph-modules
         cuda-graph-retain-backward-graph cuda-graph-scope cuda-graph-use-single-mempool
         cuda-graph-warmup-steps delay-offload-until-cuda-graph disable-cuda-graph-use-single-mempool
-        enable-cuda-graph enable-experimental external-cuda-graph flash-attention-version
+        enable-cuda-graph external-cuda-graph flash-attention-version
         gradient-accumulation-fusion masked-softmax-fusion memory-efficient-layer-norm no-bias-dropout-fusion
         no-bias-gelu-fusion no-bias-swiglu-fusion no-cuda-graph-use-single-mempool
         no-gradient-accumulation-fusion no-masked-softmax-fusion no-persist-layer-norm no-rope-fusion
-        persist-layer-norm te-rng-tracker test-mode transformer-impl use-te-rng-tracker
+        persist-layer-norm transformer-impl
         use-transformer-engine-op-fuser
         """,
     ),
-    (Always("the attention uses the fastest kernel of the device"), "use-flash-attn"),
+    (Always("the attention runs as a fused kernel where the device has one"), "use-flash-attn"),
+    (Ignored("Megatron-Core's features are those that this framework uses"), "enable-experimental test-mode"),
+    (Ignored("random streams are Megatron-Core's own, kept with the checkpoint"), "te-rng-tracker use-te-rng-tracker"),
     # recompute
     (
         Refused(
@@ -538,14 +560,11 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         "activations-checkpoint-method activations-checkpoint-num-layers checkpoint-num-layers",
     ),
     (
-        Refused("saved activations are not split over the tensor domain"),
+        Refused("what recompute saves is split over the tensor domain by sequence parallelism alone", "--sequence-parallel"),
         "distribute-checkpointed-activations distribute-saved-activations",
     ),
     # optimizer
-    (
-        Refused("the loss is the mean over the tokens of a micro-batch, then over micro-batches and ranks"),
-        "calculate-per-token-loss",
-    ),
+    (Always("the loss is the mean over the tokens that count of the whole global batch"), "calculate-per-token-loss"),
     (
         Refused("the batch has one size over the whole run", "--global-batch-size"),
         "curr-iteration decrease-batch-size-if-needed rampup-batch-size step-batch-size-schedule",
@@ -556,11 +575,12 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         decoupled-lr decoupled-min-lr lion-beta1 lion-beta2 muon-coefficient-type muon-extra-scale-factor
         muon-fp32-matmul-prec muon-momentum muon-nesterov muon-no-split-qkv muon-num-ns-steps
         muon-scalar-optimizer muon-scale-mode muon-split-qkv muon-tp-mode muon-use-nesterov muon-use-syrk
-        no-weight-decay-cond-type sgd-momentum
+        sgd-momentum
         """,
     ),
     (Always("weight decay is decoupled (AdamW)"), "decoupled-weight-decay"),
     (Refused("weight decay is constant", "--weight-decay"), "end-weight-decay start-weight-decay wd-incr-steps"),
+    (Refused("biases and norms have no weight decay, everything else has"), "no-weight-decay-cond-type"),
     (
         Refused(
             "the schedule counts optimizer steps",
@@ -590,7 +610,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (Always("weight decay is constant", ("constant",)), "weight-decay-incr-style"),
     # data
     (
-        Ignored("the training reads only the vocabulary size and the end-of-document token of a tokenizer"),
+        Ignored("a tokenizer is what its files say; pretraining reads its vocabulary size and end-of-document token, fine-tuning encodes with it"),
         """
         allow-ambiguous-pad-tokens disable-save-tokenizer-assets
         disable-tokenizer-sentencepiece-ignore-extra-whitespaces
@@ -651,9 +671,9 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         ckpt-pg-tensors-cache-path disable-ckpt-load-validate-sharding-integrity disable-stream-ckpt-dequant
         dist-ckpt-format dist-ckpt-optim-fully-reshardable dist-ckpt-save-pre-mcore-014 dist-ckpt-strictness
         dist-ckpt-workers distrib-optim-fully-reshardable-mem-efficient dump-param-to-param-group-map
-        hetereogenous-dist-checkpoint log-progress no-ckpt-fully-parallel-save
+        hetereogenous-dist-checkpoint no-ckpt-fully-parallel-save
         no-ckpt-load-validate-sharding-integrity no-stream-ckpt-dequant override-ckpt-iteration use-dist-ckpt
-        verify-integrity
+        replication replication-factor replication-jump use-persistent-ckpt-worker verify-integrity
         """,
     ),
     (
@@ -674,7 +694,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """
         non-persistent-ckpt-type non-persistent-global-ckpt-dir non-persistent-local-ckpt-algo
         non-persistent-local-ckpt-dir non-persistent-save-interval persistent-save-interval
-        save-retain-interval use-persistent-ckpt-worker
+        save-retain-interval
         """,
     ),
     (Refused("the pretraining command trains", "--train-iters; --eval-interval evaluates on the way"), "skip-train"),
@@ -684,16 +704,24 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
             "metrics.jsonl and the console line always hold loss, learning rate, gradient norm, throughput, MFU, memory and expert load"
         ),
         """
-        app-tag-run-name app-tag-run-version disable-log-loss-scale-to-tensorboard enable-one-logger
-        log-batch-size-to-tensorboard log-device-memory-used log-energy log-max-attention-logit
-        log-memory-interval log-memory-to-tensorboard log-num-zeros-in-grad log-params-norm log-straggler
-        log-throughput log-timers-to-tensorboard log-validation-ppl-to-tensorboard
-        log-world-size-to-tensorboard logging-level no-barrier-with-level-1-timing
-        no-log-learnig-rate-to-tensorboard no-log-loss-scale-to-tensorboard no-one-logger no-record-throughput
-        nvtx-ranges one-logger-async one-logger-entity one-logger-project one-logger-run-name otel-enabled
-        otel-service-name otel-span-groups save-activations-interval save-dgrads-interval save-params-interval
-        save-wgrads-interval timing-log-level timing-log-option
+        log-device-memory-used log-memory-interval log-memory-to-tensorboard log-throughput
+        no-log-learnig-rate-to-tensorboard no-record-throughput
         """,
+    ),
+    (
+        Ignored("it is not recorded here; metrics.jsonl has one set of values, which no flag extends"),
+        """
+        app-tag-run-name app-tag-run-version disable-log-loss-scale-to-tensorboard enable-one-logger
+        log-batch-size-to-tensorboard log-energy log-max-attention-logit log-num-zeros-in-grad log-params-norm
+        log-progress log-straggler log-timers-to-tensorboard log-validation-ppl-to-tensorboard
+        log-world-size-to-tensorboard no-log-loss-scale-to-tensorboard no-one-logger nvtx-ranges one-logger-async
+        one-logger-entity one-logger-project one-logger-run-name otel-enabled otel-service-name otel-span-groups
+        save-activations-interval save-dgrads-interval save-params-interval save-wgrads-interval
+        """,
+    ),
+    (
+        Ignored("messages have one level, and steps are timed without barriers"),
+        "barrier-with-L1-time logging-level no-barrier-with-level-1-timing timing-log-level timing-log-option",
     ),
     (
         Ignored("no profiler is driven by flags"),
@@ -734,9 +762,12 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         Ignored("loss and gradient norm are checked on all ranks before every optimizer step"),
         """
         check-for-large-grads check-for-nan-in-grad check-for-spiky-loss
-        check-weight-hash-across-dp-replicas-interval error-injection-rate error-injection-type
-        gpu-sniff-test-interval no-check-for-nan-in-loss-and-grad rerun-mode
+        no-check-for-nan-in-loss-and-grad rerun-mode
         """,
+    ),
+    (
+        Ignored("faults are neither injected nor looked for by comparing replicas; tools/doctor.py tests a machine before a run"),
+        "check-weight-hash-across-dp-replicas-interval error-injection-rate error-injection-type gpu-sniff-test-interval",
     ),
     (
         Ignored("garbage collection is not scheduled by flags"),

@@ -7,7 +7,7 @@ PyYAML's own guesses are not used: a value is read by the type of its field, so 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from megatron_telechat.config.fields import (
     FieldInfo,
@@ -18,10 +18,14 @@ from megatron_telechat.config.fields import (
     sections,
     values_of,
 )
+from megatron_telechat.config.layout import text_of_lists
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError, Problem
 
 PRESET_KEY = "preset"
+
+LISTS: dict[str, Callable[[list[Any]], str]] = {"pipeline_model_parallel_layout": text_of_lists}
+"""Fields of text that may be written as lists → the text that a list means. Raises ConfigError."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +165,17 @@ class _Reader:
                 value = self.items(field, node)
             elif isinstance(node, yaml.ScalarNode):
                 value = field.convert(node.value)
+            elif isinstance(node, yaml.SequenceNode) and field.name in LISTS:
+                value = LISTS[field.name](_plain(node))
             else:
                 raise ValueError(field.expects())
         except ValueError as error:
             shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
             self.problem(key_node, f"{field.key} is {shown}", fix=f"it takes {error}")
+            self.unreadable.add(field.name)
+            return
+        except ConfigError as error:
+            self.problem(key_node, error.problems[0].what, error.problems[0].fix)
             self.unreadable.add(field.name)
             return
         self.said.append(Said(field.name, value, self.label or self.at(key_node)))
@@ -178,6 +188,11 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
             return tuple(field.convert(item.value) for item in node.value)
         raise ValueError(field.expects())
+
+
+def _plain(node: Any) -> Any:
+    """Sequences as lists, scalars as their text."""
+    return [_plain(item) for item in node.value] if isinstance(node.value, list) else node.value
 
 
 def _is_null(node: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_telechat.config.schema import RunConfig
@@ -13,10 +14,13 @@ DEFAULT_RANKS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Links:
-    """The links that a run uses. Groups are taken as Megatron-Core places them: TP innermost, then CP, DP, PP.
+    """The links that a run uses. Groups are taken as Megatron-Core places them: TP innermost, then CP, DP, PP; for experts ETP,
+    then EP, then data. Ranks of a group lie a *stride* apart: 1 for TP, TP for the gradients of the dense layers (over DP x CP),
+    EP x ETP for those of the experts.
 
     Attributes:
-        intra, inter: bytes a second of one rank to others in its node and to other nodes, one direction, as reached.
+        intra, inter: bytes a second of one rank to others in its node and, through its own adapter, to other nodes, one
+            direction, as reached.
         latency: seconds of one collective or message apart from its bytes.
         ranks_per_node: ranks of one node.
     """
@@ -36,21 +40,39 @@ class Links:
         inter = (device.inter_node_bandwidth_gb_s or float("inf")) * 1e9 * share
         return cls(intra, inter, device.collective_latency_s, per_node)
 
-    def bandwidth(self, reach: int) -> float:
-        """Bytes a second in a group whose ranks lie within `reach` consecutive ranks."""
-        return self.intra if reach <= self.ranks_per_node else self.inter
+    def members(self, stride: int) -> int:
+        """Ranks of a group that share a node."""
+        return max(1, self.ranks_per_node // stride)
 
-    def gather(self, whole_bytes: float, size: int, reach: int) -> float:
+    def bandwidth(self, size: int, stride: int = 1) -> float:
+        """Bytes a second in a ring of `size` ranks, `stride` apart.
+
+        A group that leaves the node is as many rings as it has members on a node: each leaves through the adapter of
+        another one, and together they are no faster than the links inside.
+        """
+        members = self.members(stride)
+        return self.intra if size <= members else min(self.intra, members * self.inter)
+
+    def gather(self, whole_bytes: float, size: int, stride: int = 1) -> float:
         """All-gather or reduce-scatter of `whole_bytes` over `size` ranks, as a ring: (n - 1) / n of it passes each."""
         if size == 1:
             return 0.0
-        return whole_bytes * (size - 1) / size / self.bandwidth(reach) + self.latency
+        return whole_bytes * (size - 1) / size / self.bandwidth(size, stride) + self.latency
 
-    def all_to_all(self, sent_bytes: float, size: int, reach: int) -> float:
-        """Each rank sends `sent_bytes`, evenly to all `size` ranks, itself included; both kinds of links run at once."""
+    def pass_round(self, own_bytes: float, size: int, stride: int) -> float:
+        """`own_bytes` of each of `size` ranks once round their ring, from neighbour to neighbour: where the ring crosses
+        nodes, one rank's adapter carries it."""
         if size == 1:
             return 0.0
-        near = max(1, round(size * min(1.0, self.ranks_per_node / reach)))
+        bandwidth = self.intra if size <= self.members(stride) else self.inter
+        return own_bytes * (size - 1) / bandwidth + self.latency
+
+    def all_to_all(self, sent_bytes: float, size: int) -> float:
+        """Each of `size` consecutive ranks sends `sent_bytes`, evenly to all of them, itself included, through its own
+        links; both kinds run at once."""
+        if size == 1:
+            return 0.0
+        near = min(size, self.ranks_per_node)
         inside = sent_bytes * (near - 1) / size / self.intra
         outside = sent_bytes * (size - near) / size / self.inter
         return max(inside, outside) + self.latency
@@ -60,22 +82,39 @@ def tensor_exchange_seconds(run: RunConfig, links: Links) -> float:
     """One way into and out of a tensor-parallel region: gather and reduce-scatter of [tokens, hidden], or the
     all-reduce of the same volume without sequence parallelism."""
     tokens, size = tokens_of(run), BYTES[run.training.precision]
-    return 2 * links.gather(size * run.model.hidden_size * tokens.whole, tokens.tensor, tokens.tensor)
+    return 2 * links.gather(size * run.model.hidden_size * tokens.whole, tokens.tensor)
 
 
-def expert_exchange_seconds(run: RunConfig, links: Links) -> float:
+def expert_exchange_seconds(run: RunConfig, links: Links, by_node: bool = False) -> float:
     """Dispatch of the token rows to the ranks of their experts and the way back, one pass; each rank sends and gets
-    `arriving_rows`."""
-    tokens, size = tokens_of(run), BYTES[run.training.precision]
+    `arriving_rows`.
+
+    by_node: a row crosses to each node that holds one of its experts once, and is passed on inside it (DeepEP).
+    """
+    tokens, row = tokens_of(run), BYTES[run.training.precision] * run.model.hidden_size
     ranks = tokens.expert * tokens.expert_tensor
-    return 2 * links.all_to_all(size * run.model.hidden_size * arriving_rows(run.model, tokens), ranks, ranks)
+    arriving = row * arriving_rows(run.model, tokens)
+    if not by_node or ranks <= links.ranks_per_node:
+        return 2 * links.all_to_all(arriving, ranks)
+    inside = arriving * (links.ranks_per_node - 1) / links.ranks_per_node / links.intra
+    outside = row * _rows_to_nodes(run, tokens, ranks / links.ranks_per_node) / links.inter
+    return 2 * (max(inside, outside) + links.latency)
+
+
+def _rows_to_nodes(run: RunConfig, tokens: Tokens, nodes: float) -> float:
+    """Rows that a rank sends to other nodes, one for each node that holds an expert of the token, for a balanced and
+    random routing: T (n - 1) (1 - C(E - E/n, k) / C(E, k))."""
+    experts, chosen = run.model.num_experts or 1, run.model.moe_router_topk
+    elsewhere = experts - round(experts / nodes)
+    missed = math.comb(elsewhere, chosen) / math.comb(experts, chosen)
+    return tokens.split * (nodes - 1) * (1 - missed)
 
 
 def context_exchange_seconds(run: RunConfig, links: Links, tokens: Tokens) -> float:
     """Keys and values once round the ring of context-parallel ranks."""
     size, ring = BYTES[run.training.precision], run.parallel.context_parallel_size
     key_value = 2 * run.model.query_groups * run.model.head_dim * tokens.whole / tokens.tensor
-    return links.gather(size * key_value * ring, ring, tokens.tensor * ring)
+    return links.pass_round(size * key_value, ring, tokens.tensor)
 
 
 def p2p_seconds(run: RunConfig, links: Links) -> float:

@@ -47,14 +47,20 @@ class Software:
     """What the training program does beyond the shapes.
 
     Attributes:
-        tensor_overlap: share of the tensor-parallel communication that compute hides; 0 for plain Megatron-Core.
+        tensor_overlap: share of the tensor-parallel communication of the layers that compute hides; 0 for plain Megatron-Core.
         moe_chunks: pieces of a micro-batch whose dispatch, experts and way back overlap; 1: one after the other.
         moe_imbalance: rows of the busiest rank's experts over the mean.
+        expert_overlap: share of the expert exchange that the compute of another micro-batch hides.
+        expert_by_node: rows of experts cross to another node once (`expert_exchange_seconds`).
+        shared_overlap: a shared expert is computed beside the exchange of the routed ones.
     """
 
     tensor_overlap: float = 0.0
     moe_chunks: int = 1
     moe_imbalance: float = 1.0
+    expert_overlap: float = 0.0
+    expert_by_node: bool = False
+    shared_overlap: bool = False
 
     @classmethod
     def of(cls, run: RunConfig) -> Software:
@@ -176,7 +182,7 @@ class TimeModel:
         if self.measured is not None:
             return PartTime(self.measured.embedding["forward"], self.measured.embedding["backward"])
         bytes_moved = 2 * self._size * self.run.model.hidden_size * self._tokens.whole
-        exchange = self._exposed_tensor() / 2
+        exchange = tensor_exchange_seconds(self.run, self.links) / 2
         table = stage_table(self.run.model, (), has_embedding=True, has_loss=False)
         count = local_count(table, self.run.parallel)
         backward = self._bytes(bytes_moved) + exchange + self._accumulate(count)
@@ -191,7 +197,7 @@ class TimeModel:
         logits = model.vocab_size * tokens.whole / tokens.tensor
         # forward: cast to fp32, maximum, exponent and sum in fp32; backward: scaled softmax, cast back
         norm = self._norm()
-        exchange = self._exposed_tensor() / 2
+        exchange = tensor_exchange_seconds(self.run, self.links) / 2
         forward = product + self._bytes(logits * (2 * self._size + 16)) + norm.forward + exchange
         count = local_count(stage_table(model, (), has_embedding=False, has_loss=True), self.run.parallel)
         backward = GEMM_BACKWARD * product + self._bytes(logits * (8 + self._size)) + norm.backward + exchange
@@ -225,8 +231,11 @@ class TimeModel:
         routed = max(per_stage // (expert * expert_tensor), 1)
         back = self._size if parallel.use_distributed_optimizer else GRADIENT_BYTES
         return sum(
-            self.links.gather((GRADIENT_BYTES + back) * number, size, per_stage)
-            for number, size in ((count.dense, dense), (count.expert, routed))
+            self.links.gather((GRADIENT_BYTES + back) * number, size, stride)
+            for number, size, stride in (
+                (count.dense, dense, parallel.tensor_model_parallel_size),
+                (count.expert, routed, expert * expert_tensor),
+            )
         )
 
     def step_constant(self) -> float:
@@ -281,16 +290,17 @@ class TimeModel:
         # the rows are copied out, sorted where they arrive, put back and summed: four passes that read and write
         moves = self._bytes(8 * row)
         router = self._gemm(2 * hidden * (model.num_experts or 0) * tokens.split)
-        exchange = expert_exchange_seconds(self.run, self.links) * self.software.moe_imbalance
+        exchange = expert_exchange_seconds(self.run, self.links, self.software.expert_by_node) * self.software.moe_imbalance
         forward, backward = product + self._bytes(3 * element), GEMM_BACKWARD * product + self._bytes(5 * element)
-        block = PartTime(
-            router + moves + forward + self._exposed_experts(exchange, forward),
-            GEMM_BACKWARD * router + moves + backward + self._exposed_experts(exchange, backward),
-        )
-        shared = model.moe_shared_expert_intermediate_size
-        if shared:
-            block += self._dense(shared)
-        return block
+        exposed = PartTime(self._exposed_experts(exchange, forward), self._exposed_experts(exchange, backward))
+        block = PartTime(router + moves + forward, GEMM_BACKWARD * router + moves + backward)
+        width = model.moe_shared_expert_intermediate_size
+        if not width:
+            return block + exposed
+        shared = self._dense(width)
+        if self.software.shared_overlap:
+            return block + PartTime(max(exposed.forward, shared.forward), max(exposed.backward, shared.backward))
+        return block + exposed + shared
 
     def _experts_again(self) -> float:
         """What recompute ``moe`` repeats: gate and up of the routed experts, all of a shared one, no exchange."""
@@ -302,10 +312,11 @@ class TimeModel:
         return again + (self._dense(shared).forward if shared else 0.0)
 
     def _exposed_experts(self, exchange: float, compute: float) -> float:
-        """What is left of the exchange when the block runs in chunks: the first dispatch, the last way back, and
-        whatever the experts' compute does not cover of the rest."""
+        """What is left of the exchange: beside another micro-batch a share of it; when the block runs in chunks the first
+        dispatch, the last way back, and whatever the experts' compute does not cover of the rest."""
         chunks = self.software.moe_chunks
-        return exchange / chunks + max(0.0, exchange - compute) * (chunks - 1) / chunks
+        left = exchange * (1 - self.software.expert_overlap)
+        return left / chunks + max(0.0, left - compute) * (chunks - 1) / chunks
 
     def _norm(self) -> PartTime:
         element = self._bytes(self._size * self.run.model.hidden_size * self._tokens.split)

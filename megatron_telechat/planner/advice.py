@@ -7,6 +7,7 @@ from typing import Optional, Sequence
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec
+from megatron_telechat.costs.time import Software
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.baselines import Baseline, best_with_layout_string, megatron_splits
 from megatron_telechat.planner.build import PlannedRun, assignment_of, balance_problem, kinds_of, planned_run
@@ -27,6 +28,8 @@ class Question:
         memory_bytes, reserve_bytes: of one device; unset: the device file's, and the usual reserve.
         time_limit_s, gap: of the search.
         plain: only what Megatron-LM's flags can say.
+        software: what the program hides of its communication; unset: what our own does.
+        counted: what of that was said, for the report.
     """
 
     run: RunConfig
@@ -37,6 +40,8 @@ class Question:
     time_limit_s: float = 30.0
     gap: float = 0.0
     plain: bool = False
+    software: Optional[Software] = None
+    counted: tuple[str, ...] = ()
 
     def problem(self) -> BalanceProblem:
         """Its balance problem.
@@ -45,8 +50,9 @@ class Question:
             ConfigError: unknown kind; no times for this device at these shapes.
         """
         return balance_problem(
-            self.run, self.device, self.kinds, mem_limit_bytes=self.memory_bytes, reserve_bytes=self.reserve_bytes
-        )
+            self.run, self.device, self.kinds, mem_limit_bytes=self.memory_bytes, reserve_bytes=self.reserve_bytes,
+            software=self.software,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,26 +99,35 @@ def make_plan(question: Question, problem: Optional[BalanceProblem] = None) -> t
     if assignment is None or makespan is None:
         return None, solution, problem
     planned = planned_run(question.run, problem, assignment)
-    prediction = predict(planned.run, question.device)
+    prediction = predict(planned.run, question.device, question.software)
     return Plan(question, problem, solution, assignment, makespan, planned, prediction), solution, problem
 
 
-def plainer(plan: Plan, configured: Optional[RunConfig]) -> list[Baseline]:
-    """What to compare with: the run as it was configured, Megatron's splits, the best plain flags."""
-    problem = plan.problem
-    found = [_configured(plan.question, problem, configured)] if configured is not None else []
-    return [one for one in found if one is not None] + megatron_splits(problem, strict=True)
+def plainer(plan: Plan, configured: Optional[RunConfig], why_not: str = "") -> list[Baseline]:
+    """What to compare with: the run as it was configured, Megatron's splits, the best plain flags.
+
+    Args:
+        configured: the run with its own layout and recompute; None where it names none, or none that works.
+        why_not: then what is wrong with it.
+    """
+    found = []
+    if configured is not None:
+        found = [_configured(plan.question, configured)]
+    elif why_not:
+        found = [Baseline(AS_CONFIGURED, None, None, why=why_not)]
+    return found + megatron_splits(plan.problem, strict=True)
 
 
-def _configured(question: Question, problem: BalanceProblem, run: RunConfig) -> Optional[Baseline]:
+AS_CONFIGURED = "as configured"
+
+
+def _configured(question: Question, run: RunConfig) -> Baseline:
     """The configured layout and recompute, which may use kinds that the plan may not."""
     kinds: Sequence[str] = dict.fromkeys([*question.kinds, *kinds_of(run)])
     try:
         wide = replace(question, kinds=tuple(kinds)).problem()
         assignment = assignment_of(run, wide)
-    except ConfigError:
-        return None
-    if len(assignment.modes) != problem.num_stages:
-        return None
+    except ConfigError as error:
+        return Baseline(AS_CONFIGURED, None, None, why=error.problems[0].what)
     fits = max(peak_bytes(wide, assignment)) <= wide.mem_limit
-    return Baseline("as configured", simulate(wide, assignment).makespan if fits else None, assignment)
+    return Baseline(AS_CONFIGURED, simulate(wide, assignment).makespan if fits else None, assignment)

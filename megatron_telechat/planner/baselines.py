@@ -10,6 +10,7 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
+from megatron_telechat.config.split import SplitFlags, split_counts
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.graph import makespans, op_graph
 from megatron_telechat.planner.plan import Assignment, check_assignment
@@ -29,13 +30,14 @@ LAYOUT_STARTS = 6
 class Baseline:
     """What another way of splitting gives. `makespan` is None where it has no assignment that fits the memory.
 
-    `proved`: False where a search for it was cut short.
+    `proved`: False where a search for it was cut short. `why`: what keeps it from being one, where that is not memory.
     """
 
     name: str
     makespan: float | None
     assignment: Assignment | None
     proved: bool = True
+    why: str = ""
 
 
 def megatron_splits(problem: BalanceProblem, strict: bool = False) -> list[Baseline]:
@@ -67,30 +69,27 @@ def uniform_counts(problem: BalanceProblem) -> tuple[int, ...] | None:
 
 def accounted_counts(problem: BalanceProblem) -> tuple[int, ...] | None:
     """--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split: each counts as one layer."""
-    share, rest = divmod(problem.num_layers + 2, problem.num_stages)
-    if rest or share < 1 or problem.num_stages == 1 and share < 2:
+    return _split(problem, SplitFlags(embedding=True, loss=True))
+
+
+def _split(problem: BalanceProblem, split: SplitFlags) -> tuple[int, ...] | None:
+    try:
+        return split_counts(problem.num_layers, problem.P, problem.V, split)
+    except ConfigError:
         return None
-    counts = [share] * problem.num_stages
-    counts[0] -= 1
-    counts[-1] -= 1
-    return tuple(counts)
 
 
 def _flag_splits(problem: BalanceProblem) -> Iterator[tuple[tuple[int, ...], int | None]]:
-    """What plain flags can say: even, accounted, --decoder-first/last-pipeline-num-layers (V chunks alike)."""
+    """What plain flags can say: even, embedding or loss or both counted, --decoder-first/last-pipeline-num-layers."""
     places = problem.mtp_places()
     if not places:
         return
-    P, V, total = problem.P, problem.V, problem.num_layers
-    found = {counts for counts in (uniform_counts(problem), accounted_counts(problem)) if counts}
-    if P > 2:
-        near = range(max(total // P - NEAR * V, 0), total // P + NEAR * V + 1)
-        for first, last in itertools.product(near, repeat=2):
-            rest = total - first - last
-            if rest > 0 and not rest % (P - 2) and not (first % V or last % V or rest // (P - 2) % V):
-                row = (first // V, *[rest // (P - 2) // V] * (P - 2), last // V)
-                found.add(row * V)
-    for counts in sorted(found):
+    share, V = problem.num_layers // problem.P, problem.V
+    near = [None, *range(max(share - NEAR * V, 1), share + NEAR * V + 1)]
+    splits = [SplitFlags(first, last) for first, last in itertools.product(near, repeat=2)]
+    splits += [SplitFlags(embedding=embedding, loss=loss) for embedding, loss in itertools.product((False, True), repeat=2)]
+    found = {_split(problem, split) for split in splits}
+    for counts in sorted(counts for counts in found if counts is not None):
         yield counts, places[-1]
 
 

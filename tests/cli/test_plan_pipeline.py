@@ -324,7 +324,7 @@ def test_damaged_plans_are_named(plan, change, said):
         (["--problem", "a.json", "--num-layers", "3"], "does not go with it"),
         (["--sweep", "--preset", "telechat2-tiny", "--device", "h100-80g"], "no number of ranks"),
         (["--device", "h100-80g", "--command", "nowhere.sh"], "cannot read nowhere.sh"),
-        (["--device", "h100-80g", "--", "torchrun", "pretrain_gpt.py", "${ARGS[@]}"], "shell variables in the command"),
+        (["--device", "h100-80g", "--", "torchrun", "pretrain_gpt.py", "${ARGS[@]}"], "what $ARGS holds is not known"),
         ([*SMALL, "--calibrate"], "--calibrate has no file to write"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -356,3 +356,65 @@ def test_unwritable_output_is_a_resource_error(ask, tmp_path):
     (tmp_path / "file").write_text("")
     code, text = ask(*SMALL, "--device", "h100-80g", "--output", str(tmp_path / "file" / "plan.json"))
     assert code == 6 and "cannot write" in text
+
+
+# ---- splits of a pasted command ----------------------------------------------------------------
+
+DENSE = ["--hidden-size", "2048", "--ffn-hidden-size", "5632", "--num-attention-heads", "16", "--vocab-size", "32000", "--seq-length",
+         "2048", "--micro-batch-size", "1", "--global-batch-size", "32", "--device", "h100-80g", "--time-limit", "1", "--world-size", "8",
+         "--bf16", "--use-distributed-optimizer"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, layers, configured",
+    [
+        # the number of chunks follows from the string
+        ("--num-layers 14 --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|t*2|t*2|t*2|t*2|t*2|t*2|tL", 8, None),
+        ("--num-layers 14 --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 2 "
+         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split", 8, None),
+        ("--num-layers 10 --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 2 --decoder-last-pipeline-num-layers 2", 4, None),
+        ("--num-layers 14 --pipeline-model-parallel-size 4 --account-for-embedding-in-pipeline-split "
+         "--account-for-loss-in-pipeline-split --grad-reduce-in-bf16 --data-path /nowhere --load /nowhere/x", 4, None),
+        ("--num-layers 14 --pipeline-model-parallel-size 4 --account-for-loss-in-pipeline-split", 4, "15 layers (the loss counted) do not"),
+        ("--num-layers 8 --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et*4||t*2|t*2L", 4, "stage 2 of the layout is empty"),
+    ],
+)  # fmt: skip
+def test_the_split_of_a_command_is_what_as_configured_means(ask, words, layers, configured):
+    """It never vanishes without a word: it has a time, or a reason."""
+    found = answer(ask, *words.split(), *DENSE)
+    assert len(found["layers"]) == layers and "as configured" in found["compared"]
+    assert (found["compared"]["as configured"] is None) == (configured is not None)
+    code, text = ask(*words.split(), *DENSE)
+    assert code == 0 and (configured or "as configured (preset, file, flags)") in text
+
+
+def test_sizes_tried_by_the_planner_take_the_place_of_the_split(ask):
+    """A sweep and the changes that fit try other sizes than those that the split of the command was written for."""
+    words = ["--num-layers", "16", "--pipeline-model-parallel-size", "4", "--num-layers-per-virtual-pipeline-stage", "2", *DENSE]
+    tight = [*words, "--memory-gib", "5.2", "--recompute-kinds", "none"]
+    found = answer(ask, *tight)
+    assert found["status"] == "infeasible" and found["changes"]
+    layout = ["--pipeline-model-parallel-layout", "Et*2|t*2|t*2|t*2|t*2|t*2|t*2|t*2L"]
+    ranked = answer(ask, *words[:4], *DENSE, *layout, "--sweep", "--top", "8")
+    assert len({one["plan"]["sets"]["num_virtual_stages_per_pipeline_rank"] for one in ranked}) > 1
+
+
+MOE = ["--num-layers", "16", "--num-experts", "64", "--moe-router-topk", "8", "--moe-ffn-hidden-size", "1024", "--moe-shared-expert-intermediate-size",
+       "1024", "--expert-model-parallel-size", "16", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
+       "--expert-tensor-parallel-size", "1", *DENSE[:-4], "--world-size", "64", "--use-distributed-optimizer"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags, counted",
+    [
+        ("--tp-comm-overlap", "--tp-comm-overlap hides 60%"),
+        ("--overlap-moe-expert-parallel-comm", "hides 65% of the expert exchange"),
+        ("--overlap-moe-expert-parallel-comm --delay-wgrad-compute", "hides 80% of the expert exchange"),
+        ("--moe-token-dispatcher-type flex --moe-enable-deepep", "sends a token to another node once"),
+        ("--moe-shared-expert-overlap", "computes the shared expert beside"),
+    ],
+)
+def test_overlap_flags_of_a_command_change_its_prediction(ask, flags, counted):
+    plain, overlapped = (answer(ask, *MOE, *more.split()) for more in ("", flags))
+    assert overlapped["predicted"]["iteration_s"] < 0.99 * plain["predicted"]["iteration_s"]
+    assert counted in ask(*MOE, *flags.split())[1]

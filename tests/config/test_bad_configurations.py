@@ -249,7 +249,7 @@ BAD = [
     ),
     case(
         "layout with too many chunks",
-        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|tL",
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 1 --pipeline-model-parallel-layout Et|t|t|tL",
         "the layout has 4 stages, not 2",
         world=2,
     ),

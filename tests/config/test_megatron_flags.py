@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from megatron_telechat.config import load_run_config
-from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, LayersPerVirtualStage, Refused
+from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, LayersPerVirtualStage, Refused, UnevenSplit
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.config.flags import ACTION_FLAGS, read_command_line
 from megatron_telechat.config.megatron_flags import ANSWERS, WORDS
@@ -110,7 +110,7 @@ def test_each_flag_has_one_answer() -> None:
         assert re.fullmatch(r"[A-Za-z0-9-]+", name)
         line = read_command_line([f"--{name}", *arguments(answer)])
         assert bool(line.problems) == isinstance(answer, Refused), name
-        assert len(line.problems) + len(line.notes) == 1 or isinstance(answer, (Alias, LayersPerVirtualStage)), name
+        assert len(line.problems) + len(line.notes) == 1 or isinstance(answer, (Alias, LayersPerVirtualStage, UnevenSplit)), name
         if isinstance(answer, (Ignored, Refused, Always)):
             assert answer.because, name
 
@@ -122,7 +122,8 @@ def arguments(answer: Answer) -> list[str]:
     if isinstance(answer, Alias):
         needs = answer.value is None and fields_by_name()[answer.fields[0]].kind is not bool
         return ["1"] if needs else []
-    return ["1"] if isinstance(answer, LayersPerVirtualStage) else []
+    counted = isinstance(answer, UnevenSplit) and answer.part in ("first", "last")
+    return ["1"] if counted or isinstance(answer, LayersPerVirtualStage) else []
 
 
 def test_a_contradicting_value_is_a_problem() -> None:
@@ -151,3 +152,44 @@ def test_words_are_for_fields_and_values_that_are_there() -> None:
 def test_tokenizer_words() -> None:
     line = read_command_line(["--tokenizer-type", "Llama2Tokenizer"])
     assert line.said[0].value == "SentencePieceTokenizer" and "taken as" in line.notes[0]
+
+
+def test_no_flag_is_refused_that_says_what_the_program_does() -> None:
+    """Against the configuration that megatron-core gets: `calculate_per_token_loss` is on, so its flag is nothing to do."""
+    from dataclasses import fields
+    from types import SimpleNamespace
+
+    from megatron_telechat.model.transformer_config import transformer_config
+
+    run = load_run_config(["--preset", "telechat2-tiny-moe", "--mock-data", "--dry-run"], {}).run
+    config = transformer_config(run, SimpleNamespace(tp_size=1, pp_size=1, cp_size=1, ep_size=1, etp_size=1))
+    # of megatron-core's experts, which ours take the place of, or details of what is off
+    aside = {"moe-grouped-gemm", "cpu-offloading-activations", "fp8-wgrad", "use-mamba-mem-eff-path"}
+    seen: dict[str, object] = {}
+    wrong = []
+    for name in (field.name for field in fields(config)):
+        flag, value = name.replace("_", "-"), getattr(config, name)
+        answer = ANSWERS.get(flag)
+        if isinstance(value, bool) and answer is not None and flag not in aside:
+            seen[flag] = value
+            wrong += [flag] * (value and isinstance(answer, Refused) or not value and isinstance(answer, Always) and not answer.values)
+    assert not wrong
+    assert len(seen) > 30 and seen["calculate-per-token-loss"]
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("calculate-per-token-loss", "the tokens that count of the whole global batch"),
+        ("fp16-lm-cross-entropy", "the loss is computed in fp32"),
+        ("no-attention-softmax-in-fp32", "softmax of the attention is computed in fp32"),
+        ("log-params-norm", "not recorded here"),
+        ("log-throughput", "throughput"),
+        ("moe-use-upcycling", "a dense model is not turned into a mixture"),
+        ("use-custom-fsdp", "the optimizer state alone can be sharded"),
+        ("replication-factor", "checkpoints"),
+        ("num-microbatches-with-partial-activation-checkpoints", "recompute"),
+    ],
+)
+def test_reasons_are_those_of_the_program(flag: str, says: str) -> None:
+    assert says in ANSWERS[flag].because

@@ -110,3 +110,11 @@ def test_a_surrogate_is_minimised_exactly(kind):
         value = OBJECTIVES[kind](problem).value(stage_times(problem, found.assignment))
         assert value == pytest.approx(known, rel=1e-6), seed
     assert tried >= 20 and infeasible >= 2
+
+
+def test_plain_flags_split_two_ranks_as_they_like():
+    """--decoder-first-pipeline-num-layers leaves the rest to the other rank: with P = 2 no layout string is needed."""
+    for weight in (0, 9, 18, 27):
+        problem = dataclasses.replace(PROBLEM, V=1, head=Block(weight, 18, 1, 1))
+        best = {one.name: one for one in megatron_splits(problem, strict=True)}["best plain flags"]
+        assert best.makespan == solve(problem).makespan, weight

@@ -48,11 +48,16 @@ def layout_fits(check: Check) -> Iterator[Problem]:
     works = working_layout(layers, stages, chunks)
     fix = proposal(works) if works else ""
     try:
-        complaints = PipelineLayout.parse(text, stages).problems(layers, chunks)
+        layout = PipelineLayout.parse(text, stages)
+        complaints = layout.problems(layers, chunks)
     except ConfigError as error:
         yield check.problem(error.problems[0].what, LAYOUT, fix=fix or error.problems[0].fix)
         check.bad.add(LAYOUT)
         return
+    if stages == 1 and layout.num_chunks > 1:
+        fix = f"{flag(PP, layout.num_chunks)}, or a divisor of it" + (f"; or {fix}" if fix else "")
+    elif layout.num_chunks != chunks:
+        fix = f"{flag(CHUNKS, layout.num_chunks)}, or {fix}" if fix else flag(CHUNKS, layout.num_chunks)
     for complaint in complaints:
         yield check.problem(
             complaint, LAYOUT, PP, *([CHUNKS] if "stages, not" in complaint else ["num_layers"]), fix=fix
