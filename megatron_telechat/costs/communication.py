@@ -9,6 +9,8 @@ from megatron_telechat.costs.activations import BYTES, Tokens, arriving_rows, to
 from megatron_telechat.costs.devices import DeviceSpec
 
 DEFAULT_RANKS_PER_NODE = 8
+GRADIENT_BYTES = 4
+"""Gradients are accumulated and reduced in fp32, whatever the compute type."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,15 @@ def context_exchange_seconds(run: RunConfig, links: Links, tokens: Tokens) -> fl
     size, ring = BYTES[run.training.precision], run.parallel.context_parallel_size
     key_value = 2 * run.model.query_groups * run.model.head_dim * tokens.whole / tokens.tensor
     return links.gather(size * key_value * ring, ring, tokens.tensor * ring)
+
+
+def tied_embedding_seconds(run: RunConfig, links: Links) -> float:
+    """Once a step, where the first and the last stage share the embedding's matrix: the sum of its fp32 gradients."""
+    parallel = run.parallel
+    if run.model.untie_embeddings_and_output_weights or parallel.pipeline_model_parallel_size == 1:
+        return 0.0
+    table = run.model.vocab_size * run.model.hidden_size / parallel.tensor_model_parallel_size
+    return 2 * links.gather(GRADIENT_BYTES * table, 2, max(parallel.world_size, 1))
 
 
 def p2p_seconds(run: RunConfig, links: Links) -> float:
