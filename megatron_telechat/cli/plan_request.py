@@ -30,6 +30,10 @@ Proved by an exact solver on a model of memory and time; the training takes the 
 Every other flag is one of the training (pretrain_telechat2.py --help) or of Megatron-LM."""
 
 
+OTHER_FAMILIES = ("bert", "t5", "mamba", "hybrid", "ict", "realm", "retro", "vision", "vlm", "mimo", "multimodal", "avlm")
+"""Words in the names of Megatron-LM's programs for models that are no GPT."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Options of the tool, and the words that describe the run."""
@@ -53,7 +57,7 @@ class Request:
     def as_configured(self) -> Optional[RunConfig]:
         """The run with its own layout and recompute; None where it names none that works."""
         try:
-            loaded = load_run_config([*self.words, "--dry-run"], {})
+            loaded = load_run_config([*self.words, "--dry-run"], {}, described=True)
         except ConfigError:
             return None
         said = any(
@@ -140,6 +144,7 @@ def _flags_of(command: Sequence[str]) -> list[str]:
             f"shell variables in the command: {' '.join(variables[:5])}", "Megatron command", "write their values in their places"
         )
     program = next((at for at, word in enumerate(command) if word.endswith(".py")), -1)
+    _refuse_other_families(command[program] if program >= 0 else "")
     flags = list(command[program + 1 :])
     launcher = {}
     words = list(command[: max(program, 0)])
@@ -150,6 +155,18 @@ def _flags_of(command: Sequence[str]) -> list[str]:
     if ranks.isdigit() and nodes.isdigit():
         return ["--world-size", str(int(ranks) * int(nodes)), "--ranks-per-node", ranks, *flags]
     return flags
+
+
+def _refuse_other_families(program: str) -> None:
+    """The flags of a program that trains another family of models would be read as those of a GPT.
+
+    Raises:
+        ConfigError: it does.
+    """
+    name = Path(program).stem
+    family = next((family for family in OTHER_FAMILIES if family in name.split("_")), None)
+    if name.startswith(("pretrain_", "finetune_")) and family is not None:
+        raise ConfigError(f"{program} does not train a GPT model", "Megatron command", "the command of a pretrain_gpt.py")
 
 
 def read_device(name: Optional[str], run: RunConfig) -> tuple[DeviceSpec, RunConfig]:

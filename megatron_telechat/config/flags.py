@@ -48,7 +48,9 @@ class CommandLine:
         preset: the preset named, if any.
         configs: YAML files named, in order.
         layers_per_virtual_stage: Megatron's way to give the number of chunks; resolved when num_layers is known.
-        refused: of the problems, flags of Megatron-LM that ask for what our training does not have.
+        refused: of the problems, flags of Megatron-LM that ask for what our training does not have and a planner can leave out.
+        unplanned: of the problems, those of fields that a planner does not read: data, checkpoints, logging.
+        given: every flag without its hyphens, with hyphens inside → its values; the last of equal ones.
         unreadable: fields whose value could not be read.
     """
 
@@ -59,9 +61,14 @@ class CommandLine:
     actions: Actions = field(default_factory=Actions)
     problems: list[Problem] = field(default_factory=list)
     refused: list[Problem] = field(default_factory=list)
+    unplanned: list[Problem] = field(default_factory=list)
+    given: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
 
+
+UNPLANNED = ("data", "checkpoint", "evaluation", "logging")
+"""Sections that a planner does not read."""
 
 ACTION_FLAGS = {
     "config": "YAML file; may be given more than once, a later one wins",
@@ -125,9 +132,12 @@ class _Flag:
 
     def read(self) -> None:
         name = self.name
+        self.line.given[name] = tuple(self.values)
         by_flag = {info.flag[2:]: info for info in fields_by_name().values()}
         if name in ACTION_FLAGS:
             self.action()
+        elif name == "moe-layer-freq" and any("[" in value for value in self.values):
+            self.field(by_flag["moe-layer-pattern"], "flag --moe-layer-freq")
         elif name in by_flag:
             self.field(by_flag[name], "flag")
         elif name.startswith("no-") and _is_bool(by_flag.get(name[3:])):
@@ -202,6 +212,8 @@ class _Flag:
             given = " ".join(self.values)
             what = f"{self.typed} is {given!r}" if given else f"{self.typed} has no value"
             self.problem(what, fix=f"it takes {error}")
+            if info.section in UNPLANNED:
+                self.line.unplanned.append(self.line.problems[-1])
 
     def constant(self, info: FieldInfo, text: str) -> None:
         """A flag that stands for a value by itself."""
@@ -240,9 +252,9 @@ class _Flag:
                 self.values = []
             elif answer.fields != ("precision",):
                 ours = " ".join(known[name].flag for name in answer.fields)
-                self.line.notes.append(
-                    f"{given}: another name of {ours}" + (f" ({answer.value})" if answer.value else "")
-                )
+                default = answer.value is not None and known[answer.fields[0]].default == answer.value
+                name = "nothing to do, our default of" if default else "another name of"
+                self.line.notes.append(f"{given}: {name} {ours}" + (f" ({answer.value})" if answer.value else ""))
             for name in answer.fields:
                 if answer.value is not None:
                     self.constant(known[name], answer.value)
@@ -256,11 +268,13 @@ class _Flag:
             else:
                 fix = answer.fix or f"leave it out, or {self.typed} {answer.values[0]}"
                 self.problem(f"{given} contradicts this framework: {answer.because}", fix)
+                self.line.refused.append(self.line.problems[-1])
         elif isinstance(answer, Refused):
             use = f"use {answer.use}" if answer.use else "leave it out"
             what = f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}"
             self.problem(what, use)
-            self.line.refused.append(self.line.problems[-1])
+            if not answer.another_model:
+                self.line.refused.append(self.line.problems[-1])
         else:
             value = self.single()
             if value is not None and (not value.isdigit() or int(value) < 1):

@@ -13,7 +13,7 @@ from typing import Any, Mapping, Optional
 
 from megatron_telechat.config.fields import fields_by_name, values_of
 from megatron_telechat.config.layout import parse_stages
-from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.schema import PLANNED_ONLY, RunConfig
 from megatron_telechat.errors import ConfigError
 
 FORMAT = "megatron_telechat plan 1"
@@ -26,7 +26,7 @@ SETS = (
 MADE_FOR = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
     "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size", "moe_layer_freq",
-    "seq_length", "precision",
+    "seq_length", "precision", *PLANNED_ONLY,
 )  # fmt: skip
 """Fields that must be as they were: another value is another problem with another solution."""
 PREDICTED_FOR = ("world_size", "global_batch_size")

@@ -13,6 +13,13 @@ from typing import Literal, Optional, Union
 from megatron_telechat.config.layer_pattern import moe_layers
 
 
+PLANNED_ONLY = (
+    *("activation", "untie_embeddings_and_output_weights", "position_embedding_type", "normalization", "qk_layernorm"),
+    *("add_qkv_bias", "add_bias_linear", "moe_shared_expert_gate", "moe_layer_pattern"),
+)
+"""Fields of a model of which the training builds the default alone; the costs and the planner know the others too."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture. Presets fill this section."""
@@ -108,6 +115,11 @@ class ModelConfig:
     def is_gated(self) -> bool:
         """Whether the MLP multiplies two products of its input (three matrices in all) or takes one (two matrices)."""
         return self.activation in ("swiglu", "quick_geglu")
+
+    @property
+    def not_built(self) -> dict[str, object]:
+        """Field → value, where the costs and the planner know the model and the training does not build it."""
+        return {name: getattr(self, name) for name in PLANNED_ONLY if getattr(self, name) != getattr(type(self), name)}
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Iterable, Optional
 
-from megatron_telechat.config.schema import ModelConfig, RunConfig
+from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import BYTES, tokens_of
 from megatron_telechat.costs.communication import (
     GRADIENT_BYTES,
@@ -85,14 +85,6 @@ class LayerTime:
     extra: float
 
 
-TELECHAT = ModelConfig()
-OF_OTHER_MODELS = (
-    *("activation", "untie_embeddings_and_output_weights", "normalization", "qk_layernorm", "position_embedding_type"),
-    *("add_qkv_bias", "add_bias_linear", "moe_shared_expert_gate"),
-)
-"""Fields of a model that change the time of its parts and have one value in all models that the training builds."""
-
-
 def conditions(run: RunConfig) -> dict[str, Any]:
     """What the times of a layer depend on, as a device file keeps it beside measured ones."""
     model, parallel, training = run.model, run.parallel, run.training
@@ -110,7 +102,7 @@ def conditions(run: RunConfig) -> dict[str, Any]:
         "moe_router_topk": model.moe_router_topk if model.is_moe else None,
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         # what only some models have is named only for those: device files of before hold
-        **{name: value for name, value in vars(model).items() if name in OF_OTHER_MODELS and value != getattr(TELECHAT, name)},
+        **model.not_built,
         "precision": training.precision,
         "seq_length": training.seq_length,
         "micro_batch_size": training.micro_batch_size,
