@@ -271,6 +271,8 @@ class _Flag:
                 self.line.refused.append(self.line.problems[-1])
         elif isinstance(answer, Refused):
             use = f"use {answer.use}" if answer.use else "leave it out"
+            if answer.another_model:
+                use = "another model; neither the training nor the planner knows one with it"
             what = f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}"
             self.problem(what, use)
             if not answer.another_model:

@@ -228,6 +228,12 @@ class _Merge:
             self.take_vocabulary(meaning)
         for name, value in taken.items():
             self.values[name], self.origins[name] = value, MEGATRON
+        if self.described and taken.pop("num_query_groups", None):
+            heads = self.values["num_query_groups"]
+            self.notes.append(
+                "--num-query-groups as Megatron-LM reads it: no effect without --group-query-attention, "
+                f"{heads} heads of keys and values"
+            )
         if self.described and taken:
             said_as = ", ".join(f"{name}={value}" for name, value in taken.items())
             self.notes.append(f"absent flags as Megatron-LM reads them: {said_as}")

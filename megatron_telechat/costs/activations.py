@@ -73,7 +73,7 @@ def layer_activations(
         attention  q + 2k (after rotary) + q (output) + fp32 log-sum-exp a head; with norms on q and k, q + k (their inputs)
         SwiGLU     2f (gate, up) + f (product); without a gate f (input of the activation) + f (its output)
         MoE        `expert_activations`
-        dropout    2h, one byte each (the masks of both residual branches)
+        dropout    2h, one byte each (the masks of both residual branches; on the CPU in the compute type)
     On the CPU torch's attention returns its output head by head: the projection reads a copy, which is kept too, and
     a norm keeps one fp32 number a token.
 
@@ -91,7 +91,7 @@ def layer_activations(
     norms = (2 * size * hidden + 8 * on_cpu) * tokens.split
     residual = size * hidden * tokens.split  # the second norm's input
     attention = size * (2 * query + 2 * key + (query + key) * model.qk_layernorm) * tokens.whole / tokens.tensor
-    masks = 2 * hidden * tokens.split if model.hidden_dropout else 0.0
+    masks = 2 * _mask_bytes(run)
     core = (4 * model.num_attention_heads + size * query * on_cpu) * tokens.whole / tokens.tensor
     block, block_dropped = _block_activations(model, layer, size, tokens)
     everything = layer_input + norms + residual + attention + core + block + masks
@@ -153,7 +153,15 @@ def embedding_bytes(run: RunConfig) -> float:
     Its output is the first layer's input."""
     tokens, model = tokens_of(run), run.model
     ids = 2 if model.position_embedding_type == "learned_absolute" else 1
-    return INDEX_BYTES * ids * tokens.whole + (model.hidden_size * tokens.split if model.hidden_dropout else 0.0)
+    return INDEX_BYTES * ids * tokens.whole + _mask_bytes(run)
+
+
+def _mask_bytes(run: RunConfig) -> float:
+    """Mask of one dropout of hidden states: a byte an element, on the CPU one of the compute type."""
+    if not run.model.hidden_dropout:
+        return 0.0
+    each = BYTES[run.training.precision] if run.training.device == "cpu" else 1
+    return each * run.model.hidden_size * tokens_of(run).split
 
 
 def output_layer_bytes(run: RunConfig) -> float:

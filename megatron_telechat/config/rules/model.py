@@ -34,8 +34,8 @@ def groups_divide_heads(check: Check) -> Iterator[Problem]:
 
 
 def head_dim_is_even(check: Check) -> Iterator[Problem]:
-    head = check.take("kv_channels")
-    if head is not None and head % 2:
+    head, positions = check.take("kv_channels", "position_embedding_type")
+    if head is not None and head % 2 and positions == "rope":
         yield check.problem(
             f"a head {head} wide cannot be rotated: the rotary embedding pairs its channels",
             "kv_channels",
