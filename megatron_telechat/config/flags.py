@@ -272,7 +272,7 @@ class _Flag:
         elif isinstance(answer, Refused):
             use = f"use {answer.use}" if answer.use else "leave it out"
             if answer.another_model:
-                use = "another model; neither the training nor the planner knows one with it"
+                use = "leave it out: with it the model is one that neither the training nor the planner knows"
             what = f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}"
             self.problem(what, use)
             if not answer.another_model:

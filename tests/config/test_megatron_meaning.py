@@ -259,3 +259,8 @@ def test_docs_list_every_default_that_differs() -> None:
     rows = dict(re.findall(r"^\| `--([a-z0-9-]+)`[^|]*\| ([^|]+) \|", text, re.MULTILINE))
     for name in (*differing(), *ARCHITECTURE):
         assert name.replace("_", "-") in rows, name
+    for name, value in differing().items():
+        said = rows[name.replace("_", "-")].replace("2³²", f"{2.0**32:g}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        wanted = f"{value:g}" if number else {None: "none", False: "off"}.get(value, value)
+        assert said.startswith(wanted), (name, said)
