@@ -10,7 +10,7 @@ from typing import Any, Mapping, Optional, Sequence
 from megatron_telechat.config.derive import derive
 from megatron_telechat.config.fields import did_you_mean, fields_by_name, make_run
 from megatron_telechat.config.flags import Actions, CommandLine, read_command_line
-from megatron_telechat.config.megatron_meaning import MEGATRON, SHAPE, Meaning, padded, read_meaning
+from megatron_telechat.config.megatron_meaning import MEGATRON, READ_BY_COSTS, SHAPE, Meaning, padded, read_meaning
 from megatron_telechat.config.origins import DEFAULT, Check, apply_rules
 from megatron_telechat.config.plan_file import PlanFile, read_plan, same_value
 from megatron_telechat.config.presets import preset_names, preset_text
@@ -218,13 +218,11 @@ class _Merge:
         """Absent flags as Megatron-LM means them: what makes another model, and for a planner what makes another run."""
         said = frozenset(name for name, origin in self.origins.items() if origin != DEFAULT or name in self.unreadable)
         meaning = self.meaning = read_meaning(self.values, said, self.line.given)
-        known = fields_by_name()
         for what, fix in meaning.asked:
             self.problems.append(Problem(what, "flag", fix))
         taken = dict(meaning.model)
         if self.described:
-            costs = ("model", "parallel", "training")
-            taken |= {name: value for name, value in meaning.values.items() if value is not None and known[name].section in costs}
+            taken |= {name: value for name, value in meaning.values.items() if name in READ_BY_COSTS}
             self.take_vocabulary(meaning)
         for name, value in taken.items():
             self.values[name], self.origins[name] = value, MEGATRON

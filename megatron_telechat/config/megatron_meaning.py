@@ -87,6 +87,10 @@ QUIET = ("num_workers", "log_interval")
 """Fields whose default differs and which change nothing that is trained."""
 
 
+READ_BY_COSTS = ("precision", "sequence_parallel", "hidden_dropout")
+"""Fields whose default differs and on which times or bytes depend."""
+
+
 def differing() -> dict[str, Any]:
     """Field → Megatron-LM's default, for the fields of DEFAULTS whose default here is another one."""
     known = fields_by_name()
