@@ -63,8 +63,12 @@ def plan_text(plan: Plan, others: Sequence[Baseline], notes: Iterable[str] = ())
     """Table of the stages, times, comparisons, proof, flags."""
     lines = [*head(plan.question, plan.problem), "", *_stages(plan), *_uneven(plan), "", *_times(plan), "", *_comparison(plan, others)]
     lines += ["", _proof(plan), "", *_flags(plan)]
-    lines += [f"note: {note}" for note in notes if "not modelled" in note or "as Megatron-LM" in note]
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes_of(notes)])
+
+
+def notes_of(notes: Iterable[str]) -> list[str]:
+    """What of the notes says how the run was understood."""
+    return [f"note: {note}" for note in notes if "not modelled" in note or "as Megatron-LM" in note]
 
 
 def _stages(plan: Plan) -> list[str]:

@@ -7,7 +7,7 @@ import shlex
 
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.plan_pipeline import question_of, write_answers
-from megatron_telechat.cli.plan_report import plan_file, plan_flags
+from megatron_telechat.cli.plan_report import notes_of, plan_file, plan_flags
 from megatron_telechat.cli.plan_request import Request, read_device
 from megatron_telechat.cli.text import gib, table
 from megatron_telechat.config.fields import values_of
@@ -43,7 +43,7 @@ def sweep_door(request: Request) -> int:
     if options.json:
         print(json.dumps([{"flags": list(_flags(flags, plan)), "plan": plan_file(plan, "").to_json()} for flags, plan in ranking.plans]))
     else:
-        print("\n".join(_text(ranking, run, device.name, options.time_limit)))
+        print("\n".join([*_text(ranking, run, device.name, options.time_limit), *notes_of(loaded.notes)]))
     if ranking.plans:
         write_answers(request, ranking.plans[0][1])
     elif options.output:
