@@ -58,8 +58,8 @@ def _flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
 
 
 def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list[str]:
-    lines = [f"{run.model.name} on {run.parallel.world_size} x {device}: {ranking.tried} parallel layouts solved, {ranking.no_fit} of them do not fit the memory"]
-    lines.append(f"  {model_text(run.model)}")
+    tried = f"{ranking.tried} parallel layouts solved, {ranking.no_fit} of them do not fit the memory"
+    lines = [f"{run.model.name} on {run.parallel.world_size} x {device}: {tried}", f"  {model_text(run.model)}"]
     if ranking.skipped:
         lines.append(f"  {ranking.skipped} more cannot be among these, by the work they have")
     if ranking.unseen:
