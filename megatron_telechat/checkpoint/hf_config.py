@@ -281,7 +281,7 @@ def _mixtral_config(model: ModelConfig, precision: str, tokens: Mapping[str, int
 
 # What a template's config.json may say otherwise without being of another model.
 _FREE = {"name", "rotary_table_dtype", "init_method_std", "router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-         "attention_dropout", "hidden_dropout", "num_query_groups", "kv_channels", "rotary_base_seqlen"}
+         "max_position_embeddings", "attention_dropout", "hidden_dropout", "num_query_groups", "kv_channels", "rotary_base_seqlen"}
 
 
 def config_differences(model: ModelConfig, template: ModelConfig) -> list[str]:

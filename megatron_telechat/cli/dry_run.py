@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_telechat.checkpoint.start import require_start
 from megatron_telechat.cli.data_files import DataFile, data_files
+from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_table
 from megatron_telechat.cli.text import count_text, flop_text, gib, table
 from megatron_telechat.config import LoadedConfig
@@ -75,8 +76,7 @@ def report(loaded: LoadedConfig) -> str:
 
 
 def _head(run: RunConfig, topology: Topology) -> list[str]:
-    count, parallel = count_parameters(run.model), run.parallel
-    active = f", {count.active:,} active a token" if count.active != count.total else ""
+    parallel = run.parallel
     tokens = run.training.global_batch_size * run.training.seq_length
     sizes = [f"TP {topology.tp}", f"PP {topology.pp}", f"DP {topology.dp}"]
     if parallel.num_virtual_stages_per_pipeline_rank > 1:
@@ -84,7 +84,7 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
     if topology.cp > 1:
         sizes.insert(2, f"CP {topology.cp}")
     return [
-        f"{run.model.name}: {count.total:,} parameters{active}",
+        f"{run.model.name}: {model_text(run.model)}",
         f"  batch   {run.training.global_batch_size} x {run.training.seq_length} = {count_text(tokens)} tokens a step: "
         f"{run.num_microbatches} micro-batches of {run.training.micro_batch_size} on each of {topology.dp} data-parallel ranks",
         f"  ranks   {topology.world_size} on {topology.num_nodes} node{'s' * (topology.num_nodes > 1)} of {topology.ranks_per_node}: "

@@ -56,20 +56,23 @@ class Launch:
         flags: words behind the program.
         ranks, per_node: processes over all nodes, and on each; None: the command does not say.
         why: the reason where it does not say `ranks`.
+        program: the training program; "" where only flags are given.
     """
 
     flags: tuple[str, ...]
     ranks: Optional[int] = None
     per_node: Optional[int] = None
     why: str = ""
+    program: str = ""
 
 
 class _Chain(NamedTuple):
-    """Launchers from the outermost to the innermost, accelerators that are visible, and the words behind the program."""
+    """Launchers from the outermost to the innermost, accelerators that are visible, the words behind the program, and the program."""
 
     starts: tuple[Start, ...]
     devices: Optional[int]
     flags: tuple[str, ...]
+    program: str
 
 
 def read_launch(commands: Sequence[Command], slurm: Sequence[str] = ()) -> Launch:
@@ -90,7 +93,7 @@ def read_launch(commands: Sequence[Command], slurm: Sequence[str] = ()) -> Launc
         raise ConfigError("it starts no Python program", WHERE, fix)
     if len(trains) > 1:
         raise ConfigError(f"it starts {len(trains)} different trainings", WHERE, "leave the one to plan for")
-    return _launch(trains[0])
+    return replace(_launch(trains[0]), program=trains[0].program)
 
 
 _MODEL = {f"--{name}" for flag in ("num-layers", "hidden-size", "preset", "config") for name in (flag, flag.replace("-", "_"))}
@@ -116,7 +119,7 @@ def _chains(command: Command, job: tuple[str, ...]) -> Iterator[_Chain]:
         elif name in _SHELLS or name == "sbatch":
             variables: dict[str, Value] = {**command.variables, **prefix}
             for inner in _nested(name, words[at + 1 :], job, variables):
-                yield _Chain((*starts, *inner.starts), inner.devices or _visible(prefix), inner.flags)
+                yield _Chain((*starts, *inner.starts), inner.devices or _visible(prefix), inner.flags, inner.program)
             return
         elif name in _SPAWNERS:
             end = _command_of(words, at + 1, _SPAWNERS[name].values)
@@ -128,7 +131,7 @@ def _chains(command: Command, job: tuple[str, ...]) -> Iterator[_Chain]:
                 return
             if unknown_names(words[program]) and not words[program].endswith(".py"):
                 raise _not_known(words[program])
-            yield _Chain((*starts, *([agent] if agent else [])), _visible(prefix) or _job_devices(job), words[program + 1 :])
+            yield _Chain((*starts, *([agent] if agent else [])), _visible(prefix) or _job_devices(job), words[program + 1 :], words[program])
             return
         else:
             at += 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Optional, Sequence
 
 from megatron_telechat.cli.launcher import WHERE, Launch, read_launch, slurm_variables
@@ -12,6 +13,10 @@ from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, Ref
 from megatron_telechat.config.fields import FieldInfo, fields_by_name
 from megatron_telechat.config.megatron_flags import ANSWERS
 from megatron_telechat.errors import ConfigError, Problem
+
+
+OTHER_FAMILIES = ("bert", "t5", "mamba", "hybrid", "ict", "realm", "retro", "vision", "vlm", "mimo", "multimodal", "avlm")
+"""Words in the names of Megatron-LM's programs for models that are no GPT."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ def read_pasted(script: Optional[str], command: Sequence[str], others: Sequence[
         others: flags given beside it, which must not contradict its launcher.
 
     Raises:
-        ConfigError: no training in it, or several; variables whose value it does not say; ranks that it does not say, or
+        ConfigError: no training in it, several, or one of no GPT model; variables whose value it does not say; ranks that it does not say, or
             that `others` contradict.
     """
     notes: tuple[str, ...] = ()
@@ -46,9 +51,10 @@ def read_pasted(script: Optional[str], command: Sequence[str], others: Sequence[
         slurm = slurm_lines(script)
         read = read_script(script, slurm_variables(slurm))
         launch = read_launch(read.commands, slurm)
-        launch = Launch((*launch.flags, *command), launch.ranks, launch.per_node, launch.why)
+        launch = replace(launch, flags=(*launch.flags, *command))
         taken = [f"{name}={value}" for name, value in read.defaults.items() if value.isdigit()]
         notes = (f"defaults of the script: {' '.join(taken)} (the environment may say otherwise)",) * bool(taken)
+    _refuse_other_families(launch.program)
     found = _Flags()
     for word in launch.flags:
         found.take(word)
@@ -59,6 +65,18 @@ def read_pasted(script: Optional[str], command: Sequence[str], others: Sequence[
     if found.problems:
         raise ConfigError(found.problems)
     return Pasted((*ranks, *found.out), (*notes, *found.dropped))
+
+
+def _refuse_other_families(program: str) -> None:
+    """The flags of a program that trains another family of models would be read as those of a GPT.
+
+    Raises:
+        ConfigError: it does.
+    """
+    name = Path(program).stem
+    family = next((family for family in OTHER_FAMILIES if family in name.split("_")), None)
+    if name.startswith(("pretrain_", "finetune_")) and family is not None:
+        raise ConfigError(f"{program} does not train a GPT model", WHERE, "the command of a pretrain_gpt.py")
 
 
 def _mark(word: str) -> str:

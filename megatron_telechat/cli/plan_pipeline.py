@@ -113,7 +113,7 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
     from megatron_telechat.planner.advice import Question
 
     options = request.options
-    software, counted = megatron_software(run, loaded.megatron)
+    software, counted = megatron_software(run, loaded.given)
     return Question(
         run,
         device,
@@ -137,7 +137,7 @@ def _plan(request: Request) -> int:
     question = question_of(request, loaded, run, device)
     plan, solution, problem = make_plan(question)
     if plan is None:
-        return _no_plan(request, question, problem, solution)
+        return _no_plan(request, question, problem, solution, loaded.notes)
     configured, why_not = request.as_configured()
     if configured is not None:
         configured = replace(configured, training=replace(configured.training, device=run.training.device))
@@ -150,9 +150,11 @@ def _plan(request: Request) -> int:
     return EXIT_OK
 
 
-def _no_plan(request: Request, question: Question, problem: BalanceProblem, solution: Solution) -> int:
+def _no_plan(
+    request: Request, question: Question, problem: BalanceProblem, solution: Solution, notes: Sequence[str]
+) -> int:
     """Why there is none, and the smallest changes with which there is one. An answer too: exit code 0 unless a file was asked for."""
-    from megatron_telechat.cli.plan_report import no_plan_text
+    from megatron_telechat.cli.plan_report import no_plan_text, notes_of
     from megatron_telechat.planner.remedy import remedies, shortage
 
     lack = shortage(problem) if solution.status == "infeasible" else None
@@ -163,7 +165,7 @@ def _no_plan(request: Request, question: Question, problem: BalanceProblem, solu
     if request.options.json:
         print(json.dumps({**solution.to_json(), "stage": lack and lack.stage, "changes": [vars(change) for change in changes]}))
     else:
-        print(no_plan_text(question, problem, solution, lack, changes))
+        print("\n".join([no_plan_text(question, problem, solution, lack, changes), *notes_of(notes)]))
     if request.options.output:
         raise ConfigError("there is no plan to write", "--output", "see above for what fits")
     return EXIT_OK

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 from typing import Any, Iterable, Optional, Sequence
 
+from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.text import gib, table
 from megatron_telechat.config.plan_file import PlanFile, Predicted, plan_of
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs import count_parameters
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
@@ -51,6 +53,7 @@ def head(question: Question, problem: BalanceProblem) -> list[str]:
     )  # fmt: skip
     return [
         f"{run.model.name} on {question.device.name}: {sizes_text(run)}, {run.parallel.world_size} ranks",
+        f"  {model_text(run.model)}",
         f"  {problem.m} micro-batches of {training.micro_batch_size} x {training.seq_length} tokens, {training.precision}; {limit}; "
         f"recompute allowed: {', '.join(question.kinds)}",
     ]
@@ -60,8 +63,12 @@ def plan_text(plan: Plan, others: Sequence[Baseline], notes: Iterable[str] = ())
     """Table of the stages, times, comparisons, proof, flags."""
     lines = [*head(plan.question, plan.problem), "", *_stages(plan), *_uneven(plan), "", *_times(plan), "", *_comparison(plan, others)]
     lines += ["", _proof(plan), "", *_flags(plan)]
-    lines += [f"note: {note}" for note in notes if "not modelled" in note]
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes_of(notes)])
+
+
+def notes_of(notes: Iterable[str]) -> list[str]:
+    """What of the notes says how the run was understood."""
+    return [f"note: {note}" for note in notes if "not modelled" in note or "as Megatron-LM" in note]
 
 
 def _stages(plan: Plan) -> list[str]:
@@ -241,8 +248,11 @@ def plan_json(plan: Plan, others: Sequence[Baseline]) -> dict[str, Any]:
     found = plan.prediction
     answer = plan.solution.to_json()
     answer |= {"makespan": plan.makespan, "gap": plan.gap, "modes": [list(stage) for stage in plan.assignment.modes]}
+    model = plan.question.run.model
+    count = count_parameters(model)
     return {
         **answer,
+        "model": {"parameters": count.total, "active_parameters": count.active, "vocab_size": model.vocab_size},
         "peak_bytes": [peak + plan.problem.const_mem for peak in plan.peak_bytes],
         "layers": list(plan.assignment.counts),
         "compared": {other.name: other.makespan for other in others},

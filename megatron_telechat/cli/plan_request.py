@@ -54,7 +54,7 @@ class Request:
         """The run with its own layout and recompute; None where it names none, or where what it names does not work:
         then with the reason."""
         try:
-            loaded = load_run_config([*self.words, "--dry-run"], {}, planning=True, keep_layout=True)
+            loaded = load_run_config([*self.words, "--dry-run"], {}, described=True)
         except ConfigError as error:
             return None, error.problems[0].what
         said = any(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 
+from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.plan_pipeline import question_of, write_answers
-from megatron_telechat.cli.plan_report import plan_file, plan_flags
+from megatron_telechat.cli.plan_report import notes_of, plan_file, plan_flags
 from megatron_telechat.cli.plan_request import Request, read_device
 from megatron_telechat.cli.text import gib, table
 from megatron_telechat.config.fields import values_of
+from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import EXIT_OK, ConfigError
 from megatron_telechat.planner.advice import Plan
 from megatron_telechat.planner.build import UNLIMITED_BYTES
@@ -41,7 +43,7 @@ def sweep_door(request: Request) -> int:
     if options.json:
         print(json.dumps([{"flags": list(_flags(flags, plan)), "plan": plan_file(plan, "").to_json()} for flags, plan in ranking.plans]))
     else:
-        print("\n".join(_text(ranking, run.model.name, device.name, run.parallel.world_size, options.time_limit)))
+        print("\n".join([*_text(ranking, run, device.name, options.time_limit), *notes_of(loaded.notes)]))
     if ranking.plans:
         write_answers(request, ranking.plans[0][1])
     elif options.output:
@@ -55,8 +57,9 @@ def _flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     return (*flags[:chunks], *flags[chunks + 2 :], *plan_flags(plan))
 
 
-def _text(ranking: Ranking, model: str, device: str, ranks: int, limit_s: float) -> list[str]:
-    lines = [f"{model} on {ranks} x {device}: {ranking.tried} parallel layouts solved, {ranking.no_fit} of them do not fit the memory"]
+def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list[str]:
+    tried = f"{ranking.tried} parallel layouts solved, {ranking.no_fit} of them do not fit the memory"
+    lines = [f"{run.model.name} on {run.parallel.world_size} x {device}: {tried}", f"  {model_text(run.model)}"]
     if ranking.skipped:
         lines.append(f"  {ranking.skipped} more cannot be among these, by the work they have")
     if ranking.unseen:

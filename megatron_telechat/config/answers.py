@@ -39,10 +39,16 @@ class Always:
 
 @dataclass(frozen=True)
 class Refused:
-    """Would change the run in a way that is not here; a problem."""
+    """Would change the run in a way that is not here; a problem.
+
+    Attributes:
+        another_model: what is asked for is a model that the planner does not know either; without it the planner leaves
+            the flag out, with a note.
+    """
 
     because: str
     use: str = ""
+    another_model: bool = False
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ def _folds(values: dict[str, Any]) -> bool:
     return values["fold_tensor_into_experts"] and values["num_experts"] is not None
 
 
+def _has_position_table(values: dict[str, Any]) -> bool:
+    return values["position_embedding_type"] == "learned_absolute"
+
+
 def _kv_channels(values: dict[str, Any], check: Check) -> Optional[int]:
     share, rest = divmod(values["hidden_size"], values["num_attention_heads"])
     return share if share and not rest else None
@@ -75,6 +79,7 @@ DERIVATIONS: tuple[tuple[str, Derivation], ...] = (
     ("moe_ffn_hidden_size", lambda values, check: values["num_experts"] and values["ffn_hidden_size"]),
     ("kv_channels", _kv_channels),
     ("rotary_base_seqlen", _copy_of("rotary_training_seqlen")),
+    ("max_position_embeddings", lambda values, check: values["seq_length"] if _has_position_table(values) else None),
     ("ranks_per_node", _ranks_per_node),
     ("expert_model_parallel_size", _expert_model_parallel_size),
     ("expert_tensor_parallel_size", _expert_tensor_parallel_size),

@@ -50,8 +50,9 @@ class CommandLine:
         configs: YAML files named, in order.
         layers_per_virtual_stage: Megatron's way to give the number of chunks; resolved when num_layers is known.
         split: Megatron's ways to say an uneven split, and split_words as they were typed.
-        megatron: Megatron-LM's flags that are not ours, hyphens inside, with their values; the last counts.
-        refused: of the problems, flags of Megatron-LM that ask for what our training does not have.
+        refused: of the problems, flags of Megatron-LM that ask for what our training does not have and a planner can leave out.
+        unplanned: of the problems, those of fields that a planner does not read: data, checkpoints, logging.
+        given: every flag without its hyphens, with hyphens inside → its values; the last of equal ones.
         unreadable: fields whose value could not be read.
     """
 
@@ -63,11 +64,15 @@ class CommandLine:
     split_words: dict[str, str] = field(default_factory=dict)
     actions: Actions = field(default_factory=Actions)
     problems: list[Problem] = field(default_factory=list)
-    megatron: dict[str, tuple[str, ...]] = field(default_factory=dict)
     refused: list[Problem] = field(default_factory=list)
+    unplanned: list[Problem] = field(default_factory=list)
+    given: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
 
+
+UNPLANNED = ("data", "checkpoint", "evaluation", "logging")
+"""Sections that a planner does not read."""
 
 ACTION_FLAGS = {
     "config": "YAML file; may be given more than once, a later one wins",
@@ -131,9 +136,12 @@ class _Flag:
 
     def read(self) -> None:
         name = self.name
+        self.line.given[name] = tuple(self.values)
         by_flag = {info.flag[2:]: info for info in fields_by_name().values()}
         if name in ACTION_FLAGS:
             self.action()
+        elif name == "moe-layer-freq" and any("[" in value for value in self.values):
+            self.field(by_flag["moe-layer-pattern"], "flag --moe-layer-freq")
         elif name in by_flag:
             self.field(by_flag[name], "flag")
         elif name.startswith("no-") and _is_bool(by_flag.get(name[3:])):
@@ -208,6 +216,8 @@ class _Flag:
             given = " ".join(self.values)
             what = f"{self.typed} is {given!r}" if given else f"{self.typed} has no value"
             self.problem(what, fix=f"it takes {error}")
+            if info.section in UNPLANNED:
+                self.line.unplanned.append(self.line.problems[-1])
 
     def constant(self, info: FieldInfo, text: str) -> None:
         """A flag that stands for a value by itself."""
@@ -240,16 +250,15 @@ class _Flag:
     def megatron(self, answer: Answer) -> None:
         known = fields_by_name()
         given = " ".join([self.typed, *self.values])
-        self.line.megatron[self.name] = tuple(self.values)
         if isinstance(answer, Alias):
             if answer.but:
                 self.line.notes.append(f"{given}: taken as {known[answer.fields[0]].flag}; {answer.but}")
                 self.values = []
             elif answer.fields != ("precision",):
                 ours = " ".join(known[name].flag for name in answer.fields)
-                self.line.notes.append(
-                    f"{given}: another name of {ours}" + (f" ({answer.value})" if answer.value else "")
-                )
+                default = answer.value is not None and known[answer.fields[0]].default == answer.value
+                name = "nothing to do, our default of" if default else "another name of"
+                self.line.notes.append(f"{given}: {name} {ours}" + (f" ({answer.value})" if answer.value else ""))
             for name in answer.fields:
                 if answer.value is not None:
                     self.constant(known[name], answer.value)
@@ -263,11 +272,15 @@ class _Flag:
             else:
                 fix = answer.fix or f"leave it out, or {self.typed} {answer.values[0]}"
                 self.problem(f"{given} contradicts this framework: {answer.because}", fix)
+                self.line.refused.append(self.line.problems[-1])
         elif isinstance(answer, Refused):
             use = f"use {answer.use}" if answer.use else "leave it out"
+            if answer.another_model:
+                use = "leave it out: with it the model is one that neither the training nor the planner knows"
             what = f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}"
             self.problem(what, use)
-            self.line.refused.append(self.line.problems[-1])
+            if not answer.another_model:
+                self.line.refused.append(self.line.problems[-1])
         elif isinstance(answer, UnevenSplit):
             self.uneven(answer.part)
         else:

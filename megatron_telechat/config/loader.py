@@ -10,6 +10,7 @@ from typing import Any, Mapping, Optional, Sequence
 from megatron_telechat.config.derive import derive
 from megatron_telechat.config.fields import did_you_mean, fields_by_name, make_run
 from megatron_telechat.config.flags import Actions, CommandLine, read_command_line
+from megatron_telechat.config.megatron_meaning import MEGATRON, READ_BY_COSTS, SHAPE, Meaning, padded, read_meaning
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check, apply_rules
 from megatron_telechat.config.plan_file import PlanFile, read_plan, same_value
 from megatron_telechat.config.presets import preset_names, preset_text
@@ -54,7 +55,7 @@ class LoadedConfig:
         actions: what the door is asked to do.
         notes: what a person should know that stops nothing.
         preset: name of the preset, if one was named.
-        megatron: Megatron-LM's flags that are not ours, without the hyphens before them, with their values.
+        given: every flag without its hyphens, with hyphens inside → its values; the last of equal ones.
     """
 
     run: RunConfig
@@ -62,14 +63,14 @@ class LoadedConfig:
     actions: Actions
     notes: tuple[str, ...] = ()
     preset: Optional[str] = None
-    megatron: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    given: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def load_run_config(
     argv: Sequence[str],
     environ: Mapping[str, str],
     planning: bool = False,
-    keep_layout: bool = False,
+    described: bool = False,
     changes: Sequence[str] = (),
 ) -> LoadedConfig:
     """Read flags, files and preset, merge them, fill in what follows, and hold every rule.
@@ -77,9 +78,10 @@ def load_run_config(
     Args:
         argv: arguments behind the program's name.
         environ: environment variables; torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE are read.
-        planning: layout and recompute are still to be chosen: what is said of them is dropped, an even split stands in,
-            and flags of Megatron-LM that our training refuses are noted as not modelled.
-        keep_layout: with planning, layout and recompute stay as they are said.
+        planning: described, and layout and recompute are still to be chosen: what is said of them is dropped, an even split
+            stands in.
+        described: the run is one to be told about, not one of our training: flags of Megatron-LM that our training refuses
+            are noted as not modelled, models that it does not build are taken, data and checkpoints are not looked at.
         changes: flags of ours that a planner tries in place of what `argv` says; with a number of chunks among them, what
             `argv` says of chunks and split is dropped, which was said of other sizes.
 
@@ -87,36 +89,52 @@ def load_run_config(
         ConfigError: with all problems.
     """
     line = read_command_line(argv)
-    merged = _Merge(line, environ, planning, planning and not keep_layout, read_command_line(changes).said)
+    merged = _Merge(line, environ, planning, described or planning, read_command_line(changes).said)
     merged.run()
-    check = Check(make_run(merged.values), merged.origins, merged.unreadable, line.actions.starts_nothing, merged.notes, planning)
+    check = Check(
+        make_run(merged.values), merged.origins, merged.unreadable, line.actions.starts_nothing, merged.notes,
+        meaning=merged.meaning, described=merged.described,
+    )  # fmt: skip
     problems = [*merged.problems, *apply_rules(VALUE_RULES, check)]
     derive(check)
     problems += merged.plan_problems(check)
     problems += apply_rules(ALL_RULES, check)
     if problems:
         raise ConfigError(problems)
-    return LoadedConfig(check.run, check.origins, line.actions, tuple(check.notes), merged.preset, line.megatron)
+    return LoadedConfig(check.run, check.origins, line.actions, tuple(check.notes), merged.preset, line.given)
+
+
+_TOKENIZER = ("tokenizer-type", "tokenizer-model", "vocab-file")
+TOKENIZER_FILES = ("--vocab-file", "--merge-file")
+"""Flags that our training refuses and that a description reads."""
+
+
+def _flag_of(problem: Problem) -> str:
+    """The flag, and the value it may have, that a refusal is about."""
+    return problem.what.split(" (a Megatron")[0].split(" contradicts ")[0]
 
 
 class _Merge:
     """Values in order of precedence, each overwriting the one before."""
 
-    def __init__(self, line: CommandLine, environ: Mapping[str, str], planning: bool, layout_open: bool, changes: Sequence[Said]):
+    def __init__(self, line: CommandLine, environ: Mapping[str, str], planning: bool, described: bool, changes: Sequence[Said]):
         self.line = line
-        self.layout_open = layout_open
         self.changes = changes
         self.environ = environ
         self.planning = planning
+        self.described = described
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {name: DEFAULT for name in fields_by_name()}
-        self.problems: list[Problem] = [one for one in line.problems if not (planning and one in line.refused)]
+        left_out = (*line.refused, *line.unplanned) if described else ()
+        self.problems: list[Problem] = [one for one in line.problems if one not in left_out]
         self.notes: list[str] = list(line.notes)
-        if planning:
-            self.notes += [f"{one.what.split(' (a Megatron')[0]} is not modelled, planned without it" for one in line.refused]
+        if described:
+            flags = (_flag_of(one) for one in line.refused)
+            self.notes += [f"{one} is not modelled, planned without it" for one in flags if one not in TOKENIZER_FILES]
         self.unreadable: set[str] = set(line.unreadable)
         self.preset: Optional[str] = None
         self.plan: Optional[PlanFile] = None
+        self.meaning: Optional[Meaning] = None
 
     def run(self) -> None:
         files = [self.read_file(path) for path in self.line.configs]
@@ -132,10 +150,12 @@ class _Merge:
             settle_stages(self)
         self.take_plan()
         self.world()
+        if self.is_megatrons():
+            self.read_as_megatron()
         self.settle()
-        if self.planning:
+        if self.described:
             self.drop_files()
-        if self.layout_open:
+        if self.planning:
             self.open_layout()
 
     def take(self, said: Sequence[Said]) -> None:
@@ -174,6 +194,57 @@ class _Merge:
         read = read_yaml(preset_text(preset.value), f"{preset.value}.yaml", label=f"preset {preset.value}")
         self.problems += read.problems
         self.take(read.said)
+
+    def is_megatrons(self) -> bool:
+        """Whether flags alone describe the model: it is then read as Megatron-LM reads it."""
+        model = {name for name, info in fields_by_name().items() if info.section == "model" and self.origins[name] != DEFAULT}
+        by_flag = all(self.origins[name].startswith("flag") for name in model)
+        shape = all(isinstance(self.values.get(name), int) and self.values[name] > 0 for name in SHAPE)
+        return self.line.preset is None and by_flag and shape and "architecture" not in model
+
+    def read_as_megatron(self) -> None:
+        """Absent flags as Megatron-LM means them: what makes another model, and for a planner what makes another run."""
+        said = frozenset(name for name, origin in self.origins.items() if origin != DEFAULT or name in self.unreadable)
+        meaning = self.meaning = read_meaning(self.values, said, self.line.given)
+        for what, fix in meaning.asked:
+            self.problems.append(Problem(what, "flag", fix))
+        taken = dict(meaning.model)
+        if self.described:
+            taken |= {name: value for name, value in meaning.values.items() if name in READ_BY_COSTS}
+            self.take_vocabulary(meaning)
+        for name, value in taken.items():
+            self.values[name], self.origins[name] = value, MEGATRON
+        if self.described and taken.pop("num_query_groups", None):
+            heads = self.values["num_query_groups"]
+            self.notes.append(
+                "--num-query-groups as Megatron-LM reads it: no effect without --group-query-attention, "
+                f"{heads} heads of keys and values"
+            )
+        if self.described and taken:
+            said_as = ", ".join(f"{name}={value}" for name, value in taken.items())
+            self.notes.append(f"absent flags as Megatron-LM reads them: {said_as}")
+
+    def take_vocabulary(self, meaning: Meaning) -> None:
+        """Rows of the embedding: those of --vocab-size or of the tokenizer, padded as Megatron-LM pads them."""
+        name = "vocab_size"
+        if name in self.unreadable:
+            return
+        size, source = self.values.get(name), "--vocab-size"
+        if size is None and meaning.vocabulary is not None:
+            size, source = meaning.vocabulary.size, meaning.vocabulary.source
+            self.origins[name] = f"tokenizer {source}"
+        if size is None:
+            tokenizer = " ".join(word for flag in _TOKENIZER for word in self.line.given.get(flag, ()))
+            what = f"the size of the vocabulary is not said, and no file of the tokenizer {tokenizer} is here".replace("  ", " ")
+            if not tokenizer:
+                what = "neither the size of the vocabulary nor a tokenizer is named"
+            self.problems.append(Problem(what, "flag", "--vocab-size N, or --tokenizer-model with a file that is here"))
+            self.unreadable.add(name)
+            return
+        self.values[name] = padded(size, self.values.get("tensor_model_parallel_size", 1), self.line.given)
+        if self.values[name] != size or source != "--vocab-size":
+            more = f", padded to {self.values[name]:,} as Megatron-LM pads it" if self.values[name] != size else ""
+            self.notes.append(f"vocabulary as Megatron-LM sees it: {size:,} of {source}{more}")
 
     def take_plan(self) -> None:
         """What the plan file sets, as if flags said so; a flag or file that says otherwise is a slip."""

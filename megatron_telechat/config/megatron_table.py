@@ -11,7 +11,7 @@ from megatron_telechat.config.answers import Always, Answer, Ignored, Refused
 BLOCKS: tuple[tuple[Answer, str], ...] = (
     # other families
     (
-        Refused("elastic sub-networks are not part of this framework"),
+        Refused("elastic sub-networks are not part of this framework", another_model=True),
         """
         add-skipping basemodel-type binary-mask budget-list budget-probs budget-type disable-budget
         enable-router flex-hetero-ffn flex-hetero-mamba flex-hetero-moe-expert flex-strict flextron
@@ -24,7 +24,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("retrieval models are not part of this framework"),
+        Refused("retrieval models are not part of this framework", another_model=True),
         """
         bert-embedder-type bert-load bert-no-binary-head biencoder-projection-dim
         biencoder-shared-query-context-model block-data-path emb-int-list emb-per-list embedding-path
@@ -38,7 +38,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("multi-latent and sparse attention are not part of these models"),
+        Refused("multi-latent and sparse attention are not part of these models", another_model=True),
         """
         beta-fast beta-slow cache-mla-latents disable-dsa-indexer-rotate-activation
         disable-dsa-indexer-scoring-relu dsa-indexer-head-dim dsa-indexer-k-norm-epsilon
@@ -57,7 +57,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         "hybrid-context-parallel max-seqlen-per-dp-cp-rank variable-seq-lengths",
     ),
     (
-        Refused("vision models are not part of this framework"),
+        Refused("vision models are not part of this framework", another_model=True),
         """
         classes-fraction data-per-class-fraction dino-bottleneck-size dino-freeze-last-layer
         dino-head-hidden-size dino-local-crops-number dino-local-img-size dino-norm-last-layer
@@ -67,14 +67,14 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("encoder-decoder models are not part of this framework"),
+        Refused("encoder-decoder models are not part of this framework", another_model=True),
         """
         decoder-num-layers decoder-seq-length encoder-pipeline-model-parallel-size encoder-seq-length
         encoder-tensor-model-parallel-size pipeline-model-parallel-split-rank vocab-extra-ids
         """,
     ),
     (
-        Refused("state-space, hybrid and linear-attention models are not part of this framework"),
+        Refused("state-space, hybrid and linear-attention models are not part of this framework", another_model=True),
         """
         disable-mamba-mem-eff-path experimental-attention-variant gdp-cutedsl-kernel
         gdp-num-chunk-states-to-recompute gdp-num-householder heterogeneous-block-specs
@@ -96,9 +96,9 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         logits-save-top-p-min-k teacher-model-config
         """,
     ),
-    (Refused("gpt-oss layers are not part of these models"), "enable-gpt-oss"),
+    (Refused("gpt-oss layers are not part of these models", another_model=True), "enable-gpt-oss"),
     (
-        Refused("hyper-connections are not part of these models"),
+        Refused("hyper-connections are not part of these models", another_model=True),
         """
         enable-mhc-connections mhc-init-gating-factor mhc-num-residual-streams mhc-recompute-layer-num
         mhc-sinkhorn-iterations
@@ -127,7 +127,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("multi-token prediction is not part of these models"),
+        Refused("multi-token prediction is not part of these models", another_model=True),
         """
         freeze-base-for-mtp mtp-detach-heads mtp-hsm mtp-hybrid-override-pattern mtp-loss-scaling-factor
         mtp-num-layers mtp-standalone mtp-use-repeated-layer
@@ -255,36 +255,30 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     ),
     (Always("scores are not scaled by the layer number"), "no-query-key-layer-scaling"),
     # architecture
-    (Always("the MLP is a SwiGLU", ("silu", "swiglu")), "activation-func"),
     (
         Refused("the MLP is a SwiGLU"),
         """
         activation-func-clamp-value glu-linear-offset moe-mlp-glu-interleave-size
-        moe-shared-expert-glu-interleave-size onnx-safe openai-gelu quick-geglu squared-relu
-        use-fused-weighted-squared-relu use-te-activation-func
+        moe-shared-expert-glu-interleave-size onnx-safe use-fused-weighted-squared-relu use-te-activation-func
         """,
-    ),
-    (
-        Refused(
-            "biases follow the published models: on the attention output and the down projection, or nowhere",
-            "--no-attention-output-bias --no-mlp-output-bias",
-        ),
-        "add-bias-linear add-qkv-bias",
     ),
     (
         Refused("every norm is a plain RMSNorm with its weight from 1"),
         """
         apply-layernorm-1p apply-residual-connection-post-layernorm apply-wd-to-qk-layernorm
-        fused-residual-rmsnorm layernorm-zero-centered-gamma qk-l2-norm qk-layernorm
+        fused-residual-rmsnorm layernorm-zero-centered-gamma qk-l2-norm
         """,
     ),
     (
         Refused("the attention is causal softmax attention over the whole sample"),
         """
-        attention-output-gate mup-attn-scale-power mup-base-head-dim mup-base-hidden-size mup-embedding-mult
-        mup-output-mult mup-width-mult qk-clip qk-clip-alpha qk-clip-threshold softmax-scale softmax-type
-        use-mup window-attn-skip-freq window-size
+        mup-attn-scale-power mup-base-head-dim mup-base-hidden-size mup-embedding-mult mup-output-mult
+        mup-width-mult qk-clip qk-clip-alpha qk-clip-threshold softmax-scale softmax-type use-mup
         """,
+    ),
+    (
+        Refused("attention with a gate or a window is not part of these models", another_model=True),
+        "attention-output-gate window-attn-skip-freq window-size",
     ),
     (
         Refused("all data-parallel ranks start from the same weights"),
@@ -297,7 +291,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         output-layer-init-method
         """,
     ),
-    (Always("the MLP is a SwiGLU"), "gated-linear-unit swiglu"),
+    (Always("--activation says it"), "gated-linear-unit"),
+    (Always("the MLP is a SwiGLU", ("silu", "swiglu"), fix="--activation"), "activation-func"),
     (Always("--num-query-groups says it"), "group-query-attention"),
     (
         Ignored("initial weights do not depend on the device or the layout"),
@@ -306,13 +301,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         use-cpu-initialization
         """,
     ),
-    (
-        Ignored("rotary positions have no table to size; --seq-length is the length of a sample"),
-        "max-position-embeddings",
-    ),
-    (Always("positions are rotary"), "no-position-embedding use-rotary-position-embeddings"),
-    (Always("every norm is an RMSNorm", ("RMSNorm",)), "normalization"),
-    (Always("positions are rotary", ("rope",)), "position-embedding-type"),
+    (Always("--position-embedding-type says it"), "no-position-embedding"),
     (
         Refused(
             "long contexts use NTK-aware scaling here", "--rotary-base, --rotary-training-seqlen, --rotary-base-seqlen"
@@ -321,7 +310,6 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     ),
     (Refused("rotary channels are paired half against half, as in the published weights"), "rotary-interleaved"),
     (Always("the whole head is rotated", ("1.0", "1")), "rotary-percent"),
-    (Always("the embedding and the output layer are two matrices"), "untie-embeddings-and-output-weights"),
     (Refused("the model is built on Megatron-Core"), "use-legacy-models"),
     (Always("the model is built on Megatron-Core"), "use-mcore-models"),
     # MoE
@@ -366,9 +354,10 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         moe-router-quantile-balancing-ema moe-router-topk-limited-devices
         """,
     ),
+    (Refused("experts have the width of the model", another_model=True), "moe-latent-size"),
     (
         Refused("an expert is a SwiGLU on the hidden states, its output weighted by the router; a shared expert has no gate"),
-        "moe-apply-probs-on-input moe-latent-size moe-shared-expert-gate",
+        "moe-apply-probs-on-input moe-shared-expert-gate",
     ),
     (Refused("a dense model is not turned into a mixture here"), "moe-upcycling-granularity moe-use-upcycling"),
     (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 from megatron_telechat.config.fields import fields_by_name, values_of
+from megatron_telechat.config.megatron_meaning import MEGATRON, Meaning
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import Problem
 
@@ -28,7 +29,8 @@ class Check:
         environ: environment variables (torchrun's are read).
         dry_run: whether the run is only described, not started.
         notes: things a person should know that stop nothing.
-        planning: whether a layout is looked for, for a model that need not be one that this program trains.
+        meaning: of a command whose model comes from flags alone, what its absent flags mean in Megatron-LM.
+        described: whether the run is only told about, and need not be one of our training.
     """
 
     run: RunConfig
@@ -36,7 +38,8 @@ class Check:
     bad: set[str] = field(default_factory=set)
     dry_run: bool = False
     notes: list[str] = field(default_factory=list)
-    planning: bool = False
+    meaning: Optional[Meaning] = None
+    described: bool = False
 
     def take(self, *names: str) -> Any:
         """Values of these fields, one alone or several as a tuple; ends the rule if one of them is already reported."""
@@ -47,7 +50,7 @@ class Check:
 
     def said(self, name: str) -> bool:
         """Whether a person or a preset gave the field a value."""
-        return self.origins.get(name, DEFAULT) not in (DEFAULT, DERIVED)
+        return self.origins.get(name, DEFAULT) not in (DEFAULT, DERIVED, MEGATRON)
 
     def said_by_person(self, name: str) -> bool:
         """Whether the value comes from a flag or a YAML file."""

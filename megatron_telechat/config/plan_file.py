@@ -13,7 +13,7 @@ from typing import Any, Mapping, Optional
 
 from megatron_telechat.config.fields import fields_by_name, values_of
 from megatron_telechat.config.layout import parse_stages
-from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.schema import PLANNED_ONLY, RunConfig
 from megatron_telechat.errors import ConfigError
 
 FORMAT = "megatron_telechat plan 1"
@@ -28,7 +28,8 @@ MADE_FOR = (
     "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size", "moe_layer_freq",
     "seq_length", "precision",
 )  # fmt: skip
-"""Fields that must be as they were: another value is another problem with another solution."""
+"""Fields that must be as they were: another value is another problem with another solution; beside these, what the
+training does not build, where it is not the default."""
 PREDICTED_FOR = ("world_size", "global_batch_size")
 """Fields on which the predictions depend, though the plan can be run without them."""
 _FIX = "write one with tools/plan_pipeline.py --output FILE, or --plan none"
@@ -71,9 +72,10 @@ class PlanFile:
     def differences(self, run: RunConfig) -> list[str]:
         """How this run differs from the one that was planned, such as ``hidden_size=128, this run 4096``."""
         values = values_of(run)
+        made_for = {**{name: fields_by_name()[name].default for name in PLANNED_ONLY}, **self.made_for}
         own = [name for name in self.sets if name.endswith("_size") and self.sets[name] != values[name]]
         return [f"{name}={self.sets[name]}, this run {values[name]}" for name in own] + [
-            f"{name}={value}, this run {values[name]}" for name, value in self.made_for.items() if values[name] != value
+            f"{name}={value}, this run {values[name]}" for name, value in made_for.items() if values[name] != value
         ]
 
     def prediction_for(self, run: RunConfig) -> Optional[Predicted]:
@@ -95,7 +97,7 @@ def plan_of(run: RunConfig, path: str, predicted: Optional[Predicted], about: Ma
     if run.model.is_moe:
         sets["expert_model_parallel_size"], sets["expert_tensor_parallel_size"] = run.parallel.expert_sizes
     picked = ({name: values[name] for name in names} for names in (MADE_FOR, PREDICTED_FOR))
-    return PlanFile(path, sets, next(picked), next(picked), predicted, about)
+    return PlanFile(path, sets, {**next(picked), **run.model.not_built}, next(picked), predicted, about)
 
 
 def same_value(name: str, one: Any, other: Any) -> bool:
@@ -124,7 +126,7 @@ def read_plan(path: str) -> PlanFile:
         raise ConfigError(f"the plan is not JSON: {error}", where, _FIX) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ConfigError(f"not a plan file: its format is not {FORMAT!r}", where, _FIX)
-    for key, names in (("sets", SETS), ("made_for", MADE_FOR), ("predicted_for", PREDICTED_FOR)):
+    for key, names in (("sets", SETS), ("made_for", (*MADE_FOR, *PLANNED_ONLY)), ("predicted_for", PREDICTED_FOR)):
         _check(data.get(key), key, names, where)
     return PlanFile(path, data["sets"], data["made_for"], data["predicted_for"], _predicted(data.get("predicted"), where))
 
@@ -138,7 +140,7 @@ def _check(values: Any, key: str, names: tuple[str, ...], where: str) -> None:
             raise ConfigError(f"{key}.{name} is nothing a plan says", where, _FIX)
         unset = value is None and known[name].optional
         kind = (int, float) if known[name].kind is float else known[name].kind
-        if not unset and (not isinstance(value, kind) or isinstance(value, bool)):
+        if not unset and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             raise ConfigError(f"{key}.{name} = {value!r}, not {known[name].expects()}", where, _FIX)
     if key == "sets" and "pipeline_model_parallel_layout" not in values:
         raise ConfigError("sets.pipeline_model_parallel_layout is missing", where, _FIX)

@@ -10,6 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
+from megatron_telechat.config.layer_pattern import moe_layers
+
+
+PLANNED_ONLY = (
+    *("activation", "untie_embeddings_and_output_weights", "position_embedding_type", "normalization", "qk_layernorm"),
+    *("add_qkv_bias", "add_bias_linear", "moe_shared_expert_gate", "moe_layer_pattern"),
+)
+"""Fields of a model of which the training builds the default alone; the costs and the planner know the others too."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -24,7 +33,9 @@ class ModelConfig:
     hidden_size: int = 0
     """Width of the residual stream."""
     ffn_hidden_size: int = 0
-    """Width of the SwiGLU of a dense layer."""
+    """Width of the MLP of a dense layer."""
+    activation: Literal["swiglu", "gelu", "squared_relu", "quick_geglu"] = "swiglu"
+    """Activation of the MLPs: swiglu, gelu, squared_relu or quick_geglu (--swiglu, --squared-relu, --quick-geglu). The training builds swiglu."""
     num_attention_heads: int = 0
     """Number of query heads."""
     num_query_groups: Optional[int] = None
@@ -33,12 +44,26 @@ class ModelConfig:
     """Width of a head; unset means hidden_size / num_attention_heads."""
     vocab_size: int = 131072
     """Rows of the embedding and of the output layer. Never padded: it must divide by tensor_model_parallel_size."""
+    untie_embeddings_and_output_weights: bool = True
+    """The output layer has a matrix of its own; off: it uses that of the embedding. The training builds two."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """RMSNorm or LayerNorm (which has a bias). The training builds RMSNorm."""
     norm_epsilon: float = 1e-5
-    """Epsilon of RMSNorm."""
+    """Epsilon of the norms."""
+    qk_layernorm: bool = False
+    """A norm on the queries and the keys of each head. The training builds none."""
     attention_output_bias: bool = True
     """Bias on the attention output projection (TeleChat2: yes; Mixtral: no)."""
     mlp_output_bias: bool = True
     """Bias on the down projection, of the experts too (TeleChat2: yes; Mixtral: no)."""
+    add_qkv_bias: bool = False
+    """Bias on the query, key and value projection. The training builds none."""
+    add_bias_linear: bool = False
+    """Bias on every linear layer, the router too: Megatron-LM without --disable-bias-linear. The training builds none on the inputs."""
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    """Positions: rope, learned_absolute (a table of max_position_embeddings rows) or none. The training builds rope."""
+    max_position_embeddings: Optional[int] = None
+    """Rows of the table of learned positions; with rope it has no effect. Unset: seq_length."""
     rotary_base: float = 10000.0
     """Theta of the rotary embedding, before NTK-aware scaling."""
     rotary_training_seqlen: Optional[int] = None
@@ -58,17 +83,21 @@ class ModelConfig:
     num_experts: Optional[int] = None
     """Number of experts of a MoE layer; unset means a dense model."""
     moe_ffn_hidden_size: Optional[int] = None
-    """Width of one expert's SwiGLU."""
+    """Width of one expert's MLP."""
     moe_router_topk: int = 2
     """Experts a token is sent to."""
     moe_layer_freq: int = 1
     """Every moe_layer_freq-th layer is a MoE layer, counted from the first (1: all)."""
+    moe_layer_pattern: Optional[str] = None
+    """Which layers are MoE layers, as Megatron's list, such as ([0]*3+[1]*27): 1 MoE, 0 dense. Takes the place of moe_layer_freq."""
     moe_aux_loss_coeff: float = 0.0
     """Coefficient of the load-balancing auxiliary loss."""
     moe_z_loss_coeff: float = 0.0
     """Coefficient of the router z-loss."""
     moe_shared_expert_intermediate_size: Optional[int] = None
     """Width of the shared expert beside the routed ones; unset means none."""
+    moe_shared_expert_gate: bool = False
+    """The shared expert's output is weighed by a gate of its own. The training builds none."""
 
     @property
     def head_dim(self) -> int:
@@ -82,8 +111,33 @@ class ModelConfig:
     def is_moe(self) -> bool:
         return self.num_experts is not None
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP multiplies two products of its input (three matrices in all) or takes one (two matrices)."""
+        return self.activation in ("swiglu", "quick_geglu")
+
+    @property
+    def not_built(self) -> dict[str, object]:
+        """Field → value, where the costs and the planner know the model and the training does not build it."""
+        return {name: getattr(self, name) for name in PLANNED_ONLY if getattr(self, name) != getattr(type(self), name)}
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.add_qkv_bias or self.add_bias_linear
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        return self.attention_output_bias or self.add_bias_linear
+
+    @property
+    def has_mlp_output_bias(self) -> bool:
+        return self.mlp_output_bias or self.add_bias_linear
+
     def layer_is_moe(self, layer: int) -> bool:
         """Whether the layer with this zero-based number is a MoE layer."""
+        if self.moe_layer_pattern is not None:
+            pattern = moe_layers(self.moe_layer_pattern)
+            return self.is_moe and layer < len(pattern) and bool(pattern[layer])
         return self.is_moe and layer % self.moe_layer_freq == 0
 
 

@@ -70,9 +70,10 @@ def layer_activations(
     Elements a token, after Korthikanti et al. (arXiv 2205.05198, section 4) for a flash attention,
     which keeps no score matrix, and a SwiGLU that keeps its input alone:
         norms      2h (inputs) + 2h (outputs)
-        attention  q + 2k (after rotary) + q (output) + fp32 log-sum-exp a head
-        SwiGLU     2f (gate, up) + f (product)
+        attention  q + 2k (after rotary) + q (output) + fp32 log-sum-exp a head; with norms on q and k, q + k (their inputs)
+        SwiGLU     2f (gate, up) + f (product); without a gate f (input of the activation) + f (its output)
         MoE        `expert_activations`
+        dropout    2h, one byte each (the masks of both residual branches; on the CPU in the compute type)
     On the CPU torch's attention returns its output head by head: the projection reads a copy, which is kept too, and
     a norm keeps one fp32 number a token.
 
@@ -89,10 +90,11 @@ def layer_activations(
     layer_input = size * hidden * tokens.split
     norms = (2 * size * hidden + 8 * on_cpu) * tokens.split
     residual = size * hidden * tokens.split  # the second norm's input
-    attention = size * (2 * query + 2 * key) * tokens.whole / tokens.tensor
+    attention = size * (2 * query + 2 * key + (query + key) * model.qk_layernorm) * tokens.whole / tokens.tensor
+    masks = 2 * _mask_bytes(run)
     core = (4 * model.num_attention_heads + size * query * on_cpu) * tokens.whole / tokens.tensor
     block, block_dropped = _block_activations(model, layer, size, tokens)
-    everything = layer_input + norms + residual + attention + core + block
+    everything = layer_input + norms + residual + attention + core + block + masks
 
     if "full" in modes:
         return LayerActivations(layer_input, everything - layer_input)
@@ -108,10 +110,11 @@ def layer_activations(
 
 def _block_activations(model: ModelConfig, layer: int, size: int, tokens: Tokens) -> tuple[float, float]:
     """Bytes kept inside the MLP or MoE block, the norm output before it not counted, and those its recompute drops."""
+    inner = 3 if model.is_gated else 2
     if not model.layer_is_moe(layer):
-        dense = size * 3 * model.ffn_hidden_size * tokens.whole / tokens.tensor
+        dense = size * inner * model.ffn_hidden_size * tokens.whole / tokens.tensor
         return dense, dense
-    shared = size * 3 * (model.moe_shared_expert_intermediate_size or 0) * tokens.whole / tokens.tensor
+    shared = size * inner * (model.moe_shared_expert_intermediate_size or 0) * tokens.whole / tokens.tensor
     kept, dropped = expert_activations(model, size, tokens)
     return kept + shared, dropped + shared
 
@@ -120,14 +123,15 @@ def expert_activations(model: ModelConfig, size: int, tokens: Tokens) -> tuple[f
     """Bytes that router and routed experts keep, and those of them that recompute ``moe`` drops.
 
     Rows that arrived: h elements, one for every rank a token's experts lie on (`arriving_rows`); on a rank that has all
-    experts they are the norm's output itself. Expert rows (top-k of a token): 2 f_e elements (gate, up), f_e cut by
-    the expert tensor-parallel size, and the fp32 probability. The product of gate and up is made again in every backward.
+    experts they are the norm's output itself. Expert rows (top-k of a token): 2 f_e elements (gate, up; f_e without a
+    gate), f_e cut by the expert tensor-parallel size, and the fp32 probability. The product of gate and up is made again in
+    every backward.
     Router: the chosen experts (int64) and their fp32 weights, and fp32 scores of all experts for an auxiliary loss.
     Recompute ``moe`` drops gate and up: no exchange is repeated. Row numbers, below 1 % of a row, are left out.
     """
     shared = tokens.expert * tokens.expert_tensor > 1
     rows = size * model.hidden_size * arriving_rows(model, tokens) * shared
-    gate_up = 2 * size * tokens.routed * expert_ffn_hidden_size(model) / tokens.expert_tensor
+    gate_up = (2 if model.is_gated else 1) * size * tokens.routed * expert_ffn_hidden_size(model) / tokens.expert_tensor
     scores = 4 * (model.num_experts or 0) * (model.moe_aux_loss_coeff > 0 or model.moe_z_loss_coeff > 0)
     router = tokens.split * (model.moe_router_topk * (INDEX_BYTES + 4) + scores)
     return rows + gate_up + 4 * tokens.routed + router, gate_up
@@ -145,8 +149,19 @@ def arriving_rows(model: ModelConfig, tokens: Tokens) -> float:
 
 
 def embedding_bytes(run: RunConfig) -> float:
-    """What the embedding keeps of a micro-batch: the token ids. Its output is the first layer's input."""
-    return INDEX_BYTES * tokens_of(run).whole
+    """What the embedding keeps of a micro-batch: the token ids, positions where they are learned, the mask of a dropout.
+    Its output is the first layer's input."""
+    tokens, model = tokens_of(run), run.model
+    ids = 2 if model.position_embedding_type == "learned_absolute" else 1
+    return INDEX_BYTES * ids * tokens.whole + _mask_bytes(run)
+
+
+def _mask_bytes(run: RunConfig) -> float:
+    """Mask of one dropout of hidden states: a byte an element, on the CPU one of the compute type."""
+    if not run.model.hidden_dropout:
+        return 0.0
+    each = BYTES[run.training.precision] if run.training.device == "cpu" else 1
+    return each * run.model.hidden_size * tokens_of(run).split
 
 
 def output_layer_bytes(run: RunConfig) -> float:

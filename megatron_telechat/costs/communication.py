@@ -10,6 +10,8 @@ from megatron_telechat.costs.activations import BYTES, Tokens, arriving_rows, to
 from megatron_telechat.costs.devices import DeviceSpec
 
 DEFAULT_RANKS_PER_NODE = 8
+GRADIENT_BYTES = 4
+"""Gradients are accumulated and reduced in fp32, whatever the compute type."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Links:
         """
         members = self.members(stride)
         return self.intra if size <= members else min(self.intra, members * self.inter)
+
+    def between(self, apart: int) -> float:
+        """Bytes a second from one rank to the one that is so many ranks further."""
+        return self.intra if apart < self.ranks_per_node else self.inter
 
     def gather(self, whole_bytes: float, size: int, stride: int = 1) -> float:
         """All-gather or reduce-scatter of `whole_bytes` over `size` ranks, as a ring: (n - 1) / n of it passes each."""
@@ -117,9 +123,20 @@ def context_exchange_seconds(run: RunConfig, links: Links, tokens: Tokens) -> fl
     return links.pass_round(size * key_value, ring, tokens.tensor)
 
 
+def tied_embedding_seconds(run: RunConfig, links: Links) -> float:
+    """Once a step, where the first and the last stage share the embedding's matrix: the sum of its fp32 gradients."""
+    parallel = run.parallel
+    if run.model.untie_embeddings_and_output_weights or parallel.pipeline_model_parallel_size == 1:
+        return 0.0
+    table = run.model.vocab_size * run.model.hidden_size / parallel.tensor_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size
+    apart = max(parallel.world_size // stages, 1) * (stages - 1)
+    # an all-reduce of two ranks: each sends half of the sum, then half of the result
+    return GRADIENT_BYTES * table / links.between(apart) + 2 * links.latency
+
+
 def p2p_seconds(run: RunConfig, links: Links) -> float:
     """One micro-batch's hidden states from a pipeline stage to the next."""
     tokens, size = tokens_of(run), BYTES[run.training.precision]
     stride = max(run.parallel.world_size // run.parallel.pipeline_model_parallel_size, 1)
-    bandwidth = links.intra if stride < links.ranks_per_node else links.inter
-    return size * run.model.hidden_size * tokens.split / bandwidth + links.latency
+    return size * run.model.hidden_size * tokens.split / links.between(stride) + links.latency

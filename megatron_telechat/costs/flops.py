@@ -1,6 +1,6 @@
 """Floating-point operations of a model, counted as those the mathematics needs.
 
-A multiply-add is two operations. Matrix products only: norms, rotary, softmax and SwiGLU's
+A multiply-add is two operations. Matrix products only: norms, rotary, softmax and the MLP's
 element-wise part are below 1 % and left out, as in the PaLM paper (arXiv 2204.02311, appendix B)
 and in Narayanan et al. (arXiv 2104.04473, section 5.1). Unlike the latter, causal attention is
 counted as the half that is not masked, and recompute is not counted: these are *model* FLOPs,
@@ -24,13 +24,18 @@ class LayerFlops:
     core_attention: float
     """Scores and their product with V over the causal half: 2 S q."""
     mlp: float
-    """SwiGLU, 6 h f; in a MoE layer of the top-k experts and of the shared one."""
+    """6 h f of a SwiGLU, 4 h f without a gate; in a MoE layer of the top-k experts and of the shared one."""
     router: float
     """2 h E; zero in a dense layer."""
 
     @property
     def total(self) -> float:
         return self.projections + self.core_attention + self.mlp + self.router
+
+
+def mlp_forward_flops(model: ModelConfig, width: float) -> float:
+    """Forward FLOPs of an MLP of this width for one token: three matrices where it is gated, else two."""
+    return (6 if model.is_gated else 4) * model.hidden_size * width
 
 
 def layer_forward_flops(model: ModelConfig, layer: int, seq_length: int) -> LayerFlops:
@@ -42,9 +47,9 @@ def layer_forward_flops(model: ModelConfig, layer: int, seq_length: int) -> Laye
     # Token i attends to i + 1 positions: S/2 on average, at 2 * 2q each (scores, then values).
     core_attention = 2 * seq_length * query
     if not model.layer_is_moe(layer):
-        return LayerFlops(projections, core_attention, 6 * hidden * model.ffn_hidden_size, 0.0)
-    experts = 6 * hidden * expert_ffn_hidden_size(model) * model.moe_router_topk
-    shared = 6 * hidden * (model.moe_shared_expert_intermediate_size or 0)
+        return LayerFlops(projections, core_attention, mlp_forward_flops(model, model.ffn_hidden_size), 0.0)
+    experts = mlp_forward_flops(model, expert_ffn_hidden_size(model)) * model.moe_router_topk
+    shared = mlp_forward_flops(model, model.moe_shared_expert_intermediate_size or 0)
     return LayerFlops(projections, core_attention, experts + shared, 2 * hidden * (model.num_experts or 0))
 
 

@@ -18,11 +18,10 @@ from megatron_telechat.costs.activations import (
     layer_activations,
     output_layer_bytes,
 )
+from megatron_telechat.costs.communication import GRADIENT_BYTES
 from megatron_telechat.costs.parameters import LocalCount, local_count, stage_table
 from megatron_telechat.costs.schedule import Op, peak_in_flight
 
-GRADIENT_BYTES = 4
-"""Gradients are accumulated and reduced in fp32, whatever the compute type."""
 MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""
 MASTER_BYTES = 4

@@ -14,15 +14,17 @@ from typing import Any, Iterable, Optional
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import BYTES, tokens_of
 from megatron_telechat.costs.communication import (
+    GRADIENT_BYTES,
     Links,
     context_exchange_seconds,
     expert_exchange_seconds,
     p2p_seconds,
     tensor_exchange_seconds,
+    tied_embedding_seconds,
 )
 from megatron_telechat.costs.devices import DeviceSpec, Measured
-from megatron_telechat.costs.flops import head_forward_flops, layer_forward_flops
-from megatron_telechat.costs.memory import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, optimizer_shards
+from megatron_telechat.costs.flops import head_forward_flops, layer_forward_flops, mlp_forward_flops
+from megatron_telechat.costs.memory import MASTER_BYTES, MOMENT_BYTES, optimizer_shards
 from megatron_telechat.costs.parameters import (
     LocalCount,
     expert_ffn_hidden_size,
@@ -105,6 +107,8 @@ def conditions(run: RunConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
         "moe_router_topk": model.moe_router_topk if model.is_moe else None,
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        # what only some models have is named only for those: device files of before hold
+        **model.not_built,
         "precision": training.precision,
         "seq_length": training.seq_length,
         "micro_batch_size": training.micro_batch_size,
@@ -238,6 +242,10 @@ class TimeModel:
             )
         )
 
+    def tied_embedding(self) -> float:
+        """Seconds of adding up, once a step, the gradients of a matrix that the first and the last stage share."""
+        return tied_embedding_seconds(self.run, self.links)
+
     def step_constant(self) -> float:
         """The rest of an iteration, whatever its size; known only where it was measured."""
         return self.measured.step if self.measured is not None else 0.0
@@ -251,12 +259,15 @@ class TimeModel:
         share = tokens.whole / tokens.tensor
         query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
         products = self._gemm(flops.projections * share)
-        rotary = self._bytes(2 * self._size * (query + 2 * key) * share)
+        rotates = model.position_embedding_type == "rope"
+        rotary = self._bytes(2 * self._size * (query + 2 * key) * share) if rotates else 0.0
         residual = self._bytes(3 * self._size * model.hidden_size * tokens.split)
         exchange = self._exposed_tensor()
         core = flops.core_attention * share / (self._peak * self._efficiency("attention"))
         ring = context_exchange_seconds(self.run, self.links, tokens)
         norms = self._norm() + self._norm()
+        if model.qk_layernorm:
+            norms += self._norm_of((query + key) * share)
         return {
             "norms": norms,
             "projections": PartTime(
@@ -268,30 +279,38 @@ class TimeModel:
         }
 
     def _dense(self, width: int) -> PartTime:
-        """A SwiGLU of this width, and the residual sum behind it."""
+        """An MLP of this width, and the residual sum behind it."""
         model, tokens = self.run.model, self._tokens
         share = tokens.whole / tokens.tensor
-        product = self._gemm(6 * model.hidden_size * width * share)
+        product = self._gemm(mlp_forward_flops(model, width) * share)
         element = self._size * width * share
+        forward, backward = self._activation_passes
         residual = self._bytes(self._size * model.hidden_size * tokens.split)
         exchange = self._exposed_tensor()
         return PartTime(
-            product + self._bytes(3 * element) + 3 * residual + exchange,
-            GEMM_BACKWARD * product + self._bytes(5 * element) + residual + exchange,
+            product + self._bytes(forward * element) + 3 * residual + exchange,
+            GEMM_BACKWARD * product + self._bytes(backward * element) + residual + exchange,
         )
+
+    @property
+    def _activation_passes(self) -> tuple[int, int]:
+        """Arrays as wide as the MLP that its activation reads and writes, forward and backward: gate, up and product,
+        then those, the gradient and two of it; without a gate input and output, then input, gradient and its gradient."""
+        return (3, 5) if self.run.model.is_gated else (2, 3)
 
     def _experts(self) -> PartTime:
         """Router, dispatch, grouped products, way back; a shared expert as a dense one."""
         model, tokens = self.run.model, self._tokens
         width = expert_ffn_hidden_size(model) / tokens.expert_tensor
         hidden, rows = model.hidden_size, tokens.routed * self.software.moe_imbalance
-        product = 6 * hidden * width * rows / (self._peak * self._efficiency("grouped_gemm"))
+        product = mlp_forward_flops(model, width) * rows / (self._peak * self._efficiency("grouped_gemm"))
         element, row = self._size * width * rows, self._size * hidden * rows
         # the rows are copied out, sorted where they arrive, put back and summed: four passes that read and write
         moves = self._bytes(8 * row)
         router = self._gemm(2 * hidden * (model.num_experts or 0) * tokens.split)
         exchange = expert_exchange_seconds(self.run, self.links, self.software.expert_by_node) * self.software.moe_imbalance
-        forward, backward = product + self._bytes(3 * element), GEMM_BACKWARD * product + self._bytes(5 * element)
+        read, again = self._activation_passes
+        forward, backward = product + self._bytes(read * element), GEMM_BACKWARD * product + self._bytes(again * element)
         exposed = PartTime(self._exposed_experts(exchange, forward), self._exposed_experts(exchange, backward))
         block = PartTime(router + moves + forward, GEMM_BACKWARD * router + moves + backward)
         width = model.moe_shared_expert_intermediate_size
@@ -307,7 +326,7 @@ class TimeModel:
         model, tokens = self.run.model, self._tokens
         rows = tokens.routed * self.software.moe_imbalance
         width = expert_ffn_hidden_size(model) / tokens.expert_tensor
-        again = 4 * model.hidden_size * width * rows / (self._peak * self._efficiency("grouped_gemm"))
+        again = (4 if model.is_gated else 2) * model.hidden_size * width * rows / (self._peak * self._efficiency("grouped_gemm"))
         shared = model.moe_shared_expert_intermediate_size
         return again + (self._dense(shared).forward if shared else 0.0)
 
@@ -319,7 +338,10 @@ class TimeModel:
         return left / chunks + max(0.0, left - compute) * (chunks - 1) / chunks
 
     def _norm(self) -> PartTime:
-        element = self._bytes(self._size * self.run.model.hidden_size * self._tokens.split)
+        return self._norm_of(self.run.model.hidden_size * self._tokens.split)
+
+    def _norm_of(self, elements: float) -> PartTime:
+        element = self._bytes(self._size * elements)
         return PartTime(2 * element, 4 * element)  # read, write; input and gradient read, gradient written, weight's sum
 
     def _exposed_tensor(self) -> float:

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.parameters import expert_ffn_hidden_size
+from megatron_telechat.errors import ConfigError
 from megatron_telechat.model.spec import has_transformer_engine
 from megatron_telechat.parallel.state import ParallelState
 
@@ -37,8 +38,14 @@ def transformer_config(
         vp_stage: chunk of this rank; the configuration is the same for all of them, but each gets its own object,
             because the schedules hang functions on it.
         device_type: cuda turns on what only a GPU has.
+
+    Raises:
+        ConfigError: a model that only the planner knows.
     """
     model, training = run.model, run.training
+    if model.not_built:
+        what = ", ".join(f"{name}={value}" for name, value in model.not_built.items())
+        raise ConfigError(f"the training does not build a model with {what}", "model", "the planner takes it; leave it out here")
     dtype = compute_dtype(run)
     transformer_engine = has_transformer_engine(device_type)
     return TransformerConfig(

@@ -86,8 +86,10 @@ def balance_problem(
         groups.append(_group(run, times, numbers[0], len(numbers), tuple(own)))
     embedding, output = times.embedding(), times.output_layer()
     ends = [stage_table(run.model, (), has_embedding=first, has_loss=not first) for first in (True, False)]
-    embed_bytes, head_bytes = (_weights(run, table) for table in ends)
     parallel = run.parallel
+    if parallel.pipeline_model_parallel_size == 1:  # a tied matrix lies on the one stage once
+        ends[1] = {key: shape for key, shape in ends[1].items() if key not in ends[0]}
+    embed_bytes, head_bytes = (_weights(run, table) for table in ends)
     return BalanceProblem(
         P=parallel.pipeline_model_parallel_size,
         V=parallel.num_virtual_stages_per_pipeline_rank,

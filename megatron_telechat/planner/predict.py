@@ -120,7 +120,8 @@ def predict(run: RunConfig, device: DeviceSpec, software: Optional[Software] = N
         makespan=makespan * pace,
         pace=pace,
         simulation=simulation,
-        reduction=max(max(0.0, times.gradient_reduction(count) - cover) for count, cover in zip(counts, hidden)),
+        reduction=times.tied_embedding()
+        + max(max(0.0, times.gradient_reduction(count) - cover) for count, cover in zip(counts, hidden)),
         optimizer=max(times.optimizer_step(count) for count in counts),
         constant=times.step_constant(),
         tokens=run.training.global_batch_size * run.training.seq_length,

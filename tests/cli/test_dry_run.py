@@ -50,7 +50,9 @@ def test_every_preset_on_few_and_many_ranks(preset):
 def test_preset_counts_are_the_published_ones(preset):
     count = count_parameters(load_run_config(["--preset", preset, "--dry-run"], {}).run.model)
     assert (count.total, count.active) == PUBLISHED[preset]
-    assert f"{count.total:,} parameters" in dry(preset=preset)
+    head = dry(preset=preset).splitlines()[0]
+    active = f", {count.active:,} active a token" if count.active != count.total else ""
+    assert f"{count.total:,} parameters{active}, vocabulary " in head
 
 
 def test_layout_recompute_ranks_and_experts_are_drawn():

@@ -189,12 +189,48 @@ def test_pasted_megatron_command(ask, tmp_path):
     script.write_text(MEGATRON)
     code, text = ask("--device", "a100-80g", "--command", str(script))
     assert code == 0, text
+    assert "vocabulary 32,000; 4,096 learned positions" in text
     assert "TP2 x PP4 x DP2, 16 ranks" in text and "8 ranks" not in text.replace("16 ranks", "")
     assert "note: --grad-reduce-in-bf16 is not modelled, planned without it" in text
     words = MEGATRON.replace("\\\n", " ").split()
     behind = answer(ask, "--device", "a100-80g", "--", *words)
     again = answer(ask, "--device", "a100-80g", "--command", str(script))
     assert behind["modes"] == again["modes"]
+
+
+GPT3 = """
+torchrun --nproc_per_node 8 --nnodes 16 pretrain_gpt.py --num-layers 96 --hidden-size 12288 --num-attention-heads 96 \\
+  --seq-length 2048 --max-position-embeddings 2048 --micro-batch-size 1 --global-batch-size 64 --lr 6.0e-5 --fp16 \\
+  --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --data-path /nowhere/corpus --vocab-file /nowhere/v.json \\
+  --merge-file /nowhere/m.txt --recompute-granularity full --recompute-method block --recompute-num-layers 1
+"""
+
+
+def test_gpt3_pasted_is_gpt3(ask, tmp_path):
+    script = tmp_path / "gpt3.sh"
+    script.write_text(GPT3)
+    words = ["--device", "a100-80g", "--time-limit", "1", "--command", str(script)]
+    code, text = ask(*words)
+    assert code == 0, text
+    total = 96 * (12 * 12288**2 + 13 * 12288) + 2 * 12288 + (2048 + 51200) * 12288
+    assert f"{total:,} parameters, vocabulary 51,200; GELU, tied embeddings, 2,048 learned positions, LayerNorm, biases" in text
+    assert "note: vocabulary as Megatron-LM sees it: 50,257 of GPT2BPETokenizer, padded to 51,200" in text
+    assert "note: absent flags as Megatron-LM reads them: activation=gelu" in text and "as configured" in text
+    found = answer(ask, *words)
+    assert found["model"] == {"parameters": total, "active_parameters": total, "vocab_size": 51200}
+    memory = found["plan"]["predicted"]["memory_gib"]
+    # the table, its gradient and fp32 state lie on the last stage as on the first
+    assert memory[-1] > 0 and len(memory) == 16
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_a_tied_model_is_planned_with_the_bytes_of_its_stages(ask, stages):
+    words = ["--num-layers", "8", "--hidden-size", "512", "--num-attention-heads", "8", "--seq-length", "512", "--vocab-size", "30000",
+             "--bf16", "--world-size", str(stages), "--pipeline-model-parallel-size", str(stages), "--global-batch-size", "8"]  # fmt: skip
+    found = answer(ask, *words, "--device", "a100-80g")
+    assert found["plan"]["made_for"]["activation"] == "gelu"
+    run = load_run_config([*words, "--dry-run", *found["plan"]["flags"]], {}, described=True).run
+    assert [peak - 3 * 2**30 for peak in found["peak_bytes"]] == pytest.approx([stage.total_bytes for stage in stage_memory(run)])
 
 
 def test_sweep_ranks_layouts_that_train(ask):
@@ -264,6 +300,7 @@ def test_plan_equals_its_flags(plan):
         ("--micro-batch-size 2", ["micro_batch_size=2 and micro_batch_size=1 of the plan disagree", "flag; plan "]),
         ("--hidden-size 4096", ["made for another run: hidden_size=6144, this run 4096"]),
         ("--seq-length 4096", ["seq_length=8192, this run 4096"]),
+        ("--squared-relu", ["made for another run: activation=swiglu, this run squared_relu"]),
     ],
 )
 def test_plan_of_another_run_is_refused(plan, words, said):
@@ -325,6 +362,7 @@ def test_damaged_plans_are_named(plan, change, said):
         (["--sweep", "--preset", "telechat2-tiny", "--device", "h100-80g"], "no number of ranks"),
         (["--device", "h100-80g", "--command", "nowhere.sh"], "cannot read nowhere.sh"),
         (["--device", "h100-80g", "--", "torchrun", "pretrain_gpt.py", "${ARGS[@]}"], "what $ARGS holds is not known"),
+        (["--device", "h100-80g", "--", "torchrun", "pretrain_bert.py", "--num-layers", "24"], "pretrain_bert.py does not train a GPT"),
         ([*SMALL, "--calibrate"], "--calibrate has no file to write"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -49,6 +49,7 @@ DENSE = """
     --dataloader-type single --num-workers 4 --no-create-attention-mask-in-dataloader --mock-data
     --vocab-size 32000 --tp-comm-overlap --deterministic-mode --seed 42 --profile --profile-step-start 5
     --profile-step-end 8 --profile-ranks 0 1 --untie-embeddings-and-output-weights --swiglu --normalization RMSNorm
+    --disable-bias-linear
 """
 
 MOE_REFUSED = """

@@ -97,7 +97,7 @@ def test_a_shared_expert_runs_beside_the_exchange():
 def flags(text: str) -> dict[str, tuple[str, ...]]:
     from megatron_telechat.config.flags import read_command_line
 
-    return read_command_line(text.split()).megatron
+    return read_command_line(text.split()).given
 
 
 @pytest.mark.parametrize(

@@ -141,3 +141,36 @@ def test_published_115b_layout_fits_its_published_limit():
     totals = [stage.total_bytes for stage in stage_memory(run)]
     assert 45e9 < max(totals) < 54.5e9
     assert totals.index(max(totals)) == 3
+
+
+GPT = replace(
+    TINY, activation="gelu", untie_embeddings_and_output_weights=False, position_embedding_type="learned_absolute",
+    max_position_embeddings=20, normalization="LayerNorm", add_bias_linear=True,
+)  # fmt: skip
+"""A model as Megatron-LM builds it without --swiglu, --untie-embeddings-and-output-weights, ..."""
+
+
+def test_a_tied_matrix_lies_on_the_first_and_the_last_stage():
+    # weights of q, k, v (16 x 8), output and MLP; a bias each; two norms with weight and bias
+    layer = 16 * 8 + 16 + 8 * 8 + 8 + 12 * 8 + 12 + 8 * 12 + 8 + 2 * 16
+    table, positions, norm = 32 * 8, 20 * 8, 16
+    assert count_parameters(GPT).total == 4 * layer + table + positions + norm
+    (one,) = stage_memory(make(GPT))
+    assert one.parameters.total == 4 * layer + table + positions + norm
+    first, middle, last = stage_memory(
+        make(GPT, world_size=3, pipeline_model_parallel_size=3, pipeline_model_parallel_layout="Et|tt|tL")
+    )
+    assert first.parameters.total == layer + table + positions
+    assert (middle.parameters.total, last.parameters.total) == (2 * layer, layer + norm + table)
+    half, _ = stage_memory(make(GPT, world_size=4, tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
+    whole = 2 * (8 + 8 + 4 * 8)  # output biases and norms, on every rank
+    assert half.parameters.total == (2 * layer - whole) // 2 + whole + table // 2 + positions
+
+
+def test_what_a_layer_without_a_gate_keeps():
+    gated, plain = (stage_memory(make(replace(TINY, activation=name)))[0].activations_bytes for name in ("swiglu", "gelu"))
+    assert gated - plain == 4 * 16 * 2 * 12  # of 3 f elements one is not there
+    dropped = stage_memory(make(replace(TINY, hidden_dropout=0.1)))[0].activations_bytes
+    assert dropped - gated == (4 * 2 + 1) * 16 * 8  # a byte an element: two branches a layer, and the embedding
+    normed = stage_memory(make(replace(TINY, qk_layernorm=True)))[0].activations_bytes
+    assert normed - gated == 4 * 16 * 2 * (8 + 4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.costs.worker_saved_tensors import MODES, cases
+from tests.costs.worker_saved_tensors import MODES, STOCK, cases
 from tests.harness import run_cases
 
 
@@ -31,3 +31,12 @@ def test_parameters_gradients_and_optimizer_to_the_byte(report, name):
     for rank in report.check(name):
         for measured, predicted in rank:
             assert measured == predicted
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", [name for name in cases.names if name.startswith("stock")])
+def test_parameters_of_models_that_megatron_core_builds(report, name):
+    for rank in report.check(name):
+        assert len(rank) == len(STOCK)
+        for model, (built, predicted) in rank.items():
+            assert built == predicted, model

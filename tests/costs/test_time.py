@@ -158,3 +158,28 @@ def test_bad_device_files(tmp_path, text, says):
 def test_missing_device_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         read_device_file(tmp_path / "none.yaml")
+
+
+def test_an_mlp_without_a_gate_by_hand():
+    gated, plain = (TimeModel(make(replace(SMALL, activation=name)), ROUND).layer_parts(0)["block"] for name in ("swiglu", "gelu"))
+    # a token: one product of 2*8*12 FLOPs less, one array of 12 elements forward and two backward
+    assert gated.forward - plain.forward == pytest.approx(16 * 192 / 1e12 + 2 * 16 * 12 / 1e9)
+    assert gated.backward - plain.backward == pytest.approx(2 * 16 * 192 / 1e12 + 2 * 16 * 24 / 1e9)
+    no_rotary = TimeModel(make(replace(SMALL, position_embedding_type="none")), ROUND).layer_parts(0)["projections"]
+    rotary = TimeModel(make(), ROUND).layer_parts(0)["projections"]
+    assert rotary.forward - no_rotary.forward == pytest.approx(2 * 16 * 2 * 16 / 1e9)
+
+
+def test_gradients_of_a_tied_matrix_are_added_up_between_the_stages():
+    tied = replace(SMALL, untie_embeddings_and_output_weights=False)
+    two = {"world_size": 16, "ranks_per_node": 8, "pipeline_model_parallel_size": 2}
+    # an all-reduce of two ranks on two nodes: the whole of 32 x 8 fp32 numbers passes once
+    assert TimeModel(make(tied, **two), ROUND).tied_embedding() == pytest.approx(4 * 32 * 8 / 1.25e8, rel=1e-3)
+    assert TimeModel(make(tied), ROUND).tied_embedding() == TimeModel(make(**two), ROUND).tied_embedding() == 0
+
+
+def test_conditions_of_our_own_models_are_those_of_older_device_files():
+    own = conditions(make())
+    assert "activation" not in own and "normalization" not in own
+    other = conditions(make(replace(SMALL, activation="gelu")))
+    assert other == {**own, "activation": "gelu"}

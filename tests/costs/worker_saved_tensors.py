@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import torch
 
 from megatron_telechat import parallel
@@ -17,11 +20,11 @@ EXPERTS = dict(num_experts=8, moe_ffn_hidden_size=96, moe_router_topk=2, moe_aux
 TENSOR = dict(tensor_model_parallel_size=2)
 
 
-def make_run(moe: bool, precision: str, recompute: str, layers: int, **parallel_sizes) -> RunConfig:
+def make_run(moe: bool, precision: str, recompute: str, layers: int, dropout: float = 0.0, **parallel_sizes) -> RunConfig:
     return RunConfig(
         model=ModelConfig(
             num_layers=layers, hidden_size=128, ffn_hidden_size=384, num_attention_heads=8, num_query_groups=4,
-            vocab_size=1024, **(EXPERTS if moe else {}),
+            vocab_size=1024, hidden_dropout=dropout, **(EXPERTS if moe else {}),
         ),
         parallel=ParallelConfig(world_size=2, **parallel_sizes),
         training=TrainingConfig(
@@ -58,12 +61,12 @@ def saved_bytes(run: RunConfig) -> int:
     return sum(size for pointer, size in sizes.items() if pointer not in parameters)
 
 
-def activations(moe: bool, precision: str, **parallel_sizes) -> dict[str, list[float]]:
+def activations(moe: bool, precision: str, dropout: float = 0.0, **parallel_sizes) -> dict[str, list[float]]:
     """For each recompute kind, of a layer: [measured, predicted] bytes; and of embedding and output layer."""
     found = {}
     for kind in MODES:
         modes = kind.replace("block", "moe" if moe else "mlp")
-        runs = [make_run(moe, precision, f"{modes}*{layers}", layers, **parallel_sizes) for layers in (2, 3)]
+        runs = [make_run(moe, precision, f"{modes}*{layers}", layers, dropout, **parallel_sizes) for layers in (2, 3)]
         two, three = (saved_bytes(run) for run in runs)
         kept = layer_activations(runs[0], 0, () if kind == "none" else tuple(modes.split("+"))).kept
         found[kind] = [three - two, kept]
@@ -109,6 +112,64 @@ def resident(moe: bool, precision: str, **parallel_sizes) -> list[list[float]]:
     ]
 
 
+STOCK: dict[str, dict[str, Any]] = {
+    "gpt": dict(activation="gelu", untie_embeddings_and_output_weights=False, position_embedding_type="learned_absolute",
+                max_position_embeddings=48, normalization="LayerNorm", add_bias_linear=True),
+    "qkv_bias": dict(add_qkv_bias=True, qk_layernorm=True, attention_output_bias=False, mlp_output_bias=False),
+    "relu2": dict(activation="squared_relu", normalization="LayerNorm", attention_output_bias=False, mlp_output_bias=False),
+    "moe": dict(num_experts=4, moe_ffn_hidden_size=24, activation="gelu", add_bias_linear=True, normalization="LayerNorm",
+                untie_embeddings_and_output_weights=False),
+    "shared": dict(num_experts=4, moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=40, moe_shared_expert_gate=True,
+                   attention_output_bias=False, mlp_output_bias=False),
+}  # fmt: skip
+"""Models that only Megatron-Core builds, in fields of ours."""
+
+
+def stock_parameters(**parallel_sizes) -> dict[str, list[int]]:
+    """For each model [built, predicted]: parameters that this rank holds of Megatron-Core's own GPTModel."""
+    backend = get_backend("cpu")
+    backend.install()
+    parallel.destroy(keep_world=True)
+    run = RunConfig(model=ModelConfig(num_layers=4), parallel=ParallelConfig(world_size=2, **parallel_sizes))
+    state = parallel.initialize(run, backend)
+    return {name: _stock(changes, run.parallel, state) for name, changes in STOCK.items()}
+
+
+def _stock(changes: dict[str, Any], sizes: ParallelConfig, state: parallel.ParallelState) -> list[int]:
+    from megatron.core.activations import squared_relu
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_telechat.costs.parameters import local_count, stage_table
+
+    model = ModelConfig(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=64, **changes)
+    functional = torch.nn.functional
+    functions = {"swiglu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}
+    config = TransformerConfig(
+        num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, normalization=model.normalization,
+        activation_func=functions[model.activation], gated_linear_unit=model.is_gated, add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.has_qkv_bias, qk_layernorm=model.qk_layernorm, num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size, moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
+        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size, moe_shared_expert_gate=model.moe_shared_expert_gate,
+        pipeline_dtype=torch.float32, gradient_accumulation_fusion=False, bias_activation_fusion=False, transformer_impl="local",
+        tensor_model_parallel_size=state.tp_size, pipeline_model_parallel_size=state.pp_size,
+        expert_tensor_parallel_size=state.etp_size,
+    )  # fmt: skip
+    # the sharing of a tied matrix between stages moves it to a GPU that is not here
+    with patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
+        built = GPTModel(
+            config, get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=model.normalization), vocab_size=64,
+            max_sequence_length=model.max_position_embeddings or 0, pre_process=state.is_first_stage(), post_process=state.is_last_stage(),
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            position_embedding_type=model.position_embedding_type, pg_collection=state.process_groups,
+        )  # fmt: skip
+    each = 4 // state.pp_size
+    layers = range(each * state.pp_rank, each * (state.pp_rank + 1))
+    table = stage_table(model, layers, has_embedding=state.is_first_stage(), has_loss=state.is_last_stage())
+    return [sum(parameter.numel() for parameter in built.parameters()), local_count(table, sizes).total]
+
+
 for precision in ("bf16", "fp32"):
     for moe in (False, True):
         name = f"{'moe' if moe else 'dense'}_{precision}"
@@ -116,7 +177,11 @@ for precision in ("bf16", "fp32"):
         cases.add(f"resident_{name}_pp2", lambda m=moe, p=precision: resident(m, p, pipeline_model_parallel_size=2))
         cases.add(f"resident_{name}_tp2", lambda m=moe, p=precision: resident(m, p, **TENSOR))
 cases.add("activations_dense_tp2", lambda: activations(False, "bf16", **TENSOR))
+cases.add("activations_dense_dropout", lambda: activations(False, "bf16", 0.1))
 cases.add("activations_moe_folded", lambda: activations(True, "bf16", **TENSOR, fold_tensor_into_experts=True))
+
+cases.add("stock_tp2", lambda: stock_parameters(**TENSOR, expert_tensor_parallel_size=1))
+cases.add("stock_pp2", lambda: stock_parameters(pipeline_model_parallel_size=2))
 
 if __name__ == "__main__":
     cases.main()

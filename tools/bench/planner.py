@@ -35,14 +35,15 @@ LOOSE = float(2**20)
 DEVICE = "ascend-910b-64g"
 DENSE_80 = (
     "--num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 --group-query-attention "
-    "--num-query-groups 8 --seq-length 8192 --vocab-size 128256 --micro-batch-size 1 --bf16 --use-distributed-optimizer "
+    "--num-query-groups 8 --seq-length 8192 --padded-vocab-size 128256 --micro-batch-size 1 --bf16 --use-distributed-optimizer "
     "--tensor-model-parallel-size 8 --sequence-parallel --swiglu --normalization RMSNorm --position-embedding-type rope "
-    "--untie-embeddings-and-output-weights --disable-bias-linear --mock-data"
+    "--untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --mock-data"
 )
 DENSE_58 = (
-    "--num-layers 58 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 56 --seq-length 4096 --vocab-size 129280 "
+    "--num-layers 58 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 56 --seq-length 4096 --padded-vocab-size 129280 "
     "--micro-batch-size 1 --bf16 --use-distributed-optimizer --tensor-model-parallel-size 4 --sequence-parallel --swiglu "
-    "--normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --mock-data"
+    "--normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear "
+    "--attention-dropout 0 --hidden-dropout 0 --mock-data"
 )
 MOE_58 = (
     DENSE_58

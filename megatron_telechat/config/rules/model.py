@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from megatron_telechat.config.fields import fields_by_name, values_of
+from megatron_telechat.config.layer_pattern import moe_layers
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.errors import Problem
 
@@ -33,8 +34,8 @@ def groups_divide_heads(check: Check) -> Iterator[Problem]:
 
 
 def head_dim_is_even(check: Check) -> Iterator[Problem]:
-    head = check.take("kv_channels")
-    if head is not None and head % 2:
+    head, positions = check.take("kv_channels", "position_embedding_type")
+    if head is not None and head % 2 and positions == "rope":
         yield check.problem(
             f"a head {head} wide cannot be rotated: the rotary embedding pairs its channels",
             "kv_channels",
@@ -55,8 +56,8 @@ def ntk_scaling_has_channels(check: Check) -> Iterator[Problem]:
 
 
 def dense_ffn_given(check: Check) -> Iterator[Problem]:
-    width, experts, freq = check.take("ffn_hidden_size", "num_experts", "moe_layer_freq")
-    if width == 0 and (experts is None or freq > 1):
+    width = check.take("ffn_hidden_size")
+    if width == 0 and has_dense_layers(check):
         yield check.problem(
             "ffn_hidden_size is not given, and the model has dense layers", "ffn_hidden_size", fix="--ffn-hidden-size N"
         )
@@ -70,6 +71,29 @@ def expert_ffn_given(check: Check) -> Iterator[Problem]:
             "moe_ffn_hidden_size is not given, and the model has experts",
             "moe_ffn_hidden_size",
             fix="--moe-ffn-hidden-size N",
+        )
+
+
+def has_dense_layers(check: Check) -> bool:
+    """Whether any layer of the model is dense."""
+    check.take("num_experts", "moe_layer_freq", "moe_layer_pattern")
+    return not all(check.run.model.layer_is_moe(layer) for layer in range(check.take("num_layers")))
+
+
+def pattern_is_one(check: Check) -> Iterator[Problem]:
+    pattern, layers = check.take("moe_layer_pattern", "num_layers")
+    if pattern is None:
+        return
+    try:
+        length = len(moe_layers(pattern))
+    except ValueError as error:
+        yield check.one(f"moe_layer_pattern: {error}", "moe_layer_pattern", fix="--moe-layer-freq N, or a list such as [0]*3+[1]*27")
+        return
+    if length != layers:
+        yield check.one(
+            f"moe_layer_pattern={pattern} is of {length} layers, the model has num_layers={layers}",
+            "moe_layer_pattern",
+            fix="a list with one number for each layer",
         )
 
 
@@ -114,6 +138,7 @@ _NEED_EXPERTS = (
     "moe_ffn_hidden_size",
     "moe_router_topk",
     "moe_layer_freq",
+    "moe_layer_pattern",
     "moe_shared_expert_intermediate_size",
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
@@ -167,6 +192,7 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 
 RULES: tuple[Rule, ...] = (
+    pattern_is_one,
     heads_divide_hidden,
     groups_divide_heads,
     head_dim_is_even,

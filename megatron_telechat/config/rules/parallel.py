@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from megatron_telechat.config.origins import Check, Rule, flag
-from megatron_telechat.config.rules.model import nearest_divisor
+from megatron_telechat.config.rules.model import has_dense_layers, nearest_divisor
 from megatron_telechat.errors import Problem
 
 TP = "tensor_model_parallel_size"
@@ -37,7 +37,7 @@ def tensor_parallel_divides(check: Check) -> Iterator[Problem]:
         if name in check.bad:
             continue
         size = check.take(name)
-        if name == "ffn_hidden_size" and not _has_dense_layers(check):
+        if name == "ffn_hidden_size" and not has_dense_layers(check):
             continue
         if name == "num_query_groups" and (size is None or _same_as_heads(check)):
             continue
@@ -52,11 +52,6 @@ def tensor_parallel_divides(check: Check) -> Iterator[Problem]:
 def _same_as_heads(check: Check) -> bool:
     """Derived from the heads, which get the complaint."""
     return not check.said("num_query_groups")
-
-
-def _has_dense_layers(check: Check) -> bool:
-    experts, freq = check.take("num_experts", "moe_layer_freq")
-    return experts is None or freq > 1
 
 
 def _largest_tp(check: Check, size: int) -> int:

@@ -6,6 +6,7 @@ from typing import Iterator
 
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.recompute import parse_recompute_layout, recompute_plan
+from megatron_telechat.config.rules.model import has_dense_layers
 from megatron_telechat.config.rules.pipeline import CHUNKS, LAYOUT, PP
 from megatron_telechat.errors import ConfigError, Problem
 
@@ -55,7 +56,7 @@ def details_go_with_full(check: Check) -> Iterator[Problem]:
 
 
 def modules_go_with_selective(check: Check) -> Iterator[Problem]:
-    granularity, modules, experts, freq = check.take(GRANULARITY, MODULES, "num_experts", "moe_layer_freq")
+    granularity, modules, experts = check.take(GRANULARITY, MODULES, "num_experts")
     if granularity != "selective":
         if modules != DEFAULT_MODULES and check.said_by_person(MODULES):
             yield check.problem(
@@ -71,7 +72,7 @@ def modules_go_with_selective(check: Check) -> Iterator[Problem]:
         )
     if "moe" in modules and experts is None:
         yield check.problem(f"{MODULES} names moe, but the model has no experts", MODULES, fix="mlp in its place")
-    if "mlp" in modules and experts is not None and freq == 1:
+    if "mlp" in modules and experts is not None and not has_dense_layers(check):
         yield check.problem(
             f"{MODULES} names mlp, but every layer of the model has experts", MODULES, fix="moe in its place"
         )
@@ -83,7 +84,7 @@ def layout_fits_the_stages(check: Check) -> Iterator[Problem]:
         return
     try:
         parse_recompute_layout(text)
-        check.take("num_layers", PP, CHUNKS, LAYOUT, "moe_layer_freq")
+        check.take("num_layers", PP, CHUNKS, LAYOUT, "moe_layer_freq", "moe_layer_pattern")
         recompute_plan(check.run)
     except ConfigError as error:
         for problem in error.problems:

@@ -12,7 +12,7 @@ SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
 """What a model cannot be without."""
 
 AT_LEAST_ONE = (
-    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"),
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings"),
     *("rotary_training_seqlen", "rotary_base_seqlen", "num_experts", "moe_ffn_hidden_size", "moe_router_topk"),
     *("moe_layer_freq", "moe_shared_expert_intermediate_size", "world_size", "ranks_per_node"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
