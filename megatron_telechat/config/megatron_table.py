@@ -356,8 +356,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     ),
     (Refused("experts have the width of the model", another_model=True), "moe-latent-size"),
     (
-        Refused("an expert is a SwiGLU on the hidden states, its output weighted by the router; a shared expert has no gate"),
-        "moe-apply-probs-on-input moe-shared-expert-gate",
+        Refused("an expert is a SwiGLU on the hidden states, its output weighted by the router"),
+        "moe-apply-probs-on-input",
     ),
     (Refused("a dense model is not turned into a mixture here"), "moe-upcycling-granularity moe-use-upcycling"),
     (

@@ -24,7 +24,7 @@ class Merging(Protocol):
     problems: list[Problem]
     notes: list[str]
     unreadable: set[str]
-    layout_open: bool
+    planning: bool
     """Whether a planner is to choose the layout: what is said of it then matters for the number of chunks alone."""
 
     def by_person(self, name: str) -> bool: ...
@@ -52,7 +52,7 @@ def _settle(merging: Merging, layers: int, stages: int) -> None:
         _chunks_of_layout(merging, stages)
     if line.layers_per_virtual_stage is not None and not said:
         _chunks_of_layers(merging, layers, stages, line.layers_per_virtual_stage)
-    if line.split and not merging.layout_open:
+    if line.split and not merging.planning:
         _layout_of_split(merging, layers, stages)
 
 

@@ -12,7 +12,7 @@ from megatron_telechat.config.layout import PipelineLayout, pipeline_layout
 from megatron_telechat.config.split import SplitFlags, split_chunks, split_counts
 from megatron_telechat.errors import ConfigError
 
-MODEL = ["--hidden-size", "64", "--ffn-hidden-size", "128", "--num-attention-heads", "4", "--vocab-size", "512", "--seq-length", "64",
+MODEL = ["--architecture", "telechat2", "--hidden-size", "64", "--ffn-hidden-size", "128", "--num-attention-heads", "4", "--vocab-size", "512", "--seq-length", "64",
          "--mock-data", "--dry-run", "--global-batch-size", "16", "--train-iters", "10"]  # fmt: skip
 
 
