@@ -17,6 +17,18 @@ RECORD, REPLAY, STEPS = "moe_routing_record", "moe_routing_replay", "moe_routing
 IMBALANCE = "moe_memory_imbalance"
 
 
+def probabilities_fill_rows(check: Check) -> Iterator[Problem]:
+    """Between ranks, fp32 probabilities travel in rows of the hidden size."""
+    hidden, precision, experts = check.take("hidden_size", "precision", "num_experts")
+    if experts is not None and hidden % 2 and precision != "fp32":
+        yield check.problem(
+            f"hidden_size={hidden} is odd, and the experts' probabilities of 4 bytes travel in rows of {precision}",
+            "hidden_size",
+            "precision",
+            fix=flag("hidden_size", hidden + 1),
+        )
+
+
 def chunks_hold_tokens(check: Check) -> Iterator[Problem]:
     chunks, experts = check.take(CHUNKS, "num_experts")
     if experts is None or isinstance(chunks, str):
@@ -157,6 +169,7 @@ def imbalance_is_a_ratio(check: Check) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     one_expert_a_token_learns_nothing,
+    probabilities_fill_rows,
     chunks_hold_tokens,
     names_steps,
     routing_steps_need_routing,
