@@ -47,6 +47,13 @@ BAD = [
     case("top-1", "--moe-router-topk 1", "whatever the logit, so the loss would never train the router", "--moe-router-topk 2", model=MOE),
     case("top-1 of one", "--moe-router-topk 1 --num-experts 1", "would never train the router", "leave --num-experts out", model=MOE),
     case("one expert", "--num-experts 1", "moe_router_topk=4 is more than num_experts=1", "for a dense model", model=MOE),
+    case(
+        "odd width in bf16", "--hidden-size 33 --kv-channels 4 --bf16", "hidden_size=33 is odd", "--hidden-size 34", model=MOE
+    ),
+    case(
+        "unaligned experts on a GPU", "--moe-ffn-hidden-size 100 --device cuda --bf16", "moe_ffn_hidden_size=100 is no multiple of 8",
+        "--moe-ffn-hidden-size 104", model=MOE,
+    ),
     case("no chunks", "--moe-input-chunks 0", "moe_input_chunks=0 is less than 1    (flag)", "exchange the whole input", model=MOE),
     case("fewer chunks", "--moe-input-chunks -2", "moe_input_chunks=-2 is less than 1", model=MOE),
     case("chunks in words", "--moe-input-chunks x", "--moe-input-chunks is 'x'", "a whole number, or auto", model=MOE),

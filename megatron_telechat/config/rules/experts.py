@@ -17,6 +17,35 @@ RECORD, REPLAY, STEPS = "moe_routing_record", "moe_routing_replay", "moe_routing
 IMBALANCE = "moe_memory_imbalance"
 
 
+def probabilities_fill_rows(check: Check) -> Iterator[Problem]:
+    """Between ranks, fp32 probabilities travel in rows of the hidden size."""
+    hidden, precision, experts = check.take("hidden_size", "precision", "num_experts")
+    if experts is not None and hidden % 2 and precision != "fp32":
+        yield check.problem(
+            f"hidden_size={hidden} is odd, and the experts' probabilities of 4 bytes travel in rows of {precision}",
+            "hidden_size",
+            "precision",
+            fix=flag("hidden_size", hidden + 1),
+        )
+
+
+def grouped_products_are_aligned(check: Check) -> Iterator[Problem]:
+    """On accelerators a row of every operand fills whole pieces of 16 bytes; on the CPU the experts' products are others."""
+    hidden, width, parts, precision, experts, device = check.take(
+        "hidden_size", "moe_ffn_hidden_size", "expert_tensor_parallel_size", "precision", "num_experts", "device"
+    )
+    if experts is None or device not in ("cuda", "npu") or not width or not parts or width % parts:
+        return
+    multiple = 16 // (4 if precision == "fp32" else 2)
+    for name, size, unit in (("hidden_size", hidden, multiple), ("moe_ffn_hidden_size", width, multiple * parts)):
+        if size % unit:
+            yield check.problem(
+                f"{name}={size} is no multiple of {unit}, which the grouped products on {device} need in {precision}",
+                name,
+                fix=flag(name, -(-size // unit) * unit),
+            )
+
+
 def chunks_hold_tokens(check: Check) -> Iterator[Problem]:
     chunks, experts = check.take(CHUNKS, "num_experts")
     if experts is None or isinstance(chunks, str):
@@ -157,6 +186,8 @@ def imbalance_is_a_ratio(check: Check) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     one_expert_a_token_learns_nothing,
+    probabilities_fill_rows,
+    grouped_products_are_aligned,
     chunks_hold_tokens,
     names_steps,
     routing_steps_need_routing,
