@@ -77,3 +77,13 @@ def forget_order(folder: Path) -> None:
     config = "".join(line for line in manifest.config.splitlines(keepends=True) if "data_order" not in line)
     assert len(extra) < len(manifest.extra) and len(config) < len(manifest.config)
     (folder / MANIFEST).write_bytes(replace(manifest, extra=extra, config=config).to_bytes())
+
+
+def test_samples_that_end_early_are_an_error_and_no_end_of_iteration():
+    import torch
+
+    from megatron_telechat.errors import DataError
+    from megatron_telechat.training.step import forward_step
+
+    with pytest.raises(DataError, match="the samples end before the run"):
+        forward_step(torch.device("cpu"), iter(()), torch.nn.Identity())
