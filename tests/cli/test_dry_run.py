@@ -192,3 +192,10 @@ def test_predicts_the_step_on_every_known_device_that_fits():
     assert "158 tokens/s a device, MFU 38%, bubble" in line and "the run" in line
     assert dry("--world-size", "512", preset="telechat2-115b").count("predicted on") == 4
     assert "predicted on" not in dry("--device", "cpu")
+
+
+def test_a_run_of_hours_without_a_save_interval_is_warned_of():
+    long = ("--world-size", "512", "--device", "npu", "--train-iters", "1000")
+    text = dry(*long, preset="telechat2-115b")
+    assert "(as predicted for ascend-910b-64g) and has no save interval" in text and "--save-interval" in text
+    assert "no save interval" not in dry(*long, "--save-interval", "100", preset="telechat2-115b")
