@@ -8,8 +8,10 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
-from megatron_telechat.checkpoint.start import require_start
+from megatron_telechat.checkpoint.lineage import Saved
+from megatron_telechat.checkpoint.start import Start, require_start
 from megatron_telechat.cli.data_files import DataFile, data_files
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_table
@@ -21,6 +23,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import DeviceSpec, count_parameters, device_spec, device_spec_names, training_flops_per_token
 from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
 from megatron_telechat.data.blend import data_plan
+from megatron_telechat.data.order import Progress, samples_needed
 from megatron_telechat.errors import DataError
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.picture import layout_picture
@@ -62,8 +65,10 @@ def report(loaded: LoadedConfig) -> str:
     out.section("memory of a rank of each stage, GiB  (estimate; leave 2-4 GiB to the context and fragmentation)", _memory(run, out))
     out.section("steps", _steps(run, out))
     out.section("files", _files(run, out))
-    out.section("begins with", _beginning(run))
-    out.section("data", _data(run, out))
+    start, saved = require_start(run)
+    out.section("begins with", _beginning(start, saved))
+    goes_on = saved is not None and not start.weights_only
+    out.section("data", _data(run, Progress(saved.step, saved.consumed_samples) if saved and goes_on else Progress(), out))
     out.warnings += placement_warnings(topology, run.model.is_moe, run.parallel.fold_tensor_into_experts)
     changed = _said_by_person(loaded)
     if changed:
@@ -250,9 +255,8 @@ def _files(run: RunConfig, out: _Report) -> list[str]:
     ]
 
 
-def _beginning(run: RunConfig) -> list[str]:
+def _beginning(start: Start, saved: Optional[Saved]) -> list[str]:
     """Where the weights come from; the model in that checkpoint was held against the run's."""
-    start, saved = require_start(run)
     if saved is None:
         return ["initial weights"]
     if start.weights_only:
@@ -260,7 +264,7 @@ def _beginning(run: RunConfig) -> list[str]:
     return [f"{saved.path}: step {saved.step}", *start.notes]
 
 
-def _data(run: RunConfig, out: _Report) -> list[str]:
+def _data(run: RunConfig, progress: Progress, out: _Report) -> list[str]:
     data = run.data
     if data.mock_data:
         return ["mock data: a fixed pseudo-random token stream"]
@@ -279,34 +283,31 @@ def _data(run: RunConfig, out: _Report) -> list[str]:
     wanted = run.training.train_iters * run.training.global_batch_size * run.training.seq_length
     if total and wanted:
         lines.append(f"{count_text(total)} tokens for {count_text(wanted)} of the run: {wanted / total:.2f} epochs")
-    _require_enough(run, files, out)
+    _require_enough(run, files, progress)
     if data.sft:
         lines.append(f"template {data.sft_template}, loss mask {data.sft_loss_mask}; encoded and packed when the run starts")
     return lines
 
 
-def _require_enough(run: RunConfig, files: list[DataFile], out: _Report) -> None:
+def _require_enough(run: RunConfig, files: list[DataFile], progress: Progress) -> None:
     """Prefixes without weights are read once. What the headers say is the most there can be: a split may leave less.
 
     Raises:
-        DataError: a run that begins would outlast them.
+        DataError: the run would outlast them.
     """
     blend, length = data_plan(run.data).blends[0], run.training.seq_length
-    needed = run.training.train_iters * run.training.global_batch_size
+    needed = samples_needed(run, progress)[0]
     if blend is None or blend.weights is not None or len(blend.prefixes) == 1 or run.data.sft:
         return
     tokens = {file.prefix: file.tokens or 0 for file in files}
     there = sum(max(0, tokens[prefix] - 1) // length for prefix in blend.prefixes)
-    if there >= needed:
-        return
-    message = (f"the train data ends before the run: {there:,} samples ({there * length:,} tokens) are there at most, "
-               f"{needed:,} samples ({needed * length:,} tokens) are needed")
-    paths = Path(run.checkpoint.load or run.checkpoint.save or Path(run.logging.run_dir or f"runs/{run.model.name}") / "checkpoints")
-    if any(paths.glob("iter_*")):
-        out.warnings.append(f"{message}, unless the steps before the checkpoint took smaller batches")
-        return
-    raise DataError(message, "prefixes without weights are read once",
-                    "give weights (0.7 en 0.3 zh) to read them more than once, add data, or lower --train-iters")
+    if there < needed:
+        raise DataError(
+            f"the train data ends before the run: {there:,} samples ({there * length:,} tokens) are there at most, "
+            f"{needed:,} samples ({needed * length:,} tokens) are needed",
+            "prefixes without weights are read once",
+            "give weights (0.7 en 0.3 zh) to read them more than once, add data, or lower --train-iters",
+        )
 
 
 def _said_by_person(loaded: LoadedConfig) -> list[str]:

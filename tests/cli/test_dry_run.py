@@ -148,15 +148,12 @@ def test_headers_of_the_data_are_read(tmp_path):
 
 
 def test_data_that_is_read_once_and_ends_before_the_run_is_refused(tmp_path):
-    for name in ("en", "zh"):
-        write_dataset(tmp_path / name, tokens=24_000)
+    for name, tokens in (("en", 24_000), ("zh", 23_000)):
+        write_dataset(tmp_path / name, tokens=tokens)
     once = ["--data-path", str(tmp_path / "en"), str(tmp_path / "zh"), "--global-batch-size", "8", "--run-dir", str(tmp_path / "run")]
     with pytest.raises(DataError, match="the train data ends before the run.*are there at most"):
         dry(*once, "--train-iters", "100000")
     assert "ends before the run" not in dry(*once, "--train-iters", "1", "--lr-warmup-iters", "0", "--seq-length", "512")
-    # Where a run goes on, its first steps may have taken less.
-    (tmp_path / "run" / "checkpoints" / "iter_0000001").mkdir(parents=True)
-    assert "! the train data ends before the run" in dry(*once, "--train-iters", "100000")
 
 
 @pytest.mark.parametrize("harm", ["magic", "short", "odd", "version"])
