@@ -52,7 +52,7 @@ HARD = {
     "vocabulary": ("--vocab-size 512", "vocab_size"),
 }
 SOFT = {
-    "top-k": ("--moe-router-topk 1", "moe_router_topk"),
+    "top-k": ("--moe-router-topk 3", "moe_router_topk"),
     "norm": ("--norm-epsilon 1e-6", "norm_epsilon"),
     "rotary base": ("--rotary-base 1000000", "rotary_base"),
     "scaling off": ("--rotary-training-seqlen none --rotary-base-seqlen none", "rotary_training_seqlen"),
@@ -131,7 +131,7 @@ def test_an_import_is_held_against_the_run_and_its_folder_is_named_where_it_was_
                           "norm_epsilon", "rotary_base", "rotary_training_seqlen", "rotary_base_seqlen")
         for word in (f"--{name}", str(getattr(model, name)))
     ]  # fmt: skip
-    line = ["--mock-data", "--train-iters", "10", *fitting, "--run-dir", str(tmp_path / "run")]
+    line = ["--architecture", "telechat2", "--mock-data", "--train-iters", "10", *fitting, "--run-dir", str(tmp_path / "run")]
     require_start(load_run_config([*line, "--pretrained-checkpoint", str(root)], {}).run)
     with pytest.raises(CheckpointError, match="rotary_base is"):
         require_start(load_run_config([*line, "--rotary-base", "77", "--finetune", "--load", str(root)], {}).run)

@@ -439,7 +439,8 @@ def test_sizes_tried_by_the_planner_take_the_place_of_the_split(ask):
 
 MOE = ["--num-layers", "16", "--num-experts", "64", "--moe-router-topk", "8", "--moe-ffn-hidden-size", "1024", "--moe-shared-expert-intermediate-size",
        "1024", "--expert-model-parallel-size", "16", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
-       "--expert-tensor-parallel-size", "1", *DENSE[:-4], "--world-size", "64", "--use-distributed-optimizer"]  # fmt: skip
+       "--expert-tensor-parallel-size", "1", "--sequence-parallel", *DENSE[:-4], "--world-size", "64",
+       "--use-distributed-optimizer"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
