@@ -69,6 +69,8 @@ def test_order_of_one_dataset_over_several_epochs_is_megatrons(tmp_path, two):
 
 def test_order_where_the_surplus_of_a_blend_begins_another_epoch_is_megatrons(tmp_path):
     twins = write_dataset(tmp_path / "a", 200, 1), write_dataset(tmp_path / "b", 200, 1)
+    other = np.fromfile(f"{twins[1]}.bin", np.uint16)
+    np.where(other > 2, VOCAB + 2 - other, other).astype(np.uint16).tofile(f"{twins[1]}.bin")  # as long, but not the same data
     an_epoch = (IndexedDataset(twins[0]).num_tokens - 1) // 32
     path = ("1", twins[0], "1", twins[1])
     run = make_run(tmp_path, data_path=path, split="1", gbs=2, mbs=1, iters=an_epoch, data_order="megatron")
