@@ -93,7 +93,7 @@ def measuring_leaves_no_trace():
     def run(trainer):
         blocks = [module for chunk in trainer.chunks for module in chunk.modules() if hasattr(module, "clock")]
         gradients = sum(float(buffer.grad_data.abs().sum()) for c in trainer.chunks for buffer in c.buffers + c.expert_parallel_buffers)
-        counted = sum(block.router.statistics.calls for block in blocks)
+        counted = sum(block.router.statistics.tokens for block in blocks)
         state = trainer.backend.rng_state()
         generators = [float(state["torch"].double().sum()), *sorted(float(s.double().sum()) for s in state["tracker"].values())]
         return {"numbers": numbers(trainer), "left": [gradients, counted], "rng": generators, "steps": steps(trainer, 3)}
