@@ -18,7 +18,7 @@ from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_telechat.checkpoint.names import aside_name, committed_folders, folders_aside, is_replaced, step_of
 from megatron_telechat.errors import CheckpointError
 
-_HEAD = ("digest", "step", "consumed_samples", "config", "data_fingerprint", "extra", "lineage")
+_HEAD = ("digest", "step", "consumed_samples", "config", "optimizer", "data_fingerprint", "extra", "lineage")
 _BEHIND_THE_HEAD = ("rng", "files", "tensors")
 _HEAD_BYTES = 4 << 20
 
@@ -76,6 +76,7 @@ class Saved:
     config: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     consumed_samples: int = 0
+    optimizer: Optional[Mapping[str, Any]] = None
 
     @property
     def age(self) -> tuple[int, int]:
@@ -93,7 +94,7 @@ def look_at(folder: Path) -> Saved:
         lineage = Lineage.from_json(head.get("lineage"))
         return Saved(
             folder, int(head["step"]), str(head["digest"]), lineage, str(head["config"]), dict(head["extra"]),
-            int(head["consumed_samples"]),
+            int(head["consumed_samples"]), head.get("optimizer"),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         read_manifest(folder)  # says what is wrong with a damaged one

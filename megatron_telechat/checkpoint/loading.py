@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Optional, Protocol, Sequence
 
@@ -11,7 +11,7 @@ import torch
 from megatron_telechat.checkpoint import rng as rng_tree
 from megatron_telechat.checkpoint.find import find_checkpoint, require_fit, saved_config, weight_key
 from megatron_telechat.checkpoint.format import CheckpointReader
-from megatron_telechat.checkpoint.loss_scale import diverged_scales, load_scaler_state, one_scale
+from megatron_telechat.checkpoint.loss_scale import diverged_scales, load_scaler_state, one_scale, require_one_scale
 from megatron_telechat.checkpoint.meaning import require_meaning
 from megatron_telechat.checkpoint.optimizer_state import (
     MASTER, MOMENTS, global_boxes, optimizer_slices, set_adam_step,
@@ -124,9 +124,9 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
         return []
     saved = reader.manifest.optimizer
     resume = not weights_only and not run.checkpoint.no_load_optim and saved is not None
+    if resume:
+        require_one_scale(saved, reader.path)
     parted = diverged_scales(saved)
-    if parted is not None and resume:
-        raise CheckpointError(replace(parted, where=str(reader.path)))
     with_moments = resume and saved["step"] > 0
     for item in optimizer_slices(state.optimizer, state.shards, create_state=with_moments):
         for name, tensor in item.tensors.items():

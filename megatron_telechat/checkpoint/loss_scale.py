@@ -1,22 +1,25 @@
 """The fp16 loss scale in a checkpoint: one for the whole model, and what releases that kept two of them wrote.
 
 Those moved the scale of the dense and of the expert parameters each by its own overflows, but multiplied the loss by the dense
-one alone. Once the two parted, the experts' gradients were off by their ratio, and so are Adam's moments.
+one alone. Once the two parted, the experts' gradients were off by their ratio, and so are Adam's moments. What a manifest
+says of them is read without torch.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Mapping, Optional
 
-import torch
-
-from megatron_telechat.errors import Problem
+from megatron_telechat.errors import CheckpointError, Problem
 
 SCALE = "scale"
 
 
 def scaler_state(optimizer: Any) -> dict[str, Any]:
     """The loss scale with its trackers; empty for bf16 and fp32."""
+    import torch
+
     scaler = getattr(optimizer, "grad_scaler", None)
     state = {} if scaler is None else scaler.state_dict()
     return {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
@@ -24,6 +27,8 @@ def scaler_state(optimizer: Any) -> dict[str, Any]:
 
 def load_scaler_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
     """Set the loss scale and its trackers to what :func:`one_scale` made of a checkpoint's; nothing where one of them has none."""
+    import torch
+
     scaler = getattr(optimizer, "grad_scaler", None)
     if scaler is None or not saved:
         return
@@ -57,3 +62,18 @@ def diverged_scales(optimizer: Optional[Mapping[str, Any]]) -> Optional[Problem]
         f"so the experts have been trained with gradients too {direction}, last by {times:g} times, and Adam's moments are of these",
         fix="--load-step N, a step from before they parted; or --no-load-optim, to go on from these weights with fresh moments",
     )
+
+
+def require_one_scale(optimizer: Optional[Mapping[str, Any]], folder: Path) -> None:
+    """Refuse to resume with the optimizer state of a checkpoint whose loss scales have parted.
+
+    Args:
+        optimizer: that entry of its manifest.
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: they have.
+    """
+    parted = diverged_scales(optimizer)
+    if parted is not None:
+        raise CheckpointError(replace(parted, where=str(folder)))

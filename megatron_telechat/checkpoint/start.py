@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Optional
 
 from megatron_telechat.checkpoint.lineage import Began, Saved, look_at, saved_in
+from megatron_telechat.checkpoint.loss_scale import require_one_scale
 from megatron_telechat.checkpoint.manifest import MANIFEST
 from megatron_telechat.checkpoint.meaning import require_meaning
 from megatron_telechat.checkpoint.names import committed_folders, folder_of_step, folders_aside
@@ -79,7 +80,7 @@ def checkpoint_of(start: Start) -> Optional[Saved]:
 
 
 def require_start(run: RunConfig) -> tuple[Start, Optional[Saved]]:
-    """What a run begins with, its model held against the run's; before any process group, and in the dry run.
+    """What a run begins with, its model held against the run's, its optimizer sound; before any process group, and in the dry run.
 
     Raises CheckpointError.
     """
@@ -87,6 +88,8 @@ def require_start(run: RunConfig) -> tuple[Start, Optional[Saved]]:
     saved = checkpoint_of(start)
     if saved is None:
         return start, None
+    if not start.weights_only and not run.checkpoint.no_load_optim:
+        require_one_scale(saved.optimizer, saved.path)
     notes = require_meaning(saved.config, saved.extra, run, saved.path)
     return replace(start, notes=(*start.notes, *notes)), saved
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from megatron_telechat.checkpoint import CheckpointWriter, import_hf
 from megatron_telechat.checkpoint.lineage import Branch
+from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.start import require_start
 from megatron_telechat.config import load_run_config
@@ -137,6 +139,21 @@ def test_an_import_is_held_against_the_run_and_its_folder_is_named_where_it_was_
         require_start(load_run_config([*line, "--rotary-base", "77", "--finetune", "--load", str(root)], {}).run)
     with pytest.raises(CheckpointError, match="(?s)a Hugging Face folder.*convert_checkpoint.py import --hf"):
         require_start(load_run_config([*line, "--pretrained-checkpoint", str(source)], {}).run)
+
+
+def test_loss_scales_that_have_parted_are_refused_before_the_start(saved, tmp_path):
+    """An older release kept one for the dense and one for the expert parameters."""
+    root = tmp_path / "checkpoints"
+    shutil.copytree(saved, root)
+    folder = root / "iter_0000005"
+    pair = {name: {"scale": scale, "growth_tracker": 0, "hysteresis_tracker": 2} for name, scale in (("dense", 2048.0), ("expert", 134217728.0))}
+    manifest = replace(read_manifest(folder), optimizer={"step": 5, "grad_scaler": pair})
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    line = [*SAME, "--load", str(root), "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(CheckpointError, match="two loss scales, 2048 of the dense and 1.34218e\\+08 of the expert"):
+        require_start(configured(*line))
+    for way_out in (["--no-load-optim"], ["--finetune"]):
+        require_start(configured(*line, *way_out))
 
 
 def test_the_dry_run_looks_and_torch_stays_out(saved, tmp_path):
