@@ -15,7 +15,7 @@ from megatron_telechat.costs import parameter_table
 from megatron_telechat.training.routing_compare import common_steps, differences
 from tests.harness import run_cases
 from tests.training.runs import DENSE, MOE, SHARED, assemble, load
-from tests.training.worker_parity import LAYOUTS
+from tests.training.worker_parity import LAYOUTS, SLOW
 
 WORKER = Path(__file__).with_name("worker_parity.py")
 TOLERANCE = 1e-5
@@ -25,24 +25,29 @@ WEIGHT_TOLERANCE = 1e-3
 """Adam divides by the size of a gradient: where that is next to nothing, rounding decides the direction of a step."""
 BASE = {"dense": DENSE, "moe": MOE, "shared": SHARED}
 REFERENCE = {"dense": "dense_one", "moe": "moe_one", "shared": "shared_one"}
-ALL = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
-MIXTURES = [(world, name) for world, name in ALL if not name.startswith("dense") and name not in REFERENCE.values()]
+ALL = [
+    pytest.param(world, name, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for world, layouts in LAYOUTS.items()
+    for name in layouts
+]
+MIXTURES = [one for one in ALL if not one.id.startswith("dense") and one.id not in REFERENCE.values()]
 
 pytestmark = pytest.mark.gloo
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Results of a world size, launched once, on first use."""
+    """Results of a world size (of its slow layouts apart), launched once, on first use."""
     folder = tmp_path_factory.mktemp("parity")
     done = {}
 
-    def of(world: int):
-        if world not in done:
+    def of(world: int, slow: bool = False):
+        if (world, slow) not in done:
             if world != 1:
                 of(1)  # records the choices that the others replay
-            done[world] = run_cases(WORKER, world, timeout=600, env={"PARITY_DIR": str(folder)})
-        return done[world]
+            environment = {"PARITY_DIR": str(folder), "PARITY_SLOW": "1" if slow else ""}
+            done[world, slow] = run_cases(WORKER, world, timeout=600, env=environment)
+        return done[world, slow]
 
     of.folder = folder
     return of
@@ -61,11 +66,11 @@ def worst_error(runs, name: str, reference: str, model: str, tmp: Path) -> tuple
     return worst, errors[worst]
 
 
-@pytest.mark.parametrize("world,name", ALL, ids=[name for _, name in ALL])
+@pytest.mark.parametrize("world,name", ALL)
 def test_equals_one_rank(runs, world, name, tmp_path):
     model = name.split("_")[0]
     expected = runs(1).check(REFERENCE[model])[0]
-    by_rank = runs(world).check(name)
+    by_rank = runs(world, name in SLOW).check(name)
     assert all(found == by_rank[0] for found in by_rank), "the ranks report different losses"
     assert by_rank[0]["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
     assert by_rank[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5 * TOLERANCE)
@@ -75,10 +80,10 @@ def test_equals_one_rank(runs, world, name, tmp_path):
     assert error <= WEIGHT_TOLERANCE, f"{worst} after the last step: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("world,name", MIXTURES, ids=[name for _, name in MIXTURES])
+@pytest.mark.parametrize("world,name", MIXTURES)
 def test_chooses_the_experts_of_one_rank_up_to_ties(runs, world, name):
     runs(1).check(REFERENCE[name.split("_")[0]])
-    runs(world).check(name)
+    runs(world, name in SLOW).check(name)
     ours, reference = (read_recording(runs.folder / f"{run}.routing") for run in (name, REFERENCE[name.split("_")[0]]))
     steps = common_steps(ours, reference)
     assert steps == tuple(range(1, 21))

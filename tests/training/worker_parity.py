@@ -89,6 +89,23 @@ LAYOUTS = {
     },
 }
 
+SLOW = {
+    "moe_tp2_folded_ep2_recompute",
+    "shared_etp2",
+    "dense_pp4",
+    "dense_tp4",
+    "moe_ep4",
+    "moe_ep2_dp2_distributed",
+    "moe_tp2_ep2_etp2_chunks3",
+}
+"""Layouts whose parts others hold too: with the tests marked slow."""
+
+
+def layouts_of(world: int, slow: bool) -> list[str]:
+    """The layouts of one launch."""
+    return [name for name in LAYOUTS[world] if (name in SLOW) == slow]
+
+
 cases = Cases()
 
 
@@ -139,7 +156,9 @@ def run_case(name: str, flags: list[str]) -> dict:
         trainer.release()
 
 
-for _name, (_base, _flags) in LAYOUTS[int(os.environ.get("WORLD_SIZE", "1"))].items():
+_world = int(os.environ.get("WORLD_SIZE", "1"))
+for _name in layouts_of(_world, bool(os.environ.get("PARITY_SLOW"))):
+    _base, _flags = LAYOUTS[_world][_name]
     cases.add(_name, noise(_name)(lambda name=_name, flags=[*_base, *_flags.split()]: run_case(name, flags)))
 
 if __name__ == "__main__":
