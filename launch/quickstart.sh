@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run_dir="${1:-runs/quickstart}"
 steps="${STEPS:-180}"
 nproc="${NPROC:-4}"
-# With 16,384 ids the output layer costs as much as two of the four decoder layers, as in large models with large vocabularies:
+# With 16,384 ids the output layer costs one and a half to two times as much as a decoder layer, as with large vocabularies:
 # an even split leaves the first stage waiting, and the planner moves a layer there.
 vocab=16384
 started=$SECONDS
