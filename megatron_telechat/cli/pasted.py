@@ -14,7 +14,6 @@ from megatron_telechat.config.fields import FieldInfo, fields_by_name
 from megatron_telechat.config.megatron_flags import ANSWERS
 from megatron_telechat.errors import ConfigError, Problem
 
-
 OTHER_FAMILIES = ("bert", "t5", "mamba", "hybrid", "ict", "realm", "retro", "vision", "vlm", "mimo", "multimodal", "avlm")
 """Words in the names of Megatron-LM's programs for models that are no GPT."""
 

@@ -281,7 +281,7 @@ class OptimizerConfig:
     hysteresis: int = 2
     """Overflows tolerated before the loss scale halves (fp16)."""
     max_skipped_steps: int = 50
-    """Steps in a row that were not taken, as after an fp16 overflow, at which the run ends with exit code 5; 0: never."""
+    """Steps in a row that were not taken, as after an fp16 overflow or without a learned token, at which the run ends with exit code 5; 0: never."""
 
 
 @dataclass(frozen=True)
