@@ -2,7 +2,7 @@
 # Make .venv and install this checkout with the versions of constraints.txt. Does nothing when that is
 # already done for the same versions.
 #
-#   bash launch/setup_env.sh [EXTRA,EXTRA...]      extras of setup.py; default: plot
+#   bash launch/setup_env.sh [EXTRA,EXTRA...]      extras of pyproject.toml; default: plot
 #
 # Environment: VENV (default .venv in the checkout), PYTHON (default: the first of python3.12, 3.11, 3.10, python3
 # that is 3.10-3.12), TORCH_INDEX_URL (index to take torch from, for instance PyTorch's CPU wheels).
@@ -23,7 +23,7 @@ find_python() {
     exit 2
 }
 
-stamp="$venv/.megatron_telechat-$(cat constraints.txt setup.py | sha256sum | cut -c1-16)-${extras//,/+}"
+stamp="$venv/.megatron_telechat-$(cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)-${extras//,/+}"
 if [ -e "$stamp" ]; then
     exit 0
 fi

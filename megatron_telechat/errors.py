@@ -7,8 +7,8 @@ exit code of its class; a traceback means a bug of ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -42,8 +42,8 @@ class Problem:
 
 
 class StopAtStart(BaseException):
-    """A stop was asked for before the first step: nothing is lost, the process ends with EXIT_SIGNAL. No error, so that no
-    handler of errors takes it for one."""
+    """A stop was asked for before the first step: nothing is lost, the process ends with EXIT_SIGNAL. No error, so that
+    no handler of errors takes it for one."""
 
 
 class UserError(Exception):
@@ -70,7 +70,7 @@ class UserError(Exception):
         # The default reduce would pass the rendered text back as `what` and lose the problems.
         return (type(self), (self.problems,), {"agreed": self.agreed})
 
-    def on_every_rank(self) -> "UserError":
+    def on_every_rank(self) -> UserError:
         """Itself, marked as raised by all ranks alike."""
         self.agreed = True
         return self

@@ -1,6 +1,7 @@
 """Pretrain a TeleChat2 model; --help lists the flags.
 
-torchrun --nproc-per-node 4 pretrain/pretrain_telechat2.py --preset telechat2-tiny-moe --tensor-model-parallel-size 2 ...
+torchrun --nproc-per-node 4 pretrain/pretrain_telechat2.py --preset telechat2-tiny-moe --tensor-model-parallel-size 2
+...
 """
 
 import sys

@@ -1,17 +1,18 @@
-"""Markers: ``slow`` is deselected by pytest.ini, ``gpu`` is skipped where there is no CUDA device. Signals are a terminal's."""
+"""Markers: ``slow`` is deselected by pytest.ini, ``gpu`` is skipped where there is no CUDA device. Signals are a
+terminal's."""
 
 from __future__ import annotations
 
 import signal
-from typing import Iterator
+from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_of_a_terminal() -> Iterator[None]:
-    """Ctrl-C and a closed terminal reach what a test starts, also where the suite itself runs in the background of a script:
-    there both are ignored, and every process would inherit that."""
+    """Ctrl-C and a closed terminal reach what a test starts, also where the suite itself runs in the background of a
+    script: there both are ignored, and every process would inherit that."""
     ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -40,10 +40,11 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 40
@@ -89,7 +90,7 @@ class LaunchResult:
                     out.extend(text.rstrip().splitlines()[-lines:])
         return "\n".join(out)
 
-    def ok(self) -> "LaunchResult":
+    def ok(self) -> LaunchResult:
         """Itself; AssertionError with the tails of all ranks unless every rank ended with 0."""
         if self.returncode != 0:
             raise AssertionError(self.tails())
@@ -101,7 +102,7 @@ def launch(
     nproc: int,
     *args: str,
     timeout: float = 120.0,
-    env: Optional[Mapping[str, str]] = None,
+    env: Mapping[str, str] | None = None,
     grace: float = 20.0,
 ) -> LaunchResult:
     """Run a python file on `nproc` ranks of this machine, as torchrun would.
@@ -171,7 +172,7 @@ class Cases:
     def names(self) -> list[str]:
         return list(self._functions)
 
-    def main(self, argv: Optional[Sequence[str]] = None) -> None:
+    def main(self, argv: Sequence[str] | None = None) -> None:
         """Run the cases named on the command line, or all; write one JSON line a case and rank.
 
         After a case the ranks meet at the rendezvous store, outside of torch.distributed: a case that
@@ -230,7 +231,7 @@ def run_cases(
     names: Sequence[str] = (),
     *,
     timeout: float = 300.0,
-    env: Optional[Mapping[str, str]] = None,
+    env: Mapping[str, str] | None = None,
 ) -> CaseReport:
     """Launch a worker file of `Cases` and collect its results; never raises for a failed case."""
     with tempfile.TemporaryDirectory(prefix="cases_") as folder:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -31,8 +32,21 @@ MAY_IMPORT = {
 
 WITHOUT_TORCH = ("errors", "config", "costs", "planner")
 HEAVY = {"torch", "megatron", "transformer_engine", "torch_npu", "apex", "transformers", "safetensors", "matplotlib"}
-OPTIONAL = {"transformer_engine", "transformer_engine_torch", "apex", "amp_C", "wandb", "matplotlib", "torch_npu", "tensorboard",
-            "tiktoken", "transformers", "gigatoken", "zstandard", "pyarrow"}  # fmt: skip
+OPTIONAL = {
+    "transformer_engine",
+    "transformer_engine_torch",
+    "apex",
+    "amp_C",
+    "wandb",
+    "matplotlib",
+    "torch_npu",
+    "tensorboard",
+    "tiktoken",
+    "transformers",
+    "gigatoken",
+    "zstandard",
+    "pyarrow",
+}
 
 
 class Imported(NamedTuple):
@@ -153,7 +167,8 @@ def test_light_rooms_leave_torch_alone():
     light = [
         name
         for name in map(module_name, sources(PACKAGE))
-        if room_of(name) in WITHOUT_TORCH or name in (f"{PACKAGE}.parallel.topology", f"{PACKAGE}.cli.dry_run", f"{PACKAGE}.cli.doctor")
+        if room_of(name) in WITHOUT_TORCH
+        or name in (f"{PACKAGE}.parallel.topology", f"{PACKAGE}.cli.dry_run", f"{PACKAGE}.cli.doctor")
     ]
     assert len(light) > 15
     code = "import importlib, sys\n" + "".join(f"importlib.import_module({name!r})\n" for name in light)

@@ -114,14 +114,14 @@ class Backend(ABC):
         self._set_device_rng_state(state["device"])
         get_cuda_rng_tracker().set_states({name: saved.clone() for name, saved in state["tracker"].items()})
 
-    def _seed_device(self, value: int) -> None:
+    def _seed_device(self, value: int) -> None:  # noqa: B027 (the CPU has no generator of its own)
         """Seed the device's own generator, where it has one."""
 
     def _device_rng_state(self) -> Any:
         return None
 
-    def _set_device_rng_state(self, state: Any) -> None:
-        pass
+    def _set_device_rng_state(self, state: Any) -> None:  # noqa: B027
+        """Restore the device's own generator, where it has one."""
 
 
 def local_rank_of_environment() -> int:

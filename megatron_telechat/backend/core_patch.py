@@ -13,7 +13,8 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from typing import Any, Callable, Mapping, Optional
+from collections.abc import Callable, Mapping
+from typing import Any
 
 CORE = "megatron.core"
 
@@ -52,10 +53,10 @@ class CorePatch(importlib.abc.MetaPathFinder):
         self.torch: dict[str, Any] = {}
         self.cuda: dict[str, Any] = {}
         self._after_import: dict[str, list[Callable[[types.ModuleType], None]]] = {}
-        self._view: Optional[ModuleView] = None
+        self._view: ModuleView | None = None
 
     @staticmethod
-    def installed() -> Optional["CorePatch"]:
+    def installed() -> CorePatch | None:
         """The patch of this process, if one was installed."""
         return next((finder for finder in sys.meta_path if isinstance(finder, CorePatch)), None)
 

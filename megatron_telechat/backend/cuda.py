@@ -30,7 +30,9 @@ class CudaBackend(Backend):
 
         if not torch.cuda.is_available():
             raise ResourceError(
-                "no CUDA device: torch.cuda.is_available() is false", "--device cuda", "use --device cpu, or install a CUDA build of torch"
+                "no CUDA device: torch.cuda.is_available() is false",
+                "--device cuda",
+                "use --device cpu, or install a CUDA build of torch",
             )
         count = torch.cuda.device_count()
         if self.local_rank >= count:

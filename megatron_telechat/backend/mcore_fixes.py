@@ -14,8 +14,9 @@ import importlib.util
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Optional
+from typing import Any
 
 from megatron_telechat.backend.core_patch import CorePatch, ModuleView, rebind, replace_constants
 from megatron_telechat.errors import ConfigError
@@ -63,7 +64,7 @@ class InertStream:
 
     wait = wait_stream = wait_event = synchronize = record = _nothing
 
-    def record_event(self, event: Any = None) -> "InertStream":
+    def record_event(self, event: Any = None) -> InertStream:
         return InertStream() if event is None else event
 
     def query(self) -> bool:
@@ -196,7 +197,7 @@ def _uneven_gather(patch: CorePatch, device: Any) -> None:
             padded[: input_.shape[0]] = input_
             gathered = input_.new_empty((rows * len(sizes), *input_.shape[1:]))
             dist.all_gather_into_tensor(gathered, padded, group=group)
-            return torch.cat([part[:size] for part, size in zip(gathered.chunk(len(sizes)), sizes)])
+            return torch.cat([part[:size] for part, size in zip(gathered.chunk(len(sizes)), sizes, strict=True)])
 
         rebind(module, "_gather_along_first_dim", gather)
 
@@ -270,10 +271,22 @@ FIXES: tuple[Fix, ...] = (
         "te_absent",
         _router_gemm,
     ),
-    Fix("hide_gpu_packages", "Transformer Engine and apex, where installed, are used off CUDA", NOT_CUDA, _hide_gpu_packages),
+    Fix(
+        "hide_gpu_packages",
+        "Transformer Engine and apex, where installed, are used off CUDA",
+        NOT_CUDA,
+        _hide_gpu_packages,
+    ),
     Fix("eager_jit", "torch.compile starts a C++ compiler for tiny functions on every rank", NOT_CUDA, _eager_jit),
-    Fix("current_device", "torch.cuda.current_device is where tensors are made, at about 60 places", CPU, _current_device),
-    Fix("synchronize", "torch.cuda.synchronize raises without CUDA (timers, batched pipeline sends)", CPU, _synchronize),
+    Fix(
+        "current_device",
+        "torch.cuda.current_device is where tensors are made, at about 60 places",
+        CPU,
+        _current_device,
+    ),
+    Fix(
+        "synchronize", "torch.cuda.synchronize raises without CUDA (timers, batched pipeline sends)", CPU, _synchronize
+    ),
     Fix("streams", "the MoE dispatcher, shared experts and DDP make streams and events", CPU, _streams),
     Fix("rng_state", "torch.cuda.get_rng_state raises without CUDA (RNG tracker, recompute)", CPU, _rng_state),
     Fix("seed", "torch.cuda.manual_seed is queued likewise: dropout is silently unseeded", CPU, _seed),
@@ -283,12 +296,32 @@ FIXES: tuple[Fix, ...] = (
         NOT_CUDA,
         _rng_restore,
     ),
-    Fix("rng_warning", "tracker and CPU generator are one here, so that a warning is printed at every dropout", CPU, _rng_warning),
+    Fix(
+        "rng_warning",
+        "tracker and CPU generator are one here, so that a warning is printed at every dropout",
+        CPU,
+        _rng_warning,
+    ),
     Fix("factories", "device='cuda' and pin_memory literals in tensor factories", CPU, _factories),
-    Fix("tensor_type", "the optimizers compare Tensor.type() with torch.cuda.* names and refuse others", NOT_CUDA, _tensor_type),
+    Fix(
+        "tensor_type",
+        "the optimizers compare Tensor.type() with torch.cuda.* names and refuse others",
+        NOT_CUDA,
+        _tensor_type,
+    ),
     Fix("loss_scale_restore", "restoring the fp16 loss scale calls Tensor.cuda", CPU, _loss_scale_restore),
-    Fix("uneven_gather", "gloo has no all_gather of unequal sizes (expert tensor parallelism with EP > 1)", CPU, _uneven_gather),
-    Fix("split_sizes", "split sizes that lie on the CPU already stay tensors, which all_to_all refuses", NOT_CUDA, _split_sizes),
+    Fix(
+        "uneven_gather",
+        "gloo has no all_gather of unequal sizes (expert tensor parallelism with EP > 1)",
+        CPU,
+        _uneven_gather,
+    ),
+    Fix(
+        "split_sizes",
+        "split sizes that lie on the CPU already stay tensors, which all_to_all refuses",
+        NOT_CUDA,
+        _split_sizes,
+    ),
 )
 
 
@@ -370,6 +403,6 @@ def apply_fixes(backend: str, device: Any, without: Iterable[str] = ()) -> tuple
 
 def applied_fixes() -> tuple[Fix, ...]:
     """The fixes applied in this process, in order; empty before ``Backend.install``."""
-    installed: Optional[CorePatch] = CorePatch.installed()
+    installed: CorePatch | None = CorePatch.installed()
     names = () if installed is None else installed.fixes
     return tuple(fix for fix in FIXES if fix.name in names)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Optional, Sequence
 
 Shape = tuple[int, ...]
 
@@ -25,23 +25,23 @@ class Box:
 
     @property
     def stop(self) -> Shape:
-        return tuple(o + s for o, s in zip(self.offset, self.shape))
+        return tuple(o + s for o, s in zip(self.offset, self.shape, strict=True))
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def slices(self, origin: Optional[Shape] = None) -> tuple[slice, ...]:
+    def slices(self, origin: Shape | None = None) -> tuple[slice, ...]:
         """Index of this box in a tensor whose first element is the global element ``origin``."""
         origin = origin or (0,) * len(self.offset)
-        return tuple(slice(o - g, o - g + s) for o, s, g in zip(self.offset, self.shape, origin))
+        return tuple(slice(o - g, o - g + s) for o, s, g in zip(self.offset, self.shape, origin, strict=True))
 
-    def shifted(self, by: Sequence[int]) -> "Box":
-        return Box(tuple(o + b for o, b in zip(self.offset, by)), self.shape)
+    def shifted(self, by: Sequence[int]) -> Box:
+        return Box(tuple(o + b for o, b in zip(self.offset, by, strict=True)), self.shape)
 
     def inside(self, shape: Sequence[int]) -> bool:
         return len(self.shape) == len(self.offset) == len(shape) and all(
-            0 <= o and s > 0 and o + s <= g for o, s, g in zip(self.offset, self.shape, shape)
+            0 <= o and s > 0 and o + s <= g for o, s, g in zip(self.offset, self.shape, shape, strict=True)
         )
 
 
@@ -49,7 +49,7 @@ def whole(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
-def intersect(a: Box, b: Box) -> Optional[Box]:
+def intersect(a: Box, b: Box) -> Box | None:
     """The common elements of two boxes, or None."""
     offset = tuple(map(max, a.offset, b.offset))
     shape = tuple(map(lambda p, q, o: min(p, q) - o, a.stop, b.stop, offset))
@@ -94,7 +94,7 @@ def _in_row(shape: Shape, row: int, start: int, stop: int) -> Iterator[tuple[int
         yield base + flat, Box((row,) + box.offset, (1,) + box.shape)
 
 
-def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> Optional[str]:
+def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
     """Why ``boxes`` do not cover every element of ``shape`` exactly once, or None if they do."""
     for box in boxes:
         if not box.inside(shape):
@@ -108,7 +108,7 @@ def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> Optional[str]:
     return None
 
 
-def overlapping_pair(boxes: Sequence[Box]) -> Optional[tuple[Box, Box]]:
+def overlapping_pair(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     """Two boxes with a common element, if any: a sweep along the axis with the most cuts."""
     if len(boxes) < 2:
         return None

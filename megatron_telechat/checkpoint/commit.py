@@ -16,7 +16,6 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 from megatron_telechat.checkpoint.files import disk_error, fsync_folder, write_bytes
 from megatron_telechat.checkpoint.lineage import set_aside
@@ -62,7 +61,8 @@ def begin(root: Path, step: int) -> Attempt:
 
 
 def clean_leftovers(root: Path) -> None:
-    """Remove the temporary folders of killed saves. A checkpoint that was to be replaced is set aside, never removed."""
+    """Remove the temporary folders of killed saves. A checkpoint that was to be replaced is set aside, never
+    removed."""
     for path in sorted(root.iterdir()):
         if is_leftover(path) and not path.is_symlink():
             log.info("removing %s, left by an interrupted save", path)
@@ -77,13 +77,14 @@ def commit(attempt: Attempt, manifest: Manifest, keep_replaced: bool = True) -> 
     """Write the manifest, sync the folder, rename it into place; the rename is the commit.
 
     Args:
-        keep_replaced: a folder of the same step is kept under another name; else it is removed once the new one is in place.
+        keep_replaced: a folder of the same step is kept under another name; else it is removed once the new one is in
+        place.
     """
     try:
         write_bytes(attempt.temporary / MANIFEST, manifest.to_bytes())
         for folder, _, _ in os.walk(attempt.temporary):
             fsync_folder(Path(folder))
-        replaced: Optional[Path] = None
+        replaced: Path | None = None
         if attempt.final.exists():
             replaced = attempt.root / replaced_name(attempt.step, attempt.identifier)
             os.rename(attempt.final, replaced)

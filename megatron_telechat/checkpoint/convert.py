@@ -9,9 +9,10 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 
@@ -31,7 +32,9 @@ from megatron_telechat.errors import CheckpointError, ConfigError, DataError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEEP = "keep"
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|.*\.model|tokenization.*\.py)")
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|.*\.model|tokenization.*\.py)"
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,8 @@ def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
     a later export. Raises CheckpointError or ResourceError; nothing is committed then.
 
     Args:
-        overwrite: an earlier import in ``root`` is replaced, once the new one is whole. Checkpoints of a training never are.
+        overwrite: an earlier import in ``root`` is replaced, once the new one is whole. Checkpoints of a training never
+        are.
     """
     _require_free_place(Path(root), overwrite)
     source = HfWeights(Path(hf))
@@ -87,10 +91,15 @@ def _require_free_place(root: Path, overwrite: bool) -> None:
         return
     names = ", ".join(path.name for _, path in there)
     if not all(step == 0 and _is_import(path) for step, path in there):
-        raise CheckpointError(f"the output holds checkpoints of a training: {names}", where=str(root), fix="give another --output")
+        raise CheckpointError(
+            f"the output holds checkpoints of a training: {names}", where=str(root), fix="give another --output"
+        )
     if not overwrite:
-        raise CheckpointError(f"the output holds an import already: {names}", where=str(root),
-                              fix="give another --output, or --overwrite to replace it")
+        raise CheckpointError(
+            f"the output holds an import already: {names}",
+            where=str(root),
+            fix="give another --output, or --overwrite to replace it",
+        )
 
 
 def _is_import(folder: Path) -> bool:
@@ -116,14 +125,22 @@ def _odd_dtypes(source: HfWeights) -> dict[str, str]:
     """Dtypes of the tensors that were widened to share a global tensor with others."""
     return {
         name: dtype_name(source.folder.tensors[name].dtype)
-        for link in source.links if link.key not in source.absent
-        for name in link.names if source.folder.tensors[name].dtype != source.dtype(link.key)
+        for link in source.links
+        if link.key not in source.absent
+        for name in link.names
+        if source.folder.tensors[name].dtype != source.dtype(link.key)
     }
 
 
 def export_hf(
-    checkpoint: Path, output: Path, *, template: Optional[Path] = None, tokenizer: Optional[Path] = None,
-    dtype: str = KEEP, max_shard_bytes: int = DEFAULT_SHARD_BYTES, step: Optional[int] = None,
+    checkpoint: Path,
+    output: Path,
+    *,
+    template: Path | None = None,
+    tokenizer: Path | None = None,
+    dtype: str = KEEP,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    step: int | None = None,
 ) -> Converted:
     """Turn the weights of a checkpoint into a Hugging Face folder.
 
@@ -139,7 +156,9 @@ def export_hf(
     """
     folder, _ = find_checkpoint(Path(checkpoint), step)
     if folder is None:
-        raise CheckpointError("no checkpoint there", where=str(checkpoint), fix="give a folder iter_… or one that holds some")
+        raise CheckpointError(
+            "no checkpoint there", where=str(checkpoint), fix="give a folder iter_… or one that holds some"
+        )
     reader = CheckpointReader(folder)
     model = _saved_model(reader)
     require_fit(reader, model)
@@ -171,12 +190,13 @@ def _saved_model(reader: CheckpointReader) -> ModelConfig:
         return run_config_from_yaml(reader.config, str(reader.path)).model
     except ConfigError as error:
         raise CheckpointError(
-            f"the configuration in the manifest cannot be read: {error.problems[0].what}", where=str(reader.path),
+            f"the configuration in the manifest cannot be read: {error.problems[0].what}",
+            where=str(reader.path),
             fix="use the release of this program that wrote the checkpoint",
         ) from error
 
 
-def _export_list(reader: CheckpointReader, links: Sequence[Link], dtype: Optional[torch.dtype]) -> list[LazyTensor]:
+def _export_list(reader: CheckpointReader, links: Sequence[Link], dtype: torch.dtype | None) -> list[LazyTensor]:
     """Every Hugging Face tensor, to be read when its turn comes; a link that gives several is read once."""
     origin = reader.manifest.extra.get("hf", {})
     absent, odd = set(origin.get("absent", ())), origin.get("dtypes", {})
@@ -186,7 +206,7 @@ def _export_list(reader: CheckpointReader, links: Sequence[Link], dtype: Optiona
         if dtype is None and link.key in absent and not reader.read(key).any():
             continue
         parts = functools.lru_cache(maxsize=1)(functools.partial(_split, reader, key, link))
-        for number, (name, shape) in enumerate(zip(link.names, link.shapes)):
+        for number, (name, shape) in enumerate(zip(link.names, link.shapes, strict=True)):
             wanted = dtype or (dtype_named(odd[name]) if name in odd else reader.dtype(key))
             last = number == len(link.names) - 1
             tensors.append(LazyTensor(name, wanted, tuple(shape), _part(parts, number, wanted, last)))
@@ -221,7 +241,8 @@ def _check_template(folder: Path, model: ModelConfig, required: bool) -> list[st
     differences = config_differences(model, theirs)
     if differences:
         raise CheckpointError(
-            "config.json describes another model: " + "; ".join(differences), where=str(path),
+            "config.json describes another model: " + "; ".join(differences),
+            where=str(path),
             fix="give the folder the weights came from with --hf-template, or an edited copy of it",
         )
     return []
@@ -229,8 +250,11 @@ def _check_template(folder: Path, model: ModelConfig, required: bool) -> list[st
 
 def _stage(output: Path, size: int) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError("the output is there already and not empty", where=str(output),
-                              fix="give a new folder; nothing is ever overwritten")
+        raise CheckpointError(
+            "the output is there already and not empty",
+            where=str(output),
+            fix="give a new folder; nothing is ever overwritten",
+        )
     _make_folder(output.parent)
     require_free_space(output.parent, size)
     staged = output.parent / f".{output.name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -249,7 +273,9 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     else:
         files = []
     if not files:
-        raise DataError("no tokenizer there", where=str(source), fix="give tokenizer.json, tokenizer.model or their folder")
+        raise DataError(
+            "no tokenizer there", where=str(source), fix="give tokenizer.json, tokenizer.model or their folder"
+        )
     for file in files:
         shutil.copyfile(file, target / file.name)
 

@@ -11,9 +11,9 @@ import os
 import shutil
 import struct
 import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Mapping, Optional, Sequence
 
 import torch
 
@@ -37,7 +37,7 @@ def dtype_named(name: str) -> torch.dtype:
     return DTYPES[name][0]
 
 
-def dtype_of_tag(tag: str) -> Optional[torch.dtype]:
+def dtype_of_tag(tag: str) -> torch.dtype | None:
     """The torch dtype of a safetensors header's dtype, None for one we do not store."""
     name = _NAME_OF_SAFETENSORS.get(tag)
     return None if name is None else DTYPES[name][0]
@@ -65,7 +65,7 @@ def lazy(name: str, tensor: torch.Tensor) -> LazyTensor:
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[LazyTensor], metadata: Optional[Mapping[str, str]] = None
+    path: Path, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> FileEntry:
     """Write a new safetensors file, one tensor in host memory at a time, and fsync it.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ _SHOWN = 8
 log = logging.getLogger(__name__)
 
 
-def latest_checkpoint(root: Path) -> Optional[Path]:
+def latest_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint under ``root`` whose manifest and file sizes are right, None where nothing was saved.
 
     ``root`` may also be one checkpoint. Raises CheckpointError when there are checkpoints but
@@ -32,7 +32,7 @@ def latest_checkpoint(root: Path) -> Optional[Path]:
     return find_checkpoint(Path(root))[0]
 
 
-def find_checkpoint(root: Path, step: Optional[int] = None) -> tuple[Optional[Path], tuple[str, ...]]:
+def find_checkpoint(root: Path, step: int | None = None) -> tuple[Path | None, tuple[str, ...]]:
     """(folder, what had to be passed over). See :func:`latest_checkpoint`."""
     if (root / MANIFEST).is_file():
         CheckpointReader(root)
@@ -61,12 +61,16 @@ def _open(folder: Path) -> None:
     """Check the manifest and the sizes of all files. Raises CheckpointError."""
     found = CheckpointReader(folder).manifest.step
     if found != step_of(folder):
-        raise CheckpointError(f"the manifest is of step {found}, the folder is named after step {step_of(folder)}", str(folder),
-                              "use another checkpoint (--load-step), or restore this folder from a copy")
+        raise CheckpointError(
+            f"the manifest is of step {found}, the folder is named after step {step_of(folder)}",
+            str(folder),
+            "use another checkpoint (--load-step), or restore this folder from a copy",
+        )
 
 
 def _candidates(root: Path) -> list[Path]:
-    """The lineage, newest first; among it, by their steps, those whose manifests say nothing, which a reader must hear of."""
+    """The lineage, newest first; among it, by their steps, those whose manifests say nothing, which a reader must hear
+    of."""
     known = readable(root)
     told = {saved.path for saved in known}
     mute = [(step, path) for step, path in reversed(committed_folders(root)) if path not in told]
@@ -78,7 +82,7 @@ def _candidates(root: Path) -> list[Path]:
     return [*out, *(path for _, path in mute)]
 
 
-def saved_config(reader: CheckpointReader) -> Optional[RunConfig]:
+def saved_config(reader: CheckpointReader) -> RunConfig | None:
     try:
         return run_config_from_yaml(reader.config, str(reader.path))
     except ConfigError:
@@ -86,14 +90,16 @@ def saved_config(reader: CheckpointReader) -> Optional[RunConfig]:
 
 
 def require_fit(reader: CheckpointReader, model: ModelConfig) -> None:
-    """Raises CheckpointError listing the tensors that the checkpoint lacks, has beyond the model, or has in another shape."""
+    """Raises CheckpointError listing the tensors that the checkpoint lacks, has beyond the model, or has in another
+    shape."""
     wanted = {f"model/{key}": shape for key, shape in parameter_table(model).items()}
     stored = {key: entry.shape for key, entry in reader.entries.items() if key.startswith("model/")}
     complaints = _listed("missing", [key for key in wanted if key not in stored])
     complaints += _listed("not of this model", [key for key in stored if key not in wanted])
-    complaints += _listed("of another shape", [
-        f"{key} {stored[key]}, wanted {shape}" for key, shape in wanted.items() if stored.get(key, shape) != shape
-    ])
+    complaints += _listed(
+        "of another shape",
+        [f"{key} {stored[key]}, wanted {shape}" for key, shape in wanted.items() if stored.get(key, shape) != shape],
+    )
     if complaints:
         raise CheckpointError(
             f"the checkpoint is of another model than {model.name}: " + "; ".join(complaints),

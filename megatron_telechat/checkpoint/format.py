@@ -9,16 +9,26 @@ from __future__ import annotations
 
 import platform
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint.boxes import Box, intersect, tiling_fault, whole
 from megatron_telechat.checkpoint.files import (
-    RESTORE_OR_OTHER, FileEntry, LazyTensor, crc32_of, dtype_name, dtype_named, dtype_of_tag, lazy, read_file_error, write_safetensors,
+    RESTORE_OR_OTHER,
+    FileEntry,
+    LazyTensor,
+    crc32_of,
+    dtype_name,
+    dtype_named,
+    dtype_of_tag,
+    lazy,
+    read_file_error,
+    write_safetensors,
 )
 from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, read_manifest
@@ -34,7 +44,7 @@ class Part:
 
     files: dict[str, FileEntry] = field(default_factory=dict)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
-    rng: Optional[dict[str, Any]] = None
+    rng: dict[str, Any] | None = None
 
 
 class PartWriter:
@@ -136,18 +146,27 @@ class CheckpointWriter:
             writer.add("model/…", global_shape, offset, tensor)
         writer.path
 
-    With a ``branch`` it is the next save of that line, as a training's is; without, it replaces a checkpoint of its step.
+    With a ``branch`` it is the next save of that line, as a training's is; without, it replaces a checkpoint of its
+    step.
     """
 
-    def __init__(self, root: Path, *, step: int, config: str, max_file_bytes: int = 1 << 30,
-                 extra: Optional[Mapping[str, Any]] = None, branch: Optional[Branch] = None):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        step: int,
+        config: str,
+        max_file_bytes: int = 1 << 30,
+        extra: Mapping[str, Any] | None = None,
+        branch: Branch | None = None,
+    ):
         self._branch = branch
         self._attempt = protocol.begin(Path(root), step)
         self._writer = PartWriter(self._attempt.temporary, 0, max_file_bytes)
         self._config = config
         self.extra: dict[str, Any] = dict(extra or {})
         self.files: dict[str, FileEntry] = {}
-        self.path: Optional[Path] = None
+        self.path: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -157,7 +176,7 @@ class CheckpointWriter:
     def add(self, key: str, global_shape: Sequence[int], offset: Sequence[int], tensor: torch.Tensor) -> None:
         self._writer.add(key, global_shape, offset, tensor)
 
-    def __enter__(self) -> "CheckpointWriter":
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -167,8 +186,14 @@ class CheckpointWriter:
         try:
             part = merge_parts([self._writer.close()])
             manifest = Manifest(
-                step=self._attempt.step, consumed_samples=0, config=self._config, topology={"world_size": 1},
-                versions=versions(), files={**part.files, **self.files}, tensors=part.tensors, extra=self.extra,
+                step=self._attempt.step,
+                consumed_samples=0,
+                config=self._config,
+                topology={"world_size": 1},
+                versions=versions(),
+                files={**part.files, **self.files},
+                tensors=part.tensors,
+                extra=self.extra,
                 lineage=self._branch.next().to_json() if self._branch is not None else None,
             )
             self.path = protocol.commit(self._attempt, manifest, keep_replaced=self._branch is not None)
@@ -208,8 +233,7 @@ class CheckpointReader:
         for name, entry in self.manifest.files.items():
             what = _file_fault(self.path, name, entry, checksums)
             if what:
-                problems.append(Problem(what, str(self.path / name),
-                                        RESTORE_OR_OTHER))
+                problems.append(Problem(what, str(self.path / name), RESTORE_OR_OTHER))
         if problems:
             raise CheckpointError(problems)
 
@@ -219,7 +243,7 @@ class CheckpointReader:
     def dtype(self, key: str) -> torch.dtype:
         return dtype_named(self.entries[key].dtype)
 
-    def read(self, key: str, offset: Optional[Sequence[int]] = None, shape: Optional[Sequence[int]] = None) -> torch.Tensor:
+    def read(self, key: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:
         """The box of ``key`` at ``offset`` (default: the whole tensor), on the CPU, in the stored dtype."""
         entry = self.entries[key]
         box = whole(entry.shape) if offset is None else Box(tuple(offset), tuple(shape))
@@ -237,7 +261,7 @@ class CheckpointReader:
             out[common.slices(box.offset)] = values
         return out
 
-    def read_rng(self, rank: int) -> Optional[tuple[Any, dict[str, torch.Tensor]]]:
+    def read_rng(self, rank: int) -> tuple[Any, dict[str, torch.Tensor]] | None:
         """(JSON state, its tensors) of one rank's generators, None where none was saved."""
         for entry in self.manifest.rng:
             if entry["rank"] == rank:
@@ -254,7 +278,8 @@ class CheckpointReader:
             if found != (stored.box.shape, dtype_named(entry.dtype)):
                 raise CheckpointError(
                     f"{stored.name} is {found[1]} {found[0]}, the manifest says {entry.dtype} {stored.box.shape}",
-                    where=str(path), fix=RESTORE_OR_OTHER,
+                    where=str(path),
+                    fix=RESTORE_OR_OTHER,
                 )
             return view[box.slices(stored.box.offset)]
         except CheckpointError:
@@ -281,7 +306,7 @@ class CheckpointReader:
         return handle
 
 
-def _file_fault(folder: Path, name: str, entry: FileEntry, checksums: bool) -> Optional[str]:
+def _file_fault(folder: Path, name: str, entry: FileEntry, checksums: bool) -> str | None:
     path = folder / name
     if path.is_symlink():
         return "the file is a symbolic link"

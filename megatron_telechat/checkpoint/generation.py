@@ -7,9 +7,10 @@ sequence, so keys rotated for a shorter one are not those of the longer one.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 import torch
 
@@ -22,8 +23,8 @@ class Sampling:
     """temperature 0 takes the likeliest token; top_k and top_p narrow the choice of the others."""
 
     temperature: float = 0.0
-    top_k: Optional[int] = None
-    top_p: Optional[float] = None
+    top_k: int | None = None
+    top_p: float | None = None
     seed: int = 0
 
 
@@ -39,7 +40,7 @@ def generate(
         if token in end_tokens:
             break
         tokens.append(token)
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -49,7 +50,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     ordered, ids = (logits / sampling.temperature).sort(descending=True, stable=True)
     probabilities = ordered.softmax(dim=0)
     if sampling.top_k is not None:
-        probabilities[sampling.top_k:] = 0
+        probabilities[sampling.top_k :] = 0
     if sampling.top_p is not None:
         # the smallest set that reaches top_p of what top_k left: a token stays while those before it fall short
         probabilities = probabilities / probabilities.sum()
@@ -58,7 +59,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def end_tokens_of(folder: Path, config: dict[str, Any], tokenizer_end: Optional[int]) -> frozenset[int]:
+def end_tokens_of(folder: Path, config: dict[str, Any], tokenizer_end: int | None) -> frozenset[int]:
     """Ids that end a text: of generation_config.json, config.json and the tokenizer.
 
     Raises:

@@ -38,8 +38,13 @@ def read_golden(path: Path, vocab_size: int) -> dict[int, tuple[torch.Tensor, to
     problems = []
     foreign = sorted(name for name in tensors if not _NAME.fullmatch(name))
     if foreign:
-        problems.append(Problem(f"entries that are neither input_ids_S nor logits_S: {', '.join(foreign[:10])}", str(path),
-                                "S is the length, as in input_ids_32 and logits_32"))
+        problems.append(
+            Problem(
+                f"entries that are neither input_ids_S nor logits_S: {', '.join(foreign[:10])}",
+                str(path),
+                "S is the length, as in input_ids_32 and logits_32",
+            )
+        )
     lengths = sorted({int(match.group(2)) for match in map(_NAME.fullmatch, tensors) if match})
     if not lengths and not foreign:
         problems.append(Problem("the file holds no entries", str(path), "write input_ids_S and logits_S"))
@@ -48,12 +53,16 @@ def read_golden(path: Path, vocab_size: int) -> dict[int, tuple[torch.Tensor, to
         names = [f"input_ids_{length}", f"logits_{length}"]
         missing = [name for name in names if name not in tensors]
         if missing:
-            problems.append(Problem(f"{missing[0]} is missing", str(path), f"each length needs {names[0]} and {names[1]}"))
+            problems.append(
+                Problem(f"{missing[0]} is missing", str(path), f"each length needs {names[0]} and {names[1]}")
+            )
             continue
         ids, logits = tensors[names[0]], tensors[names[1]]
         fault = _fault(ids, logits, length, vocab_size)
         if fault:
-            problems.append(Problem(fault, str(path), f"wanted: ids [batch, {length}], logits [batch, {length}, {vocab_size}]"))
+            problems.append(
+                Problem(fault, str(path), f"wanted: ids [batch, {length}], logits [batch, {length}, {vocab_size}]")
+            )
         pairs[length] = (ids, logits)
     if problems:
         raise CheckpointError(problems)
@@ -92,6 +101,9 @@ def compare(model: HfModel, pairs: dict[int, tuple[torch.Tensor, torch.Tensor]])
     for length, (ids, reference) in sorted(pairs.items()):
         ours = model.logits(ids).cpu().double()
         wanted = reference.double()
-        out.append(Comparison(f"logits_{length}", tuple(ids.shape), float((ours - wanted).abs().max()),
-                              float(wanted.abs().max())))
+        out.append(
+            Comparison(
+                f"logits_{length}", tuple(ids.shape), float((ours - wanted).abs().max()), float(wanted.abs().max())
+            )
+        )
     return out

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -103,8 +104,11 @@ _TELE_EXPERT = _TELE + "mlp.local_experts.{e}."
 TELECHAT2_RULES = (
     Rule("embedding.word_embeddings.weight", ("transformer.word_embeddings.weight",)),
     Rule(_LAYER + "input_layernorm.weight", (_TELE + "input_layernorm.weight",)),
-    Rule(_LAYER + "self_attention.linear_qkv.weight",
-         (_TELE + "self_attention.query.weight", _TELE + "self_attention.key_value.weight"), "query, packed key_value"),
+    Rule(
+        _LAYER + "self_attention.linear_qkv.weight",
+        (_TELE + "self_attention.query.weight", _TELE + "self_attention.key_value.weight"),
+        "query, packed key_value",
+    ),
     Rule(_LAYER + "self_attention.linear_proj.weight", (_TELE + "self_attention.dense.weight",)),
     Rule(_LAYER + "self_attention.linear_proj.bias", (_TELE + "self_attention.dense.bias",)),
     Rule(_LAYER + "pre_mlp_layernorm.weight", (_TELE + "post_attention_layernorm.weight",)),
@@ -112,12 +116,18 @@ TELECHAT2_RULES = (
     Rule(_LAYER + "mlp.linear_fc2.weight", (_TELE + "mlp.down_proj.weight",)),
     Rule(_LAYER + "mlp.linear_fc2.bias", (_TELE + "mlp.down_proj.bias",)),
     Rule(_LAYER + "mlp.router.weight", (_TELE + "mlp.router.weight",)),
-    Rule(_LAYER + "mlp.experts.linear_fc1.weight",
-         (_TELE_EXPERT + "gate_proj.weight", _TELE_EXPERT + "up_proj.weight"), "stacked"),
+    Rule(
+        _LAYER + "mlp.experts.linear_fc1.weight",
+        (_TELE_EXPERT + "gate_proj.weight", _TELE_EXPERT + "up_proj.weight"),
+        "stacked",
+    ),
     Rule(_LAYER + "mlp.experts.linear_fc2.weight", (_TELE_EXPERT + "down_proj.weight",)),
     Rule(_LAYER + "mlp.experts.linear_fc2.bias", (_TELE_EXPERT + "down_proj.bias",), optional=True),
-    Rule(_LAYER + "mlp.shared_experts.linear_fc1.weight",
-         (_TELE + "mlp.shared_experts.gate_proj.weight", _TELE + "mlp.shared_experts.up_proj.weight"), "stacked"),
+    Rule(
+        _LAYER + "mlp.shared_experts.linear_fc1.weight",
+        (_TELE + "mlp.shared_experts.gate_proj.weight", _TELE + "mlp.shared_experts.up_proj.weight"),
+        "stacked",
+    ),
     Rule(_LAYER + "mlp.shared_experts.linear_fc2.weight", (_TELE + "mlp.shared_experts.down_proj.weight",)),
     Rule("decoder.final_layernorm.weight", ("transformer.ln_f.weight",)),
     Rule("output_layer.weight", ("lm_head.weight",)),
@@ -129,13 +139,19 @@ _MIX_MOE = _MIX + "block_sparse_moe."
 MIXTRAL_RULES = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
     Rule(_LAYER + "input_layernorm.weight", (_MIX + "input_layernorm.weight",)),
-    Rule(_LAYER + "self_attention.linear_qkv.weight",
-         tuple(_MIX + f"self_attn.{part}_proj.weight" for part in "qkv"), "query, key, value"),
+    Rule(
+        _LAYER + "self_attention.linear_qkv.weight",
+        tuple(_MIX + f"self_attn.{part}_proj.weight" for part in "qkv"),
+        "query, key, value",
+    ),
     Rule(_LAYER + "self_attention.linear_proj.weight", (_MIX + "self_attn.o_proj.weight",)),
     Rule(_LAYER + "pre_mlp_layernorm.weight", (_MIX + "post_attention_layernorm.weight",)),
     Rule(_LAYER + "mlp.router.weight", (_MIX_MOE + "gate.weight",)),
-    Rule(_LAYER + "mlp.experts.linear_fc1.weight",
-         (_MIX_MOE + "experts.{e}.w1.weight", _MIX_MOE + "experts.{e}.w3.weight"), "stacked"),
+    Rule(
+        _LAYER + "mlp.experts.linear_fc1.weight",
+        (_MIX_MOE + "experts.{e}.w1.weight", _MIX_MOE + "experts.{e}.w3.weight"),
+        "stacked",
+    ),
     Rule(_LAYER + "mlp.experts.linear_fc2.weight", (_MIX_MOE + "experts.{e}.w2.weight",)),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
     Rule("output_layer.weight", ("lm_head.weight",)),
@@ -189,7 +205,7 @@ def weight_map(model: ModelConfig) -> list[Link]:
 
 
 def _link(
-    rule: Rule, key: str, shape: Shape, box: Box, inner: Shape, layer: str, expert: Optional[int], model: ModelConfig
+    rule: Rule, key: str, shape: Shape, box: Box, inner: Shape, layer: str, expert: int | None, model: ModelConfig
 ) -> Link:
     transform = _transform(rule.how, model)
     names = tuple(name.format(i=layer, e=expert) for name in rule.names)
@@ -232,8 +248,12 @@ class HfWeights:
 
     def dtype(self, key: str) -> torch.dtype:
         """The narrowest dtype that holds every tensor of ``key`` exactly."""
-        found = {self.folder.tensors[name].dtype for link in self._by_key[key] for name in link.names
-                 if name in self.folder.tensors}
+        found = {
+            self.folder.tensors[name].dtype
+            for link in self._by_key[key]
+            for name in link.names
+            if name in self.folder.tensors
+        }
         if not found:  # an absent bias is made in the dtype of its weight
             return self.dtype(key.replace(".bias", ".weight"))
         return functools.reduce(torch.promote_types, found)
@@ -262,24 +282,40 @@ class HfWeights:
 
     def _check_names(self) -> None:
         found = self.folder.tensors
-        wanted = {name: shape for link in self.links if link.key not in self.absent
-                  for name, shape in zip(link.names, link.shapes)}
+        wanted = {
+            name: shape
+            for link in self.links
+            if link.key not in self.absent
+            for name, shape in zip(link.names, link.shapes, strict=True)
+        }
         problems = []
         missing = [name for name in wanted if name not in found]
         if missing == ["lm_head.weight"]:
-            problems.append(Problem("lm_head.weight is missing", str(self.folder.folder),
-                                    "use a complete checkpoint; the published file would load this one silently "
-                                    "with a random output layer"))
+            problems.append(
+                Problem(
+                    "lm_head.weight is missing",
+                    str(self.folder.folder),
+                    "use a complete checkpoint; the published file would load this one silently "
+                    "with a random output layer",
+                )
+            )
         elif missing:
             problems.append(_names_problem("missing", missing, self.folder.folder))
         unexpected = [name for name in found if name not in wanted]
         if unexpected:
             problems.append(_names_problem("unexpected", unexpected, self.folder.folder))
-        wrong = [f"{name} {list(found[name].shape)}, config.json says {list(shape)}"
-                 for name, shape in wanted.items() if name in found and found[name].shape != tuple(shape)]
+        wrong = [
+            f"{name} {list(found[name].shape)}, config.json says {list(shape)}"
+            for name, shape in wanted.items()
+            if name in found and found[name].shape != tuple(shape)
+        ]
         if wrong:
             problems.append(_names_problem("of another shape", wrong, self.folder.folder))
-        odd = [f"{name} ({found[name].dtype})" for name in wanted if name in found and not found[name].dtype.is_floating_point]
+        odd = [
+            f"{name} ({found[name].dtype})"
+            for name in wanted
+            if name in found and not found[name].dtype.is_floating_point
+        ]
         if odd:
             problems.append(_names_problem("not floating point", odd, self.folder.folder))
         if problems:
@@ -288,10 +324,13 @@ class HfWeights:
 
 def _names_problem(what: str, names: Sequence[str], folder: Path) -> Problem:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return Problem(f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}{more}", str(folder),
-                   "check that config.json belongs to these weights and that all files are there")
+    return Problem(
+        f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}{more}",
+        str(folder),
+        "check that config.json belongs to these weights and that all files are there",
+    )
 
 
 def hf_tensor_shapes(model: ModelConfig) -> Mapping[str, Shape]:
     """Names and shapes of the Hugging Face tensors of a model, in model order."""
-    return {name: shape for link in weight_map(model) for name, shape in zip(link.names, link.shapes)}
+    return {name: shape for link in weight_map(model) for name, shape in zip(link.names, link.shapes, strict=True)}

@@ -7,8 +7,9 @@ because that is what the published modelling file computes with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from megatron_telechat.config.schema import ModelConfig
 from megatron_telechat.errors import CheckpointError, Problem
@@ -77,7 +78,8 @@ def model_config_from_hf(
     kind = config.get("model_type")
     if "mup_scale_factor" in config or "transformer.wte.weight" in tensor_names:
         raise CheckpointError(
-            "this is TeleChat-52B, another architecture (GPT-2 names, fused c_attn, muP scaling)", where,
+            "this is TeleChat-52B, another architecture (GPT-2 names, fused c_attn, muP scaling)",
+            where,
             "use a TeleChat2 checkpoint: 3B, 7B, 35B, 115B or 39B-A12B",
         )
     if kind not in (TELECHAT, "telechat2", MIXTRAL):
@@ -94,11 +96,15 @@ def model_config_from_hf(
 def _telechat(reader: _Reader, names: Mapping[str, Any]) -> dict[str, Any]:
     config = reader.config
     if config.get("embed_layernorm") or "transformer.word_embeddings_layernorm.weight" in names:
-        reader.complain("embed_layernorm: a norm behind the embedding is not supported",
-                        "no published TeleChat2 has one; use one of those")
+        reader.complain(
+            "embed_layernorm: a norm behind the embedding is not supported",
+            "no published TeleChat2 has one; use one of those",
+        )
     if config.get("tie_word_embeddings") or "word_embeddings.weight" in names:
-        reader.complain("the embeddings are tied (TeleChat-7B of the first generation), which is not supported",
-                        "use TeleChat2-7B, or untie them: save lm_head.weight and set tie_word_embeddings to false")
+        reader.complain(
+            "the embeddings are tied (TeleChat-7B of the first generation), which is not supported",
+            "use TeleChat2-7B, or untie them: save lm_head.weight and set tie_word_embeddings to false",
+        )
     if config.get("apply_residual_connection_post_layernorm"):
         reader.complain("apply_residual_connection_post_layernorm is not supported")
     hidden = reader.whole("n_embed", "hidden_size", default=4096)
@@ -136,7 +142,7 @@ def _telechat(reader: _Reader, names: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _experts_among(names: Mapping[str, Any]) -> Optional[int]:
+def _experts_among(names: Mapping[str, Any]) -> int | None:
     marker = ".mlp.local_experts."
     numbers = {name.split(marker)[1].split(".")[0] for name in names if marker in name}
     return len(numbers) or None
@@ -161,7 +167,9 @@ def _mixtral(reader: _Reader) -> dict[str, Any]:
         "ffn_hidden_size": ffn,
         "moe_ffn_hidden_size": ffn,
         "num_attention_heads": heads,
-        "num_query_groups": reader.whole("num_key_value_heads", default=8 if "num_key_value_heads" not in config else heads),
+        "num_query_groups": reader.whole(
+            "num_key_value_heads", default=8 if "num_key_value_heads" not in config else heads
+        ),
         "kv_channels": reader.whole("head_dim"),
         "vocab_size": reader.whole("vocab_size", default=32000),
         "norm_epsilon": reader.real("rms_norm_eps", default=1e-5),
@@ -187,7 +195,9 @@ def _rope_theta(reader: _Reader, default: float = 10000.0) -> float:
         if not isinstance(scaling, dict):
             continue
         if scaling.get("factor", 1.0) not in (None, 1, 1.0):
-            reader.complain(f"{section} has the factor {scaling['factor']!r}, which is not supported", f"remove {section}")
+            reader.complain(
+                f"{section} has the factor {scaling['factor']!r}, which is not supported", f"remove {section}"
+            )
         if isinstance(scaling.get("rope_theta"), (int, float)):
             default = float(scaling["rope_theta"])
     return reader.real("rope_theta", default=default)
@@ -205,8 +215,11 @@ def _check_shapes(reader: _Reader, values: Mapping[str, Any]) -> None:
     if experts is not None and topk > experts:
         reader.complain(f"{topk} experts per token of {experts}")
     elif topk == 1:
-        reader.complain("one expert per token is not supported: the softmax over one chosen logit is 1, and its router learns nothing",
-                        "a mixture with two experts per token or more")
+        reader.complain(
+            "one expert per token is not supported: the softmax over one chosen logit is 1, and its router learns "
+            "nothing",
+            "a mixture with two experts per token or more",
+        )
 
 
 def hf_config_of(model: ModelConfig, precision: str, tokens: Mapping[str, int] = {}) -> dict[str, Any]:
@@ -280,22 +293,41 @@ def _mixtral_config(model: ModelConfig, precision: str, tokens: Mapping[str, int
 
 
 # What a template's config.json may say otherwise without being of another model.
-_FREE = {"name", "rotary_table_dtype", "init_method_std", "router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-         "max_position_embeddings", "attention_dropout", "hidden_dropout", "num_query_groups", "kv_channels", "rotary_base_seqlen"}
+_FREE = {
+    "name",
+    "rotary_table_dtype",
+    "init_method_std",
+    "router_init_std",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "max_position_embeddings",
+    "attention_dropout",
+    "hidden_dropout",
+    "num_query_groups",
+    "kv_channels",
+    "rotary_base_seqlen",
+}
 
 
 def config_differences(model: ModelConfig, template: ModelConfig) -> list[str]:
     """What of the architecture differs: ``field: ours, theirs`` lines."""
     ours, theirs = comparable(model), comparable(template)
-    return [f"{name}: {ours[name]} in the checkpoint, {theirs[name]} in config.json"
-            for name in ours if ours[name] != theirs[name]]
+    return [
+        f"{name}: {ours[name]} in the checkpoint, {theirs[name]} in config.json"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
 
 
 def comparable(model: ModelConfig) -> dict[str, Any]:
-    """The architecture by field, so that equal values mean equal tensors: defaults filled in, what is not used left out."""
+    """The architecture by field, so that equal values mean equal tensors: defaults filled in, what is not used left
+    out."""
     values = {field.name: getattr(model, field.name) for field in fields(model) if field.name not in _FREE}
-    values.update(query_groups=model.query_groups, head_dim=model.head_dim,
-                  rotary_base_seqlen=model.rotary_base_seqlen or model.rotary_training_seqlen)
+    values.update(
+        query_groups=model.query_groups,
+        head_dim=model.head_dim,
+        rotary_base_seqlen=model.rotary_base_seqlen or model.rotary_training_seqlen,
+    )
     if model.is_moe:
         values["moe_ffn_hidden_size"] = model.moe_ffn_hidden_size or model.ffn_hidden_size
         if model.moe_layer_freq == 1:

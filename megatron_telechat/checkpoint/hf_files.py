@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 
 from megatron_telechat.checkpoint.files import (
-    FileEntry, LazyTensor, crc32_of, dtype_of_tag, fsync_folder, read_file_error, write_safetensors,
+    FileEntry,
+    LazyTensor,
+    crc32_of,
+    dtype_of_tag,
+    fsync_folder,
+    read_file_error,
+    write_safetensors,
 )
 from megatron_telechat.errors import CheckpointError
 
@@ -65,14 +72,15 @@ class HfFolder:
         except Exception as error:  # safetensors raises types of its own
             raise read_file_error(self.folder / header.file, error, _DOWNLOAD) from error
 
-    def _files(self) -> tuple[list[str], Optional[Mapping[str, str]]]:
+    def _files(self) -> tuple[list[str], Mapping[str, str] | None]:
         for single, index in ((_SAFE, _SAFE_INDEX), (_BIN, _BIN_INDEX)):
             if (self.folder / single).is_file():
                 return [single], None
             if (self.folder / index).is_file():
                 return self._indexed(index)
         raise CheckpointError(
-            "no weights there", where=str(self.folder),
+            "no weights there",
+            where=str(self.folder),
             fix=f"the folder must hold {_SAFE}, {_SAFE_INDEX}, {_BIN} or {_BIN_INDEX}",
         )
 
@@ -85,10 +93,15 @@ class HfFolder:
         suffix = ".safetensors" if index == _SAFE_INDEX else ".bin"
         for name in names:
             if os.path.basename(name) != name or not name.endswith(suffix):
-                raise CheckpointError(f"the index names {name!r}, which is not a {suffix} file of the folder", str(path))
+                raise CheckpointError(
+                    f"the index names {name!r}, which is not a {suffix} file of the folder", str(path)
+                )
             if not (self.folder / name).is_file():
-                raise CheckpointError("a file of the index is missing", str(self.folder / name),
-                                      "download the folder again; the index lists every file it needs")
+                raise CheckpointError(
+                    "a file of the index is missing",
+                    str(self.folder / name),
+                    "download the folder again; the index lists every file it needs",
+                )
         return names, listed
 
     def _check_index(self, listed: Mapping[str, str]) -> None:
@@ -99,7 +112,8 @@ class HfFolder:
             raise CheckpointError(
                 f"{len(wrong)} tensors are not where the index says, the first is {key}: "
                 f"index {listed.get(key)}, found in {found.get(key)}",
-                where=str(self.folder), fix="download the folder again",
+                where=str(self.folder),
+                fix="download the folder again",
             )
 
     def _handle(self, name: str) -> Any:
@@ -120,8 +134,11 @@ class HfFolder:
             view = handle.get_slice(key)
             dtype = dtype_of_tag(view.get_dtype())
             if dtype is None:
-                raise CheckpointError(f"{key} has the dtype {view.get_dtype()}", str(self.folder / name),
-                                      "give unquantised weights: fp32, bf16 or fp16")
+                raise CheckpointError(
+                    f"{key} has the dtype {view.get_dtype()}",
+                    str(self.folder / name),
+                    "give unquantised weights: fp32, bf16 or fp16",
+                )
             headers[key] = TensorHeader(name, dtype, tuple(view.get_shape()))
         return headers
 
@@ -143,7 +160,9 @@ def _load_pickle(path: Path) -> Mapping[str, torch.Tensor]:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise read_file_error(path, ValueError(str(error).splitlines()[0] if str(error) else "empty"), _DOWNLOAD) from error
+        raise read_file_error(
+            path, ValueError(str(error).splitlines()[0] if str(error) else "empty"), _DOWNLOAD
+        ) from error
     if not isinstance(value, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items()
     ):
@@ -175,7 +194,7 @@ def companions(folder: Path) -> list[Path]:
     return found
 
 
-def carry_companions(source: Optional[Path], target: Path) -> dict[str, FileEntry]:
+def carry_companions(source: Path | None, target: Path) -> dict[str, FileEntry]:
     """Copy the files that are not weights, unchanged, into ``target`` (a folder of a checkpoint under way).
 
     Returns them as files of the manifest, named from the checkpoint's folder.
@@ -207,11 +226,14 @@ def write_hf_weights(folder: Path, tensors: Sequence[LazyTensor], max_shard_byte
         size += tensor.nbytes
     count = len(shards)
     names = [_SAFE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    for name, shard in zip(names, shards):
+    for name, shard in zip(names, shards, strict=True):
         write_safetensors(folder / name, shard, {"format": "pt"})
     if count > 1:
-        weight_map = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": dict(sorted(weight_map.items()))}
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors)},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         (folder / _SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     fsync_folder(folder)
     return names

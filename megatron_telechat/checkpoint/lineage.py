@@ -1,18 +1,20 @@
 """Which checkpoint of a folder is the newest: the head of a lineage, not the largest step.
 
-Each training save has a number, one more than any before it in its folder, and names its parent: the checkpoint that the run had
-saved before it, or was started from. A save whose parent is of step 10 says that every earlier save beyond step 10 belongs to a
-branch that was left (by ``--load-step 10``, or because those were damaged). Manifests of releases before lineages, and imports,
-have number 0; among them the largest step is the newest. Everything here reads the first part of manifests only, without torch.
+Each training save has a number, one more than any before it in its folder, and names its parent: the checkpoint that
+the run had saved before it, or was started from. A save whose parent is of step 10 says that every earlier save beyond
+step 10 belongs to a branch that was left (by ``--load-step 10``, or because those were damaged). Manifests of releases
+before lineages, and imports, have number 0; among them the largest step is the newest. Everything here reads the first
+part of manifests only, without torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_telechat.checkpoint.names import aside_name, committed_folders, folders_aside, is_replaced, step_of
@@ -43,12 +45,13 @@ class Lineage:
 
     Attributes:
         number: of the save in its folder; 0 for those of older releases and imports.
-        parent: (step, digest) of the checkpoint it goes on from; None at the first save of a run that began with initial weights.
+        parent: (step, digest) of the checkpoint it goes on from; None at the first save of a run that began with
+        initial weights.
         began: every place that a command named as a beginning, oldest first.
     """
 
     number: int = 0
-    parent: Optional[tuple[int, str]] = None
+    parent: tuple[int, str] | None = None
     began: tuple[Began, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +59,7 @@ class Lineage:
         return {"number": self.number, "parent": parent, "began": [vars(one) for one in self.began]}
 
     @classmethod
-    def from_json(cls, body: Any) -> "Lineage":
+    def from_json(cls, body: Any) -> Lineage:
         """Raises KeyError, TypeError or ValueError for what is no lineage."""
         if not body:
             return cls()
@@ -76,7 +79,7 @@ class Saved:
     config: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     consumed_samples: int = 0
-    optimizer: Optional[Mapping[str, Any]] = None
+    optimizer: Mapping[str, Any] | None = None
 
     @property
     def age(self) -> tuple[int, int]:
@@ -85,7 +88,8 @@ class Saved:
 
 
 def look_at(folder: Path) -> Saved:
-    """What a checkpoint says of itself, from the first part of its manifest: quick for any number of ranks, but not verified.
+    """What a checkpoint says of itself, from the first part of its manifest: quick for any number of ranks, but not
+    verified.
 
     Raises CheckpointError when there is no manifest or it cannot be read.
     """
@@ -98,8 +102,11 @@ def look_at(folder: Path) -> Saved:
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         read_manifest(folder)  # says what is wrong with a damaged one
-        raise CheckpointError(f"the manifest does not follow the schema ({type(error).__name__}: {error})", str(folder / MANIFEST),
-                              "use another checkpoint (--load-step)") from error
+        raise CheckpointError(
+            f"the manifest does not follow the schema ({type(error).__name__}: {error})",
+            str(folder / MANIFEST),
+            "use another checkpoint (--load-step)",
+        ) from error
 
 
 def _head(path: Path) -> dict[str, Any]:
@@ -113,7 +120,9 @@ def _head(path: Path) -> dict[str, Any]:
             # A blend of very many files makes a long fingerprint.
             return found or _values((head + stream.read()).decode(errors="ignore"))
     except OSError as error:
-        raise CheckpointError(f"no readable {MANIFEST}: {error.strerror or error}", str(path.parent), "restore it from a copy") from error
+        raise CheckpointError(
+            f"no readable {MANIFEST}: {error.strerror or error}", str(path.parent), "restore it from a copy"
+        ) from error
 
 
 def _values(text: str) -> dict[str, Any]:
@@ -136,12 +145,14 @@ def _skip(text: str, at: int, blanks: str) -> int:
 
 
 def saved_in(root: Path) -> list[Saved]:
-    """The checkpoints of a folder whose manifests can be read, oldest save first; those of branches that were left are not among them."""
+    """The checkpoints of a folder whose manifests can be read, oldest save first; those of branches that were left are
+    not among them."""
     return live(readable(root))
 
 
 def readable(root: Path) -> list[Saved]:
-    """The checkpoints of a folder whose manifests can be read and are of the step that their folder is named after, by step."""
+    """The checkpoints of a folder whose manifests can be read and are of the step that their folder is named after, by
+    step."""
     found = []
     for step, path in committed_folders(root):
         try:
@@ -156,7 +167,7 @@ def readable(root: Path) -> list[Saved]:
 def live(found: Sequence[Saved]) -> list[Saved]:
     """Oldest save first, without those that a later save has left behind: its parent lies before them."""
     kept: list[Saved] = []
-    reach: Optional[int] = None
+    reach: int | None = None
     for saved in sorted(found, key=lambda one: one.age, reverse=True):
         if reach is None or saved.step <= reach:
             kept.append(saved)
@@ -166,15 +177,20 @@ def live(found: Sequence[Saved]) -> list[Saved]:
 
 
 def set_aside(root: Path, identifier: str) -> list[Path]:
-    """Rename what branches left behind: the trunk after a roll-back, and the folder that a save of the same step replaced.
+    """Rename what branches left behind: the trunk after a roll-back, and the folder that a save of the same step
+    replaced.
 
-    A branch is the newer one from the commit of its first save on, by its number; so this may be cut off anywhere and is done
-    again by the next save. Nothing is deleted. Returns the new names.
+    A branch is the newer one from the commit of its first save on, by its number; so this may be cut off anywhere and
+    is done again by the next save. Nothing is deleted. Returns the new names.
     """
     kept = {saved.path for saved in saved_in(root)}
     left = [saved.path for saved in readable(root) if saved.path not in kept]
     there = {path.name for _, path in committed_folders(root)}
-    left += [path for path in sorted(root.iterdir()) if is_replaced(path) and path.name not in there and not path.is_symlink()]
+    left += [
+        path
+        for path in sorted(root.iterdir())
+        if is_replaced(path) and path.name not in there and not path.is_symlink()
+    ]
     renamed = []
     for path in left:
         step = step_of(path)
@@ -202,11 +218,11 @@ class Branch:
         began: see :class:`Lineage`.
     """
 
-    def __init__(self, number: int = 0, parent: Optional[tuple[int, str]] = None, began: tuple[Began, ...] = ()):
+    def __init__(self, number: int = 0, parent: tuple[int, str] | None = None, began: tuple[Began, ...] = ()):
         self._number, self._parent, self._began = number, parent, began
 
     @classmethod
-    def opening(cls, root: Path, parent: Optional[tuple[int, str]] = None, began: tuple[Began, ...] = ()) -> "Branch":
+    def opening(cls, root: Path, parent: tuple[int, str] | None = None, began: tuple[Began, ...] = ()) -> Branch:
         """A branch that saves into ``root``, numbered behind everything that lies there."""
         found = readable(root)
         for path in folders_aside(root):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -14,7 +15,11 @@ from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.loss_scale import diverged_scales, load_scaler_state, one_scale, require_one_scale
 from megatron_telechat.checkpoint.meaning import require_meaning
 from megatron_telechat.checkpoint.optimizer_state import (
-    MASTER, MOMENTS, global_boxes, optimizer_slices, set_adam_step,
+    MASTER,
+    MOMENTS,
+    global_boxes,
+    optimizer_slices,
+    set_adam_step,
 )
 from megatron_telechat.checkpoint.train_state import TrainState, topology
 from megatron_telechat.config.schema import RunConfig
@@ -46,17 +51,22 @@ class LoadedInfo:
     path: Path
     step: int
     consumed_samples: int
-    config: Optional[RunConfig]
+    config: RunConfig | None
     message: str
-    data_fingerprint: Optional[Mapping[str, Any]] = None
+    data_fingerprint: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    adam_step: Optional[int] = None
+    adam_step: int | None = None
     digest: str = ""
 
 
 def load_checkpoint(
-    root: Path, state: TrainState, run: RunConfig, parallel: ParallelState, *,
-    step: Optional[int] = None, weights_only: bool = False,
+    root: Path,
+    state: TrainState,
+    run: RunConfig,
+    parallel: ParallelState,
+    *,
+    step: int | None = None,
+    weights_only: bool = False,
 ) -> LoadedInfo:
     """Fill the parameters, the optimizer and the random generators; a collective over all ranks.
 
@@ -71,8 +81,11 @@ def load_checkpoint(
         if parallel.rank == 0:
             found = find_checkpoint(Path(root), step)
             if found[0] is None:
-                raise CheckpointError("no checkpoint there", where=str(root),
-                                      fix="give a folder that holds iter_… folders, or one of these")
+                raise CheckpointError(
+                    "no checkpoint there",
+                    where=str(root),
+                    fix="give a folder that holds iter_… folders, or one of these",
+                )
     folder, passed_over = from_rank_0(found)
     with together(parallel):
         reader = CheckpointReader(folder, check_sizes=False)  # rank 0 has checked every file
@@ -93,9 +106,17 @@ def load_checkpoint(
         head = f"weights of {folder}; step 0, fresh optimizer"
         return LoadedInfo(folder, 0, 0, config, "\n".join([head, *notes]))
     head = f"resumed from {folder}: step {manifest.step}, {manifest.consumed_samples} samples"
-    return LoadedInfo(folder, manifest.step, manifest.consumed_samples, config, "\n".join([head, *notes]),
-                      manifest.data_fingerprint, manifest.extra,
-                      manifest.optimizer["step"] if manifest.optimizer else None, manifest.digest)
+    return LoadedInfo(
+        folder,
+        manifest.step,
+        manifest.consumed_samples,
+        config,
+        "\n".join([head, *notes]),
+        manifest.data_fingerprint,
+        manifest.extra,
+        manifest.optimizer["step"] if manifest.optimizer else None,
+        manifest.digest,
+    )
 
 
 def _load_parameters(reader: CheckpointReader, shards: Sequence[ParameterShards]) -> None:
@@ -136,8 +157,11 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
                 key = part.piece.key
                 stored = weight_key(reader, key, tensor.dtype) if name == MASTER else f"optimizer/{name}/{key}"
                 if stored not in reader.entries:
-                    raise CheckpointError(f"the optimizer state lacks {stored}", where=str(reader.path),
-                                          fix="resume with --no-load-optim, or use another checkpoint")
+                    raise CheckpointError(
+                        f"the optimizer state lacks {stored}",
+                        where=str(reader.path),
+                        fix="resume with --no-load-optim, or use another checkpoint",
+                    )
                 _fill(tensor[part.start - item.start : part.stop - item.start], reader, stored, part.box)
     if with_moments:
         set_adam_step(state.optimizer, saved["step"])
@@ -150,10 +174,9 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
     return [*notes, f"the optimizer state is fresh: {why}"]
 
 
-def _load_generators(
-    reader: CheckpointReader, state: TrainState, run: RunConfig, parallel: ParallelState
-) -> list[str]:
-    """Restore this rank's random generators; in another layout seed them by the step, so that dropout does not repeat."""
+def _load_generators(reader: CheckpointReader, state: TrainState, run: RunConfig, parallel: ParallelState) -> list[str]:
+    """Restore this rank's random generators; in another layout seed them by the step, so that dropout does not
+    repeat."""
     if state.backend is None:
         return []
     same = dict(reader.manifest.topology) == topology(run, parallel)

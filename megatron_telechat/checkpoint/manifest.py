@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from megatron_telechat.checkpoint.boxes import Box, tiling_fault
 from megatron_telechat.checkpoint.names import DTYPE_TAGS, FileEntry
@@ -56,11 +57,11 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
-    optimizer: Optional[Mapping[str, Any]] = None
+    optimizer: Mapping[str, Any] | None = None
     rng: tuple[Mapping[str, Any], ...] = ()
-    data_fingerprint: Optional[Mapping[str, Any]] = None
+    data_fingerprint: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    lineage: Optional[Mapping[str, Any]] = None
+    lineage: Mapping[str, Any] | None = None
     digest: str = ""
     """Of a manifest that was read; to_bytes takes it anew."""
 
@@ -70,8 +71,17 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             **{
                 name: getattr(self, name)
-                for name in ("step", "consumed_samples", "config", "topology", "versions",
-                             "optimizer", "data_fingerprint", "extra", "lineage")
+                for name in (
+                    "step",
+                    "consumed_samples",
+                    "config",
+                    "topology",
+                    "versions",
+                    "optimizer",
+                    "data_fingerprint",
+                    "extra",
+                    "lineage",
+                )
             },
             "rng": list(self.rng),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
@@ -80,8 +90,12 @@ class Manifest:
                     "dtype": entry.dtype,
                     "shape": list(entry.shape),
                     "boxes": [
-                        {"file": stored.file, "name": stored.name,
-                         "offset": list(stored.box.offset), "shape": list(stored.box.shape)}
+                        {
+                            "file": stored.file,
+                            "name": stored.name,
+                            "offset": list(stored.box.offset),
+                            "shape": list(stored.box.shape),
+                        }
                         for stored in entry.boxes
                     ],
                 }
@@ -136,8 +150,9 @@ def _parse(path: Path, body: Any) -> Manifest:
     digest = body.pop("digest", None)
     if digest != _digest(body):
         raise _damaged(path, "has changed since it was written (its digest differs)")
-    files = {_file_name(path, name): FileEntry(_natural(e["size"]), str(e["crc32"]))
-             for name, e in body["files"].items()}
+    files = {
+        _file_name(path, name): FileEntry(_natural(e["size"]), str(e["crc32"])) for name, e in body["files"].items()
+    }
     tensors = {key: _tensor(path, key, entry, files) for key, entry in body["tensors"].items()}
     for state in body["rng"]:
         if state["file"] not in files:
@@ -198,6 +213,7 @@ def _text(value: Any) -> str:
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"the manifest {what}", where=str(path),
+        f"the manifest {what}",
+        where=str(path),
         fix="use another checkpoint (--load-step), or restore this folder from a copy",
     )

@@ -1,15 +1,17 @@
-"""What the numbers of a checkpoint mean: its model and tokenizer against those of the run that wants to read it. No torch.
+"""What the numbers of a checkpoint mean: its model and tokenizer against those of the run that wants to read it. No
+torch.
 
-Shapes do not tell: the rows of four heads of 64 are the rows of eight heads of 32, and no shape knows of the experts a token is
-sent to, of rotary bases or of a norm's epsilon.
+Shapes do not tell: the rows of four heads of 64 are the rows of eight heads of 32, and no shape knows of the experts a
+token is sent to, of rotary bases or of a norm's epsilon.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from megatron_telechat.checkpoint.hf_config import comparable
 from megatron_telechat.checkpoint.manifest import COMPANIONS
@@ -21,7 +23,8 @@ from megatron_telechat.errors import CheckpointError, ConfigError, DataError, Pr
 
 ALLOW = "--allow-model-change"
 CHANGED_ON_PURPOSE = ("moe_router_topk", "norm_epsilon", "rotary_base", "rotary_training_seqlen", "rotary_base_seqlen")
-"""Values that every tensor can be computed with, so that a run may change them: a longer context, fewer experts of a token."""
+"""Values that every tensor can be computed with, so that a run may change them: a longer context, fewer experts of a
+token."""
 TOKENIZER = "tokenizer"
 """Key of the tokenizer's identity in a manifest's ``extra``."""
 _FLAGS = {"query_groups": "num_query_groups", "head_dim": "kv_channels"}
@@ -88,13 +91,13 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def tokenizer_of(run: RunConfig) -> Optional[dict[str, str]]:
+def tokenizer_of(run: RunConfig) -> dict[str, str] | None:
     """Identity of the run's tokenizer for its manifests, None where it names none or it cannot be read here."""
     return _identity(run.data.tokenizer_type, run.data.tokenizer_model)
 
 
 @lru_cache(maxsize=8)  # each save asks for the run's own
-def _identity(kind: Optional[str], path: Optional[str]) -> Optional[dict[str, str]]:
+def _identity(kind: str | None, path: str | None) -> dict[str, str] | None:
     if not path or not os.path.exists(path):
         return None
     try:
@@ -106,7 +109,8 @@ def _identity(kind: Optional[str], path: Optional[str]) -> Optional[dict[str, st
 def _tokenizer_difference(
     said: Mapping[str, Any], extra: Mapping[str, Any], run: RunConfig, folder: Path
 ) -> list[tuple[Problem, bool]]:
-    """A tokenizer that gives other ids. Not told are tokenizers of two kinds of files, and those that are no longer there."""
+    """A tokenizer that gives other ids. Not told are tokenizers of two kinds of files, and those that are no longer
+    there."""
     ours = tokenizer_of(run)
     if ours is None:
         return []
@@ -116,5 +120,8 @@ def _tokenizer_difference(
         theirs = _identity(None, str(companions))
     if not isinstance(theirs, Mapping) or theirs.get("kind") != ours["kind"] or theirs.get("digest") == ours["digest"]:
         return []
-    what = f"tokenizer_model {run.data.tokenizer_model} gives other ids than the tokenizer that the checkpoint was trained with"
+    what = (
+        f"tokenizer_model {run.data.tokenizer_model} gives other ids than the tokenizer that the checkpoint was "
+        f"trained with"
+    )
     return [(Problem(what, "tokenizer_model", f"name that tokenizer, or {ALLOW} if the change is meant"), True)]

@@ -1,11 +1,12 @@
-"""Names that a manifest uses: dtypes, files, folders of checkpoints. No torch, so that a checkpoint can be looked at without it."""
+"""Names that a manifest uses: dtypes, files, folders of checkpoints. No torch, so that a checkpoint can be looked at
+without it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Optional
 
 from megatron_telechat.errors import CheckpointError
 
@@ -64,7 +65,7 @@ def is_replaced(path: Path) -> bool:
     return _REPLACED.fullmatch(path.name) is not None
 
 
-def step_of(path: Path) -> Optional[int]:
+def step_of(path: Path) -> int | None:
     """The step of a committed checkpoint's folder by its name, None for any other name."""
     match = _COMMITTED.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
     return int(match.group(1)) if match else None
@@ -98,5 +99,9 @@ def folder_of_step(root: Path, step: int) -> Path:
     steps = ", ".join(str(found) for found, _ in folders) or "none"
     aside = [path.name for path in folders_aside(root)]
     more = f"; set aside by a roll-back: {', '.join(aside)}" if aside else ""
-    raise CheckpointError(f"no checkpoint of step {step}; there: {steps}{more}", where=str(root),
-                          fix="choose one of these with --load-step" + (", or name a folder with --load and another --run-dir" if aside else ""))
+    raise CheckpointError(
+        f"no checkpoint of step {step}; there: {steps}{more}",
+        where=str(root),
+        fix="choose one of these with --load-step"
+        + (", or name a folder with --load and another --run-dir" if aside else ""),
+    )

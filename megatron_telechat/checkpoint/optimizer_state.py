@@ -8,8 +8,9 @@ another set of flat ranges over the same global tensors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,9 +51,7 @@ def leaf_optimizers(optimizer: Any) -> list[Any]:
     return [part for part in parts if part is not None and not part.is_stub_optimizer]
 
 
-def optimizer_slices(
-    optimizer: Any, shards: Sequence[Any], create_state: bool = False
-) -> Iterator[OptimizerSlice]:
+def optimizer_slices(optimizer: Any, shards: Sequence[Any], create_state: bool = False) -> Iterator[OptimizerSlice]:
     """Every flat range whose state this rank's megatron-core optimizer owns.
 
     Args:
@@ -147,7 +146,7 @@ class GlobalBox(NamedTuple):
     box: Box
 
 
-def global_boxes(shards: Any, start: int = 0, stop: Optional[int] = None) -> Iterator[GlobalBox]:
+def global_boxes(shards: Any, start: int = 0, stop: int | None = None) -> Iterator[GlobalBox]:
     """Cut a flat range of a local parameter into boxes of global tensors."""
     stop = shards.parameter.numel() if stop is None else stop
     for piece in shards.pieces:

@@ -7,7 +7,6 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Optional
 
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.lineage import saved_in
@@ -17,11 +16,11 @@ from megatron_telechat.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 
-def prune(root: Path, keep_last: int, protected: Optional[Path] = None) -> list[Path]:
+def prune(root: Path, keep_last: int, protected: Path | None = None) -> list[Path]:
     """Remove all but the newest ``keep_last`` sound checkpoints (0: remove none); returns what was removed.
 
-    The newest are the last of the lineage, whatever their steps: what was saved last is never removed. What a roll-back set
-    aside is neither counted nor removed, nor are damaged folders, and ``protected`` (the one this run resumed
+    The newest are the last of the lineage, whatever their steps: what was saved last is never removed. What a roll-back
+    set aside is neither counted nor removed, nor are damaged folders, and ``protected`` (the one this run resumed
     from) stays. A folder is renamed to a temporary name before its files go, so that a run
     killed meanwhile leaves no half-deleted checkpoint behind.
     """

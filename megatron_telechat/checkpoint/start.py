@@ -1,8 +1,8 @@
 """Where a run begins: its own newest checkpoint, the one that the command names, other weights, or none. No torch.
 
-A command may be given again (a requeued job gives the same one each time), so ``--load`` and ``--load-step`` say where a branch
-*begins*. They are obeyed once: as soon as the run's folder holds a checkpoint that says it began there, the run goes on from its
-newest one. The manifests say it (``lineage.py``), not a file beside them.
+A command may be given again (a requeued job gives the same one each time), so ``--load`` and ``--load-step`` say where
+a branch *begins*. They are obeyed once: as soon as the run's folder holds a checkpoint that says it began there, the
+run goes on from its newest one. The manifests say it (``lineage.py``), not a file beside them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
 
 from megatron_telechat.checkpoint.lineage import Began, Saved, look_at, saved_in
 from megatron_telechat.checkpoint.loss_scale import require_one_scale
@@ -36,10 +35,10 @@ class Start:
         notes: what a person should know.
     """
 
-    root: Optional[Path]
-    step: Optional[int] = None
+    root: Path | None
+    step: int | None = None
     weights_only: bool = False
-    opens: Optional[str] = None
+    opens: str | None = None
     began: tuple[Began, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -61,26 +60,33 @@ def find_start(run: RunConfig) -> Start:
     known = _known(began, source, step, elsewhere=not _same(source, save))
     if known is not None and head is not None:
         named = f"--load-step {step}" if _same(source, save) else f"--load {settings.load}"
-        note = f"{named} was obeyed when this branch began, at step {known.step} of {known.folder}; it goes on from its newest checkpoint"
+        note = (
+            f"{named} was obeyed when this branch began, at step {known.step} of {known.folder}; it goes on from "
+            f"its newest checkpoint"
+        )
         return Start(save, began=began, notes=(note,))
     if not _same(source, save) and committed_folders(save):
         raise _other_run(save, source, head, settings.load_step)
     chosen = _chosen(source, step)
     later = [str(saved.step) for saved in own if saved.step > chosen.step]
-    notes = (f"steps {', '.join(later)} are set aside (renamed, not deleted) once this branch has saved",) if later else ()
+    notes = (
+        (f"steps {', '.join(later)} are set aside (renamed, not deleted) once this branch has saved",) if later else ()
+    )
     return Start(source, step, opens=os.path.realpath(source), began=began, notes=notes)
 
 
-def checkpoint_of(start: Start) -> Optional[Saved]:
-    """The checkpoint that a start will most likely load; None for initial weights. A load that meets damage takes an older one.
+def checkpoint_of(start: Start) -> Saved | None:
+    """The checkpoint that a start will most likely load; None for initial weights. A load that meets damage takes an
+    older one.
 
     Raises CheckpointError when there is none.
     """
     return None if start.root is None else _chosen(start.root, start.step)
 
 
-def require_start(run: RunConfig) -> tuple[Start, Optional[Saved]]:
-    """What a run begins with, its model held against the run's, its optimizer sound; before any process group, and in the dry run.
+def require_start(run: RunConfig) -> tuple[Start, Saved | None]:
+    """What a run begins with, its model held against the run's, its optimizer sound; before any process group, and in
+    the dry run.
 
     Raises CheckpointError.
     """
@@ -94,31 +100,39 @@ def require_start(run: RunConfig) -> tuple[Start, Optional[Saved]]:
     return replace(start, notes=(*start.notes, *notes)), saved
 
 
-def _go_on(run: RunConfig, save: Path, head: Optional[Saved]) -> Start:
+def _go_on(run: RunConfig, save: Path, head: Saved | None) -> Start:
     """A command that names no beginning but, maybe, weights."""
     if committed_folders(save):
         return Start(save, began=head.lineage.began if head is not None else ())
     aside = folders_aside(save)
     if aside:
-        raise CheckpointError(f"only checkpoints that were set aside are there: {', '.join(path.name for path in aside)}", str(save),
-                              f"rename one of them back to iter_…, or name one with --load and {_OTHER_FOLDER}")
+        raise CheckpointError(
+            f"only checkpoints that were set aside are there: {', '.join(path.name for path in aside)}",
+            str(save),
+            f"rename one of them back to iter_…, or name one with --load and {_OTHER_FOLDER}",
+        )
     if run.checkpoint.pretrained_checkpoint:
         return Start(Path(run.checkpoint.pretrained_checkpoint), weights_only=True)
     return Start(None)
 
 
-def _within(load: Path, step: Optional[int], save: Path) -> tuple[Path, Optional[int]]:
+def _within(load: Path, step: int | None, save: Path) -> tuple[Path, int | None]:
     """--load of one checkpoint of the run's own folder is --load-step of that one."""
     if not (load / MANIFEST).is_file():
         return load, step
     saved = look_at(load)
     if step not in (None, saved.step):
-        raise CheckpointError(f"--load {load} is the checkpoint of step {saved.step}, not of --load-step {step}", "load_step",
-                              "drop --load-step, or name the folder that holds the checkpoints")
+        raise CheckpointError(
+            f"--load {load} is the checkpoint of step {saved.step}, not of --load-step {step}",
+            "load_step",
+            "drop --load-step, or name the folder that holds the checkpoints",
+        )
     if not _same(load.parent, save):
         return load, None
     if all(not _same(own.path, load) for own in saved_in(save)):
-        raise CheckpointError(f"{load.name} was set aside by a roll-back", str(save), f"{_OTHER_FOLDER} that begins with it")
+        raise CheckpointError(
+            f"{load.name} was set aside by a roll-back", str(save), f"{_OTHER_FOLDER} that begins with it"
+        )
     return save, saved.step
 
 
@@ -126,11 +140,11 @@ def _same(a: Path, b: Path) -> bool:
     return os.path.realpath(a) == os.path.realpath(b)
 
 
-def _known(began: tuple[Began, ...], source: Path, step: Optional[int], elsewhere: bool) -> Optional[Began]:
+def _known(began: tuple[Began, ...], source: Path, step: int | None, elsewhere: bool) -> Began | None:
     """The beginning in a branch's history that is the one a command names, if it is there.
 
-    A roll-back in the run's own folder counts only as the last one: after --load-step 50 and --load-step 30 the 50 is another
-    checkpoint. Another folder may have been moved: then its checkpoint tells.
+    A roll-back in the run's own folder counts only as the last one: after --load-step 50 and --load-step 30 the 50 is
+    another checkpoint. Another folder may have been moved: then its checkpoint tells.
     """
     for one in reversed(began if elsewhere else began[-1:]):
         if step not in (None, one.step):
@@ -142,12 +156,14 @@ def _known(began: tuple[Began, ...], source: Path, step: Optional[int], elsewher
 
 def _holds(source: Path, one: Began) -> bool:
     try:
-        return look_at(source if (source / MANIFEST).is_file() else folder_of_step(source, one.step)).digest == one.digest
+        return (
+            look_at(source if (source / MANIFEST).is_file() else folder_of_step(source, one.step)).digest == one.digest
+        )
     except CheckpointError:
         return False
 
 
-def _other_run(save: Path, source: Path, head: Optional[Saved], step: Optional[int]) -> CheckpointError:
+def _other_run(save: Path, source: Path, head: Saved | None, step: int | None) -> CheckpointError:
     if head is None or not head.lineage.number:
         origin = "does not say where it began (an older release saved it, or it is an import)"
     elif head.lineage.began:
@@ -158,12 +174,13 @@ def _other_run(save: Path, source: Path, head: Optional[Saved], step: Optional[i
     newest = f" of step {head.step}" if head is not None else ""
     wanted = f"--load {source}" + (f" --load-step {step}" if step is not None else "")
     return CheckpointError(
-        f"{save} holds a checkpoint{newest} of a run that {origin}; {wanted} names another beginning", "load",
+        f"{save} holds a checkpoint{newest} of a run that {origin}; {wanted} names another beginning",
+        "load",
         f"leave --load and --load-step out to go on with it, or {_OTHER_FOLDER}",
     )
 
 
-def _chosen(source: Path, step: Optional[int]) -> Saved:
+def _chosen(source: Path, step: int | None) -> Saved:
     """The checkpoint of a step, or the newest. Raises CheckpointError."""
     if (source / MANIFEST).is_file():
         return look_at(source)
@@ -184,7 +201,13 @@ def _chosen(source: Path, step: Optional[int]) -> Saved:
     if problems:
         raise CheckpointError(problems)
     if (source / "config.json").is_file():
-        raise CheckpointError("this is a Hugging Face folder, not a checkpoint", str(source),
-                              f"tools/convert_checkpoint.py import --hf {source} --output FOLDER, and name that FOLDER")
-    raise CheckpointError(f"no complete checkpoint in {source}", "load",
-                          "point --load at the folder that holds iter_* folders, or leave it out to start a new run")
+        raise CheckpointError(
+            "this is a Hugging Face folder, not a checkpoint",
+            str(source),
+            f"tools/convert_checkpoint.py import --hf {source} --output FOLDER, and name that FOLDER",
+        )
+    raise CheckpointError(
+        f"no complete checkpoint in {source}",
+        "load",
+        "point --load at the folder that holds iter_* folders, or leave it out to start a new run",
+    )

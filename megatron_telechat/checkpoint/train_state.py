@@ -6,9 +6,10 @@ what when the checkpoint was written plays no part in reading it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,10 +55,10 @@ class TrainState:
     step: int
     consumed_samples: int
     backend: Any = None
-    data_fingerprint: Optional[Mapping[str, Any]] = None
-    resumed_from: Optional[Path] = None
+    data_fingerprint: Mapping[str, Any] | None = None
+    resumed_from: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    branch: Optional[Branch] = None
+    branch: Branch | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
     try:
         with together(parallel):
             part = _write_part(attempt, owned, state, parallel)
-        gathered: Optional[list] = [None] * parallel.world_size if parallel.rank == 0 else None
+        gathered: list | None = [None] * parallel.world_size if parallel.rank == 0 else None
         optimizer = _optimizer_scalars(state, run)
         if parallel.world_size > 1:
             dist.gather_object((part, optimizer), gathered, dst=0)
@@ -129,18 +130,16 @@ def _writes_shard(shards: ParameterShards, parallel: ParallelState) -> bool:
     """
     local = shards.parameter.numel()
     total = 0
-    for key, shape in {piece.key: piece.global_shape for piece in shards.pieces}.items():
+    for shape in {piece.key: piece.global_shape for piece in shards.pieces}.values():
         total += torch.Size(shape).numel()
     if shards.is_expert:
         return local * parallel.ep_size < total or parallel.etp_rank == 0
     return local < total or parallel.tp_rank == 0
 
 
-def _begin_together(
-    root: Path, step: int, owned: Sequence[_OwnedTensor], parallel: ParallelState
-) -> protocol.Attempt:
+def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
     needed = sum(gather_objects(sum(item.tensor.nbytes for item in owned)))
-    attempt: Optional[protocol.Attempt] = None
+    attempt: protocol.Attempt | None = None
     with together(parallel):
         if parallel.rank == 0:
             attempt = protocol.begin(root, step)
@@ -164,24 +163,27 @@ def _write_part(
     return writer.close()
 
 
-def _optimizer_scalars(state: TrainState, run: RunConfig) -> Optional[dict[str, Any]]:
+def _optimizer_scalars(state: TrainState, run: RunConfig) -> dict[str, Any] | None:
     if state.optimizer is None or run.checkpoint.no_save_optim:
         return None
     return {"steps": sorted(adam_steps(state.optimizer)), "grad_scaler": scaler_state(state.optimizer)}
 
 
-def _merged_scalars(found: Sequence[Optional[dict[str, Any]]]) -> Optional[dict[str, Any]]:
+def _merged_scalars(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
     saved = [item for item in found if item is not None]
     if not saved:
         return None
     steps = sorted({step for item in saved for step in item["steps"]})
     if len(steps) > 1:
-        raise CheckpointError(f"parameters have taken different numbers of optimizer steps: {steps}",
-                              fix="nothing was saved; this is a bug, please report it")
+        raise CheckpointError(
+            f"parameters have taken different numbers of optimizer steps: {steps}",
+            fix="nothing was saved; this is a bug, please report it",
+        )
     scaler = saved[0]["grad_scaler"]
     if any(item["grad_scaler"] != scaler for item in saved):
-        raise CheckpointError("the ranks have different loss scales",
-                              fix="nothing was saved; this is a bug, please report it")
+        raise CheckpointError(
+            "the ranks have different loss scales", fix="nothing was saved; this is a bug, please report it"
+        )
     return {"step": steps[0] if steps else 0, "grad_scaler": scaler}
 
 
@@ -209,7 +211,7 @@ def _commit(
     prune(attempt.root, run.checkpoint.keep_last, state.resumed_from)
 
 
-def _companion_source(root: Path, run: RunConfig) -> Optional[Path]:
+def _companion_source(root: Path, run: RunConfig) -> Path | None:
     """Where the Hugging Face files of this model's origin lie: a newer checkpoint of the run, or its first weights."""
     folders = [path for _, path in reversed(committed_folders(root))]
     first = run.checkpoint.pretrained_checkpoint

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, positive, run_tool
 from megatron_telechat.errors import EXIT_OK
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     return run_tool(_run, argv)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_telechat.cli.tool import quiet_imports, run_tool
 from megatron_telechat.config import LoadedConfig, load_run_config
@@ -14,8 +14,9 @@ from megatron_telechat.errors import EXIT_OK, ConfigError
 USAGE = """usage: tools/build_index.py [the flags of the training command]
 
 Encode the dialogs (--sft) and build the sample index and the blend of a run into its cache (--data-cache-path, else
-cache/ in the run folder), as rank 0 would at the start. The order depends on the data, --split, --seed and --seq-length; how
-much of it is built follows from --train-iters, --global-batch-size, the evaluation and the checkpoint the run goes on from.
+cache/ in the run folder), as rank 0 would at the start. The order depends on the data, --split, --seed and
+--seq-length; how much of it is built follows from --train-iters, --global-batch-size, the evaluation and the
+checkpoint the run goes on from.
 """
 _SECONDS = 1.0
 
@@ -47,7 +48,7 @@ def paced(print_line: Callable[[str], None], seconds: float = _SECONDS) -> Calla
     return say
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 done or already there, 2 flags, 3 data, 6 the cache cannot be written)."""
     return run_tool(_run, argv)
 
@@ -59,8 +60,11 @@ def _run(argv: list[str]) -> int:
     loaded = described_run(argv)
     run = loaded.run
     if not run.training.train_iters:
-        raise ConfigError("train_iters is 0: the index is made for the samples of a whole run", "train_iters",
-                          "--train-iters N, as the training will have it")
+        raise ConfigError(
+            "train_iters is 0: the index is made for the samples of a whole run",
+            "train_iters",
+            "--train-iters N, as the training will have it",
+        )
     quiet_imports()
     from megatron_telechat.data import prepare_index, read_sources, samples_needed
     from megatron_telechat.training.progress import saved_progress
@@ -73,5 +77,8 @@ def _run(argv: list[str]) -> int:
     print("\n".join(summary))
     how = f"built in {time.monotonic() - started:.1f} s" if index.built else "there already"
     before = f", {progress.consumed_samples:,} of them read by step {progress.steps:,}" if progress.steps else ""
-    print(f"{index.folder}: {how}, for {run.training.train_iters:,} steps: {samples_needed(run, progress)[0]:,} samples{before}")
+    print(
+        f"{index.folder}: {how}, for {run.training.train_iters:,} steps: {samples_needed(run, progress)[0]:,} "
+        f"samples{before}"
+    )
     return EXIT_OK

@@ -1,4 +1,5 @@
-"""Times of a run's parts on the device at hand, for its device file: layers by recompute kind, both ends, exchange, step.
+"""Times of a run's parts on the device at hand, for its device file: layers by recompute kind, both ends, exchange,
+step.
 
 Every rank of the machine works at once, as in the run itself: ranks that share a memory bus, a link or, on a CPU, cores
 slow one another down in the same way.
@@ -11,10 +12,10 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Iterator, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ def probe_layers(run: RunConfig, kinds: Sequence[str]) -> list[ProbeLayer]:
         is_moe: [(), *dict.fromkeys(of_layer(modes, is_moe) for modes in wanted if modes), ()] for is_moe in types
     }
     rows = [[ProbeLayer(is_moe, modes) for modes in modes_of[is_moe]] for is_moe in types]
-    return [layer for column in zip(*rows) for layer in column]
+    return [layer for column in zip(*rows, strict=True) for layer in column]
 
 
 def probe_run(run: RunConfig, kinds: Sequence[str], world_size: int) -> RunConfig:
@@ -180,7 +181,7 @@ class Calibration:
         if not records:
             raise ConfigError(f"{len(self._records)} rounds", "calibration", f"more than {warm_up}")
         mine = {name: statistics.median(record[name] for record in records) for name in records[0]}
-        of_ranks: list[Optional[Times]] = [None] * self.state.world_size
+        of_ranks: list[Times | None] = [None] * self.state.world_size
         dist.all_gather_object(of_ranks, mine)
         mean = {name: statistics.fmean(rank[name] for rank in of_ranks if rank) for name in mine}
         alone = mean["alone"] / _whole(mean)
@@ -194,8 +195,8 @@ class Calibration:
             step=mean["step"],
             alone=min(alone, 1.0) if alone else 1.0,
             jitter=self._jitter(records),
-            source=f"{date.today()}, {self.backend.device_name()} ({platform.machine()}), {self.state.world_size} ranks, "
-            f"medians of {len(records)} rounds",
+            source=f"{date.today()}, {self.backend.device_name()} ({platform.machine()}), {self.state.world_size} "
+            f"ranks, medians of {len(records)} rounds",
         )
 
     def close(self) -> None:
@@ -209,7 +210,9 @@ class Calibration:
         """Seconds of a micro-batch while the ranks of all other stages wait; 0 where experts join them all."""
         expert, expert_tensor = self.run.parallel.expert_sizes
         dense = self.run.parallel.tensor_model_parallel_size * self.run.parallel.context_parallel_size
-        sharing = math.lcm(dense, expert * expert_tensor)  # no group of either kind reaches over the end of such a block
+        sharing = math.lcm(
+            dense, expert * expert_tensor
+        )  # no group of either kind reaches over the end of such a block
         if sharing == self.state.world_size:
             return 0.0
         seconds = 0.0
@@ -305,14 +308,14 @@ class Calibration:
         from the middle half of the rounds, so that a single interruption says nothing. 0 on one rank."""
         ranks = self.state.world_size
         passes = [[sum(value for name, value in one.items() if name.endswith(way)) for one in records] for way in _WAYS]
-        of_ranks: list[Optional[list[list[float]]]] = [None] * ranks
+        of_ranks: list[list[list[float]] | None] = [None] * ranks
         dist.all_gather_object(of_ranks, passes)
         if ranks == 1 or len(records) < 4:
             return 0.0
         found = []
         for way in range(len(_WAYS)):
-            rounds = list(zip(*(rank[way] for rank in of_ranks if rank)))
-            shares = zip(*([time / statistics.fmean(one) for time in one] for one in rounds))
+            rounds = list(zip(*(rank[way] for rank in of_ranks if rank), strict=True))
+            shares = zip(*([time / statistics.fmean(one) for time in one] for one in rounds), strict=True)
             # a rank that is always slower than the others is no jitter
             off = [share - statistics.median(own) for own in map(list, shares) for share in own]
             low, _, high = statistics.quantiles(off, n=4)
@@ -370,4 +373,3 @@ def with_measured(base: DeviceSpec, entry: Measured) -> DeviceSpec:
     """The device with this entry, in place of one for the same shapes."""
     others = tuple(known for known in base.measured if dict(known.conditions) != dict(entry.conditions))
     return replace(base, measured=(*others, entry))
-

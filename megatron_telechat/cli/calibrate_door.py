@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional
 
 import torch.distributed as dist
 
@@ -13,7 +12,14 @@ from megatron_telechat.backend import Backend, get_backend
 from megatron_telechat.cli.calibrate import calibrate
 from megatron_telechat.cli.plan_request import Request
 from megatron_telechat.cli.text import table
-from megatron_telechat.costs.devices import DeviceSpec, Measured, device_spec, device_spec_names, read_device_file, write_device_file
+from megatron_telechat.costs.devices import (
+    DeviceSpec,
+    Measured,
+    device_spec,
+    device_spec_names,
+    read_device_file,
+    write_device_file,
+)
 from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError
 
 
@@ -42,12 +48,14 @@ def calibrate_door(request: Request) -> int:
     return EXIT_OK
 
 
-def _base(name: Optional[str], output: Path, backend: Backend) -> DeviceSpec:
+def _base(name: str | None, output: Path, backend: Backend) -> DeviceSpec:
     """The device file to add to: the one named, the one written before, the one known for this device, or a new one."""
     if name is not None:
         spec = read_device_file(Path(name)) if Path(name).is_file() else device_spec(name)
         if spec is None:
-            raise ConfigError(f"unknown device {name!r}", "--device", f"one of {', '.join(device_spec_names())}, or a device file")
+            raise ConfigError(
+                f"unknown device {name!r}", "--device", f"one of {', '.join(device_spec_names())}, or a device file"
+            )
         return spec
     if output.is_file():
         return read_device_file(output)
@@ -70,14 +78,24 @@ def _summary(entry: Measured, name: str, path: Path) -> list[str]:
     rows = [["part", "forward ms", "backward ms", "recompute adds ms"]]
     for kind, times in entry.layers.items():
         extra = [f"{key[6:]} {value * 1e3:.3g}" for key, value in times.items() if key.startswith("extra.")]
-        rows.append([f"{kind} layer", f"{times['forward'] * 1e3:.4g}", f"{times['backward'] * 1e3:.4g}", ", ".join(extra)])
+        rows.append(
+            [f"{kind} layer", f"{times['forward'] * 1e3:.4g}", f"{times['backward'] * 1e3:.4g}", ", ".join(extra)]
+        )
     for part, times in (("embedding", entry.embedding), ("output layer", entry.output_layer)):
         rows.append([part, f"{times['forward'] * 1e3:.4g}", f"{times['backward'] * 1e3:.4g}", ""])
     lines = [f"{name}: {entry.source}", *table(rows, left=(0, 3))]
-    lines.append(f"message {entry.p2p * 1e3:.3g} ms, optimizer {entry.optimizer_per_parameter * 1e9:.3g} ns a parameter")
+    lines.append(
+        f"message {entry.p2p * 1e3:.3g} ms, optimizer {entry.optimizer_per_parameter * 1e9:.3g} ns a parameter"
+    )
     if entry.alone < 1 or entry.jitter:
-        lines.append(f"alone on the machine an op takes {entry.alone:.2f} of its time beside the others; it varies by {entry.jitter:.0%}")
+        lines.append(
+            f"alone on the machine an op takes {entry.alone:.2f} of its time beside the others; it varies by "
+            f"{entry.jitter:.0%}"
+        )
     ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.cpu_count() or 1
     if name == "cpu" and ranks > cores:
-        lines.append(f"! {ranks} ranks share {cores} cores: a stage that waits lends its core to another, so that a predicted time is a rough one")
+        lines.append(
+            f"! {ranks} ranks share {cores} cores: a stage that waits lends its core to another, so that a predicted "
+            f"time is a rough one"
+        )
     return [*lines, f"written: {path}  (plan with --device {path})"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.tool import ToolParser, positive, quiet_imports, run_tool
 from megatron_telechat.errors import EXIT_CHECKPOINT, EXIT_OK
@@ -16,20 +16,32 @@ TOLERANCE = {"fp16": 1e-4, "fp32": 5e-2}
 def build_parser() -> ToolParser:
     parser = ToolParser(
         prog="tools/check_logits.py",
-        description="Compare our forward on a Hugging Face folder with reference logits; exit 0 within the tolerance, else 4.",
+        description="Compare our forward on a Hugging Face folder with reference logits; exit 0 within the tolerance, "
+        "else 4.",
     )
     parser.add_argument("--hf", type=Path, required=True, help="folder with config.json and the weights")
-    parser.add_argument("--golden", type=Path, required=True,
-                        help="safetensors file with pairs input_ids_S [batch, S] and logits_S [batch, S, vocab]")
-    parser.add_argument("--rotary-table-dtype", choices=("fp16", "fp32"), default="fp32",
-                        help="fp16: round the rotary tables as the published modelling file does (default fp32)")
-    parser.add_argument("--tolerance", type=positive(float),
-                        help="largest error allowed of any logit (default 1e-4 with fp16 tables, 5e-2 with fp32 ones)")
+    parser.add_argument(
+        "--golden",
+        type=Path,
+        required=True,
+        help="safetensors file with pairs input_ids_S [batch, S] and logits_S [batch, S, vocab]",
+    )
+    parser.add_argument(
+        "--rotary-table-dtype",
+        choices=("fp16", "fp32"),
+        default="fp32",
+        help="fp16: round the rotary tables as the published modelling file does (default fp32)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=positive(float),
+        help="largest error allowed of any logit (default 1e-4 with fp16 tables, 5e-2 with fp32 ones)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "npu"), default="cpu", help="default cpu")
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 within the tolerance, 2 arguments, 4 above it or unusable files)."""
     return run_tool(_run, argv)
 
@@ -43,12 +55,16 @@ def _run(argv: list[str]) -> int:
 
     tolerance = args.tolerance or TOLERANCE[args.rotary_table_dtype]
     pairs = read_golden(args.golden, HfWeights(args.hf).model.vocab_size)
-    with hf_model(args.hf, device=args.device, rotary_table_dtype=args.rotary_table_dtype, seq_length=max(pairs)) as model:
+    with hf_model(
+        args.hf, device=args.device, rotary_table_dtype=args.rotary_table_dtype, seq_length=max(pairs)
+    ) as model:
         results = compare(model, pairs)
     for found in results:
         verdict = "ok" if found.within(tolerance) else "ABOVE"
-        print(f"{found.name}  {list(found.shape)}  largest error {found.error:.3e}  "
-              f"(largest logit {found.largest:.3g})  {verdict}")
+        print(
+            f"{found.name}  {list(found.shape)}  largest error {found.error:.3e}  "
+            f"(largest logit {found.largest:.3g})  {verdict}"
+        )
     passed = all(found.within(tolerance) for found in results)
     print(f"{'PASS' if passed else 'FAIL'}: tolerance {tolerance:g}, {args.rotary_table_dtype} rotary tables")
     return EXIT_OK if passed else EXIT_CHECKPOINT

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.tool import ToolParser, natural, run_tool
 from megatron_telechat.config.routing import read_recording
@@ -15,7 +15,7 @@ TIE = 1e-5
 """Sums of fp32 in another order move a router's logit by about 1e-6."""
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 equal up to ties, 2 arguments, 3 a damaged recording, 5 other choices)."""
     return run_tool(_run, argv)
 
@@ -27,8 +27,14 @@ def _parser() -> ToolParser:
     )
     add = parser.add_argument
     add("recordings", nargs=2, type=Path, metavar="DIR", help="folders that --moe-routing-record wrote")
-    add("--tie", type=_gap, default=TIE, metavar="GAP", help=f"a choice may differ where the last chosen logit and the next one are "
-        f"at most this far apart [{TIE:g}; with bf16 about 1e-2]")  # fmt: skip
+    add(
+        "--tie",
+        type=_gap,
+        default=TIE,
+        metavar="GAP",
+        help="a choice may differ where the last chosen logit and the next one are at most this far apart "
+        f"[{TIE:g}; with bf16 about 1e-2]",
+    )
     add("--steps", type=_steps, metavar="A-B", help="compare these steps [all that both hold]")
     add("--limit", type=natural, default=20, metavar="N", help="lines shown [20]")
     return parser
@@ -65,15 +71,23 @@ def _run(argv: list[str]) -> int:
         print(f"... {shown - args.limit} more layers and steps (--limit)")
     layers = len(range(0, one.shape["num_layers"], one.shape["moe_layer_freq"]))
     tokens = len(steps) * layers * one.shape["global_batch_size"] * one.shape["seq_length"]
-    print(f"{'DIFFERENT' if beyond else 'EQUAL'}: {len(steps)} steps, {tokens:,} choices; {different:,} differ, of which "
-          f"{different - beyond:,} are ties (gap at most {args.tie:g})")
+    print(
+        f"{'DIFFERENT' if beyond else 'EQUAL'}: {len(steps)} steps, {tokens:,} choices; {different:,} differ, of which "
+        f"{different - beyond:,} are ties (gap at most {args.tie:g})"
+    )
     if args.steps is None and any(left_out):
-        print(f"steps in one recording only, not compared: {left_out[0]} of {args.recordings[0]}, {left_out[1]} of {args.recordings[1]}")
+        print(
+            f"steps in one recording only, not compared: {left_out[0]} of {args.recordings[0]}, {left_out[1]} of "
+            f"{args.recordings[1]}"
+        )
     return EXIT_NUMERICS if beyond else EXIT_OK
 
 
 def _line(found) -> str:
     worst = found.worst
     experts = " / ".join(" ".join(map(str, part)) for part in worst.experts)
-    return (f"step {found.step} layer {found.layer}: {found.different:,} of {found.tokens:,} tokens differ, {found.ties:,} of them ties; "
-            f"clearest: sample {worst.sample} position {worst.position}, experts {experts}, gap {worst.gaps[0]:.2g} / {worst.gaps[1]:.2g}")
+    return (
+        f"step {found.step} layer {found.layer}: {found.different:,} of {found.tokens:,} tokens differ, "
+        f"{found.ties:,} of them ties; clearest: sample {worst.sample} position {worst.position}, experts {experts}, "
+        f"gap {worst.gaps[0]:.2g} / {worst.gaps[1]:.2g}"
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.text import gib
 from megatron_telechat.cli.tool import ToolParser, add_overwrite, natural, run_tool
@@ -15,24 +15,37 @@ def build_parser() -> ToolParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ToolParser)
     into = commands.add_parser("import", help="a Hugging Face folder to a checkpoint of weights only")
     into.add_argument("--hf", type=Path, required=True, help="folder with config.json and the weights")
-    into.add_argument("--output", type=Path, required=True,
-                      help="folder of checkpoints; iter_0000000 is made in it (for --pretrained-checkpoint)")
+    into.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder of checkpoints; iter_0000000 is made in it (for --pretrained-checkpoint)",
+    )
     add_overwrite(into)
     out = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
-    out.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the newest is taken)")
+    out.add_argument(
+        "--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the newest is taken)"
+    )
     out.add_argument("--step", type=natural, help="the checkpoint of this step")
     out.add_argument("--output", type=Path, required=True, help="a new folder")
-    out.add_argument("--hf-template", type=Path,
-                     help="folder whose config.json, modelling and tokenizer files are carried over unchanged; "
-                     "unset: those that the import kept")
+    out.add_argument(
+        "--hf-template",
+        type=Path,
+        help="folder whose config.json, modelling and tokenizer files are carried over unchanged; "
+        "unset: those that the import kept",
+    )
     out.add_argument("--tokenizer", type=Path, help="tokenizer file or folder to put beside the weights")
-    out.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep",
-                     help="keep: as stored (default); fp32 takes the master weights where there are any")
+    out.add_argument(
+        "--dtype",
+        choices=("keep", "bf16", "fp16", "fp32"),
+        default="keep",
+        help="keep: as stored (default); fp32 takes the master weights where there are any",
+    )
     out.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default 5GB)")
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 done, 2 arguments, 3 tokenizer, 4 checkpoint or weights, 6 disk)."""
     return run_tool(_run, argv)
 
@@ -45,8 +58,13 @@ def _run(argv: list[str]) -> int:
         done = import_hf(args.hf, args.output, args.overwrite)
     else:
         done = export_hf(
-            args.checkpoint, args.output, template=args.hf_template, tokenizer=args.tokenizer, dtype=args.dtype,
-            max_shard_bytes=parse_size(args.max_shard_size), step=args.step,
+            args.checkpoint,
+            args.output,
+            template=args.hf_template,
+            tokenizer=args.tokenizer,
+            dtype=args.dtype,
+            max_shard_bytes=parse_size(args.max_shard_size),
+            step=args.step,
         )
     for note in done.notes:
         print(f"note: {note}")

@@ -6,7 +6,6 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 from megatron_telechat.config.schema import DataConfig
 from megatron_telechat.data.blend import data_plan
@@ -26,17 +25,19 @@ class DataFile:
     """
 
     prefix: str
-    weight: Optional[float]
-    tokens: Optional[int]
-    documents: Optional[int]
+    weight: float | None
+    tokens: int | None
+    documents: int | None
 
 
-def _read_header(prefix: str, weight: Optional[float]) -> DataFile | Problem:
+def _read_header(prefix: str, weight: float | None) -> DataFile | Problem:
     index, binary = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     fix = "write the dataset again with tools/preprocess_data.py"
     for path in (index, binary):
         if not path.is_file():
-            return Problem(f"{path} is missing", prefix, "correct the prefix (no suffix), or make it with tools/preprocess_data.py")
+            return Problem(
+                f"{path} is missing", prefix, "correct the prefix (no suffix), or make it with tools/preprocess_data.py"
+            )
     try:
         with open(index, "rb") as file:
             raw = file.read(_HEADER.size)
@@ -46,7 +47,9 @@ def _read_header(prefix: str, weight: Optional[float]) -> DataFile | Problem:
         return Problem(f"{index} is not the index of an indexed dataset", str(index), fix)
     _, version, code, sequences, boundaries = _HEADER.unpack(raw)
     if version != 1 or code not in _ITEM_BYTES:
-        return Problem(f"{index}: version {version}, type code {code} are not those of an indexed dataset", str(index), fix)
+        return Problem(
+            f"{index}: version {version}, type code {code} are not those of an indexed dataset", str(index), fix
+        )
     if os.path.getsize(index) < _HEADER.size + 12 * sequences + 8 * boundaries:
         return Problem(f"{index} is cut short: {sequences} sequences do not fit in it", str(index), fix)
     tokens, rest = divmod(os.path.getsize(binary), _ITEM_BYTES[code])
@@ -55,7 +58,7 @@ def _read_header(prefix: str, weight: Optional[float]) -> DataFile | Problem:
     return DataFile(prefix, weight, tokens, max(boundaries - 1, 0))
 
 
-def _count_dialogs(path: str, weight: Optional[float]) -> DataFile | Problem:
+def _count_dialogs(path: str, weight: float | None) -> DataFile | Problem:
     try:
         return DataFile(path, weight, None, dialogs_in(path))
     except OSError as error:
@@ -74,7 +77,7 @@ def data_files(data: DataConfig) -> list[DataFile]:
         if blend is None:
             continue
         weights = blend.weights or (None,) * len(blend.prefixes)
-        for prefix, weight in zip(blend.prefixes, weights):
+        for prefix, weight in zip(blend.prefixes, weights, strict=True):
             if prefix not in found:
                 found[prefix] = (_count_dialogs if data.sft else _read_header)(prefix, weight)
     problems = [entry for entry in found.values() if isinstance(entry, Problem)]

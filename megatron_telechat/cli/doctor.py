@@ -14,9 +14,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.text import gib, table
 from megatron_telechat.cli.tool import ToolParser, run_tool
@@ -65,7 +65,7 @@ PACKAGES = (
 )
 
 
-def _version(distribution: str) -> Optional[str]:
+def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -85,9 +85,15 @@ def _satisfies(version: str, needs: str) -> bool:
 
 def _package(package: _Package) -> Finding:
     version = _version(package.distribution)
-    install = f'pip install -e ".[{package.extra}]"' if package.extra else f'pip install "{package.distribution}{package.needs}"'
+    install = (
+        f'pip install -e ".[{package.extra}]"'
+        if package.extra
+        else f'pip install "{package.distribution}{package.needs}"'
+    )
     if version is None:
-        return Finding(package.distribution, ABSENT if package.extra else MISSING, "not installed", package.enables, install)
+        return Finding(
+            package.distribution, ABSENT if package.extra else MISSING, "not installed", package.enables, install
+        )
     if not _satisfies(version, package.needs):
         return Finding(package.distribution, WRONG, f"{version}, needs {package.needs}", package.enables, install)
     return Finding(package.distribution, OK, version, package.enables)
@@ -115,7 +121,9 @@ def _nvidia_devices() -> list[str]:
 
 
 def _ascend_devices() -> int:
-    return len([name for name in os.listdir("/dev") if re.fullmatch(r"davinci\d+", name)]) if os.path.isdir("/dev") else 0
+    return (
+        len([name for name in os.listdir("/dev") if re.fullmatch(r"davinci\d+", name)]) if os.path.isdir("/dev") else 0
+    )
 
 
 def _host_memory_bytes() -> int:
@@ -125,7 +133,7 @@ def _host_memory_bytes() -> int:
         return 0
 
 
-def _torch_cuda() -> Optional[str]:
+def _torch_cuda() -> str | None:
     """CUDA version that the installed torch was built for; None for a CPU build or without torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -146,7 +154,9 @@ def _devices(gpus: Sequence[str]) -> list[Finding]:
     if gpus and cuda:
         device = Finding("CUDA", OK, f"{len(gpus)} x {gpus[0]}, torch for CUDA {cuda}", "--device cuda")
     elif gpus:
-        device = Finding("CUDA", ABSENT, f"{len(gpus)} x {gpus[0]}, but torch is a CPU build", "--device cuda", cpu_build)
+        device = Finding(
+            "CUDA", ABSENT, f"{len(gpus)} x {gpus[0]}, but torch is a CPU build", "--device cuda", cpu_build
+        )
     else:
         device = Finding("CUDA", ABSENT, "no NVIDIA driver answers", "--device cuda")
     nccl = Finding("NCCL", OK if cuda else ABSENT, "in torch" if cuda else "torch has none", "ranks on NVIDIA GPUs",
@@ -155,10 +165,12 @@ def _devices(gpus: Sequence[str]) -> list[Finding]:
 
 
 def _cuda_queues(gpus: Sequence[str]) -> list[Finding]:
-    """A setting that Megatron-LM's scripts carry, and that keeps the experts' exchange from running beside their kernels."""
+    """A setting that Megatron-LM's scripts carry, and that keeps the experts' exchange from running beside their
+    kernels."""
     if not gpus or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
         return []
-    return [Finding("CUDA queues", ABSENT, "CUDA_DEVICE_MAX_CONNECTIONS=1", "--moe-input-chunks: exchange beside the experts",
+    return [Finding("CUDA queues", ABSENT, "CUDA_DEVICE_MAX_CONNECTIONS=1", "--moe-input-chunks: exchange beside the "
+                                                                            "experts",
                     "unset CUDA_DEVICE_MAX_CONNECTIONS (the training sets it where it helps)")]  # fmt: skip
 
 
@@ -182,10 +194,13 @@ def _transformer_engine(has_gpu: bool) -> Finding:
     version = _version("transformer-engine") or _version("transformer_engine")
     if version is None:
         # Never offered to a machine without a GPU: there it would break megatron-core, see below.
-        return Finding("transformer-engine", ABSENT, "not installed", enables, 'pip install -e ".[te]"' if has_gpu else "")
+        return Finding(
+            "transformer-engine", ABSENT, "not installed", enables, 'pip install -e ".[te]"' if has_gpu else ""
+        )
     if importlib.util.find_spec("transformer_engine_torch") is None:
         # The meta wheel alone raises RuntimeError, not ImportError, and takes megatron.core down with it.
-        return Finding("transformer-engine", WRONG, f"{version} without its torch part: importing megatron-core fails", enables,
+        return Finding("transformer-engine", WRONG, f"{version} without its torch part: importing megatron-core "
+                                                    f"fails", enables,
                        "pip uninstall -y transformer-engine")  # fmt: skip
     return Finding("transformer-engine", OK, version, enables)
 
@@ -207,7 +222,8 @@ def _apex(has_gpu: bool) -> Finding:
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     enough = free > 5 * 2**30
-    return Finding("free disk", OK if enough else ABSENT, f"{gib(free)} GiB at {folder}", "checkpoints (14 bytes a parameter)",
+    return Finding("free disk", OK if enough else ABSENT, f"{gib(free)} GiB at {folder}", "checkpoints (14 bytes a "
+                                                                                          "parameter)",
                    "" if enough else "--run-dir on a larger disk")  # fmt: skip
 
 
@@ -234,13 +250,15 @@ def render(rows: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0 if everything required is there, else 2."""
     return run_tool(_diagnose, argv)
 
 
 def _diagnose(argv: list[str]) -> int:
-    parser = ToolParser(prog="doctor.py", description="What this machine has, what it enables, and how to mend what is missing.")
+    parser = ToolParser(
+        prog="doctor.py", description="What this machine has, what it enables, and how to mend what is missing."
+    )
     parser.add_argument("--run-dir", default=".", help="folder whose disk is looked at (default: here)")
     folder = Path(parser.parse_args(argv).run_dir).absolute()
     while not folder.exists():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 from megatron_telechat.checkpoint.lineage import Saved
 from megatron_telechat.checkpoint.start import Start, require_start
@@ -20,7 +19,13 @@ from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.plan_file import read_plan
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs import DeviceSpec, count_parameters, device_spec, device_spec_names, training_flops_per_token
+from megatron_telechat.costs import (
+    DeviceSpec,
+    count_parameters,
+    device_spec,
+    device_spec_names,
+    training_flops_per_token,
+)
 from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
 from megatron_telechat.data.blend import data_plan
 from megatron_telechat.data.order import Progress, samples_needed
@@ -57,18 +62,25 @@ def report(loaded: LoadedConfig) -> str:
     topology = Topology.from_config(run.parallel)
     out = _Report()
     out.lines += _head(run, topology)
-    out.section("pipeline layout  (E embedding, t decoder layer, L output layer and loss; chunks side by side)", _layout(run))
+    out.section(
+        "pipeline layout  (E embedding, t decoder layer, L output layer and loss; chunks side by side)", _layout(run)
+    )
     out.section("ranks", rank_table(topology, run.model.is_moe))
     out.section("groups", group_table(topology, run.model.is_moe))
     if run.model.is_moe:
         out.section("experts", expert_table(topology, run.model, run.parallel.fold_tensor_into_experts))
-    out.section("memory of a rank of each stage, GiB  (estimate; leave 2-4 GiB to the context and fragmentation)", _memory(run, out))
+    out.section(
+        "memory of a rank of each stage, GiB  (estimate; leave 2-4 GiB to the context and fragmentation)",
+        _memory(run, out),
+    )
     out.section("steps", _steps(run, out))
     out.section("files", _files(run, out))
     start, saved = require_start(run)
     out.section("begins with", _beginning(start, saved))
     goes_on = saved is not None and not start.weights_only
-    out.section("data", _data(run, Progress(saved.step, saved.consumed_samples) if saved and goes_on else Progress(), out))
+    out.section(
+        "data", _data(run, Progress(saved.step, saved.consumed_samples) if saved and goes_on else Progress(), out)
+    )
     out.warnings += placement_warnings(topology, run.model.is_moe, run.parallel.fold_tensor_into_experts)
     changed = _said_by_person(loaded)
     if changed:
@@ -91,11 +103,14 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
     return [
         f"{run.model.name}: {model_text(run.model)}",
         f"  batch   {run.training.global_batch_size} x {run.training.seq_length} = {count_text(tokens)} tokens a step: "
-        f"{run.num_microbatches} micro-batches of {run.training.micro_batch_size} on each of {topology.dp} data-parallel ranks",
-        f"  ranks   {topology.world_size} on {topology.num_nodes} node{'s' * (topology.num_nodes > 1)} of {topology.ranks_per_node}: "
+        f"{run.num_microbatches} micro-batches of {run.training.micro_batch_size} on each of {topology.dp} "
+        f"data-parallel ranks",
+        f"  ranks   {topology.world_size} on {topology.num_nodes} node{'s' * (topology.num_nodes > 1)} of "
+        f"{topology.ranks_per_node}: "
         + " x ".join(sizes)
         + ("  sequence parallel" if parallel.sequence_parallel else ""),
-        f"  type    {run.training.precision}" + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
+        f"  type    {run.training.precision}"
+        + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
     ]
 
 
@@ -150,21 +165,26 @@ def _memory(run: RunConfig, out: _Report) -> list[str]:
     lines = table(rows)
     if uneven:
         lines.append(
-            f"at {imbalance:g}x: the total of a rank whose experts get {imbalance:g} times the mean of rows in every layer, "
-            "since no token is dropped (--moe-memory-imbalance)"
+            f"at {imbalance:g}x: the total of a rank whose experts get {imbalance:g} times the mean of rows in every "
+            "layer, since no token is dropped (--moe-memory-imbalance)"
         )
         _warn_of_uneven(max(uneven, key=lambda stage: stage.total_bytes), need, imbalance, devices, out)
     return lines
 
 
-def _warn_of_uneven(stage: StageMemory, balanced_gib: float, imbalance: float, devices: list[DeviceSpec], out: _Report) -> None:
+def _warn_of_uneven(
+    stage: StageMemory, balanced_gib: float, imbalance: float, devices: list[DeviceSpec], out: _Report
+) -> None:
     """Devices that the run fits while the routing is even, and no longer when it is not."""
     need = stage.total_bytes / 2**30
-    tight = [f"{spec.name} ({spec.memory_gib:g} GiB)" for spec in devices if balanced_gib <= (spec.memory_gib or 0) < need]
+    tight = [
+        f"{spec.name} ({spec.memory_gib:g} GiB)" for spec in devices if balanced_gib <= (spec.memory_gib or 0) < need
+    ]
     if tight:
         out.warnings.append(
-            f"stage {stage.pipeline_rank} needs about {need:.1f} GiB on a rank whose experts get {imbalance:g} times the mean of "
-            f"rows: more than {', '.join(tight)}, which even routing fits. Recompute of moe, or smaller micro-batches, lower it"
+            f"stage {stage.pipeline_rank} needs about {need:.1f} GiB on a rank whose experts get {imbalance:g} times "
+            f"the mean of rows: more than {', '.join(tight)}, which even routing fits. Recompute of moe, or smaller "
+            "micro-batches, lower it"
         )
 
 
@@ -202,7 +222,9 @@ def _steps(run: RunConfig, out: _Report) -> list[str]:
         prediction = predict(run, spec)
         if prediction.iteration < SHORTEST_STEP_S:
             continue  # a model this small is bound by launches, not by arithmetic
-        mfu = flops * tokens / (spec.peak(run.training.precision) * 1e12 * prediction.iteration * run.parallel.world_size)
+        mfu = (
+            flops * tokens / (spec.peak(run.training.precision) * 1e12 * prediction.iteration * run.parallel.world_size)
+        )
         whole = f", the run {_duration(prediction.iteration * iterations)}" if iterations else ""
         times.append((prediction.iteration, spec.name))
         lines.append(
@@ -246,7 +268,11 @@ def _files(run: RunConfig, out: _Report) -> list[str]:
             f"the checkpoints of this run take {gib(needed)} GiB, {save} has {gib(free)} GiB free here: "
             "--keep-last N keeps the newest N, --save names another folder"
         )
-    every = f"every {run.checkpoint.save_interval} steps" if run.checkpoint.save_interval else "at the end or on a stop signal"
+    every = (
+        f"every {run.checkpoint.save_interval} steps"
+        if run.checkpoint.save_interval
+        else "at the end or on a stop signal"
+    )
     return [
         f"{run_dir}/  config.yaml, metrics.jsonl",
         f"{save}/  a checkpoint of {gib(size)} GiB {every}"
@@ -255,7 +281,7 @@ def _files(run: RunConfig, out: _Report) -> list[str]:
     ]
 
 
-def _beginning(start: Start, saved: Optional[Saved]) -> list[str]:
+def _beginning(start: Start, saved: Saved | None) -> list[str]:
     """Where the weights come from; the model in that checkpoint was held against the run's."""
     if saved is None:
         return ["initial weights"]
@@ -285,7 +311,9 @@ def _data(run: RunConfig, progress: Progress, out: _Report) -> list[str]:
         lines.append(f"{count_text(total)} tokens for {count_text(wanted)} of the run: {wanted / total:.2f} epochs")
     _require_enough(run, files, progress)
     if data.sft:
-        lines.append(f"template {data.sft_template}, loss mask {data.sft_loss_mask}; encoded and packed when the run starts")
+        lines.append(
+            f"template {data.sft_template}, loss mask {data.sft_loss_mask}; encoded and packed when the run starts"
+        )
     return lines
 
 

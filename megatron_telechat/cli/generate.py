@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.tool import ToolParser, natural, positive, quiet_imports, run_tool
 from megatron_telechat.errors import EXIT_OK, ConfigError, DataError
@@ -16,14 +16,16 @@ def build_parser() -> ToolParser:
     parser.add_argument("--max-new-tokens", type=positive(int), default=64, help="default 64")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=positive(int), help="choose among the k likeliest tokens")
-    parser.add_argument("--top-p", type=positive(float), help="choose among the likeliest tokens that make up this share")
+    parser.add_argument(
+        "--top-p", type=positive(float), help="choose among the likeliest tokens that make up this share"
+    )
     parser.add_argument("--seed", type=natural, default=0, help="seed of the choice (default 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "npu"), default="auto", help="default auto")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default fp32 on the CPU, else bf16")
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 done, 2 arguments, 3 tokenizer, 4 weights)."""
     return run_tool(_run, argv)
 
@@ -51,8 +53,11 @@ def _run(argv: list[str]) -> int:
     with hf_model(args.hf, device=args.device, precision=precision, seq_length=length) as model:
         vocab_size = model.run.model.vocab_size
         if max(prompt) >= vocab_size:
-            raise DataError(f"the tokenizer gives ids up to {max(prompt)}, the model has {vocab_size}", str(args.hf),
-                            "put the tokenizer of this model into the folder")
+            raise DataError(
+                f"the tokenizer gives ids up to {max(prompt)}, the model has {vocab_size}",
+                str(args.hf),
+                "put the tokenizer of this model into the folder",
+            )
         tokens = generate(model, prompt, args.max_new_tokens, ends, sampling)
     print(args.prompt + tokenizer.decode(tokens))
     return EXIT_OK

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from megatron_telechat.cli.tool import ToolParser, natural, positive, run_tool
 from megatron_telechat.errors import EXIT_OK, ConfigError
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 done, 2 arguments, 3 the dataset is damaged)."""
     return run_tool(_run, argv)
 
@@ -27,7 +28,10 @@ def _run(argv: list[str]) -> int:
     from megatron_telechat.data.tokenizers import build_tokenizer
 
     data = IndexedDataset(args.dataset)
-    print(f"{data.prefix}: {data.documents:,} documents, {len(data):,} sequences, {data.num_tokens:,} tokens of {data.dtype.name}")
+    print(
+        f"{data.prefix}: {data.documents:,} documents, {len(data):,} sequences, {data.num_tokens:,} tokens of "
+        f"{data.dtype.name}"
+    )
     tokenizer = None
     if args.tokenizer_model or args.tokenizer_type:
         tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)

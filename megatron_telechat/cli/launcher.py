@@ -1,14 +1,15 @@
 """The ranks and the flags of a launch command, in the words of torchrun, srun, mpirun, deepspeed and accelerate.
 
-Nothing is guessed: where a launcher leaves the number of ranks to the machine (``--nproc-per-node gpu``, ``--nnodes 2:4``, a
-hostfile), or two launchers contradict each other, `Launch.ranks` stays open and `Launch.why` says why.
+Nothing is guessed: where a launcher leaves the number of ranks to the machine (``--nproc-per-node gpu``, ``--nnodes
+2:4``, a hostfile), or two launchers contradict each other, `Launch.ranks` stays open and `Launch.why` says why.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 from megatron_telechat.cli.shell import Command, Value, read_script, shown, unknown_names
 from megatron_telechat.errors import ConfigError
@@ -22,7 +23,8 @@ class Start:
 
     Attributes:
         name: of the launcher.
-        agent: whether it is started once a node and starts the ranks of that node itself (torchrun, deepspeed, accelerate);
+        agent: whether it is started once a node and starts the ranks of that node itself (torchrun, deepspeed,
+        accelerate);
             else it starts all processes (srun, mpirun).
         ranks: processes over all nodes.
         nodes, per_node: nodes, and processes of each.
@@ -32,10 +34,10 @@ class Start:
 
     name: str
     agent: bool
-    ranks: Optional[int] = None
-    nodes: Optional[int] = None
-    per_node: Optional[int] = None
-    devices: Optional[int] = None
+    ranks: int | None = None
+    nodes: int | None = None
+    per_node: int | None = None
+    devices: int | None = None
     why: str = ""
 
     def filled(self) -> Start:
@@ -60,17 +62,18 @@ class Launch:
     """
 
     flags: tuple[str, ...]
-    ranks: Optional[int] = None
-    per_node: Optional[int] = None
+    ranks: int | None = None
+    per_node: int | None = None
     why: str = ""
     program: str = ""
 
 
 class _Chain(NamedTuple):
-    """Launchers from the outermost to the innermost, accelerators that are visible, the words behind the program, and the program."""
+    """Launchers from the outermost to the innermost, accelerators that are visible, the words behind the program, and
+    the program."""
 
     starts: tuple[Start, ...]
-    devices: Optional[int]
+    devices: int | None
     flags: tuple[str, ...]
     program: str
 
@@ -89,16 +92,42 @@ def read_launch(commands: Sequence[Command], slurm: Sequence[str] = ()) -> Launc
     chains = [chain for command in commands for chain in _chains(command, tuple(slurm))]
     trains = list(dict.fromkeys([chain for chain in chains if _MODEL.intersection(chain.flags)] or chains))
     if not trains:
-        fix = "paste the command that names a launcher, such as torchrun, and the program.py; of a script that it starts, the text"
+        fix = (
+            "paste the command that names a launcher, such as torchrun, and the program.py; of a script that it "
+            "starts, the text"
+        )
         raise ConfigError("it starts no Python program", WHERE, fix)
     if len(trains) > 1:
         raise ConfigError(f"it starts {len(trains)} different trainings", WHERE, "leave the one to plan for")
     return replace(_launch(trains[0]), program=trains[0].program)
 
 
-_MODEL = {f"--{name}" for flag in ("num-layers", "hidden-size", "preset", "config") for name in (flag, flag.replace("-", "_"))}
-_NO_START = {"echo", "printf", "cat", "tee", "[", "[[", "test", "cd", "source", ".", "which", "pip", "pip3", "conda", "rm", "cp", "mv",
-             "mkdir", "ls", "grep", "sleep"}  # fmt: skip
+_MODEL = {
+    f"--{name}" for flag in ("num-layers", "hidden-size", "preset", "config") for name in (flag, flag.replace("-", "_"))
+}
+_NO_START = {
+    "echo",
+    "printf",
+    "cat",
+    "tee",
+    "[",
+    "[[",
+    "test",
+    "cd",
+    "source",
+    ".",
+    "which",
+    "pip",
+    "pip3",
+    "conda",
+    "rm",
+    "cp",
+    "mv",
+    "mkdir",
+    "ls",
+    "grep",
+    "sleep",
+}
 _SHELLS = {"bash", "sh", "zsh"}
 _PYTHON = re.compile(r"python[\d.]*")
 
@@ -131,7 +160,12 @@ def _chains(command: Command, job: tuple[str, ...]) -> Iterator[_Chain]:
                 return
             if unknown_names(words[program]) and not words[program].endswith(".py"):
                 raise _not_known(words[program])
-            yield _Chain((*starts, *([agent] if agent else [])), _visible(prefix) or _job_devices(job), words[program + 1 :], words[program])
+            yield _Chain(
+                (*starts, *([agent] if agent else [])),
+                _visible(prefix) or _job_devices(job),
+                words[program + 1 :],
+                words[program],
+            )
             return
         else:
             at += 1
@@ -139,16 +173,20 @@ def _chains(command: Command, job: tuple[str, ...]) -> Iterator[_Chain]:
 
 def _not_known(word: str) -> ConfigError:
     names = ", ".join(unknown_names(word))
-    return ConfigError(f"what {names} holds is not known", WHERE, "write its value in its place; only what the script itself sets is read")
+    return ConfigError(
+        f"what {names} holds is not known",
+        WHERE,
+        "write its value in its place; only what the script itself sets is read",
+    )
 
 
-def _visible(prefix: Mapping[str, str]) -> Optional[int]:
+def _visible(prefix: Mapping[str, str]) -> int | None:
     """Number of accelerators that the environment shows, which torchrun's `gpu` counts."""
     listed = prefix.get("CUDA_VISIBLE_DEVICES") or prefix.get("ASCEND_RT_VISIBLE_DEVICES") or ""
     return None if not listed or unknown_names(listed) else len(listed.split(","))
 
 
-def _job_devices(job: Sequence[str]) -> Optional[int]:
+def _job_devices(job: Sequence[str]) -> int | None:
     return read_slurm(job).devices if job else None
 
 
@@ -167,7 +205,7 @@ def _nested(name: str, words: Sequence[str], job: tuple[str, ...], variables: di
         return
 
 
-def _program(words: Sequence[str], at: int) -> tuple[Optional[int], Optional[Start]]:
+def _program(words: Sequence[str], at: int) -> tuple[int | None, Start | None]:
     """(position of the program, the launcher that runs it) from an agent, an interpreter or the program itself on."""
     name = words[at].rsplit("/", 1)[-1]
     if name in _AGENTS:
@@ -185,13 +223,18 @@ def _program(words: Sequence[str], at: int) -> tuple[Optional[int], Optional[Sta
     return (at if at < len(words) else None), None
 
 
-def _of_agent(name: str, words: Sequence[str], at: int) -> tuple[Optional[int], Optional[Start]]:
+def _of_agent(name: str, words: Sequence[str], at: int) -> tuple[int | None, Start | None]:
     end, start = _AGENTS[name](words, at)
     return (end if end < len(words) else None), start
 
 
-_MODULES = {"torch.distributed.run": "torchrun", "torch.distributed.launch": "torchrun", "deepspeed": "deepspeed",
-            "deepspeed.launcher.runner": "deepspeed", "accelerate.commands.launch": "accelerate"}  # fmt: skip
+_MODULES = {
+    "torch.distributed.run": "torchrun",
+    "torch.distributed.launch": "torchrun",
+    "deepspeed": "deepspeed",
+    "deepspeed.launcher.runner": "deepspeed",
+    "accelerate.commands.launch": "accelerate",
+}
 
 
 # ---- agents: torchrun, deepspeed, accelerate ---------------------------------------------------
@@ -212,7 +255,7 @@ def _options(words: Sequence[str], at: int, switches: str) -> tuple[int, dict[st
     return at, found
 
 
-def _number(text: Optional[str]) -> Optional[int]:
+def _number(text: str | None) -> int | None:
     return int(text) if text is not None and re.fullmatch(r"[1-9]\d{0,8}", text) else None
 
 
@@ -230,20 +273,29 @@ def _torchrun(words: Sequence[str], at: int) -> tuple[int, Start]:
 
 
 def _deepspeed(words: Sequence[str], at: int) -> tuple[int, Start]:
-    end, options = _options(words, at, "-m --module --force-multi --no-python --no-local-rank --no-ssh --save-pid --no-ssh-check")
+    end, options = _options(
+        words, at, "-m --module --force-multi --no-python --no-local-rank --no-ssh --save-pid --no-ssh-check"
+    )
     slots = [host.partition(":")[2] for host in options.get("--include", options.get("-i", "")).split("@")]
     if all(slots) and not unknown_names("".join(slots)):
         sizes = [len(slot.split(",")) for slot in slots]
         return end, Start("deepspeed", True, sum(sizes), len(sizes), sizes[0] if len(set(sizes)) == 1 else None)
     hosts = options.get("--hostfile", options.get("-H", ""))
     each, nodes = _number(options.get("--num-gpus")), _number(options.get("--num-nodes", "" if hosts else "1"))
-    why = "" if each and nodes else f"deepspeed counts the devices of {shown(hosts) or 'the machine'} (no --num_gpus and --num_nodes)"
+    why = (
+        ""
+        if each and nodes
+        else f"deepspeed counts the devices of {shown(hosts) or 'the machine'} (no --num_gpus and --num_nodes)"
+    )
     return end, Start("deepspeed", True, None, nodes, each, why=why).filled()
 
 
 def _accelerate(words: Sequence[str], at: int) -> tuple[int, Start]:
     at += "".join(words[at : at + 1]) == "launch"
-    switches = "-m --module --multi-gpu --cpu --use-deepspeed --use-fsdp --use-megatron-lm --no-python --same-network --debug --quiet -q"
+    switches = (
+        "-m --module --multi-gpu --cpu --use-deepspeed --use-fsdp --use-megatron-lm --no-python --same-network "
+        "--debug --quiet -q"
+    )
     end, options = _options(words, at, switches)
     ranks, nodes = _number(options.get("--num-processes")), _number(options.get("--num-machines", "1"))
     why = "" if ranks else "accelerate reads its number of processes from a file (no --num_processes)"
@@ -251,17 +303,28 @@ def _accelerate(words: Sequence[str], at: int) -> tuple[int, Start]:
 
 
 _AGENTS: dict[str, Callable[[Sequence[str], int], tuple[int, Start]]] = {
-    "torchrun": _torchrun, "deepspeed": _deepspeed, "accelerate": _accelerate,
-}  # fmt: skip
+    "torchrun": _torchrun,
+    "deepspeed": _deepspeed,
+    "accelerate": _accelerate,
+}
 
 
 # ---- srun and mpirun ---------------------------------------------------------------------------
 
 _SLURM = {
-    "-N": "nodes", "--nodes": "nodes", "-n": "ntasks", "--ntasks": "ntasks", "--ntasks-per-node": "per-node",
-    "--tasks-per-node": "per-node", "--gpus-per-node": "gpus-per-node", "--gres": "gres", "-G": "gpus", "--gpus": "gpus",
-    "--ntasks-per-gpu": "per-gpu", "--gpus-per-task": "gpus-per-task",
-}  # fmt: skip
+    "-N": "nodes",
+    "--nodes": "nodes",
+    "-n": "ntasks",
+    "--ntasks": "ntasks",
+    "--ntasks-per-node": "per-node",
+    "--tasks-per-node": "per-node",
+    "--gpus-per-node": "gpus-per-node",
+    "--gres": "gres",
+    "-G": "gpus",
+    "--gpus": "gpus",
+    "--ntasks-per-gpu": "per-gpu",
+    "--gpus-per-task": "gpus-per-task",
+}
 
 
 def read_slurm(words: Sequence[str]) -> Start:
@@ -277,7 +340,8 @@ def read_slurm(words: Sequence[str]) -> Start:
         low, _, high = text.partition("-")
         said[key] = low if high == low else text.rsplit(":", 1)[-1] if "gpu" in key else text
     nodes, tasks, each, devices, gpus, per_gpu, a_task = (
-        _number(said.get(key)) for key in ("nodes", "ntasks", "per-node", "gpus-per-node", "gpus", "per-gpu", "gpus-per-task")
+        _number(said.get(key))
+        for key in ("nodes", "ntasks", "per-node", "gpus-per-node", "gpus", "per-gpu", "gpus-per-task")
     )
     if listed := re.search(r"gpu(?::[\w.-]*[A-Za-z][\w.-]*)?:(\d+)", said.get("gres", "")):
         devices = devices or int(listed[1])
@@ -287,7 +351,14 @@ def read_slurm(words: Sequence[str]) -> Start:
     if not {"ntasks", "per-node"} & set(said):
         tasks = gpus * per_gpu if gpus and per_gpu else gpus // a_task if gpus and a_task else None
         each = 1 if tasks is None and nodes else None  # Slurm's default
-    why = next((f"srun's {key} is {shown(said[key])}" for key in ("nodes", "ntasks", "per-node") if key in said and not _number(said[key])), "")
+    why = next(
+        (
+            f"srun's {key} is {shown(said[key])}"
+            for key in ("nodes", "ntasks", "per-node")
+            if key in said and not _number(said[key])
+        ),
+        "",
+    )
     if tasks is not None and nodes and each and tasks != nodes * each:
         each = None  # then it is the most that a node may have
     return Start("srun", False, tasks, nodes, each, devices, why or "srun names no nodes and tasks").filled()
@@ -300,9 +371,15 @@ def slurm_variables(words: Sequence[str]) -> dict[str, Value]:
     per_node = str(start.per_node or "") if any("tasks-per-node" in word for word in words) else ""
     tasks = str(start.ranks or "")
     values = {
-        "SLURM_NNODES": nodes, "SLURM_JOB_NUM_NODES": nodes, "SLURM_NTASKS": tasks, "SLURM_NPROCS": tasks,
-        "SLURM_NTASKS_PER_NODE": per_node, "SLURM_TASKS_PER_NODE": per_node, "SLURM_GPUS_PER_NODE": devices, "SLURM_GPUS_ON_NODE": devices,
-    }  # fmt: skip
+        "SLURM_NNODES": nodes,
+        "SLURM_JOB_NUM_NODES": nodes,
+        "SLURM_NTASKS": tasks,
+        "SLURM_NPROCS": tasks,
+        "SLURM_NTASKS_PER_NODE": per_node,
+        "SLURM_TASKS_PER_NODE": per_node,
+        "SLURM_GPUS_PER_NODE": devices,
+        "SLURM_GPUS_ON_NODE": devices,
+    }
     return {name: value for name, value in values.items() if value}
 
 
@@ -336,12 +413,20 @@ class _Spawner(NamedTuple):
     values: frozenset[str]
 
 
-_SRUN_VALUES = frozenset([*_SLURM, *"""-J --job-name -p --partition -A --account -w --nodelist -o --output -e --error -i --input
-    -t --time -c --cpus-per-task --mem --mem-per-gpu --mem-per-cpu -C --constraint -x --exclude -D --chdir -q --qos --mpi --cpu-bind
-    --gpu-bind --container-image --container-mounts --container-name --container-workdir --jobid --reservation --network -m
-    --distribution -r --relative --het-group --comment""".split()])  # fmt: skip
-_MPI_VALUES = frozenset("""-n -np --np --n -c -N -H -host --host -hosts -hostfile --hostfile -machinefile --machinefile -f -x
-    --map-by -map-by --bind-to -bind-to -npernode --npernode -ppn -perhost --wdir -wdir --rank-by --prefix""".split())  # fmt: skip
+_SRUN_VALUES = frozenset(
+    [
+        *_SLURM,
+        *"""-J --job-name -p --partition -A --account -w --nodelist -o --output -e --error -i --input
+    -t --time -c --cpus-per-task --mem --mem-per-gpu --mem-per-cpu -C --constraint -x --exclude -D --chdir -q --qos
+    --mpi --cpu-bind --gpu-bind --container-image --container-mounts --container-name
+    --container-workdir --jobid --reservation --network -m --distribution -r --relative
+    --het-group --comment""".split(),
+    ]
+)
+_MPI_VALUES = frozenset(
+    """-n -np --np --n -c -N -H -host --host -hosts -hostfile --hostfile -machinefile --machinefile -f -x
+    --map-by -map-by --bind-to -bind-to -npernode --npernode -ppn -perhost --wdir -wdir --rank-by --prefix""".split()
+)
 _SPAWNERS = {
     "srun": _Spawner(read_slurm, _SRUN_VALUES),
     **{name: _Spawner(_mpirun, _MPI_VALUES) for name in ("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun")},
@@ -349,7 +434,8 @@ _SPAWNERS = {
 
 
 def _command_of(words: Sequence[str], at: int, values: frozenset[str]) -> int:
-    """Position of what srun or mpirun starts, behind options of all kinds: the first word that is a launcher or a program."""
+    """Position of what srun or mpirun starts, behind options of all kinds: the first word that is a launcher or a
+    program."""
     while at < len(words):
         name = words[at].rsplit("/", 1)[-1]
         if words[at] in values:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, run_tool
 from megatron_telechat.errors import EXIT_OK
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 done, 2 arguments, 3 an input is damaged or missing, 6 disk)."""
     return run_tool(_run, argv)
 
@@ -18,14 +18,20 @@ def _run(argv: list[str]) -> int:
     parser = ToolParser(prog="tools/merge_data.py", description=__doc__.split(": ", 1)[1])
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="prefixes, globs or a folder; shards are put in their order")
-    add("--output-prefix", required=True, help="shards: PREFIX_KEY_document is written, as one run would; others: PREFIX")
+    add(
+        "--output-prefix",
+        required=True,
+        help="shards: PREFIX_KEY_document is written, as one run would; others: PREFIX",
+    )
     add_overwrite(parser)
     args = parser.parse_args(argv)
     from megatron_telechat.data.merge import merge_datasets, plan_merge
     from megatron_telechat.data.verify import find_datasets
 
     plan = plan_merge(find_datasets(args.input), args.output_prefix)
-    new = [output for output, prefixes in plan.items() if output not in prefixes]  # an output that is an input is another mistake
+    new = [
+        output for output, prefixes in plan.items() if output not in prefixes
+    ]  # an output that is an input is another mistake
     keep_what_is_there([Path(f"{output}.idx") for output in new], "--output-prefix", args.overwrite)
     for output, prefixes in plan.items():
         data = merge_datasets(prefixes, output)

@@ -14,7 +14,8 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass
 class Metrics:
-    """One run's records. `train`, `valid` and `test` map a step to its record, in order; `resumes` are the steps resumed from."""
+    """One run's records. `train`, `valid` and `test` map a step to its record, in order; `resumes` are the steps
+    resumed from."""
 
     name: str
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -61,7 +62,9 @@ def read_metrics(run: Path) -> Metrics:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"cannot read {path}: {reason}", str(run), "name a run folder, which holds metrics.jsonl") from error
+        raise DataError(
+            f"cannot read {path}: {reason}", str(run), "name a run folder, which holds metrics.jsonl"
+        ) from error
     metrics = Metrics(run.resolve().name if run.is_dir() else run.resolve().parent.name)
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -82,7 +85,9 @@ def _take(metrics: Metrics, line: str, where: str, unfinished: bool) -> None:
     except (ValueError, KeyError, TypeError) as error:
         if unfinished:
             return
-        raise DataError(f"{where} is not a metrics record", where, "a line is one JSON object with a step; mend or drop it") from error
+        raise DataError(
+            f"{where} is not a metrics record", where, "a line is one JSON object with a step; mend or drop it"
+        ) from error
     if record.get("event") == "resume":
         for kept in (metrics.train, metrics.valid, metrics.test):
             for later in [known for known in kept if known > step]:

@@ -21,7 +21,11 @@ def model_text(model: ModelConfig) -> str:
         ),
         "LayerNorm" if model.normalization == "LayerNorm" else "",
         "norms on queries and keys" if model.qk_layernorm else "",
-        "biases on all linear layers" if model.add_bias_linear else "bias on queries, keys and values" if model.add_qkv_bias else "",
+        "biases on all linear layers"
+        if model.add_bias_linear
+        else "bias on queries, keys and values"
+        if model.add_qkv_bias
+        else "",
         "a gate on the shared expert" if model.moe_shared_expert_gate else "",
     ]
     said = ", ".join(filter(None, features))

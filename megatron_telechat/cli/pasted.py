@@ -1,11 +1,12 @@
-"""A Megatron-LM command or its launch script as words of our configuration: the flags behind the program, and the ranks."""
+"""A Megatron-LM command or its launch script as words of our configuration: the flags behind the program, and the
+ranks."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.launcher import WHERE, Launch, read_launch, slurm_variables
 from megatron_telechat.cli.shell import MAYBE, Command, read_script, shown, slurm_lines, unknown, unknown_names
@@ -14,7 +15,20 @@ from megatron_telechat.config.fields import FieldInfo, fields_by_name
 from megatron_telechat.config.megatron_flags import ANSWERS
 from megatron_telechat.errors import ConfigError, Problem
 
-OTHER_FAMILIES = ("bert", "t5", "mamba", "hybrid", "ict", "realm", "retro", "vision", "vlm", "mimo", "multimodal", "avlm")
+OTHER_FAMILIES = (
+    "bert",
+    "t5",
+    "mamba",
+    "hybrid",
+    "ict",
+    "realm",
+    "retro",
+    "vision",
+    "vlm",
+    "mimo",
+    "multimodal",
+    "avlm",
+)
 """Words in the names of Megatron-LM's programs for models that are no GPT."""
 
 
@@ -31,7 +45,7 @@ class Pasted:
     notes: tuple[str, ...] = ()
 
 
-def read_pasted(script: Optional[str], command: Sequence[str], others: Sequence[str]) -> Pasted:
+def read_pasted(script: str | None, command: Sequence[str], others: Sequence[str]) -> Pasted:
     """The flags of a launch script, or of a command given as words.
 
     Args:
@@ -40,7 +54,8 @@ def read_pasted(script: Optional[str], command: Sequence[str], others: Sequence[
         others: flags given beside it, which must not contradict its launcher.
 
     Raises:
-        ConfigError: no training in it, several, or one of no GPT model; variables whose value it does not say; ranks that it does not say, or
+        ConfigError: no training in it, several, or one of no GPT model; variables whose value it does not say; ranks
+        that it does not say, or
             that `others` contradict.
     """
     notes: tuple[str, ...] = ()
@@ -79,8 +94,13 @@ def _refuse_other_families(program: str) -> None:
 
 
 def _mark(word: str) -> str:
-    """A word of a command line with the variables that the shell left in it, as unknown; a script in one word stays as it is."""
-    return word if re.search(r"\s", word) else re.sub(r"\$\{?([A-Za-z_]\w*)[^}$\s]*\}?", lambda name: unknown(name[1]), word)
+    """A word of a command line with the variables that the shell left in it, as unknown; a script in one word stays as
+    it is."""
+    return (
+        word
+        if re.search(r"\s", word)
+        else re.sub(r"\$\{?([A-Za-z_]\w*)[^}$\s]*\}?", lambda name: unknown(name[1]), word)
+    )
 
 
 # ---- ranks -------------------------------------------------------------------------------------
@@ -100,10 +120,15 @@ def _ranks(launch: Launch, flags: Sequence[str]) -> tuple[str, ...]:
             what = f"{name} {said[name]}, but the launcher's words start {launch.ranks} ranks"
             what += f", {number} on a node" if name == "--ranks-per-node" else ""
             raise ConfigError(what, f"flag; {WHERE}", f"leave {name} out, or change the launcher's words")
-    return tuple(word for name, number in found.items() if number is not None and said[name] is None for word in (name, str(number)))
+    return tuple(
+        word
+        for name, number in found.items()
+        if number is not None and said[name] is None
+        for word in (name, str(number))
+    )
 
 
-def _last(flags: Sequence[str], name: str) -> Optional[str]:
+def _last(flags: Sequence[str], name: str) -> str | None:
     """The value of the last flag of this name."""
     value = None
     for at, word in enumerate(flags):
@@ -153,7 +178,10 @@ class _Flags:
     def only_maybe(self, word: str) -> None:
         """A flag that a condition adds."""
         if not word.startswith("--") or _plans(word):
-            self.problem(f"whether {shown(word)} is given depends on a condition that the script does not decide", "leave it in or out")
+            self.problem(
+                f"whether {shown(word)} is given depends on a condition that the script does not decide",
+                "leave it in or out",
+            )
         else:
             self.dropped.append(f"{word}: given under a condition, and not needed to plan")
         self.skips = True
@@ -177,11 +205,11 @@ class _Flags:
         self.problems.append(Problem(what, WHERE, f"{fix}; only what the script itself sets is read"))
 
 
-def _answer(flag: str) -> Optional[Answer]:
+def _answer(flag: str) -> Answer | None:
     return ANSWERS.get(flag[2:].replace("_", "-"))
 
 
-def _field(flag: str) -> Optional[FieldInfo]:
+def _field(flag: str) -> FieldInfo | None:
     """The field that a flag sets."""
     info, answer = fields_by_name().get(flag[2:].replace("-", "_")), _answer(flag)
     return fields_by_name()[answer.fields[0]] if info is None and isinstance(answer, Alias) else info
@@ -207,4 +235,8 @@ def _plans(flag: str) -> bool:
     info = _field(flag[:2] + flag[5:]) if flag[2:5] == "no-" and _answer(flag) is None else _field(flag)
     if info is None:
         return not isinstance(_answer(flag), (Ignored, Refused))
-    return info.section in ("model", "parallel", "training") and info.name not in ("train_iters", "exit_interval", "seed")
+    return info.section in ("model", "parallel", "training") and info.name not in (
+        "train_iters",
+        "exit_interval",
+        "seed",
+    )

@@ -10,7 +10,7 @@ from megatron_telechat.cli.plot_run import GRID, INK, new_figure, save_figure, s
 from megatron_telechat.planner.build import UNLIMITED_BYTES
 from megatron_telechat.planner.plan import Assignment
 from megatron_telechat.planner.problem import BalanceProblem
-from megatron_telechat.planner.simulate import SimResult, in_flight, simulate, stage_times, stage_groups
+from megatron_telechat.planner.simulate import SimResult, in_flight, simulate, stage_groups, stage_times
 
 FORWARD = ("#2563eb", "#60a5fa", "#93c5fd", "#1d4ed8")
 BACKWARD = ("#ea580c", "#fb923c", "#fdba74", "#c2410c")
@@ -30,13 +30,16 @@ def draw(problem: BalanceProblem, assignment: Assignment, output: Path, title: s
         ConfigError: matplotlib is missing, or the suffix is no picture format.
         ResourceError: the picture cannot be written.
     """
-    figure, axes = new_figure([["times", "memory"], ["gantt", "gantt"]], (11, 3.4 + 2.4 + 0.28 * problem.P), (3.2, 1.6 + 0.28 * problem.P))
+    figure, axes = new_figure(
+        [["times", "memory"], ["gantt", "gantt"]], (11, 3.4 + 2.4 + 0.28 * problem.P), (3.2, 1.6 + 0.28 * problem.P)
+    )
     _times(axes["times"], problem, assignment, real)
     _memory(axes["memory"], problem, assignment, real)
     drawn = _few(problem)
     _gantt(axes["gantt"], figure, problem, simulate(drawn, assignment), drawn.m, real)
     counts = " ".join(map(str, assignment.counts))
-    figure.suptitle(f"{title}:  {counts if len(counts) < 80 else counts[:77] + '...'}", fontsize=12, fontweight="bold", color=INK,
+    figure.suptitle(f"{title}:  "
+                    f"{counts if len(counts) < 80 else counts[:77] + '...'}", fontsize=12, fontweight="bold", color=INK,
                     x=0.01, ha="left")  # fmt: skip
     save_figure(figure, output, "--plot")
 
@@ -61,8 +64,10 @@ def _times(axes: Any, problem: BalanceProblem, assignment: Assignment, real: boo
         for chunk in range(problem.V):
             heights = [times[offset + chunk * problem.P + stage] * scale for stage in stages]
             label = name if chunk == 0 else None
-            axes.bar(stages, heights, 0.72, bottom, color=colors[chunk % 4], edgecolor="white", linewidth=0.6, label=label)
-            bottom = [low + height for low, height in zip(bottom, heights)]
+            axes.bar(
+                stages, heights, 0.72, bottom, color=colors[chunk % 4], edgecolor="white", linewidth=0.6, label=label
+            )
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     mean = sum(bottom) / len(bottom)
     axes.axhline(mean, color=INK, linestyle=":", linewidth=1.1, label="mean")
     style(axes, f"One micro-batch on each stage, {unit}")
@@ -88,7 +93,7 @@ def _memory(axes: Any, problem: BalanceProblem, assignment: Assignment, real: bo
             continue
         heights = [size * scale for size in sizes]
         axes.bar(stages, heights, 0.72, bottom, color=color, edgecolor="white", linewidth=0.6, label=name)
-        bottom = [low + height for low, height in zip(bottom, heights)]
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     top = max(bottom)
     if problem.mem_limit < UNLIMITED_BYTES:
         axes.axhline(problem.mem_limit * scale, color="#dc2626", linewidth=1.4, label="limit")
@@ -102,10 +107,12 @@ def _memory(axes: Any, problem: BalanceProblem, assignment: Assignment, real: bo
 def _parts(problem: BalanceProblem, assignment: Assignment) -> tuple[list[float], list[float], list[float]]:
     """Of each device at its worst moment: resident bytes, activations in flight, working set."""
     resident, kept, working = [], [], []
-    for stage, (in_group, modes) in enumerate(zip(stage_groups(problem, assignment.counts), assignment.modes)):
+    for stage, (in_group, modes) in enumerate(
+        zip(stage_groups(problem, assignment.counts), assignment.modes, strict=True)
+    ):
         fixed = problem.fixed_block(stage, assignment.mtp_stage)
-        groups = [group for group, count in zip(problem.groups, in_group) for _ in range(count)]
-        used = [group.modes[mode] for group, mode in zip(groups, modes)]
+        groups = [group for group, count in zip(problem.groups, in_group, strict=True) for _ in range(count)]
+        used = [group.modes[mode] for group, mode in zip(groups, modes, strict=True)]
         resident.append(fixed.w + sum(group.w for group in groups))
         kept.append(fixed.act + sum(mode.act for mode in used))
         working.append(max((mode.ws for mode in used), default=0.0))
@@ -113,7 +120,7 @@ def _parts(problem: BalanceProblem, assignment: Assignment) -> tuple[list[float]
     for device, moments in enumerate(in_flight(problem.P, problem.V, problem.m)):
         own = range(device, problem.num_stages, problem.P)
         found = [
-            (sum(count * kept[stage] for count, stage in zip(moment.held, own)),
+            (sum(count * kept[stage] for count, stage in zip(moment.held, own, strict=True)),
              0.0 if moment.backward is None else working[own[moment.backward]])
             for moment in moments
         ]  # fmt: skip
@@ -131,7 +138,15 @@ def _gantt(axes: Any, figure: Any, problem: BalanceProblem, result: SimResult, d
         color = (FORWARD if op.kind == "F" else BACKWARD)[op.chunk % 4]
         bars.setdefault((op.device, color), []).append((op.start * scale, (op.end - op.start) * scale))
         if (op.end - op.start) / result.makespan * width > 11:
-            axes.text((op.start + op.end) / 2 * scale, op.device, str(op.microbatch), ha="center", va="center", fontsize=6.5, color="white")
+            axes.text(
+                (op.start + op.end) / 2 * scale,
+                op.device,
+                str(op.microbatch),
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color="white",
+            )
     for (device, color), spans in bars.items():
         axes.broken_barh(spans, (device - 0.42, 0.84), color=color, edgecolor="white", linewidth=0.4)
     most = "" if drawn == problem.m else f", the first {drawn} of {problem.m} micro-batches"

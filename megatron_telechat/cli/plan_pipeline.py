@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_telechat.cli.plan_request import Request, read_device, read_request
 from megatron_telechat.cli.tool import interrupted
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # the solver's libraries are loaded when there is something t
 GIB = 2**30
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Plan, sweep, solve or calibrate; the exit code of the error where one stands in the way.
 
     Under torchrun, what all ranks find wrong before they meet is said by the first alone.
@@ -80,13 +81,16 @@ def _problem(request: Request) -> int:
     if request.words or options.device or options.plain_flags or options.output:
         others = [*request.words[:3], *(f"--{name}" for name in ("device", "output") if getattr(options, name))]
         others += ["--plain-flags"] * options.plain_flags
-        raise ConfigError(f"--problem says all there is to know; {' '.join(others)} does not go with it", "command line",
+        raise ConfigError(f"--problem says all there is to know; {' '.join(others)} does not go with "
+                          f"it", "command line",
                           "leave it out; --time-limit, --gap, --json and --plot do")  # fmt: skip
     try:
         text = sys.stdin.read() if options.problem == "-" else Path(options.problem).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"cannot read {options.problem}: {reason}", "--problem", "name a JSON file, or - for stdin") from None
+        raise ConfigError(
+            f"cannot read {options.problem}: {reason}", "--problem", "name a JSON file, or - for stdin"
+        ) from None
     problem = BalanceProblem.from_json(text, options.problem)
     solution = solve(problem, options.time_limit, gap=options.gap)
     if options.json:
@@ -153,7 +157,8 @@ def _plan(request: Request) -> int:
 def _no_plan(
     request: Request, question: Question, problem: BalanceProblem, solution: Solution, notes: Sequence[str]
 ) -> int:
-    """Why there is none, and the smallest changes with which there is one. An answer too: exit code 0 unless a file was asked for."""
+    """Why there is none, and the smallest changes with which there is one. An answer too: exit code 0 unless a file was
+    asked for."""
     from megatron_telechat.cli.plan_report import no_plan_text, notes_of
     from megatron_telechat.planner.remedy import remedies, shortage
 
@@ -163,7 +168,11 @@ def _no_plan(
     pinned += ("--num-virtual-stages-per-pipeline-rank", str(parallel.num_virtual_stages_per_pipeline_rank))
     changes = remedies(question, lambda *flags: request.load(*pinned, *flags).run) if lack else []
     if request.options.json:
-        print(json.dumps({**solution.to_json(), "stage": lack and lack.stage, "changes": [vars(change) for change in changes]}))
+        print(
+            json.dumps(
+                {**solution.to_json(), "stage": lack and lack.stage, "changes": [vars(change) for change in changes]}
+            )
+        )
     else:
         print("\n".join([no_plan_text(question, problem, solution, lack, changes), *notes_of(notes)]))
     if request.options.output:
@@ -185,7 +194,13 @@ def write_answers(request: Request, plan: Plan) -> None:
         from megatron_telechat.cli.plan_picture import draw
 
         run = plan.question.run
-        draw(plan.problem, plan.assignment, Path(options.plot), title=f"{run.model.name} on {plan.question.device.name}", real=True)
+        draw(
+            plan.problem,
+            plan.assignment,
+            Path(options.plot),
+            title=f"{run.model.name} on {plan.question.device.name}",
+            real=True,
+        )
 
 
 def write_text(path: str, text: str) -> None:

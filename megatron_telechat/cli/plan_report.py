@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any, Iterable, Optional, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.text import gib, table
@@ -15,10 +16,10 @@ from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.advice import Plan, Question
 from megatron_telechat.planner.baselines import Baseline
+from megatron_telechat.planner.build import UNLIMITED_BYTES
 from megatron_telechat.planner.plan import Solution
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.remedy import Change, Shortage
-from megatron_telechat.planner.build import UNLIMITED_BYTES
 from megatron_telechat.planner.simulate import stage_times
 
 SHORTEST_STEP_S = 0.02
@@ -54,14 +55,23 @@ def head(question: Question, problem: BalanceProblem) -> list[str]:
     return [
         f"{run.model.name} on {question.device.name}: {sizes_text(run)}, {run.parallel.world_size} ranks",
         f"  {model_text(run.model)}",
-        f"  {problem.m} micro-batches of {training.micro_batch_size} x {training.seq_length} tokens, {training.precision}; {limit}; "
-        f"recompute allowed: {', '.join(question.kinds)}",
+        f"  {problem.m} micro-batches of {training.micro_batch_size} x {training.seq_length} tokens, "
+        f"{training.precision}; {limit}; recompute allowed: {', '.join(question.kinds)}",
     ]
 
 
 def plan_text(plan: Plan, others: Sequence[Baseline], notes: Iterable[str] = ()) -> str:
     """Table of the stages, times, comparisons, proof, flags."""
-    lines = [*head(plan.question, plan.problem), "", *_stages(plan), *_uneven(plan), "", *_times(plan), "", *_comparison(plan, others)]
+    lines = [
+        *head(plan.question, plan.problem),
+        "",
+        *_stages(plan),
+        *_uneven(plan),
+        "",
+        *_times(plan),
+        "",
+        *_comparison(plan, others),
+    ]
     lines += ["", _proof(plan), "", *_flags(plan)]
     return "\n".join([*lines, *notes_of(notes)])
 
@@ -75,7 +85,9 @@ def _stages(plan: Plan) -> list[str]:
     problem, counts = plan.problem, plan.assignment.counts
     times = stage_times(problem, plan.assignment)
     limited = problem.mem_limit < UNLIMITED_BYTES
-    rows = [["stage", "layers", "recomputed", "forward", "backward", "busy", "waits", "memory GiB", *["of limit"] * limited]]
+    rows = [
+        ["stage", "layers", "recomputed", "forward", "backward", "busy", "waits", "memory GiB", *["of limit"] * limited]
+    ]
     unit, scale = _unit(max(times))
     recompute = list(plan.planned.recompute)
     starts = [sum(counts[:stage]) for stage in range(len(counts))]
@@ -106,7 +118,8 @@ def _uneven(plan: Plan) -> list[str]:
     if worst.total_bytes <= limit - plan.problem.const_mem:
         return []
     need = f"stage {worst.pipeline_rank} needs {gib(worst.total_bytes)} GiB"
-    return [f"! for even routing; on a rank whose experts get {rows:g} times the mean of rows {need} (--moe-memory-imbalance, "
+    return [f"! for even routing; on a rank whose experts get {rows:g} times the mean of rows {need} "
+            f"(--moe-memory-imbalance, "
             "--memory-gib to plan with less)"]  # fmt: skip
 
 
@@ -130,26 +143,39 @@ def _times(plan: Plan) -> list[str]:
     rest = (("gradient reduction", found.reduction), ("optimizer", found.optimizer), ("rest", found.constant))
     parts += [f"{name} {_seconds(value)}" for name, value in rest if value > 0]
     entry = TimeModel(plan.question.run, plan.question.device).measured
-    source = f"measured: {entry.source}" if entry else "estimates from the device file's figures; --calibrate measures them"
+    source = (
+        f"measured: {entry.source}" if entry else "estimates from the device file's figures; --calibrate measures them"
+    )
     if entry is None and found.iteration < SHORTEST_STEP_S:
         source += ". A step this short is bound by launches, which they do not know"
     if found.pace != 1:
-        source += f". Waiting neighbours and varying ops: {found.pace - 1:+.1%} of the pipeline's time, which the comparison leaves out"
+        source += (
+            f". Waiting neighbours and varying ops: {found.pace - 1:+.1%} of the pipeline's time, which the "
+            f"comparison leaves out"
+        )
     return [
-        f"predicted: {_seconds(found.iteration)} a step, {found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
+        f"predicted: {_seconds(found.iteration)} a step, {found.tokens_per_s_per_device:,.0f} tokens/s a device: "
+        + ", ".join(parts),
         f"  times of the layers: {source}",
         *(f"  counted: {one}" for one in plan.question.counted if entry is None),
     ]
 
 
 def _comparison(plan: Plan, others: Sequence[Baseline]) -> list[str]:
-    rows = [["pipeline time, by the same simulator", "", "", ""], ["  this plan", _seconds(plan.makespan), "", _layout(plan.assignment.counts)]]
+    rows = [
+        ["pipeline time, by the same simulator", "", "", ""],
+        ["  this plan", _seconds(plan.makespan), "", _layout(plan.assignment.counts)],
+    ]
     for other in others:
         name = f"  {NAMES.get(other.name, other.name)}"
         if other.makespan is None or other.assignment is None:
             layers, stages = plan.problem.num_layers, plan.problem.num_stages
             splits = {"uniform split": layers % stages == 0, "account_for_embedding/loss": (layers + 2) % stages == 0}
-            why = "does not fit the memory" if splits.get(other.name, True) else f"{layers} layers do not split so over {stages}"
+            why = (
+                "does not fit the memory"
+                if splits.get(other.name, True)
+                else f"{layers} layers do not split so over {stages}"
+            )
             why = "none splits these layers and fits" if other.name == "best plain flags" else other.why or why
             rows.append([name, "-", "", why])
             continue
@@ -211,7 +237,7 @@ def plan_flags(plan: Plan) -> tuple[str, ...]:
     return (*more, *plan.planned.flags) if plan.problem.P > 1 else plan.planned.flags[2:]
 
 
-def _megatron_flags(plan: Plan) -> tuple[Optional[str], str]:
+def _megatron_flags(plan: Plan) -> tuple[str | None, str]:
     try:
         return shlex.join(plan.planned.megatron_flags()), ""
     except ConfigError as error:
@@ -222,7 +248,9 @@ def _flags(plan: Plan) -> list[str]:
     lines = [f"layout: {plan.planned.layout}", f"flags: {shlex.join(plan_flags(plan))}"]
     flags, why = _megatron_flags(plan)
     if flags is None:
-        lines.append("Megatron-LM cannot say this: recompute differs between stages; --plain-flags gives the best that it can")
+        lines.append(
+            "Megatron-LM cannot say this: recompute differs between stages; --plain-flags gives the best that it can"
+        )
     elif flags != shlex.join(plan_flags(plan)):
         lines.append(f"Megatron-LM: {flags}")
     return lines
@@ -232,13 +260,16 @@ def plan_file(plan: Plan, path: str) -> PlanFile:
     """What --output writes."""
     found = plan.prediction
     memory = tuple(round(stage.total_bytes / 2**30, 4) for stage in stage_memory(plan.planned.run))
-    predicted = Predicted(
-        plan.question.device.name, found.iteration, memory, found.tokens_per_s_per_device
-    )
+    predicted = Predicted(plan.question.device.name, found.iteration, memory, found.tokens_per_s_per_device)
     about = {
         "flags": list(plan_flags(plan)),
         "megatron_flags": _megatron_flags(plan)[0],
-        "proof": {"status": plan.solution.status, "makespan": plan.makespan, "lower_bound": plan.solution.lower_bound, "gap": plan.gap},
+        "proof": {
+            "status": plan.solution.status,
+            "makespan": plan.makespan,
+            "lower_bound": plan.solution.lower_bound,
+            "gap": plan.gap,
+        },
     }
     return plan_of(plan.planned.run, path, predicted, about)
 
@@ -266,7 +297,7 @@ def plan_json(plan: Plan, others: Sequence[Baseline]) -> dict[str, Any]:
 
 
 def no_plan_text(
-    question: Question, problem: BalanceProblem, solution: Solution, lack: Optional[Shortage], changes: Sequence[Change]
+    question: Question, problem: BalanceProblem, solution: Solution, lack: Shortage | None, changes: Sequence[Change]
 ) -> str:
     """Which stage lacks how much, and what fits."""
     lines = head(question, problem)
@@ -274,18 +305,30 @@ def no_plan_text(
         what = f"without --plain-flags there is a plan of {_seconds(solution.makespan or 0.0)}"
         return "\n".join([*lines, "", f"nothing that Megatron-LM's flags can say was found to fit; {what}"])
     if solution.status != "infeasible":
-        return "\n".join([*lines, "", f"nothing found in {solution.seconds:.1f} s: {solution.reason}; a longer --time-limit may help"])
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"nothing found in {solution.seconds:.1f} s: {solution.reason}; a longer --time-limit may help",
+            ]
+        )
     if lack is None:
         return "\n".join([*lines, "", f"does not fit: {solution.reason}"])
     most = problem.mem_limit - problem.const_mem
     at_least = "" if lack.proved else " (best case found)"
     lines += ["", f"does not fit: in the best case stage {lack.stage} lacks {gib(lack.lacking_bytes)} GiB{at_least}"]
-    lines.append("  GiB of each stage then: " + ", ".join(gib(need) for need in lack.needed_bytes) + f"; usable: {gib(most)}")
+    lines.append(
+        "  GiB of each stage then: " + ", ".join(gib(need) for need in lack.needed_bytes) + f"; usable: {gib(most)}"
+    )
     if not changes:
-        return "\n".join([*lines, "  no change or pair of changes that was tried fits: a larger device, or more of them"])
+        return "\n".join(
+            [*lines, "  no change or pair of changes that was tried fits: a larger device, or more of them"]
+        )
     rows = [["  what fits, smallest change first", "pipeline", "tokens/s", "flags"]]
     for change in changes:
-        rows.append([f"  {change.text}", _seconds(change.makespan), f"{change.tokens_per_s:,.0f}", " ".join(change.flags)])
+        rows.append(
+            [f"  {change.text}", _seconds(change.makespan), f"{change.tokens_per_s:,.0f}", " ".join(change.flags)]
+        )
     return "\n".join([*lines, *table(rows, left=(0, 3))])
 
 
@@ -301,6 +344,11 @@ def problem_text(problem: BalanceProblem, solution: Solution) -> str:
         uses = ", ".join(f"{modes.count(mode)} of mode {mode}" for mode in sorted(set(modes)))
         rows.append([str(rank), "+".join(str(len(stage)) for stage in own), uses or "-", f"{peak:g}",
                      f"{peak / problem.mem_limit:.0%}" if problem.mem_limit else "-"])  # fmt: skip
-    place = "" if solution.assignment.mtp_stage is None else f"; MTP block on virtual stage {solution.assignment.mtp_stage}"
-    state = f"{solution.status}: makespan {solution.makespan:g}, lower bound {solution.lower_bound:g}, gap {solution.gap:.3%}{place}"
+    place = (
+        "" if solution.assignment.mtp_stage is None else f"; MTP block on virtual stage {solution.assignment.mtp_stage}"
+    )
+    state = (
+        f"{solution.status}: makespan {solution.makespan:g}, lower bound {solution.lower_bound:g}, gap "
+        f"{solution.gap:.3%}{place}"
+    )
     return "\n".join([f"{state} ({solution.seconds:.2f} s)", *table(rows, left=(0, 1, 2))])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.pasted import read_pasted
 from megatron_telechat.cli.tool import ToolParser, natural, positive
@@ -50,7 +50,7 @@ class Request:
         """
         return load_run_config([*self.words, "--dry-run"], {}, planning=True, changes=changes)
 
-    def as_configured(self) -> tuple[Optional[RunConfig], str]:
+    def as_configured(self) -> tuple[RunConfig | None, str]:
         """The run with its own layout and recompute; None where it names none, or where what it names does not work:
         then with the reason."""
         try:
@@ -88,30 +88,57 @@ class _Parser(ToolParser):
         """Own options, and the words of others in their order."""
         own = set(self._option_string_actions)
         parts = (word.partition("=") for word in words)
-        plain = [name.replace("_", "-") + eq + value if name.replace("_", "-") in own else name + eq + value for name, eq, value in parts]
+        plain = [
+            name.replace("_", "-") + eq + value if name.replace("_", "-") in own else name + eq + value
+            for name, eq, value in parts
+        ]
         return self.parse_known_args(plain)
 
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="plan_pipeline.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="plan_pipeline.py",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="plan_pipeline.py [options] [flags of a run | -- a Megatron command]",
-    )  # fmt: skip
+    )
     seconds, gib = positive(float), positive(float)
     add = parser.add_argument
-    add("--device", metavar="NAME|FILE", help=f"{', '.join(device_spec_names())}, or a device file (--calibrate writes one)")
+    add(
+        "--device",
+        metavar="NAME|FILE",
+        help=f"{', '.join(device_spec_names())}, or a device file (--calibrate writes one)",
+    )
     add("--command", metavar="FILE", help="shell script with a Megatron command to plan for; - reads stdin")
-    add("--recompute-kinds", default="full", metavar="K,K", help="what a layer may recompute: full, modules joined by + such as "
-        "core_attn+mlp, or none [full]")  # fmt: skip
+    add(
+        "--recompute-kinds",
+        default="full",
+        metavar="K,K",
+        help="what a layer may recompute: full, modules joined by + such as core_attn+mlp, or none [full]",
+    )
     add("--memory-gib", type=gib, metavar="X", help="memory of one device [that of the device file]")
     add("--reserve-gib", type=float, metavar="X", help="of it, held back for context, buffers, fragmentation [3]")
-    add("--time-limit", type=seconds, metavar="S", help="seconds of search; then the best so far with its gap [30; of a sweep 60]")
+    add(
+        "--time-limit",
+        type=seconds,
+        metavar="S",
+        help="seconds of search; then the best so far with its gap [30; of a sweep 60]",
+    )
     add("--gap", type=float, default=0.0, metavar="X", help="stop at this proven relative gap, such as 0.01 [0]")
-    add("--plain-flags", action="store_true", help="only what Megatron-LM's flags can say: a layout string, one recompute setting")
+    add(
+        "--plain-flags",
+        action="store_true",
+        help="only what Megatron-LM's flags can say: a layout string, one recompute setting",
+    )
     add("--sweep", action="store_true", help="rank parallel layouts of --world-size ranks; sizes given as flags stay")
     add("--top", type=natural, default=10, metavar="N", help="rows of the sweep [10]")
-    add("--calibrate", action="store_true", help="measure this run's layers on the device at hand (torch, under torchrun) and write "
-        "a device file to --output")  # fmt: skip
+    add(
+        "--calibrate",
+        action="store_true",
+        help="measure this run's layers on the device at hand (torch, under "
+        "torchrun) and write "
+        "a device file to --output",
+    )
     add("--rounds", type=natural, default=15, metavar="N", help="rounds of the calibration [15]")
     add("--problem", metavar="FILE", help="solve an abstract balance problem (JSON, see docs/planner.md)")
     add("--json", action="store_true", help="print the answer as JSON")
@@ -128,7 +155,7 @@ def _read_text(path: str) -> str:
         raise ConfigError(f"cannot read {path}: {reason}", "--command", "name a file, or - for stdin") from None
 
 
-def read_device(name: Optional[str], run: RunConfig) -> tuple[DeviceSpec, RunConfig]:
+def read_device(name: str | None, run: RunConfig) -> tuple[DeviceSpec, RunConfig]:
     """The device by name or file, and the run as it is on this device.
 
     Raises:

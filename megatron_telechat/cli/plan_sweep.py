@@ -18,7 +18,6 @@ from megatron_telechat.planner.build import UNLIMITED_BYTES
 from megatron_telechat.planner.sweep import FLAGS, Ranking, candidates, sweep
 
 
-
 def sweep_door(request: Request) -> int:
     """Rank the layouts of --world-size ranks; --output and --plot are those of the first.
 
@@ -37,11 +36,21 @@ def sweep_door(request: Request) -> int:
     question = question_of(request, loaded, run, device)
     found = candidates(question, lambda *flags: request.load(*flags).run, fixed)
     if not found:
-        raise ConfigError(f"no parallel layout of {run.parallel.world_size} ranks goes with this run", "--sweep",
-                          "another --world-size, a --global-batch-size with more divisors, or fewer fixed sizes")  # fmt: skip
+        raise ConfigError(
+            f"no parallel layout of {run.parallel.world_size} ranks goes with this run",
+            "--sweep",
+            "another --world-size, a --global-batch-size with more divisors, or fewer fixed sizes",
+        )
     ranking = sweep(found, options.top, options.time_limit)
     if options.json:
-        print(json.dumps([{"flags": list(_flags(flags, plan)), "plan": plan_file(plan, "").to_json()} for flags, plan in ranking.plans]))
+        print(
+            json.dumps(
+                [
+                    {"flags": list(_flags(flags, plan)), "plan": plan_file(plan, "").to_json()}
+                    for flags, plan in ranking.plans
+                ]
+            )
+        )
     else:
         print("\n".join([*_text(ranking, run, device.name, options.time_limit), *notes_of(loaded.notes)]))
     if ranking.plans:
@@ -63,23 +72,62 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list
     if ranking.skipped:
         lines.append(f"  {ranking.skipped} more cannot be among these, by the work they have")
     if ranking.unseen:
-        lines.append(f"  ! no time for {ranking.unseen} more, less promising by their work: --time-limit {limit_s * 3:g} sees more of them")
+        lines.append(
+            f"  ! no time for {ranking.unseen} more, less promising by their work: --time-limit {limit_s * 3:g} sees "
+            f"more of them"
+        )
     if not ranking.plans:
         return [*lines, "", "no layout was found that fits: more ranks, --recompute-kinds full, or a larger device"]
     moe = any(plan.question.run.model.is_moe for _, plan in ranking.plans)
-    rows = [["", "TP", "PP", "chunks", *["EP"] * moe, "DP", "micro-batch", "tokens/s a device", "step", "waits", "GiB", "of limit",
-             "recomputed", "gap", "layers"]]  # fmt: skip
+    rows = [
+        [
+            "",
+            "TP",
+            "PP",
+            "chunks",
+            *["EP"] * moe,
+            "DP",
+            "micro-batch",
+            "tokens/s a device",
+            "step",
+            "waits",
+            "GiB",
+            "of limit",
+            "recomputed",
+            "gap",
+            "layers",
+        ]
+    ]
     for number, (_, plan) in enumerate(ranking.plans, 1):
         parallel, problem = plan.question.run.parallel, plan.problem
         peak = max(plan.peak_bytes)
         share = "-" if problem.mem_limit >= UNLIMITED_BYTES else f"{peak / (problem.mem_limit - problem.const_mem):.0%}"
         recomputed = sum(bool(mode) for mode in plan.planned.recompute)
         counts = " ".join(map(str, plan.assignment.counts))
-        rows.append([
-            str(number), str(parallel.tensor_model_parallel_size), str(problem.P), str(problem.V),
-            *[str(parallel.expert_sizes[0])] * moe, str(parallel.data_parallel_size), str(plan.question.run.training.micro_batch_size),
-            f"{plan.prediction.tokens_per_s_per_device:,.0f}", f"{plan.prediction.iteration:.4g} s", f"{plan.prediction.bubble:.0%}",
-            gib(peak), share, f"{recomputed} of {problem.num_layers}", f"{plan.gap:.1%}", counts if len(counts) <= 40 else counts[:37] + "...",
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(number),
+                str(parallel.tensor_model_parallel_size),
+                str(problem.P),
+                str(problem.V),
+                *[str(parallel.expert_sizes[0])] * moe,
+                str(parallel.data_parallel_size),
+                str(plan.question.run.training.micro_batch_size),
+                f"{plan.prediction.tokens_per_s_per_device:,.0f}",
+                f"{plan.prediction.iteration:.4g} s",
+                f"{plan.prediction.bubble:.0%}",
+                gib(peak),
+                share,
+                f"{recomputed} of {problem.num_layers}",
+                f"{plan.gap:.1%}",
+                counts if len(counts) <= 40 else counts[:37] + "...",
+            ]
+        )
     flags, plan = ranking.plans[0]
-    return [*lines, "", *table(rows, left=(0, len(rows[0]) - 1)), "", "flags of the first: " + shlex.join(_flags(flags, plan))]
+    return [
+        *lines,
+        "",
+        *table(rows, left=(0, len(rows[0]) - 1)),
+        "",
+        "flags of the first: " + shlex.join(_flags(flags, plan)),
+    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any
 
 from megatron_telechat.cli.metrics_file import Metrics, read_metrics
 from megatron_telechat.cli.tool import ToolParser, run_tool
@@ -27,7 +28,9 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def new_figure(mosaic: list[list[str]], size: tuple[float, float], rows: tuple[float, ...]) -> tuple[Any, dict[str, Any]]:
+def new_figure(
+    mosaic: list[list[str]], size: tuple[float, float], rows: tuple[float, ...]
+) -> tuple[Any, dict[str, Any]]:
     """A figure and its axes by name; `rows`: heights in proportion.
 
     Raises:
@@ -47,9 +50,13 @@ def save_figure(figure: Any, output: Path, flag: str) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=150, facecolor="white")
     except OSError as error:
-        raise ResourceError(f"cannot write {output}: {error.strerror}", flag, "name a folder you may write to") from error
+        raise ResourceError(
+            f"cannot write {output}: {error.strerror}", flag, "name a folder you may write to"
+        ) from error
     except ValueError as error:
-        raise ConfigError(f"cannot draw to {output}: {error}", flag, "a name that ends in .png, .svg or .pdf") from error
+        raise ConfigError(
+            f"cannot draw to {output}: {error}", flag, "a name that ends in .png, .svg or .pdf"
+        ) from error
     finally:
         _pyplot().close(figure)
 
@@ -63,7 +70,9 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
     return means
 
 
-def _curve(axes: Any, steps: list[int], values: list[float], color: str, label: Optional[str], smooth: bool = True) -> None:
+def _curve(
+    axes: Any, steps: list[int], values: list[float], color: str, label: str | None, smooth: bool = True
+) -> None:
     if smooth and len(values) >= SMOOTHED_FROM:
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
         values = running_mean(values, max(len(values) // 60, 2))
@@ -84,7 +93,7 @@ def style(axes: Any, title: str) -> None:
 
 def _draw_loss(axes: Any, runs: Sequence[Metrics]) -> None:
     several = len(runs) > 1
-    for run, color in zip(runs, _colors(runs)):
+    for run, color in zip(runs, _colors(runs), strict=False):
         _curve(axes, *run.series("loss"), color, run.name if several else "train")
         steps, values = run.series("valid_loss", "valid")
         if steps:
@@ -97,9 +106,9 @@ def _draw_loss(axes: Any, runs: Sequence[Metrics]) -> None:
     axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
 
 
-def _draw_key(key: str, title: str, scale: float = 1.0, smooth: bool = True, floor: Optional[float] = None) -> Callable:
+def _draw_key(key: str, title: str, scale: float = 1.0, smooth: bool = True, floor: float | None = None) -> Callable:
     def draw(axes: Any, runs: Sequence[Metrics]) -> None:
-        for run, color in zip(runs, _colors(runs)):
+        for run, color in zip(runs, _colors(runs), strict=False):
             steps, values = run.series(key)
             _curve(axes, steps, [value * scale for value in values], color, None, smooth)
         style(axes, title)
@@ -145,7 +154,7 @@ def plot_runs(runs: Sequence[Metrics], output: Path) -> None:
         panels = [*panels[:2], _draw_key("lr", "Learning rate", smooth=False, floor=0), *panels[2:], exposed]
     columns = len(panels) // 2
     figure, grid = pyplot.subplots(2, columns, figsize=(5.5 * columns, 6.6), layout="constrained")
-    for draw, axes in zip(panels, grid.flat):
+    for draw, axes in zip(panels, grid.flat, strict=False):
         draw(axes, runs)
     for axes in grid[1]:
         axes.set_xlabel("step", fontsize=9, color=INK)
@@ -153,7 +162,7 @@ def plot_runs(runs: Sequence[Metrics], output: Path) -> None:
     save_figure(figure, output, "--output")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Draw the named runs; the exit code of the error where one stands in the way."""
     return run_tool(_plot, argv)
 
@@ -161,7 +170,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _plot(argv: list[str]) -> int:
     parser = ToolParser(prog="plot_run.py", description="Draw loss, gradient norm, throughput and expert load of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run folder, or its metrics.jsonl")
-    parser.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: metrics.png in the first run)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.png", help="picture to write (default: metrics.png in the first run)"
+    )
     arguments = parser.parse_args(argv)
     first = arguments.runs[0]
     output = arguments.output or (first if first.is_dir() else first.parent) / "metrics.png"
@@ -174,7 +185,7 @@ def _plot(argv: list[str]) -> int:
     return EXIT_OK
 
 
-def predicted_and_measured(run: Metrics) -> Optional[str]:
+def predicted_and_measured(run: Metrics) -> str | None:
     """Seconds of a step, predicted and measured (the median), where the run has both."""
     predicted = [value for value in run.series("predicted_iteration_s")[1] if math.isfinite(value)]
     measured = sorted(value for value in run.series("iteration_time_s")[1] if math.isfinite(value))

@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 from megatron_telechat.cli.tool import ToolParser, natural, positive, run_tool
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, ConfigError
@@ -35,18 +36,42 @@ def build_parser() -> ToolParser:
     add("--input", nargs="+", required=True, help="jsonl (also .gz, .zst) and parquet files, globs or folders")
     add("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin and .idx")
     add("--json-keys", nargs="+", default=["text"], help="keys of the texts (default: text)")
-    add("--tokenizer-type", help="HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer, NullTokenizer; "
-        "unset: told by the file")
+    add(
+        "--tokenizer-type",
+        help="HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer, NullTokenizer; unset: told by the file",
+    )
     add("--tokenizer-model", help="file or folder of the tokenizer")
     add("--vocab-size", type=positive(int), help="ids of a NullTokenizer")
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    add("--special-tokens-in-text", action="store_true", help="the name of a special token in a text (<_end>) becomes that "
-        "token, as in Megatron's tool; unset: it is text")
-    add("--workers", type=positive(int), default=os.cpu_count() or 1, help="threads (default: the cores of this machine)")
-    add("--on-error", choices=("fail", "skip", "quarantine"), default="fail",
-        help="a bad line ends the run, is left out and listed, or is put aside as well (default: fail)")
-    add("--engine", default="auto", help="auto, gigatoken, tiktoken or reference (default: the fastest that gives the tokenizer's own ids)")
-    add("--shard", type=_shard, metavar="I/N", help="part I of N (from 0), for several machines; join them with tools/merge_data.py")
+    add(
+        "--special-tokens-in-text",
+        action="store_true",
+        help="the name of a special token in a text (<_end>) becomes that "
+        "token, as in Megatron's tool; unset: it is text",
+    )
+    add(
+        "--workers",
+        type=positive(int),
+        default=os.cpu_count() or 1,
+        help="threads (default: the cores of this machine)",
+    )
+    add(
+        "--on-error",
+        choices=("fail", "skip", "quarantine"),
+        default="fail",
+        help="a bad line ends the run, is left out and listed, or is put aside as well (default: fail)",
+    )
+    add(
+        "--engine",
+        default="auto",
+        help="auto, gigatoken, tiktoken or reference (default: the fastest that gives the tokenizer's own ids)",
+    )
+    add(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="part I of N (from 0), for several machines; join them with tools/merge_data.py",
+    )
     add("--log-interval", type=natural, default=10000, help="documents between progress lines; 0: none")
     return parser
 
@@ -58,7 +83,7 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 done, 2 arguments, 3 data, 6 disk, 75 stopped by a signal)."""
     return run_tool(_run, argv)
 
@@ -70,7 +95,7 @@ class _Signals:
         self.seen = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Signals":
+    def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -110,7 +135,10 @@ def _run(argv: list[str]) -> int:
             special_tokens_in_text=args.special_tokens_in_text,
         )
         if args.special_tokens_in_text and not getattr(tokenizer, "special_tokens_in_text", False):
-            print(f"--special-tokens-in-text changes nothing: a {type(tokenizer).__name__} never takes them from a text", file=sys.stderr)
+            print(
+                f"--special-tokens-in-text changes nothing: a {type(tokenizer).__name__} never takes them from a text",
+                file=sys.stderr,
+            )
         try:
             report = preprocess(
                 args.input,
@@ -138,7 +166,7 @@ def _print(report: Any, elapsed: float) -> None:
     if report.skipped > len(report.bad):
         print(f"skipped {report.skipped - len(report.bad):,} more; the list is beside the output", file=sys.stderr)
     print(f"documents: {report.documents_in:,} in = {report.documents_out:,} out + {report.skipped:,} skipped")
-    for output, tokens in zip(report.outputs, report.tokens.values()):
+    for output, tokens in zip(report.outputs, report.tokens.values(), strict=True):
         print(f"{output}: {tokens:,} tokens")
     done = report.input_bytes - report.resumed_bytes
     print(f"{done / 1e6:.1f} MB in {elapsed:.1f} s ({done / 1e6 / elapsed:.1f} MB/s, engine {report.engine})")

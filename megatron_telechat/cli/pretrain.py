@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
 
 import megatron_telechat
 from megatron_telechat.config import LoadedConfig, load_run_config
@@ -14,13 +14,14 @@ from megatron_telechat.config.show import config_table, config_yaml, help_text, 
 from megatron_telechat.errors import EXIT_BUG, EXIT_OK, EXIT_SIGNAL, ConfigError, StopAtStart, UserError
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the pretraining command and return its exit code.
 
     Args:
         argv: arguments behind the program's name; unset: those of this process.
 
-    A user's mistake is printed on stderr, by rank 0 alone where there are several ranks; a traceback means a bug of ours.
+    A user's mistake is printed on stderr, by rank 0 alone where there are several ranks; a traceback means a bug of
+    ours.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -29,7 +30,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _report(error, os.environ)
         return _leave(error.exit_code)
     except StopAtStart:
-        _say_stopped("stopped before the first step: nothing was trained, nothing had to be saved; the same command starts here again")
+        _say_stopped(
+            "stopped before the first step: nothing was trained, nothing had to be saved; the same command starts here "
+            "again"
+        )
         return _leave(EXIT_SIGNAL)
     except KeyboardInterrupt:
         _say_stopped("interrupted while no training was under way")
@@ -64,7 +68,8 @@ def _leave(code: int) -> int:
 
 
 def _load(argv: list[str], environ: Mapping[str, str]) -> LoadedConfig:
-    """The configuration, its notes printed; those about flags also where it has problems, so that each flag has its answer."""
+    """The configuration, its notes printed; those about flags also where it has problems, so that each flag has its
+    answer."""
     try:
         loaded = load_run_config(argv, environ)
     except ConfigError:

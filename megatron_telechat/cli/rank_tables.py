@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from megatron_telechat.cli.text import ranges, table
 from megatron_telechat.config.schema import ModelConfig

@@ -1,9 +1,10 @@
-"""Reads a launch script without running anything: its commands, with the variables that the script itself sets in their places.
+"""Reads a launch script without running anything: its commands, with the variables that the script itself sets in their
+places.
 
-What only the environment, another file or another program could say stays unknown. Of a condition that the script decides
-itself one branch is read; of another one, what the branches add to a variable is marked, and what they set is unknown. The
-reader knows quotes, comments, lines that go on, arrays, ``${X:-default}``, ``$((X * Y))``, tests of texts and numbers, ``if``,
-``case``, loops and functions, as far as launch scripts use them.
+What only the environment, another file or another program could say stays unknown. Of a condition that the script
+decides itself one branch is read; of another one, what the branches add to a variable is marked, and what they set is
+unknown. The reader knows quotes, comments, lines that go on, arrays, ``${X:-default}``, ``$((X * Y))``, tests of texts
+and numbers, ``if``, ``case``, loops and functions, as far as launch scripts use them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import ast
 import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, Optional, Union
 
 from megatron_telechat.cli.shell_words import Lexer, Part, Raw, Token, assignment, literal
 
@@ -20,12 +21,29 @@ OPEN, SHUT = "\x00", "\x01"
 """Stand around the name of an unknown variable within a text."""
 MAYBE = "\x02"
 """Begins a word that a condition adds which the script does not decide."""
-Value = Union[str, list[str]]
+Value = str | list[str]
 """A variable's text, or the words of an array."""
 _DECLARE = {"export", "declare", "local", "readonly", "typeset"}
 _LEAD = {"time", "exec", "eval", "command", "nohup"}
 """Words before a command that are not its name."""
-_BLOCKS = {"if", "elif", "then", "else", "fi", "for", "while", "until", "select", "do", "done", "case", "esac", "{", "}", "function"}
+_BLOCKS = {
+    "if",
+    "elif",
+    "then",
+    "else",
+    "fi",
+    "for",
+    "while",
+    "until",
+    "select",
+    "do",
+    "done",
+    "case",
+    "esac",
+    "{",
+    "}",
+    "function",
+}
 
 
 def unknown(name: str) -> str:
@@ -70,7 +88,7 @@ def slurm_lines(text: str) -> list[str]:
     return [word for line in re.findall(r"(?m)^#SBATCH[ \t]+(.*)$", text) for word in line.split(" #")[0].split()]
 
 
-def read_script(text: str, variables: Optional[dict[str, Value]] = None, where: str = "Megatron command") -> Script:
+def read_script(text: str, variables: dict[str, Value] | None = None, where: str = "Megatron command") -> Script:
     """The commands of a script.
 
     Args:
@@ -93,19 +111,20 @@ class _Block:
         subject: of a case, the text that is compared; None: not a case.
         branch: whether the present branch is taken; None: the script does not decide it. Until it begins: False.
         decided: whether one of the branches up to here is taken for sure.
-        tests: whether what stands here is the condition of an if; conditions: its tests, each with the operator before it.
+        tests: whether what stands here is the condition of an if; conditions: its tests, each with the operator before
+        it.
         results: variables at the end of each branch that is or may be taken.
     """
 
     before: dict[str, Value]
-    subject: Optional[str] = None
-    branch: Optional[bool] = False
+    subject: str | None = None
+    branch: bool | None = False
     decided: bool = False
     tests: bool = False
-    conditions: list[tuple[str, Optional[bool]]] = field(default_factory=list)
+    conditions: list[tuple[str, bool | None]] = field(default_factory=list)
     results: list[dict[str, Value]] = field(default_factory=list)
 
-    def begin(self, taken: Optional[bool]) -> None:
+    def begin(self, taken: bool | None) -> None:
         """A branch whose condition is `taken`."""
         self.branch = False if self.decided else None if taken and self.results else taken
         self.decided = self.decided or taken is True
@@ -129,7 +148,7 @@ class _Block:
         return merged
 
 
-def _either(name: str, before: Optional[Value], values: list[Value]) -> Value:
+def _either(name: str, before: Value | None, values: list[Value]) -> Value:
     """One of these values: what they add to the one before is marked, where all of them only add flags to it."""
     if before is None:
         before = [] if all(isinstance(value, list) for value in values) else ""
@@ -169,7 +188,13 @@ class _Interpreter:
             if token == "(" and len(line) == 1 and tokens[at + 1 : at + 2] == [")"]:
                 continue  # name ( ) { … }
             block = self.blocks[-1] if self.blocks else None
-            if block is not None and block.subject is not None and block.branch is False and token in ("|", ")") and len(line) == 1:
+            if (
+                block is not None
+                and block.subject is not None
+                and block.branch is False
+                and token in ("|", ")")
+                and len(line) == 1
+            ):
                 patterns += self.expand(line[0])
                 if token == ")":
                     block.begin(_matches(block.subject, patterns))
@@ -267,7 +292,7 @@ class _Interpreter:
     def expand(self, word: Raw) -> list[str]:
         """A word's variables in their places; unquoted ones fall into words at their blanks."""
         out: list[str] = []
-        here: Optional[str] = None
+        here: str | None = None
         for part in word.parts:
             value = self.part(part)
             if part.kind == "text" or part.quoted and isinstance(value, str):
@@ -280,7 +305,14 @@ class _Interpreter:
                     here = item
                 else:
                     here = (here or "") + item
-            if isinstance(value, str) and value[:1].isspace() and here is not None and items and len(items) == 1 and not out:
+            if (
+                isinstance(value, str)
+                and value[:1].isspace()
+                and here is not None
+                and items
+                and len(items) == 1
+                and not out
+            ):
                 here = here.lstrip()
         return out if here is None else [*out, here]
 
@@ -343,7 +375,9 @@ class _Interpreter:
     def arithmetic(self, text: str) -> str:
         """Whole numbers, variables, + - * / % and brackets."""
         plain = self.quoted(text)
-        plain = re.sub(r"(?<![\x00\w])[A-Za-z_]\w*", lambda name: _text(self.variables.get(name[0], unknown(name[0]))), plain)
+        plain = re.sub(
+            r"(?<![\x00\w])[A-Za-z_]\w*", lambda name: _text(self.variables.get(name[0], unknown(name[0]))), plain
+        )
         if names := unknown_names(plain):
             return unknown(names[0][1:])
         try:
@@ -353,8 +387,12 @@ class _Interpreter:
 
 
 _OPERATORS: dict[type, Callable[[int, int], int]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.floordiv, ast.Mod: operator.mod,
-}  # fmt: skip
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 
 
 def _calculate(node: ast.expr) -> int:
@@ -375,11 +413,16 @@ def _text(value: Value) -> str:
 
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
-    "-eq": operator.eq, "-ne": operator.ne, "-gt": operator.gt, "-lt": operator.lt, "-ge": operator.ge, "-le": operator.le,
-}  # fmt: skip
+    "-eq": operator.eq,
+    "-ne": operator.ne,
+    "-gt": operator.gt,
+    "-lt": operator.lt,
+    "-ge": operator.ge,
+    "-le": operator.le,
+}
 
 
-def _test(words: list[str]) -> Optional[bool]:
+def _test(words: list[str]) -> bool | None:
     """``[ … ]`` and ``[[ … ]]`` with two texts or numbers, -n or -z; None where the script does not decide it."""
     if words[:1] == ["!"]:
         inner = _test(words[1:])
@@ -403,9 +446,9 @@ def _test(words: list[str]) -> Optional[bool]:
     return None
 
 
-def _joined(conditions: list[tuple[str, Optional[bool]]]) -> Optional[bool]:
+def _joined(conditions: list[tuple[str, bool | None]]) -> bool | None:
     """Tests joined by && and ||, from left to right."""
-    value: Optional[bool] = conditions[0][1] if conditions else None
+    value: bool | None = conditions[0][1] if conditions else None
     for sign, other in conditions[1:]:
         if sign not in ("&&", "||"):
             return None
@@ -414,10 +457,14 @@ def _joined(conditions: list[tuple[str, Optional[bool]]]) -> Optional[bool]:
     return value
 
 
-def _matches(subject: str, patterns: list[str]) -> Optional[bool]:
+def _matches(subject: str, patterns: list[str]) -> bool | None:
     """Whether a text is one of the patterns of a branch of a case."""
     if "*" in patterns:
         return True
-    if unknown_names(subject) or MAYBE in subject or any(unknown_names(one) or re.search(r"[*?\[]", one) for one in patterns):
+    if (
+        unknown_names(subject)
+        or MAYBE in subject
+        or any(unknown_names(one) or re.search(r"[*?\[]", one) for one in patterns)
+    ):
         return None
     return subject in patterns

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator, Optional, Union
 
 from megatron_telechat.errors import ConfigError
 
@@ -23,10 +23,10 @@ class Raw:
     """A word before its variables are known, or an assignment of an array (`array` holds its words)."""
 
     parts: tuple[Part, ...]
-    array: Optional[tuple["Raw", ...]] = None
+    array: tuple[Raw, ...] | None = None
 
 
-Token = Union[str, Raw]
+Token = str | Raw
 """An operator, or a word."""
 
 
@@ -151,7 +151,11 @@ class Lexer:
         text = self.text
         if text[self.at] == "`":
             return Part("output", self.until("`"), quoted)
-        if text.startswith("$((", self.at) and (inner := self.balanced(self.at + 1, "(", ")")).startswith("(") and inner.endswith(")"):
+        if (
+            text.startswith("$((", self.at)
+            and (inner := self.balanced(self.at + 1, "(", ")")).startswith("(")
+            and inner.endswith(")")
+        ):
             return Part("arithmetic", inner[1:-1], quoted)
         if text.startswith("$(", self.at):
             return Part("output", self.balanced(self.at + 1, "(", ")"), quoted)
@@ -178,7 +182,7 @@ def literal(word: Raw) -> str:
     return "".join(part.text for part in word.parts) if plain else ""
 
 
-def assignment(word: Raw) -> Optional[tuple[str, bool]]:
+def assignment(word: Raw) -> tuple[str, bool] | None:
     """(name, whether it is added to) where the word is an assignment."""
     if not word.parts or word.parts[0].kind != "text" or word.parts[0].quoted:
         return None

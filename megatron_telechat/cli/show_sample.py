@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Optional, Sequence
 
 from megatron_telechat.cli.build_index import described_run
 from megatron_telechat.cli.tool import ToolParser, natural, quiet_imports, run_tool
@@ -31,20 +31,22 @@ class ShownToken:
     token: int
     text: str
     learned: bool
-    position: Optional[int]
-    piece: Optional[str]
+    position: int | None
+    piece: str | None
 
 
 def build_parser() -> ToolParser:
     parser = ToolParser(prog="tools/show_sample.py", description=__doc__.partition(": ")[2].capitalize(), epilog=EPILOG)
     parser.add_argument("--sample", type=natural, default=0, help="number of the sample, from 0 (default 0)")
     parser.add_argument("--of", choices=("train", "valid", "test"), default="train", help="which split (default train)")
-    parser.add_argument("--view", choices=("text", "table"), help="running text, or one line a token (default: text on a terminal)")
+    parser.add_argument(
+        "--view", choices=("text", "table"), help="running text, or one line a token (default: text on a terminal)"
+    )
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: on a terminal")
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 done, 2 flags, 3 data, 6 the cache cannot be written)."""
     return run_tool(_run, argv)
 
@@ -53,8 +55,9 @@ def _run(argv: list[str]) -> int:
     args, rest = build_parser().parse_known_args(argv)
     run = described_run(rest).run
     if run.data.tokenizer_model is None and run.data.tokenizer_type is None:
-        raise ConfigError("the tokens are shown as text, for which a tokenizer is needed", "tokenizer_model",
-                          "--tokenizer-model PATH")
+        raise ConfigError(
+            "the tokens are shown as text, for which a tokenizer is needed", "tokenizer_model", "--tokenizer-model PATH"
+        )
     quiet_imports()
     from megatron_telechat.data import build_datasets, build_tokenizer
     from megatron_telechat.training.progress import saved_progress
@@ -63,8 +66,11 @@ def _run(argv: list[str]) -> int:
     if dataset is None:
         raise ConfigError(f"the run has no {args.of} data", "command line", "--eval-interval N and a share in --split")
     if args.sample >= len(dataset):
-        raise ConfigError(f"--sample {args.sample}: the run reads {len(dataset):,} samples", "command line",
-                          f"a number below {len(dataset)}, or more --train-iters")
+        raise ConfigError(
+            f"--sample {args.sample}: the run reads {len(dataset):,} samples",
+            "command line",
+            f"a number below {len(dataset)}, or more --train-iters",
+        )
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, vocab_size=run.model.vocab_size)
     tokens = list(shown_tokens(dataset, args.sample, tokenizer))
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
@@ -92,7 +98,7 @@ def shown_tokens(dataset, sample: int, tokenizer) -> Iterator[ShownToken]:
     learned = [False, *(mask > 0 for mask in read["loss_mask"].tolist())]
     positions = [*read["position_ids"].tolist(), None]
     pieces = dict(dataset.source.pieces(sample))
-    for number, found in enumerate(zip(tokens, token_texts(tokenizer, tokens), learned, positions)):
+    for number, found in enumerate(zip(tokens, token_texts(tokenizer, tokens), learned, positions, strict=True)):
         yield ShownToken(*found, pieces.get(number))
 
 
@@ -108,7 +114,8 @@ def headline(dataset, sample: int, split: str, tokens: Sequence[ShownToken]) -> 
 
 
 def as_text(tokens: Sequence[ShownToken], color: bool) -> str:
-    """Running text. In colour learned tokens lie on green, the others on grey; without, learned ones stand between [[ ]]."""
+    """Running text. In colour learned tokens lie on green, the others on grey; without, learned ones stand between [[
+    ]]."""
     out: list[str] = []
     inside = padding = False
     for number, token in enumerate(tokens):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 
 def count_text(number: float) -> str:
@@ -15,9 +15,8 @@ def count_text(number: float) -> str:
 
 def flop_text(number: float) -> str:
     """75.7 GFLOP, 318 PFLOP."""
-    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= size:
-            break
+    sizes = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"))
+    size, letter = next((entry for entry in sizes if number >= entry[0]), (1e6, "M"))
     return f"{number / size:.3g} {letter}FLOP"
 
 
@@ -42,7 +41,8 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,), gap: str = "  ") -> list[str]:
-    """Rows of text as aligned lines; columns in `left` stand left, the others right. A row of one cell is printed as it is."""
+    """Rows of text as aligned lines; columns in `left` stand left, the others right. A row of one cell is printed as it
+    is."""
     full = [row for row in rows if len(row) > 1]
     widths = [max(len(row[column]) for row in full) for column in range(len(full[0]))] if full else []
     lines = []
@@ -52,7 +52,7 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,), gap: str = 
             continue
         cells = [
             cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
+            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
         ]
         lines.append(gap.join(cells).rstrip())
     return lines

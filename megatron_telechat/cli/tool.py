@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Callable, Iterable, Optional, Sequence
 
 from megatron_telechat.errors import EXIT_INTERRUPTED, ConfigError, UserError
 
@@ -31,8 +31,9 @@ def _hyphens(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
-def run_tool(tool: Callable[[list[str]], int], argv: Optional[Sequence[str]]) -> int:
-    """Run a tool on its arguments; a user's mistake becomes one message on stderr and its exit code, Ctrl-C a line and 130."""
+def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+    """Run a tool on its arguments; a user's mistake becomes one message on stderr and its exit code, Ctrl-C a line and
+    130."""
     try:
         return tool(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -61,12 +62,16 @@ def keep_what_is_there(paths: Iterable[Path], flag: str, overwrite: bool) -> Non
     """
     there = [] if overwrite else [str(path) for path in paths if path.exists()]
     if there:
-        raise ConfigError(f"{', '.join(there)} {'is' if len(there) == 1 else 'are'} there already", flag,
-                          f"another {flag}, or --overwrite to replace what is there")
+        raise ConfigError(
+            f"{', '.join(there)} {'is' if len(there) == 1 else 'are'} there already",
+            flag,
+            f"another {flag}, or --overwrite to replace what is there",
+        )
 
 
 def quiet_imports() -> None:
-    """megatron-core warns at import, once a module, that TE and apex are absent; a tool's output is no place for that."""
+    """megatron-core warns at import, once a module, that TE and apex are absent; a tool's output is no place for
+    that."""
     import warnings
 
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")

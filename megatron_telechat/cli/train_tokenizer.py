@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, positive, run_tool
 from megatron_telechat.errors import EXIT_OK
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     return run_tool(_run, argv)
 
@@ -32,5 +32,8 @@ def _run(argv: list[str]) -> int:
     size = train_tokenizer(args.input, args.vocab_size, args.output, args.json_key)
     print(f"{args.output}: {size:,} ids in {time.monotonic() - begin:.1f} s")
     if size < args.vocab_size:
-        print(f"the text holds too few pairs for {args.vocab_size:,} ids; the model may keep vocab_size {args.vocab_size:,}")
+        print(
+            f"the text holds too few pairs for {args.vocab_size:,} ids; the model may keep vocab_size "
+            f"{args.vocab_size:,}"
+        )
     return EXIT_OK

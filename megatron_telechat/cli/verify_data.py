@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from megatron_telechat.cli.tool import ToolParser, positive, run_tool
 from megatron_telechat.errors import EXIT_OK, DataError
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code (0 all whole, 2 arguments, 3 something is damaged)."""
     return run_tool(_run, argv)
 
@@ -38,8 +38,17 @@ def _run(argv: list[str]) -> int:
             continue
         if args.write_checksums and not verdict.checksums:
             add_checksums(prefix)
-        known = "checksums right" if verdict.checksums else "checksums written" if args.write_checksums else "no checksums: tokens not checked"
-        print(f"{prefix}: {verdict.documents:,} documents, {verdict.sequences:,} sequences, {verdict.tokens:,} tokens, {known}")
+        known = (
+            "checksums right"
+            if verdict.checksums
+            else "checksums written"
+            if args.write_checksums
+            else "no checksums: tokens not checked"
+        )
+        print(
+            f"{prefix}: {verdict.documents:,} documents, {verdict.sequences:,} sequences, {verdict.tokens:,} tokens, "
+            f"{known}"
+        )
     if problems:
         raise DataError(problems)
     return EXIT_OK

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional, Union
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Alias:
     """
 
     fields: tuple[str, ...]
-    value: Optional[str] = None
+    value: str | None = None
     but: str = ""
 
 
@@ -67,4 +66,4 @@ class UnevenSplit:
     part: str
 
 
-Answer = Union[Alias, Ignored, Always, Refused, LayersPerVirtualStage, UnevenSplit]
+Answer = Alias | Ignored | Always | Refused | LayersPerVirtualStage | UnevenSplit

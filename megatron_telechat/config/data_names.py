@@ -1,4 +1,5 @@
-"""The names a run gives its data: prefixes, data.json, and which of the names stand for the same data. Needs no numpy."""
+"""The names a run gives its data: prefixes, data.json, and which of the names stand for the same data. Needs no
+numpy."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Iterable, NamedTuple, Sequence
+from typing import NamedTuple
 
 from megatron_telechat.errors import DataError
 
@@ -39,13 +41,18 @@ def data_json_entries(path: str, dialogs: bool = False) -> list[tuple[str, float
         raise DataError(f"cannot read {path}: {error.strerror}", "data_json", "correct --data-json") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}", "data_json", fix) from error
-    numbers = isinstance(pairs, _Pairs) and all(isinstance(w, (int, float)) and not isinstance(w, bool) for _, w in pairs)
+    numbers = isinstance(pairs, _Pairs) and all(
+        isinstance(w, (int, float)) and not isinstance(w, bool) for _, w in pairs
+    )
     if not pairs or not numbers:
         raise DataError(f"{path} is not of the form {{prefix: weight}}", "data_json", fix)
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
-        raise DataError(f"{path} names {', '.join(twice)} more than once", "data_json",
-                        "name each once, with the sum of the weights")
+        raise DataError(
+            f"{path} names {', '.join(twice)} more than once",
+            "data_json",
+            "name each once, with the sum of the weights",
+        )
     return [(_place(name, path, dialogs), float(weight)) for name, weight in pairs]
 
 
@@ -56,7 +63,8 @@ class _Pairs(list):
 def _place(name: str, path: str, dialogs: bool) -> str:
     if not dialogs and name.endswith((".jsonl", ".json", ".jsonl.gz")):
         raise DataError(f"{name} is raw text, training reads indexed datasets", path,
-                        f"run tools/preprocess_data.py --input {name} --output-prefix PREFIX and name PREFIX_text_document; "
+                        f"run tools/preprocess_data.py --input {name} --output-prefix PREFIX and name "
+                        f"PREFIX_text_document; "
                         "for dialogs, --sft")  # fmt: skip
     here = os.path.isabs(name) or os.path.exists(name if dialogs else f"{dataset_prefix(name)}.idx")
     return name if here else str(Path(path).parent / name)
@@ -72,8 +80,8 @@ class Same(NamedTuple):
 def same_data(names: Iterable[str], dialogs: bool = False, copies: bool = True) -> list[Same]:
     """Names of one list that stand for the same data: one file under two paths, links, copies.
 
-    Copies are told by the sizes of their files and the first and last 64 KiB of each. Of an indexed dataset both files take part.
-    Names of files that are not there stand for themselves.
+    Copies are told by the sizes of their files and the first and last 64 KiB of each. Of an indexed dataset both files
+    take part. Names of files that are not there stand for themselves.
 
     Args:
         dialogs: the names are paths of jsonl files, not prefixes.
@@ -84,9 +92,16 @@ def same_data(names: Iterable[str], dialogs: bool = False, copies: bool = True) 
     for number, name in enumerate(given):
         by_file[_file_of(_files(name, dialogs)[0])].append(number)
     groups = list(by_file.values())
-    joined = _join_copies(groups, [_files(given[group[0]], dialogs) for group in groups]) if copies else [[g] for g in groups]
+    joined = (
+        _join_copies(groups, [_files(given[group[0]], dialogs) for group in groups])
+        if copies
+        else [[g] for g in groups]
+    )
     return [
-        Same(tuple(given[number] for number in sorted(sum(parts, []))), "one file" if len(parts) == 1 else "copies of the same bytes")
+        Same(
+            tuple(given[number] for number in sorted(sum(parts, []))),
+            "one file" if len(parts) == 1 else "copies of the same bytes",
+        )
         for parts in joined
         if len(parts) > 1 or len(parts[0]) > 1
     ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any
 
 from megatron_telechat.config.fields import make_run, values_of
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
@@ -50,12 +51,12 @@ def _has_position_table(values: dict[str, Any]) -> bool:
     return values["position_embedding_type"] == "learned_absolute"
 
 
-def _kv_channels(values: dict[str, Any], check: Check) -> Optional[int]:
+def _kv_channels(values: dict[str, Any], check: Check) -> int | None:
     share, rest = divmod(values["hidden_size"], values["num_attention_heads"])
     return share if share and not rest else None
 
 
-def _tokenizer_type(values: dict[str, Any], check: Check) -> Optional[str]:
+def _tokenizer_type(values: dict[str, Any], check: Check) -> str | None:
     model = values["tokenizer_model"]
     if model is None:
         return None
@@ -95,7 +96,8 @@ DERIVATIONS: tuple[tuple[str, Derivation], ...] = (
 
 
 def _finetune_begins_with_load(values: dict[str, Any], check: Check) -> None:
-    """Megatron's way to say pretrained_checkpoint: --finetune --load FOLDER. The run itself goes on from its own folder."""
+    """Megatron's way to say pretrained_checkpoint: --finetune --load FOLDER. The run itself goes on from its own
+    folder."""
     load, save = values["load"], values["save"]
     if not values["finetune"] or values["pretrained_checkpoint"] is not None or load is None:
         return
@@ -138,7 +140,7 @@ def _raise_global_batch(values: dict[str, Any], check: Check) -> None:
         return
     values["global_batch_size"] = -(-given // unit) * unit
     check.notes.append(
-        f"global_batch_size={given} ({check.origins.get('global_batch_size', DEFAULT)}) does not split over these ranks: "
-        f"taken as {values['global_batch_size']}; --global-batch-size sets it"
+        f"global_batch_size={given} ({check.origins.get('global_batch_size', DEFAULT)}) does not split over these "
+        f"ranks: taken as {values['global_batch_size']}; --global-batch-size sets it"
     )
     check.origins["global_batch_size"] = DERIVED

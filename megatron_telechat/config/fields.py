@@ -12,9 +12,11 @@ import difflib
 import inspect
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Iterable, Literal, Optional, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_telechat.config import schema
 from megatron_telechat.config.schema import RunConfig
@@ -91,7 +93,8 @@ class FieldInfo:
         return value
 
     def convert_many(self, texts: Iterable[str]) -> tuple[Any, ...]:
-        """A tuple from several texts; a text may hold several items, between blanks (or commas, where the items are words)."""
+        """A tuple from several texts; a text may hold several items, between blanks (or commas, where the items are
+        words)."""
         between = r"[\s,]+" if self.choices else r"\s+"
         return tuple(self.convert(item) for text in texts for item in re.split(between, text) if item)
 
@@ -99,13 +102,13 @@ class FieldInfo:
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False, "1": True, "0": False}
 
 
-@lru_cache(maxsize=None)
+@cache
 def sections() -> dict[str, type]:
     """Section name → its dataclass, in schema order."""
     return {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def fields_by_name() -> dict[str, FieldInfo]:
     """Field name → field, over all sections, in schema order."""
     out: dict[str, FieldInfo] = {}
@@ -121,7 +124,7 @@ def _field_info(section: str, field: dataclasses.Field, hint: Any) -> FieldInfo:
     optional = many = False
     choices: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
-    if get_origin(hint) is Union:
+    if get_origin(hint) in (Union, UnionType):
         optional = type(None) in get_args(hint)
         hint, *others = (arg for arg in get_args(hint) if arg is not type(None))
         words = tuple(word for other in others for word in get_args(other))
@@ -134,7 +137,7 @@ def _field_info(section: str, field: dataclasses.Field, hint: Any) -> FieldInfo:
     return FieldInfo(section, field.name, hint, many, optional, choices, field.default, words)
 
 
-@lru_cache(maxsize=None)
+@cache
 def documentation() -> dict[str, str]:
     """Field name → its line of documentation; section name → the section's."""
     out: dict[str, str] = {}
@@ -143,13 +146,13 @@ def documentation() -> dict[str, str]:
         if not isinstance(node, ast.ClassDef) or node.name not in names:
             continue
         out[names[node.name]] = ast.get_docstring(node) or ""
-        for field, text in zip(node.body, node.body[1:]):
+        for field, text in zip(node.body, node.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 out[field.target.id] = " ".join(str(text.value.value).split())
     return out
 
 
-def closest(word: str, words: Iterable[str]) -> Optional[str]:
+def closest(word: str, words: Iterable[str]) -> str | None:
     """The word most like this one, if any is like it."""
     normal = {other.replace("-", "_").lower(): other for other in words}
     found = difflib.get_close_matches(word.replace("-", "_").lower(), normal, n=1, cutoff=0.7)

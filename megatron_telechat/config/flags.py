@@ -8,8 +8,8 @@ launch script can end in ``"$@"``; two different spellings that disagree are a p
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Optional, Sequence
 
 from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, Refused, UnevenSplit
 from megatron_telechat.config.fields import FieldInfo, closest, fields_by_name
@@ -29,7 +29,7 @@ class Actions:
         help, version, list_presets: print that and stop.
     """
 
-    print_config: Optional[str] = None
+    print_config: str | None = None
     dry_run: bool = False
     help: bool = False
     version: bool = False
@@ -50,16 +50,17 @@ class CommandLine:
         configs: YAML files named, in order.
         layers_per_virtual_stage: Megatron's way to give the number of chunks; resolved when num_layers is known.
         split: Megatron's ways to say an uneven split, and split_words as they were typed.
-        refused: of the problems, flags of Megatron-LM that ask for what our training does not have and a planner can leave out.
+        refused: of the problems, flags of Megatron-LM that ask for what our training does not have and a planner can
+        leave out.
         unplanned: of the problems, those of fields that a planner does not read: data, checkpoints, logging.
         given: every flag without its hyphens, with hyphens inside → its values; the last of equal ones.
         unreadable: fields whose value could not be read.
     """
 
     said: list[Said] = field(default_factory=list)
-    preset: Optional[Said] = None
+    preset: Said | None = None
     configs: list[str] = field(default_factory=list)
-    layers_per_virtual_stage: Optional[int] = None
+    layers_per_virtual_stage: int | None = None
     split: SplitFlags = SplitFlags()
     split_words: dict[str, str] = field(default_factory=dict)
     actions: Actions = field(default_factory=Actions)
@@ -156,7 +157,7 @@ class _Flag:
     def problem(self, what: str, fix: str = "") -> None:
         self.line.problems.append(Problem(what, "flag", fix))
 
-    def single(self) -> Optional[str]:
+    def single(self) -> str | None:
         """The one value, or None after a complaint."""
         if len(self.values) == 1:
             return self.values[0]
@@ -286,7 +287,7 @@ class _Flag:
         else:
             self.line.layers_per_virtual_stage = self.natural() or self.line.layers_per_virtual_stage
 
-    def natural(self) -> Optional[int]:
+    def natural(self) -> int | None:
         """The one value, a whole number of at least 1; None after a complaint."""
         value = self.single()
         if value is not None and (not value.isdigit() or int(value) < 1):
@@ -319,7 +320,7 @@ class _Flag:
         self.problem(f"unknown flag {self.typed}{mean}", fix="" if found else "--help lists all flags")
 
 
-def _is_bool(info: Optional[FieldInfo]) -> bool:
+def _is_bool(info: FieldInfo | None) -> bool:
     return info is not None and info.kind is bool
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-from functools import lru_cache
-from typing import Union
+from functools import cache
 
 MOST_LAYERS = 10_000
-_Value = Union[int, list[int]]
+_Value = int | list[int]
 
 
-@lru_cache(maxsize=None)
+@cache
 def moe_layers(text: str) -> tuple[int, ...]:
     """1 for a MoE layer, 0 for a dense one, from the first layer on.
 

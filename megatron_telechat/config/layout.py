@@ -2,17 +2,17 @@
 
 A layout lists the virtual stages in the order a token passes them, ``|`` between
 them, each with its layers: ``E`` embedding, ``t`` decoder layer, ``L`` output layer
-and loss. ``x*n`` repeats a letter, ``(...)*n`` a group. The same may be written as lists, one a stage, of Megatron-Core's
-names of layers. Virtual stage ``c`` is chunk
+and loss. ``x*n`` repeats a letter, ``(...)*n`` a group. The same may be written as lists, one a stage, of
+Megatron-Core's names of layers. Virtual stage ``c`` is chunk
 ``c // P`` of pipeline rank ``c % P``, as in megatron-core.
 """
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Sequence
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
@@ -150,7 +150,9 @@ def _read_lists(text: str) -> list[object]:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         found = None
     if not isinstance(found, list):
-        raise ConfigError("the layout begins with [ and is no list", fix=f"{LISTS}, names quoted; or a string such as {EXAMPLE}")
+        raise ConfigError(
+            "the layout begins with [ and is no list", fix=f"{LISTS}, names quoted; or a string such as {EXAMPLE}"
+        )
     return found
 
 

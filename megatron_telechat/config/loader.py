@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 from megatron_telechat.config.derive import derive
 from megatron_telechat.config.fields import did_you_mean, fields_by_name, make_run
@@ -62,7 +63,7 @@ class LoadedConfig:
     origins: dict[str, str]
     actions: Actions
     notes: tuple[str, ...] = ()
-    preset: Optional[str] = None
+    preset: str | None = None
     given: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -78,11 +79,14 @@ def load_run_config(
     Args:
         argv: arguments behind the program's name.
         environ: environment variables; torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE are read.
-        planning: described, and layout and recompute are still to be chosen: what is said of them is dropped, an even split
+        planning: described, and layout and recompute are still to be chosen: what is said of them is dropped, an even
+        split
             stands in.
-        described: the run is one to be told about, not one of our training: flags of Megatron-LM that our training refuses
+        described: the run is one to be told about, not one of our training: flags of Megatron-LM that our training
+        refuses
             are noted as not modelled, models that it does not build are taken, data and checkpoints are not looked at.
-        changes: flags of ours that a planner tries in place of what `argv` says; with a number of chunks among them, what
+        changes: flags of ours that a planner tries in place of what `argv` says; with a number of chunks among them,
+        what
             `argv` says of chunks and split is dropped, which was said of other sizes.
 
     Raises:
@@ -117,7 +121,9 @@ def _flag_of(problem: Problem) -> str:
 class _Merge:
     """Values in order of precedence, each overwriting the one before."""
 
-    def __init__(self, line: CommandLine, environ: Mapping[str, str], planning: bool, described: bool, changes: Sequence[Said]):
+    def __init__(
+        self, line: CommandLine, environ: Mapping[str, str], planning: bool, described: bool, changes: Sequence[Said]
+    ):
         self.line = line
         self.changes = changes
         self.environ = environ
@@ -132,9 +138,9 @@ class _Merge:
             flags = (_flag_of(one) for one in line.refused)
             self.notes += [f"{one} is not modelled, planned without it" for one in flags if one not in TOKENIZER_FILES]
         self.unreadable: set[str] = set(line.unreadable)
-        self.preset: Optional[str] = None
-        self.plan: Optional[PlanFile] = None
-        self.meaning: Optional[Meaning] = None
+        self.preset: str | None = None
+        self.plan: PlanFile | None = None
+        self.meaning: Meaning | None = None
 
     def run(self) -> None:
         files = [self.read_file(path) for path in self.line.configs]
@@ -197,13 +203,16 @@ class _Merge:
 
     def is_megatrons(self) -> bool:
         """Whether flags alone describe the model: it is then read as Megatron-LM reads it."""
-        model = {name for name, info in fields_by_name().items() if info.section == "model" and self.origins[name] != DEFAULT}
+        model = {
+            name for name, info in fields_by_name().items() if info.section == "model" and self.origins[name] != DEFAULT
+        }
         by_flag = all(self.origins[name].startswith("flag") for name in model)
         shape = all(isinstance(self.values.get(name), int) and self.values[name] > 0 for name in SHAPE)
         return self.line.preset is None and by_flag and shape and "architecture" not in model
 
     def read_as_megatron(self) -> None:
-        """Absent flags as Megatron-LM means them: what makes another model, and for a planner what makes another run."""
+        """Absent flags as Megatron-LM means them: what makes another model, and for a planner what makes another
+        run."""
         said = frozenset(name for name, origin in self.origins.items() if origin != DEFAULT or name in self.unreadable)
         meaning = self.meaning = read_meaning(self.values, said, self.line.given)
         for what, fix in meaning.asked:
@@ -235,7 +244,9 @@ class _Merge:
             self.origins[name] = f"tokenizer {source}"
         if size is None:
             tokenizer = " ".join(word for flag in _TOKENIZER for word in self.line.given.get(flag, ()))
-            what = f"the size of the vocabulary is not said, and no file of the tokenizer {tokenizer} is here".replace("  ", " ")
+            what = f"the size of the vocabulary is not said, and no file of the tokenizer {tokenizer} is here".replace(
+                "  ", " "
+            )
             if not tokenizer:
                 what = "neither the size of the vocabulary nor a tokenizer is named"
             self.problems.append(Problem(what, "flag", "--vocab-size N, or --tokenizer-model with a file that is here"))
@@ -352,7 +363,7 @@ class _Merge:
         expert = experts * (self.values.get("expert_tensor_parallel_size") or (1 if folds else tensor))
         return pipeline * (math.lcm(dense, expert) if expert > 0 else dense)
 
-    def environment_number(self, name: str) -> Optional[int]:
+    def environment_number(self, name: str) -> int | None:
         text = self.environ.get(name)
         if not text:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 from megatron_telechat.config.answers import Alias, Answer, LayersPerVirtualStage, UnevenSplit
 from megatron_telechat.config.megatron_table import BLOCKS

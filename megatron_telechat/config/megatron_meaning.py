@@ -2,15 +2,16 @@
 
 A flag that is left out has Megatron-LM's default there, and often another one here. A command whose model comes from
 flags alone (no preset, no YAML file, no --architecture) is read as Megatron-LM reads it. Defaults are those of
-megatron/training/arguments.py and of the configuration classes it makes flags of, at the release of megatron-core 0.16.1;
-where releases differ, that of most of them.
+megatron/training/arguments.py and of the configuration classes it makes flags of, at the release of megatron-core
+0.16.1; where releases differ, that of most of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.config.vocabulary import Vocabulary, named_vocabulary
@@ -80,8 +81,8 @@ DEFAULTS: Mapping[str, Any] = {
     "eval_iters": 100,
     "log_interval": 100,
 }
-"""Field → Megatron-LM's default of the flag of the same name (of --bf16 and --fp16 for precision); None: none, where ours
-is a value it has to be given."""
+"""Field → Megatron-LM's default of the flag of the same name (of --bf16 and --fp16 for precision); None: none, where
+ours is a value it has to be given."""
 
 QUIET = ("num_workers", "log_interval")
 """Fields whose default differs and which change nothing that is trained."""
@@ -119,7 +120,8 @@ class Meaning:
 
     Attributes:
         model: field → value, of what makes another model and is not given.
-        values: field → Megatron-LM's default, of what makes another run of the same model and is not given; None: no default.
+        values: field → Megatron-LM's default, of what makes another run of the same model and is not given; None: no
+        default.
         add: flags that a command has to say, so that Megatron-LM and our training build the same model.
         vocabulary: rows of the embedding as the command's tokenizer gives them; None where nothing says them.
         asked: what cannot be told from the command, each with the flag that would say it.
@@ -128,7 +130,7 @@ class Meaning:
     model: Mapping[str, Any]
     values: Mapping[str, Any]
     add: tuple[str, ...]
-    vocabulary: Optional[Vocabulary]
+    vocabulary: Vocabulary | None
     asked: tuple[tuple[str, str], ...] = ()
 
 
@@ -146,14 +148,26 @@ def read_meaning(values: Mapping[str, Any], said: frozenset[str], given: Mapping
     add = [ARCHITECTURE[name][1] for name in model]
     asked: list[tuple[str, str]] = []
     if "group-query-attention" in given and "num_query_groups" not in said:
-        what = "--group-query-attention without --num-query-groups: releases of Megatron-LM differ (1, or one for each head)"
+        what = (
+            "--group-query-attention without --num-query-groups: releases of Megatron-LM differ (1, or one for each "
+            "head)"
+        )
         asked.append((what, "--num-query-groups N"))
-    elif "group-query-attention" not in given and (values.get("num_query_groups") or values["num_attention_heads"]) != values["num_attention_heads"]:
+    elif (
+        "group-query-attention" not in given
+        and (values.get("num_query_groups") or values["num_attention_heads"]) != values["num_attention_heads"]
+    ):
         model["num_query_groups"] = values["num_attention_heads"]
         add.append("--group-query-attention")
-    every_layer_has_experts = values.get("num_experts") and values.get("moe_ffn_hidden_size") and not said & {"moe_layer_freq", "moe_layer_pattern"}
+    every_layer_has_experts = (
+        values.get("num_experts")
+        and values.get("moe_ffn_hidden_size")
+        and not said & {"moe_layer_freq", "moe_layer_pattern"}
+    )
     if "ffn_hidden_size" not in said and not every_layer_has_experts:
-        model["ffn_hidden_size"] = default_ffn_hidden_size(values["hidden_size"], values.get("activation", model.get("activation", "swiglu")))
+        model["ffn_hidden_size"] = default_ffn_hidden_size(
+            values["hidden_size"], values.get("activation", model.get("activation", "swiglu"))
+        )
     vocabulary = None
     if "vocab_size" not in said:
         vocabulary = named_vocabulary(given)

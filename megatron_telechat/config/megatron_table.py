@@ -51,7 +51,10 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         yarn-correction-range-round-to-int yarn-original-max-position-embeddings
         """,
     ),
-    (Refused("the chat templates are those of TeleChat", "--sft-template"), "chat-template sft-tokenizer-prompt-format"),
+    (
+        Refused("the chat templates are those of TeleChat", "--sft-template"),
+        "chat-template sft-tokenizer-prompt-format",
+    ),
     (
         Refused("samples have a fixed length: dialogs are packed to --seq-length"),
         "hybrid-context-parallel max-seqlen-per-dp-cp-rank variable-seq-lengths",
@@ -219,7 +222,10 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("parameters, residual stream, logits and pipeline messages have the one compute type of the run", "--precision"),
+        Refused(
+            "parameters, residual stream, logits and pipeline messages have the one compute type of the run",
+            "--precision",
+        ),
         """
         autocast-dtype enable-autocast fp32-residual-connection output-logit-dtype params-dtype pipeline-dtype
         """,
@@ -342,7 +348,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     ),
     (
         Ignored(
-            "the shared expert runs beside no exchange here; what hides the exchange is --moe-input-chunks auto (or a number)"
+            "the shared expert runs beside no exchange here; what hides the exchange is --moe-input-chunks auto (or a "
+            "number)"
         ),
         "moe-shared-expert-overlap",
     ),
@@ -381,7 +388,10 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         ),
         "moe-extended-tp",
     ),
-    (Always("the experts of a rank run as grouped products on an accelerator, one after the other on a CPU"), "moe-grouped-gemm"),
+    (
+        Always("the experts of a rank run as grouped products on an accelerator, one after the other on a CPU"),
+        "moe-grouped-gemm",
+    ),
     (
         Refused(
             "recompute of the experts is a module of selective recompute",
@@ -549,7 +559,9 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         "activations-checkpoint-method activations-checkpoint-num-layers checkpoint-num-layers",
     ),
     (
-        Refused("what recompute saves is split over the tensor domain by sequence parallelism alone", "--sequence-parallel"),
+        Refused(
+            "what recompute saves is split over the tensor domain by sequence parallelism alone", "--sequence-parallel"
+        ),
         "distribute-checkpointed-activations distribute-saved-activations",
     ),
     # optimizer
@@ -599,7 +611,10 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (Always("weight decay is constant", ("constant",)), "weight-decay-incr-style"),
     # data
     (
-        Ignored("a tokenizer is what its files say; pretraining reads its vocabulary size and end-of-document token, fine-tuning encodes with it"),
+        Ignored(
+            "a tokenizer is what its files say; pretraining reads its vocabulary size and end-of-document token, "
+            "fine-tuning encodes with it"
+        ),
         """
         allow-ambiguous-pad-tokens disable-save-tokenizer-assets
         disable-tokenizer-sentencepiece-ignore-extra-whitespaces
@@ -690,7 +705,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     # logging
     (
         Ignored(
-            "metrics.jsonl and the console line always hold loss, learning rate, gradient norm, throughput, MFU, memory and expert load"
+            "metrics.jsonl and the console line always hold loss, learning rate, gradient norm, throughput, MFU, "
+            "memory and expert load"
         ),
         """
         log-device-memory-used log-memory-interval log-memory-to-tensorboard log-throughput
@@ -755,8 +771,12 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Ignored("faults are neither injected nor looked for by comparing replicas; tools/doctor.py tests a machine before a run"),
-        "check-weight-hash-across-dp-replicas-interval error-injection-rate error-injection-type gpu-sniff-test-interval",
+        Ignored(
+            "faults are neither injected nor looked for by comparing replicas; tools/doctor.py tests a machine before "
+            "a run"
+        ),
+        "check-weight-hash-across-dp-replicas-interval error-injection-rate error-injection-type "
+        "gpu-sniff-test-interval",
     ),
     (
         Ignored("garbage collection is not scheduled by flags"),

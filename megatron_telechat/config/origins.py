@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Iterator, Optional
+from typing import Any
 
 from megatron_telechat.config.fields import fields_by_name, values_of
 from megatron_telechat.config.megatron_meaning import MEGATRON, Meaning
@@ -38,7 +39,7 @@ class Check:
     bad: set[str] = field(default_factory=set)
     dry_run: bool = False
     notes: list[str] = field(default_factory=list)
-    meaning: Optional[Meaning] = None
+    meaning: Meaning | None = None
     described: bool = False
 
     def take(self, *names: str) -> Any:
@@ -61,7 +62,8 @@ class Check:
         return "; ".join(f"{name}: {self.origins.get(name, DEFAULT)}" for name in names)
 
     def problem(self, what: str, *names: str, fix: str = "") -> Problem:
-        """A problem that these fields have, alone or together; one that the complaint begins with needs no second mention."""
+        """A problem that these fields have, alone or together; one that the complaint begins with needs no second
+        mention."""
         alone = len(names) == 1 and what.startswith((f"{names[0]}=", f"{names[0]} "))
         return Problem(what, self.origins.get(names[0], DEFAULT) if alone else self.where(*names), fix)
 

@@ -7,9 +7,10 @@ with the planned one), ``predicted`` (what the cost model expects), and for peop
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from megatron_telechat.config.fields import fields_by_name, values_of
 from megatron_telechat.config.layout import parse_stages
@@ -18,16 +19,36 @@ from megatron_telechat.errors import ConfigError
 
 FORMAT = "megatron_telechat plan 1"
 SETS = (
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size",
-    "expert_tensor_parallel_size", "micro_batch_size", "num_virtual_stages_per_pipeline_rank",
-    "pipeline_model_parallel_layout", "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_layout",
-)  # fmt: skip
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "micro_batch_size",
+    "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_layout",
+)
 """Fields that a plan may set; the expert sizes only where the model has experts."""
 MADE_FOR = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
-    "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size", "moe_layer_freq",
-    "seq_length", "precision",
-)  # fmt: skip
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+    "moe_shared_expert_intermediate_size",
+    "moe_layer_freq",
+    "seq_length",
+    "precision",
+)
 """Fields that must be as they were: another value is another problem with another solution; beside these, what the
 training does not build, where it is not the default."""
 PREDICTED_FOR = ("world_size", "global_batch_size")
@@ -62,7 +83,7 @@ class PlanFile:
     sets: Mapping[str, Any]
     made_for: Mapping[str, Any]
     predicted_for: Mapping[str, Any]
-    predicted: Optional[Predicted]
+    predicted: Predicted | None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,7 +99,7 @@ class PlanFile:
             f"{name}={value}, this run {values[name]}" for name, value in made_for.items() if values[name] != value
         ]
 
-    def prediction_for(self, run: RunConfig) -> Optional[Predicted]:
+    def prediction_for(self, run: RunConfig) -> Predicted | None:
         """The prediction, if it holds for this run's number of ranks and batch."""
         values = values_of(run)
         return self.predicted if all(values[name] == value for name, value in self.predicted_for.items()) else None
@@ -90,7 +111,7 @@ class PlanFile:
         return {**out, **self.about}
 
 
-def plan_of(run: RunConfig, path: str, predicted: Optional[Predicted], about: Mapping[str, Any]) -> PlanFile:
+def plan_of(run: RunConfig, path: str, predicted: Predicted | None, about: Mapping[str, Any]) -> PlanFile:
     """The plan file of a run that has its layout and recompute in place."""
     values = values_of(run)
     sets = {name: values[name] for name in SETS if run.model.is_moe or not name.startswith("expert_")}
@@ -128,7 +149,9 @@ def read_plan(path: str) -> PlanFile:
         raise ConfigError(f"not a plan file: its format is not {FORMAT!r}", where, _FIX)
     for key, names in (("sets", SETS), ("made_for", (*MADE_FOR, *PLANNED_ONLY)), ("predicted_for", PREDICTED_FOR)):
         _check(data.get(key), key, names, where)
-    return PlanFile(path, data["sets"], data["made_for"], data["predicted_for"], _predicted(data.get("predicted"), where))
+    return PlanFile(
+        path, data["sets"], data["made_for"], data["predicted_for"], _predicted(data.get("predicted"), where)
+    )
 
 
 def _check(values: Any, key: str, names: tuple[str, ...], where: str) -> None:
@@ -146,11 +169,13 @@ def _check(values: Any, key: str, names: tuple[str, ...], where: str) -> None:
         raise ConfigError("sets.pipeline_model_parallel_layout is missing", where, _FIX)
 
 
-def _predicted(data: Any, where: str) -> Optional[Predicted]:
+def _predicted(data: Any, where: str) -> Predicted | None:
     if data is None:
         return None
     try:
         memory = tuple(float(value) for value in data["memory_gib"])
-        return Predicted(str(data["device"]), float(data["iteration_s"]), memory, float(data["tokens_per_s_per_device"]))
+        return Predicted(
+            str(data["device"]), float(data["iteration_s"]), memory, float(data["tokens_per_s_per_device"])
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"predicted is damaged: {error!r}", where, _FIX) from None

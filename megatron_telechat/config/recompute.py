@@ -63,7 +63,7 @@ def _plan_of_layout(run: RunConfig, text: str) -> list[Modes]:
             )
         )
     else:
-        for number, (entry, count) in enumerate(zip(stages, counts), 1):
+        for number, (entry, count) in enumerate(zip(stages, counts, strict=True), 1):
             if len(entry) != count:
                 problems.append(
                     Problem(
@@ -78,7 +78,8 @@ def _plan_of_layout(run: RunConfig, text: str) -> list[Modes]:
 
 
 def parse_recompute_layout(text: str) -> list[list[Modes]]:
-    """Read a recompute layout such as ``full*2,none*3|core_attn+mlp*4``: for each virtual stage the modes of its layers.
+    """Read a recompute layout such as ``full*2,none*3|core_attn+mlp*4``: for each virtual stage the modes of its
+    layers.
 
     Raises:
         ConfigError: for an item that is not one.

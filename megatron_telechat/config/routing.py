@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.schema import RunConfig
@@ -32,14 +33,15 @@ class Recording:
     Attributes:
         path: the folder.
         shape: field of `SHAPE` → its value in the recorded run.
-        replayed: the recorded run was a replay itself: the recording holds what its routers would have chosen, not what was used.
+        replayed: the recorded run was a replay itself: the recording holds what its routers would have chosen, not what
+        was used.
         data: fingerprint of the data, None where it was not known.
     """
 
     path: Path
     shape: Mapping[str, int]
     replayed: bool
-    data: Optional[Mapping[str, Any]]
+    data: Mapping[str, Any] | None
 
     def steps(self) -> tuple[int, ...]:
         """Numbers of the steps that are there as a whole, from 1, in order."""

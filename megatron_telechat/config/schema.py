@@ -8,10 +8,9 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional, Union
+from typing import Literal
 
 from megatron_telechat.config.layer_pattern import moe_layers
-
 
 PLANNED_ONLY = (
     *("activation", "untie_embeddings_and_output_weights", "position_embedding_type", "normalization", "qk_layernorm"),
@@ -35,12 +34,13 @@ class ModelConfig:
     ffn_hidden_size: int = 0
     """Width of the MLP of a dense layer."""
     activation: Literal["swiglu", "gelu", "squared_relu", "quick_geglu"] = "swiglu"
-    """Activation of the MLPs: swiglu, gelu, squared_relu or quick_geglu (--swiglu, --squared-relu, --quick-geglu). The training builds swiglu."""
+    """Activation of the MLPs: swiglu, gelu, squared_relu or quick_geglu (--swiglu, --squared-relu, --quick-geglu). The
+    training builds swiglu."""
     num_attention_heads: int = 0
     """Number of query heads."""
-    num_query_groups: Optional[int] = None
+    num_query_groups: int | None = None
     """Number of key/value heads (grouped-query attention); unset means one for each query head."""
-    kv_channels: Optional[int] = None
+    kv_channels: int | None = None
     """Width of a head; unset means hidden_size / num_attention_heads."""
     vocab_size: int = 131072
     """Rows of the embedding and of the output layer. Never padded: it must divide by tensor_model_parallel_size."""
@@ -59,16 +59,18 @@ class ModelConfig:
     add_qkv_bias: bool = False
     """Bias on the query, key and value projection. The training builds none."""
     add_bias_linear: bool = False
-    """Bias on every linear layer, the router too: Megatron-LM without --disable-bias-linear. The training builds none on the inputs."""
+    """Bias on every linear layer, the router too: Megatron-LM without --disable-bias-linear. The training builds none
+    on the inputs."""
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     """Positions: rope, learned_absolute (a table of max_position_embeddings rows) or none. The training builds rope."""
-    max_position_embeddings: Optional[int] = None
+    max_position_embeddings: int | None = None
     """Rows of the table of learned positions; with rope it has no effect. Unset: seq_length."""
     rotary_base: float = 10000.0
     """Theta of the rotary embedding, before NTK-aware scaling."""
-    rotary_training_seqlen: Optional[int] = None
-    """training_seqlen of the checkpoint: attention scaling acts beyond it. Unset turns NTK and attention scaling off."""
-    rotary_base_seqlen: Optional[int] = None
+    rotary_training_seqlen: int | None = None
+    """training_seqlen of the checkpoint: attention scaling acts beyond it. Unset turns NTK and attention scaling
+    off."""
+    rotary_base_seqlen: int | None = None
     """base_seqlen of the checkpoint: the length NTK-aware scaling counts from. Unset means rotary_training_seqlen."""
     rotary_table_dtype: Literal["fp32", "fp16"] = "fp32"
     """Rounding of the cos/sin tables: fp32, or fp16 as the published modelling file does."""
@@ -80,21 +82,22 @@ class ModelConfig:
     """Standard deviation of the normal initialisation of the linear layers and the embeddings."""
     router_init_std: float = 0.01
     """Standard deviation of the router's initialisation."""
-    num_experts: Optional[int] = None
+    num_experts: int | None = None
     """Number of experts of a MoE layer; unset means a dense model."""
-    moe_ffn_hidden_size: Optional[int] = None
+    moe_ffn_hidden_size: int | None = None
     """Width of one expert's MLP."""
     moe_router_topk: int = 2
     """Experts a token is sent to."""
     moe_layer_freq: int = 1
     """Every moe_layer_freq-th layer is a MoE layer, counted from the first (1: all)."""
-    moe_layer_pattern: Optional[str] = None
-    """Which layers are MoE layers, as Megatron's list, such as ([0]*3+[1]*27): 1 MoE, 0 dense. Takes the place of moe_layer_freq."""
+    moe_layer_pattern: str | None = None
+    """Which layers are MoE layers, as Megatron's list, such as ([0]*3+[1]*27): 1 MoE, 0 dense. Takes the place of
+    moe_layer_freq."""
     moe_aux_loss_coeff: float = 0.0
     """Coefficient of the load-balancing auxiliary loss."""
     moe_z_loss_coeff: float = 0.0
     """Coefficient of the router z-loss."""
-    moe_shared_expert_intermediate_size: Optional[int] = None
+    moe_shared_expert_intermediate_size: int | None = None
     """Width of the shared expert beside the routed ones; unset means none."""
     moe_shared_expert_gate: bool = False
     """The shared expert's output is weighed by a gate of its own. The training builds none."""
@@ -147,30 +150,31 @@ class ParallelConfig:
 
     world_size: int = 1
     """Number of ranks. Filled from torchrun's WORLD_SIZE; --world-size sets it for --dry-run."""
-    ranks_per_node: Optional[int] = None
-    """Ranks of one node; unset means LOCAL_WORLD_SIZE of torchrun, or the largest number up to 8 that divides world_size."""
+    ranks_per_node: int | None = None
+    """Ranks of one node; unset means LOCAL_WORLD_SIZE of torchrun, or the largest number up to 8 that divides
+    world_size."""
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer of the attention and the dense MLP."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages (ranks) the layers are split over."""
     num_virtual_stages_per_pipeline_rank: int = 1
     """Chunks of layers on each pipeline rank; more than 1 selects the interleaved schedule."""
-    pipeline_model_parallel_layout: Optional[str] = None
+    pipeline_model_parallel_layout: str | None = None
     """Megatron's layout string, such as Et*3|t*4|t*4|t*3L. Unset: the layers are split evenly."""
-    plan: Optional[str] = None
+    plan: str | None = None
     """Plan file of tools/plan_pipeline.py --output: parallel sizes, layout and recompute, as if given as flags."""
     context_parallel_size: int = 1
     """Ranks that share one sequence."""
-    expert_model_parallel_size: Optional[int] = None
+    expert_model_parallel_size: int | None = None
     """Ranks the experts are spread over. Unset: derived by fold_tensor_into_experts, else 1."""
-    expert_tensor_parallel_size: Optional[int] = None
+    expert_tensor_parallel_size: int | None = None
     """Ranks that share one expert. Unset: 1 where the tensor domain is folded into the expert domain."""
     fold_tensor_into_experts: bool = False
     """Turn the tensor-parallel domain into expert-parallel domain inside MoE layers (ETP 1, EP a multiple of TP)."""
-    moe_input_chunks: Union[int, Literal["auto"]] = 1
+    moe_input_chunks: int | Literal["auto"] = 1
     """Pieces a MoE layer's input is cut into, so that the exchange of one runs beside the experts of another. 1: whole;
     auto: the number that is fastest on the real layer, measured once at the start and kept in the checkpoint."""
-    sequence_parallel: Optional[bool] = None
+    sequence_parallel: bool | None = None
     """Split the activations between the tensor-parallel regions along the sequence. Unset: on when TP > 1."""
     use_distributed_optimizer: bool = False
     """Shard the optimizer state over the data-parallel ranks."""
@@ -178,7 +182,7 @@ class ParallelConfig:
     """Reduce gradients while the backward still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward runs (needs the distributed optimizer)."""
-    overlap_p2p_communication: Optional[bool] = None
+    overlap_p2p_communication: bool | None = None
     """Overlap pipeline sends with compute. Unset: on for the interleaved schedule."""
     distributed_timeout_minutes: float = 10.0
     """Time limit of a collective."""
@@ -210,7 +214,8 @@ class TrainingConfig:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """cuda, npu, cpu, or auto: the first of these that is there."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Compute type: bf16, fp16 or fp32 (short: --bf16, --fp16, --fp32). Master weights, gradients, optimizer state are fp32."""
+    """Compute type: bf16, fp16 or fp32 (short: --bf16, --fp16, --fp32). Master weights, gradients, optimizer state are
+    fp32."""
     seq_length: int = 8192
     """Tokens of a training sample."""
     micro_batch_size: int = 1
@@ -219,19 +224,21 @@ class TrainingConfig:
     """Samples of one optimizer step over all data-parallel ranks."""
     train_iters: int = 0
     """Optimizer steps of the whole run, those before a resume counted in."""
-    exit_interval: Optional[int] = None
+    exit_interval: int | None = None
     """Stop cleanly, with a checkpoint, when the step count reaches a multiple of this."""
     seed: int = 1234
-    """Seed of the initial weights, of dropout and of the order of the samples. The weights do not depend on the layout."""
-    recompute_granularity: Optional[Literal["full", "selective"]] = None
+    """Seed of the initial weights, of dropout and of the order of the samples. The weights do not depend on the
+    layout."""
+    recompute_granularity: Literal["full", "selective"] | None = None
     """Activation recompute: full (whole layers) or selective (recompute_modules). Unset: none."""
     recompute_method: Literal["block", "uniform"] = "block"
-    """Which layers full recompute takes: block (the first recompute_num_layers of each virtual stage) or uniform (all)."""
-    recompute_num_layers: Optional[int] = None
+    """Which layers full recompute takes: block (the first recompute_num_layers of each virtual stage) or uniform
+    (all)."""
+    recompute_num_layers: int | None = None
     """Layers of each virtual stage that full recompute takes with recompute_method block. Unset: all."""
     recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "layernorm"], ...] = ("core_attn",)
     """Modules that selective recompute repeats: core_attn, mlp, moe, layernorm."""
-    recompute_layout: Optional[str] = None
+    recompute_layout: str | None = None
     """Recompute that differs between layers: one entry a virtual stage, | between them, each a list such as
     full*2,none*3 or core_attn+mlp*4 in layer order. Takes the place of the recompute flags above."""
     deterministic: bool = True
@@ -252,13 +259,13 @@ class OptimizerConfig:
     """constant, linear, cosine, inverse-square-root or WSD."""
     lr_warmup_iters: int = 0
     """Steps of linear warm-up."""
-    lr_warmup_fraction: Optional[float] = None
+    lr_warmup_fraction: float | None = None
     """Warm-up as a share of lr_decay_iters; in place of lr_warmup_iters."""
     lr_warmup_init: float = 0.0
     """Learning rate the warm-up starts from."""
-    lr_decay_iters: Optional[int] = None
+    lr_decay_iters: int | None = None
     """Steps after which min_lr is reached. Unset: train_iters."""
-    lr_wsd_decay_iters: Optional[int] = None
+    lr_wsd_decay_iters: int | None = None
     """Steps of the final decay of the WSD schedule."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     """Shape of the final decay of WSD: linear, cosine, exponential or minus_sqrt."""
@@ -281,7 +288,8 @@ class OptimizerConfig:
     hysteresis: int = 2
     """Overflows tolerated before the loss scale halves (fp16)."""
     max_skipped_steps: int = 50
-    """Steps in a row that were not taken, as after an fp16 overflow or without a learned token, at which the run ends with exit code 5; 0: never."""
+    """Steps in a row that were not taken, as after an fp16 overflow or without a learned token, at which the run ends
+    with exit code 5; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -289,8 +297,9 @@ class DataConfig:
     """Where the tokens come from."""
 
     data_path: tuple[str, ...] = ()
-    """Prefixes of indexed datasets (with sft, jsonl files), or weights and prefixes in turn: 0.7 en_document 0.3 zh_document."""
-    data_json: Optional[str] = None
+    """Prefixes of indexed datasets (with sft, jsonl files), or weights and prefixes in turn: 0.7 en_document 0.3
+    zh_document."""
+    data_json: str | None = None
     """A data.json as TeleChat writes it ({prefix: weight}), in place of data_path."""
     split: str = "969,30,1"
     """Shares of train, validation and test."""
@@ -298,33 +307,35 @@ class DataConfig:
     """Training data of its own (with valid_data_path), in place of data_path and split."""
     valid_data_path: tuple[str, ...] = ()
     """Validation data of its own."""
-    data_cache_path: Optional[str] = None
+    data_cache_path: str | None = None
     """Folder of the sample index and of encoded dialogs. Unset: cache/ in the run folder."""
     data_order: Literal["epochs", "megatron"] = "epochs"
-    """Order of the samples of indexed data: epochs (each epoch of a source on its own, whatever the length of the run) or
-    megatron (Megatron's for the length the run is started with, then epochs). A run keeps the order it began with."""
+    """Order of the samples of indexed data: epochs (each epoch of a source on its own, whatever the length of the run)
+    or megatron (Megatron's for the length the run is started with, then epochs). A run keeps the order it began
+    with."""
     mock_data: bool = False
     """Train on a fixed pseudo-random token stream; for benchmarks and smoke tests."""
-    tokenizer_type: Optional[
-        Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"]
-    ] = None
+    tokenizer_type: (
+        Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"] | None
+    ) = None
     """HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer. Unset: told by tokenizer_model."""
-    tokenizer_model: Optional[str] = None
+    tokenizer_model: str | None = None
     """File or folder of the tokenizer; pretraining reads only its vocabulary size and end-of-document token."""
     eod_mask_loss: bool = False
     """No loss where the input is an end-of-document token."""
     reset_position_ids: bool = False
     """Positions begin anew after an end-of-document token; with sft, with every dialog of a row."""
     reset_attention_mask: bool = False
-    """A document (with sft, a dialog) attends to itself only, not to what stands before it in the sample; its first token,
-    which has nothing before it, is not learned."""
+    """A document (with sft, a dialog) attends to itself only, not to what stands before it in the sample; its first
+    token, which has nothing before it, is not learned."""
     sft: bool = False
     """Fine-tuning: the data paths name jsonl files of dialogs, which are packed and learned through a loss mask."""
     sft_template: Literal["telechat2", "telechat2-115b", "telechat"] = "telechat2"
-    """Chat template: telechat2 (with system turn and tools), telechat2-115b or telechat (turns only, with or without <_start>)."""
+    """Chat template: telechat2 (with system turn and tools), telechat2-115b or telechat (turns only, with or without
+    <_start>)."""
     sft_loss_mask: Literal["telechat", "answer"] = "telechat"
     """Tokens that are learned: telechat (answers, <_end>, <_bot>, <_user>) or answer (answers and <_end> only)."""
-    sft_system: Optional[str] = None
+    sft_system: str | None = None
     """System text of dialogs that have none; unset: they get no system turn."""
     sft_packing: bool = True
     """Put several dialogs into one sample; off: one each, the rest of the sample is padding."""
@@ -340,18 +351,22 @@ class DataConfig:
 class CheckpointConfig:
     """Saving, resuming, starting from other weights."""
 
-    save_interval: Optional[int] = None
+    save_interval: int | None = None
     """Steps between checkpoints. Unset: only at the end and on a stop signal."""
-    save: Optional[str] = None
+    save: str | None = None
     """Folder of the checkpoints. Unset: checkpoints/ in the run folder."""
-    load: Optional[str] = None
-    """Folder to begin from. Unset: the one of save. Obeyed once: when save holds a checkpoint of that beginning, go on from it."""
-    load_step: Optional[int] = None
-    """Go back to this step; later ones are set aside by the next save. Obeyed once: then the run goes on from the newest."""
+    load: str | None = None
+    """Folder to begin from. Unset: the one of save. Obeyed once: when save holds a checkpoint of that beginning, go on
+    from it."""
+    load_step: int | None = None
+    """Go back to this step; later ones are set aside by the next save. Obeyed once: then the run goes on from the
+    newest."""
     finetune: bool = False
-    """Begin at step 0 with the weights in --load (pretrained_checkpoint); once --save holds a checkpoint, go on from that."""
-    pretrained_checkpoint: Optional[str] = None
-    """Checkpoint whose weights a new run begins with (step 0, fresh optimizer); tools/convert_checkpoint.py makes one."""
+    """Begin at step 0 with the weights in --load (pretrained_checkpoint); once --save holds a checkpoint, go on from
+    that."""
+    pretrained_checkpoint: str | None = None
+    """Checkpoint whose weights a new run begins with (step 0, fresh optimizer); tools/convert_checkpoint.py makes
+    one."""
     no_save_optim: bool = False
     """Leave the optimizer state out of the checkpoints (a resume is then not exact)."""
     no_load_optim: bool = False
@@ -359,8 +374,8 @@ class CheckpointConfig:
     allow_data_change: bool = False
     """Resume although the data, its blend, the seed or the sequence length differ from those of the checkpoint."""
     allow_model_change: bool = False
-    """Load weights although rotary base or lengths, the norm's epsilon, the experts of a token (top-k) or the tokenizer differ from
-    those of the checkpoint; heads, groups, widths and biases never may."""
+    """Load weights although rotary base or lengths, the norm's epsilon, the experts of a token (top-k) or the tokenizer
+    differ from those of the checkpoint; heads, groups, widths and biases never may."""
     keep_last: int = 0
     """Keep only this many newest checkpoints; 0 keeps all."""
 
@@ -369,7 +384,7 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Validation during the run."""
 
-    eval_interval: Optional[int] = None
+    eval_interval: int | None = None
     """Steps between evaluations. Unset: none."""
     eval_iters: int = 10
     """Batches of global_batch_size samples of one evaluation."""
@@ -379,28 +394,30 @@ class EvaluationConfig:
 class LoggingConfig:
     """What a person and a dashboard see."""
 
-    run_dir: Optional[str] = None
+    run_dir: str | None = None
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, cache/. Unset: runs/NAME."""
     log_interval: int = 1
     """Steps between console lines and metrics."""
     tensorboard: bool = False
     """Write TensorBoard events to tensorboard/ in the run folder."""
-    wandb_project: Optional[str] = None
+    wandb_project: str | None = None
     """Weights & Biases project; unset means off. The run id is kept over a resume."""
-    wandb_exp_name: Optional[str] = None
+    wandb_exp_name: str | None = None
     """Weights & Biases run name; unset means the run folder's name."""
-    progress: Optional[bool] = None
+    progress: bool | None = None
     """A progress bar in place of plain lines. Unset: where the output is a terminal."""
-    peak_tflops: Optional[float] = None
+    peak_tflops: float | None = None
     """Peak TFLOP/s of one device for MFU. Unset: looked up from the device's name."""
-    moe_trace: Optional[str] = None
-    """Steps, such as 10 or 10-12, whose expert exchange is written to moe_trace/ in the run folder, one Chrome trace a rank."""
-    moe_routing_record: Optional[str] = None
-    """Folder that gets the experts each router chooses, token by token, and how clear the choice was; tools/compare_routing.py
-    compares two of them. Unset: nothing is recorded."""
-    moe_routing_replay: Optional[str] = None
-    """Recording whose choices take the place of the routers' own; layout and micro-batch size may differ. Unset: none."""
-    moe_routing_steps: Optional[str] = None
+    moe_trace: str | None = None
+    """Steps, such as 10 or 10-12, whose expert exchange is written to moe_trace/ in the run folder, one Chrome trace a
+    rank."""
+    moe_routing_record: str | None = None
+    """Folder that gets the experts each router chooses, token by token, and how clear the choice was;
+    tools/compare_routing.py compares two of them. Unset: nothing is recorded."""
+    moe_routing_replay: str | None = None
+    """Recording whose choices take the place of the routers' own; layout and micro-batch size may differ. Unset:
+    none."""
+    moe_routing_steps: str | None = None
     """Steps, such as 10 or 1-20, that are recorded or replayed. Unset: all."""
     moe_memory_imbalance: float = 2.0
     """Rows of the busiest rank's experts over the mean, for the second memory estimate of --dry-run; 1: none."""

@@ -17,11 +17,14 @@ WIDTH = 118
 def help_text() -> str:
     """All flags, by section, with their documentation."""
     out = [
-        "torchrun --nproc-per-node N pretrain/pretrain_telechat2.py --preset NAME [--config FILE.yaml ...] [--flag value ...]",
+        "torchrun --nproc-per-node N pretrain/pretrain_telechat2.py --preset NAME [--config FILE.yaml ...] [--flag "
+        "value ...]",
         "",
-        "Pretrain a TeleChat2 (or Mixtral) model. Values come from the preset, then the YAML files, then the flags; a later one wins.",
+        "Pretrain a TeleChat2 (or Mixtral) model. Values come from the preset, then the YAML files, then the flags; a "
+        "later one wins.",
         "Flags have Megatron-LM's names, with hyphens or underscores; --x-y and --no-x-y switch, --flag none unsets.",
-        "Flags of Megatron-LM that are not listed here are answered one by one: taken as another name, ignored or refused, with the reason.",
+        "Flags of Megatron-LM that are not listed here are answered one by one: taken as another name, ignored or "
+        "refused, with the reason.",
         "",
         "actions",
     ]

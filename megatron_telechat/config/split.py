@@ -7,7 +7,6 @@ Held to megatron-core's own (`TransformerConfig.__post_init__`, `get_num_layers_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 from megatron_telechat.errors import ConfigError
 
@@ -23,8 +22,8 @@ class SplitFlags:
             (--account-for-embedding-in-pipeline-split, --account-for-loss-in-pipeline-split).
     """
 
-    first: Optional[int] = None
-    last: Optional[int] = None
+    first: int | None = None
+    last: int | None = None
     embedding: bool = False
     loss: bool = False
 
@@ -52,10 +51,14 @@ def split_counts(layers: int, stages: int, chunks: int, split: SplitFlags) -> tu
         ConfigError: the layers do not split so; says which number does not divide.
     """
     if split.sets_ends and split.counted:
-        raise ConfigError("a number of layers for the first or last rank does not go with an embedding or loss that counts as one")
+        raise ConfigError(
+            "a number of layers for the first or last rank does not go with an embedding or loss that counts as one"
+        )
     if None not in (split.first, split.last) and stages == 2 and chunks > 1:
         # Megatron-Core divides by the number of ranks between there.
-        raise ConfigError("of two pipeline ranks with chunks, one has a number of layers of its own and the other the rest, not both")
+        raise ConfigError(
+            "of two pipeline ranks with chunks, one has a number of layers of its own and the other the rest, not both"
+        )
     rows = _ends(layers, stages, split) if split.sets_ends else _accounted(layers, stages, split)
     for rank, row in enumerate(rows):
         if row % chunks:
@@ -64,7 +67,9 @@ def split_counts(layers: int, stages: int, chunks: int, split: SplitFlags) -> tu
     counts[0] -= split.embedding
     counts[-1] -= split.loss
     if min(counts) < 0:
-        raise ConfigError(f"{layers} layers are too few for {stages * chunks} virtual stages with embedding and loss as layers")
+        raise ConfigError(
+            f"{layers} layers are too few for {stages * chunks} virtual stages with embedding and loss as layers"
+        )
     return tuple(counts)
 
 
@@ -86,7 +91,9 @@ def _ends(layers: int, stages: int, split: SplitFlags) -> list[int]:
     if middle < 0 or rest < 0 or bool(rest) != bool(middle):
         raise ConfigError(f"{rest} of {layers} layers are left for the {max(middle, 0)} pipeline ranks between")
     if middle and rest % middle:
-        raise ConfigError(f"the {rest} layers that are left of {layers} do not split over the {middle} other pipeline ranks")
+        raise ConfigError(
+            f"the {rest} layers that are left of {layers} do not split over the {middle} other pipeline ranks"
+        )
     first = [] if split.first is None else [split.first]
     last = [] if split.last is None else [split.last]
     return [*first, *([rest // middle] * middle if middle else []), *last]
@@ -99,7 +106,10 @@ def split_chunks(layers: int, stages: int, each: int, split: SplitFlags = SplitF
         ConfigError: the layers do not split so.
     """
     if split.sets_ends:
-        raise ConfigError("layers of a chunk do not say how many chunks a rank has where the first or last rank has its own number of layers")
+        raise ConfigError(
+            "layers of a chunk do not say how many chunks a rank has where the first or last rank has its own number "
+            "of layers"
+        )
     row = _accounted(layers, stages, split)[0]
     if row % each:
         raise ConfigError(f"the {_counted(row, split)} of a pipeline rank do not split into chunks of {each}")

@@ -1,9 +1,10 @@
-"""How many chunks a pipeline rank has and how the layers split, from all the ways to say it: a layout string, a number of chunks,
-layers of a chunk, Megatron's uneven splits. They must agree, as in Megatron-LM, where only one of them may be given."""
+"""How many chunks a pipeline rank has and how the layers split, from all the ways to say it: a layout string, a number
+of chunks, layers of a chunk, Megatron's uneven splits. They must agree, as in Megatron-LM, where only one of them may
+be given."""
 
 from __future__ import annotations
 
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 from megatron_telechat.config.flags import CommandLine
 from megatron_telechat.config.layout import PipelineLayout, parse_stages
@@ -46,7 +47,8 @@ def _settle(merging: Merging, layers: int, stages: int) -> None:
     line, said = merging.line, merging.by_person(LAYOUT) and merging.values.get(LAYOUT) is not None
     if line.split and said:
         words = " ".join(line.split_words.values())
-        raise ConfigError(f"{words} and a layout string say two things of one split", f"flag; {LAYOUT}: {merging.origins[LAYOUT]}",
+        raise ConfigError(f"{words} and a layout string say two things of one split", f"flag; {LAYOUT}: "
+                                                                                      f"{merging.origins[LAYOUT]}",
                           "keep one of the two")  # fmt: skip
     if said:
         _chunks_of_layout(merging, stages)
@@ -84,7 +86,10 @@ def _chunks_of_layers(merging: Merging, layers: int, stages: int, each: int) -> 
     try:
         chunks = split_chunks(layers, stages, each, split)
     except ConfigError as error:
-        what = f"num_layers={layers} does not split into {each} layers for each chunk of {stages} pipeline ranks: {error.problems[0].what}"
+        what = (
+            f"num_layers={layers} does not split into {each} layers for each chunk of {stages} pipeline ranks: "
+            f"{error.problems[0].what}"
+        )
         fix = "--num-virtual-stages-per-pipeline-rank V and an uneven --pipeline-model-parallel-layout"
         if split.sets_ends:
             fix = f"--num-virtual-stages-per-pipeline-rank V in place of {EACH}"
@@ -93,7 +98,8 @@ def _chunks_of_layers(merging: Merging, layers: int, stages: int, each: int) -> 
         raise ConfigError(what, where, fix) from None
     if merging.by_person(CHUNKS) and merging.values[CHUNKS] != chunks:
         raise ConfigError(
-            f"{CHUNKS}={merging.values[CHUNKS]}, but {layers} layers on {stages} pipeline ranks with {EACH} {each} make {chunks} chunks",
+            f"{CHUNKS}={merging.values[CHUNKS]}, but {layers} layers on {stages} pipeline ranks with {EACH} {each} "
+            f"make {chunks} chunks",
             f"{CHUNKS}: {merging.origins[CHUNKS]}; {where}",
             "keep one of the two",
         )
@@ -114,7 +120,7 @@ def _layout_of_split(merging: Merging, layers: int, stages: int) -> None:
     try:
         counts = split_counts(layers, stages, chunks, line.split)
     except ConfigError as error:
-        works: Optional[PipelineLayout] = working_layout(layers, stages, chunks)
+        works: PipelineLayout | None = working_layout(layers, stages, chunks)
         where = f"flag; num_layers: {merging.origins['num_layers']}; {PP}: {merging.origins[PP]}"
         fix = f"in their place {proposal(works)}" if works else error.problems[0].fix or "fewer stages"
         raise ConfigError(f"{words}: {error.problems[0].what}", where, fix) from None

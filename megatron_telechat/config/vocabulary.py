@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 KNOWN = {
     "GPT2BPETokenizer": 50257,
@@ -26,8 +27,9 @@ class Vocabulary:
     source: str
 
 
-def named_vocabulary(given: Mapping[str, tuple[str, ...]]) -> Optional[Vocabulary]:
-    """The vocabulary of the tokenizer that these flags name; None where neither a file that is here nor the name tells it.
+def named_vocabulary(given: Mapping[str, tuple[str, ...]]) -> Vocabulary | None:
+    """The vocabulary of the tokenizer that these flags name; None where neither a file that is here nor the name tells
+    it.
 
     Args:
         given: flag without its hyphens → its values.
@@ -44,7 +46,7 @@ def named_vocabulary(given: Mapping[str, tuple[str, ...]]) -> Optional[Vocabular
     return Vocabulary(KNOWN[kind], kind) if kind in KNOWN else None
 
 
-def vocabulary_of_file(path: Path) -> Optional[int]:
+def vocabulary_of_file(path: Path) -> int | None:
     """Number of tokens of a tokenizer's file or folder; None where it is not there or is none of these:
 
     tokenizer.json, a folder with one, a SentencePiece model, a vocab.json, a vocab.txt with one token a line.
@@ -61,18 +63,25 @@ def vocabulary_of_file(path: Path) -> Optional[int]:
         return None
 
 
-def _of_folder(path: Path) -> Optional[int]:
+def _of_folder(path: Path) -> int | None:
     """A Hugging Face folder: the fast tokenizer, else the slow one's file and the tokens added to it."""
     if (path / "tokenizer.json").is_file():
         return vocabulary_of_file(path / "tokenizer.json")
-    size = next((found for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (found := vocabulary_of_file(path / name))), None)
+    size = next(
+        (
+            found
+            for name in ("tokenizer.model", "vocab.json", "vocab.txt")
+            if (found := vocabulary_of_file(path / name))
+        ),
+        None,
+    )
     added = path / "added_tokens.json"
     if size is None or not added.is_file():
         return size
     return size + sum(number >= size for number in set(json.loads(added.read_text(encoding="utf-8")).values()))
 
 
-def _of_json(content: Any) -> Optional[int]:
+def _of_json(content: Any) -> int | None:
     """A tokenizer.json (its vocabulary and the tokens added to it), or a plain map from token to number."""
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         tokens = content["model"]["vocab"]  # a map, or of a unigram model a list of [token, score]
@@ -83,7 +92,7 @@ def _of_json(content: Any) -> Optional[int]:
     return None
 
 
-def _sentencepiece(data: bytes) -> Optional[int]:
+def _sentencepiece(data: bytes) -> int | None:
     """Pieces of a SentencePiece model: the repeated field 1 of its protocol buffer (sentencepiece_model.proto)."""
     at = pieces = 0
     while at < len(data):

@@ -6,8 +6,9 @@ PyYAML's own guesses are not used: a value is read by the type of its field, so 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, Optional
+from typing import Any
 
 from megatron_telechat.config.fields import (
     FieldInfo,
@@ -39,15 +40,16 @@ class Said:
 
 @dataclass(frozen=True)
 class YamlFile:
-    """What a file says: values, the preset it builds on, what is wrong, and the fields whose value could not be read."""
+    """What a file says: values, the preset it builds on, what is wrong, and the fields whose value could not be
+    read."""
 
     said: tuple[Said, ...]
-    preset: Optional[Said]
+    preset: Said | None
     problems: tuple[Problem, ...]
     unreadable: frozenset[str] = frozenset()
 
 
-def read_yaml(text: str, file: str, label: Optional[str] = None) -> YamlFile:
+def read_yaml(text: str, file: str, label: str | None = None) -> YamlFile:
     """Read a configuration file.
 
     Args:
@@ -59,11 +61,11 @@ def read_yaml(text: str, file: str, label: Optional[str] = None) -> YamlFile:
 
 
 class _Reader:
-    def __init__(self, file: str, label: Optional[str]):
+    def __init__(self, file: str, label: str | None):
         self.file = file
         self.label = label
         self.said: list[Said] = []
-        self.preset: Optional[Said] = None
+        self.preset: Said | None = None
         self.problems: list[Problem] = []
         self.unreadable: set[str] = set()
 
@@ -205,7 +207,8 @@ _SECTIONS_HELP = (
 
 
 def dump_run_config(run: RunConfig) -> str:
-    """The run as YAML with every value, which ``--config`` and :func:`run_config_from_yaml` read back to an equal run."""
+    """The run as YAML with every value, which ``--config`` and :func:`run_config_from_yaml` read back to an equal
+    run."""
     import yaml
 
     document: dict[str, dict[str, Any]] = {section: {} for section in sections()}

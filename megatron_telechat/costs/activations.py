@@ -61,16 +61,15 @@ def tokens_of(run: RunConfig, imbalance: float = 1.0) -> Tokens:
     return Tokens(whole, split, routed, tensor, expert, expert_tensor, imbalance)
 
 
-def layer_activations(
-    run: RunConfig, layer: int, modes: tuple[str, ...], imbalance: float = 1.0
-) -> LayerActivations:
+def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...], imbalance: float = 1.0) -> LayerActivations:
     """Activations of the zero-based `layer` under its recompute modes, on a rank whose experts get `imbalance` times
     the mean of rows.
 
     Elements a token, after Korthikanti et al. (arXiv 2205.05198, section 4) for a flash attention,
     which keeps no score matrix, and a SwiGLU that keeps its input alone:
         norms      2h (inputs) + 2h (outputs)
-        attention  q + 2k (after rotary) + q (output) + fp32 log-sum-exp a head; with norms on q and k, q + k (their inputs)
+        attention  q + 2k (after rotary) + q (output) + fp32 log-sum-exp a head; with norms on q and k, q + k (their
+        inputs)
         SwiGLU     2f (gate, up) + f (product); without a gate f (input of the activation) + f (its output)
         MoE        `expert_activations`
         dropout    2h, one byte each (the masks of both residual branches; on the CPU in the compute type)
@@ -124,8 +123,8 @@ def expert_activations(model: ModelConfig, size: int, tokens: Tokens) -> tuple[f
 
     Rows that arrived: h elements, one for every rank a token's experts lie on (`arriving_rows`); on a rank that has all
     experts they are the norm's output itself. Expert rows (top-k of a token): 2 f_e elements (gate, up; f_e without a
-    gate), f_e cut by the expert tensor-parallel size, and the fp32 probability. The product of gate and up is made again in
-    every backward.
+    gate), f_e cut by the expert tensor-parallel size, and the fp32 probability. The product of gate and up is made
+    again in every backward.
     Router: the chosen experts (int64) and their fp32 weights, and fp32 scores of all experts for an auxiliary loss.
     Recompute ``moe`` drops gate and up: no exchange is repeated. Row numbers, below 1 % of a row, are left out.
     """
@@ -149,8 +148,8 @@ def arriving_rows(model: ModelConfig, tokens: Tokens) -> float:
 
 
 def embedding_bytes(run: RunConfig) -> float:
-    """What the embedding keeps of a micro-batch: the token ids, positions where they are learned, the mask of a dropout.
-    Its output is the first layer's input."""
+    """What the embedding keeps of a micro-batch: the token ids, positions where they are learned, the mask of a
+    dropout. Its output is the first layer's input."""
     tokens, model = tokens_of(run), run.model
     ids = 2 if model.position_embedding_type == "learned_absolute" else 1
     return INDEX_BYTES * ids * tokens.whole + _mask_bytes(run)

@@ -16,9 +16,9 @@ GRADIENT_BYTES = 4
 
 @dataclass(frozen=True)
 class Links:
-    """The links that a run uses. Groups are taken as Megatron-Core places them: TP innermost, then CP, DP, PP; for experts ETP,
-    then EP, then data. Ranks of a group lie a *stride* apart: 1 for TP, TP for the gradients of the dense layers (over DP x CP),
-    EP x ETP for those of the experts.
+    """The links that a run uses. Groups are taken as Megatron-Core places them: TP innermost, then CP, DP, PP; for
+    experts ETP, then EP, then data. Ranks of a group lie a *stride* apart: 1 for TP, TP for the gradients of the dense
+    layers (over DP x CP), EP x ETP for those of the experts.
 
     Attributes:
         intra, inter: bytes a second of one rank to others in its node and, through its own adapter, to other nodes, one
@@ -66,8 +66,8 @@ class Links:
         return whole_bytes * (size - 1) / size / self.bandwidth(size, stride) + self.latency
 
     def pass_round(self, own_bytes: float, size: int, stride: int) -> float:
-        """`own_bytes` of each of `size` ranks once round their ring, from neighbour to neighbour: where the ring crosses
-        nodes, one rank's adapter carries it."""
+        """`own_bytes` of each of `size` ranks once round their ring, from neighbour to neighbour: where the ring
+        crosses nodes, one rank's adapter carries it."""
         if size == 1:
             return 0.0
         bandwidth = self.intra if size <= self.members(stride) else self.inter

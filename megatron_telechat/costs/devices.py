@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 import yaml
 
@@ -54,13 +55,13 @@ class DeviceSpec:
     """Names that torch reports for it."""
     peak_tflops: Mapping[str, float] = field(default_factory=dict)
     """Dense peak in TFLOP/s by precision: bf16, fp16, fp32."""
-    memory_gib: Optional[float] = None
+    memory_gib: float | None = None
     """Memory a process can use, in GiB."""
-    hbm_bandwidth_gb_s: Optional[float] = None
+    hbm_bandwidth_gb_s: float | None = None
     """Device memory bandwidth, 1e9 bytes a second."""
-    intra_node_bandwidth_gb_s: Optional[float] = None
+    intra_node_bandwidth_gb_s: float | None = None
     """Bandwidth to the other devices of the node, in one direction."""
-    inter_node_bandwidth_gb_s: Optional[float] = None
+    inter_node_bandwidth_gb_s: float | None = None
     """Bandwidth to other nodes for each device, in one direction."""
     efficiency: Mapping[str, float] = field(default_factory=dict)
     """Share of a peak that real work reaches: gemm, grouped_gemm, attention (of peak_tflops), hbm and link
@@ -70,7 +71,7 @@ class DeviceSpec:
     measured: tuple[Measured, ...] = ()
     """Times taken on such a device, each for the shapes of one run; they come before every other figure."""
 
-    def peak(self, precision: str) -> Optional[float]:
+    def peak(self, precision: str) -> float | None:
         """Dense peak TFLOP/s at this precision; None where it is not known."""
         return self.peak_tflops.get(precision)
 
@@ -150,7 +151,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
-def device_spec(name: str) -> Optional[DeviceSpec]:
+def device_spec(name: str) -> DeviceSpec | None:
     """The device with this file name (``h100-80g``) or torch device name (``NVIDIA H100 80GB HBM3``); None if unknown.
 
     A torch name is matched whole, without regard to case; parts that share a chip but not a speed

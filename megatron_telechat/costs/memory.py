@@ -129,7 +129,7 @@ def _stage(run: RunConfig, layout: PipelineLayout, rank: int, layers: list[Layer
     )
     count = _stage_count(run, layout, rank)
     parameters, gradients, optimizer = resident_bytes(run, count)
-    held = sum(number * size for number, size in zip(in_flight, kept))
+    held = sum(number * size for number, size in zip(in_flight, kept, strict=True))
     return StageMemory(
         pipeline_rank=rank,
         parameters=count,
@@ -143,7 +143,8 @@ def _stage(run: RunConfig, layout: PipelineLayout, rank: int, layers: list[Layer
 
 
 def checkpoint_bytes(run: RunConfig, total_parameters: int) -> float:
-    """Size of one checkpoint: weights in the compute type; with the optimizer, master weights and both moments in fp32."""
+    """Size of one checkpoint: weights in the compute type; with the optimizer, master weights and both moments in
+    fp32."""
     size = BYTES[run.training.precision]
     if run.checkpoint.no_save_optim:
         return size * total_parameters

@@ -8,8 +8,8 @@ a key names a whole tensor of the whole model.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Iterable, Mapping
 
 from megatron_telechat.config.schema import ModelConfig, ParallelConfig
 
@@ -55,7 +55,7 @@ class LocalCount:
     def total(self) -> int:
         return self.dense + self.expert
 
-    def __add__(self, other: "LocalCount") -> "LocalCount":
+    def __add__(self, other: LocalCount) -> LocalCount:
         return LocalCount(self.dense + other.dense, self.expert + other.expert)
 
 
@@ -91,7 +91,8 @@ def _norm_table(model: ModelConfig, name: str, width: int) -> dict[str, Shape]:
 
 
 def _mlp_table(model: ModelConfig, name: str, ffn: int, experts: Shape) -> dict[str, Shape]:
-    """The two linear layers of an MLP `ffn` wide, or of as many as `experts` says; the first holds gate and up where it is gated."""
+    """The two linear layers of an MLP `ffn` wide, or of as many as `experts` says; the first holds gate and up where it
+    is gated."""
     hidden = model.hidden_size
     inner = (2, ffn) if model.is_gated else (ffn,)
     table: dict[str, Shape] = {f"{name}.linear_fc1.weight": (*experts, *inner, hidden)}
@@ -215,9 +216,7 @@ def local_count(table: Mapping[str, Shape], parallel: ParallelConfig) -> LocalCo
     return LocalCount(dense_count, expert_count)
 
 
-def stage_table(
-    model: ModelConfig, layers: Iterable[int], *, has_embedding: bool, has_loss: bool
-) -> dict[str, Shape]:
+def stage_table(model: ModelConfig, layers: Iterable[int], *, has_embedding: bool, has_loss: bool) -> dict[str, Shape]:
     """The part of the parameter table that a pipeline rank with these global layers holds.
 
     Where the output layer is tied, the first and the last stage both hold the embedding's matrix, as in Megatron-Core;

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 from megatron_telechat.errors import ConfigError
 
@@ -44,7 +44,8 @@ def num_warmup_forwards(rank: int, num_stages: int, num_chunks: int, num_microba
 
 
 def rank_ops(rank: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Op]:
-    """The ops of one pipeline rank in Megatron-Core's order: warm-up forwards, then one of each in turn, then backwards.
+    """The ops of one pipeline rank in Megatron-Core's order: warm-up forwards, then one of each in turn, then
+    backwards.
 
     Raises:
         ConfigError: more than one chunk without a pipeline, which no schedule runs.
@@ -59,7 +60,7 @@ def rank_ops(rank: int, num_stages: int, num_chunks: int, num_microbatches: int)
     backwards = [Op(False, num_chunks - 1 - chunk, microbatch) for microbatch, chunk in order]
     warmup = num_warmup_forwards(rank, num_stages, num_chunks, num_microbatches)
     ops = forwards[:warmup]
-    for forward, backward in zip(forwards[warmup:], backwards):
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
         ops += [forward, backward]
     return ops + backwards[len(forwards) - warmup :]
 
@@ -84,7 +85,7 @@ def peak_in_flight(
     peak, at_peak = 0.0, tuple(in_flight)
     for op in rank_ops(rank, num_stages, num_chunks, num_microbatches):
         in_flight[op.chunk] += op.forward
-        held = sum(count * size for count, size in zip(in_flight, kept_bytes))
+        held = sum(count * size for count, size in zip(in_flight, kept_bytes, strict=True))
         held += transient_bytes(op) if transient_bytes else 0.0
         if held > peak:
             peak, at_peak = held, tuple(in_flight)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Mapping
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.time import Software
 
 TENSOR_OVERLAP = 0.6
-"""Share of the tensor-parallel exchange hidden by --tp-comm-overlap: 0.3 to 0.5 stays exposed in published runs that overlap
-it (TransformerEngine's user buffers, Ascend's MC2)."""
+"""Share of the tensor-parallel exchange hidden by --tp-comm-overlap: 0.3 to 0.5 stays exposed in published runs that
+overlap it (TransformerEngine's user buffers, Ascend's MC2)."""
 EXPERT_OVERLAP = 0.65
-"""Share of the expert exchange hidden by --overlap-moe-expert-parallel-comm, which computes one micro-batch beside the exchange
-of another: 0.2 to 0.35 stays exposed."""
+"""Share of the expert exchange hidden by --overlap-moe-expert-parallel-comm, which computes one micro-batch beside the
+exchange of another: 0.2 to 0.35 stays exposed."""
 EXPERT_OVERLAP_LATE_WEIGHTS = 0.8
 """The same with --delay-wgrad-compute, whose weight gradients fill gaps of the exchange."""
 

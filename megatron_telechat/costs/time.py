@@ -7,9 +7,10 @@ that were measured for these very shapes, those are taken.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Iterable, Optional
+from typing import Any
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import BYTES, tokens_of
@@ -49,7 +50,8 @@ class Software:
     """What the training program does beyond the shapes.
 
     Attributes:
-        tensor_overlap: share of the tensor-parallel communication of the layers that compute hides; 0 for plain Megatron-Core.
+        tensor_overlap: share of the tensor-parallel communication of the layers that compute hides; 0 for plain
+        Megatron-Core.
         moe_chunks: pieces of a micro-batch whose dispatch, experts and way back overlap; 1: one after the other.
         moe_imbalance: rows of the busiest rank's experts over the mean.
         expert_overlap: share of the expert exchange that the compute of another micro-batch hides.
@@ -128,7 +130,11 @@ def mode_name(modes: Iterable[str]) -> str:
 def _nearest(device: DeviceSpec, wanted: dict[str, Any]) -> str:
     """How the measured entry that differs least from these conditions differs."""
     differences = [
-        [f"{name}={entry.conditions.get(name)}, this run {value}" for name, value in wanted.items() if entry.conditions.get(name) != value]
+        [
+            f"{name}={entry.conditions.get(name)}, this run {value}"
+            for name, value in wanted.items()
+            if entry.conditions.get(name) != value
+        ]
         for entry in device.measured
     ]
     return f"; measured was {'; '.join(min(differences, key=len))}" if differences else ""
@@ -144,9 +150,9 @@ class TimeModel:
         ConfigError: the device has neither the figures for an estimate nor times measured for these shapes.
     """
 
-    def __init__(self, run: RunConfig, device: DeviceSpec, software: Optional[Software] = None):
+    def __init__(self, run: RunConfig, device: DeviceSpec, software: Software | None = None):
         self.run, self.device, self.software = run, device, software or Software.of(run)
-        self.measured: Optional[Measured] = next(
+        self.measured: Measured | None = next(
             (entry for entry in device.measured if dict(entry.conditions) == conditions(run)), None
         )
         peak = device.peak(run.training.precision)
@@ -227,7 +233,8 @@ class TimeModel:
 
     def gradient_reduction(self, count: LocalCount) -> float:
         """Seconds of reducing fp32 gradients over the data-parallel ranks and, with the distributed optimizer, of
-        gathering the weights; overlap with the backward is taken off where the run asks for it (`exposed_reduction`)."""
+        gathering the weights; overlap with the backward is taken off where the run asks for it
+        (`exposed_reduction`)."""
         parallel = self.run.parallel
         expert, expert_tensor = parallel.expert_sizes
         per_stage = max(parallel.world_size // parallel.pipeline_model_parallel_size, 1)
@@ -295,7 +302,8 @@ class TimeModel:
     @property
     def _activation_passes(self) -> tuple[int, int]:
         """Arrays as wide as the MLP that its activation reads and writes, forward and backward: gate, up and product,
-        then those, the gradient and two of it; without a gate input and output, then input, gradient and its gradient."""
+        then those, the gradient and two of it; without a gate input and output, then input, gradient and its
+        gradient."""
         return (3, 5) if self.run.model.is_gated else (2, 3)
 
     def _experts(self) -> PartTime:
@@ -308,9 +316,14 @@ class TimeModel:
         # the rows are copied out, sorted where they arrive, put back and summed: four passes that read and write
         moves = self._bytes(8 * row)
         router = self._gemm(2 * hidden * (model.num_experts or 0) * tokens.split)
-        exchange = expert_exchange_seconds(self.run, self.links, self.software.expert_by_node) * self.software.moe_imbalance
+        exchange = (
+            expert_exchange_seconds(self.run, self.links, self.software.expert_by_node) * self.software.moe_imbalance
+        )
         read, again = self._activation_passes
-        forward, backward = product + self._bytes(read * element), GEMM_BACKWARD * product + self._bytes(again * element)
+        forward, backward = (
+            product + self._bytes(read * element),
+            GEMM_BACKWARD * product + self._bytes(again * element),
+        )
         exposed = PartTime(self._exposed_experts(exchange, forward), self._exposed_experts(exchange, backward))
         block = PartTime(router + moves + forward, GEMM_BACKWARD * router + moves + backward)
         width = model.moe_shared_expert_intermediate_size
@@ -326,13 +339,19 @@ class TimeModel:
         model, tokens = self.run.model, self._tokens
         rows = tokens.routed * self.software.moe_imbalance
         width = expert_ffn_hidden_size(model) / tokens.expert_tensor
-        again = (4 if model.is_gated else 2) * model.hidden_size * width * rows / (self._peak * self._efficiency("grouped_gemm"))
+        again = (
+            (4 if model.is_gated else 2)
+            * model.hidden_size
+            * width
+            * rows
+            / (self._peak * self._efficiency("grouped_gemm"))
+        )
         shared = model.moe_shared_expert_intermediate_size
         return again + (self._dense(shared).forward if shared else 0.0)
 
     def _exposed_experts(self, exchange: float, compute: float) -> float:
-        """What is left of the exchange: beside another micro-batch a share of it; when the block runs in chunks the first
-        dispatch, the last way back, and whatever the experts' compute does not cover of the rest."""
+        """What is left of the exchange: beside another micro-batch a share of it; when the block runs in chunks the
+        first dispatch, the last way back, and whatever the experts' compute does not cover of the rest."""
         chunks = self.software.moe_chunks
         left = exchange * (1 - self.software.expert_overlap)
         return left / chunks + max(0.0, left - compute) * (chunks - 1) / chunks
@@ -342,7 +361,9 @@ class TimeModel:
 
     def _norm_of(self, elements: float) -> PartTime:
         element = self._bytes(self._size * elements)
-        return PartTime(2 * element, 4 * element)  # read, write; input and gradient read, gradient written, weight's sum
+        return PartTime(
+            2 * element, 4 * element
+        )  # read, write; input and gradient read, gradient written, weight's sum
 
     def _exposed_tensor(self) -> float:
         return tensor_exchange_seconds(self.run, self.links) * (1 - self.software.tensor_overlap)
@@ -379,7 +400,8 @@ class TimeModel:
 
 
 def repeated_parts(modes: tuple[str, ...]) -> tuple[str, ...]:
-    """Parts of a layer whose whole forward a backward repeats under these modes; ``moe`` repeats less than its block."""
+    """Parts of a layer whose whole forward a backward repeats under these modes; ``moe`` repeats less than its
+    block."""
     if "full" in modes:
         return ("norms", "projections", "core_attn", "block")
     parts = ["norms"] * ("layernorm" in modes) + ["core_attn"] * ("core_attn" in modes)

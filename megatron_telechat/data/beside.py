@@ -1,7 +1,8 @@
 """A tokenizer.json opened by a process of its own, while this process opens the fast engine.
 
-Both readers hold the interpreter lock for half a second on a vocabulary of 131,072. The helper also answers the self-check.
-It ends when the connection does, that is with this process however that ends; where it is lost, the file is opened here.
+Both readers hold the interpreter lock for half a second on a vocabulary of 131,072. The helper also answers the
+self-check. It ends when the connection does, that is with this process however that ends; where it is lost, the file is
+opened here.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 from megatron_telechat.data.tokenizers import HuggingFaceTokenizer, digest_of
 
@@ -41,10 +43,17 @@ class TokenizerBeside(HuggingFaceTokenizer):
         self._lock = threading.RLock()
         self._connection, theirs = socket.socketpair()
         self._connection.settimeout(LIMIT_S)
-        self._helper: Optional[subprocess.Popen] = None
+        self._helper: subprocess.Popen | None = None
         with theirs:
             try:
-                command = [sys.executable, "-c", _START, str(_ROOT), str(file), "special" if special_tokens_in_text else "text"]
+                command = [
+                    sys.executable,
+                    "-c",
+                    _START,
+                    str(_ROOT),
+                    str(file),
+                    "special" if special_tokens_in_text else "text",
+                ]
                 self._helper = subprocess.Popen(command, stdin=theirs, env={**os.environ, "RAYON_NUM_THREADS": "1"})
             except OSError:
                 pass  # no more processes here: the file is opened when it is asked for

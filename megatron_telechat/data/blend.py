@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence
 
 from megatron_telechat.config.data_names import data_json_entries, dataset_prefix
 from megatron_telechat.config.schema import DataConfig
@@ -25,7 +25,7 @@ class Blend:
     """
 
     prefixes: tuple[str, ...]
-    weights: Optional[tuple[float, ...]] = None
+    weights: tuple[float, ...] | None = None
     per_token: bool = False
 
 
@@ -33,8 +33,8 @@ class Blend:
 class DataPlan:
     """For train, valid and test: the blend, and the share (begin, end) of its sequences; None where there is none."""
 
-    blends: tuple[Optional[Blend], Optional[Blend], Optional[Blend]]
-    shares: tuple[Optional[tuple[float, float]], ...]
+    blends: tuple[Blend | None, Blend | None, Blend | None]
+    shares: tuple[tuple[float, float] | None, ...]
 
 
 def data_plan(data: DataConfig) -> DataPlan:
@@ -47,7 +47,8 @@ def data_plan(data: DataConfig) -> DataPlan:
     ways = [name for name in ("data_path", "data_json", "train_data_path") if getattr(data, name)]
     if not ways:
         raise ConfigError(
-            "no training data", fix="give --data-path, --data-json or --train-data-path (or --mock-data for a smoke test)"
+            "no training data",
+            fix="give --data-path, --data-json or --train-data-path (or --mock-data for a smoke test)",
         )
     if len(ways) > 1:
         raise ConfigError(f"{' and '.join(ways)} contradict each other", fix="keep one of them")
@@ -71,7 +72,7 @@ def data_plan(data: DataConfig) -> DataPlan:
     return DataPlan(tuple(blend if share else None for share in shares), shares)
 
 
-def _number(text: str) -> Optional[float]:
+def _number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
@@ -90,21 +91,29 @@ def parse_blend(items: Sequence[str], where: str, dialogs: bool = False) -> Blen
     weights = [_number(item) for item in items[0::2]]
     if len(items) % 2 or all(weight is None for weight in weights):
         if any(_number(item) is not None for item in items):
-            raise ConfigError(f"{where} mixes weights and bare prefixes: {' '.join(items)}", where,
-                              "give each prefix a weight (0.7 en 0.3 zh), or none")
+            raise ConfigError(
+                f"{where} mixes weights and bare prefixes: {' '.join(items)}",
+                where,
+                "give each prefix a weight (0.7 en 0.3 zh), or none",
+            )
         return Blend(tuple(items) if dialogs else tuple(dataset_prefix(item) for item in items))
     if any(weight is None for weight in weights):
-        raise ConfigError(f"{where} mixes weights and bare prefixes: {' '.join(items)}", where,
-                          "give each prefix a weight (0.7 en 0.3 zh), or none")
+        raise ConfigError(
+            f"{where} mixes weights and bare prefixes: {' '.join(items)}",
+            where,
+            "give each prefix a weight (0.7 en 0.3 zh), or none",
+        )
     return _weighted(tuple(items[1::2]), tuple(weights), where, per_token=False, dialogs=dialogs)
 
 
 def _weighted(
     prefixes: tuple[str, ...], weights: tuple[float, ...], where: str, per_token: bool, dialogs: bool
 ) -> Blend:
-    for prefix, weight in zip(prefixes, weights):
+    for prefix, weight in zip(prefixes, weights, strict=True):
         if not 0 < weight < float("inf"):
-            raise ConfigError(f"weight {weight:g} of {prefix} is not a positive number", where, "drop the prefix or mend the weight")
+            raise ConfigError(
+                f"weight {weight:g} of {prefix} is not a positive number", where, "drop the prefix or mend the weight"
+            )
     return Blend(prefixes if dialogs else tuple(dataset_prefix(prefix) for prefix in prefixes), weights, per_token)
 
 
@@ -117,11 +126,11 @@ def read_data_json(path: str, dialogs: bool = False) -> Blend:
     Raises:
         DataError: it cannot be read (`config.data_names.data_json_entries`).
     """
-    names, weights = zip(*data_json_entries(path, dialogs))
+    names, weights = zip(*data_json_entries(path, dialogs), strict=True)
     return _weighted(names, weights, path, True, dialogs)
 
 
-def split_shares(split: str) -> tuple[Optional[tuple[float, float]], ...]:
+def split_shares(split: str) -> tuple[tuple[float, float] | None, ...]:
     """``969,30,1`` as (begin, end) of train, valid and test in [0, 1]; None for a share of 0.
 
     Raises:
@@ -135,4 +144,6 @@ def split_shares(split: str) -> tuple[Optional[tuple[float, float]], ...]:
     edges = [0.0]
     for number in numbers:
         edges.append(edges[-1] + number / total)
-    return tuple((begin, end) if number > 0 else None for number, begin, end in zip(numbers, edges, edges[1:]))
+    return tuple(
+        (begin, end) if number > 0 else None for number, begin, end in zip(numbers, edges, edges[1:], strict=False)
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 import numpy as np
 
@@ -28,16 +28,18 @@ class BlendOrder:
         there: samples there are in all, where the sources end; their numbers are then the weights.
     """
 
-    def __init__(self, weights: Sequence[float], size: int, index: IndexFolder, name: str, there: Optional[int] = None):
+    def __init__(self, weights: Sequence[float], size: int, index: IndexFolder, name: str, there: int | None = None):
         built = roomy(size, _LEAST) if there is None else min(roomy(size, _LEAST), there)
 
         def build(folder: Path) -> None:
             index.say(f"blending {built:,} samples for {name}")
-            for file, array in zip(("source", "sample"), _blend_order(weights, built)):
+            for file, array in zip(("source", "sample"), _blend_order(weights, built), strict=True):
                 np.save(folder / f"{file}.npy", array)
 
         folder = index.piece(f"{name}-{built}", build)
-        self._source, self._sample = (np.load(folder / f"{file}.npy", mmap_mode="r")[:size] for file in ("source", "sample"))
+        self._source, self._sample = (
+            np.load(folder / f"{file}.npy", mmap_mode="r")[:size] for file in ("source", "sample")
+        )
         self._sources = len(weights)
 
     def __len__(self) -> int:
@@ -54,7 +56,7 @@ class BlendOrder:
         for end in range(len(self), 0, -_SCANNED):
             begin = max(0, end - _SCANNED)
             found, last = np.unique(self._source[begin:end][::-1], return_index=True)
-            for source, place in zip(found.tolist(), last.tolist()):
+            for source, place in zip(found.tolist(), last.tolist(), strict=True):
                 if source in missing:
                     missing.remove(source)
                     counts[source] = int(self._sample[end - 1 - place]) + 1
@@ -78,7 +80,7 @@ class BlendedSamples:
         source, inner = self.order.place(sample)
         return self.sources[source].tokens(inner)
 
-    def marks(self, sample: int) -> Optional[Marks]:
+    def marks(self, sample: int) -> Marks | None:
         source, inner = self.order.place(sample)
         return self.sources[source].marks(inner)
 
@@ -113,7 +115,8 @@ def _blend_order(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.nd
 def samples_of_each(weights: Sequence[float], size: int) -> list[int]:
     """Samples that Megatron builds of each source of a weighted blend of ``size``.
 
-    Its 0.5 % surplus decides how many epochs are shuffled together, so with another one the order would not be Megatron's.
+    Its 0.5 % surplus decides how many epochs are shuffled together, so with another one the order would not be
+    Megatron's.
     """
     total = sum(weights)
     return [math.ceil(math.ceil(size * (weight / total)) * 1.005) for weight in weights]

@@ -6,9 +6,10 @@ import gzip
 import io
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator, Optional, Sequence
+from typing import Any, BinaryIO
 
 from megatron_telechat.data.text_input import LARGEST_LINE, TooLong, count_lines, quoted
 from megatron_telechat.errors import ConfigError, DataError
@@ -32,7 +33,7 @@ class Span:
     path: str
     kind: str
     begin: int = 0
-    end: Optional[int] = None
+    end: int | None = None
     skip: int = 0
     line: int = 1
 
@@ -79,7 +80,9 @@ def _kind(path: Path) -> str:
         with open(path, "rb") as file:
             head = file.read(4)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", "--input", "mend the permissions of the file") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}", "--input", "mend the permissions of the file"
+        ) from error
     if head.startswith(_PARQUET):
         return "parquet"
     kind = "gzip" if head.startswith(_GZIP) else "zstd" if head.startswith(_ZSTD) else "plain"
@@ -129,7 +132,7 @@ def _line_start(path: str, offset: int) -> int:
     return size
 
 
-def read_blocks(parts: Sequence[Span], keys: Optional[Sequence[str]] = None, size: int = 0) -> Iterator[Block]:
+def read_blocks(parts: Sequence[Span], keys: Sequence[str] | None = None, size: int = 0) -> Iterator[Block]:
     """Read spans in blocks of about ``size`` bytes (0: BLOCK_BYTES).
 
     Args:
@@ -150,7 +153,9 @@ def read_blocks(parts: Sequence[Span], keys: Optional[Sequence[str]] = None, siz
                 line = block.end_line
                 yield block
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"cannot read on: {error}", f"{part.path}:{line}", "copy or compress the file again") from error
+            raise DataError(
+                f"cannot read on: {error}", f"{part.path}:{line}", "copy or compress the file again"
+            ) from error
 
 
 def _open(part: Span) -> tuple[BinaryIO, BinaryIO]:
@@ -216,8 +221,11 @@ class ZstdStream(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise ConfigError(f"{path} is packed with zstd, which needs the package zstandard", "--input",
-                              "pip install 'megatron_telechat[data]'") from error
+            raise ConfigError(
+                f"{path} is packed with zstd, which needs the package zstandard",
+                "--input",
+                "pip install 'megatron_telechat[data]'",
+            ) from error
         self._module, self._file = zstandard, file
         self._frame: Any = None
         self._ready = memoryview(b"")
@@ -256,8 +264,9 @@ def _parquet(path: str) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError(f"{path} is parquet, which needs the package pyarrow", "--input",
-                          "pip install 'megatron_telechat[data]'") from error
+        raise ConfigError(
+            f"{path} is parquet, which needs the package pyarrow", "--input", "pip install 'megatron_telechat[data]'"
+        ) from error
     import pyarrow
 
     try:
@@ -266,7 +275,7 @@ def _parquet(path: str) -> Any:
         raise DataError(f"{path} is no whole parquet file: {error}", path, "copy the file again") from error
 
 
-def _row_blocks(part: Span, number: int, keys: Optional[Sequence[str]]) -> Iterator[Block]:
+def _row_blocks(part: Span, number: int, keys: Sequence[str] | None) -> Iterator[Block]:
     file = _parquet(part.path)
     import pyarrow
 
@@ -275,7 +284,9 @@ def _row_blocks(part: Span, number: int, keys: Optional[Sequence[str]]) -> Itera
         there = file.schema_arrow.names
         missing = [key for key in keys if key not in there]
         if missing:
-            raise DataError(f"the column {missing[0]!r} is missing (there: {quoted(there)})", part.path, "correct --json-keys")
+            raise DataError(
+                f"the column {missing[0]!r} is missing (there: {quoted(there)})", part.path, "correct --json-keys"
+            )
         columns = list(dict.fromkeys(keys))
     groups = range(part.begin, file.num_row_groups if part.end is None else part.end)
     before = sum(file.metadata.row_group(group).num_rows for group in range(part.begin))
@@ -283,17 +294,21 @@ def _row_blocks(part: Span, number: int, keys: Optional[Sequence[str]]) -> Itera
     row_bytes = os.path.getsize(part.path) / max(file.metadata.num_rows, 1)
     done = 0
     try:
-        for batch in file.iter_batches(_ROWS, row_groups=list(groups), columns=columns, use_threads=False) if rows else ():
+        for batch in (
+            file.iter_batches(_ROWS, row_groups=list(groups), columns=columns, use_threads=False) if rows else ()
+        ):
             begin, done = done, done + batch.num_rows
             if done <= part.skip:
                 continue
             if begin < part.skip:
                 batch, begin = batch.slice(part.skip - begin), part.skip
             values = [_column(column) for column in batch.columns]
-            items = [dict(zip(batch.schema.names, row)) for row in zip(*values)]
+            items = [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*values, strict=True)]
             yield Block(part.path, items, before + begin + 1, number, done, round(row_bytes * len(items)))
     except pyarrow.ArrowException as error:
-        raise DataError(f"cannot read on: {error}", f"{part.path}:{before + done + 1}", "copy the file again") from error
+        raise DataError(
+            f"cannot read on: {error}", f"{part.path}:{before + done + 1}", "copy the file again"
+        ) from error
     if done != rows:
         raise DataError(f"{done:,} rows come out where the file promises {rows:,}", part.path, "copy the file again")
 
@@ -306,7 +321,9 @@ def _column(column: Any) -> list:
     if kinds.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
-    if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_binary(kind) or kinds.is_large_binary(kind)):
+    if not (
+        kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_binary(kind) or kinds.is_large_binary(kind)
+    ):
         return column.to_pylist()
     if kinds.is_string(kind) or kinds.is_large_string(kind):
         try:

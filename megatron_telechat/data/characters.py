@@ -1,9 +1,9 @@
 r"""Characters that an engine takes for another kind than the reference does.
 
-The patterns that split text (``\p{L}``, ``\p{N}``, ``\s``) stand on tables of Unicode, and each package brings a version of
-its own: what one knows as a letter since last year is no character at all for another. The ids differ then, in one document of
-ten thousand, and no sample finds it. So each character that is not as old as any table is compared when it is first met, and
-a text that holds one with another outcome is encoded by the reference.
+The patterns that split text (``\p{L}``, ``\p{N}``, ``\s``) stand on tables of Unicode, and each package brings a
+version of its own: what one knows as a letter since last year is no character at all for another. The ids differ then,
+in one document of ten thousand, and no sample finds it. So each character that is not as old as any table is compared
+when it is first met, and a text that holds one with another outcome is encoded by the reference.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import unicodedata
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -38,7 +38,9 @@ class Guarded:
         probes: an engine and a reference that show where those two split a text; unset: they themselves.
     """
 
-    def __init__(self, engine: Engine, reference: Reference, log: Callable[[str], None], probes: Optional[Sequence[Engine]] = None):
+    def __init__(
+        self, engine: Engine, reference: Reference, log: Callable[[str], None], probes: Sequence[Engine] | None = None
+    ):
         self.name, self.threads = engine.name, engine.threads
         self._engine, self._reference, self._log = engine, reference, log
         self._probes = probes or (engine, reference)
@@ -112,15 +114,21 @@ class Guarded:
             return
         self._tell_at = 10 * self._differing
         names = ", ".join(f"U+{code:04X}" for code in codes[:4]) + (", ..." if self._differing > len(codes[:4]) else "")
-        self._log(f"engine {self.name} splits texts at {names} as the tokenizer does not: texts with such a character are encoded "
-                  "by the tokenizer itself")
+        self._log(
+            f"engine {self.name} splits texts at {names} as the tokenizer does not: texts with such a character are "
+            "encoded by the tokenizer itself"
+        )
 
 
 def _is_old(character: str) -> bool:
-    """A letter, mark, digit or sign since Unicode 3.2 (2002), whose other case is not of ASCII: all tables have it so."""
+    """A letter, mark, digit or sign since Unicode 3.2 (2002), whose other case is not of ASCII: all tables have it
+    so."""
     kind = unicodedata.category(character)
-    return kind[0] in "LMNPS" and unicodedata.ucd_3_2_0.category(character) == kind and not (
-        character.upper().isascii() or character.lower().isascii())
+    return (
+        kind[0] in "LMNPS"
+        and unicodedata.ucd_3_2_0.category(character) == kind
+        and not (character.upper().isascii() or character.lower().isascii())
+    )
 
 
 def guarded(engine: Engine, tokenizer: Tokenizer, log: Callable[[str], None]) -> Guarded:
@@ -137,8 +145,8 @@ def guarded(engine: Engine, tokenizer: Tokenizer, log: Callable[[str], None]) ->
 
 
 class Splits(HuggingFaceTokenizer):
-    """A byte-level tokenizer that splits as another does and joins, of what is not split, all bytes of different characters
-    that meet in ``CONTEXT``: its ids show every split."""
+    """A byte-level tokenizer that splits as another does and joins, of what is not split, all bytes of different
+    characters that meet in ``CONTEXT``: its ids show every split."""
 
     def __init__(self, splitting: dict):
         from tokenizers import Tokenizer as Backend
@@ -146,14 +154,40 @@ class Splits(HuggingFaceTokenizer):
         letters = {byte: letter for letter, byte in byte_letters().items()}
         begins, ends = ([letters[byte] for byte in bytes_] for bytes_ in (range(0xC2, 0xF5), range(0x80, 0xC0)))
         beside = [letters[byte] for byte in sorted(set(CONTEXT.format("").encode()))]
-        merges = [(left, right) for lefts, rights in ((beside, begins), (ends, beside), (ends, begins)) for left in lefts for right in rights]
+        merges = [
+            (left, right)
+            for lefts, rights in ((beside, begins), (ends, beside), (ends, begins))
+            for left in lefts
+            for right in rights
+        ]
         names = [letters[byte] for byte in range(256)] + [left + right for left, right in merges]
-        model = {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)}, "merges": [f"{left} {right}" for left, right in merges]}
-        self._content = json.dumps({
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": splitting["normalizer"],
-            "pre_tokenizer": splitting["pre_tokenizer"], "post_processor": None, "decoder": None,
-            "model": {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-                      "byte_fallback": False, "ignore_merges": False, **model}})
+        model = {
+            "type": "BPE",
+            "vocab": {name: i for i, name in enumerate(names)},
+            "merges": [f"{left} {right}" for left, right in merges],
+        }
+        self._content = json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [],
+                "normalizer": splitting["normalizer"],
+                "pre_tokenizer": splitting["pre_tokenizer"],
+                "post_processor": None,
+                "decoder": None,
+                "model": {
+                    "dropout": None,
+                    "unk_token": None,
+                    "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None,
+                    "fuse_unk": False,
+                    "byte_fallback": False,
+                    "ignore_merges": False,
+                    **model,
+                },
+            }
+        )
         self.backend = Backend.from_str(self._content)
 
     def content(self) -> bytes:
@@ -167,10 +201,13 @@ def _utf16(text: str) -> np.ndarray:
 def _same(flat: np.ndarray, lengths: np.ndarray, right: np.ndarray, right_lengths: np.ndarray) -> np.ndarray:
     """Which of some texts got the same ids (bool)."""
     ends, right_ends = np.cumsum(lengths), np.cumsum(right_lengths)
-    return np.array([
-        np.array_equal(flat[end - length : end], right[right_end - right_length : right_end])
-        for end, length, right_end, right_length in zip(ends, lengths, right_ends, right_lengths)
-    ], bool)
+    return np.array(
+        [
+            np.array_equal(flat[end - length : end], right[right_end - right_length : right_end])
+            for end, length, right_end, right_length in zip(ends, lengths, right_ends, right_lengths, strict=True)
+        ],
+        bool,
+    )
 
 
 def _replaced(
@@ -178,7 +215,7 @@ def _replaced(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and lengths of texts, those at ``places`` replaced."""
     parts = np.split(flat, np.cumsum(lengths)[:-1])
-    for place, part in zip(places, np.split(right, np.cumsum(right_lengths)[:-1])):
+    for place, part in zip(places, np.split(right, np.cumsum(right_lengths)[:-1]), strict=True):
         parts[place] = part
     lengths = lengths.copy()
     lengths[places] = right_lengths

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 ROLES = {"user": "user", "bot": "bot", "assistant": "bot", "tool": "tool", "system": "system"}
 """Names of roles as people write them → ours."""
@@ -17,7 +17,8 @@ class BadDialog(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says. ``role`` is user or bot; the reply of a tool is a user's turn, as in the published template."""
+    """What one side says. ``role`` is user or bot; the reply of a tool is a user's turn, as in the published
+    template."""
 
     role: str
     text: str
@@ -32,15 +33,16 @@ class Dialog:
     """
 
     turns: tuple[Turn, ...]
-    system: Optional[str] = None
+    system: str | None = None
 
 
 def parse_dialog(line: Any) -> Dialog:
     """One decoded line of a jsonl file.
 
-    Three shapes are read: ``{"system", "dialog": [{"role", "content"}], ...}`` of TeleChat2's train.py (``multiturn`` and
-    ``tool`` are not needed), ``{"input", "output"}`` of TeleChat's process_data.py, where the input holds earlier turns
-    between ``<_user>`` and ``<_bot>``, and ``{"messages": [{"role", "content"}]}`` as Megatron-LM's fine-tuning reads it.
+    Three shapes are read: ``{"system", "dialog": [{"role", "content"}], ...}`` of TeleChat2's train.py (``multiturn``
+    and ``tool`` are not needed), ``{"input", "output"}`` of TeleChat's process_data.py, where the input holds earlier
+    turns between ``<_user>`` and ``<_bot>``, and ``{"messages": [{"role", "content"}]}`` as Megatron-LM's fine-tuning
+    reads it.
 
     Raises:
         BadDialog: no such shape, or turns that do not alternate.
@@ -57,7 +59,9 @@ def parse_dialog(line: Any) -> Dialog:
 
 
 def _kind(value: Any) -> str:
-    return {type(None): "null", bool: "a boolean", str: "a text", list: "a list", dict: "an object"}.get(type(value), "a number")
+    return {type(None): "null", bool: "a boolean", str: "a text", list: "a list", dict: "an object"}.get(
+        type(value), "a number"
+    )
 
 
 def _text(value: Any, name: str) -> str:
@@ -74,7 +78,9 @@ def _from_messages(messages: Any, key: str, line: dict) -> Dialog:
     if not isinstance(messages, list) or not messages:
         raise BadDialog(f"{key} is not a list of turns")
     if line.get("tools"):
-        raise BadDialog("a list of tools: write the block that describes them into the system text, as the published data does")
+        raise BadDialog(
+            "a list of tools: write the block that describes them into the system text, as the published data does"
+        )
     system = None if line.get("system") is None else _text(line["system"], "system")
     spoken: list[tuple[str, str]] = []
     for number, message in enumerate(messages):
@@ -167,7 +173,7 @@ def _from_input_output(line: dict) -> Dialog:
     return Dialog(tuple(turns), system)
 
 
-def dialogs_in(path: str) -> Optional[int]:
+def dialogs_in(path: str) -> int | None:
     """Lines of a jsonl file, for a description that encodes nothing; None for a compressed one."""
     if path.endswith(".gz"):
         return None

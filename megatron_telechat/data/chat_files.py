@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import numpy as np
 
@@ -106,8 +106,11 @@ def encoded(path: str, data: DataConfig, vocab_size: int, cache: Path, say: Say)
         os.rename(partial, final)
     except OSError as error:
         if not final.is_dir():  # else another run with the same file was faster
-            raise ResourceError(f"cannot write the encoded dialogs: {error}", str(cache),
-                                "give --data-cache-path a folder with space that all nodes share") from error
+            raise ResourceError(
+                f"cannot write the encoded dialogs: {error}",
+                str(cache),
+                "give --data-cache-path a folder with space that all nodes share",
+            ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
@@ -126,7 +129,7 @@ def _encode_file(path: str, digest: str, data: DataConfig, vocab_size: int, fold
             encoded_batch = vocabulary.encode(batch)
             if not encoded_batch:
                 return
-            tokens, roles = (np.concatenate(arrays) for arrays in zip(*encoded_batch))
+            tokens, roles = (np.concatenate(arrays) for arrays in zip(*encoded_batch, strict=True))
             lengths = np.array([pair[0].size for pair in encoded_batch], np.int64)
             writer.add_documents(tokens, lengths, np.ones(lengths.size, np.int64))
             roles.tofile(roles_file)
@@ -161,7 +164,8 @@ def _refuse(path: str, problems: list[Problem], bad: int, good: int) -> None:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and bytes of each line; a byte-order mark at the start is taken off, as the published reader does."""
+    """Number, from 1, and bytes of each line; a byte-order mark at the start is taken off, as the published reader
+    does."""
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
             for number, raw in enumerate(file, 1):

@@ -1,11 +1,13 @@
-"""Dialogs to tokens, and which of them are learned. Sources of the templates: TeleChat's published fine-tuning scripts."""
+"""Dialogs to tokens, and which of them are learned. Sources of the templates: TeleChat's published fine-tuning
+scripts."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,7 +39,7 @@ class Part(NamedTuple):
     role: int
 
 
-def render(dialog: Dialog, template: str, default_system: Optional[str] = None) -> list[Part]:
+def render(dialog: Dialog, template: str, default_system: str | None = None) -> list[Part]:
     """The dialog in a published template.
 
     Args:
@@ -52,7 +54,9 @@ def render(dialog: Dialog, template: str, default_system: Optional[str] = None) 
     if modern and system is not None:
         parts += [Part("<_system>", True, CONTEXT), *_content(system, CONTEXT), Part("\n", False, CONTEXT)]
     elif dialog.system is not None:
-        raise BadDialog(f"a system text, for which the template {template} has no place (--sft-template telechat2 has one)")
+        raise BadDialog(
+            f"a system text, for which the template {template} has no place (--sft-template telechat2 has one)"
+        )
     if template == "telechat2-115b":
         parts.append(Part("<_start>", True, CONTEXT))
     for turn in dialog.turns:
@@ -80,9 +84,11 @@ class ChatVocabulary:
         ConfigError: the tokenizer lacks a token of the template, or makes it of a text.
     """
 
-    def __init__(self, tokenizer_type: Optional[str], tokenizer_model: Optional[str], template: str, vocab_size: int):
+    def __init__(self, tokenizer_type: str | None, tokenizer_model: str | None, template: str, vocab_size: int):
         # "<_user>" that a person typed stays text
-        self.tokenizer = build_tokenizer(tokenizer_type, tokenizer_model, vocab_size=vocab_size, special_tokens_in_text=False)
+        self.tokenizer = build_tokenizer(
+            tokenizer_type, tokenizer_model, vocab_size=vocab_size, special_tokens_in_text=False
+        )
         self.template, self.tokenizer_model = template, tokenizer_model
         self._added = _added_tokens(Path(tokenizer_model)) if tokenizer_model else {}
         backend = getattr(self.tokenizer, "backend", None)
@@ -91,13 +97,18 @@ class ChatVocabulary:
         self.ids = {name: self._find(name) for name in (*start, "<_user>", "<_bot>", "<_end>", *TOOL_TAGS)}
         missing = [name for name, found in self.ids.items() if found is None and name not in TOOL_TAGS]
         if missing:
-            raise ConfigError(f"the tokenizer has no {', '.join(missing)}, which the template {template} needs",
-                              "tokenizer_model", "the tokenizer of a TeleChat model, or another --sft-template")
+            raise ConfigError(
+                f"the tokenizer has no {', '.join(missing)}, which the template {template} needs",
+                "tokenizer_model",
+                "the tokenizer of a TeleChat model, or another --sft-template",
+            )
         self._leave_text([name for name in self.ids if name not in TOOL_TAGS])
         pad = self._find("<_pad>")
-        self.pad: int = pad if pad is not None else self.tokenizer.pad if self.tokenizer.pad is not None else self.ids["<_end>"]
+        self.pad: int = (
+            pad if pad is not None else self.tokenizer.pad if self.tokenizer.pad is not None else self.ids["<_end>"]
+        )
 
-    def _find(self, name: str) -> Optional[int]:
+    def _find(self, name: str) -> int | None:
         if name in self._added:
             return self._added[name]
         backend = getattr(self.tokenizer, "backend", None)
@@ -113,7 +124,7 @@ class ChatVocabulary:
         if self._is_huggingface:
             self.tokenizer.leave_text(names, names)
         else:
-            made = [name for name, ids in zip(names, self.encode_texts(names)) if self.ids[name] in ids]
+            made = [name for name, ids in zip(names, self.encode_texts(names), strict=True) if self.ids[name] in ids]
             refuse_tokens_made_of_text(Path(self.tokenizer_model or ""), made)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -128,7 +139,7 @@ class ChatVocabulary:
         texts: dict[str, None] = {}
         for parts in dialogs:
             texts.update((part.text, None) for part in parts if not self._is_token(part))
-        encoded = dict(zip(texts, self.encode_texts(list(texts))))
+        encoded = dict(zip(texts, self.encode_texts(list(texts)), strict=True))
         return [self._join(parts, encoded) for parts in dialogs]
 
     def _is_token(self, part: Part) -> bool:
@@ -159,10 +170,12 @@ def _added_tokens(path: Path) -> dict[str, int]:
         entries = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
         return {entry["content"]: int(number) for number, entry in entries.items()}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{file} cannot be read: {error!r}", "tokenizer_model", "restore the file or take it away") from error
+        raise DataError(
+            f"{file} cannot be read: {error!r}", "tokenizer_model", "restore the file or take it away"
+        ) from error
 
 
-def tokenizer_files(tokenizer_model: Optional[str]) -> list[Path]:
+def tokenizer_files(tokenizer_model: str | None) -> list[Path]:
     """The files that decide the ids."""
     if not tokenizer_model:
         return []
@@ -174,7 +187,8 @@ def tokenizer_files(tokenizer_model: Optional[str]) -> list[Path]:
 
 
 def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    """The text of each token, for people. Of the tokens that make up one character the last shows it, the others ``·``."""
+    """The text of each token, for people. Of the tokens that make up one character the last shows it, the others
+    ``·``."""
     out: list[str] = []
     pending: list[int] = []
     for token in tokens:
@@ -187,7 +201,7 @@ def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     return out
 
 
-def _text_alone(tokenizer: Tokenizer, token: int) -> Optional[str]:
+def _text_alone(tokenizer: Tokenizer, token: int) -> str | None:
     """The text of a token that is whole characters, else None."""
     backend = getattr(tokenizer, "backend", None)
     if hasattr(backend, "IdToPiece"):  # decoding one piece would drop its blank

@@ -15,9 +15,9 @@ import importlib.metadata
 import json
 import re
 import sysconfig
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
 
 from megatron_telechat.errors import DataError, ResourceError
 
@@ -25,7 +25,16 @@ SAMPLE = Path(__file__).parent / "sample" / "bilingual.jsonl"
 # Shares of the budget. Chinese is scarce: it takes what is there.
 SHARES = {"en": 0.45, "code": 0.45, "zh": 0.10}
 _LONGEST = 60_000
-_SKIPPED_PARTS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
+_SKIPPED_PARTS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "lib2to3",
+    "pydoc_data",
+}
 _HAN = re.compile(r"[\u4e00-\u9fff]")
 _CATALOGUE_ROOTS = ("/usr/share/locale", "/usr/local/share/locale")
 _MESSAGES_A_DOCUMENT = 40

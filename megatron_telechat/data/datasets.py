@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Protocol
+from typing import Protocol
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, data_plan
@@ -53,8 +53,8 @@ class Datasets:
     """
 
     train: TokenDataset
-    valid: Optional[TokenDataset]
-    test: Optional[TokenDataset]
+    valid: TokenDataset | None
+    test: TokenDataset | None
     summary: tuple[str, ...]
     """Lines for the banner: documents, tokens and epochs of each source."""
     order: SampleOrder
@@ -97,7 +97,8 @@ def build_datasets(run: RunConfig, state: Ranks, progress: Progress = Progress()
     """The datasets of a run; called by all ranks.
 
     Rank 0 builds the index into the cache (and encodes files of dialogs), the others wait for it and read it. The order
-    depends on the files, the blend, the seed and the sequence length: not on the layout, and not on the length of the run.
+    depends on the files, the blend, the seed and the sequence length: not on the layout, and not on the length of the
+    run.
 
     Args:
         progress: how far the run has read, and in which order it began.
@@ -130,14 +131,18 @@ def build_datasets(run: RunConfig, state: Ranks, progress: Progress = Progress()
     elif not run.data.sft:
         word.hear(index.folder.name)
     sources, summary = read_sources(run, index, progress)
-    sizes = dict(zip(SPLITS, samples_needed(run, progress)))
+    sizes = dict(zip(SPLITS, samples_needed(run, progress), strict=True))
     borders = (getattr(run.data, name) for name in _BORDER_OPTIONS)
     options = (run.model.vocab_size, eod, *borders, run.routers_read_masks)
     datasets = {name: TokenDataset(source, sizes[name], *options) for name, source in sources.items()}
-    return Datasets(datasets["train"], datasets.get("valid"), datasets.get("test"), tuple(summary), order_of(run, progress))
+    return Datasets(
+        datasets["train"], datasets.get("valid"), datasets.get("test"), tuple(summary), order_of(run, progress)
+    )
 
 
-def read_sources(run: RunConfig, index: PreparedIndex, progress: Progress = Progress()) -> tuple[dict[str, SampleSource], list[str]]:
+def read_sources(
+    run: RunConfig, index: PreparedIndex, progress: Progress = Progress()
+) -> tuple[dict[str, SampleSource], list[str]]:
     """The sources of the splits out of an index that is built, and the lines of the banner about them."""
     names = used_splits(run, index.opened)
     sources, summary = split_sources(run, index.opened, names, IndexFolder(index.folder), progress)
@@ -151,25 +156,32 @@ def read_sources(run: RunConfig, index: PreparedIndex, progress: Progress = Prog
 def _mock_datasets(run: RunConfig, progress: Progress) -> Datasets:
     wanted = [name for name in _BORDER_OPTIONS if getattr(run.data, name)]
     if wanted:
-        raise ConfigError(f"mock_data has no documents: {' and '.join(wanted)} mean nothing with it",
-                          "mock_data", "drop these options, or give real data")
+        raise ConfigError(
+            f"mock_data has no documents: {' and '.join(wanted)} mean nothing with it",
+            "mock_data",
+            "drop these options, or give real data",
+        )
     made = [
         TokenDataset(
             MockSamples(size, run.training.seq_length, run.model.vocab_size, run.training.seed, number),
             size,
             run.model.vocab_size,
-        ) if size else None
+        )
+        if size
+        else None
         for number, size in enumerate(samples_needed(run, progress))
     ]
     summary = f"mock data: {len(made[0]):,} training samples of {run.training.seq_length:,} tokens"
     return Datasets(*made, (summary,), order_of(run, progress))
 
 
-def _end_of_document(run: RunConfig) -> Optional[int]:
+def _end_of_document(run: RunConfig) -> int | None:
     wanted = [] if run.data.sft else [name for name in _BORDER_OPTIONS if getattr(run.data, name)]
     if run.data.tokenizer_model is None and run.data.tokenizer_type is None:
         if wanted:
-            raise ConfigError(f"{' and '.join(wanted)} need the end-of-document id", wanted[0], "give --tokenizer-model")
+            raise ConfigError(
+                f"{' and '.join(wanted)} need the end-of-document id", wanted[0], "give --tokenizer-model"
+            )
         return None
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, vocab_size=run.model.vocab_size)
     if tokenizer.vocab_size > run.model.vocab_size:
@@ -179,8 +191,11 @@ def _end_of_document(run: RunConfig) -> Optional[int]:
             f"--vocab-size {tokenizer.vocab_size} (or more), or the model's own tokenizer",
         )
     if wanted and tokenizer.eod is None:
-        raise ConfigError(f"{' and '.join(wanted)} need an end-of-document token and the tokenizer has none",
-                          "tokenizer_model", "use a tokenizer with <_end>, </s> or <|endoftext|>")
+        raise ConfigError(
+            f"{' and '.join(wanted)} need an end-of-document token and the tokenizer has none",
+            "tokenizer_model",
+            "use a tokenizer with <_end>, </s> or <|endoftext|>",
+        )
     return tokenizer.eod
 
 
@@ -202,7 +217,7 @@ def data_fingerprint(run: RunConfig) -> dict:
             "weights": list(blend.weights) if blend.weights else None,
             "sources": [{"name": Path(p).name, **about[p]} for p in blend.prefixes],
         }
-        for name, blend, share in zip(SPLITS, plan.blends, plan.shares)
+        for name, blend, share in zip(SPLITS, plan.blends, plan.shares, strict=True)
         if blend
     }
     if run.data.sft:
@@ -224,7 +239,15 @@ def fingerprint_differences(saved: dict, now: dict, at: str = "") -> list[str]:
     """What differs between two fingerprints, one line each; names of files are not compared."""
     if isinstance(saved, dict) and isinstance(now, dict):
         keys = [key for key in {**saved, **now} if key != "name"]
-        return [line for key in keys for line in fingerprint_differences(saved.get(key), now.get(key), f"{at}.{key}".strip("."))]
+        return [
+            line
+            for key in keys
+            for line in fingerprint_differences(saved.get(key), now.get(key), f"{at}.{key}".strip("."))
+        ]
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
-        return [line for n, (a, b) in enumerate(zip(saved, now)) for line in fingerprint_differences(a, b, f"{at}[{n}]")]
+        return [
+            line
+            for n, (a, b) in enumerate(zip(saved, now, strict=True))
+            for line in fingerprint_differences(a, b, f"{at}[{n}]")
+        ]
     return [] if saved == now else [f"{at}: the checkpoint was trained with {saved}, the run has {now}"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Encoded:
 
 
 def encode_block(
-    block: Block, keys: Sequence[str], engine: Engine, tokenizer: Tokenizer, eod: Optional[int], dtype: np.dtype
+    block: Block, keys: Sequence[str], engine: Engine, tokenizer: Tokenizer, eod: int | None, dtype: np.dtype
 ) -> Encoded:
     """Parse and encode a block. A document that is bad in one key is left out of all."""
     documents, numbers, bad = parse_items(block.items, keys)
@@ -41,12 +42,12 @@ def encode_block(
     except Exception:  # packages have exceptions of their own: the documents are tried one by one
         documents, columns, more = _one_by_one(documents, numbers, len(keys), Reference(tokenizer, 1), dtype)
         bad = sorted(bad + more)
-    out = {key: _assemble(*column[1:], len(documents), eod, dtype) for key, column in zip(keys, columns)}
+    out = {key: _assemble(*column[1:], len(documents), eod, dtype) for key, column in zip(keys, columns, strict=True)}
     texts, flat, lengths, _ = columns[0] if columns else ([], None, None, None)
     return Encoded(out, len(documents), bad, (texts, flat, lengths))
 
 
-Column = tuple[list[str], np.ndarray, np.ndarray, Optional[np.ndarray]]
+Column = tuple[list[str], np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def _encode_column(documents: Sequence[Any], engine: Engine) -> Column:
@@ -78,7 +79,10 @@ def _check_ids(columns: Sequence[Column], dtype: np.dtype) -> None:
         if low < limits.min or high > limits.max:
             raise _Unfit(f"token id {low if low < limits.min else high} does not fit {dtype.name}")
         if int(lengths.max()) >= MAX_SEQUENCE_TOKENS:
-            raise _Unfit(f"a document of {int(lengths.max()):,} tokens does not fit the format (less than {MAX_SEQUENCE_TOKENS:,})")
+            raise _Unfit(
+                f"a document of {int(lengths.max()):,} tokens does not fit the format (less than "
+                f"{MAX_SEQUENCE_TOKENS:,})"
+            )
 
 
 def _one_by_one(
@@ -88,7 +92,7 @@ def _one_by_one(
     kept: list[tuple] = []
     parts: list[list[Column]] = [[] for _ in range(keys)]
     bad: list[tuple[int, str]] = []
-    for document, number in zip(documents, numbers):
+    for document, number in zip(documents, numbers, strict=True):
         try:
             columns = [_encode_column([value], engine) for value in document]
             _check_ids(columns, dtype)
@@ -97,7 +101,7 @@ def _one_by_one(
         except Exception as error:  # as above
             bad.append((number, f"the tokenizer fails: {explain(error)}"))
         else:
-            for part, column in zip(parts, columns):
+            for part, column in zip(parts, columns, strict=True):
                 owner = np.full(len(column[0]), len(kept), np.int64)
                 part.append((*column[:3], owner))
             kept.append(document)
@@ -114,7 +118,7 @@ def _joined(parts: Sequence[Column]) -> Column:
 
 
 def _assemble(
-    flat: np.ndarray, lengths: np.ndarray, owners: Optional[np.ndarray], documents: int, eod: Optional[int], dtype: np.dtype
+    flat: np.ndarray, lengths: np.ndarray, owners: np.ndarray | None, documents: int, eod: int | None, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drop empty sequences, end each document that has a token with ``eod``."""
     kept = lengths > 0

@@ -10,7 +10,8 @@ import itertools
 import json
 import os
 import threading
-from typing import Any, Optional, Protocol, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -62,7 +63,9 @@ def open_engine(name: str, tokenizer: Tokenizer, workers: int) -> Engine:
     except BaseException as error:  # each package has exceptions of its own; a panic of Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise EngineUnfit(f"{name} does not take this tokenizer: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise EngineUnfit(
+            f"{name} does not take this tokenizer: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
 
 
 def engine_names(wanted: str, tokenizer: Tokenizer) -> list[str]:
@@ -95,7 +98,9 @@ class Reference:
         self.tokenizer = tokenizer
         self.sentencepiece = tokenizer.backend if isinstance(tokenizer, SentencePieceTokenizer) else None
         self.workers = workers
-        self.threads = min(workers, 2) if isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer)) else workers
+        self.threads = (
+            min(workers, 2) if isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer)) else workers
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.sentencepiece is not None and texts:
@@ -110,7 +115,9 @@ def affixes(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
     return tokenizer.affixes
 
 
-def add_affixes(flat: np.ndarray, lengths: np.ndarray, head: list[int], tail: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def add_affixes(
+    flat: np.ndarray, lengths: np.ndarray, head: list[int], tail: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
     ends = np.cumsum(lengths)
     if head:
         flat = np.insert(flat, np.repeat(ends - lengths, len(head)), np.tile(head, lengths.size))
@@ -142,7 +149,7 @@ class Gigatoken:
             self.head, self.tail = affixes(tokenizer)
         self._turn = threading.Condition()
         self._calls, self._renewing = 0, False
-        self.before: Optional[int] = None
+        self.before: int | None = None
         self.encoded = 0
 
     def _open(self) -> Any:
@@ -221,15 +228,22 @@ def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> tuple[str, bool]:
 
     backend = tokenizer.backend
     content = json.loads(sentencepiece_to_tokenizer_json(backend.serialized_model_proto()))
-    control = {backend.IdToPiece(i): i for i in range(backend.GetPieceSize()) if backend.IsControl(i) or backend.IsUnused(i)}
+    control = {
+        backend.IdToPiece(i): i for i in range(backend.GetPieceSize()) if backend.IsControl(i) or backend.IsUnused(i)
+    }
     unknown = content["model"]["unk_token"]
     if any(backend.IsUnused(i) for i in control.values()):
         raise EngineUnfit("gigatoken does not know unused pieces")
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
     vocabulary = content["model"]["vocab"]
-    content["model"]["vocab"] = {f"\ufdd0{i}\ufdd1" if i in control.values() else piece: i for piece, i in vocabulary.items()}
-    content["model"]["merges"] = [pair for pair in content["model"]["merges"]
-                                  if not {pair[0], pair[1], pair[0] + pair[1]} & ({*control} | {unknown})]
+    content["model"]["vocab"] = {
+        f"\ufdd0{i}\ufdd1" if i in control.values() else piece: i for piece, i in vocabulary.items()
+    }
+    content["model"]["merges"] = [
+        pair
+        for pair in content["model"]["merges"]
+        if not {pair[0], pair[1], pair[0] + pair[1]} & ({*control} | {unknown})
+    ]
     steps = content["normalizer"]["normalizers"]
     kept = [step for step in steps if step["type"] != "Prepend"]
     content["normalizer"]["normalizers"] = kept
@@ -257,15 +271,19 @@ class Tiktoken:
         vocabulary = {piece: i for piece, i in model["vocab"].items() if piece not in added}
         ranks = {bytes(letters[letter] for letter in piece): i for piece, i in vocabulary.items()}
         merged = [vocabulary["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in model["merges"]]
-        if any(later < earlier for earlier, later in zip(merged, merged[1:])):
+        if any(later < earlier for earlier, later in zip(merged, merged[1:], strict=False)):
             raise EngineUnfit("the ids of the tokenizer do not follow the order of its merges")
         if not tokenizer.special_tokens_in_text:
             added = {token["content"]: token["id"] for token in content["added_tokens"] if not token["special"]}
         self.known = set(added)
-        self.backend = tiktoken.Encoding("own", pat_str=_pattern(content["pre_tokenizer"]), mergeable_ranks=ranks, special_tokens=added)
+        self.backend = tiktoken.Encoding(
+            "own", pat_str=_pattern(content["pre_tokenizer"]), mergeable_ranks=ranks, special_tokens=added
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        flat, lengths = flatten(self.backend.encode_batch(list(texts), num_threads=self.workers, allowed_special=self.known))
+        flat, lengths = flatten(
+            self.backend.encode_batch(list(texts), num_threads=self.workers, allowed_special=self.known)
+        )
         return add_affixes(flat, lengths, self.head, self.tail) if self.head or self.tail else (flat, lengths)
 
 
@@ -275,7 +293,7 @@ _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 _GPT2_DIGITS = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 
-def _pattern(pretokenizer: Optional[dict]) -> str:
+def _pattern(pretokenizer: dict | None) -> str:
     """The pretokenizer of a tokenizer.json as one pattern.
 
     Raises:
@@ -318,9 +336,9 @@ def limit_threads(workers: int) -> None:
 def give_back_large_blocks() -> None:
     """What is large gets pages of its own, which go back when it is freed.
 
-    Left alone glibc raises this limit to 32 MiB, and the heap of a gigabyte's run grew by 100 MB. Not for every encoder:
-    gigatoken takes and frees large blocks for each text of a sentencepiece model, and new pages each time took three
-    times as long as the work.
+    Left alone glibc raises this limit to 32 MiB, and the heap of a gigabyte's run grew by 100 MB. Not for every
+    encoder: gigatoken takes and frees large blocks for each text of a sentencepiece model, and new pages each time took
+    three times as long as the work.
     """
     _mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 

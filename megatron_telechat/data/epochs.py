@@ -1,16 +1,17 @@
 """Samples of one indexed dataset, epoch after epoch, without an end.
 
-Each epoch shuffles the documents, lays them end to end and shuffles the samples cut from that, with a generator of its own.
-The first one is Megatron's order of a single epoch. A sample is ``sequence_length`` + 1 tokens; its last token is the first
-of the next one.
+Each epoch shuffles the documents, lays them end to end and shuffles the samples cut from that, with a generator of its
+own. The first one is Megatron's order of a single epoch. A sample is ``sequence_length`` + 1 tokens; its last token is
+the first of the next one.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Iterator, Optional
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Stretch:
     first_epoch: int
     epochs: int
     samples: int
-    megatron_for: Optional[int] = None
+    megatron_for: int | None = None
 
     @property
     def name(self) -> str:
@@ -61,13 +62,13 @@ class SourceShape:
 
     tokens: int
     sequence_length: int
-    megatron_for: Optional[int] = None
+    megatron_for: int | None = None
 
     def samples_in(self, epochs: int) -> int:
         """Whole samples of so many epochs laid end to end."""
         return max(0, (epochs * self.tokens - 1) // self.sequence_length)
 
-    def first(self) -> Optional[Stretch]:
+    def first(self) -> Stretch | None:
         """The stretch in Megatron's order; None where it is that of the first epoch alone, which is ours too."""
         if self.megatron_for is None:
             return None
@@ -112,7 +113,7 @@ class IndexedSamples:
         split: str,
         sequence_length: int,
         seed: int,
-        megatron_for: Optional[int] = None,
+        megatron_for: int | None = None,
     ):
         self.dataset = dataset
         self.sequence_length = sequence_length
@@ -123,8 +124,8 @@ class IndexedSamples:
         needed = sequence_length + 1 if once else 1
         if self.tokens_per_epoch < needed:
             raise DataError(
-                f"the {split} split of {dataset.prefix} holds {len(self._sequences)} sequences with {self.tokens_per_epoch:,} "
-                f"tokens; {needed:,} are needed at least",
+                f"the {split} split of {dataset.prefix} holds {len(self._sequences)} sequences with "
+                f"{self.tokens_per_epoch:,} tokens; {needed:,} are needed at least",
                 dataset.prefix,
                 "give it a larger share with --split, more documents, or leave the dataset out",
             )
@@ -135,7 +136,7 @@ class IndexedSamples:
         self._folders: list[Path] = []
         self._opened: dict[int, tuple[np.ndarray, ...]] = {}
 
-    def require(self, size: Optional[int], index: IndexFolder, name: str) -> None:
+    def require(self, size: int | None, index: IndexFolder, name: str) -> None:
         """Make the first ``size`` samples readable.
 
         Args:
@@ -151,21 +152,24 @@ class IndexedSamples:
         for stretch in self._shape.stretches():
             if at >= size:
                 break
-            self._folders.append(index.piece(f"{name}-{stretch.name}", lambda folder: self._build(stretch, folder, index.say)))
+            self._folders.append(index.piece(f"{name}-{stretch.name}", partial(self._build, stretch, say=index.say)))
             self._begins.append(at)
             at += stretch.samples
 
     def _build(self, stretch: Stretch, folder: Path, say: Say) -> None:
         say(f"indexing {self.dataset.prefix} for {self._split}: {stretch.name}")
         if stretch.megatron_for is not None:
-            _build_megatrons(self.dataset, self._sequences, self._split, self.sequence_length, self._seed, stretch, folder)
+            _build_megatrons(
+                self.dataset, self._sequences, self._split, self.sequence_length, self._seed, stretch, folder
+            )
             return
         found = epochs_index(self.dataset.sequence_lengths, self._sequences, self._shape, self._seed, stretch)
-        for file, array in zip(_FILES, found):
+        for file, array in zip(_FILES, found, strict=True):
             np.save(folder / f"{file}.npy", array)
 
     def _arrays(self, number: int) -> tuple[np.ndarray, ...]:
-        """documents, samples and shuffle of a stretch, memory-mapped; few are open at a time, since each costs files."""
+        """documents, samples and shuffle of a stretch, memory-mapped; few are open at a time, since each costs
+        files."""
         found = self._opened.get(number)
         if found is None:
             found = tuple(np.load(self._folders[number] / f"{file}.npy", mmap_mode="r") for file in _FILES)
@@ -274,7 +278,13 @@ class _IndexTokenizer:
 
 
 def _build_megatrons(
-    dataset: IndexedDataset, sequences: range, split: str, sequence_length: int, seed: int, stretch: Stretch, folder: Path
+    dataset: IndexedDataset,
+    sequences: range,
+    split: str,
+    sequence_length: int,
+    seed: int,
+    stretch: Stretch,
+    folder: Path,
 ) -> None:
     """megatron-core's own index, under our names."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -295,7 +305,9 @@ def _build_megatrons(
     indices = np.arange(sequences.start, sequences.stop, dtype=np.int32)
     built = GPTDataset(dataset, dataset.prefix, indices, stretch.megatron_for, Split[split], config)
     if built.sample_index.shape[0] - 1 != stretch.samples:
-        raise AssertionError(f"megatron-core made {built.sample_index.shape[0] - 1} samples, {stretch.samples} were expected")
-    for file, theirs in zip(_FILES, ("document", "sample", "shuffle")):
+        raise AssertionError(
+            f"megatron-core made {built.sample_index.shape[0] - 1} samples, {stretch.samples} were expected"
+        )
+    for file, theirs in zip(_FILES, ("document", "sample", "shuffle"), strict=True):
         (found,) = folder.glob(f"*-{theirs}_index.npy")
         found.rename(folder / f"{file}.npy")

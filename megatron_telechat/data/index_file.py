@@ -10,15 +10,23 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, Optional
+from typing import Any, BinaryIO
 
 import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
 DTYPES: dict[int, type] = {
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
 }
 CHUNK_BYTES = 16 << 20
 _ENTRIES = 1 << 20
@@ -52,7 +60,7 @@ class ChunkSums:
         return list(self.done)
 
     @classmethod
-    def resumed(cls, path: Path, size: int, chunks: list[str]) -> "ChunkSums":
+    def resumed(cls, path: Path, size: int, chunks: list[str]) -> ChunkSums:
         """The state after ``size`` bytes of a file whose whole chunks are known: reads its last, open chunk."""
         sums = cls()
         sums.done, sums.size = list(chunks), len(chunks) * CHUNK_BYTES
@@ -89,7 +97,9 @@ def dtype_code(dtype: np.dtype) -> int:
 Arrays = Callable[[], Iterable[np.ndarray]]
 
 
-def write_index(file: BinaryIO, dtype: np.dtype, sequences: int, documents: int, lengths: Arrays, counts: Arrays) -> ChunkSums:
+def write_index(
+    file: BinaryIO, dtype: np.dtype, sequences: int, documents: int, lengths: Arrays, counts: Arrays
+) -> ChunkSums:
     """Write an index.
 
     Args:
@@ -136,7 +146,7 @@ def _cut(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
             yield piece[begin : begin + _ENTRIES]
 
 
-def stored(path: Path, dtype: str, begin: int = 0, count: Optional[int] = None) -> Iterator[np.ndarray]:
+def stored(path: Path, dtype: str, begin: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
     """Numbers out of a file in pieces: ``count`` of them (None: all) from byte ``begin``."""
     kind = np.dtype(dtype)
     left = (os.path.getsize(path) - begin) // kind.itemsize if count is None else count

@@ -13,8 +13,8 @@ import hashlib
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class IndexedWriter:
                 f"cannot write {self._bin_partial}: {error.strerror}", fix="choose an --output-prefix you may write to"
             ) from error
 
-    def __enter__(self) -> "IndexedWriter":
+    def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(self, kind, value, trace) -> None:
@@ -81,7 +81,7 @@ class IndexedWriter:
         else:
             self.abort()
 
-    def add_document(self, tokens: Sequence[int] | np.ndarray, lengths: Optional[Sequence[int]] = None) -> None:
+    def add_document(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | None = None) -> None:
         """Append one document.
 
         Args:
@@ -101,7 +101,8 @@ class IndexedWriter:
         assert int(lengths.sum()) == tokens.size and int(sequences_per_document.sum()) == lengths.size
         if lengths.size and int(lengths.max()) > MAX_SEQUENCE_TOKENS:
             raise DataError(
-                f"a document of {int(lengths.max()):,} tokens does not fit the format (at most {MAX_SEQUENCE_TOKENS:,})",
+                f"a document of {int(lengths.max()):,} tokens does not fit the format (at most "
+                f"{MAX_SEQUENCE_TOKENS:,})",
                 self.prefix,
                 "split the document",
             )
@@ -140,7 +141,14 @@ class IndexedWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             with open(self._idx_partial, "wb") as file:
-                write_index(file, self.dtype, sequences, self.documents, lambda: self._lengths, lambda: self._sequences_per_document)
+                write_index(
+                    file,
+                    self.dtype,
+                    sequences,
+                    self.documents,
+                    lambda: self._lengths,
+                    lambda: self._sequences_per_document,
+                )
             # An old index beside a new .bin would be a readable lie: take it away first, put the new one last.
             self._idx.unlink(missing_ok=True)
             os.replace(self._bin_partial, self._bin)
@@ -195,7 +203,9 @@ class IndexedDataset:
         self.tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype) if bin_bytes else np.empty(0, self.dtype)
 
     def _damaged(self, what: str, path: Path) -> DataError:
-        return DataError(what, str(path), "write the dataset again with tools/preprocess_data.py, or copy both files again")
+        return DataError(
+            what, str(path), "write the dataset again with tools/preprocess_data.py, or copy both files again"
+        )
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
         size = self.idx_path.stat().st_size
@@ -205,7 +215,7 @@ class IndexedDataset:
             raise self._damaged("not an index of Megatron's format (wrong magic bytes)", self.idx_path)
         if len(header) < HEADER_BYTES:
             raise self._damaged(f"the index ends inside its header ({size} bytes)", self.idx_path)
-        version, code, sequences, boundaries = struct.unpack("<QBQQ", header[len(MAGIC):])
+        version, code, sequences, boundaries = struct.unpack("<QBQQ", header[len(MAGIC) :])
         if version != 1:
             raise self._damaged(f"index version {version} is unknown (1 is expected)", self.idx_path)
         if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
@@ -267,7 +277,7 @@ class IndexedDataset:
     def num_tokens(self) -> int:
         return self.tokens.size
 
-    def get(self, sequence: int, offset: int = 0, length: Optional[int] = None) -> np.ndarray:
+    def get(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens of one sequence, or ``length`` of them from token ``offset``: a view into the map."""
         start = int(self.sequence_offsets[sequence]) // self.dtype.itemsize + offset
         count = int(self.sequence_lengths[sequence]) - offset if length is None else length

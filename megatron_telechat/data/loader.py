@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Iterator, Optional
 
 import torch
 
@@ -44,7 +44,7 @@ class BatchIterator:
             # The training looks through all micro-batches of a step before the first: let them be there.
             self._ahead = max(self._ahead, run.num_microbatches)
         self._pending: deque[Future] = deque()
-        self._pool: Optional[ThreadPoolExecutor] = None
+        self._pool: ThreadPoolExecutor | None = None
         if run.data.num_workers:
             self._pool = ThreadPoolExecutor(run.data.num_workers, thread_name_prefix="batches")
 
@@ -52,7 +52,7 @@ class BatchIterator:
         """Micro-batches of this rank from the start of the iterator to its end."""
         return self._count
 
-    def __iter__(self) -> "BatchIterator":
+    def __iter__(self) -> BatchIterator:
         return self
 
     def _make(self, number: int) -> dict[str, torch.Tensor]:
@@ -63,8 +63,11 @@ class BatchIterator:
             raise
         except Exception as error:
             where = self._dataset.source.origin(samples[0])
-            raise DataError(f"sample {samples[0]} cannot be read: {type(error).__name__}: {error}", where,
-                            "check that the dataset was not changed or moved while the run reads it") from error
+            raise DataError(
+                f"sample {samples[0]} cannot be read: {type(error).__name__}: {error}",
+                where,
+                "check that the dataset was not changed or moved while the run reads it",
+            ) from error
 
     def __next__(self) -> dict[str, torch.Tensor]:
         if self._pool is None:
@@ -86,7 +89,7 @@ class BatchIterator:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> "BatchIterator":
+    def __enter__(self) -> BatchIterator:
         return self
 
     def __exit__(self, kind, value, trace) -> None:

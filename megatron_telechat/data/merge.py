@@ -1,12 +1,13 @@
-"""Several datasets as one: tokens copied, index written anew in pieces; the bytes one run over all the input would give."""
+"""Several datasets as one: tokens copied, index written anew in pieces; the bytes one run over all the input would
+give."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import numpy as np
 
@@ -29,7 +30,8 @@ def plan_merge(prefixes: Sequence[str], output_prefix: str) -> dict[str, list[st
     if not any(found):
         twice = same_data(prefixes, copies=False)
         if twice:
-            raise DataError([Problem(f"one dataset under several names: {', '.join(same.names)}", "--input", "name it once")
+            raise DataError([Problem(f"one dataset under several names: "
+                                     f"{', '.join(same.names)}", "--input", "name it once")
                              for same in twice])  # fmt: skip
         return {output_prefix: list(prefixes)}
     if not all(found):
@@ -37,15 +39,24 @@ def plan_merge(prefixes: Sequence[str], output_prefix: str) -> dict[str, list[st
         raise DataError(f"{other} is no shard, the others are", "--input", "merge the shards first")
     runs = {(match["stem"], match["count"]) for match in found}
     if len(runs) > 1:
-        raise DataError("the shards are of different runs: " + ", ".join(f"{stem} of {count}" for stem, count in sorted(runs)),
-                        "--input", "merge one run at a time")
+        raise DataError(
+            "the shards are of different runs: " + ", ".join(f"{stem} of {count}" for stem, count in sorted(runs)),
+            "--input",
+            "merge one run at a time",
+        )
     (stem, count), out, problems = runs.pop(), {}, []
     for key in dict.fromkeys(match["key"] for match in found):
         there = {int(match["index"]): match.group(0) for match in found if match["key"] == key}
         missing = [index for index in range(int(count)) if index not in there]
         if missing:
             named = ", ".join(map(str, missing[:8]))
-            problems.append(Problem(f"shards {named} of {count} of {key!r} are missing", f"{stem}.shard-*", "finish their runs, or name them too"))
+            problems.append(
+                Problem(
+                    f"shards {named} of {count} of {key!r} are missing",
+                    f"{stem}.shard-*",
+                    "finish their runs, or name them too",
+                )
+            )
         out[f"{output_prefix}_{key}_document"] = [there[index] for index in sorted(there)]
     if problems:
         raise DataError(problems)
@@ -53,7 +64,8 @@ def plan_merge(prefixes: Sequence[str], output_prefix: str) -> dict[str, list[st
 
 
 def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
-    """Write one dataset out of several, in order. Each is verified; nothing stands under the final name before it is whole.
+    """Write one dataset out of several, in order. Each is verified; nothing stands under the final name before it is
+    whole.
 
     Raises:
         DataError: an input is damaged, of another dtype, or the output itself.
@@ -68,11 +80,16 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDatase
     parts = [IndexedDataset(prefix) for prefix in prefixes]
     others = [part for part in parts if part.dtype != parts[0].dtype]
     if others:
-        raise DataError(f"{others[0].prefix} holds {others[0].dtype.name}, {parts[0].prefix} {parts[0].dtype.name}", "--input",
-                        "make all with one tokenizer")
+        raise DataError(
+            f"{others[0].prefix} holds {others[0].dtype.name}, {parts[0].prefix} {parts[0].dtype.name}",
+            "--input",
+            "make all with one tokenizer",
+        )
     for part in parts:
         if part.idx_path.stat().st_size != HEADER_BYTES + 12 * len(part) + 8 * (part.documents + 1):
-            raise DataError(f"{part.idx_path} has modes of sequences (multimodal data)", "--input", "text data has none")
+            raise DataError(
+                f"{part.idx_path} has modes of sequences (multimodal data)", "--input", "text data has none"
+            )
     needed = sum(path.stat().st_size for part in parts for path in (part.bin_path, part.idx_path))
     partial = {suffix: Path(f"{out}{suffix}.partial") for suffix in (".bin", ".idx", ".sums")}
     try:
@@ -84,8 +101,11 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDatase
             os.replace(partial[suffix], sums_path(str(out)) if suffix == ".sums" else f"{out}{suffix}")
     except OSError as error:
         free = shutil.disk_usage(out.parent).free if out.parent.is_dir() else 0
-        raise ResourceError(f"cannot write {out}: {error.strerror or error}; {needed:,} bytes are needed, {free:,} are free",
-                            "--output-prefix", "free some space or choose another --output-prefix") from error
+        raise ResourceError(
+            f"cannot write {out}: {error.strerror or error}; {needed:,} bytes are needed, {free:,} are free",
+            "--output-prefix",
+            "free some space or choose another --output-prefix",
+        ) from error
     finally:
         for path in partial.values():
             if path.parent.is_dir():

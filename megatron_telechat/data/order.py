@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS
@@ -20,7 +21,8 @@ class SampleOrder:
     """The rule that decides the samples of a run. It is settled once, at the first start.
 
     Attributes:
-        kind: ``epochs``: each epoch of a source is shuffled on its own, so that the order has no end and does not depend on
+        kind: ``epochs``: each epoch of a source is shuffled on its own, so that the order has no end and does not
+        depend on
             the length of the run. ``megatron``: Megatron's order for the numbers in ``built_for``, then ``epochs``.
         built_for: for each split, the samples that Megatron's order was made for.
     """
@@ -45,13 +47,14 @@ class Progress:
 
     steps: int = 0
     consumed_samples: int = 0
-    order: Optional[SampleOrder] = None
+    order: SampleOrder | None = None
 
 
 def samples_needed(run: RunConfig, progress: Progress = Progress()) -> tuple[int, int, int]:
     """Samples for train, from the first of the run to the last, and of one evaluation for valid and test (0: not used).
 
-    The batch may have been another one before a resume: what was consumed and what the steps to come need are counted apart.
+    The batch may have been another one before a resume: what was consumed and what the steps to come need are counted
+    apart.
     """
     batch = run.training.global_batch_size
     # Validation data of its own is evaluated at the end, also where no interval is given.
@@ -74,16 +77,17 @@ def _order_of_new_run(run: RunConfig) -> SampleOrder:
 
 
 def _megatrons(run: RunConfig) -> SampleOrder:
-    needed = dict(zip(SPLITS, samples_needed(run)))
+    needed = dict(zip(SPLITS, samples_needed(run), strict=True))
     return SampleOrder(MEGATRON, {name: number for name, number in needed.items() if number})
 
 
-def resumed_order(run: RunConfig, extra: Mapping[str, Any], saved: Optional[RunConfig], where: str) -> SampleOrder:
+def resumed_order(run: RunConfig, extra: Mapping[str, Any], saved: RunConfig | None, where: str) -> SampleOrder:
     """The order of the run that wrote a checkpoint.
 
     Args:
         run: the run that goes on.
-        extra: the extras of the checkpoint. One without an order was read in Megatron's, for the number of samples of its run.
+        extra: the extras of the checkpoint. One without an order was read in Megatron's, for the number of samples of
+        its run.
         saved: the configuration of that run; None where this program cannot read it.
         where: the checkpoint, for messages.
 
@@ -97,21 +101,24 @@ def resumed_order(run: RunConfig, extra: Mapping[str, Any], saved: Optional[RunC
     if order is None:
         if saved is None and not run.checkpoint.allow_data_change:
             raise CheckpointError(
-                "the checkpoint does not say in which order its samples were read, and its configuration cannot be read",
+                "the checkpoint does not say in which order its samples were read, and its configuration cannot be "
+                "read",
                 where,
-                "go on with the release that wrote it, or --allow-data-change: some samples are then read twice, others never",
+                "go on with the release that wrote it, or --allow-data-change: some samples are then read twice, "
+                "others never",
             )
         order = SampleOrder() if saved is None else _megatrons(saved)
     if run.data.data_order == MEGATRON and order.kind != MEGATRON:
         raise ConfigError(
-            f"data_order=megatron, but the run began with data_order={order.kind}: some samples would be read twice, others never",
+            f"data_order=megatron, but the run began with data_order={order.kind}: some samples would be read twice, "
+            f"others never",
             where,
             "drop --data-order: a run keeps the order it began with",
         )
     return order
 
 
-def _read(extra: Mapping[str, Any], where: str) -> Optional[SampleOrder]:
+def _read(extra: Mapping[str, Any], where: str) -> SampleOrder | None:
     stored = extra.get(SAVED_AS)
     if stored is None:
         return None
@@ -120,6 +127,9 @@ def _read(extra: Mapping[str, Any], where: str) -> Optional[SampleOrder]:
             raise ValueError(f"version {stored['version']}, kind {stored['kind']}")
         built_for = {str(split): int(number) for split, number in stored["built_for"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the checkpoint names an order of samples that this program does not know ({error})", where,
-                              "go on with the release that wrote it") from error
+        raise CheckpointError(
+            f"the checkpoint names an order of samples that this program does not know ({error})",
+            where,
+            "go on with the release that wrote it",
+        ) from error
     return SampleOrder(stored["kind"], built_for)

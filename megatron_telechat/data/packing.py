@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Optional
 
 import numpy as np
 
@@ -62,7 +62,9 @@ def epochs(dialogs: int, seed: int, split: str) -> Iterator[np.ndarray]:
         number += 1
 
 
-def pack(lengths: np.ndarray, row: int, orders: Iterator[np.ndarray], rows_wanted: Optional[int], packing: bool) -> list[list[int]]:
+def pack(
+    lengths: np.ndarray, row: int, orders: Iterator[np.ndarray], rows_wanted: int | None, packing: bool
+) -> list[list[int]]:
     """Rows of dialogs whose lengths sum to ``row`` at most.
 
     Args:
@@ -71,9 +73,9 @@ def pack(lengths: np.ndarray, row: int, orders: Iterator[np.ndarray], rows_wante
         rows_wanted: stop at this many rows; unset: one epoch, the last rows included.
         packing: False puts every dialog into a row of its own.
 
-    A dialog joins the first open row with room for it, else it begins a new one and the oldest is closed; an epoch ends with
-    all but its newest row closed. So none is lost, whatever its length, and none waits for long. The first rows do not
-    depend on how many are wanted.
+    A dialog joins the first open row with room for it, else it begins a new one and the oldest is closed; an epoch ends
+    with all but its newest row closed. So none is lost, whatever its length, and none waits for long. The first rows do
+    not depend on how many are wanted.
     """
     done: list[list[int]] = []
     open_rows: list[list[int]] = []
@@ -145,7 +147,7 @@ class ChatSamples:
         self._split, self._seed, self._packing = split, seed, data.sft_packing
         self._size = 0
 
-    def require(self, size: Optional[int], index: IndexFolder, name: str) -> None:
+    def require(self, size: int | None, index: IndexFolder, name: str) -> None:
         """Make the first ``size`` rows readable, reading the dialogs again as often as it takes.
 
         Args:
@@ -224,8 +226,11 @@ class ChatSamples:
         """The line of the banner."""
         used = self._items[: int(self._rows[min(drawn, len(self))])]
         fill = float(self.usable.lengths[used].sum(dtype=np.int64)) / max(1, min(drawn, len(self)) * self.row)
-        left = {"cut to the row": self.usable.cut, "left out as too long": self.usable.too_long,
-                "left out, their answer lies beyond the row": self.usable.without_answer}
+        left = {
+            "cut to the row": self.usable.cut,
+            "left out as too long": self.usable.too_long,
+            "left out, their answer lies beyond the row": self.usable.without_answer,
+        }
         notes = "".join(f", {count:,} {what}" for what, count in left.items() if count)
         return (
             f"{split}: {self.dataset.source}  {self.usable.dialogs.size:,} dialogs{notes}  "

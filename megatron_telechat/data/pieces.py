@@ -6,8 +6,8 @@ import errno
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from megatron_telechat.errors import ResourceError
 
@@ -83,8 +83,11 @@ def _sync(path: Path) -> None:
 
 
 def cannot_write(error: OSError, folder: Path) -> ResourceError:
-    return ResourceError(f"cannot write the sample index: {error}", str(folder.parent),
-                         "give --data-cache-path a folder with space that all nodes share")
+    return ResourceError(
+        f"cannot write the sample index: {error}",
+        str(folder.parent),
+        "give --data-cache-path a folder with space that all nodes share",
+    )
 
 
 def roomy(size: int, least: int) -> int:

@@ -11,17 +11,18 @@ import json
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
+from typing import Any
 
 import numpy as np
 
 from megatron_telechat.data.blocks import Block, Span, read_blocks, shard_of, spans
-from megatron_telechat.data.encode import Encoded, encode_block
 from megatron_telechat.data.characters import guarded
+from megatron_telechat.data.encode import Encoded, encode_block
 from megatron_telechat.data.engines import Engine, EngineUnfit, Reference, engine_names, limit_threads, open_engine
 from megatron_telechat.data.indexed import token_dtype
 from megatron_telechat.data.self_check import EngineDiffers, SelfCheck
@@ -64,10 +65,10 @@ class Job:
     parts: list[Span]
     keys: tuple[str, ...]
     tokenizer: Tokenizer
-    eod: Optional[int]
+    eod: int | None
     workers: int
     on_error: str
-    shard: Optional[tuple[int, int]]
+    shard: tuple[int, int] | None
     log_interval: int
     log: Callable[[str], None]
     stop: Callable[[], bool]
@@ -85,7 +86,7 @@ def preprocess(
     on_error: str = "fail",
     log_interval: int = 1000,
     engine: str = "auto",
-    shard: Optional[tuple[int, int]] = None,
+    shard: tuple[int, int] | None = None,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     stop: Callable[[], bool] = lambda: False,
     journal_seconds: float = JOURNAL_SECONDS,
@@ -96,7 +97,8 @@ def preprocess(
         inputs: files, globs, folders.
         append_eod: end each document that has a token with the tokenizer's end-of-document id.
         workers: threads that encode.
-        on_error: a bad line ends the run (``fail``), is left out and listed (``skip``), or is put aside (``quarantine``).
+        on_error: a bad line ends the run (``fail``), is left out and listed (``skip``), or is put aside
+        (``quarantine``).
         log_interval: documents between two progress lines.
         engine: ``auto``, or one of ``engines.ENGINES``.
         shard: (i, n): only part i of n, 0 <= i < n, written under ``{output_prefix}.shard-i-of-n``.
@@ -110,20 +112,39 @@ def preprocess(
     """
     keys = tuple(dict.fromkeys(json_keys))
     if unfit := [key for key in keys if not key or "/" in key or "\0" in key]:
-        raise ConfigError(f"the key {unfit[0]!r} cannot be part of a file name", "--json-keys", "rename the key in the input")
+        raise ConfigError(
+            f"the key {unfit[0]!r} cannot be part of a file name", "--json-keys", "rename the key in the input"
+        )
     names = engine_names(engine, tokenizer)
     files = find_inputs(inputs)
     parts = spans(files)
     limit_threads(workers)
-    opened = [_opened(names[0], tokenizer, workers)]  # before the tokenizer is asked anything: it may be on its way (beside.py)
+    opened = [
+        _opened(names[0], tokenizer, workers)
+    ]  # before the tokenizer is asked anything: it may be on its way (beside.py)
     if append_eod and tokenizer.eod is None:
-        raise ConfigError("--append-eod: the tokenizer has no end-of-document token", "--tokenizer-model",
-                          "use a tokenizer with <_end>, </s> or <|endoftext|>, or drop --append-eod")
+        raise ConfigError(
+            "--append-eod: the tokenizer has no end-of-document token",
+            "--tokenizer-model",
+            "use a tokenizer with <_end>, </s> or <|endoftext|>, or drop --append-eod",
+        )
     prefix = output_prefix
     if shard is not None:
         parts, prefix = shard_of(parts, *shard), f"{output_prefix}.shard-{shard[0]}-of-{shard[1]}"
-    job = Job(files, parts, keys, tokenizer, tokenizer.eod if append_eod else None, workers, on_error, shard, log_interval,
-              log, stop, journal_seconds)
+    job = Job(
+        files,
+        parts,
+        keys,
+        tokenizer,
+        tokenizer.eod if append_eod else None,
+        workers,
+        on_error,
+        shard,
+        log_interval,
+        log,
+        stop,
+        journal_seconds,
+    )
     work = Workspace(prefix, keys, token_dtype(tokenizer.vocab_size), _identity(job), _LISTS[on_error])
     try:
         return _with_engines(job, work, names, opened)
@@ -144,13 +165,15 @@ def _leave(work: Workspace) -> None:
     work.close() if work.journalled else work.remove()
 
 
-def _identity(job: Job) -> Optional[dict[str, Any]]:
+def _identity(job: Job) -> dict[str, Any] | None:
     """What the output depends on; None where the tokenizer cannot be told from another."""
     digest = getattr(job.tokenizer, "digest", None)
     if digest is None:
         return None
     stats = [path.stat() for path in job.files]
-    listing = json.dumps([[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(job.files, stats)])
+    listing = json.dumps(
+        [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(job.files, stats, strict=True)]
+    )
     return {
         "format": 1,
         "inputs": hashlib.sha256(listing.encode()).hexdigest(),
@@ -190,7 +213,9 @@ def _with_engines(job: Job, work: Workspace, names: Sequence[str], opened: list[
             return _run(job, work, engine, resume)
         except (EngineUnfit, EngineDiffers) as error:
             if following is None:
-                raise ConfigError(f"--engine {name} cannot be used: {error}", "--engine", "leave --engine away") from error
+                raise ConfigError(
+                    f"--engine {name} cannot be used: {error}", "--engine", "leave --engine away"
+                ) from error
             resume = resume and not isinstance(error, EngineDiffers)
             again = "" if isinstance(error, EngineUnfit) else "; what it wrote is thrown away"
             job.log(f"engine {name} is not used ({error}){again}; next: {following}")
@@ -208,7 +233,7 @@ def _run(job: Job, work: Workspace, engine: Engine, resume: bool) -> Report:
     parts, first_part = job.parts, 0
     if position:
         first_part, begin = position["span"], position["skip"]
-        parts = [replace(job.parts[first_part], skip=begin, line=position["line"]), *job.parts[first_part + 1:]]
+        parts = [replace(job.parts[first_part], skip=begin, line=position["line"]), *job.parts[first_part + 1 :]]
         report.resumed_bytes = report.input_bytes
         job.log(f"an earlier run of this command left {report.documents_in:,} documents: going on from there")
     report.engine = engine.name
@@ -331,6 +356,6 @@ class Progress:
         left = max(0.0, self.total - report.input_bytes) / rate
         share = min(100.0, 100 * report.input_bytes / max(self.total, 1))
         self.log(
-            f"{report.documents_in:,} documents, {share:.0f}% ({(report.documents_in - self.documents) / elapsed:,.0f} documents/s, "
-            f"{rate / 1e6:.1f} MB/s, {left:.0f} s left)"
+            f"{report.documents_in:,} documents, {share:.0f}% ({(report.documents_in - self.documents) / elapsed:,.0f} "
+            f"documents/s, {rate / 1e6:.1f} MB/s, {left:.0f} s left)"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Optional
 
 import torch
 
@@ -55,7 +54,7 @@ class WordOfRankZero:
             self._told_s = time.monotonic()
             print(f"data: {text}", flush=True)
 
-    def hear(self, expected: Optional[str] = None) -> str:
+    def hear(self, expected: str | None = None) -> str:
         """Wait for the word and return it.
 
         Args:
@@ -70,10 +69,12 @@ class WordOfRankZero:
         if said == _STOPPED:
             raise StopAtStart
         if said.startswith("error: "):
-            raise DataError(f"rank 0 could not build the sample index: {said[len('error: '):]}")
+            raise DataError(f"rank 0 could not build the sample index: {said[len('error: ') :]}")
         if expected is not None and said != expected:
-            raise DataError(f"rank {self.rank} sees other data files than rank 0",
-                            fix="all nodes must read the same files; copy them again or mount one folder")
+            raise DataError(
+                f"rank {self.rank} sees other data files than rank 0",
+                fix="all nodes must read the same files; copy them again or mount one folder",
+            )
         return said
 
     def _at(self) -> str:
@@ -86,9 +87,11 @@ class WordOfRankZero:
             waited = time.monotonic() - begin
             if waited >= self.limit_s:
                 raise ResourceError(
-                    f"rank {self.rank} waited {self.limit_s / 60:g} minutes for rank 0 to build the sample index{self._at()}",
+                    f"rank {self.rank} waited {self.limit_s / 60:g} minutes for rank 0 to build the sample "
+                    f"index{self._at()}",
                     "data_index_timeout_minutes",
-                    "raise --data-index-timeout-minutes, look at the output of rank 0, or build it before with tools/build_index.py",
+                    "raise --data-index-timeout-minutes, look at the output of rank 0, or build it before with "
+                    "tools/build_index.py",
                 )
             try:
                 self.store.wait([self.key], timedelta(seconds=min(self.limit_s - waited, _TURN_S, _WAIT_MESSAGE_S)))

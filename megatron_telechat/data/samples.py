@@ -1,14 +1,15 @@
 """What a source of samples is, the mock stream, and samples as the training reads them.
 
-A source says ``len`` and ``tokens(i) -> int64 [seq_length + 1]``. Which tokens make sample i depends on the data, the seed and
-the length of a sample, never on how many samples a run reads.
+A source says ``len`` and ``tokens(i) -> int64 [seq_length + 1]``. Which tokens make sample i depends on the data, the
+seed and the length of a sample, never on how many samples a run reads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Protocol, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class SampleSource(Protocol):
 
     def tokens(self, sample: int) -> np.ndarray: ...
 
-    def marks(self, sample: int) -> Optional[Marks]: ...
+    def marks(self, sample: int) -> Marks | None: ...
 
     def pieces(self, sample: int) -> list[tuple[int, str]]: ...
 
@@ -107,9 +108,10 @@ class TokenDataset(torch.utils.data.Dataset):
         eod: end-of-document id: documents begin behind it. A source of dialogs knows their borders itself.
         eod_mask_loss: no loss at positions whose input is ``eod``.
         reset_position_ids: positions begin anew with a document or dialog.
-        reset_attention_mask: so does the attention, and the first token of a document or dialog is not learned from the end
-            of the one before it. A batch then holds ``segment_lengths`` too, int64 [segments of all its rows]: the lengths
-            of the stretches that attend to themselves only. They sum to s in each row.
+        reset_attention_mask: so does the attention, and the first token of a document or dialog is not learned from the
+        end
+            of the one before it. A batch then holds ``segment_lengths`` too, int64 [segments of all its rows]: the
+            lengths of the stretches that attend to themselves only. They sum to s in each row.
         tell_padding: a batch of dialogs holds ``padding`` too, bool [len(ids), s]: the inputs that are padding.
     """
 
@@ -118,7 +120,7 @@ class TokenDataset(torch.utils.data.Dataset):
         source: SampleSource,
         size: int,
         vocab_size: int,
-        eod: Optional[int] = None,
+        eod: int | None = None,
         eod_mask_loss: bool = False,
         reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
@@ -152,16 +154,16 @@ class TokenDataset(torch.utils.data.Dataset):
         text = np.stack([self.source.tokens(sample) for sample in samples])
         self._check_vocabulary(text, samples)
         marks = [self.source.marks(sample) for sample in samples]
-        starts = [self._starts(row, mark) for row, mark in zip(text, marks)]
+        starts = [self._starts(row, mark) for row, mark in zip(text, marks, strict=True)]
         length = text.shape[1] - 1
         place = np.tile(np.arange(length), (len(samples), 1))
         if self.reset_position_ids:
-            for row, begins in zip(place, starts):
+            for row, begins in zip(place, starts, strict=True):
                 row -= np.repeat(begins, np.diff([*begins, length]))
         batch = {
             "tokens": text[:, :-1].copy(),
             "labels": text[:, 1:].copy(),
-            "loss_mask": np.stack([self._loss_mask(*row) for row in zip(text, marks)]),
+            "loss_mask": np.stack([self._loss_mask(*row) for row in zip(text, marks, strict=True)]),
             "position_ids": place,
         }
         if self.reset_attention_mask:
@@ -170,7 +172,7 @@ class TokenDataset(torch.utils.data.Dataset):
             batch["padding"] = np.stack([np.arange(length) >= mark.used for mark in marks])
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
-    def _starts(self, row: np.ndarray, marks: Optional[Marks]) -> np.ndarray:
+    def _starts(self, row: np.ndarray, marks: Marks | None) -> np.ndarray:
         """Where documents or dialogs begin among the inputs of a row; the first is 0."""
         if marks is not None:
             return marks.starts[marks.starts < row.size - 1]
@@ -178,7 +180,7 @@ class TokenDataset(torch.utils.data.Dataset):
             return np.zeros(1, np.int64)
         return np.concatenate([[0], np.flatnonzero(row[:-2] == self.eod) + 1])
 
-    def _loss_mask(self, row: np.ndarray, marks: Optional[Marks]) -> np.ndarray:
+    def _loss_mask(self, row: np.ndarray, marks: Marks | None) -> np.ndarray:
         """float32 [s]: the mask of a position is that of its label."""
         mask = np.ones(row.size - 1, np.float32) if marks is None else marks.learned[1:].astype(np.float32)
         # Where the attention is reset, the first token of a document would be guessed from the end of another one. The

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Optional, Sequence
 
 import numpy as np
 
@@ -16,10 +16,47 @@ FIRST = 100_000
 SHARE = 1_000
 LONGEST = 20_000
 HARD = (
-    "", " ", "  ", "\n", "\t", "\r\n", " \n \n", "a", " a", "a ", "  two  spaces  ", "end\n\n\nnext\n", "tab\tline\r\nend", "12 345 6789", "１２３ ٣٤ ⅷ x²",
-    "don't I'LL we'Ve 's", "   if x:\n        return\t\t1\n", "天地玄黄，宇宙洪荒。", "中 文mixed英文 123字", "\u3000全角\u3000", "🙂👩‍👩‍👧‍👦🇨🇳", "e\u0301 é ﬁ Å",
-    "a\u2028b\u2029c\u0085d\u00a0e\u200bf", "\x00\x01\x7f", "\ufeffbom", "ﷺ \u0627\u0644\u0633", "नमस्ते สวัสดี 안녕", "\U0010ffff\ufffd", "aaaaaaaaaaaaaaaaaaaaaaa", "-" * 70,
-    " " * 37 + "x", "\n" * 9, "http://a.b/c?d=e&f=%20#g", "x" * 300, "\ufdd00\ufdd1", "<_end>", "</s>", "<|endoftext|>", "<_user>hi<_bot>", "▁x ▁ y", "<0x41>",
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\r\n",
+    " \n \n",
+    "a",
+    " a",
+    "a ",
+    "  two  spaces  ",
+    "end\n\n\nnext\n",
+    "tab\tline\r\nend",
+    "12 345 6789",
+    "１２３ ٣٤ ⅷ x²",
+    "don't I'LL we'Ve 's",
+    "   if x:\n        return\t\t1\n",
+    "天地玄黄，宇宙洪荒。",
+    "中 文mixed英文 123字",
+    "\u3000全角\u3000",
+    "🙂👩‍👩‍👧‍👦🇨🇳",
+    "e\u0301 é ﬁ Å",
+    "a\u2028b\u2029c\u0085d\u00a0e\u200bf",
+    "\x00\x01\x7f",
+    "\ufeffbom",
+    "ﷺ \u0627\u0644\u0633",
+    "नमस्ते สวัสดี 안녕",
+    "\U0010ffff\ufffd",
+    "aaaaaaaaaaaaaaaaaaaaaaa",
+    "-" * 70,
+    " " * 37 + "x",
+    "\n" * 9,
+    "http://a.b/c?d=e&f=%20#g",
+    "x" * 300,
+    "\ufdd00\ufdd1",
+    "<_end>",
+    "</s>",
+    "<|endoftext|>",
+    "<_user>hi<_bot>",
+    "▁x ▁ y",
+    "<0x41>",
 )
 
 
@@ -40,7 +77,7 @@ class SelfCheck:
             texts = [*HARD, *map(CONTEXT.format, map(chr, range(128))), *_around_added(tokenizer)]
             self._pending.append(self._pool.submit(self._hard, texts))
 
-    def __enter__(self) -> "SelfCheck":
+    def __enter__(self) -> SelfCheck:
         return self
 
     def __exit__(self, *unused) -> None:
@@ -111,6 +148,6 @@ def _around_added(tokenizer: Tokenizer) -> list[str]:
     return [text for name in names[:300] for text in (f"a{name}b", f" {name} {name}{name}\n", f"x {name}  y")]
 
 
-def _short(text: Optional[str]) -> str:
+def _short(text: str | None) -> str:
     shown = repr(text)
     return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(text or ''):,} characters)"

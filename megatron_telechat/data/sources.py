@@ -1,11 +1,12 @@
-"""From the prefixes or files of a run to its sources of samples: opening, the index in the cache, epochs of each source."""
+"""From the prefixes or files of a run to its sources of samples: opening, the index in the cache, epochs of each
+source."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _SAMPLED_TOKENS = 1 << 20
 _NOT_SHARED = "give --data-cache-path a folder that all nodes share"
 
 Opened = dict[str, IndexedDataset]
-Source = Union[IndexedSamples, ChatSamples]
+Source = IndexedSamples | ChatSamples
 
 
 def cache_root(run: RunConfig) -> Path:
@@ -38,12 +39,15 @@ def cache_root(run: RunConfig) -> Path:
 
 
 def open_sources(run: RunConfig, say: Say = quiet) -> Opened:
-    """Every dataset the run names, once; files of dialogs are encoded if they are not yet. All complaints are raised together."""
+    """Every dataset the run names, once; files of dialogs are encoded if they are not yet. All complaints are raised
+    together."""
     opened, problems = {}, []
     for prefix in _named(run):
         try:
             if run.data.sft:
-                opened[prefix] = dataset = ChatDataset(encoded(prefix, run.data, run.model.vocab_size, cache_root(run), say))
+                opened[prefix] = dataset = ChatDataset(
+                    encoded(prefix, run.data, run.model.vocab_size, cache_root(run), say)
+                )
                 # The same text may have been encoded under another name.
                 dataset.source = prefix
             else:
@@ -58,7 +62,8 @@ def open_sources(run: RunConfig, say: Say = quiet) -> Opened:
 
 
 def _named_twice(run: RunConfig, opened: Opened) -> Iterator[Problem]:
-    """The same tokens under two names of a blend, which the rules of the configuration cannot always see: a.jsonl and a.jsonl.gz."""
+    """The same tokens under two names of a blend, which the rules of the configuration cannot always see: a.jsonl and
+    a.jsonl.gz."""
     for blend in data_plan(run.data).blends[: 2 if run.data.train_data_path else 1]:
         groups: dict[str, list[str]] = {}
         for prefix in blend.prefixes if blend else ():
@@ -114,14 +119,15 @@ def used_splits(run: RunConfig, opened: Opened) -> tuple[str, ...]:
     """The splits to build: those with samples to give and a share that holds tokens."""
     plan = data_plan(run.data)
     used = []
-    for name, blend, share, needed in zip(SPLITS, plan.blends, plan.shares, samples_needed(run)):
+    for name, blend, share, needed in zip(SPLITS, plan.blends, plan.shares, samples_needed(run), strict=True):
         if not needed:
             continue
         if blend is None:
             if name == "test":
                 continue
             raise ConfigError(
-                f"no data for {name}" + ("" if name == "train" else f", but eval_interval={run.evaluation.eval_interval}"),
+                f"no data for {name}"
+                + ("" if name == "train" else f", but eval_interval={run.evaluation.eval_interval}"),
                 "train_data_path" if run.data.train_data_path else "split",
                 "give --valid-data-path, a share in --split, or drop --eval-interval",
             )
@@ -138,7 +144,8 @@ def _tokens_of(dataset: IndexedDataset, share: tuple[float, float]) -> int:
 
 
 def index_key(run: RunConfig, opened: Opened) -> str:
-    """Names the index by everything that decides it, the files' contents included; not by how much of it a run reads."""
+    """Names the index by everything that decides it, the files' contents included; not by how much of it a run
+    reads."""
     plan = data_plan(run.data)
     parts = {
         "format": _INDEX_FORMAT,
@@ -159,7 +166,12 @@ def _content_of(dataset: IndexedDataset):
 
 
 def build_index(
-    run: RunConfig, opened: Opened, names: tuple[str, ...], final: Path, say: Say = quiet, progress: Progress = Progress()
+    run: RunConfig,
+    opened: Opened,
+    names: tuple[str, ...],
+    final: Path,
+    say: Say = quiet,
+    progress: Progress = Progress(),
 ) -> bool:
     """Build the pieces of the index that a run needs and the folder lacks. A piece that is there is whole.
 
@@ -172,7 +184,9 @@ def build_index(
     """
     index = _CheckedIndex(final, opened, say)
     if run.data.sft:
-        index.text("sources.json", json.dumps({prefix: dataset.bin_path.parent.name for prefix, dataset in opened.items()}))
+        index.text(
+            "sources.json", json.dumps({prefix: dataset.bin_path.parent.name for prefix, dataset in opened.items()})
+        )
     split_sources(run, opened, names, index, progress)
     return bool(index.built)
 
@@ -203,7 +217,7 @@ def split_sources(
     """
     plan = data_plan(run.data)
     sources, summary = {}, []
-    for name, blend, share, needed in zip(SPLITS, plan.blends, plan.shares, samples_needed(run, progress)):
+    for name, blend, share, needed in zip(SPLITS, plan.blends, plan.shares, samples_needed(run, progress), strict=True):
         if name not in names:
             continue
         megatron_for = order_of(run, progress).built_for.get(name)
@@ -222,20 +236,22 @@ def _split_source(
     blend: Blend,
     share: tuple[float, float],
     needed: int,
-    megatron_for: Optional[int],
+    megatron_for: int | None,
     index: IndexFolder,
 ) -> tuple[SampleSource, list[str]]:
     count, weights = len(blend.prefixes), blend.weights
     if weights is not None and blend.per_token:
-        weights = tuple(w * _size_of(run, opened[p], share) for w, p in zip(weights, blend.prefixes))
+        weights = tuple(w * _size_of(run, opened[p], share) for w, p in zip(weights, blend.prefixes, strict=True))
     once = weights is None and count > 1
-    ours: list[Optional[int]] = [megatron_for] * count
+    ours: list[int | None] = [megatron_for] * count
     if megatron_for is not None and weights is not None:
         ours = list(samples_of_each(weights, megatron_for))
-    parts = [_part(run, opened[p], share, once, name, built_for) for p, built_for in zip(blend.prefixes, ours)]
+    parts = [
+        _part(run, opened[p], share, once, name, built_for) for p, built_for in zip(blend.prefixes, ours, strict=True)
+    ]
 
-    def require(sizes: Sequence[Optional[int]]) -> None:
-        for number, (part, size) in enumerate(zip(parts, sizes)):
+    def require(sizes: Sequence[int | None]) -> None:
+        for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
             part.require(size, index, f"{name}-{number}")
 
     if once:
@@ -249,11 +265,11 @@ def _split_source(
         require([needed])
         return parts[0], [_source_line(name, parts[0], needed)]
     source = BlendedSamples(parts, order)
-    return source, [_source_line(name, part, drawn) for part, drawn in zip(parts, source.drawn())]
+    return source, [_source_line(name, part, drawn) for part, drawn in zip(parts, source.drawn(), strict=True)]
 
 
 def _part(
-    run: RunConfig, dataset: IndexedDataset, share: tuple[float, float], once: bool, name: str, megatron_for: Optional[int]
+    run: RunConfig, dataset: IndexedDataset, share: tuple[float, float], once: bool, name: str, megatron_for: int | None
 ) -> Source:
     length, seed = run.training.seq_length, run.training.seed
     if isinstance(dataset, ChatDataset):
@@ -288,6 +304,6 @@ def _source_line(name: str, part: Source, drawn: int) -> str:
         return part.summary(name, drawn)
     epochs = drawn * part.sequence_length / part.tokens_per_epoch
     return (
-        f"{name}: {part.dataset.prefix}  {part.dataset.documents:,} documents  {part.tokens_per_epoch:,} tokens in the split"
-        f"  {drawn:,} samples = {epochs:.2f} epochs"
+        f"{name}: {part.dataset.prefix}  {part.dataset.documents:,} documents  {part.tokens_per_epoch:,} tokens in "
+        f"the split  {drawn:,} samples = {epochs:.2f} epochs"
     )

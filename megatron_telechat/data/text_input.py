@@ -10,9 +10,10 @@ import glob
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Optional, Sequence
+from typing import Any
 
 import orjson
 
@@ -68,7 +69,11 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
             found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
             _refuse_copies(found)
         if not found:
-            what = f"the folder {pattern} holds no {', '.join(SUFFIXES)}" if path.is_dir() else f"no input file matches {pattern}"
+            what = (
+                f"the folder {pattern} holds no {', '.join(SUFFIXES)}"
+                if path.is_dir()
+                else f"no input file matches {pattern}"
+            )
             raise DataError(what, "--input", "name jsonl or parquet files, globs, or a folder of them")
         files.extend(found)
     for real, count in Counter(os.path.realpath(path) for path in files).items():
@@ -83,8 +88,11 @@ def _refuse_copies(files: Sequence[Path]) -> None:
     for path in files:
         name = str(path.with_suffix("")) if path.suffix in PACKED_SUFFIXES else str(path)
         if name in seen:
-            raise DataError(f"{seen[name]} and {path} look like one text, plain and packed", "--input",
-                            "name the files one by one, or move one of the two away")
+            raise DataError(
+                f"{seen[name]} and {path} look like one text, plain and packed",
+                "--input",
+                "name the files one by one, or move one of the two away",
+            )
         seen[name] = path
 
 
@@ -159,7 +167,7 @@ def parse_document(line: Line, keys: Sequence[str]) -> dict[str, list[str]]:
         BadLine: not a JSON object, a key is missing, a value is no text.
     """
     texts = _check(_parse_json(line.content), keys)
-    return {key: text if isinstance(text, list) else [text] for key, text in zip(keys, texts)}
+    return {key: text if isinstance(text, list) else [text] for key, text in zip(keys, texts, strict=True)}
 
 
 def _check(document: Any, keys: Sequence[str]) -> tuple:
@@ -203,12 +211,20 @@ def _parse_json(content: bytes) -> Any:
 
 
 def _name(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",
-             str: "a text", bytes: "bytes that are not UTF-8"}
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+        str: "a text",
+        bytes: "bytes that are not UTF-8",
+    }
     return names.get(type(value), type(value).__name__)
 
 
-def count_lines(path: str, end: Optional[int] = None) -> int:
+def count_lines(path: str, end: int | None = None) -> int:
     """Newlines in the first ``end`` bytes of a file."""
     count, left = 0, end if end is not None else os.path.getsize(path)
     with open(path, "rb") as file:

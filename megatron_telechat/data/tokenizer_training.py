@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
 
 from megatron_telechat.data.text_input import BadLine, find_inputs, parse_document, read_lines
 from megatron_telechat.errors import ConfigError, DataError, ResourceError
 
 # Ids 0 to 8, in this order.
 SPECIAL_TOKENS = (
-    "<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>", "<_observation>", "<_sep>",
+    "<_unk>",
+    "<_start>",
+    "<_end>",
+    "<_pad>",
+    "<_user>",
+    "<_bot>",
+    "<_system>",
+    "<_observation>",
+    "<_sep>",
 )
 # Qwen2's split, which all fast engines read. Digits stand alone, as in TeleChat2's own tokenizer.
 SPLIT = (
@@ -36,11 +44,17 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: Path, json_k
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST:
-        raise ConfigError(f"--vocab-size {vocab_size} is too small", "command line",
-                          f"at least {SMALLEST}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
+        raise ConfigError(
+            f"--vocab-size {vocab_size} is too small",
+            "command line",
+            f"at least {SMALLEST}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens",
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional, Protocol, Sequence
+from typing import Any, Protocol
 
 from megatron_telechat.errors import ConfigError, DataError
 
@@ -24,9 +25,9 @@ class Tokenizer(Protocol):
 
     digest: str
     vocab_size: int
-    eod: Optional[int]
-    bos: Optional[int]
-    pad: Optional[int]
+    eod: int | None
+    bos: int | None
+    pad: int | None
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -36,11 +37,11 @@ class Tokenizer(Protocol):
 
 
 def build_tokenizer(
-    tokenizer_type: Optional[str],
-    tokenizer_model: Optional[str],
+    tokenizer_type: str | None,
+    tokenizer_model: str | None,
     *,
-    vocab_size: Optional[int] = None,
-    huggingface: Optional[Callable[[Path], Tokenizer]] = None,
+    vocab_size: int | None = None,
+    huggingface: Callable[[Path], Tokenizer] | None = None,
     special_tokens_in_text: bool = True,
 ) -> Tokenizer:
     """Open a tokenizer.
@@ -50,7 +51,8 @@ def build_tokenizer(
         tokenizer_model: a tokenizer.json, a .model, a folder that holds one of them, or a tiktoken .json.
         vocab_size: ids of a NullTokenizer, its end-of-document token included.
         huggingface: what opens a tokenizer.json in place of ``HuggingFaceTokenizer``.
-        special_tokens_in_text: the name of a special token that stands in a text becomes that token, as in Megatron (where
+        special_tokens_in_text: the name of a special token that stands in a text becomes that token, as in Megatron
+        (where
             the package does that: sentencepiece never does); False: it is text like any other.
 
     Raises:
@@ -67,31 +69,42 @@ def build_tokenizer(
         raise ConfigError("no tokenizer given", "tokenizer_model", "give --tokenizer-model FILE_OR_FOLDER")
     path = Path(tokenizer_model)
     if not path.exists():
-        raise DataError(f"the tokenizer {tokenizer_model} does not exist", "tokenizer_model", "correct --tokenizer-model")
+        raise DataError(
+            f"the tokenizer {tokenizer_model} does not exist", "tokenizer_model", "correct --tokenizer-model"
+        )
     kind, file = _locate(tokenizer_type, path)
     if kind == "HuggingFaceTokenizer" and huggingface is not None:
         return huggingface(file)
-    return {"HuggingFaceTokenizer": HuggingFaceTokenizer, "SentencePieceTokenizer": SentencePieceTokenizer,
-            "TikTokenizer": TikTokenizer}[kind](file, special_tokens_in_text)
+    return {
+        "HuggingFaceTokenizer": HuggingFaceTokenizer,
+        "SentencePieceTokenizer": SentencePieceTokenizer,
+        "TikTokenizer": TikTokenizer,
+    }[kind](file, special_tokens_in_text)
 
 
-def _locate(tokenizer_type: Optional[str], path: Path) -> tuple[str, Path]:
+def _locate(tokenizer_type: str | None, path: Path) -> tuple[str, Path]:
     """The type and the file of a path that may be a folder."""
     if path.is_dir():
         for kind, pattern in (("HuggingFaceTokenizer", "tokenizer.json"), ("SentencePieceTokenizer", "*.model")):
             found = sorted(path.glob(pattern))
             if found and tokenizer_type in (None, kind):
                 return kind, found[0]
-        raise DataError(f"the folder {path} holds no tokenizer", "tokenizer_model",
-                        "a tokenizer.json or a .model file is looked for")
+        raise DataError(
+            f"the folder {path} holds no tokenizer",
+            "tokenizer_model",
+            "a tokenizer.json or a .model file is looked for",
+        )
     if tokenizer_type is not None:
         return tokenizer_type, path
     if path.suffix == ".model":
         return "SentencePieceTokenizer", path
     if path.suffix == ".json":
         return ("TikTokenizer" if _first_byte(path) == b"[" else "HuggingFaceTokenizer"), path
-    raise ConfigError(f"the kind of tokenizer is not to be told from {path.name}", "tokenizer_model",
-                      f"give --tokenizer-type, one of {', '.join(TYPES)}")
+    raise ConfigError(
+        f"the kind of tokenizer is not to be told from {path.name}",
+        "tokenizer_model",
+        f"give --tokenizer-type, one of {', '.join(TYPES)}",
+    )
 
 
 def digest_of(file: Path, special_tokens_in_text: bool = True) -> str:
@@ -103,8 +116,9 @@ def digest_of(file: Path, special_tokens_in_text: bool = True) -> str:
 _DECIDING = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 
 
-def tokenizer_identity(tokenizer_type: Optional[str], tokenizer_model: str) -> dict[str, str]:
-    """{"kind", "digest"} of a tokenizer's file, read without its package: equal kinds with other digests give other ids.
+def tokenizer_identity(tokenizer_type: str | None, tokenizer_model: str) -> dict[str, str]:
+    """{"kind", "digest"} of a tokenizer's file, read without its package: equal kinds with other digests give other
+    ids.
 
     Raises:
         ConfigError, DataError: the path names no tokenizer.
@@ -130,10 +144,11 @@ def _first_byte(path: Path) -> bytes:
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json`` through the ``tokenizers`` package; its post-processor (BOS, EOS) takes part, as in Megatron.
+    """A ``tokenizer.json`` through the ``tokenizers`` package; its post-processor (BOS, EOS) takes part, as in
+    Megatron.
 
-    Added tokens are cut out of a text. With ``special_tokens_in_text`` False the special ones are not: those that the file or
-    the files beside it call special, and every name that could end a document, begin it or fill a row.
+    Added tokens are cut out of a text. With ``special_tokens_in_text`` False the special ones are not: those that the
+    file or the files beside it call special, and every name that could end a document, begin it or fill a row.
     """
 
     special_tokens_in_text = True
@@ -144,8 +159,11 @@ class HuggingFaceTokenizer:
         try:
             self.backend = Backend.from_file(str(file))
         except Exception as error:  # the package raises bare Exception
-            raise DataError(f"{file} is not a tokenizer.json: {error}", "tokenizer_model",
-                            "give the tokenizer.json of the model, or --tokenizer-type") from error
+            raise DataError(
+                f"{file} is not a tokenizer.json: {error}",
+                "tokenizer_model",
+                "give the tokenizer.json of the model, or --tokenizer-type",
+            ) from error
         # A file may ask for truncation or padding; a document must come through whole and alone.
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -157,7 +175,9 @@ class HuggingFaceTokenizer:
         self.pad = self._id(names.get("pad_token"), *PAD_TOKENS)
         if not special_tokens_in_text:
             self.special_tokens_in_text = False
-            self.leave_text(names_taken_for_special(file.parent), [] if self.eod is None else [self.backend.id_to_token(self.eod)])
+            self.leave_text(
+                names_taken_for_special(file.parent), [] if self.eod is None else [self.backend.id_to_token(self.eod)]
+            )
 
     def leave_text(self, names: Iterable[str], never: Iterable[str]) -> None:
         """From now on special tokens are text where their names stand in one.
@@ -180,24 +200,26 @@ class HuggingFaceTokenizer:
         checked = [name for name in dict.fromkeys([*special, *never]) if name != unknown]
         ids = [self.backend.token_to_id(name) for name in checked]
         texts = self.backend.encode_batch_fast(checked, add_special_tokens=False)
-        refuse_tokens_made_of_text(self.file, [n for n, i, text in zip(checked, ids, texts) if i is not None and i in text.ids])
+        refuse_tokens_made_of_text(
+            self.file, [n for n, i, text in zip(checked, ids, texts, strict=True) if i is not None and i in text.ids]
+        )
 
-    def _id(self, *names: Optional[str]) -> Optional[int]:
+    def _id(self, *names: str | None) -> int | None:
         ids = (self.backend.token_to_id(name) for name in names if name)
         return next((i for i in ids if i is not None), None)
 
     @cached_property
-    def affixes(self) -> Optional[tuple[list[int], list[int]]]:
+    def affixes(self) -> tuple[list[int], list[int]] | None:
         """Ids that the post-processor puts before and after every text (BOS, EOS); None if it does more than that."""
         before, inner = self.encode("a b"), self.backend.encode("a b", add_special_tokens=False).ids
         for begin in range(len(before) - len(inner) + 1):
-            head, tail = before[:begin], before[begin + len(inner):]
+            head, tail = before[:begin], before[begin + len(inner) :]
             if inner and before[begin : begin + len(inner)] == inner and self.encode("") == head + tail:
                 return head, tail
         return None
 
     @cached_property
-    def splitting(self) -> Optional[dict[str, Any]]:
+    def splitting(self) -> dict[str, Any] | None:
         """Normalizer and pre-tokenizer of a byte-level tokenizer as its file has them; None for another one."""
         steps = {name: getattr(self.backend, name) for name in ("normalizer", "pre_tokenizer")}
         said = {name: json.loads(step.__getstate__()) if step is not None else None for name, step in steps.items()}
@@ -209,8 +231,8 @@ class HuggingFaceTokenizer:
     def content(self) -> bytes:
         """The file, without the special tokens where they are text: what a fast engine reads.
 
-        Their ids stay in the vocabulary, where no merge leads to them. Only the list of added tokens is read, since reading
-        all of a large file takes half a second.
+        Their ids stay in the vocabulary, where no merge leads to them. Only the list of added tokens is read, since
+        reading all of a large file takes half a second.
         """
         content = self.file.read_bytes()
         found = None if self.special_tokens_in_text else _ADDED_TOKENS.search(content)
@@ -260,17 +282,22 @@ def _special_names(folder: Path) -> dict[str, str]:
 
 
 def names_taken_for_special(folder: Path) -> set[str]:
-    """Names that are special whatever the list of added tokens says: those of the files beside it, and the usual ones."""
+    """Names that are special whatever the list of added tokens says: those of the files beside it, and the usual
+    ones."""
     names = {*_special_names(folder).values(), *END_TOKENS, *BEGIN_TOKENS, *PAD_TOKENS}
     for content in _files_beside(folder):
         more = content.get("additional_special_tokens")
         listed = content.get("added_tokens_decoder")
-        tokens = [token for token in listed.values() if isinstance(token, dict) and token.get("special")] if isinstance(listed, dict) else []
+        tokens = (
+            [token for token in listed.values() if isinstance(token, dict) and token.get("special")]
+            if isinstance(listed, dict)
+            else []
+        )
         names.update(name for name in map(_content_of, [*(more if isinstance(more, list) else ()), *tokens]) if name)
     return names
 
 
-def _content_of(token: Any) -> Optional[str]:
+def _content_of(token: Any) -> str | None:
     value = token.get("content") if isinstance(token, dict) else token
     return value if isinstance(value, str) else None
 
@@ -283,17 +310,23 @@ def _files_beside(folder: Path) -> Iterator[dict[str, Any]]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}", "tokenizer_model", "restore the file or take it away") from error
+            raise DataError(
+                f"{path} is not JSON: {error}", "tokenizer_model", "restore the file or take it away"
+            ) from error
         if isinstance(content, dict):
             yield content
 
 
 def refuse_tokens_made_of_text(file: Path, names: Sequence[str]) -> None:
-    """Raise ConfigError where there are names that a tokenizer turns into special tokens although it was told not to."""
+    """Raise ConfigError where there are names that a tokenizer turns into special tokens although it was told not
+    to."""
     if names:
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        raise ConfigError(f"{file} makes a special token of the text {shown}: it would stand in the middle of what somebody wrote",
-                          "tokenizer_model", "another tokenizer; for pretraining data --special-tokens-in-text allows it")  # fmt: skip
+        raise ConfigError(
+            f"{file} makes a special token of the text {shown}: it would stand in the middle of what somebody wrote",
+            "tokenizer_model",
+            "another tokenizer; for pretraining data --special-tokens-in-text allows it",
+        )
 
 
 class SentencePieceTokenizer:
@@ -310,8 +343,11 @@ class SentencePieceTokenizer:
         try:
             self.backend.Load(str(file))
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{file} is not a sentencepiece model: {error}", "tokenizer_model",
-                            "give the tokenizer.model of the model, or --tokenizer-type") from error
+            raise DataError(
+                f"{file} is not a sentencepiece model: {error}",
+                "tokenizer_model",
+                "give the tokenizer.model of the model, or --tokenizer-type",
+            ) from error
         self.digest = digest_of(file)
         self.vocab_size = self.backend.GetPieceSize()
         self.eod = self._id(self.backend.eos_id(), *END_TOKENS)
@@ -322,7 +358,7 @@ class SentencePieceTokenizer:
             name = self.backend.IdToPiece(self.eod)
             refuse_tokens_made_of_text(file, [name] if self.eod in self.encode(name) else [])
 
-    def _id(self, own: int, *names: str) -> Optional[int]:
+    def _id(self, own: int, *names: str) -> int | None:
         if own >= 0:
             return own
         found = (self.backend.PieceToId(name) for name in names)
@@ -359,8 +395,9 @@ class TikTokenizer:
         try:
             import tiktoken
         except ImportError as error:
-            raise ConfigError("TikTokenizer needs the package tiktoken", "tokenizer_type",
-                              "pip install 'megatron_telechat[tiktoken]'") from error
+            raise ConfigError(
+                "TikTokenizer needs the package tiktoken", "tokenizer_type", "pip install 'megatron_telechat[tiktoken]'"
+            ) from error
         ranks = self._ranks(file)
         names = [*self.NAMES, *(f"<SPECIAL_{i}>" for i in range(len(self.NAMES), self.SPECIAL))]
         self.backend = tiktoken.Encoding(
@@ -381,14 +418,23 @@ class TikTokenizer:
             entries = json.loads(file.read_text(encoding="utf-8"))[: self.LARGEST - self.SPECIAL]
             ranks = {base64.b64decode(entry["token_bytes"]): int(entry["rank"]) for entry in entries}
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{file} is not a tiktoken vocabulary of Megatron: {error!r}", "tokenizer_model",
-                            'a JSON list of {"rank", "token_bytes"} is meant') from error
+            raise DataError(
+                f"{file} is not a tiktoken vocabulary of Megatron: {error!r}",
+                "tokenizer_model",
+                'a JSON list of {"rank", "token_bytes"} is meant',
+            ) from error
         if sorted(ranks.values()) != list(range(len(entries))) or len(ranks) < 256:
-            raise DataError(f"the ranks of {file} do not run from 0 without gaps", "tokenizer_model", "restore the file")
+            raise DataError(
+                f"the ranks of {file} do not run from 0 without gaps", "tokenizer_model", "restore the file"
+            )
         return ranks
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, allowed_special="all") if self.special_tokens_in_text else self.backend.encode_ordinary(text)
+        return (
+            self.backend.encode(text, allowed_special="all")
+            if self.special_tokens_in_text
+            else self.backend.encode_ordinary(text)
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -410,7 +456,9 @@ class NullTokenizer:
         try:
             return [int(word) for word in text.split()]
         except ValueError as error:
-            raise DataError(f"NullTokenizer reads numbers only: {error}", fix="use the tokenizer of the text") from error
+            raise DataError(
+                f"NullTokenizer reads numbers only: {error}", fix="use the tokenizer of the text"
+            ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]

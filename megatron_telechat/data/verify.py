@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
 
 import numpy as np
 
@@ -43,24 +43,34 @@ def find_datasets(names: Sequence[str]) -> list[str]:
         if path.suffix == ".sums":
             continue  # a shell's glob names it beside the .bin and .idx
         if path.suffix == ".partial":
-            raise DataError(f"{name} is what an unfinished run left", "command line", "run its command again: it goes on")
+            raise DataError(
+                f"{name} is what an unfinished run left", "command line", "run its command again: it goes on"
+            )
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.suffix in (".idx", ".bin"))
         elif re.search(r"[*?\[]", name) and not path.exists():
-            found = sorted(p for p in Path(path.anchor or ".").glob(name.removeprefix(path.anchor)) if p.suffix in (".idx", ".bin"))
+            found = sorted(
+                p for p in Path(path.anchor or ".").glob(name.removeprefix(path.anchor)) if p.suffix in (".idx", ".bin")
+            )
             found = found or sorted(Path(path.anchor or ".").glob(name.removeprefix(path.anchor) + ".idx"))
         else:
             prefix = dataset_prefix(name)
             found = [Path(f"{prefix}.idx")]
             if not found[0].exists() and not Path(f"{prefix}.bin").exists():
-                raise DataError(f"neither {found[0]} nor its .bin exists", "command line", "give the prefix of a dataset, without suffix")
+                raise DataError(
+                    f"neither {found[0]} nor its .bin exists",
+                    "command line",
+                    "give the prefix of a dataset, without suffix",
+                )
         if not found:
-            raise DataError(f"no dataset in {name}", "command line", "give prefixes, or a folder with .idx and .bin files")
+            raise DataError(
+                f"no dataset in {name}", "command line", "give prefixes, or a folder with .idx and .bin files"
+            )
         out.extend(str(p)[: -len(p.suffix)] for p in found)
     return list(dict.fromkeys(out))
 
 
-def verify_dataset(prefix: str, vocab_size: Optional[int] = None) -> Verdict:
+def verify_dataset(prefix: str, vocab_size: int | None = None) -> Verdict:
     """Check one dataset; all that is found wrong is in the verdict."""
     verdict = Verdict(prefix)
     try:
@@ -72,7 +82,9 @@ def verify_dataset(prefix: str, vocab_size: Optional[int] = None) -> Verdict:
     except DataError as error:
         verdict.problems.extend(error.problems)
     except OSError as error:
-        verdict.problems.append(Problem(f"cannot be read: {error}", str(error.filename or prefix), "mend the disk or the permissions"))
+        verdict.problems.append(
+            Problem(f"cannot be read: {error}", str(error.filename or prefix), "mend the disk or the permissions")
+        )
     verdict.problems.extend(_check_sums(verdict))
     return verdict
 
@@ -95,13 +107,15 @@ def _check_entries(data: IndexedDataset) -> None:
     path, item = str(data.idx_path), data.dtype.itemsize
     lengths, offsets, boundaries = pieces(data)
     at = number = 0
-    for length, offset in zip(lengths, offsets):
+    for length, offset in zip(lengths, offsets, strict=True):
         if int(length.min()) < 0:
             raise DataError(f"sequence {number + int(length.argmin())} has a negative length", path, MEND)
         ends = np.cumsum(length, dtype=np.int64) * item + at
         wrong = np.flatnonzero(offset != np.concatenate(([at], ends[:-1])))
         if wrong.size:
-            raise DataError(f"sequence {number + int(wrong[0])} does not begin where the one before it ends", path, MEND)
+            raise DataError(
+                f"sequence {number + int(wrong[0])} does not begin where the one before it ends", path, MEND
+            )
         at, number = int(ends[-1]), number + length.size
     before, number = 0, 0
     for boundary in boundaries:
@@ -118,7 +132,10 @@ def _check_ids(data: IndexedDataset, vocab_size: int) -> list[Problem]:
         if low < 0 or high >= vocab_size:
             at = begin + int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
             sequence = int(np.searchsorted(data.sequence_offsets, at * data.dtype.itemsize, side="right")) - 1
-            what = f"token id {int(tokens[at - begin])} in document {data.document_of(sequence)} is not in a vocabulary of {vocab_size:,}"
+            what = (
+                f"token id {int(tokens[at - begin])} in document {data.document_of(sequence)} is not in a "
+                f"vocabulary of {vocab_size:,}"
+            )
             return [Problem(what, str(data.bin_path), "name the tokenizer the data was made with, or write it again")]
         begin += tokens.size
     return []
@@ -134,7 +151,13 @@ def _check_sums(verdict: Verdict) -> list[Problem]:
             raise ValueError("another format")
         wanted = {suffix: (int(content[suffix]["bytes"]), list(content[suffix]["sha256"])) for suffix in ("bin", "idx")}
     except (ValueError, KeyError, TypeError) as error:
-        return [Problem(f"the checksums cannot be read ({error!r})", str(path), "copy the file again, or take it away and run --write-checksums")]
+        return [
+            Problem(
+                f"the checksums cannot be read ({error!r})",
+                str(path),
+                "copy the file again, or take it away and run --write-checksums",
+            )
+        ]
     verdict.checksums = True
     problems = []
     for suffix, (size, digests) in wanted.items():
@@ -154,7 +177,13 @@ def _compare_chunks(file: Path, digests: Sequence[str]) -> list[Problem]:
         for number, digest in enumerate(digests):
             if hashlib.sha256(stream.read(CHUNK_BYTES)).hexdigest() != digest:
                 begin = number * CHUNK_BYTES
-                return [Problem(f"the bytes from {begin:,} to {begin + CHUNK_BYTES:,} are not those that were written", str(file), MEND)]
+                return [
+                    Problem(
+                        f"the bytes from {begin:,} to {begin + CHUNK_BYTES:,} are not those that were written",
+                        str(file),
+                        MEND,
+                    )
+                ]
     return []
 
 
@@ -167,5 +196,7 @@ def add_checksums(prefix: str) -> Path:
     try:
         write_sums(sums_path(prefix), file_sums(Path(f"{prefix}.bin")), file_sums(Path(f"{prefix}.idx")))
     except OSError as error:
-        raise ResourceError(f"cannot write {sums_path(prefix)}: {error.strerror}", fix="mend the disk or the permissions") from error
+        raise ResourceError(
+            f"cannot write {sums_path(prefix)}: {error.strerror}", fix="mend the disk or the permissions"
+        ) from error
     return sums_path(prefix)

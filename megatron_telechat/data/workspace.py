@@ -1,8 +1,8 @@
 """The folder a run of preprocess_data works in: partial files, a journal to go on from, a lock, and the final renames.
 
-``PREFIX.partial/`` stands beside the output. The journal ``state.json`` says how much of each partial file is good and where
-the input goes on; it is replaced by rename after the files were flushed to the disk. A killed run leaves the folder;
-the same command cuts the files back to the journal and goes on.
+``PREFIX.partial/`` stands beside the output. The journal ``state.json`` says how much of each partial file is good and
+where the input goes on; it is replaced by rename after the files were flushed to the disk. A killed run leaves the
+folder; the same command cuts the files back to the journal and goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Optional, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -36,7 +37,9 @@ class Workspace:
         ResourceError: the folder cannot be written, or another run holds the lock.
     """
 
-    def __init__(self, prefix: str, keys: Sequence[str], dtype: type, identity: Optional[dict[str, Any]], extra: Sequence[str] = ()):
+    def __init__(
+        self, prefix: str, keys: Sequence[str], dtype: type, identity: dict[str, Any] | None, extra: Sequence[str] = ()
+    ):
         self.prefix, self.keys, self.dtype = prefix, tuple(keys), np.dtype(dtype)
         self.identity, self.extra = identity, tuple(extra)
         self.folder = Path(f"{prefix}.partial")
@@ -50,8 +53,11 @@ class Workspace:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "a+", encoding="utf-8")
         except OSError as error:
-            raise ResourceError(f"cannot write {self.folder}: {error.strerror}", "--output-prefix",
-                                "choose an --output-prefix you may write to") from error
+            raise ResourceError(
+                f"cannot write {self.folder}: {error.strerror}",
+                "--output-prefix",
+                "choose an --output-prefix you may write to",
+            ) from error
         self._take_lock()
 
     def _take_lock(self) -> None:
@@ -61,8 +67,11 @@ class Workspace:
             self._lock.seek(0)
             who = self._lock.read().strip() or "unknown"
             self._lock.close()
-            raise ResourceError(f"another run writes {self.prefix} (process {who})", str(self.folder),
-                                "wait for it, or choose another --output-prefix") from error
+            raise ResourceError(
+                f"another run writes {self.prefix} (process {who})",
+                str(self.folder),
+                "wait for it, or choose another --output-prefix",
+            ) from error
         if not os.fstat(self._lock.fileno()).st_nlink:
             self._lock.close()
             raise ResourceError(f"another run of {self.prefix} ended just now", str(self.folder), "start again")
@@ -79,7 +88,7 @@ class Workspace:
     def _names(self) -> list[str]:
         return [*(f"{key}.{part}" for key in self.keys for part in _PARTS), *self.extra]
 
-    def load(self) -> Optional[dict[str, Any]]:
+    def load(self) -> dict[str, Any] | None:
         """What an earlier run of the same identity left to go on from; None where there is nothing usable.
 
         A run that ended among its final renames is finished here; its journal then holds ``{"renamed": True, ...}``.
@@ -133,7 +142,10 @@ class Workspace:
     @property
     def output_bytes(self) -> int:
         """Bytes the output has so far, indices included."""
-        return sum(tokens * self.dtype.itemsize + 12 * sequences + 8 * documents for tokens, sequences, documents in self.totals.values())
+        return sum(
+            tokens * self.dtype.itemsize + 12 * sequences + 8 * documents
+            for tokens, sequences, documents in self.totals.values()
+        )
 
     def journal(self, position: dict[str, Any]) -> None:
         """Make what was added so far the point to go on from."""
@@ -168,7 +180,11 @@ class Workspace:
         for key in self.keys:
             self._write_index(key)
             final = self.final(key)
-            for suffix, target in ((".bin", f"{final}.bin"), (".idx", f"{final}.idx"), (".sums", str(sums_path(final)))):
+            for suffix, target in (
+                (".bin", f"{final}.bin"),
+                (".idx", f"{final}.idx"),
+                (".sums", str(sums_path(final))),
+            ):
                 renames.append((str(self.folder / f"{key}{suffix}"), target))
         for name in self.extra:
             if (self.folder / name).stat().st_size:
@@ -182,7 +198,9 @@ class Workspace:
         _, sequences, documents = self.totals[key]
         lengths, counts = self._part(key, "lengths"), self._part(key, "counts")
         with open(self._part(key, "idx"), "wb") as file:
-            sums = write_index(file, self.dtype, sequences, documents, lambda: stored(lengths, "<i4"), lambda: stored(counts, "<i4"))
+            sums = write_index(
+                file, self.dtype, sequences, documents, lambda: stored(lengths, "<i4"), lambda: stored(counts, "<i4")
+            )
         write_sums(self.folder / f"{key}.sums", self.sums[key].result(), sums.result())
 
     def _rename(self, renames: Sequence[Sequence[str]]) -> None:
@@ -229,7 +247,13 @@ class Workspace:
             free = shutil.disk_usage(self.folder.parent).free
             kept = "the same command goes on from what is written" if self.journalled else "nothing is left behind"
             return ResourceError(
-                f"no space left: the output needs about {needed:,} bytes, {self.output_bytes:,} of them are written, {free:,} are free",
-                str(self.folder.parent), f"free some space, or choose another --output-prefix; {kept}")
-        return ResourceError(f"cannot write in {self.folder}: {error.strerror or error}", str(self.folder.parent),
-                             "mend the disk or choose another --output-prefix")
+                f"no space left: the output needs about {needed:,} bytes, {self.output_bytes:,} of them are written, "
+                f"{free:,} are free",
+                str(self.folder.parent),
+                f"free some space, or choose another --output-prefix; {kept}",
+            )
+        return ResourceError(
+            f"cannot write in {self.folder}: {error.strerror or error}",
+            str(self.folder.parent),
+            "mend the disk or choose another --output-prefix",
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -46,7 +47,7 @@ class Segments:
         length, rest = divmod(int(ends[-1]), batch)
         assert rest == 0, "the rows of a batch are equally long"
         rows: list[list[int]] = [[] for _ in range(batch)]
-        for end, size in zip(ends.tolist(), lengths.tolist()):
+        for end, size in zip(ends.tolist(), lengths.tolist(), strict=True):
             rows[(end - 1) // length].append(size)
         assert all(sum(row) == length for row in rows), "a stretch crosses the border of two rows"
         return cls(tuple(map(tuple, rows)))
@@ -63,7 +64,7 @@ class TorchCoreAttention(torch.nn.Module):
         # under sequence parallelism the decoder has already entered the tensor-parallel random stream
         self.fork_rng = not config.sequence_parallel
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Optional[Segments] = None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None = None) -> Tensor:
         """query [b, heads, s, head_dim], key and value [b, groups, s, head_dim] -> [s, b, heads*head_dim].
 
         Args:
@@ -87,11 +88,15 @@ class TorchCoreAttention(torch.nn.Module):
 
 
 def _within_segments(attend: Callable[..., Tensor], heads: tuple[Tensor, ...], segments: Segments) -> Tensor:
-    """[b, heads, s, head_dim] of each stretch by itself. ``split`` and not slices: its backward is one concatenation."""
-    rows = zip(*(tensor.split(1) for tensor in heads))
+    """[b, heads, s, head_dim] of each stretch by itself. ``split`` and not slices: its backward is one
+    concatenation."""
+    rows = zip(*(tensor.split(1) for tensor in heads), strict=True)
     out = [
-        torch.cat([attend(*parts) for parts in zip(*(tensor.split(list(lengths), dim=2) for tensor in row))], dim=2)
-        for row, lengths in zip(rows, segments.rows)
+        torch.cat(
+            [attend(*parts) for parts in zip(*(tensor.split(list(lengths), dim=2) for tensor in row), strict=True)],
+            dim=2,
+        )
+        for row, lengths in zip(rows, segments.rows, strict=True)
     ]
     return torch.cat(out)
 
@@ -113,7 +118,7 @@ class TransformerEngineCoreAttention(torch.nn.Module):
             pg_collection=pg_collection,
         )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Optional[Segments] = None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None = None) -> Tensor:
         """query [s, b, heads, head_dim], key and value [s, b, groups, head_dim] -> [s, b, heads*head_dim]."""
         assert segments is None, "model.spec takes torch's attention where documents are kept apart"
         return self.inner(query, key, value, None, attn_mask_type=AttnMaskType.causal)
@@ -174,8 +179,8 @@ class SelfAttention(MegatronModule):
         )
 
     def forward(
-        self, hidden_states: Tensor, rotary_tables: Tables, segments: Optional[Segments] = None, **_: Any
-    ) -> tuple[Tensor, Optional[Tensor]]:
+        self, hidden_states: Tensor, rotary_tables: Tables, segments: Segments | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias."""
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (self.groups, -1, self.head_dim))

@@ -17,7 +17,9 @@ from megatron_telechat.model.transformer_config import transformer_config
 from megatron_telechat.parallel.state import ParallelState
 
 
-def build_model(run: RunConfig, state: ParallelState, backend: Backend, initialize: bool = True) -> list[torch.nn.Module]:
+def build_model(
+    run: RunConfig, state: ParallelState, backend: Backend, initialize: bool = True
+) -> list[torch.nn.Module]:
     """The chunks of this rank, in the order of the interleaved schedule: on the device, in the compute type.
 
     Args:

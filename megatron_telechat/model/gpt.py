@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -37,7 +37,7 @@ class TeleChatModel(GPTModel):
         pg_collection: ProcessGroupCollection,
         pre_process: bool,
         post_process: bool,
-        vp_stage: Optional[int],
+        vp_stage: int | None,
     ):
         super().__init__(
             config=config,
@@ -59,7 +59,7 @@ class TeleChatModel(GPTModel):
         input_ids: Tensor,
         position_ids: Tensor,
         *args: Any,
-        padding_mask: Optional[CountedTokens] = None,
+        padding_mask: CountedTokens | None = None,
         **kwargs: Any,
     ):
         prepared = list(super()._preprocess(input_ids, position_ids, *args, **kwargs))

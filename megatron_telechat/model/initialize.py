@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from typing import Iterable, Iterator, Optional
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def _fill_normal(piece: Piece, target: Tensor, std: float, seed: int) -> None:
     first_column = piece.global_offset[-1]
     window = slice(first_column, first_column + piece.shape[-1])
     out = target.view(-1, piece.shape[-1])
-    number: Optional[int] = None
+    number: int | None = None
     written = 0
     for start, stop in _row_ranges(piece):
         while start < stop:
@@ -84,9 +84,9 @@ def _row_ranges(piece: Piece) -> Iterator[tuple[int, int]]:
     *lead_shape, rows, _ = piece.global_shape
     *lead_offset, row_offset, _ = piece.global_offset
     *lead_box, row_box, _ = piece.shape
-    for index in itertools.product(*(range(at, at + size) for at, size in zip(lead_offset, lead_box))):
+    for index in itertools.product(*(range(at, at + size) for at, size in zip(lead_offset, lead_box, strict=True))):
         slab = 0
-        for position, size in zip(index, lead_shape):
+        for position, size in zip(index, lead_shape, strict=True):
             slab = slab * size + position
         start = slab * rows + row_offset
         yield start, start + row_box

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -30,7 +30,7 @@ class DecoderLayerSubmodules:
     mlp: ModuleSpec
 
 
-def bias_dropout_add(x: Tensor, bias: Optional[Tensor], residual: Tensor, dropout: float, training: bool) -> Tensor:
+def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, dropout: float, training: bool) -> Tensor:
     """``residual + dropout(x + bias)``; the bias is inside of the dropout, as in the published model."""
     if bias is not None:
         x = x + bias
@@ -45,7 +45,8 @@ class DecoderLayer(MegatronModule):
     Args:
         layer_number: position in the chunk, counted from 1; megatron-core's block passes it.
         global_layer: zero-based number in the whole model.
-        recompute: ``("full",)``, or modules of `megatron_telechat.config.recompute.MODULES`; ``moe`` is the block's own matter.
+        recompute: ``("full",)``, or modules of `megatron_telechat.config.recompute.MODULES`; ``moe`` is the block's own
+        matter.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class DecoderLayer(MegatronModule):
         recompute: tuple[str, ...],
         pg_collection: ProcessGroupCollection,
         layer_number: int = 1,
-        vp_stage: Optional[int] = None,
+        vp_stage: int | None = None,
     ):
         super().__init__(config=config)
         self.layer_number = global_layer + 1
@@ -85,15 +86,16 @@ class DecoderLayer(MegatronModule):
         self,
         hidden_states: Tensor,
         rotary_pos_emb: Tables,
-        packed_seq_params: Optional[Segments] = None,
-        padding_mask: Optional[CountedTokens] = None,
+        packed_seq_params: Segments | None = None,
+        padding_mask: CountedTokens | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """[s (/ tp under sequence parallelism), b, hidden] -> the same; the second value is megatron-core's context.
 
         Args:
             rotary_pos_emb: the tables of `model.rotary.RotaryEmbedding`.
-            packed_seq_params: stretches that attend to themselves only; megatron-core's block hands it on under this name.
+            packed_seq_params: stretches that attend to themselves only; megatron-core's block hands it on under this
+            name.
             padding_mask: which tokens count in the losses of the routers; None: all. The name is megatron-core's, too.
         """
         run = partial(self._forward, rotary_tables=rotary_pos_emb, segments=packed_seq_params, counted=padding_mask)
@@ -111,9 +113,9 @@ class DecoderLayer(MegatronModule):
         self,
         hidden_states: Tensor,
         rotary_tables: Tables,
-        segments: Optional[Segments],
-        counted: Optional[CountedTokens],
-        first_pass: Optional[FirstPass] = None,
+        segments: Segments | None,
+        counted: CountedTokens | None,
+        first_pass: FirstPass | None = None,
     ) -> Tensor:
         normed, release = self._norm(self.input_layernorm, hidden_states)
         out, bias = self.self_attention(normed, rotary_tables=rotary_tables, segments=segments)
@@ -129,7 +131,7 @@ class DecoderLayer(MegatronModule):
         release(out)
         return bias_dropout_add(out, bias, hidden_states, self.dropout, self.training)
 
-    def _mlp_with_bias(self, normed: Tensor, counted: Optional[CountedTokens]) -> Tensor:
+    def _mlp_with_bias(self, normed: Tensor, counted: CountedTokens | None) -> Tensor:
         out, bias = self.mlp(normed, counted=counted)
         return out if bias is None else out + bias
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -88,7 +88,7 @@ class MLP(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Optional[Tensor]]:
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
         """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias."""
         gate_up, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(swiglu(gate_up))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class RotaryEmbedding(torch.nn.Module):
         alpha = ntk_alpha(length, self.training_seqlen, self.base_seqlen)
         return self.theta * alpha ** (self.dim / (self.dim - 2))
 
-    def forward(self, length: int, device: torch.device, position_ids: Optional[Tensor] = None) -> Tables:
+    def forward(self, length: int, device: torch.device, position_ids: Tensor | None = None) -> Tables:
         """Tables of a sequence of `length` tokens.
 
         Args:

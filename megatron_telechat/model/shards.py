@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -192,7 +192,7 @@ def tiling_problems(pieces: Iterable[tuple[str, Shape, Shape, Shape]], run: RunC
     for key, global_shape, offset, shape in pieces:
         if table.get(key) != global_shape:
             wrong.append(Problem(f"{key} was built with global shape {global_shape}, the model has {table.get(key)}"))
-        elif any(at < 0 or at + size > whole for at, size, whole in zip(offset, shape, global_shape)):
+        elif any(at < 0 or at + size > whole for at, size, whole in zip(offset, shape, global_shape, strict=True)):
             wrong.append(Problem(f"{key} was built at {offset} with shape {shape}, outside of {global_shape}"))
         boxes[key].append((offset, shape))
     missing, partial, double = [], [], []
@@ -214,8 +214,7 @@ def tiling_problems(pieces: Iterable[tuple[str, Shape, Shape, Shape]], run: RunC
 
 def _overlap(a: tuple[Shape, Shape], b: tuple[Shape, Shape]) -> bool:
     return all(
-        max(at_a, at_b) < min(at_a + size_a, at_b + size_b)
-        for at_a, size_a, at_b, size_b in zip(*a, *b)
+        max(at_a, at_b) < min(at_a + size_a, at_b + size_b) for at_a, size_a, at_b, size_b in zip(*a, *b, strict=True)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,7 +28,7 @@ def leave_uninitialised(tensor: torch.Tensor) -> None:
 
 
 def transformer_config(
-    run: RunConfig, state: ParallelState, vp_stage: Optional[int] = None, device_type: str = "cpu"
+    run: RunConfig, state: ParallelState, vp_stage: int | None = None, device_type: str = "cpu"
 ) -> TransformerConfig:
     """What megatron-core has to know of a run.
 
@@ -45,7 +45,9 @@ def transformer_config(
     model, training = run.model, run.training
     if model.not_built:
         what = ", ".join(f"{name}={value}" for name, value in model.not_built.items())
-        raise ConfigError(f"the training does not build a model with {what}", "model", "the planner takes it; leave it out here")
+        raise ConfigError(
+            f"the training does not build a model with {what}", "model", "the planner takes it; leave it out here"
+        )
     dtype = compute_dtype(run)
     transformer_engine = has_transformer_engine(device_type)
     return TransformerConfig(
@@ -86,9 +88,7 @@ def _has_wgrad_kernel() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def _parallel_fields(
-    run: RunConfig, state: ParallelState, dtype: torch.dtype, device_type: str
-) -> dict[str, Any]:
+def _parallel_fields(run: RunConfig, state: ParallelState, dtype: torch.dtype, device_type: str) -> dict[str, Any]:
     parallel = run.parallel
     fields: dict[str, Any] = dict(
         tensor_model_parallel_size=state.tp_size,
@@ -106,9 +106,7 @@ def _parallel_fields(
         pipeline_dtype=dtype,
         # explicit even where the split is even: megatron-core's own split leaves layers out silently
         pipeline_model_parallel_layout=str(pipeline_layout(run)),
-        virtual_pipeline_model_parallel_size=(
-            parallel.num_virtual_stages_per_pipeline_rank if interleaved else None
-        ),
+        virtual_pipeline_model_parallel_size=(parallel.num_virtual_stages_per_pipeline_rank if interleaved else None),
         # Frees a stage's output once it is sent. An asynchronous gloo send still reads that memory; NCCL's and
         # HCCL's are ordered on the device by their streams.
         deallocate_pipeline_outputs=device_type != "cpu" or not overlap,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ class ChunkChoice:
     Attributes:
         num_chunks: for all blocks of the model.
         reason: one line for a person.
-        measured_ms: forward and backward of one block, by number of chunks; the slowest rank's, in the fastest of several rounds.
+        measured_ms: forward and backward of one block, by number of chunks; the slowest rank's, in the fastest of
+        several rounds.
         predicted_ms: what the model says, for the candidates.
         forward, backward: the fitted costs; None where nothing had to be measured.
     """
@@ -46,14 +48,14 @@ class ChunkChoice:
     reason: str
     measured_ms: Mapping[int, float] = field(default_factory=dict)
     predicted_ms: Mapping[int, float] = field(default_factory=dict)
-    forward: Optional[PassCosts] = None
-    backward: Optional[PassCosts] = None
+    forward: PassCosts | None = None
+    backward: PassCosts | None = None
 
 
 class _NoLink:
     """Transfers that arrive at once: the computation alone."""
 
-    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> "_NoLink._Here":
+    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> _NoLink._Here:
         return self._Here(rows.new_zeros((sum(receive), *rows.shape[1:])))
 
     class _Here:
@@ -110,7 +112,9 @@ class _Probe:
         with torch.no_grad():
             pipeline = self.block.pipeline(self.routing, self.tokens.dtype, k)
             engine = engine or pipeline.engine
-            pipeline = ChunkPipeline(pipeline.dispatch, channel or self.block.channel, recompute=pipeline.recompute, engine=engine)
+            pipeline = ChunkPipeline(
+                pipeline.dispatch, channel or self.block.channel, recompute=pipeline.recompute, engine=engine
+            )
             self.synchronize()
             begin = time.perf_counter()
             _, kept = pipeline.forward(self.tokens, self.routing.weights, self.weights.detached(), True)
@@ -140,14 +144,14 @@ def max_chunks(block: MoEBlock, num_tokens: int) -> int:
 
 
 def choose_num_chunks(
-    block: Optional[MoEBlock],
+    block: MoEBlock | None,
     num_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
     synchronize: Callable[[], None] = lambda: None,
 ) -> ChunkChoice:
-    """Time the block with 1, 2, 4 and 8 chunks, the computation and the transfers alone; fit the model; try the numbers next to
-    the best, where the model does not rule them out.
+    """Time the block with 1, 2, 4 and 8 chunks, the computation and the transfers alone; fit the model; try the numbers
+    next to the best, where the model does not rule them out.
 
     Collective over all ranks: every rank sees the slowest rank's times, and so comes to the same choice.
 
@@ -158,7 +162,9 @@ def choose_num_chunks(
         device: of the model.
         synchronize: waits for the device.
     """
-    limits = torch.tensor([block.channel.size if block else 1, -(max_chunks(block, num_tokens) if block else 1 << 30)], device=device)
+    limits = torch.tensor(
+        [block.channel.size if block else 1, -(max_chunks(block, num_tokens) if block else 1 << 30)], device=device
+    )
     _reduce(limits)
     group_size, limit = int(limits[0]), -int(limits[1])
     if group_size == 1:
@@ -173,7 +179,8 @@ def choose_num_chunks(
     arms |= {("link", k): {"engine": _NoExperts()} for k in ends}
     times = _measure(probe, arms, device)
     parts = [
-        PassCosts.fit({k: times["compute", k][way] for k in ends}, {k: times["link", k][way] for k in ends}) for way in (0, 1)
+        PassCosts.fit({k: times["compute", k][way] for k in ends}, {k: times["link", k][way] for k in ends})
+        for way in (0, 1)
     ]
     predicted = {k: predicted_ms(*parts, k) for k in CANDIDATES if k <= limit}
     measured = {k: sum(times["block", k]) for k in first}
@@ -189,7 +196,7 @@ def choose_num_chunks(
 
 
 def _measure(
-    probe: Optional[_Probe], arms: Mapping[tuple[str, int], dict[str, Any]], device: torch.device
+    probe: _Probe | None, arms: Mapping[tuple[str, int], dict[str, Any]], device: torch.device
 ) -> dict[tuple[str, int], tuple[float, float]]:
     """Forward and backward of every arm: in each round the slowest rank's, of the rounds the fastest.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Optional, Sequence
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -34,7 +35,7 @@ def moe_submodules() -> MoESubmodules:
     return MoESubmodules(experts=GroupedExperts, shared_experts=shared, router=Router)
 
 
-def moe_blocks(chunks: Sequence[torch.nn.Module]) -> list["MoEBlock"]:
+def moe_blocks(chunks: Sequence[torch.nn.Module]) -> list[MoEBlock]:
     """The blocks in these modules, in the order of the layers."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoEBlock)]
 
@@ -50,8 +51,10 @@ class MoEBlock(BaseMoELayer):
         layer_number: one-based; the transformer layer sets it.
         pg_collection: process groups with an ``expert_channel``, as :class:`ParallelState` has them.
         output_bias: a bias on the experts' down projection, weighted by the routing probability.
-        num_chunks: pieces of the input whose exchanges and computation overlap; the same on all ranks of an expert group.
-        recompute_experts: keep the rows that were dispatched, and repeat the experts' first product in the backward; of the
+        num_chunks: pieces of the input whose exchanges and computation overlap; the same on all ranks of an expert
+        group.
+        recompute_experts: keep the rows that were dispatched, and repeat the experts' first product in the backward; of
+        the
             shared experts, repeat all. No exchange is repeated.
 
     Attributes:
@@ -62,8 +65,8 @@ class MoEBlock(BaseMoELayer):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: Optional[MoESubmodules] = None,
-        layer_number: Optional[int] = None,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
         *,
         pg_collection: ProcessGroupCollection,
         output_bias: bool = False,
@@ -88,8 +91,8 @@ class MoEBlock(BaseMoELayer):
     def forward(
         self,
         hidden_states: Tensor,
-        counted: Optional[CountedTokens] = None,
-        first_pass: Optional[FirstPass] = None,
+        counted: CountedTokens | None = None,
+        first_pass: FirstPass | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """[s, b, h], with sequence parallelism the own part of the sequence, → the same.
@@ -118,7 +121,7 @@ class MoEBlock(BaseMoELayer):
         """Tokens [n, h] to their experts and back, weighted and summed: [n, h]."""
         return self.experts(tokens, routing.weights, self.pipeline(routing, tokens.dtype))
 
-    def pipeline(self, routing: Routing, dtype: torch.dtype, num_chunks: Optional[int] = None) -> ChunkPipeline:
+    def pipeline(self, routing: Routing, dtype: torch.dtype, num_chunks: int | None = None) -> ChunkPipeline:
         """The plan of one call and what carries it out. Collective over the ranks that share the experts.
 
         Args:

@@ -1,12 +1,15 @@
-"""Choices of a router that are taken from elsewhere: from the first pass of a layer that is computed twice, or from a recording.
+"""Choices of a router that are taken from elsewhere: from the first pass of a layer that is computed twice, or from a
+recording.
 
-Top-k is not continuous. Where the k-th and the next logit of a token are closer than rounding, two computations of the same
-numbers (another layout, another kernel, the second pass of a recomputed layer) may send the token to different experts.
+Top-k is not continuous. Where the k-th and the next logit of a token are closer than rounding, two computations of the
+same numbers (another layout, another kernel, the second pass of a recomputed layer) may send the token to different
+experts.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +21,10 @@ def pack(experts: Tensor, num_experts: int) -> Tensor:
 
 
 class _Picked(torch.autograd.Function):
-    """``logits.gather(1, experts)`` for experts that differ within a row. torch's own backward adds up, in an order that changes
-    on a GPU or in a slow one under deterministic algorithms; here, as in the backward of top-k, nothing has to be added."""
+    """``logits.gather(1, experts)`` for experts that differ within a row. torch's own backward adds up, in an order
+    that changes on a GPU or in a slow one under deterministic algorithms; here, as in the backward of top-k, nothing
+    has to be
+    added."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, experts: Tensor) -> Tensor:
@@ -62,19 +67,20 @@ def gap_to_runner_up(logits: Tensor, experts: Tensor) -> Tensor:
 class FirstPass:
     """Experts that a router chose in the first pass of one checkpointed call, for the pass that repeats it.
 
-    One object belongs to one call of one layer, and lives in what the checkpoint runs: micro-batches in flight, interleaved
-    chunks and an evaluation in between cannot mix theirs up. A choice takes a byte (two from 257 experts on).
+    One object belongs to one call of one layer, and lives in what the checkpoint runs: micro-batches in flight,
+    interleaved chunks and an evaluation in between cannot mix theirs up. A choice takes a byte (two from 257 experts
+    on).
     """
 
     def __init__(self) -> None:
-        self._packed: Optional[Tensor] = None
+        self._packed: Tensor | None = None
 
     def keep(self, experts: Tensor, num_experts: int) -> None:
         """Remember the [n, k] choices of the first pass."""
         self._packed = pack(experts, num_experts)
 
     @property
-    def experts(self) -> Optional[Tensor]:
+    def experts(self) -> Tensor | None:
         """[n, k] int64; None before the first pass."""
         return None if self._packed is None else self._packed.long()
 
@@ -94,8 +100,8 @@ class Noted(NamedTuple):
 class RoutingTape:
     """What a router is given, and what is noted of it, during one optimizer step.
 
-    The calls of a layer come in the order of the micro-batches under every pipeline schedule; the second pass of a recomputed
-    layer is no call of its own.
+    The calls of a layer come in the order of the micro-batches under every pipeline schedule; the second pass of a
+    recomputed layer is no call of its own.
 
     Args:
         given: for every micro-batch the [n, k] choices to take instead of the router's own; None: the router chooses.
@@ -106,7 +112,7 @@ class RoutingTape:
         calls: micro-batches that were routed.
     """
 
-    def __init__(self, given: Optional[Sequence[Tensor]], notes: bool):
+    def __init__(self, given: Sequence[Tensor] | None, notes: bool):
         self._given = given
         self._notes = notes
         self.noted: list[Noted] = []

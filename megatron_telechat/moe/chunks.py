@@ -1,7 +1,7 @@
 """How the input is cut: consecutive tokens, the first and the last chunk half as large as the others.
 
-The first dispatch and the last combine have nothing to hide behind, nor have their counterparts in the backward; the smaller
-they are, the less of the link is exposed, for the same number of transfers.
+The first dispatch and the last combine have nothing to hide behind, nor have their counterparts in the backward; the
+smaller they are, the less of the link is exposed, for the same number of transfers.
 """
 
 from __future__ import annotations
@@ -40,4 +40,4 @@ def chunk_ranges(num_tokens: int, num_chunks: int) -> tuple[ChunkRange, ...]:
     for part in parts:
         before += part
         edges.append(-(-num_tokens * before // sum(parts)))
-    return tuple(ChunkRange(start, stop) for start, stop in zip(edges, edges[1:]))
+    return tuple(ChunkRange(start, stop) for start, stop in zip(edges, edges[1:], strict=False))

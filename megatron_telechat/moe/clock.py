@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +16,8 @@ class Span(NamedTuple):
 
     Attributes:
         track: "compute", or "link" for a transfer from its start to its arrival.
-        name: F forward of the experts, R recompute, B gradients of inputs, W gradients of weights; D dispatch, C combine, with a
+        name: F forward of the experts, R recompute, B gradients of inputs, W gradients of weights; D dispatch, C
+        combine, with a
             ' for their gradients; plan; wait.
         chunk: None for what belongs to no chunk.
         layer: zero-based number of the layer; None where it is not known.
@@ -24,8 +26,8 @@ class Span(NamedTuple):
 
     track: str
     name: str
-    chunk: Optional[int]
-    layer: Optional[int]
+    chunk: int | None
+    layer: int | None
     backward: bool
     start_us: float
     end_us: float
@@ -39,8 +41,8 @@ EVENTS = 4096
 class ExchangeClock:
     """Measures waits for transfers, and, while tracing, everything.
 
-    On the CPU a wait is the time that the thread stood still. On an accelerator it is the time between two events on the
-    computing stream around the wait, read when :meth:`take_exposed_s` is called.
+    On the CPU a wait is the time that the thread stood still. On an accelerator it is the time between two events on
+    the computing stream around the wait, read when :meth:`take_exposed_s` is called.
 
     Attributes:
         tracing: record every span. Host time: on an accelerator, work is only issued in these spans.
@@ -57,7 +59,7 @@ class ExchangeClock:
 
     @contextmanager
     def waiting(
-        self, name: Optional[str], chunk: Optional[int], layer: Optional[int], backward: bool, device: torch.device
+        self, name: str | None, chunk: int | None, layer: int | None, backward: bool, device: torch.device
     ) -> Iterator[None]:
         """Around a wait for other ranks; one without a name is part of another span, and gets none of its own."""
         if device.type == "cpu":
@@ -78,7 +80,7 @@ class ExchangeClock:
             self._drain()
 
     @contextmanager
-    def computing(self, name: str, chunk: Optional[int], layer: Optional[int], backward: bool) -> Iterator[None]:
+    def computing(self, name: str, chunk: int | None, layer: int | None, backward: bool) -> Iterator[None]:
         """Around a piece of computation; free unless tracing."""
         if not self.tracing:
             yield
@@ -87,7 +89,7 @@ class ExchangeClock:
         yield
         self.spans.append(Span("compute", name, chunk, layer, backward, start, self.now_us()))
 
-    def transfer(self, transfer: Any, name: str, chunk: int, layer: Optional[int], backward: bool) -> None:
+    def transfer(self, transfer: Any, name: str, chunk: int, layer: int | None, backward: bool) -> None:
         """A transfer was started; while tracing, record when it arrives (host transfers only)."""
         if self.tracing:
             start = self.now_us()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 from torch import Tensor
 
 
-def real_tokens(tokens: Tensor, padding: Optional[Tensor]) -> int:
+def real_tokens(tokens: Tensor, padding: Tensor | None) -> int:
     """How many of these tokens are no padding; both on the host, [b, s]; None: all."""
     return tokens.numel() if padding is None else padding.numel() - int(padding.sum())
 
@@ -28,10 +27,10 @@ class CountedTokens:
 
     total: int
     weight: Tensor
-    real: Optional[Tensor] = None
+    real: Tensor | None = None
 
     @classmethod
-    def of(cls, tokens: Tensor, padding: Optional[Tensor], learned_share: Tensor) -> CountedTokens:
+    def of(cls, tokens: Tensor, padding: Tensor | None, learned_share: Tensor) -> CountedTokens:
         """Of one micro-batch.
 
         The gradients of a step are divided by the learned tokens of the global batch, N. The loss of a router is a mean

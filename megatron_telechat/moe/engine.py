@@ -7,13 +7,13 @@ For an expert row x of expert e with routing probability p,
 Kept for the backward: the buffer, p, and the output of the first product, or not even that if it is computed again. The
 probability multiplies the activation before the second product, with which it commutes.
 
-An engine is a module with four functions: ``first_product``, ``forward``, ``input_gradients``, ``weight_gradients``. The
-last two are apart, so that the exchange of input gradients can run beside the products of the weights' gradients.
+An engine is a module with four functions: ``first_product``, ``forward``, ``input_gradients``, ``weight_gradients``.
+The last two are apart, so that the exchange of input gradients can run beside the products of the weights' gradients.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,9 @@ class ExpertWeights(NamedTuple):
 
     fc1: Tensor
     fc2: Tensor
-    bias: Optional[Tensor]
+    bias: Tensor | None
     adds_bias: bool = True
-    accumulate: Optional[Accumulate] = None
+    accumulate: Accumulate | None = None
 
     @property
     def width(self) -> int:
@@ -49,7 +49,7 @@ class ExpertWeights(NamedTuple):
     def flat_fc1(self) -> Tensor:
         return self.fc1.flatten(1, 2)
 
-    def detached(self) -> "ExpertWeights":
+    def detached(self) -> ExpertWeights:
         """The same values outside of autograd."""
         bias = None if self.bias is None else self.bias.detach()
         return self._replace(fc1=self.fc1.detach(), fc2=self.fc2.detach(), bias=bias)
@@ -60,10 +60,10 @@ class Gradients(NamedTuple):
 
     fc1: WeightGradient
     fc2: WeightGradient
-    bias: Optional[WeightGradient]
+    bias: WeightGradient | None
 
     @classmethod
-    def of(cls, weights: ExpertWeights, chunks: int) -> "Gradients":
+    def of(cls, weights: ExpertWeights, chunks: int) -> Gradients:
         bias = None if weights.bias is None else WeightGradient(weights.bias, chunks)
         fc1, fc2 = (WeightGradient(weight, chunks, weights.accumulate) for weight in (weights.fc1, weights.fc2))
         return cls(fc1, fc2, bias)
@@ -73,7 +73,7 @@ class Gradients(NamedTuple):
             if gradient is not None:
                 gradient.end_chunk()
 
-    def results(self) -> tuple[Optional[Tensor], ...]:
+    def results(self) -> tuple[Tensor | None, ...]:
         """For autograd, in the order of the weights."""
         return tuple(None if gradient is None else gradient.result() for gradient in self)
 

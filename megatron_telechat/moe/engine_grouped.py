@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +28,7 @@ def first_product(rows: Tensor, plan: Arrivals, weights: ExpertWeights) -> Tenso
 
 def forward(
     rows: Tensor, scale: Tensor, plan: Arrivals, weights: ExpertWeights, keep: bool
-) -> tuple[Tensor, Optional[Tensor]]:
+) -> tuple[Tensor, Tensor | None]:
     """Weighted outputs [N, h] of the expert rows, and gate and up if `keep`."""
     gate_up = first_product(rows, plan, weights)
     hidden = F.silu(gate_up[:, : weights.width]).mul_(gate_up[:, weights.width :]).mul_(scale.unsqueeze(1))

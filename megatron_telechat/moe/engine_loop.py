@@ -6,7 +6,8 @@ It is also what keeps bf16 fast: see ``docs/performance.md``.
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,13 +81,13 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _wide_scratch(like: Tensor, plan: Arrivals, columns: int) -> Optional[Tensor]:
+def _wide_scratch(like: Tensor, plan: Arrivals, columns: int) -> Tensor | None:
     """Room for a 16-bit type's rows of the largest expert in fp32; None for a type that is wide enough."""
     wide = _wide_dtype(like.dtype)
     return None if wide is like.dtype else like.new_empty(max(plan.counts), columns, dtype=wide)
 
 
-def _widened(values: Tensor, room: Optional[Tensor]) -> Tensor:
+def _widened(values: Tensor, room: Tensor | None) -> Tensor:
     """The values themselves if there is no room, else their copy in it."""
     return values if room is None else room[: values.shape[0]].copy_(values)
 
@@ -101,13 +102,15 @@ def first_product(rows: Tensor, plan: Arrivals, weights: ExpertWeights) -> Tenso
     gate_up = _buffer(rows, plan.num_rows, 2 * weights.width)
     x = _scratch(rows, plan, rows.shape[1])
     for turn in _turns(plan, multiple):
-        torch.mm(_gather(rows, plan.rows, turn, x), weights.flat_fc1[turn.expert].t(), out=gate_up[turn.start : turn.end])
+        torch.mm(
+            _gather(rows, plan.rows, turn, x), weights.flat_fc1[turn.expert].t(), out=gate_up[turn.start : turn.end]
+        )
     return gate_up
 
 
 def forward(
     rows: Tensor, scale: Tensor, plan: Arrivals, weights: ExpertWeights, keep: bool
-) -> tuple[Tensor, Optional[Tensor]]:
+) -> tuple[Tensor, Tensor | None]:
     """Weighted outputs [N, h] of the expert rows, and gate and up if `keep`."""
     multiple, width, hidden = _row_multiple(rows.dtype), weights.width, rows.shape[1]
     output = rows.new_empty(plan.num_rows + multiple - 1, hidden)
@@ -126,7 +129,9 @@ def forward(
             _silu(gate, activation[:count]).mul_(up).mul_(factor)
         else:
             activation[:count].copy_(_silu(gate, gate).mul_(up).mul_(factor))
-        out = torch.mm(activation[: turn.padded], weights.fc2[turn.expert].t(), out=output[turn.start : turn.end])[:count]
+        out = torch.mm(activation[: turn.padded], weights.fc2[turn.expert].t(), out=output[turn.start : turn.end])[
+            :count
+        ]
         if adds_bias:
             sums = _widened(out, wide_out).addcmul_(factor, weights.bias[turn.expert].to(scale.dtype))
             if wide_out is not None:
@@ -197,6 +202,8 @@ def weight_gradients(
         out = _gather(grad, plan.token_rows, turn, g, clear=True)
         gradients.fc2.add_product(turn.expert, out.t(), hidden[turn.start : turn.end])
         if gradients.bias is not None:
-            gradients.bias.add_product(turn.expert, scale[turn.start : turn.stop].unsqueeze(0), _widened(out[: turn.count], wide_g))
+            gradients.bias.add_product(
+                turn.expert, scale[turn.start : turn.stop].unsqueeze(0), _widened(out[: turn.count], wide_g)
+            )
         inputs = _gather(rows, plan.rows, turn, x, clear=True)
         gradients.fc1.add_product(turn.expert, grad_gate_up[turn.start : turn.end].t(), inputs)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
@@ -27,12 +25,12 @@ class _Weights(torch.nn.Module):
     forward hook of the module that owns them.
     """
 
-    def __init__(self, weight: Tensor, bias: Optional[Tensor] = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.weight = torch.nn.Parameter(weight)
         self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
 
-    def forward(self) -> tuple[Tensor, Optional[Tensor]]:
+    def forward(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, the parameters themselves."""
         return self.weight, self.bias
 
@@ -41,14 +39,20 @@ def _check_alignment(config, device: torch.device, ffn_local: int) -> None:
     element = torch.empty((), dtype=config.params_dtype).element_size()
     if config.hidden_size * element % _PROBABILITY_BYTES:
         raise ConfigError(
-            f"hidden_size {config.hidden_size} is odd: routing probabilities travel in whole rows of {config.params_dtype}",
+            f"hidden_size {config.hidden_size} is odd: routing probabilities travel in whole rows of "
+            f"{config.params_dtype}",
             where="model",
             fix="choose an even hidden_size",
         )
     multiple = _GROUPED_MM_ALIGNMENT_BYTES // element
-    bad = [f"{name} {size}" for name, size in (("hidden_size", config.hidden_size),
-                                               ("moe_ffn_hidden_size / expert_tensor_parallel_size", ffn_local))
-           if size % multiple]
+    bad = [
+        f"{name} {size}"
+        for name, size in (
+            ("hidden_size", config.hidden_size),
+            ("moe_ffn_hidden_size / expert_tensor_parallel_size", ffn_local),
+        )
+        if size % multiple
+    ]
     if device.type != "cpu" and bad:
         raise ConfigError(
             f"grouped products on {device.type} need widths that are multiples of {multiple} "
@@ -93,8 +97,9 @@ class GroupedExperts(MegatronModule):
         ``allreduce = False`` puts a parameter into the buffers that are reduced over the expert-data-parallel
         ranks, at one expert-parallel rank too, so that the optimizer state has the same form in every layout.
         ``tensor_model_parallel`` says "count it in the gradient norm on every tensor rank": true of the weights,
-        which no two ranks of a tensor group share, and of the bias on the first rank of an expert-tensor group. Not marked,
-        it counts on the first rank of the tensor group: for the experts that of their own group (`training.chain`).
+        which no two ranks of a tensor group share, and of the bias on the first rank of an expert-tensor group. Not
+        marked, it counts on the first rank of the tensor group: for the experts that of their own group
+        (`training.chain`).
         """
         for parameter in self.parameters():
             parameter.allreduce = False
@@ -135,8 +140,11 @@ class _Experts(torch.autograd.Function):
         if keep:
             # The parameters themselves: their main_grad takes the gradients.
             ctx.weights, ctx.pipeline, ctx.probabilities_dtype = weights, pipeline, probabilities.dtype
-            # Saved by autograd, and not kept by hand, so that a second backward over the overwritten buffers is an error.
-            ctx.save_for_backward(fc1, fc2, *(part for saved in kept for part in (saved.rows, saved.scale, saved.gate_up)))
+            # Saved by autograd, and not kept by hand, so that a second backward over the overwritten buffers is an
+            # error.
+            ctx.save_for_backward(
+                fc1, fc2, *(part for saved in kept for part in (saved.rows, saved.scale, saved.gate_up))
+            )
         return output
 
     @staticmethod

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +23,7 @@ class WeightGradient:
         accumulate: TransformerEngine's product for :meth:`add_grouped_product`, where there is one.
     """
 
-    def __init__(self, parameter: Tensor, chunks: int, accumulate: Optional[Accumulate] = None):
+    def __init__(self, parameter: Tensor, chunks: int, accumulate: Accumulate | None = None):
         self.parameter = parameter
         main = getattr(parameter, "main_grad", None)
         self.into_main = main is not None and hasattr(parameter, "grad_added_to_main_grad")
@@ -37,7 +35,7 @@ class WeightGradient:
             wide = torch.promote_types(parameter.dtype, torch.float32) if chunks > 1 else parameter.dtype
             self.buffer = torch.empty_like(parameter, dtype=wide)
         self._accumulate = accumulate if self.buffer.dtype == torch.float32 else None
-        self._scratch: Optional[Tensor] = None
+        self._scratch: Tensor | None = None
 
     def add_product(self, part: int, a: Tensor, b: Tensor) -> None:
         """``buffer[part] += a @ b``, for two matrices."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,10 @@ class ExpertLoad:
     layers: tuple[int, ...]
     tokens_per_expert: Tensor
     max_over_mean: Tensor
-    aux_loss: Optional[float]
+    aux_loss: float | None
 
 
-def collect_expert_load(chunks: Sequence[nn.Module], state: ParallelState) -> Optional[ExpertLoad]:
+def collect_expert_load(chunks: Sequence[nn.Module], state: ParallelState) -> ExpertLoad | None:
     """Sum the counters over all ranks and start them anew. Collective over the whole world.
 
     Args:

@@ -1,8 +1,8 @@
 """How long a block takes with its input in k chunks: a model of events, from four measured times.
 
-The pipeline of :mod:`megatron_telechat.moe.pipeline` is replayed with the computation and the link as two machines, each
-doing one thing at a time. A chunk of computation takes its share of the whole plus a fixed cost (small products, launches), a
-transfer its share plus the fixed cost of a collective:
+The pipeline of :mod:`megatron_telechat.moe.pipeline` is replayed with the computation and the link as two machines,
+each doing one thing at a time. A chunk of computation takes its share of the whole plus a fixed cost (small products,
+launches), a transfer its share plus the fixed cost of a collective:
 
     forward, compute-bound (A >= B):  T(k) = A + B/k + ...     link-bound:  T(k) = B + ...
 
@@ -11,9 +11,9 @@ with A the time of the computation and B that of the link; both fall towards max
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Mapping
 
 from megatron_telechat.moe.chunks import chunk_parts
 
@@ -35,7 +35,7 @@ class PassCosts:
     per_transfer: float
 
     @classmethod
-    def fit(cls, compute_ms: Mapping[int, float], link_ms: Mapping[int, float]) -> "PassCosts":
+    def fit(cls, compute_ms: Mapping[int, float], link_ms: Mapping[int, float]) -> PassCosts:
         """From the times of computation alone and of transfers alone at two or more numbers of chunks."""
         compute, per_chunk = _line(compute_ms)
         link, per_pair = _line(link_ms)
@@ -60,7 +60,7 @@ def _line(times: Mapping[int, float]) -> tuple[float, float]:
     ks, ts = list(times), list(times.values())
     mean_k, mean_t = sum(ks) / len(ks), sum(ts) / len(ts)
     spread = sum((k - mean_k) ** 2 for k in ks)
-    slope = sum((k - mean_k) * (t - mean_t) for k, t in zip(ks, ts)) / spread if spread else 0.0
+    slope = sum((k - mean_k) * (t - mean_t) for k, t in zip(ks, ts, strict=True)) / spread if spread else 0.0
     slope = min(max(slope, 0.0), mean_t / mean_k)
     return mean_t - slope * mean_k, slope
 
@@ -70,7 +70,7 @@ def forward_ms(costs: PassCosts, k: int) -> float:
     transfers = costs.transfers_ms(k)
     computed = []
     now = 0.0
-    for chunk, arrival in zip(costs.chunks_ms(k), accumulate(transfers)):
+    for chunk, arrival in zip(costs.chunks_ms(k), accumulate(transfers), strict=True):
         now = max(now, arrival) + chunk
         computed.append(now)
     return _returned(computed, transfers)
@@ -85,7 +85,7 @@ def backward_ms(costs: PassCosts, k: int, weight_share: float = 0.5) -> float:
     transfers = costs.transfers_ms(k)
     computed, waiting = [], []
     now = 0.0
-    for chunk, arrival in zip(costs.chunks_ms(k), accumulate(transfers)):
+    for chunk, arrival in zip(costs.chunks_ms(k), accumulate(transfers), strict=True):
         while waiting and now < arrival:
             now += waiting.pop(0)
         now = max(now, arrival) + chunk * (1 - weight_share)
@@ -97,7 +97,7 @@ def backward_ms(costs: PassCosts, k: int, weight_share: float = 0.5) -> float:
 def _returned(computed: list[float], transfers: list[float]) -> float:
     """When the last chunk is back: the way back of each begins when it is computed and the link is free."""
     link = sum(transfers)
-    for ready, transfer in zip(computed, transfers):
+    for ready, transfer in zip(computed, transfers, strict=True):
         link = max(link, ready) + transfer
     return link
 

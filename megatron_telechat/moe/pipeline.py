@@ -6,12 +6,14 @@ Forward, for chunks 0..k-1 (D dispatch, F experts, C combine; the link works one
     link     | D0 | D1 | C0 | D2 | ...
     compute       | F0 | F1 | F2 | ...
 
-Backward (C' gradients of the outputs to the experts, B gradients of inputs and probabilities, D' their way back, W gradients of weights):
+Backward (C' gradients of the outputs to the experts, B gradients of inputs and probabilities, D' their way back, W
+gradients of weights):
 
     issue C'0 .. C'k-1;  then for each chunk: wait C', compute B, issue D'
 
-and W of an earlier chunk wherever the computation would wait, the rest at the end, beside the last D'. The order of transfers
-is the same on every rank, whatever the local timing; only the place of W depends on it, and no one else sees that.
+and W of an earlier chunk wherever the computation would wait, the rest at the end, beside the last D'. The order of
+transfers is the same on every rank, whatever the local timing; only the place of W depends on it, and no one else sees
+that.
 
 Recomputation keeps the rows that arrived and repeats the first product alone, while a chunk's gradient is on its way.
 No dispatch is ever repeated.
@@ -20,7 +22,7 @@ No dispatch is ever repeated.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ class Saved:
 
     rows: Tensor
     scale: Tensor
-    gate_up: Optional[Tensor]
+    gate_up: Tensor | None
 
 
 @dataclass
@@ -72,7 +74,7 @@ class ChunkPipeline:
     dispatch: Dispatch
     channel: Any
     clock: ExchangeClock = field(default_factory=ExchangeClock)
-    layer: Optional[int] = None
+    layer: int | None = None
     recompute: bool = False
     max_pending: int = 8
     engine: Any = None
@@ -201,7 +203,7 @@ class ChunkPipeline:
         if self.dispatch.local:
             return []
         started = []
-        for chunk, (out, plan) in enumerate(zip(self.dispatch.outgoing, self.dispatch.arrivals)):
+        for chunk, (out, plan) in enumerate(zip(self.dispatch.outgoing, self.dispatch.arrivals, strict=True)):
             with self.clock.computing("pack", chunk, self.layer, True):
                 rows = grad.index_select(0, out.output_tokens)
             started.append(self._start(rows, out.send_tokens, plan.receive_tokens, "C'", chunk, True))
@@ -216,7 +218,8 @@ class ChunkPipeline:
         return rows
 
     def _input_gradients(self, engine, g, saved: Saved, chunk: int, weights, pending) -> tuple[Tensor, Tensor]:
-        """Sums of input gradients in the form of the buffer that arrived, with the probabilities' gradients packed in."""
+        """Sums of input gradients in the form of the buffer that arrived, with the probabilities' gradients packed
+        in."""
         plan = self.dispatch.arrivals[chunk]
         starts = plan.bag_starts if self.dispatch.local else plan.buffer_bag_starts
         if not plan.num_rows:
@@ -228,7 +231,9 @@ class ChunkPipeline:
             RowFormat(sums.shape[1], sums.dtype).flat_weights(sums).index_copy_(0, plan.weight_slots, grad_scale)
         return sums, grad_scale
 
-    def _store(self, chunk: int, sums: Tensor, grad_scale: Tensor, grad_tokens: Tensor, grad_probabilities: Tensor) -> None:
+    def _store(
+        self, chunk: int, sums: Tensor, grad_scale: Tensor, grad_tokens: Tensor, grad_probabilities: Tensor
+    ) -> None:
         start, stop = self.dispatch.ranges[chunk]
         grad_tokens[start:stop] = sums
         slots = self.dispatch.arrivals[chunk].weight_slots
@@ -243,7 +248,9 @@ class ChunkPipeline:
         for slots in out.weight_slots:  # slices of an expert each hold a part of the sum
             mine += packed.index_select(0, slots)
 
-    def _use_the_gap(self, arriving: list[Any], chunk: int, pending: list[_Pending], engine, gradients: Gradients) -> None:
+    def _use_the_gap(
+        self, arriving: list[Any], chunk: int, pending: list[_Pending], engine, gradients: Gradients
+    ) -> None:
         """Weight gradients of earlier chunks while this chunk's gradient is on its way."""
         if self.dispatch.local:
             while pending:

@@ -7,18 +7,19 @@ A token chosen by several experts of one rank travels there once. What a rank re
 so that tokens and probabilities take one exchange, and every row stays aligned. The way back of the gradients has the
 same form (gradient of a token's row | gradients of its probabilities); outputs and their gradients need the rows alone.
 
-The input is cut into chunks of consecutive tokens (:mod:`megatron_telechat.moe.chunks`). All ranks tell each other their choice of experts once, for all chunks;
-from then on everything about every chunk is known, on the device, and the sizes of all messages on the host: one
-device-to-host copy in a forward, none in a backward.
+The input is cut into chunks of consecutive tokens (:mod:`megatron_telechat.moe.chunks`). All ranks tell each other
+their choice of experts once, for all chunks; from then on everything about every chunk is known, on the device, and the
+sizes of all messages on the host: one device-to-host copy in a forward, none in a backward.
 
 Terms: a *token row* is a token on its way to a rank, an *expert row* the same token in the hands of one of its experts.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Callable, ContextManager, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -146,14 +147,14 @@ class Dispatch:
         groups: ExpertGroups,
         num_chunks: int,
         rows: RowFormat,
-        waiting: Callable[[], ContextManager] = nullcontext,
+        waiting: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.num_tokens, self.topk = routing.experts.shape
         self.ranges = chunk_ranges(self.num_tokens, num_chunks)
         self.outgoing: tuple[Outgoing, ...] = ()
         self.arrivals: tuple[Arrivals, ...] = ()
         layout = _Layout(routing, groups, self.ranges, rows, waiting)
-        self._layout: Optional[_Layout] = layout
+        self._layout: _Layout | None = layout
         self._incoming = tuple(map(tuple, layout.host_in_sizes))
         self.local = layout.group_size == 1
         if not self.local:
@@ -170,10 +171,12 @@ class Dispatch:
 
 
 class _Layout:
-    """Index arithmetic of a plan, for all chunks at once. Shapes: c chunks, s ranks of the group, e expert-parallel ranks,
-    m tokens of a chunk, k choices of a token."""
+    """Index arithmetic of a plan, for all chunks at once. Shapes: c chunks, s ranks of the group, e expert-parallel
+    ranks, m tokens of a chunk, k choices of a token."""
 
-    def __init__(self, routing: Routing, groups: ExpertGroups, ranges: tuple[ChunkRange, ...], rows: RowFormat, waiting):
+    def __init__(
+        self, routing: Routing, groups: ExpertGroups, ranges: tuple[ChunkRange, ...], rows: RowFormat, waiting
+    ):
         self.topk = routing.experts.shape[1]
         self.num_experts = routing.tokens_per_expert.numel()
         self.ep, self.etp = groups.ep.size(), groups.etp.size()
@@ -191,7 +194,9 @@ class _Layout:
         self.tokens = self.starts.unsqueeze(1) + torch.arange(max(b - a for a, b in ranges), device=self.device)
         self.filled = self.tokens < edges[:, 1:]
 
-        gathered, self.chunks_of_ranks = _gather_choices(routing.experts, self.num_experts, self.chunks, groups.all, waiting)
+        gathered, self.chunks_of_ranks = _gather_choices(
+            routing.experts, self.num_experts, self.chunks, groups.all, waiting
+        )
         ids = self._padded(gathered)  # [s, c, m, k]
         destination = ids // self.local_experts
         # Which of my tokens and choices go to each expert-parallel rank: [c, e, m], [c, e, m, k].
@@ -349,7 +354,7 @@ class _Layout:
         spread = _place(token_starts, rows, mask, totals, fill=torch.iinfo(torch.int32).max)
         return [
             starts.flip(0).clamp(max=count).cummin(0).values.flip(0) if starts.numel() else starts
-            for starts, count in zip(spread, expert_totals)
+            for starts, count in zip(spread, expert_totals, strict=True)
         ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,11 +41,11 @@ class RunningStatistics:
     """
 
     def __init__(self) -> None:
-        self.tokens_per_expert: Optional[Tensor] = None
-        self.aux_loss: Optional[Tensor] = None
+        self.tokens_per_expert: Tensor | None = None
+        self.aux_loss: Tensor | None = None
         self.tokens = 0
 
-    def add(self, tokens_per_expert: Tensor, aux_loss: Optional[Tensor], tokens: int) -> None:
+    def add(self, tokens_per_expert: Tensor, aux_loss: Tensor | None, tokens: int) -> None:
         if self.tokens_per_expert is None:
             self.tokens_per_expert = torch.zeros_like(tokens_per_expert)
             self.aux_loss = torch.zeros((), dtype=torch.float32, device=tokens_per_expert.device)
@@ -82,19 +82,20 @@ class Router(TopKRouter):
         self.balance_coefficient = self.get_aux_loss_coeff("aux_loss")
         self.z_coefficient = config.moe_z_loss_coeff or 0.0
         self.statistics = RunningStatistics()
-        self.tape: Optional[RoutingTape] = None
+        self.tape: RoutingTape | None = None
 
     def forward(
         self,
         hidden_states: Tensor,
-        counted: Optional[CountedTokens] = None,
-        first_pass: Optional[FirstPass] = None,
+        counted: CountedTokens | None = None,
+        first_pass: FirstPass | None = None,
     ) -> Routing:
         """Choose experts for [..., hidden] tokens.
 
         Args:
             counted: which tokens count in the losses and figures; None: all, and all are learned.
-            first_pass: of a call that is repeated in the backward. The repetition takes the experts of the first pass: it may
+            first_pass: of a call that is repeated in the backward. The repetition takes the experts of the first pass:
+            it may
                 round differently, and the gradient must be that of the forward that was.
         """
         logits = self.gating(hidden_states).view(-1, self.num_experts)
@@ -109,7 +110,7 @@ class Router(TopKRouter):
             weights = self._add_auxiliary_losses(weights, logits, counts, counted)
         return Routing(weights, experts, tokens_per_expert)
 
-    def _choose(self, logits: Tensor, first_pass: Optional[FirstPass]) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits: Tensor, first_pass: FirstPass | None) -> tuple[Tensor, Tensor]:
         """The chosen logits and their experts, [n, k] each; the logits carry the gradient, whoever chose."""
         if first_pass is not None and (repeated := first_pass.experts) is not None:
             return picked(logits, repeated), repeated
@@ -122,7 +123,7 @@ class Router(TopKRouter):
         return chosen, experts
 
     def _add_auxiliary_losses(
-        self, weights: Tensor, logits: Tensor, tokens_per_expert: Tensor, counted: Optional[CountedTokens]
+        self, weights: Tensor, logits: Tensor, tokens_per_expert: Tensor, counted: CountedTokens | None
     ) -> Tensor:
         """Hang this rank's share of the losses on the weights.
 
@@ -159,7 +160,7 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(weights, share)
 
 
-def _sum_of_rows(values: Tensor, real: Optional[Tensor]) -> Tensor:
+def _sum_of_rows(values: Tensor, real: Tensor | None) -> Tensor:
     """Sum over the first dimension; where ``real`` is given, of its rows only."""
     # A product, not a choice by index: its size does not depend on the data, so the host waits for nothing.
     return values.sum(0) if real is None else real.to(values.dtype) @ values

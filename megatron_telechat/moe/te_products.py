@@ -1,6 +1,7 @@
 """TransformerEngine's grouped product for gradients of weights: it adds 16-bit products into an fp32 buffer.
 
-torch's ``grouped_mm`` returns a 16-bit gradient of all experts, which then has to be added; this writes nothing but the sum.
+torch's ``grouped_mm`` returns a 16-bit gradient of all experts, which then has to be added; this writes nothing but the
+sum.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import warnings
-from typing import Any, Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Accumulate = Callable[[Tensor, Tensor, Tensor, Sequence[int], bool], None]
-"""``f(buffer, a, b, counts, fresh)``: buffer[e] (+)= a_e^T b_e; buffer [experts, p, q] fp32, a [rows, p], b [rows, q], rows by expert."""
+"""``f(buffer, a, b, counts, fresh)``: buffer[e] (+)= a_e^T b_e; buffer [experts, p, q] fp32, a [rows, p], b [rows, q],
+rows by expert."""
 
 
-def accumulating_product(device: torch.device, dtype: torch.dtype) -> Optional[Accumulate]:
+def accumulating_product(device: torch.device, dtype: torch.dtype) -> Accumulate | None:
     """The product, if TransformerEngine is installed, the types suit it, and it passes a test on this device.
 
     Its function is not a public interface and has changed its arguments between releases: it is tried on a small
@@ -32,8 +35,9 @@ def accumulating_product(device: torch.device, dtype: torch.dtype) -> Optional[A
         _check(product, device, dtype)
     except Exception as error:  # whatever a foreign internal function raises: the run goes on without it
         warnings.warn(
-            f"TransformerEngine's grouped product is not used ({type(error).__name__}: {error}); weight gradients of the "
-            "experts are added in a pass of their own"
+            f"TransformerEngine's grouped product is not used ({type(error).__name__}: {error}); weight gradients of "
+            "the experts are added in a pass of their own",
+            stacklevel=2,
         )
         return None
     return product
@@ -73,7 +77,7 @@ def _check(product: Accumulate, device: torch.device, dtype: torch.dtype) -> Non
     """Two experts and one without rows, added to and replaced."""
     counts, generator = (32, 0, 16), torch.Generator().manual_seed(0)
     a, b = (torch.randn(sum(counts), width, generator=generator).to(device, dtype) for width in (64, 32))
-    expected = torch.stack([x.float().t() @ y.float() for x, y in zip(a.split(counts), b.split(counts))])
+    expected = torch.stack([x.float().t() @ y.float() for x, y in zip(a.split(counts), b.split(counts), strict=True)])
     for fresh in (True, False):
         buffer = torch.ones(expected.shape, device=device)
         product(buffer, a, b, counts, fresh)

@@ -12,7 +12,8 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from megatron_telechat.errors import ConfigError, Problem, ResourceError, UserError
 
@@ -39,7 +40,7 @@ def agree(name: str, value: Any, state: Any = None) -> None:
     raise ConfigError(_differences(name, everyone, _places(state)))
 
 
-def all_ranks_ok(error: Optional[BaseException], state: Any = None) -> None:
+def all_ranks_ok(error: BaseException | None, state: Any = None) -> None:
     """Raise on all ranks when one of them met an error; a collective over all ranks.
 
     Args:
@@ -50,7 +51,9 @@ def all_ranks_ok(error: Optional[BaseException], state: Any = None) -> None:
         UserError: of the class of the first failing rank's error, the same text everywhere.
         RuntimeError: the first failing rank's error is not the user's. On the failing rank it is the cause.
     """
-    outcome = None if error is None else (type(error).__name__, str(error), error if isinstance(error, UserError) else None)
+    outcome = (
+        None if error is None else (type(error).__name__, str(error), error if isinstance(error, UserError) else None)
+    )
     outcomes = gather_objects(outcome)
     failed = [rank for rank, found in enumerate(outcomes) if found is not None]
     if not failed:
@@ -70,7 +73,7 @@ def together(state: Any = None) -> Iterator[None]:
 
     The block must hold no collective of its own.
     """
-    error: Optional[Exception] = None
+    error: Exception | None = None
     try:
         yield
     except Exception as caught:

@@ -49,8 +49,8 @@ class ParallelState:
     edp_group: Any = field(repr=False)
     mp_group: Any = field(repr=False)
     process_groups: Any = field(repr=False)
-    """megatron.core's ProcessGroupCollection; what model, DDP, optimizer and schedules take as pg_collection. It carries
-    one thing more, ``expert_channel``: the `Channel` of this rank's expert group."""
+    """megatron.core's ProcessGroupCollection; what model, DDP, optimizer and schedules take as pg_collection. It
+    carries one thing more, ``expert_channel``: the `Channel` of this rank's expert group."""
 
     def is_first_stage(self, chunk: int = 0) -> bool:
         """Whether this virtual chunk of this rank holds the embedding."""
@@ -68,7 +68,9 @@ class ParallelState:
 
     def place(self) -> str:
         """Rank numbers of the dimensions that this layout uses, such as "tp 1, pp 0"; for messages."""
-        return ", ".join(f"{name} {rank}" for name, rank in self.coordinates().items() if getattr(self, f"{name}_size") > 1)
+        return ", ".join(
+            f"{name} {rank}" for name, rank in self.coordinates().items() if getattr(self, f"{name}_size") > 1
+        )
 
 
 def initialize(run: RunConfig, backend: Backend) -> ParallelState:
@@ -176,7 +178,8 @@ def _build_groups(parallel: ParallelConfig, backend: Backend, timeout: timedelta
             distributed_timeout_minutes=timeout.total_seconds() / 60,
             # For mcore's own optimizer checkpoints only; ours are written from the shards of each rank.
             create_gloo_process_groups=False,
-            # The experts' exchange (megatron-core's name of that group) must not queue behind the kernels it overlaps with.
+            # The experts' exchange (megatron-core's name of that group) must not queue behind the kernels it overlaps
+            # with.
             high_priority_stream_groups=["tp_ep_mp"] if backend.name == "cuda" else None,
         )
     except (AssertionError, ValueError) as error:

@@ -8,8 +8,8 @@ etp fastest, then ep, edp, pp (megatron-core 0.16.1, parallel_state.py: two Rank
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Iterable, Sequence
 
 from megatron_telechat.config.schema import ParallelConfig
 from megatron_telechat.errors import ConfigError
@@ -56,7 +56,7 @@ class Topology:
     etp: int = 1
 
     @classmethod
-    def from_config(cls, parallel: ParallelConfig) -> "Topology":
+    def from_config(cls, parallel: ParallelConfig) -> Topology:
         """The topology of a run.
 
         Raises:
@@ -155,7 +155,13 @@ def expert_groups_text(topology: Topology, most: int = 4) -> str:
     texts = [_group_text(topology, group) for group in shown]
     if len(groups) > most:
         texts.insert(most - 1, "..")
-    across = "none crosses nodes" if not crossing else "all cross nodes" if crossing == len(groups) else f"{crossing} cross nodes"
+    across = (
+        "none crosses nodes"
+        if not crossing
+        else "all cross nodes"
+        if crossing == len(groups)
+        else f"{crossing} cross nodes"
+    )
     count = f"{len(groups)} group{'s' * (len(groups) > 1)} of {len(groups[0])}"
     return f"{count}: ranks {', '.join(texts)}; {across} of {topology.ranks_per_node}"
 
@@ -177,8 +183,8 @@ def placement_warnings(topology: Topology, is_moe: bool, folded: bool = False) -
     if topology.tp > 1 and topology.crossing("tp"):
         best = max(size for size in range(1, topology.tp + 1) if topology.tp % size == 0 and node % size == 0)
         warnings.append(
-            f"{topology.crossing('tp')} of {len(topology.groups('tp'))} tensor-parallel groups cross nodes of {node} ranks: "
-            f"every layer waits for the network. --tensor-model-parallel-size {best} stays within a node"
+            f"{topology.crossing('tp')} of {len(topology.groups('tp'))} tensor-parallel groups cross nodes of {node} "
+            f"ranks: every layer waits for the network. --tensor-model-parallel-size {best} stays within a node"
         )
     if is_moe and topology.ep * topology.etp > 1 and topology.crossing("etp-ep"):
         domain = topology.ep * topology.etp
@@ -193,7 +199,9 @@ def placement_warnings(topology: Topology, is_moe: bool, folded: bool = False) -
             f"{topology.tp * topology.cp}): keys and values travel over the network in every layer"
         )
     if topology.world_size % node and topology.world_size > node:
-        warnings.append(f"world_size={topology.world_size} does not fill nodes of {node} ranks: the last node is partly used")
+        warnings.append(
+            f"world_size={topology.world_size} does not fill nodes of {node} ranks: the last node is partly used"
+        )
     return warnings
 
 
@@ -201,7 +209,9 @@ def _experts_in_a_node(topology: Topology, folded: bool) -> str:
     """The flags of the largest expert groups that do not cross nodes."""
     node, tensor = topology.ranks_per_node, topology.tp
     for etp in [size for size in range(topology.etp, 0, -1) if topology.etp % size == 0]:
-        ep = max((s for s in _divisors(topology.ep) if node % (s * etp) == 0 and not (folded and s % tensor)), default=0)
+        ep = max(
+            (s for s in _divisors(topology.ep) if node % (s * etp) == 0 and not (folded and s % tensor)), default=0
+        )
         if ep:
             changed = f" --expert-tensor-parallel-size {etp}" if etp != topology.etp else ""
             return f"--expert-model-parallel-size {ep}{changed}"

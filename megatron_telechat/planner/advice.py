@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional, Sequence
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec
@@ -35,12 +35,12 @@ class Question:
     run: RunConfig
     device: DeviceSpec
     kinds: tuple[str, ...] = ("full",)
-    memory_bytes: Optional[float] = None
-    reserve_bytes: Optional[float] = None
+    memory_bytes: float | None = None
+    reserve_bytes: float | None = None
     time_limit_s: float = 30.0
     gap: float = 0.0
     plain: bool = False
-    software: Optional[Software] = None
+    software: Software | None = None
     counted: tuple[str, ...] = ()
 
     def problem(self) -> BalanceProblem:
@@ -84,7 +84,9 @@ class Plan:
         return tuple(peak - self.problem.const_mem for peak in peak_bytes(self.problem, self.assignment))
 
 
-def make_plan(question: Question, problem: Optional[BalanceProblem] = None) -> tuple[Optional[Plan], Solution, BalanceProblem]:
+def make_plan(
+    question: Question, problem: BalanceProblem | None = None
+) -> tuple[Plan | None, Solution, BalanceProblem]:
     """Solve it. The plan is None where nothing fits, or nothing was found in time: the solution says which.
 
     Raises:
@@ -103,7 +105,7 @@ def make_plan(question: Question, problem: Optional[BalanceProblem] = None) -> t
     return Plan(question, problem, solution, assignment, makespan, planned, prediction), solution, problem
 
 
-def plainer(plan: Plan, configured: Optional[RunConfig], why_not: str = "") -> list[Baseline]:
+def plainer(plan: Plan, configured: RunConfig | None, why_not: str = "") -> list[Baseline]:
     """What to compare with: the run as it was configured, Megatron's splits, the best plain flags.
 
     Args:

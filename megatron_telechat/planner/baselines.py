@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Sequence
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from megatron_telechat.planner.graph import makespans, op_graph
 from megatron_telechat.planner.plan import Assignment, check_assignment
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import peak_bytes, simulate, stage_times
-
 
 NEAR = 5
 """Layers a chunk by which a plain split's first and last stages are tried away from the even share."""
@@ -87,7 +86,9 @@ def _flag_splits(problem: BalanceProblem) -> Iterator[tuple[tuple[int, ...], int
     share, V = problem.num_layers // problem.P, problem.V
     near = [None, *range(max(share - NEAR * V, 1), share + NEAR * V + 1)]
     splits = [SplitFlags(first, last) for first, last in itertools.product(near, repeat=2)]
-    splits += [SplitFlags(embedding=embedding, loss=loss) for embedding, loss in itertools.product((False, True), repeat=2)]
+    splits += [
+        SplitFlags(embedding=embedding, loss=loss) for embedding, loss in itertools.product((False, True), repeat=2)
+    ]
     found = {_split(problem, split) for split in splits}
     for counts in sorted(counts for counts in found if counts is not None):
         yield counts, places[-1]
@@ -104,7 +105,9 @@ def _plain_modes(
     of_layer = [number for number, group in enumerate(problem.groups) for _ in range(group.count)]
     starts = np.concatenate([[0], np.cumsum(counts)])
     for mode in range(most):
-        partly = any(group.modes[mode].name == "full" for group in problem.groups if mode < len(group.modes)) or not strict
+        partly = (
+            any(group.modes[mode].name == "full" for group in problem.groups if mode < len(group.modes)) or not strict
+        )
         for first in [0] if mode == 0 else range(1 if partly else max(counts), max(counts) + 1):
             stages = []
             for stage, count in enumerate(counts):
@@ -140,7 +143,9 @@ def best_with_layout_string(problem: BalanceProblem, begin: Sequence[Assignment]
     name = "layout string and plain recompute"
     deadline = time.perf_counter() + time_limit_s
     place = problem.mtp_places()[-1] if problem.mtp_places() else None
-    splits = dict.fromkeys([one.counts for one in begin] + [counts for counts, _ in _flag_splits(problem)][:LAYOUT_STARTS])
+    splits = dict.fromkeys(
+        [one.counts for one in begin] + [counts for counts, _ in _flag_splits(problem)][:LAYOUT_STARTS]
+    )
     best = Baseline(name, None, None)
     for counts in splits:
         here = math.inf

@@ -170,7 +170,7 @@ class Tree(Relaxation):
         result = self.relax(node, ROOT_ROUNDS)
         while changed and time.perf_counter() < until:
             changed = False
-            for what, number in entries:
+            for _, number in entries:
                 if not result.feasible or node.bound >= self.cutoff() or time.perf_counter() > until:
                     break
                 value = float(space.rows[first + number] @ result.x)

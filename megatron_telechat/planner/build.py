@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Optional, Sequence
 
 from megatron_telechat.config.layout import PipelineLayout, pipeline_layout
 from megatron_telechat.config.recompute import MODULES, Modes, recompute_plan
@@ -55,10 +55,10 @@ def balance_problem(
     device: DeviceSpec,
     kinds: Sequence[str] = DEFAULT_KINDS,
     *,
-    mem_limit_bytes: Optional[float] = None,
-    reserve_bytes: Optional[float] = None,
-    software: Optional[Software] = None,
-    mtp: Optional[Block] = None,
+    mem_limit_bytes: float | None = None,
+    reserve_bytes: float | None = None,
+    software: Software | None = None,
+    mtp: Block | None = None,
 ) -> BalanceProblem:
     """The balance problem of a run on a device: seconds, and bytes of one rank.
 
@@ -117,7 +117,7 @@ def _group(run: RunConfig, times: TimeModel, layer: int, count: int, kinds: tupl
     return LayerGroup(count, plain.forward, plain.backward, _weights(run, layer_table(run.model, layer)), tuple(modes))
 
 
-def mtp_block(run: RunConfig, device: DeviceSpec, layer: int = -1, software: Optional[Software] = None) -> Block:
+def mtp_block(run: RunConfig, device: DeviceSpec, layer: int = -1, software: Software | None = None) -> Block:
     """A multi-token-prediction block as DeepSeek-V3 has it (arXiv 2412.19437, section 2.2), for a model that has one:
     one more decoder layer like `layer`, a projection of 2h to h, and the shared output layer once more (its weights
     are not counted again)."""
@@ -125,7 +125,9 @@ def mtp_block(run: RunConfig, device: DeviceSpec, layer: int = -1, software: Opt
     times = TimeModel(run, device, software)
     decoder, output = times.layer(layer, ()), times.output_layer()
     hidden, tensor = run.model.hidden_size, run.parallel.tensor_model_parallel_size
-    per_parameter = _weights(run, layer_table(run.model, layer)) / local_count(layer_table(run.model, layer), run.parallel).total
+    per_parameter = (
+        _weights(run, layer_table(run.model, layer)) / local_count(layer_table(run.model, layer), run.parallel).total
+    )
     kept = layer_activations(run, layer, ()).kept + output_layer_bytes(run)
     weights = _weights(run, layer_table(run.model, layer)) + per_parameter * 2 * hidden * hidden / tensor
     return Block(decoder.forward + output.forward, decoder.backward + output.backward, weights, kept)
@@ -212,7 +214,7 @@ class PlannedRun:
             "ask for the best plan within plain flags",
         )
 
-    def _block_layers(self) -> Optional[int]:
+    def _block_layers(self) -> int | None:
         """N, if full recompute takes the first N layers of every virtual stage (all of a shorter one)."""
         layers = iter(self.recompute)
         stages = [[next(layers) == ("full",) for _ in range(count)] for count in self.layout.counts]
@@ -237,7 +239,7 @@ def planned_run(run: RunConfig, problem: BalanceProblem, assignment: Assignment)
         raise ConfigError(wrong[0], "plan", "a plan for this model and pipeline")
     groups = [group for group in problem.groups for _ in range(group.count)]
     indices = [mode for stage in assignment.modes for mode in stage]
-    plan = tuple(parse_kind(group.modes[index].name) for group, index in zip(groups, indices))
+    plan = tuple(parse_kind(group.modes[index].name) for group, index in zip(groups, indices, strict=True))
     planned = PlannedRun(layout, plan, run)
     training = replace(
         run.training,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 
@@ -106,19 +106,23 @@ class DevicePlans:
         for chunk, one in enumerate(chunks):
             stage = chunk * problem.P + device
             block = problem.fixed_block(stage, stage if chunk == mtp_chunk else None)
-            weights += block.w + math.fsum(count * group.w for count, group in zip(one, problem.groups))
+            weights += block.w + math.fsum(count * group.w for count, group in zip(one, problem.groups, strict=True))
             fixed_act.append(block.act)
-        act = [choice.act[at] + fixed for choice, at, fixed in zip(choices, picked, fixed_act)]
+        act = [choice.act[at] + fixed for choice, at, fixed in zip(choices, picked, fixed_act, strict=True)]
         limit = problem.mem_limit * (1 + slack)
         fits = np.full(len(picked[0]), weights <= limit)
-        for held, backward in zip(self.held[device], self.backward[device]):
-            most = sum(count * size for count, size in zip(held, act))
+        for held, backward in zip(self.held[device], self.backward[device], strict=True):
+            most = sum(count * size for count, size in zip(held, act, strict=True))
             if backward is not None:
                 most = most + choices[backward].ws[picked[backward]]
             fits &= weights + most <= limit
         where = np.flatnonzero(fits)
         picked = [at[where] for at in picked]
-        return ([], []) if not len(where) else (picked, [choice.extra[at] for choice, at in zip(choices, picked)])
+        return (
+            ([], [])
+            if not len(where)
+            else (picked, [choice.extra[at] for choice, at in zip(choices, picked, strict=True)])
+        )
 
     def _thin(self, sizes: list[int]) -> list[np.ndarray]:
         most = max(2, int(MAX_COMBINATIONS ** (1 / len(sizes))))
@@ -130,19 +134,19 @@ class DevicePlans:
 
 def _stage_choices(problem: BalanceProblem, in_group: Sequence[int]) -> StageChoices:
     per_group = []
-    for group, count in zip(problem.groups, in_group):
+    for group, count in zip(problem.groups, in_group, strict=True):
         per_group.append(_group_choices(count, len(group.modes)))
     rows: list[tuple[float, float, float, tuple]] = []
     for chosen in itertools.product(*per_group):
         extra = act = ws = 0.0
-        for group, counts in zip(problem.groups, chosen):
-            for mode, count in zip(group.modes, counts):
+        for group, counts in zip(problem.groups, chosen, strict=True):
+            for mode, count in zip(group.modes, counts, strict=True):
                 if count:
                     extra, act, ws = extra + count * mode.extra_b, act + count * mode.act, max(ws, mode.ws)
         rows.append((ws, extra, act, chosen))
     rows.sort(key=lambda row: row[:3])
     kept: list[tuple[float, float, float, tuple]] = []
-    for ws, same in itertools.groupby(rows, key=lambda row: row[0]):
+    for _, same in itertools.groupby(rows, key=lambda row: row[0]):
         least = math.inf
         for row in same:
             if row[2] < least:

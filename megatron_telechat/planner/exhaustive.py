@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -113,12 +113,13 @@ def _device_plans(
         least = min(least, lacking)
         if lacking <= 0:
             fitting.setdefault(
-                tuple(_extra(problem, in_stage[stage], modes) for stage, modes in zip(stages, chosen)), chosen
+                tuple(_extra(problem, in_stage[stage], modes) for stage, modes in zip(stages, chosen, strict=True)),
+                chosen,
             )
     kept = [
         chosen
         for extra, chosen in fitting.items()
-        if not any(other != extra and all(a <= b for a, b in zip(other, extra)) for other in fitting)
+        if not any(other != extra and all(a <= b for a, b in zip(other, extra, strict=True)) for other in fitting)
     ]
     return least, kept
 
@@ -127,14 +128,14 @@ def _stage_choices(problem: BalanceProblem, in_group: list[int]) -> list[tuple[i
     """Modes of the layers of a stage, up to the order of like layers."""
     per_group = [
         itertools.combinations_with_replacement(range(len(group.modes)), count)
-        for group, count in zip(problem.groups, in_group)
+        for group, count in zip(problem.groups, in_group, strict=True)
     ]
     return [sum(chosen, ()) for chosen in itertools.product(*per_group)]
 
 
 def _extra(problem: BalanceProblem, in_group: list[int], modes: tuple[int, ...]) -> float:
-    groups = [group for group, count in zip(problem.groups, in_group) for _ in range(count)]
-    return math.fsum(group.modes[mode].extra_b for group, mode in zip(groups, modes))
+    groups = [group for group, count in zip(problem.groups, in_group, strict=True) for _ in range(count)]
+    return math.fsum(group.modes[mode].extra_b for group, mode in zip(groups, modes, strict=True))
 
 
 def _device_peak(
@@ -146,14 +147,14 @@ def _device_peak(
 ) -> float:
     stages = range(device, problem.num_stages, problem.P)
     weights, kept, transient = 0.0, [], []
-    for stage, modes in zip(stages, chosen):
+    for stage, modes in zip(stages, chosen, strict=True):
         fixed = problem.fixed_block(stage, place)
-        groups = [group for group, count in zip(problem.groups, in_stage[stage]) for _ in range(count)]
+        groups = [group for group, count in zip(problem.groups, in_stage[stage], strict=True) for _ in range(count)]
         weights += fixed.w + math.fsum(group.w for group in groups)
-        kept.append(fixed.act + math.fsum(group.modes[mode].act for group, mode in zip(groups, modes)))
-        transient.append(max((group.modes[mode].ws for group, mode in zip(groups, modes)), default=0.0))
+        kept.append(fixed.act + math.fsum(group.modes[mode].act for group, mode in zip(groups, modes, strict=True)))
+        transient.append(max((group.modes[mode].ws for group, mode in zip(groups, modes, strict=True)), default=0.0))
     most = max(
-        sum(count * size for count, size in zip(moment.held, kept))
+        sum(count * size for count, size in zip(moment.held, kept, strict=True))
         + (0.0 if moment.backward is None else transient[moment.backward])
         for moment in in_flight(problem.P, problem.V, problem.m)[device]
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Sequence
 
 import numpy as np
 
@@ -93,7 +93,9 @@ def end_times(graph: OpGraph, times: Sequence[float], p2p: float) -> list[float]
     """End of every op. `times`: of each kind, as in OpGraph.kind."""
     ends = [0.0]
     append = ends.append
-    for kind, before, needs, lag in zip(graph.kind[1:], graph.before[1:], graph.needs[1:], graph.lags[1:]):
+    for kind, before, needs, lag in zip(
+        graph.kind[1:], graph.before[1:], graph.needs[1:], graph.lags[1:], strict=False
+    ):
         start = ends[before]
         ready = ends[needs] + p2p if lag else ends[needs]
         append((ready if ready > start else start) + times[kind])
@@ -105,7 +107,7 @@ def _levels(P: int, V: int, m: int) -> tuple[tuple[np.ndarray, ...], ...]:
     """Ops that can be computed together: for each level (ops, kinds, before, needs, lag of each as 0 or 1)."""
     graph = op_graph(P, V, m)
     level = [0]
-    for before, needs in zip(graph.before[1:], graph.needs[1:]):
+    for before, needs in zip(graph.before[1:], graph.needs[1:], strict=False):
         level.append(1 + max(level[before], level[needs]))
     found: list[list[int]] = [[] for _ in range(max(level))]
     for op in range(1, len(level)):

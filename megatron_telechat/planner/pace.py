@@ -19,7 +19,9 @@ DRAWS = 64
 """Simulations with varied ops that are averaged, in pairs with opposite variations."""
 
 
-def expected_makespan(problem: BalanceProblem, times: list[float], alone: float, jitter: float, together: int = 1) -> float:
+def expected_makespan(
+    problem: BalanceProblem, times: list[float], alone: float, jitter: float, together: int = 1
+) -> float:
     """Mean makespan of a pipeline whose ops take `times` in the median when all ranks work at once.
 
     Args:

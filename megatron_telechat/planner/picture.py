@@ -25,13 +25,14 @@ def layout_picture(run: RunConfig) -> str:
     layout, plan = pipeline_layout(run), recompute_plan(run)
     letters = ["R" if "full" in modes else "r" if modes else "t" for modes in plan]
     rows = [
-        [_cell(layout, rank, chunk, letters) for chunk in range(layout.num_chunks)] for rank in range(layout.pipeline_size)
+        [_cell(layout, rank, chunk, letters) for chunk in range(layout.num_chunks)]
+        for rank in range(layout.pipeline_size)
     ]
     columns = [max(len(row[chunk]) for row in rows) for chunk in range(layout.num_chunks)]
     digits = len(str(layout.pipeline_size - 1))
     lines = []
     for rank, row in enumerate(rows):
-        cells = "  |  ".join(cell.ljust(width) for cell, width in zip(row, columns))
+        cells = "  |  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=False))
         lines.append(f"stage {rank:>{digits}}   {cells}".rstrip())
     legend = [
         text

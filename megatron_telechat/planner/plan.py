@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.problem import BalanceProblem
@@ -112,7 +113,7 @@ def check_assignment(problem: BalanceProblem, assignment: Assignment, where: str
         raise ConfigError(f"mtp_stage = {place!r}", where, f"one of {list(problem.mtp_places())}")
     if place is not None and any(counts[place + 1 :]):
         raise ConfigError(f"decoder layers after mtp_stage = {place}", where, "put the MTP block behind the last layer")
-    for stage, (count, least) in enumerate(zip(counts, problem.fewest_layers(place))):
+    for stage, (count, least) in enumerate(zip(counts, problem.fewest_layers(place), strict=True)):
         if count < least:
             raise ConfigError(f"{count} layers on virtual stage {stage}", where, f"at least {least}")
     of_layer = [group for group in problem.groups for _ in range(group.count)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Optional
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec
@@ -83,7 +82,9 @@ def simulated(problem: BalanceProblem, assignment: Assignment) -> tuple[float, S
     return result.makespan + growth * ((problem.m - short) // group), result
 
 
-def _pace(run: RunConfig, times: TimeModel, problem: BalanceProblem, assignment: Assignment, simulation: SimResult) -> float:
+def _pace(
+    run: RunConfig, times: TimeModel, problem: BalanceProblem, assignment: Assignment, simulation: SimResult
+) -> float:
     """What waiting neighbours and varying ops do to the makespan, where a calibration measured them."""
     if times.measured is None or problem.P == 1:
         return 1.0
@@ -91,11 +92,13 @@ def _pace(run: RunConfig, times: TimeModel, problem: BalanceProblem, assignment:
     on_one_node = run.parallel.world_size <= (run.parallel.ranks_per_node or run.parallel.world_size)
     alone = times.measured.alone if on_one_node else 1.0
     together = max(run.parallel.world_size // problem.P, 1)
-    expected = expected_makespan(replace(problem, m=ops), stage_times(problem, assignment), alone, times.measured.jitter, together)
+    expected = expected_makespan(
+        replace(problem, m=ops), stage_times(problem, assignment), alone, times.measured.jitter, together
+    )
     return expected / simulation.makespan
 
 
-def predict(run: RunConfig, device: DeviceSpec, software: Optional[Software] = None) -> Prediction:
+def predict(run: RunConfig, device: DeviceSpec, software: Software | None = None) -> Prediction:
     """One iteration of this run: its own layout and recompute, on Megatron-Core's schedule, then the optimizer.
 
     With `overlap_grad_reduce` one micro-batch's backward hides the reduction (the others run before it may start).
@@ -121,7 +124,7 @@ def predict(run: RunConfig, device: DeviceSpec, software: Optional[Software] = N
         pace=pace,
         simulation=simulation,
         reduction=times.tied_embedding()
-        + max(max(0.0, times.gradient_reduction(count) - cover) for count, cover in zip(counts, hidden)),
+        + max(max(0.0, times.gradient_reduction(count) - cover) for count, cover in zip(counts, hidden, strict=True)),
         optimizer=max(times.optimizer_step(count) for count in counts),
         constant=times.step_constant(),
         tokens=run.training.global_batch_size * run.training.seq_length,

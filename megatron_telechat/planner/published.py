@@ -6,8 +6,8 @@ there, tokens a second and NPU on Atlas 800T A2 at 8192 tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.schema import RunConfig
@@ -70,7 +70,8 @@ def published_device() -> DeviceSpec:
 
 
 def fit_gemm(entry: Published, device: DeviceSpec, steps: int = 40) -> DeviceSpec:
-    """The device with the shares of its peak in products (gemm, grouped_gemm, in their ratio) that give this throughput."""
+    """The device with the shares of its peak in products (gemm, grouped_gemm, in their ratio) that give this
+    throughput."""
     low, high = 0.05, 2.0
     for _ in range(steps):
         middle = (low + high) / 2

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Callable, Iterator, Optional
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
@@ -56,7 +56,7 @@ class Change:
     tokens_per_s: float
 
 
-def shortage(problem: BalanceProblem, time_limit_s: float = 10.0) -> Optional[Shortage]:
+def shortage(problem: BalanceProblem, time_limit_s: float = 10.0) -> Shortage | None:
     """Which stage lacks how much at least; None where the trouble is not memory."""
     least = least_memory(problem, time_limit_s)
     if least.assignment is None:
@@ -115,7 +115,10 @@ def _singles(question: Question, load: Load) -> Iterator[tuple[tuple[str, ...], 
     while size > 1:
         size = max(divisor for divisor in range(1, size) if run.training.micro_batch_size % divisor == 0)
         yield ("--micro-batch-size", str(size)), f"micro-batches of {size} in place of {run.training.micro_batch_size}"
-    for name, label, factors in (("pipeline", "pipeline stages", (2, 4)), ("tensor", "tensor-parallel ranks", (2, 4, 8))):
+    for name, label, factors in (
+        ("pipeline", "pipeline stages", (2, 4)),
+        ("tensor", "tensor-parallel ranks", (2, 4, 8)),
+    ):
         now = getattr(parallel, f"{name}_model_parallel_size")
         for factor in factors:
             flag = f"--{name}-model-parallel-size"
@@ -130,7 +133,7 @@ def _singles(question: Question, load: Load) -> Iterator[tuple[tuple[str, ...], 
         yield (*more, "--pipeline-model-parallel-size", str(stages)), f"{text}, in {stages} pipeline stages"
 
 
-def _tried(question: Question, load: Load, flags: tuple[str, ...], text: str) -> Optional[Change]:
+def _tried(question: Question, load: Load, flags: tuple[str, ...], text: str) -> Change | None:
     """The change, if with it the run is one and fits."""
     kinds, rest = question.kinds, list(flags)
     if "--recompute-kinds" in rest:

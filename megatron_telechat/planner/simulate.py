@@ -68,12 +68,16 @@ def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
 def stage_times(problem: BalanceProblem, assignment: Assignment) -> list[float]:
     """Forward times of all virtual stages, then backward times."""
     forward, backward = [], []
-    for stage, (in_group, modes) in enumerate(zip(stage_groups(problem, assignment.counts), assignment.modes)):
+    for stage, (in_group, modes) in enumerate(
+        zip(stage_groups(problem, assignment.counts), assignment.modes, strict=True)
+    ):
         fixed = problem.fixed_block(stage, assignment.mtp_stage)
-        groups = [group for group, count in zip(problem.groups, in_group) for _ in range(count)]
+        groups = [group for group, count in zip(problem.groups, in_group, strict=True) for _ in range(count)]
         forward.append(math.fsum([fixed.f, *(group.f for group in groups)]))
         backward.append(
-            math.fsum([fixed.b, *(group.b + group.modes[mode].extra_b for group, mode in zip(groups, modes))])
+            math.fsum(
+                [fixed.b, *(group.b + group.modes[mode].extra_b for group, mode in zip(groups, modes, strict=True))]
+            )
         )
     return forward + backward
 
@@ -107,16 +111,18 @@ def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
 
 def _covers(other: InFlight, one: InFlight) -> bool:
     same = one.backward is None or other.backward == one.backward
-    return same and all(more >= less for more, less in zip(other.held, one.held))
+    return same and all(more >= less for more, less in zip(other.held, one.held, strict=True))
 
 
 def peak_bytes(problem: BalanceProblem, assignment: Assignment) -> tuple[float, ...]:
     """Most bytes in use on each device: constants, weights, activations in flight, working set of a backward."""
     weights, kept, transient = [], [], []
-    for stage, (in_group, modes) in enumerate(zip(stage_groups(problem, assignment.counts), assignment.modes)):
+    for stage, (in_group, modes) in enumerate(
+        zip(stage_groups(problem, assignment.counts), assignment.modes, strict=True)
+    ):
         fixed = problem.fixed_block(stage, assignment.mtp_stage)
-        groups = [group for group, count in zip(problem.groups, in_group) for _ in range(count)]
-        used = [group.modes[mode] for group, mode in zip(groups, modes)]
+        groups = [group for group, count in zip(problem.groups, in_group, strict=True) for _ in range(count)]
+        used = [group.modes[mode] for group, mode in zip(groups, modes, strict=True)]
         weights.append(math.fsum([fixed.w, *(group.w for group in groups)]))
         kept.append(math.fsum([fixed.act, *(mode.act for mode in used)]))
         transient.append(max((mode.ws for mode in used), default=0.0))
@@ -124,7 +130,7 @@ def peak_bytes(problem: BalanceProblem, assignment: Assignment) -> tuple[float, 
     for device, moments in enumerate(in_flight(problem.P, problem.V, problem.m)):
         stages = range(device, problem.num_stages, problem.P)
         most = max(
-            math.fsum(count * kept[stage] for count, stage in zip(moment.held, stages))
+            math.fsum(count * kept[stage] for count, stage in zip(moment.held, stages, strict=True))
             + (0.0 if moment.backward is None else transient[stages[moment.backward]])
             for moment in moments
         )

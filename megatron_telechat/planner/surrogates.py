@@ -6,8 +6,8 @@ answer loses by the simulator is lost by the objective.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 
@@ -115,7 +115,7 @@ def surrogate(problem: BalanceProblem, kind: str, time_limit_s: float = 20.0) ->
     rows, lows = [], []
     for column, peak in enumerate(objective.peaks, milp.continuous_from):
         milp.cost[column] = peak.weight
-        for share, constant in zip(peak.shares, peak.constants):
+        for share, constant in zip(peak.shares, peak.constants, strict=True):
             row = np.zeros(len(milp.cost))
             row[: space.size], row[column] = -(share @ space.times), 1.0
             rows.append(row)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, Iterator, Mapping, Optional, Sequence
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
@@ -89,7 +89,9 @@ def _sizes(run: RunConfig, fixed: Mapping[str, int]) -> Iterator[dict[str, int]]
     def choices(name: str, values: Sequence[int]) -> Sequence[int]:
         return [fixed[name]] if name in fixed else values
 
-    tensors = choices("tensor_model_parallel_size", [size for size in _divisors(node) if model.num_attention_heads % size == 0])
+    tensors = choices(
+        "tensor_model_parallel_size", [size for size in _divisors(node) if model.num_attention_heads % size == 0]
+    )
     stages = choices("pipeline_model_parallel_size", [size for size in _divisors(ranks) if size <= model.num_layers])
     chunks = choices("num_virtual_stages_per_pipeline_rank", range(1, MOST_CHUNKS + 1))
     experts = choices("expert_model_parallel_size", _divisors(model.num_experts)) if model.num_experts else [0]
@@ -112,32 +114,42 @@ def _divisors(number: int) -> list[int]:
 
 
 def work_bound(problem: BalanceProblem) -> float:
-    """Seconds below which no split can run: the work of all stages, without recompute, shared by all devices; the fullest
-    device has at least the mean."""
+    """Seconds below which no split can run: the work of all stages, without recompute, shared by all devices; the
+    fullest device has at least the mean."""
     layers = math.fsum(group.count * (group.f + group.b) for group in problem.groups)
     ends = math.fsum((problem.embed.f, problem.embed.b, problem.head.f, problem.head.b))
     return problem.m * (layers + ends) / problem.P
 
 
 def guess(problem: BalanceProblem) -> float:
-    """Seconds that an even split may take, to order candidates by: work, bubble, and the recompute that makes stage 0 fit."""
+    """Seconds that an even split may take, to order candidates by: work, bubble, and the recompute that makes stage 0
+    fit."""
     layers, chunks = problem.num_layers, problem.P * problem.V
     in_flight = min(problem.m, problem.P + (problem.P - 1) / problem.V)
     leanest = [min(group.modes, key=lambda mode: mode.act) for group in problem.groups]
     kept = sum(group.count * group.modes[0].act for group in problem.groups) / problem.P * in_flight
-    saved = kept - sum(group.count * mode.act for group, mode in zip(problem.groups, leanest)) / problem.P * in_flight
+    saved = (
+        kept
+        - sum(group.count * mode.act for group, mode in zip(problem.groups, leanest, strict=True))
+        / problem.P
+        * in_flight
+    )
     resident = sum(group.count * group.w for group in problem.groups) / problem.P + max(problem.embed.w, problem.head.w)
     over = problem.const_mem + resident + kept - problem.mem_limit
     share = max(over, 0.0) / saved if saved else math.inf * (over > 0)
-    extra = problem.m / problem.P * sum(group.count * mode.extra_b for group, mode in zip(problem.groups, leanest))
+    extra = (
+        problem.m
+        / problem.P
+        * sum(group.count * mode.extra_b for group, mode in zip(problem.groups, leanest, strict=True))
+    )
     bubble = (problem.P - 1) / (problem.V * problem.m)
     uneven = -(-layers // chunks) * chunks / layers
     return (work_bound(problem) + extra * share) * (1 + bubble) * uneven * (1 if share <= 1 else 1e3)
 
 
 def sweep(found: Sequence[Candidate], top: int, time_limit_s: float) -> Ranking:
-    """Solve the candidates, most promising first, those left out that a bound says cannot be among the `top` best; then search
-    longer for the best."""
+    """Solve the candidates, most promising first, those left out that a bound says cannot be among the `top` best; then
+    search longer for the best."""
     deadline = time.perf_counter() + time_limit_s
     looks_until = deadline - (1 - FIRST_LOOK_SHARE) * time_limit_s
     best: list[tuple[Candidate, Plan]] = []
@@ -161,12 +173,16 @@ def sweep(found: Sequence[Candidate], top: int, time_limit_s: float) -> Ranking:
     for number, (one, plan) in enumerate(best[:top]):
         left = deadline - time.perf_counter()
         share = left / (min(len(best), top) - number)
-        again = _solved(one, min(share, one.question.time_limit_s), one.question.gap) if plan.gap > 1e-6 and share > FIRST_LOOK_S else None
+        again = (
+            _solved(one, min(share, one.question.time_limit_s), one.question.gap)
+            if plan.gap > 1e-6 and share > FIRST_LOOK_S
+            else None
+        )
         refined.append((one.flags, again if again is not None and again.makespan <= plan.makespan else plan))
     refined.sort(key=lambda pair: pair[1].prediction.iteration)
     return Ranking(tuple(refined), tried, no_fit, skipped, len(found) - tried - skipped)
 
 
-def _solved(one: Candidate, time_limit_s: float, gap: float) -> Optional[Plan]:
+def _solved(one: Candidate, time_limit_s: float, gap: float) -> Plan | None:
     plan, _, _ = make_plan(replace(one.question, time_limit_s=max(time_limit_s, 0.05), gap=gap), one.problem)
     return plan

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Mapping, Optional
+from collections.abc import Mapping
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.signals import StopRequests
 
 
-def train(run: RunConfig, origins: Optional[Mapping[str, str]] = None) -> int:
+def train(run: RunConfig, origins: Mapping[str, str] | None = None) -> int:
     """Run a training from its start, or its resume, to its end.
 
     Returns:
@@ -50,8 +50,8 @@ def train(run: RunConfig, origins: Optional[Mapping[str, str]] = None) -> int:
 def _leave_queues_open(run: RunConfig) -> None:
     """Where the experts' exchange is to run beside their kernels, CUDA gets its usual eight hardware queues.
 
-    Elsewhere the CUDA backend asks for one, which keeps the collectives of sequence parallelism in the order of their issue. What
-    the environment says is left as it is. Read when the CUDA context is made.
+    Elsewhere the CUDA backend asks for one, which keeps the collectives of sequence parallelism in the order of their
+    issue. What the environment says is left as it is. Read when the CUDA context is made.
     """
     expert, expert_tensor = run.parallel.expert_sizes
     if run.model.is_moe and run.parallel.moe_input_chunks != 1 and expert * expert_tensor > 1:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Iterator, Mapping, Optional
 
 from megatron_telechat import __version__
 from megatron_telechat.backend import Backend
@@ -38,8 +38,8 @@ def banner(
     layout = pipeline_layout(run)
     lines = [
         f"megatron_telechat {__version__}  {run.model.name}: {format_count(count.total)} parameters{active}",
-        f"  batch     {run.training.global_batch_size} x {run.training.seq_length} = {format_count(tokens)} tokens a step, "
-        f"{run.num_microbatches} micro-batches of {run.training.micro_batch_size}, {run.training.precision}",
+        f"  batch     {run.training.global_batch_size} x {run.training.seq_length} = {format_count(tokens)} tokens a "
+        f"step, {run.num_microbatches} micro-batches of {run.training.micro_batch_size}, {run.training.precision}",
         f"  ranks     {state.world_size} on {backend.device_name()}: {parallel_sizes(run)}",
         *(f"  experts   {line}" for line in expert_lines(run)),
         f"  layout    {layout}",
@@ -62,7 +62,9 @@ def expert_lines(run: RunConfig) -> Iterator[str]:
         return
     topology = Topology.from_config(run.parallel)
     chunks = run.parallel.moe_input_chunks
-    pieces = "whole" if chunks == 1 else "in chunks, as many as are fastest" if chunks == "auto" else f"in {chunks} chunks"
+    pieces = (
+        "whole" if chunks == 1 else "in chunks, as many as are fastest" if chunks == "auto" else f"in {chunks} chunks"
+    )
     held = (run.model.num_experts or 0) // topology.ep
     yield f"{run.model.num_experts}, top-{run.model.moe_router_topk}: {held} a rank; their input {pieces}"
     if topology.ep * topology.etp > 1:
@@ -109,7 +111,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def resume_differences(run: RunConfig, saved: Optional[RunConfig]) -> list[str]:
+def resume_differences(run: RunConfig, saved: RunConfig | None) -> list[str]:
     """Values that shape the curve and differ from those of the checkpoint, one line each."""
     if saved is None:
         return []
@@ -118,7 +120,8 @@ def resume_differences(run: RunConfig, saved: Optional[RunConfig]) -> list[str]:
         now, then = getattr(run, section), getattr(saved, section)
         for field in fields(now):
             a, b = getattr(then, field.name), getattr(now, field.name)
-            # A run keeps the order of its samples, whatever the flag says now; the lines about the data say which it is.
+            # A run keeps the order of its samples, whatever the flag says now; the lines about the data say which it
+            # is.
             if a != b and field.name != "data_order":
                 lines.append(f"{section}.{field.name}: {a} -> {b}")
     return lines

@@ -1,13 +1,14 @@
 """The optimizers of the dense and of the expert parameters, acting as one.
 
-megatron-core makes two and chains them. What belongs to the whole model is kept here once: the loss scale of fp16, which it
-keeps and moves for each of them alone, and the tensor group over which a parameter is cut or held several times.
-Imported after the backend is installed, as everything that imports megatron-core.
+megatron-core makes two and chains them. What belongs to the whole model is kept here once: the loss scale of fp16,
+which it keeps and moves for each of them alone, and the tensor group over which a parameter is cut or held several
+times. Imported after the backend is installed, as everything that imports megatron-core.
 """
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,9 @@ from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 class LossScale(DynamicGradScaler):
     """The one dynamic loss scale of a model (fp16).
 
-    Scale, growth and hysteresis follow megatron-core's rules. Every optimizer of the chain divides its gradients by this
-    scale; none of them moves it, since each has seen its own gradients only. :meth:`settle` does, with the agreed answer.
+    Scale, growth and hysteresis follow megatron-core's rules. Every optimizer of the chain divides its gradients by
+    this scale; none of them moves it, since each has seen its own gradients only. :meth:`settle` does, with the agreed
+    answer.
     """
 
     def update(self, found_inf: bool) -> None:
@@ -44,7 +46,7 @@ class ModelOptimizer(ChainedOptimizer):
 
     def __init__(self, parts: Sequence[Any], config: OptimizerConfig, expert_tensor_group: dist.ProcessGroup):
         super().__init__(list(parts))
-        self.grad_scaler: Optional[LossScale] = _loss_scale(config) if config.fp16 else None
+        self.grad_scaler: LossScale | None = _loss_scale(config) if config.fp16 else None
         for part in self.chained_optimizers:
             if self.grad_scaler is not None:
                 part.grad_scaler = self.grad_scaler
@@ -54,20 +56,21 @@ class ModelOptimizer(ChainedOptimizer):
                 part.tp_group = expert_tensor_group
 
     @property
-    def loss_scale(self) -> Optional[float]:
+    def loss_scale(self) -> float | None:
         """What the loss is multiplied by; None outside of fp16."""
         return None if self.grad_scaler is None else float(self.grad_scaler.scale)
 
     def count_zeros(self) -> float:
-        """Zeros in the gradients of the whole model; collective. megatron-core's chain forgets the tensor groups of its parts."""
+        """Zeros in the gradients of the whole model; collective. megatron-core's chain forgets the tensor groups of its
+        parts."""
         return sum(part.count_zeros() for part in self.chained_optimizers)
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Unscale the gradients of all parts; with fp16 also agree on an overflow, then move the loss scale.
 
-        A collective over all ranks with fp16. An expert that overflowed on one rank holds back the step of every rank and of
-        the dense parameters too.
+        A collective over all ranks with fp16. An expert that overflowed on one rank holds back the step of every rank
+        and of the dense parameters too.
 
         Returns:
             Whether a gradient of some rank is not finite (fp16 only): the step must not be taken.

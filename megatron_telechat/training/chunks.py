@@ -1,9 +1,11 @@
-"""How many chunks the experts' input is cut into: with ``auto`` measured once, and kept in the checkpoints of the run."""
+"""How many chunks the experts' input is cut into: with ``auto`` measured once, and kept in the checkpoints of the
+run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -35,23 +37,31 @@ class ChunkSetting:
     num_chunks: int
     message: str
     extra: Mapping[str, Any] = field(default_factory=dict)
-    choice: Optional[ChunkChoice] = None
+    choice: ChunkChoice | None = None
 
-    def event(self, step: int) -> Optional[dict[str, Any]]:
+    def event(self, step: int) -> dict[str, Any] | None:
         """The record for metrics.jsonl of a choice made before step `step` + 1; None where nothing was measured."""
         if self.choice is None:
             return None
-        tables = {name: {str(k): ms for k, ms in getattr(self.choice, name).items()} for name in ("measured_ms", "predicted_ms")}
+        tables = {
+            name: {str(k): ms for k, ms in getattr(self.choice, name).items()}
+            for name in ("measured_ms", "predicted_ms")
+        }
         return {"event": KEY, "step": step, "num_chunks": self.num_chunks, "reason": self.choice.reason, **tables}
 
 
 def set_chunks(
-    chunks: Sequence[nn.Module], run: RunConfig, state: ParallelState, backend: Backend, saved: Optional[Mapping[str, Any]] = None
-) -> Optional[ChunkSetting]:
+    chunks: Sequence[nn.Module],
+    run: RunConfig,
+    state: ParallelState,
+    backend: Backend,
+    saved: Mapping[str, Any] | None = None,
+) -> ChunkSetting | None:
     """With ``--moe-input-chunks auto``, set all MoE layers to the checkpoint's number, or to one that is measured now.
 
-    Collective over all ranks. A measurement leaves no trace in random generators, counters or gradient buffers. The number of
-    a checkpoint is taken only where layout, shape of the batch, precision and device are those it was measured with.
+    Collective over all ranks. A measurement leaves no trace in random generators, counters or gradient buffers. The
+    number of a checkpoint is taken only where layout, shape of the batch, precision and device are those it was
+    measured with.
 
     Args:
         chunks: the wrapped model chunks of this rank, with their optimizer.
@@ -100,7 +110,7 @@ def _conditions(run: RunConfig, state: ParallelState, backend: Backend) -> dict[
     }
 
 
-def _kept(saved: Optional[Mapping[str, Any]], now: Mapping[str, Any]) -> tuple[Optional[int], str]:
+def _kept(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[int | None, str]:
     """The number of a checkpoint, where it holds; and what does not, where that is the reason."""
     entry = (saved or {}).get(KEY)
     if not isinstance(entry, Mapping) or not isinstance(entry.get("conditions"), Mapping):
@@ -118,7 +128,11 @@ def _measure(chunks: Sequence[nn.Module], run: RunConfig, backend: Backend) -> C
     try:
         with gathered_parameters(list(chunks)):
             choice = choose_num_chunks(
-                blocks[0] if blocks else None, tokens_of_a_rank(run), compute_dtype(run), backend.device, backend.synchronize
+                blocks[0] if blocks else None,
+                tokens_of_a_rank(run),
+                compute_dtype(run),
+                backend.device,
+                backend.synchronize,
             )
     finally:
         backend.set_rng_state(generators)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from typing import Any, Optional, TextIO
+from typing import Any, TextIO
 
 
 def format_count(value: float) -> str:
@@ -27,7 +27,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
 
 
-def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_total_gib: Optional[float]) -> str:
+def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_total_gib: float | None) -> str:
     """The line of one record."""
     loss, norm = record["loss"], record.get("grad_norm")
     parts = [
@@ -58,13 +58,13 @@ class Console:
 
     WIDTH = 30
 
-    def __init__(self, enabled: bool, train_iters: int, progress: Optional[bool] = None, stream: TextIO = sys.stdout):
+    def __init__(self, enabled: bool, train_iters: int, progress: bool | None = None, stream: TextIO = sys.stdout):
         self._enabled = enabled
         self._train_iters = train_iters
         self._stream = stream
         self._bar = enabled and (stream.isatty() if progress is None else progress)
         self._drawn = 0
-        self._smoothed_s: Optional[float] = None
+        self._smoothed_s: float | None = None
 
     def say(self, text: str) -> None:
         """One or more plain lines."""
@@ -72,7 +72,7 @@ class Console:
             self._clear_bar()
             self._print(text + "\n")
 
-    def step(self, record: dict[str, Any], memory_total_gib: Optional[float]) -> None:
+    def step(self, record: dict[str, Any], memory_total_gib: float | None) -> None:
         """The line of a record, and the bar below it."""
         if not self._enabled:
             return
@@ -87,7 +87,10 @@ class Console:
     def _draw_bar(self, step: int, eta_s: float) -> None:
         share = step / max(self._train_iters, 1)
         filled = int(self.WIDTH * share)
-        text = f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {100 * share:3.0f}%  eta {format_duration(eta_s)}  {time.strftime('%H:%M:%S')}"
+        text = (
+            f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {100 * share:3.0f}%  eta {format_duration(eta_s)}  "
+            f"{time.strftime('%H:%M:%S')}"
+        )
         self._print(text)
         self._drawn = len(text)
 

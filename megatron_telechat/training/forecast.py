@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.plan_file import read_plan
@@ -30,7 +30,7 @@ class Forecast:
         source: where the time comes from.
     """
 
-    iteration_s: Optional[float]
+    iteration_s: float | None
     memory_gib: float
     source: str
     on_cpu: bool = False
@@ -51,7 +51,7 @@ class Forecast:
         out = {"predicted_memory_gib": self.memory_gib}
         return out if self.iteration_s is None else {"predicted_iteration_s": self.iteration_s, **out}
 
-    def observe(self, record: dict[str, Any], steps: int) -> Optional[str]:
+    def observe(self, record: dict[str, Any], steps: int) -> str | None:
         """Take a record of `steps` steps in; once, when enough steps are measured, the line that compares."""
         # the first window pays for allocation and warm-up, which tells where it is short
         if self._steps or steps > 2 * FIRST_REPORT:
@@ -63,11 +63,11 @@ class Forecast:
         return self.line()
 
     @property
-    def measured_s(self) -> Optional[float]:
+    def measured_s(self) -> float | None:
         """Seconds of a step, the median; None before enough steps were measured."""
         return statistics.median(self._seconds) if self._seconds and self._steps >= FIRST_REPORT else None
 
-    def line(self) -> Optional[str]:
+    def line(self) -> str | None:
         """Predicted beside measured; None while nothing was measured since it was said last."""
         if len(self._seconds) <= self._said:
             return None
@@ -83,7 +83,7 @@ class Forecast:
         return f"{text}; memory of the fullest stage: predicted {self.memory_gib:.2f} GiB, {held} GiB"
 
 
-def _predicted_seconds(run: RunConfig, backend: Backend) -> tuple[Optional[float], str]:
+def _predicted_seconds(run: RunConfig, backend: Backend) -> tuple[float | None, str]:
     if run.parallel.plan is not None:
         found = read_plan(run.parallel.plan).prediction_for(run)
         if found is not None:
@@ -96,4 +96,6 @@ def _predicted_seconds(run: RunConfig, backend: Backend) -> tuple[Optional[float
         seconds = predict(run, spec).iteration
     except ConfigError:
         return None, f"the device file of {spec.name} has no speed for this precision"
-    return (seconds, f"device file {spec.name}") if seconds >= SHORTEST_S else (None, "too short to estimate; calibrate")
+    return (
+        (seconds, f"device file {spec.name}") if seconds >= SHORTEST_S else (None, "too short to estimate; calibrate")
+    )

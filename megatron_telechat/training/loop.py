@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Collection, Mapping, Optional
 
 from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint, save_checkpoint
@@ -12,7 +12,14 @@ from megatron_telechat.checkpoint.lineage import Began, Branch
 from megatron_telechat.checkpoint.start import Start, require_start
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
-from megatron_telechat.data import Datasets, Progress, batches, build_datasets, data_fingerprint, fingerprint_differences
+from megatron_telechat.data import (
+    Datasets,
+    Progress,
+    batches,
+    build_datasets,
+    data_fingerprint,
+    fingerprint_differences,
+)
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, DataError
 from megatron_telechat.model import build_model, parameter_shards, verify_tiling
 from megatron_telechat.parallel.agreement import from_rank_0, together
@@ -46,9 +53,7 @@ class Trainer:
         requests: stop requests that are listened to already; unset: from here on.
     """
 
-    def __init__(
-        self, run: RunConfig, origins: Optional[Mapping[str, str]] = None, requests: Optional[StopRequests] = None
-    ):
+    def __init__(self, run: RunConfig, origins: Mapping[str, str] | None = None, requests: StopRequests | None = None):
         self.run = run
         self.backend = get_backend(run.training.device)
         self.backend.install()
@@ -73,9 +78,9 @@ class Trainer:
         self.step = 0
         self.consumed_samples = 0
         self.steps_taken = StepsTaken()
-        self.resumed: Optional[LoadedInfo] = None
-        self.chunk_setting: Optional[ChunkSetting] = None
-        self.datasets: Optional[Datasets] = None
+        self.resumed: LoadedInfo | None = None
+        self.chunk_setting: ChunkSetting | None = None
+        self.datasets: Datasets | None = None
         self.branch = Branch()
         self.resumed = self._resume()
         self.datasets = build_datasets(run, self.state, self._progress())
@@ -126,9 +131,12 @@ class Trainer:
         return self._finish()
 
     def _already_done(self) -> int:
-        """A run that is complete: nothing is trained, nothing saved; an evaluation that is still missing is made up for."""
+        """A run that is complete: nothing is trained, nothing saved; an evaluation that is still missing is made up
+        for."""
         target = self.run.training.train_iters
-        self.console.say(f"nothing to train: {self.resumed.path if self.resumed else 'the run'} is at step {self.step} of {target}")
+        self.console.say(
+            f"nothing to train: {self.resumed.path if self.resumed else 'the run'} is at step {self.step} of {target}"
+        )
         found: set[str] = set()
         with together(self.state):
             if self.state.rank == 0:
@@ -194,19 +202,26 @@ class Trainer:
         self.console.say(f"step {self.step} was not taken: {reason}")
         self.writer.write({"event": "skipped_step", "step": self.step, "reason": reason})
 
-    def _compare(self, line: Optional[str]) -> None:
+    def _compare(self, line: str | None) -> None:
         """What was predicted of the run, beside what is measured."""
         if line is not None:
             self.console.say(line)
 
     def _evaluate(self, key: str = "valid_loss") -> bool:
-        """Evaluate the weights on the validation data, or for ``test_loss`` on the test data. False: a stop request cut it off."""
+        """Evaluate the weights on the validation data, or for ``test_loss`` on the test data. False: a stop request cut
+        it off."""
         dataset, name = (self.datasets.valid, "validation") if key == "valid_loss" else (self.datasets.test, "test")
         with self.meter.excluded():
             iterators = self._iterators(dataset, 0)
             with gathered_parameters(self.chunks):
                 evaluation = evaluate(
-                    self.chunks, iterators, self.run.evaluation.eval_iters, self.run, self.state, self.backend, self._asked_to_stop
+                    self.chunks,
+                    iterators,
+                    self.run.evaluation.eval_iters,
+                    self.run,
+                    self.state,
+                    self.backend,
+                    self._asked_to_stop,
                 )
             close_iterators(iterators)
             if evaluation.complete:
@@ -219,7 +234,7 @@ class Trainer:
     def _asked_to_stop(self) -> bool:
         return self.requests.asked_anywhere(self.backend.device)
 
-    def _warn_if_unsaved(self, seconds: Optional[float], how: str) -> None:
+    def _warn_if_unsaved(self, seconds: float | None, how: str) -> None:
         """Once, as soon as it is known that the run is long and saves nothing on its way."""
         note = None if self._warned else unsaved_note(self.run, self.step, seconds, how)
         if note is not None:
@@ -241,7 +256,7 @@ class Trainer:
         self.console.say(f"{reason}: stopped after step {self.step}; the same command goes on from here")
         return EXIT_SIGNAL if stop else EXIT_OK
 
-    def _due(self, interval: Optional[int]) -> bool:
+    def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.step % interval == 0
 
     def _is_last(self) -> bool:
@@ -266,9 +281,9 @@ class Trainer:
             branch=self.branch,
         )
 
-    def _resume(self) -> Optional[LoadedInfo]:
+    def _resume(self) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
-        start: Optional[Start] = None
+        start: Start | None = None
         with together(self.state):
             if self.state.rank == 0:
                 start, _ = require_start(self.run)
@@ -313,10 +328,11 @@ class Trainer:
             raise DataError(
                 f"the data is not the data of the checkpoint: {'; '.join(differences[:3])}",
                 where=str(info.path),
-                fix="give the data, seed and seq_length of the run that saved it, or --allow-data-change to go on regardless",
+                fix="give the data, seed and seq_length of the run that saved it, or --allow-data-change to go on "
+                "regardless",
             )
 
-    def _set_chunks(self) -> Optional[ChunkSetting]:
+    def _set_chunks(self) -> ChunkSetting | None:
         """The pieces of the experts' input, where the run leaves their number to us and something is left to train."""
         if self._is_last():
             return None
@@ -338,4 +354,3 @@ class Trainer:
                 self.console.say(f"  changed since the checkpoint: {line}")
         if self.state.rank == 0:
             (self.paths.run_dir / "config.yaml").write_text(dump_run_config(self.run), encoding="utf-8")
-

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.step import StepResult
 
 
-def peak_tflops(run: RunConfig, backend: Backend) -> Optional[float]:
+def peak_tflops(run: RunConfig, backend: Backend) -> float | None:
     """Dense peak of one device at the run's precision in TFLOP/s; None where it is not known."""
     if run.logging.peak_tflops is not None:
         return run.logging.peak_tflops
@@ -47,8 +48,9 @@ class Meter:
     ``tokens_per_s`` counts every position of a sample, loss mask or not, over the whole machine, and the
     time between two records less evaluations and saves (:meth:`excluded`).
 
-    ``a2a_exposed`` is the share of that time in which the computation of a rank stood still for a transfer of the experts
-    (dispatch, combine, and the same for gradients), the mean over all ranks; only where the experts are spread over ranks.
+    ``a2a_exposed`` is the share of that time in which the computation of a rank stood still for a transfer of the
+    experts (dispatch, combine, and the same for gradients), the mean over all ranks; only where the experts are spread
+    over ranks.
     """
 
     def __init__(self, run: RunConfig, state: ParallelState, backend: Backend, chunks: list[torch.nn.Module]):
@@ -115,7 +117,7 @@ class Meter:
         self._window = Window(time.perf_counter())
         return record
 
-    def _mfu(self, tokens_per_s: float) -> Optional[float]:
+    def _mfu(self, tokens_per_s: float) -> float | None:
         if not self._peak:
             return None
         return tokens_per_s * self._flops_per_token / (self._peak * 1e12 * self._state.world_size)

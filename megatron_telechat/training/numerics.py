@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Iterable, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -52,14 +52,17 @@ def require_finite_norm(
 def require_finite_weights(step: int, shards: Sequence[ParameterShards]) -> None:
     """Check what is about to be saved; collective. The parameters have been gathered.
 
-    The step that a loss and its gradients allowed can still carry a weight out of the range of its type: fp16 ends at 65,504.
+    The step that a loss and its gradients allowed can still carry a weight out of the range of its type: fp16 ends at
+    65,504.
 
     Raises:
         NumericsError: on every rank, naming ranks and parameters.
     """
     where = _culprits((shard, shard.parameter) for shard in shards)
     if where:
-        raise NumericsError(f"step {step} left weights that are not finite; they were not saved", where, _FIX).on_every_rank()
+        raise NumericsError(
+            f"step {step} left weights that are not finite; they were not saved", where, _FIX
+        ).on_every_rank()
 
 
 def require_finite_validation(loss: float) -> None:
@@ -72,7 +75,7 @@ def require_finite_validation(loss: float) -> None:
         raise NumericsError(f"validation loss {loss}", "evaluation", _FIX).on_every_rank()
 
 
-def _culprits(tensors: Iterable[tuple[ParameterShards, Optional[torch.Tensor]]]) -> str:
+def _culprits(tensors: Iterable[tuple[ParameterShards, torch.Tensor | None]]) -> str:
     """Where the tensors of all ranks are not finite, four ranks and three tensors of each; "" where all are."""
     bad = (shard.pieces[0].key for shard, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all())
     everyone = gather_objects(list(islice(bad, 3)))

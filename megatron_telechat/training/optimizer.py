@@ -56,7 +56,8 @@ def _install_schedule_hooks(config, chunks: list[torch.nn.Module], run: RunConfi
 
 
 def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: ParallelState):
-    """AdamW over the wrapped chunks: megatron-core's optimizers of dense and expert parameters, chained to one (`training.chain`).
+    """AdamW over the wrapped chunks: megatron-core's optimizers of dense and expert parameters, chained to one
+    (`training.chain`).
 
     No weight decay on biases and on one-dimensional parameters (megatron-core's standard rule).
     """

@@ -1,13 +1,13 @@
 """The overlapped gather of parameters: held back where whole weights are read, and checked once in a forward.
 
-With ``overlap_param_gather`` megatron-core gathers the weights of an optimizer step during the next forward. A hook before
-the forward of each module awaits the gather of the parameters that the module owns itself.
+With ``overlap_param_gather`` megatron-core gathers the weights of an optimizer step during the next forward. A hook
+before the forward of each module awaits the gather of the parameters that the module owns itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator, Sequence
 
 import torch
 
@@ -48,9 +48,10 @@ def every_parameter_awaited(
 ) -> Iterator[None]:
     """Watch the forward that runs inside: each parameter must belong to a module that is called.
 
-    A parameter whose module is never called is read without its gather having been started or awaited: from the second step
-    on each rank would compute with the shares of the others as they were at the start. Watched is the first forward of
-    a run, whose weights are whole on every rank, so that nothing was computed with wrong ones. Collective at its end.
+    A parameter whose module is never called is read without its gather having been started or awaited: from the second
+    step on each rank would compute with the shares of the others as they were at the start. Watched is the first
+    forward of a run, whose weights are whole on every rank, so that nothing was computed with wrong ones. Collective at
+    its end.
 
     Raises:
         ConfigError: on every rank, naming the parameters.

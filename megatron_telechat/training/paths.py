@@ -24,7 +24,7 @@ class RunPaths:
     load_dir: Path
 
     @classmethod
-    def of(cls, run: RunConfig) -> "RunPaths":
+    def of(cls, run: RunConfig) -> RunPaths:
         run_dir = Path(run.logging.run_dir or f"runs/{run.model.name}")
         save_dir = Path(run.checkpoint.save) if run.checkpoint.save else run_dir / "checkpoints"
         return cls(run_dir, save_dir, Path(run.checkpoint.load) if run.checkpoint.load else save_dir)

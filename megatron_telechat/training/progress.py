@@ -1,8 +1,10 @@
-"""How far a run has read, told by the checkpoint it goes on from; for the training, and for the tools that look at its data."""
+"""How far a run has read, told by the checkpoint it goes on from; for the training, and for the tools that look at its
+data."""
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_telechat.checkpoint.find import find_checkpoint, saved_config
 from megatron_telechat.checkpoint.format import CheckpointReader
@@ -12,7 +14,7 @@ from megatron_telechat.data import Progress, resumed_order
 
 
 def progress_at(
-    run: RunConfig, step: int, consumed_samples: int, extra: Mapping[str, Any], saved: Optional[RunConfig], where: str
+    run: RunConfig, step: int, consumed_samples: int, extra: Mapping[str, Any], saved: RunConfig | None, where: str
 ) -> Progress:
     """The progress that a checkpoint tells of; at step 0 that of a run that begins.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,9 @@ from megatron_telechat.training.routing_files import Box, StepReader, begin_step
 class StepRouting:
     """Gives the routers their tapes for the steps that ``--moe-routing-record`` and ``--moe-routing-replay`` ask for.
 
-    What is recorded is what a router would choose by itself, also where a replay gives it other choices: a recording made
-    during a replay shows what this layout would have changed under the same routing. Evaluations are never recorded or replayed.
+    What is recorded is what a router would choose by itself, also where a replay gives it other choices: a recording
+    made during a replay shows what this layout would have changed under the same routing. Evaluations are never
+    recorded or replayed.
 
     Args:
         chunks: the model chunks of this rank.
@@ -43,7 +45,7 @@ class StepRouting:
         chunks: Sequence[nn.Module],
         run: RunConfig,
         state: ParallelState,
-        fingerprint: Optional[Mapping[str, Any]],
+        fingerprint: Mapping[str, Any] | None,
         first_step: int,
     ):
         logging = run.logging
@@ -85,9 +87,11 @@ class StepRouting:
             for number in range(run.num_microbatches)
             for sample in micro_batch_samples(number, state.dp_rank, state.dp_size, run.training.micro_batch_size, 0)
         ]
-        return Box(f"rank_{state.rank:05d}.safetensors", tuple(sorted(self._routers)), tuple(samples), start, start + length)
+        return Box(
+            f"rank_{state.rank:05d}.safetensors", tuple(sorted(self._routers)), tuple(samples), start, start + length
+        )
 
-    def _require_fit(self, recording: Recording, fingerprint: Optional[Mapping[str, Any]], first_step: int) -> None:
+    def _require_fit(self, recording: Recording, fingerprint: Mapping[str, Any] | None, first_step: int) -> None:
         """What the rules could not see: the data, the step at which a resumed run goes on, another run's layers."""
         differences = recording.differences(self._run)
         if differences:
@@ -111,7 +115,7 @@ class StepRouting:
                 "a recording of all these steps, or --moe-routing-steps with those that it holds",
             )
 
-    def _begin_recording(self, path: Path, fingerprint: Optional[Mapping[str, Any]]) -> None:
+    def _begin_recording(self, path: Path, fingerprint: Mapping[str, Any] | None) -> None:
         """A new manifest, or the one of the run that this one goes on with."""
         replayed = self._replay is not None
         if not is_recording(path):
@@ -128,7 +132,8 @@ class StepRouting:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the forwards and backwards of the step with this number, from 1; collective over all ranks if it takes part.
+        """Around the forwards and backwards of the step with this number, from 1; collective over all ranks if it takes
+        part.
 
         Raises:
             UserError: on all ranks, if one cannot read or write its file.
@@ -136,7 +141,7 @@ class StepRouting:
         if (self._record is None and self._replay is None) or (self._steps is not None and number not in self._steps):
             yield
             return
-        given: dict[int, Optional[list[Tensor]]] = dict.fromkeys(self._routers)
+        given: dict[int, list[Tensor] | None] = dict.fromkeys(self._routers)
         if self._replay is not None:
             with together(self._state):
                 reader = StepReader(self._replay, number)
@@ -185,6 +190,7 @@ class StepRouting:
                 commit_step(recording, number, [one for one in boxes if one.layers])
 
     def _rows(self, noted: Sequence[Tensor]) -> np.ndarray:
-        """[samples, positions, ...] of all micro-batches from the [positions * samples, ...] that the router saw of each."""
+        """[samples, positions, ...] of all micro-batches from the [positions * samples, ...] that the router saw of
+        each."""
         length, size = self._box.stop - self._box.start, self._run.training.micro_batch_size
         return torch.cat([part.view(length, size, *part.shape[1:]).transpose(0, 1) for part in noted]).cpu().numpy()

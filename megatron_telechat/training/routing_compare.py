@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Optional, Sequence
 
 import numpy as np
 
@@ -57,20 +57,26 @@ class LayerDifference:
         return self.different - self.ties
 
 
-def common_steps(one: Recording, other: Recording, wanted: Optional[range] = None) -> tuple[int, ...]:
+def common_steps(one: Recording, other: Recording, wanted: range | None = None) -> tuple[int, ...]:
     """Steps that are to be compared.
 
     Raises:
         ConfigError: the recordings are of runs of another shape; one lacks a wanted step, or they share none.
     """
-    different = [f"{name} is {value} and {other.shape[name]}" for name, value in one.shape.items() if other.shape[name] != value]
+    different = [
+        f"{name} is {value} and {other.shape[name]}" for name, value in one.shape.items() if other.shape[name] != value
+    ]
     if different:
-        raise ConfigError(f"the recordings cannot be compared: {'; '.join(different)}", "", "two recordings of one model and batch")
+        raise ConfigError(
+            f"the recordings cannot be compared: {'; '.join(different)}", "", "two recordings of one model and batch"
+        )
     steps = sorted(set(one.steps()) & set(other.steps()))
     if wanted is not None:
         missing = sorted(set(wanted) - set(steps))
         if missing:
-            raise ConfigError(f"step {missing[0]} is not in both recordings", "--steps", f"steps of these: {_shown(steps)}")
+            raise ConfigError(
+                f"step {missing[0]} is not in both recordings", "--steps", f"steps of these: {_shown(steps)}"
+            )
         steps = list(wanted)
     if not steps:
         raise ConfigError("the recordings have no step in common", "", "record the same steps of both runs")

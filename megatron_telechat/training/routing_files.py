@@ -1,17 +1,18 @@
 """The files of a recording of the experts' choices: boxes of layers, samples and positions, whatever the layout.
 
-A rank writes for a step one safetensors file with ``experts.L`` [samples, positions, k] (uint8, int16 or int32) and ``gaps.L``
-[samples, positions] (fp32) for each of its MoE layers L: k + 4 bytes a token and layer with up to 256 experts. When all files are
-there, rank 0 writes the index of the step; without it the step does not count.
+A rank writes for a step one safetensors file with ``experts.L`` [samples, positions, k] (uint8, int16 or int32) and
+``gaps.L`` [samples, positions] (fp32) for each of its MoE layers L: k + 4 bytes a token and layer with up to 256
+experts. When all files are there, rank 0 writes the index of the step; without it the step does not count.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class Box:
     stop: int
 
 
-def write_manifest(recording: Path, shape: Mapping[str, int], replayed: bool, data: Optional[Mapping[str, Any]]) -> None:
+def write_manifest(recording: Path, shape: Mapping[str, int], replayed: bool, data: Mapping[str, Any] | None) -> None:
     """Begin a recording. Raises ResourceError."""
     _make(recording)
     _write(recording / MANIFEST, _json({"format": FORMAT, "shape": dict(shape), "replayed": replayed, "data": data}))
@@ -55,7 +56,9 @@ def begin_step(recording: Path, step: int) -> None:
         raise _cannot_write(folder, error) from error
 
 
-def write_box(recording: Path, step: int, box: Box, experts: Mapping[int, np.ndarray], gaps: Mapping[int, np.ndarray]) -> None:
+def write_box(
+    recording: Path, step: int, box: Box, experts: Mapping[int, np.ndarray], gaps: Mapping[int, np.ndarray]
+) -> None:
     """Write one rank's file. Raises ResourceError."""
     from safetensors.numpy import save
 
@@ -81,7 +84,8 @@ class StepReader:
         try:
             found = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
             self.boxes = [
-                Box(f["name"], tuple(f["layers"]), tuple(f["samples"]), int(f["start"]), int(f["stop"])) for f in found["files"]
+                Box(f["name"], tuple(f["layers"]), tuple(f["samples"]), int(f["start"]), int(f["stop"]))
+                for f in found["files"]
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(self.folder / INDEX, error) from error
@@ -102,11 +106,13 @@ class StepReader:
             array = self._load(box, f"{kind}.{layer}")
             if out is None:
                 out = np.zeros((*filled.shape, *array.shape[2:]), dtype=array.dtype)
-            to, at = (list(part) for part in zip(*mine))
+            to, at = (list(part) for part in zip(*mine, strict=True))
             out[to, begin - start : end - start] = array[at, begin - box.start : end - box.start]
             filled[to, begin - start : end - start] = True
         if out is None or not filled.all():
-            raise _damaged(self.folder, f"it lacks {kind} of layer {layer} for {int((~filled).sum())} of {filled.size} tokens")
+            raise _damaged(
+                self.folder, f"it lacks {kind} of layer {layer} for {int((~filled).sum())} of {filled.size} tokens"
+            )
         return out
 
     def _load(self, box: Box, name: str) -> np.ndarray:
@@ -149,7 +155,9 @@ def _write(path: Path, data: bytes) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> ResourceError:
     return ResourceError(
-        f"cannot write {path}: {error.strerror}", "moe_routing_record", "free the disk, or another folder for --moe-routing-record"
+        f"cannot write {path}: {error.strerror}",
+        "moe_routing_record",
+        "free the disk, or another folder for --moe-routing-record",
     )
 
 

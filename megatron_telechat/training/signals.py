@@ -6,8 +6,9 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 from megatron_telechat.errors import StopAtStart
 
@@ -21,12 +22,13 @@ _LEFT_ALONE_WHEN_IGNORED = (signal.SIGINT, signal.SIGHUP)
 class StopRequests:
     """Remembers a request until the training loop polls it.
 
-    SIGTERM, SIGUSR1, SIGUSR2, SIGINT (Ctrl-C) and SIGHUP (the terminal was closed) ask for a checkpoint and an end; so does a
-    file ``stop-now`` in the run folder. A file ``save-now`` asks for a checkpoint only. A signal may reach one rank
+    SIGTERM, SIGUSR1, SIGUSR2, SIGINT (Ctrl-C) and SIGHUP (the terminal was closed) ask for a checkpoint and an end; so
+    does a file ``stop-now`` in the run folder. A file ``save-now`` asks for a checkpoint only. A signal may reach one
+    rank
     alone: the loop reduces :meth:`poll` over the ranks before it acts.
 
-    A person who has pressed Ctrl-C and asks again does not want to wait: the process ends at once, by that signal. Ctrl-C of a
-    terminal reaches torchrun alone, which passes it on as SIGINT and a second one as SIGTERM.
+    A person who has pressed Ctrl-C and asks again does not want to wait: the process ends at once, by that signal.
+    Ctrl-C of a terminal reaches torchrun alone, which passes it on as SIGINT and a second one as SIGTERM.
 
     Args:
         run_dir: where the trigger files are looked for.
@@ -38,7 +40,7 @@ class StopRequests:
         self._run_dir = run_dir
         self._watch_files = watch_files
         self._speaks = speaks
-        self._first: Optional[int] = None
+        self._first: int | None = None
         self._at_start = False
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():

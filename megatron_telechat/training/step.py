@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Callable, Iterator, Optional
 
 import torch
 import torch.distributed as dist
@@ -39,18 +39,19 @@ class StepResult:
         loss: mean cross entropy over all tokens of the global batch that count, in nats; None where none counted.
         tokens: how many tokens counted.
         grad_norm: global gradient norm before clipping; None where the step was not taken.
-        skipped: why the step was not taken (parameters and optimizer are as before), such as :data:`OVERFLOW`; None where it was.
+        skipped: why the step was not taken (parameters and optimizer are as before), such as :data:`OVERFLOW`; None
+        where it was.
         stop, save: some rank was asked to stop, or to save.
         loss_scale: what the loss was multiplied by (fp16); None elsewhere.
     """
 
-    loss: Optional[float]
+    loss: float | None
     tokens: int
-    grad_norm: Optional[float]
-    skipped: Optional[str]
+    grad_norm: float | None
+    skipped: str | None
     stop: bool
     save: bool
-    loss_scale: Optional[float] = None
+    loss_scale: float | None = None
 
 
 def masked_loss(loss_mask: torch.Tensor, per_token_loss: torch.Tensor):
@@ -72,9 +73,9 @@ def masked_loss(loss_mask: torch.Tensor, per_token_loss: torch.Tensor):
 
 def forward_step(
     device: torch.device,
-    data_iterator: Optional[Iterator[Batch]],
+    data_iterator: Iterator[Batch] | None,
     model: torch.nn.Module,
-    learned_share: Optional[torch.Tensor] = None,
+    learned_share: torch.Tensor | None = None,
 ):
     """The schedules' forward function: one micro-batch through one model chunk.
 
@@ -87,8 +88,11 @@ def forward_step(
         return model(None, None, None), None
     host = next(data_iterator, None)
     if host is None:
-        raise DataError("the samples end before the run", "training data",
-                        "this is a bug, please report it; the last checkpoint is whole, and the same command goes on from it")
+        raise DataError(
+            "the samples end before the run",
+            "training data",
+            "this is a bug, please report it; the last checkpoint is whole, and the same command goes on from it",
+        )
     lengths = host.get("segment_lengths")
     segments = None if lengths is None else Segments.of(lengths, host["tokens"].shape[0])
     counted = None if learned_share is None else CountedTokens.of(host["tokens"], host.get("padding"), learned_share)
@@ -104,9 +108,7 @@ def forward_step(
     return output, partial(masked_loss, batch["loss_mask"])
 
 
-def chunk_iterators(
-    make_iterator, chunks: int, run: RunConfig, state: ParallelState
-) -> list[Optional[Iterator[Batch]]]:
+def chunk_iterators(make_iterator, chunks: int, run: RunConfig, state: ParallelState) -> list[Iterator[Batch] | None]:
     """One iterator of micro-batches for each model chunk of this rank that reads data, else None.
 
     The first stage reads tokens and the last one labels; every stage reads the borders of documents where
@@ -114,14 +116,12 @@ def chunk_iterators(
     """
     every = run.data.reset_position_ids or run.data.reset_attention_mask or run.routers_read_masks
     return [
-        make_iterator()
-        if state.is_first_stage(chunk) or state.is_last_stage(chunk) or every
-        else None
+        make_iterator() if state.is_first_stage(chunk) or state.is_last_stage(chunk) or every else None
         for chunk in range(chunks)
     ]
 
 
-def close_iterators(iterators: list[Optional[Iterator[Batch]]]) -> None:
+def close_iterators(iterators: list[Iterator[Batch] | None]) -> None:
     """Stop the threads that prepare batches."""
     for iterator in iterators:
         if iterator is not None:
@@ -130,12 +130,12 @@ def close_iterators(iterators: list[Optional[Iterator[Batch]]]) -> None:
 
 def run_schedule(
     chunks: list[torch.nn.Module],
-    iterators: list[Optional[Iterator[Batch]]],
+    iterators: list[Iterator[Batch] | None],
     run: RunConfig,
     backend: Backend,
     num_microbatches: int,
     forward_only: bool,
-    learned_share: Optional[torch.Tensor] = None,
+    learned_share: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Forward, and backward unless ``forward_only``, of one global batch.
 
@@ -174,7 +174,7 @@ class TrainStep:
         self.backend = backend
         self._gather_unproved = is_overlapped(chunks)
 
-    def forward_backward(self, iterators: list[Optional[Iterator[Batch]]]) -> torch.Tensor:
+    def forward_backward(self, iterators: list[Iterator[Batch] | None]) -> torch.Tensor:
         """Fill the gradient buffers from one global batch; returns this rank's [loss sum, tokens]."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -182,7 +182,9 @@ class TrainStep:
         learned_share = None
         if self.run.routers_read_masks:
             iterators, learned_share = self._look_ahead(iterators)
-        watch = every_parameter_awaited(self.chunks, self.shards, self.state) if self._gather_unproved else nullcontext()
+        watch = (
+            every_parameter_awaited(self.chunks, self.shards, self.state) if self._gather_unproved else nullcontext()
+        )
         with watch:
             sums = run_schedule(
                 self.chunks,
@@ -196,8 +198,9 @@ class TrainStep:
         self._gather_unproved = False
         return sums
 
-    def _look_ahead(self, iterators: list[Optional[Iterator[Batch]]]) -> tuple[list[Iterator[Batch]], torch.Tensor]:
-        """The micro-batches of this step, and the share of the global batch's tokens, padding left out, that is learned.
+    def _look_ahead(self, iterators: list[Iterator[Batch] | None]) -> tuple[list[Iterator[Batch]], torch.Tensor]:
+        """The micro-batches of this step, and the share of the global batch's tokens, padding left out, that is
+        learned.
 
         The schedules divide all gradients by the learned tokens of the global batch, which is known only at the end. A
         router's loss is a mean over all tokens that are no padding, so its gradients must be multiplied by that share,
@@ -206,7 +209,9 @@ class TrainStep:
         ahead = [list(islice(iterator, self.run.num_microbatches)) for iterator in iterators]
         learned = sum(float(batch["loss_mask"].sum()) for batch in ahead[0])
         real = sum(real_tokens(batch["tokens"], batch.get("padding")) for batch in ahead[0])
-        counts = torch.tensor([learned, real], dtype=wide_dtype(self.backend)).to(self.backend.device, non_blocking=True)
+        counts = torch.tensor([learned, real], dtype=wide_dtype(self.backend)).to(
+            self.backend.device, non_blocking=True
+        )
         dist.all_reduce(counts, group=self.state.dp_group)
         return [iter(batches) for batches in ahead], (counts[0] / counts[1].clamp(min=1)).float()
 
@@ -268,7 +273,7 @@ class Evaluation:
         complete: whether all batches were read; a stop request cuts an evaluation off.
     """
 
-    loss: Optional[float]
+    loss: float | None
     complete: bool = True
 
 

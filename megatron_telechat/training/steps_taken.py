@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from megatron_telechat.checkpoint import LoadedInfo
 from megatron_telechat.errors import NumericsError
@@ -57,7 +58,8 @@ class StepsTaken:
             raise NumericsError(
                 f"none of the {step} steps was taken; nothing was learned, and nothing is saved",
                 f"step {step}",
-                "the lines of the steps say why; with fp16, a smaller --initial-loss-scale is found sooner, or train in bf16",
+                "the lines of the steps say why; with fp16, a smaller --initial-loss-scale is found sooner, or train "
+                "in bf16",
             ).on_every_rank()
 
     @property
@@ -66,11 +68,11 @@ class StepsTaken:
         return {KEY: {"taken": self.taken, "skipped_in_a_row": self.skipped_in_a_row}}
 
     @classmethod
-    def of(cls, info: LoadedInfo) -> tuple["StepsTaken", Optional[str]]:
+    def of(cls, info: LoadedInfo) -> tuple[StepsTaken, str | None]:
         """Where a run goes on, and a line for its person where the checkpoint is of a release that did not count.
 
-        There every step counts as taken in bf16 and fp32. In fp16 Adam counted those that were, unless the run that saved it
-        had begun with a fresh optimizer.
+        There every step counts as taken in bf16 and fp32. In fp16 Adam counted those that were, unless the run that
+        saved it had begun with a fresh optimizer.
         """
         saved = info.extra.get(KEY)
         if isinstance(saved, Mapping):
@@ -79,6 +81,6 @@ class StepsTaken:
         if not fp16 or info.adam_step is None or info.config.checkpoint.no_load_optim or info.adam_step >= info.step:
             return cls(info.step), None
         return cls(info.adam_step), (
-            f"{info.adam_step} of its {info.step} steps were taken, by Adam's count; the learning rate, which followed all steps, "
-            "follows these from here on"
+            f"{info.adam_step} of its {info.step} steps were taken, by Adam's count; the learning rate, which "
+            "followed all steps, follows these from here on"
         )

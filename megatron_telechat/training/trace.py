@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -25,8 +26,8 @@ ROWS = {"steps": 0, "compute": 1, "link": 2}
 class ExchangeTrace:
     """Records the steps that ``--moe-trace`` names, and writes ``moe_trace/rank_N.json`` after each of them.
 
-    The file is in the trace event format of Chrome, which chrome://tracing and ui.perfetto.dev open; the ranks' files use one
-    process number a rank and start at one moment, so that their events can be put into one file.
+    The file is in the trace event format of Chrome, which chrome://tracing and ui.perfetto.dev open; the ranks' files
+    use one process number a rank and start at one moment, so that their events can be put into one file.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], run: RunConfig, state: ParallelState, run_dir: Path):
@@ -34,7 +35,7 @@ class ExchangeTrace:
         self._blocks = moe_blocks(chunks) if self._steps else []
         self._state = state
         self._file = run_dir / "moe_trace" / f"rank_{state.rank}.json"
-        self._start_s: Optional[float] = None
+        self._start_s: float | None = None
         self._link_end_us = 0.0
         self._events: list[dict[str, Any]] = []
 
@@ -60,7 +61,9 @@ class ExchangeTrace:
         finally:
             for block in self._blocks:
                 block.clock.tracing = False
-        self._events.append(_event(self._state.rank, "steps", f"step {number}", begin, self._now_us(), {"step": number}))
+        self._events.append(
+            _event(self._state.rank, "steps", f"step {number}", begin, self._now_us(), {"step": number})
+        )
         self._collect(number)
         with together(self._state):
             self._write()
@@ -79,14 +82,20 @@ class ExchangeTrace:
         for block in self._blocks:
             shift = self._now_us() - block.clock.now_us()
             spans += [
-                span._replace(start_us=span.start_us + shift, end_us=span.end_us + shift) for span in block.clock.take_spans()
+                span._replace(start_us=span.start_us + shift, end_us=span.end_us + shift)
+                for span in block.clock.take_spans()
             ]
         for span in sorted(spans, key=lambda span: span.start_us):
             self._events.append(self._of_span(span, step))
 
     def _of_span(self, span: Span, step: int) -> dict[str, Any]:
         name = span.name if span.chunk is None else f"{span.name} {span.chunk}"
-        details = {"step": step, "layer": span.layer, "chunk": span.chunk, "pass": "backward" if span.backward else "forward"}
+        details = {
+            "step": step,
+            "layer": span.layer,
+            "chunk": span.chunk,
+            "pass": "backward" if span.backward else "forward",
+        }
         start = span.start_us
         if span.track == "link":
             # Issued early, it stood in the queue: the link takes one transfer after another.
@@ -108,5 +117,11 @@ class ExchangeTrace:
 
 def _event(rank: int, row: str, name: str, start_us: float, end_us: float, details: dict[str, Any]) -> dict[str, Any]:
     return {
-        "ph": "X", "pid": rank, "tid": ROWS[row], "name": name, "ts": start_us, "dur": end_us - start_us, "args": details,
-    }  # fmt: skip
+        "ph": "X",
+        "pid": rank,
+        "tid": ROWS[row],
+        "name": name,
+        "ts": start_us,
+        "dur": end_us - start_us,
+        "args": details,
+    }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.training.console import format_duration
 
@@ -12,7 +10,7 @@ ADVISED_S = 1800.0
 """Time between saves that the note proposes."""
 
 
-def unsaved_note(run: RunConfig, step: int, seconds_a_step: Optional[float], how: str) -> Optional[str]:
+def unsaved_note(run: RunConfig, step: int, seconds_a_step: float | None, how: str) -> str | None:
     """The note, where what is left of a run takes more than an hour and nothing is saved on the way; else None.
 
     Args:
@@ -27,8 +25,8 @@ def unsaved_note(run: RunConfig, step: int, seconds_a_step: Optional[float], how
         return None
     interval = max(1, _round(ADVISED_S / seconds_a_step))
     return (
-        f"the run takes {format_duration(left)} ({how}) and has no save interval: if it is killed, all since its start is lost. "
-        f"--save-interval {interval} saves about every half an hour, --keep-last 2 keeps the newest two"
+        f"the run takes {format_duration(left)} ({how}) and has no save interval: if it is killed, all since its "
+        f"start is lost. --save-interval {interval} saves about every half an hour, --keep-last 2 keeps the newest two"
     )
 
 

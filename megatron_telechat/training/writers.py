@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
@@ -19,11 +19,12 @@ class MetricsWriter:
     """Writes on one rank; elsewhere it does nothing.
 
     Each record is one JSON object a line, flushed at once, so that a killed run keeps its curve. A
-    line ``{"event": "resume", "step": N}`` says that later lines replace those beyond step N. TensorBoard is told the same;
-    Weights & Biases keeps both, each at its step.
+    line ``{"event": "resume", "step": N}`` says that later lines replace those beyond step N. TensorBoard is told the
+    same; Weights & Biases keeps both, each at its step.
 
     Args:
-        step: where the run goes on. What a killed run has written beyond it is taken back, also where it begins anew at 0.
+        step: where the run goes on. What a killed run has written beyond it is taken back, also where it begins anew at
+        0.
     """
 
     def __init__(self, run: RunConfig, run_dir: Path, enabled: bool, step: int = 0):
@@ -125,7 +126,7 @@ def _open_wandb(run: RunConfig, run_dir: Path):
             fix='pip install "megatron_telechat[wandb]", or leave --wandb-project out',
         ) from error
     id_file = run_dir / WANDB_ID_FILE
-    run_id: Optional[str] = id_file.read_text().strip() if id_file.exists() else None
+    run_id: str | None = id_file.read_text().strip() if id_file.exists() else None
     session = wandb.init(
         project=run.logging.wandb_project,
         name=run.logging.wandb_exp_name or run_dir.name,

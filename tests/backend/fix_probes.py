@@ -12,8 +12,9 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 TE_WITHOUT_CORE = 'raise RuntimeError("transformer_engine: no CUDA core")\n'
 
@@ -40,6 +41,7 @@ def _moe_loss(parallel_changes: dict[str, int] | None = None, **config_changes: 
 
 def current_device() -> None:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
     from tests.backend import tiny_core
 
     config = tiny_core.transformer_config(_world())
@@ -117,6 +119,7 @@ def factories() -> None:
 
 def tensor_type() -> None:
     import torch
+
     from tests.backend import tiny_core
 
     state = _world()
@@ -262,6 +265,7 @@ def main(names: list[str]) -> None:
     import megatron.core.optimizer  # noqa: F401
     import megatron.core.pipeline_parallel  # noqa: F401
     import megatron.core.transformer.moe.moe_layer  # noqa: F401
+
     import tests.backend.tiny_core  # noqa: F401
 
     for name in chosen:

@@ -15,7 +15,7 @@ def test_view_hands_everything_through_but_its_overrides():
     assert view.sin(1) == "view" and math.sin(0) == 0
     assert view.cos is math.cos and view.__name__ == "math" and "cos" in dir(view)
     with pytest.raises(AttributeError):
-        view.no_such_name
+        _ = view.no_such_name
 
 
 def test_writing_to_a_view_writes_to_the_original():

@@ -26,7 +26,9 @@ class TinyNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
-def transformer_config(state: Any, *, experts: int | None = None, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def transformer_config(
+    state: Any, *, experts: int | None = None, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     values: dict[str, Any] = dict(
@@ -109,11 +111,13 @@ def _fill(model: Any) -> None:
         seed = int.from_bytes(hashlib.sha256(piece.key.encode()).digest()[:4], "big")
         whole = torch.empty(piece.global_shape).normal_(std=0.05, generator=torch.Generator().manual_seed(seed))
         sizes = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
-        box = tuple(slice(begin, begin + size) for begin, size in zip(piece.global_offset, sizes))
+        box = tuple(slice(begin, begin + size) for begin, size in zip(piece.global_offset, sizes, strict=True))
         piece.data.detach().copy_(whole[box].reshape(piece.data.shape))
 
 
-def train(state: Any, config: Any, steps: int = 3, distributed_optimizer: bool = False, micro_batches: int = 2) -> list[float]:
+def train(
+    state: Any, config: Any, steps: int = 3, distributed_optimizer: bool = False, micro_batches: int = 2
+) -> list[float]:
     """Losses of a few steps over the whole group of ranks; equal on all ranks, for every layout."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -160,7 +164,8 @@ def train(state: Any, config: Any, steps: int = 3, distributed_optimizer: bool =
 
 
 def gaps_of_choices(model: Any) -> list[float]:
-    """A list that gets, at every call of a router of this model, the smallest gap between a token's last choice and the next one."""
+    """A list that gets, at every call of a router of this model, the smallest gap between a token's last choice and the
+    next one."""
     gaps: list[float] = []
 
     def note(router: Any, inputs: tuple, output: Any) -> None:

@@ -83,7 +83,10 @@ def test_a_failing_rank_ends_the_run(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_stays_after_a_signal(tmp_path, number):
     worker = tmp_path / "worker.py"
-    worker.write_text(f"import os, time\nopen({str(tmp_path)!r} + '/' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    worker.write_text(
+        f"import os, time\nopen({str(tmp_path)!r} + '/' + os.environ['RANK'], "
+        f"'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
     process = subprocess.Popen([sys.executable, LINKS, "run", "-n", "2", str(worker)], start_new_session=True)
     until = time.monotonic() + 30
     while not all((tmp_path / rank).exists() and (tmp_path / rank).read_text() for rank in "01"):

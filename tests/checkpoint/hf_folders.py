@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,11 +13,21 @@ from safetensors.torch import load_file, save_file
 PRESET_HEADS = ((24, 24), (32, 32), (48, 48), (64, 8))
 
 
-def telechat_config(heads: int, groups: Optional[int], layers: int = 5, head_dim: int = 4, **more: Any) -> dict[str, Any]:
+def telechat_config(heads: int, groups: int | None, layers: int = 5, head_dim: int = 4, **more: Any) -> dict[str, Any]:
     return {
-        "model_type": "telechat", "architectures": ["TelechatForCausalLM"], "n_layer": layers, "n_head": heads,
-        "hidden_size": heads * head_dim, "num_key_value_heads": groups, "ffn_hidden_size": 40, "vocab_size": 64,
-        "layer_norm_epsilon": 1e-5, "training_seqlen": 32, "base_seqlen": 32, "tie_word_embeddings": False, **more,
+        "model_type": "telechat",
+        "architectures": ["TelechatForCausalLM"],
+        "n_layer": layers,
+        "n_head": heads,
+        "hidden_size": heads * head_dim,
+        "num_key_value_heads": groups,
+        "ffn_hidden_size": 40,
+        "vocab_size": 64,
+        "layer_norm_epsilon": 1e-5,
+        "training_seqlen": 32,
+        "base_seqlen": 32,
+        "tie_word_embeddings": False,
+        **more,
     }
 
 
@@ -48,7 +59,9 @@ def telechat_shapes(config: Mapping[str, Any], expert_bias: bool = True) -> dict
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
     dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
 ) -> Path:
     generator = torch.Generator().manual_seed(7)
@@ -73,7 +86,9 @@ def assert_same_folder(folder: Path, other: Path) -> None:
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
     for name in a:
         assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
-        assert a[name].contiguous().view(-1).view(torch.uint8).equal(b[name].contiguous().view(-1).view(torch.uint8)), name
+        assert a[name].contiguous().view(-1).view(torch.uint8).equal(b[name].contiguous().view(-1).view(torch.uint8)), (
+            name
+        )
     for file in folder.iterdir():
         if file.suffix not in (".safetensors", ".bin") and not file.name.endswith(".index.json"):
             assert file.read_bytes() == (other / file.name).read_bytes(), file.name

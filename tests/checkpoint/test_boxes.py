@@ -12,12 +12,12 @@ from megatron_telechat.checkpoint.boxes import Box, flat_range_boxes, intersect,
 
 
 def _members(box: Box) -> set:
-    return set(itertools.product(*(range(o, o + s) for o, s in zip(box.offset, box.shape))))
+    return set(itertools.product(*(range(o, o + s) for o, s in zip(box.offset, box.shape, strict=True))))
 
 
 def _random_box(random_: random.Random, shape) -> Box:
     offset = tuple(random_.randrange(s) for s in shape)
-    return Box(offset, tuple(random_.randint(1, s - o) for s, o in zip(shape, offset)))
+    return Box(offset, tuple(random_.randint(1, s - o) for s, o in zip(shape, offset, strict=True)))
 
 
 def test_intersection_is_the_set_of_common_elements():
@@ -56,7 +56,7 @@ def test_tiling_fault_agrees_with_counting_every_element():
         shape = tuple(random_.randint(1, 4) for _ in range(random_.randint(1, 3)))
         size = int(numpy.prod(shape))
         cuts = sorted({0, size, *(random_.randint(0, size) for _ in range(3))})
-        boxes = [b for lo, hi in zip(cuts, cuts[1:]) for _, b in flat_range_boxes(shape, lo, hi)]
+        boxes = [b for lo, hi in zip(cuts, cuts[1:], strict=False) for _, b in flat_range_boxes(shape, lo, hi)]
         for _ in range(random_.randint(0, 1)):
             boxes[random_.randrange(len(boxes))] = _random_box(random_, shape)
         if random_.random() < 0.2:

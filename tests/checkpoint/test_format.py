@@ -27,7 +27,7 @@ def write(root: Path, step: int = 5, value: float = 0.0, max_file_bytes: int = 1
         for key, tensor in tensors(value).items():
             size = tensor.numel()
             cuts = [0, size // 3, size // 2 + 1, size]
-            for low, high in zip(cuts, cuts[1:]):
+            for low, high in zip(cuts, cuts[1:], strict=False):
                 for flat, box in flat_range_boxes(tuple(tensor.shape), low, high):
                     writer.add(key, tensor.shape, box.offset, tensor.view(-1)[flat : flat + box.numel].view(box.shape))
     assert writer.path is not None
@@ -61,8 +61,8 @@ def test_every_box_of_every_tensor_reads_back(tmp_path):
         assert reader.read(key).equal(tensor) and reader.read(key).dtype == tensor.dtype
         for _ in range(30):
             offset = [random_.randrange(s) for s in tensor.shape]
-            shape = [random_.randint(1, s - o) for s, o in zip(tensor.shape, offset)]
-            index = tuple(slice(o, o + s) for o, s in zip(offset, shape))
+            shape = [random_.randint(1, s - o) for s, o in zip(tensor.shape, offset, strict=True)]
+            index = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
             assert reader.read(key, offset, shape).equal(tensor[index])
 
 
@@ -145,7 +145,9 @@ def test_a_manifest_that_is_cut_or_changed_anywhere_is_refused(tmp_path):
             assert json.loads(changed) == json.loads(data)
 
 
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd", "a/b.safetensors", "..", "hf/../../x", "x.bin", "hf/.."])
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/etc/passwd", "a/b.safetensors", "..", "hf/../../x", "x.bin", "hf/.."]
+)
 def test_a_manifest_that_names_a_file_outside_the_folder_is_refused(tmp_path, name):
     path = write(tmp_path)
 
@@ -234,8 +236,14 @@ def test_only_the_newest_sound_checkpoints_are_kept(tmp_path):
 @pytest.mark.parametrize("scenario", ["new", "replace"])
 def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(tmp_path, scenario):
     worker = Path(__file__).with_name("worker_killed_save.py")
-    done = subprocess.run([sys.executable, str(worker), str(tmp_path), scenario], capture_output=True, text=True,
-                          cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(worker), str(tmp_path), scenario],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) > 8 and lines[-1]["killed_before"] is None

@@ -20,7 +20,12 @@ from megatron_telechat.config.schema import ModelConfig
 from megatron_telechat.costs.parameters import parameter_table
 from megatron_telechat.errors import CheckpointError, ConfigError, UserError
 from tests.checkpoint.hf_folders import (
-    PRESET_HEADS, all_tensors, assert_same_folder, telechat_config, telechat_shapes, write_folder,
+    PRESET_HEADS,
+    all_tensors,
+    assert_same_folder,
+    telechat_config,
+    telechat_shapes,
+    write_folder,
 )
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -94,8 +99,16 @@ def test_fused_rows_are_where_megatron_wants_them(tmp_path):
 def test_mixtral_as_transformers_saves_it_comes_back_byte_equal(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    config = MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                           num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+    )
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     exported = round_trip(tmp_path / "hf", tmp_path)
     assert_same_folder(tmp_path / "hf", exported)
@@ -178,9 +191,15 @@ def damaged(tmp_path: Path, change_config=None, change_tensors=None) -> Path:
     "change, message",
     [
         (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
-        (lambda t: t.pop("transformer.h.0.self_attention.dense.bias"), "missing: transformer.h.0.self_attention.dense.bias"),
+        (
+            lambda t: t.pop("transformer.h.0.self_attention.dense.bias"),
+            "missing: transformer.h.0.self_attention.dense.bias",
+        ),
         (lambda t: t.update({"transformer.h.0.odd": (3,)}), "unexpected: transformer.h.0.odd"),
-        (lambda t: t.update({"transformer.ln_f.weight": (3,)}), r"transformer.ln_f.weight \[3\], config.json says \[32\]"),
+        (
+            lambda t: t.update({"transformer.ln_f.weight": (3,)}),
+            r"transformer.ln_f.weight \[3\], config.json says \[32\]",
+        ),
         (lambda t: t.update({"transformer.word_embeddings_layernorm.weight": (32,)}), "embed_layernorm"),
         (lambda t: (t.pop("lm_head.weight"), t.update({"word_embeddings.weight": (64, 32)})), "TeleChat-7B"),
         (lambda t: t.update({"transformer.wte.weight": (64, 32)}), "TeleChat-52B"),
@@ -247,24 +266,67 @@ def test_damaged_weight_files_and_indexes_are_named(tmp_path):
 
 def test_absent_keys_have_the_defaults_of_telechat_config():
     model = model_config_from_hf({"model_type": "telechat"})
-    assert (model.num_layers, model.num_attention_heads, model.hidden_size, model.ffn_hidden_size) == (30, 32, 4096, 12288)
+    assert (model.num_layers, model.num_attention_heads, model.hidden_size, model.ffn_hidden_size) == (
+        30,
+        32,
+        4096,
+        12288,
+    )
     assert (model.vocab_size, model.norm_epsilon, model.rotary_training_seqlen) == (160256, 1e-5, 8192)
     assert (model.query_groups, model.rotary_base) == (32, 10000.0)
-    model = model_config_from_hf({"model_type": "telechat", "n_embed": 2048, "hidden_size": 64, "layer_norm_epsilon": 1e-8,
-                                  "rope_theta": 1000000, "rope_scaling": {"factor": 1.0, "type": "dynamic"},
-                                  "num_hidden_layers": 2, "num_attention_heads": 8, "training_seqlen": 32768, "base_seqlen": 4096})
+    model = model_config_from_hf(
+        {
+            "model_type": "telechat",
+            "n_embed": 2048,
+            "hidden_size": 64,
+            "layer_norm_epsilon": 1e-8,
+            "rope_theta": 1000000,
+            "rope_scaling": {"factor": 1.0, "type": "dynamic"},
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "training_seqlen": 32768,
+            "base_seqlen": 4096,
+        }
+    )
     assert (model.hidden_size, model.norm_epsilon, model.rotary_base) == (2048, 1e-8, 1e6)
     assert (model.num_layers, model.num_attention_heads) == (2, 8)
     assert (model.rotary_training_seqlen, model.rotary_base_seqlen) == (32768, 4096)
 
 
 MODELS = (
-    ModelConfig(num_layers=4, hidden_size=32, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2, vocab_size=64,
-                rotary_training_seqlen=32),
-    ModelConfig(num_layers=4, hidden_size=32, ffn_hidden_size=24, num_attention_heads=4, vocab_size=64, num_experts=4,
-                moe_ffn_hidden_size=12, moe_layer_freq=2, rotary_training_seqlen=32, moe_shared_expert_intermediate_size=8),
-    ModelConfig(architecture="mixtral", num_layers=2, hidden_size=32, ffn_hidden_size=24, num_attention_heads=4, vocab_size=64,
-                num_query_groups=2, num_experts=4, attention_output_bias=False, mlp_output_bias=False),
+    ModelConfig(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=24,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=64,
+        rotary_training_seqlen=32,
+    ),
+    ModelConfig(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=24,
+        num_attention_heads=4,
+        vocab_size=64,
+        num_experts=4,
+        moe_ffn_hidden_size=12,
+        moe_layer_freq=2,
+        rotary_training_seqlen=32,
+        moe_shared_expert_intermediate_size=8,
+    ),
+    ModelConfig(
+        architecture="mixtral",
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=24,
+        num_attention_heads=4,
+        vocab_size=64,
+        num_query_groups=2,
+        num_experts=4,
+        attention_output_bias=False,
+        mlp_output_bias=False,
+    ),
 )
 
 
@@ -286,7 +348,9 @@ def test_a_config_that_we_write_is_read_as_the_same_model(model, tmp_path):
 
     again = model_config_from_hf(json.loads(json.dumps(hf_config_of(model, "bf16"))))
     assert config_differences(model, again) == []
-    assert config_differences(replace(model, max_position_embeddings=4096), again) == [], "rotary positions have no table"
+    assert config_differences(replace(model, max_position_embeddings=4096), again) == [], (
+        "rotary positions have no table"
+    )
     folder = write_folder(tmp_path / "hf", hf_config_of(model, "fp32"), hf_tensor_shapes(model))
     assert_same_folder(folder, round_trip(folder, tmp_path))
     assert HfWeights(folder).model.num_experts == model.num_experts
@@ -338,7 +402,13 @@ def test_integer_weights_are_refused(tmp_path):
 
 
 def test_sizes_are_read_as_people_write_them():
-    assert [parse_size(text) for text in ("5GB", "200 MB", "1GiB", "4096", "0.5k")] == [5 * 10**9, 2 * 10**8, 2**30, 4096, 500]
+    assert [parse_size(text) for text in ("5GB", "200 MB", "1GiB", "4096", "0.5k")] == [
+        5 * 10**9,
+        2 * 10**8,
+        2**30,
+        4096,
+        500,
+    ]
     for text in ("", "GB", "-5GB", "0", "5XB"):
         with pytest.raises(ConfigError):
             parse_size(text)

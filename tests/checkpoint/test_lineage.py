@@ -1,4 +1,5 @@
-"""Which checkpoint is the newest: the head of a lineage. Roll-backs, retention, beginnings that a command names, and kills between."""
+"""Which checkpoint is the newest: the head of a lineage. Roll-backs, retention, beginnings that a command names, and
+kills between."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def line(root: Path, *steps: int, branch: Branch | None = None) -> Branch:
 
 
 def on(root: Path, step: int, folder: Path | None = None) -> Branch:
-    """A branch that begins at a step of this folder, or of another one, as a command with --load-step or --load opens it."""
+    """A branch that begins at a step of this folder, or of another one, as a command with --load-step or --load opens
+    it."""
     parent = look_at((folder or root) / f"iter_{step:07d}")
     began = Began(str((folder or root).resolve()), step, parent.digest)
     return Branch.opening(root, (step, parent.digest), (began,))
@@ -65,15 +67,24 @@ def test_a_roll_back_sets_the_trunk_aside_and_its_branch_is_the_newest(tmp_path,
     assert [path.name.split(".")[0] for path in aside] == ["iter_0000020", "iter_0000030"]
     assert all(CheckpointReader(path, verify=True) for path in aside)
     assert prune(tmp_path, 1, protected=tmp_path / "iter_0000010") == [] and folders_aside(tmp_path) == aside
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 30.*set aside by a roll-back: iter_0000020.*iter_0000030.aside-"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint of step 30.*set aside by a roll-back: iter_0000020.*iter_0000030.aside-"
+    ):
         find_checkpoint(tmp_path, 30)
 
 
 def test_the_first_save_of_a_branch_killed_anywhere(tmp_path):
-    """Before the commit the trunk is whole and newest, behind it the branch is; of the trunk nothing is ever deleted."""
+    """Before the commit the trunk is whole and newest, behind it the branch is; of the trunk nothing is ever
+    deleted."""
     worker = Path(__file__).with_name("worker_killed_save.py")
-    done = subprocess.run([sys.executable, str(worker), str(tmp_path), "branch"], capture_output=True, text=True, cwd=ROOT,
-                          env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(worker), str(tmp_path), "branch"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(text) for text in done.stdout.splitlines()]
     assert sum(one["killed_before"] is None for one in lines) == 2 and len(lines) > 20
@@ -163,7 +174,11 @@ def test_a_manifest_of_another_step_is_no_checkpoint(tmp_path):
 def test_load_step_is_obeyed_once(tmp_path):
     line(tmp_path, 10, 20, 30)
     first = begin(tmp_path, step=10)
-    assert (first.root, first.step, first.opens) == (tmp_path, 10, str(tmp_path)) and "20, 30 are set aside" in first.notes[0]
+    assert (first.root, first.step, first.opens) == (
+        tmp_path,
+        10,
+        str(tmp_path),
+    ) and "20, 30 are set aside" in first.notes[0]
     assert begin(tmp_path, step=10) == first, "nothing was saved: the command begins there again"
     branch = on(tmp_path, 10)
     line(tmp_path, 15, 25, branch=branch)
@@ -173,7 +188,11 @@ def test_load_step_is_obeyed_once(tmp_path):
     other = begin(tmp_path, step=15)
     assert (other.step, other.opens) == (15, str(tmp_path))
     parent = look_at(tmp_path / "iter_0000015")
-    line(tmp_path, 17, branch=Branch.opening(tmp_path, (15, parent.digest), (*other.began, Began(other.opens, 15, parent.digest))))
+    line(
+        tmp_path,
+        17,
+        branch=Branch.opening(tmp_path, (15, parent.digest), (*other.began, Began(other.opens, 15, parent.digest))),
+    )
     assert begin(tmp_path, step=15).opens is None and begin(tmp_path, step=10).opens is not None
     with pytest.raises(CheckpointError, match="no checkpoint of step 25"):
         begin(tmp_path, step=25)

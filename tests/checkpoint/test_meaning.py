@@ -1,4 +1,5 @@
-"""What tensors mean is compared before the start and in the dry run, without torch: heads, groups, experts, rotary, norm, tokenizer."""
+"""What tensors mean is compared before the start and in the dry run, without torch: heads, groups, experts, rotary,
+norm, tokenizer."""
 
 from __future__ import annotations
 
@@ -80,9 +81,17 @@ def test_another_meaning_is_refused(saved, tmp_path, name, door):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--moe-aux-loss-coeff 0.5", "--init-method-std 0.1", "--hidden-dropout 0.1", "--rotary-table-dtype fp16", "--name other",
-              "--rotary-base-seqlen 256", "--ffn-hidden-size 64"],
-)  # fmt: skip
+    "flags",
+    [
+        "--moe-aux-loss-coeff 0.5",
+        "--init-method-std 0.1",
+        "--hidden-dropout 0.1",
+        "--rotary-table-dtype fp16",
+        "--name other",
+        "--rotary-base-seqlen 256",
+        "--ffn-hidden-size 64",
+    ],
+)
 def test_what_changes_no_meaning_is_free(saved, flags):
     start, found = require_start(configured(*SAME, *flags.split(), "--load", str(saved)))
     assert found is not None and found.step == 5 and start.opens is not None
@@ -108,7 +117,9 @@ def test_another_tokenizer_is_refused_by_what_it_does_not_by_its_path(tmp_path):
     other.write_text(json.dumps(content))
 
     def run(path: Path, *flags: str):
-        return configured("--vocab-size", "4096", "--tokenizer-model", str(path), "--load", str(tmp_path / "saved"), *flags)
+        return configured(
+            "--vocab-size", "4096", "--tokenizer-model", str(path), "--load", str(tmp_path / "saved"), *flags
+        )
 
     trained = configured("--vocab-size", "4096", "--tokenizer-model", str(trained_with))
     for extra in ({TOKENIZER: tokenizer_of(trained)}, {}):  # older checkpoints name the file only
@@ -129,11 +140,31 @@ def test_an_import_is_held_against_the_run_and_its_folder_is_named_where_it_was_
 
     model = hf.HfWeights(source).model
     fitting = [
-        word for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
-                          "norm_epsilon", "rotary_base", "rotary_training_seqlen", "rotary_base_seqlen")
+        word
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "vocab_size",
+            "norm_epsilon",
+            "rotary_base",
+            "rotary_training_seqlen",
+            "rotary_base_seqlen",
+        )
         for word in (f"--{name}", str(getattr(model, name)))
-    ]  # fmt: skip
-    line = ["--architecture", "telechat2", "--mock-data", "--train-iters", "10", *fitting, "--run-dir", str(tmp_path / "run")]
+    ]
+    line = [
+        "--architecture",
+        "telechat2",
+        "--mock-data",
+        "--train-iters",
+        "10",
+        *fitting,
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     require_start(load_run_config([*line, "--pretrained-checkpoint", str(root)], {}).run)
     with pytest.raises(CheckpointError, match="rotary_base is"):
         require_start(load_run_config([*line, "--rotary-base", "77", "--finetune", "--load", str(root)], {}).run)
@@ -146,7 +177,10 @@ def test_loss_scales_that_have_parted_are_refused_before_the_start(saved, tmp_pa
     root = tmp_path / "checkpoints"
     shutil.copytree(saved, root)
     folder = root / "iter_0000005"
-    pair = {name: {"scale": scale, "growth_tracker": 0, "hysteresis_tracker": 2} for name, scale in (("dense", 2048.0), ("expert", 134217728.0))}
+    pair = {
+        name: {"scale": scale, "growth_tracker": 0, "hysteresis_tracker": 2}
+        for name, scale in (("dense", 2048.0), ("expert", 134217728.0))
+    }
     manifest = replace(read_manifest(folder), optimizer={"step": 5, "grad_scaler": pair})
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     line = [*SAME, "--load", str(root), "--run-dir", str(tmp_path / "run")]
@@ -157,14 +191,24 @@ def test_loss_scales_that_have_parted_are_refused_before_the_start(saved, tmp_pa
 
 
 def test_the_dry_run_looks_and_torch_stays_out(saved, tmp_path):
-    code = "import sys; from megatron_telechat.cli.pretrain import main; code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    code = (
+        "import sys; from megatron_telechat.cli.pretrain import main; code = main(sys.argv[1:]); print('torch' in "
+        "sys.modules); sys.exit(code)"
+    )
 
     def dry(*flags: str):
-        return subprocess.run([sys.executable, "-c", code, *MOE, *SAME, "--dry-run", "--run-dir", str(tmp_path), *flags], cwd=ROOT,
-                              capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [sys.executable, "-c", code, *MOE, *SAME, "--dry-run", "--run-dir", str(tmp_path), *flags],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     good = dry("--load", str(saved))
-    assert good.returncode == 0 and good.stdout.endswith("False\n") and f"{saved}/iter_0000005: step 5" in good.stdout, good.stderr
+    assert (
+        good.returncode == 0 and good.stdout.endswith("False\n") and f"{saved}/iter_0000005: step 5" in good.stdout
+    ), good.stderr
     bad = dry("--load", str(saved), "--num-attention-heads", "4", "--num-query-groups", "2")
     assert bad.returncode == 4 and bad.stdout == "False\n"
     assert "checkpoint error: 3 problems" in bad.stderr and "Traceback" not in bad.stderr

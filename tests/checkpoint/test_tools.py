@@ -28,7 +28,9 @@ def test_golden_logits_pass(report, name):
     assert code == 0 and out.splitlines()[-1].startswith("PASS") and "largest error" in out, out + err
 
 
-@pytest.mark.parametrize("name", ["fp32_tables_strict_gqa", "fp32_tables_strict_mha", "swapped_weights", "nan_reference"])
+@pytest.mark.parametrize(
+    "name", ["fp32_tables_strict_gqa", "fp32_tables_strict_mha", "swapped_weights", "nan_reference"]
+)
 def test_logits_above_the_tolerance_fail(report, name):
     code, out, err = report.check(name)[0]
     assert code == 4 and "ABOVE" in out and out.splitlines()[-1].startswith("FAIL"), out + err
@@ -70,7 +72,12 @@ def test_generate_is_greedy_samples_and_stops(report):
 def test_convert_goes_both_ways(tmp_path, capsys):
     source = GOLDEN / "telechat2_tiny_gqa"
     assert convert(["import", "--hf", str(source), "--output", str(tmp_path / "c")]) == 0
-    assert convert(["export", "--checkpoint", str(tmp_path / "c"), "--output", str(tmp_path / "hf"), "--max_shard_size=100KB"]) == 0
+    assert (
+        convert(
+            ["export", "--checkpoint", str(tmp_path / "c"), "--output", str(tmp_path / "hf"), "--max_shard_size=100KB"]
+        )
+        == 0
+    )
     assert "exported 33 tensors" in capsys.readouterr().out
     assert_same_folder(source, tmp_path / "hf")
     assert convert(["export", "--checkpoint", str(tmp_path / "c"), "--output", str(tmp_path / "hf")]) == 4
@@ -82,7 +89,9 @@ def test_convert_goes_both_ways(tmp_path, capsys):
 
 @pytest.mark.parametrize("tool", ["convert_checkpoint", "check_logits", "generate"])
 def test_the_doors_answer_help(tool):
-    done = subprocess.run([sys.executable, f"tools/{tool}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, f"tools/{tool}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and f"tools/{tool}.py" in done.stdout
 
 
@@ -99,14 +108,21 @@ def test_import_writes_over_nothing_unless_it_is_told_to_and_never_over_a_traini
     assert "--overwrite to replace it" in capsys.readouterr().err
     assert (output / "iter_0000000" / "manifest.json").read_bytes() == manifest
     assert convert([*command, str(tmp_path / "none"), "--overwrite"]) == 4
-    assert (output / "iter_0000000" / "manifest.json").read_bytes() == manifest, "a new one that fails takes nothing away"
+    assert (output / "iter_0000000" / "manifest.json").read_bytes() == manifest, (
+        "a new one that fails takes nothing away"
+    )
     assert convert([*command, str(GOLDEN / "telechat2_tiny_mha"), "--overwrite"]) == 0
     assert CheckpointReader(output / "iter_0000000", verify=True).manifest.to_bytes() != manifest
     assert sorted(path.name for path in output.iterdir()) == ["iter_0000000", "latest"]
     for step, name in ((0, "first"), (5, "later")):
         with CheckpointWriter(tmp_path / name, step=step, config="", branch=Branch()) as writer:
             writer.add("model/a", (4,), (0,), __import__("torch").zeros(4))
-        assert convert(["import", "--overwrite", "--hf", str(GOLDEN / "telechat2_tiny_gqa"), "--output", str(tmp_path / name)]) == 4
+        assert (
+            convert(
+                ["import", "--overwrite", "--hf", str(GOLDEN / "telechat2_tiny_gqa"), "--output", str(tmp_path / name)]
+            )
+            == 4
+        )
         assert "checkpoints of a training" in capsys.readouterr().err
 
 
@@ -117,7 +133,11 @@ def test_tools_keep_what_took_work_to_make(tmp_path, capsys):
     text = write_jsonl(tmp_path / "t.jsonl", TEXTS * 4)
     data = write_dataset(tmp_path / "a", 3)
     for tool, arguments, made in (
-        (train_tokenizer, ["--input", str(text), "--vocab-size", "300", "--output", str(tmp_path / "tokenizer.json")], "tokenizer.json"),
+        (
+            train_tokenizer,
+            ["--input", str(text), "--vocab-size", "300", "--output", str(tmp_path / "tokenizer.json")],
+            "tokenizer.json",
+        ),
         (build_corpus, ["--max-mb", "0.05", "--output", str(tmp_path / "corpus")], "corpus/en.jsonl"),
         (merge_data, ["--input", data, "--output-prefix", str(tmp_path / "m")], "m.idx"),
     ):

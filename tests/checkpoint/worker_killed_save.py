@@ -10,8 +10,8 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Optional
 
 import torch
 
@@ -23,7 +23,7 @@ from megatron_telechat.checkpoint.retention import prune
 CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"))
 
 
-def save(root: Path, step: int, value: float, branch: Optional[Branch] = None) -> None:
+def save(root: Path, step: int, value: float, branch: Branch | None = None) -> None:
     with CheckpointWriter(root, step=step, config="", max_file_bytes=64, branch=branch) as writer:
         for number in range(3):
             writer.add(f"model/{number}", (4, 4), (0, 0), torch.full((4, 4), value))
@@ -91,7 +91,12 @@ def branches(folder: Path) -> None:
             trunk(root)
             lived = attempt(lambda: first_save_of_a_branch(root, step), number)
             newest = latest_checkpoint(root)
-            line = {"killed_before": None if lived else number, "step": step, "newest": values(newest), "trunk": kept_of_trunk(root)}
+            line = {
+                "killed_before": None if lived else number,
+                "step": step,
+                "newest": values(newest),
+                "trunk": kept_of_trunk(root),
+            }
             on = look_at(newest)
             save(root, 60, 3.0, Branch.opening(root, (on.step, on.digest)))
             prune(root, 1, protected=newest)

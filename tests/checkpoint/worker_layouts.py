@@ -60,12 +60,22 @@ def run_config(model: str, precision: str, layout: dict, seed: int) -> Any:
     experts = {"num_experts": 4, "moe_ffn_hidden_size": 12} if model == "moe" else {}
     layout = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1, **layout}
     return RunConfig(
-        model=ModelConfig(name=model, num_layers=4, hidden_size=24, ffn_hidden_size=20, num_attention_heads=4,
-                          vocab_size=32, **experts),
-        parallel=ParallelConfig(world_size=4, sequence_parallel=layout.get("tensor_model_parallel_size", 1) > 1, **layout),
+        model=ModelConfig(
+            name=model,
+            num_layers=4,
+            hidden_size=24,
+            ffn_hidden_size=20,
+            num_attention_heads=4,
+            vocab_size=32,
+            **experts,
+        ),
+        parallel=ParallelConfig(
+            world_size=4, sequence_parallel=layout.get("tensor_model_parallel_size", 1) > 1, **layout
+        ),
         training=TrainingConfig(device="cpu", precision=precision, seq_length=8, seed=seed, global_batch_size=4),
-        optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.0, adam_beta1=BETA1, adam_beta2=BETA2,
-                                  initial_loss_scale=8.0, loss_scale_window=2),
+        optimizer=OptimizerConfig(
+            lr=1e-2, clip_grad=0.0, adam_beta1=BETA1, adam_beta2=BETA2, initial_loss_scale=8.0, loss_scale_window=2
+        ),
     )
 
 
@@ -98,7 +108,7 @@ class Built:
         for item in self.shards:
             flat = item.parameter.main_grad.view(-1)
             for piece in item.pieces:
-                index = tuple(slice(o, o + s) for o, s in zip(piece.global_offset, piece.shape))
+                index = tuple(slice(o, o + s) for o, s in zip(piece.global_offset, piece.shape, strict=True))
                 flat[piece.flat_start : piece.flat_start + piece.numel] = gradient(piece)[index].reshape(-1) * scale
         done, _, _ = self.optimizer.step()
         assert done
@@ -139,11 +149,13 @@ def _flat_parts(name: str, item: Any, start: int, values: Any) -> list:
     out = []
     for piece in item.pieces:
         numbers = torch.arange(torch.Size(piece.global_shape).numel()).view(piece.global_shape)
-        box = numbers[tuple(slice(o, o + s) for o, s in zip(piece.global_offset, piece.shape))].reshape(-1)
+        box = numbers[tuple(slice(o, o + s) for o, s in zip(piece.global_offset, piece.shape, strict=True))].reshape(-1)
         low, high = max(start, piece.flat_start), min(start + values.numel(), piece.flat_start + piece.numel)
         if low < high:
             elements = box[low - piece.flat_start : high - piece.flat_start]
-            out.append((f"{name}/{piece.key}", piece.global_shape, elements, values[low - start : high - start].clone()))
+            out.append(
+                (f"{name}/{piece.key}", piece.global_shape, elements, values[low - start : high - start].clone())
+            )
     return out
 
 
@@ -409,7 +421,8 @@ OWNERS: dict[str, dict] = {
 
 @cases.case
 def every_number_counts_once() -> dict:
-    """Gradients of ones have the number of parameters as the square of their norm; gradients of zeros as the count of zeros."""
+    """Gradients of ones have the number of parameters as the square of their norm; gradients of zeros as the count of
+    zeros."""
     from megatron_telechat.costs import count_parameters
 
     found = {}
@@ -455,8 +468,11 @@ def hf_round_trip(label: str, moe: bool, layout: dict) -> None:
     state = parallel.initialize(run, backend)
     for name in HF_MODELS[moe]:
         imported = SHARED / "imported" / name
-        run = replace(run, model=HfWeights(SHARED / "hf" / name).model,
-                      checkpoint=replace(run.checkpoint, pretrained_checkpoint=str(imported)))
+        run = replace(
+            run,
+            model=HfWeights(SHARED / "hf" / name).model,
+            checkpoint=replace(run.checkpoint, pretrained_checkpoint=str(imported)),
+        )
         shards = parameter_shards(build_model(run, state, backend), run, state)
         train_state = TrainState(shards, None, 0, 0)
         load_checkpoint(imported, train_state, run, state, weights_only=True)

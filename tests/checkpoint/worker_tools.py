@@ -1,4 +1,5 @@
-"""check_logits and generate on many folders in one process; the return value of a case is [exit code, stdout, stderr]."""
+"""check_logits and generate on many folders in one process; the return value of a case is [exit code, stdout,
+stderr]."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import contextlib
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from tests.harness import Cases
 
@@ -43,10 +45,15 @@ def write_golden(name: str, **tensors: Any) -> Path:
 
 for _kind in ("gqa", "mha"):
     _folder = GOLDEN / f"telechat2_tiny_{_kind}"
-    cases.add(f"golden_{_kind}", lambda folder=_folder: check(folder, folder / "golden.safetensors", "--rotary-table-dtype", "fp16"))
+    cases.add(
+        f"golden_{_kind}",
+        lambda folder=_folder: check(folder, folder / "golden.safetensors", "--rotary-table-dtype", "fp16"),
+    )
     cases.add(f"fp32_tables_{_kind}", lambda folder=_folder: check(folder, folder / "golden.safetensors"))
-    cases.add(f"fp32_tables_strict_{_kind}", lambda folder=_folder: check(
-        folder, folder / "golden.safetensors", "--tolerance", "1e-4"))
+    cases.add(
+        f"fp32_tables_strict_{_kind}",
+        lambda folder=_folder: check(folder, folder / "golden.safetensors", "--tolerance", "1e-4"),
+    )
 
 
 def _gqa() -> Path:
@@ -60,8 +67,17 @@ def mixtral_of_transformers() -> list:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=96, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-                           num_key_value_heads=2, num_local_experts=8, max_position_embeddings=64, initializer_range=0.3)
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
     model = MixtralForCausalLM(config).eval()
     model.save_pretrained(SHARED / "mixtral")
     ids = torch.randint(0, 96, (2, 17))

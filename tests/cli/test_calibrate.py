@@ -28,7 +28,8 @@ def test_every_time_is_measured_and_kept(report, name):
     for found in (first, second):
         assert found["same"] and found["replaced"] == 1
         assert {kind: set(times) for kind, times in found["layers"].items()} == {
-            kind: {"forward", "backward", *(f"extra.{modes}" for modes in kinds)} for kind, kinds in WANTED[name].items()
+            kind: {"forward", "backward", *(f"extra.{modes}" for modes in kinds)}
+            for kind, kinds in WANTED[name].items()
         }
         for times in found["layers"].values():
             assert times["forward"] > 0 and times["backward"] > 0

@@ -16,8 +16,9 @@ from tests.data.material import write_dataset
 def flags(tmp_path) -> list[str]:
     tokenizer = letters_tokenizer(tmp_path / "tokenizer")
     file = write_lines(tmp_path / "d.jsonl", [single("ab", "c"), single("几?", "d")])
-    text = f"""--preset telechat2-tiny --vocab-size 320 --seq-length 18 --global-batch-size 4 --train-iters 50 --lr-warmup-iters 0
-        --split 1 --sft --data-path {file} --tokenizer-model {tokenizer} --run-dir {tmp_path / "run"}"""
+    text = f"""--preset telechat2-tiny --vocab-size 320 --seq-length 18 --global-batch-size 4 --train-iters 50
+        --lr-warmup-iters 0 --split 1 --sft --data-path {file} --tokenizer-model {tokenizer}
+        --run-dir {tmp_path / "run"}"""
     return text.split()
 
 
@@ -35,8 +36,8 @@ def test_an_index_built_before_is_the_one_the_run_takes(flags, tmp_path, capsys)
 
 def test_an_index_of_indexed_text(tmp_path, capsys):
     prefixes = [write_dataset(tmp_path / name, 80, seed) for seed, name in enumerate("ab")]
-    text = f"""--preset telechat2-tiny --vocab-size 512 --seq-length 32 --global-batch-size 4 --train-iters 50 --lr-warmup-iters 0
-        --data-path 3 {prefixes[0]} 1 {prefixes[1]} --split 1 --run-dir {tmp_path / "run"}"""
+    text = f"""--preset telechat2-tiny --vocab-size 512 --seq-length 32 --global-batch-size 4 --train-iters 50
+        --lr-warmup-iters 0 --data-path 3 {prefixes[0]} 1 {prefixes[1]} --split 1 --run-dir {tmp_path / "run"}"""
     assert build_index.main(text.split()) == EXIT_OK
     said = capsys.readouterr().out
     assert "150 samples" in said and "50 samples" in said and "built in" in said

@@ -68,22 +68,48 @@ def test_layout_recompute_ranks_and_experts_are_drawn():
 
 def test_few_ranks_have_a_row_each():
     text = dry(
-        "--world-size", "4", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
-        "--num-virtual-stages-per-pipeline-rank", "2",
-    )  # fmt: skip
+        "--world-size",
+        "4",
+        "--tensor-model-parallel-size",
+        "2",
+        "--pipeline-model-parallel-size",
+        "2",
+        "--num-virtual-stages-per-pipeline-rank",
+        "2",
+    )
     assert "  3        0   1   0   0   1    0   1    0" in text
     assert "stage 1     t  1  |    t  3 L" in text
     assert "tensor_model_parallel_size = 2  (flag)" in text
 
 
 def test_warns_of_groups_across_nodes_and_of_stages_too_large():
-    text = dry("--world-size", "64", "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1",
-               "--expert-model-parallel-size", "16", "--recompute-layout", "none*30", "--no-fold-tensor-into-experts",
-               preset="telechat2-39b-a12b")  # fmt: skip
+    text = dry(
+        "--world-size",
+        "64",
+        "--tensor-model-parallel-size",
+        "1",
+        "--pipeline-model-parallel-size",
+        "1",
+        "--expert-model-parallel-size",
+        "16",
+        "--recompute-layout",
+        "none*30",
+        "--no-fold-tensor-into-experts",
+        preset="telechat2-39b-a12b",
+    )
     assert "4 of 4 expert groups (16 ranks: EP16 x ETP1) cross nodes of 8 ranks" in text
     assert "--expert-model-parallel-size 8 stays within a node" in text
-    small = dry("--world-size", "8", "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1",
-                "--pipeline-model-parallel-layout", "Et*30L", preset="telechat2-7b")  # fmt: skip
+    small = dry(
+        "--world-size",
+        "8",
+        "--tensor-model-parallel-size",
+        "1",
+        "--pipeline-model-parallel-size",
+        "1",
+        "--pipeline-model-parallel-layout",
+        "Et*30L",
+        preset="telechat2-7b",
+    )
     assert "stage 0 needs about" in small
 
 
@@ -100,7 +126,7 @@ def column(text: str, title: str) -> list[float]:
 def test_memory_of_uneven_routing_stands_beside_the_even_one():
     text = dry("--world-size", "1024", "--moe-memory-imbalance", "1.5", preset="telechat2-39b-a12b")
     even, uneven = column(text, "total"), column(text, "at 1.5x")
-    assert len(even) == 2 and all(more > less for more, less in zip(uneven, even))
+    assert len(even) == 2 and all(more > less for more, less in zip(uneven, even, strict=True))
     assert "1.5 times the mean of rows" in text
     assert "at 1x" not in dry("--world-size", "1024", "--moe-memory-imbalance", "1", preset="telechat2-39b-a12b")
     worst = dry("--world-size", "4", "--expert-model-parallel-size", "2", "--moe-memory-imbalance", "9")
@@ -109,9 +135,27 @@ def test_memory_of_uneven_routing_stands_beside_the_even_one():
 
 
 def test_warns_where_only_even_routing_fits():
-    argv = ("--world-size", "8", "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--device", "cuda",
-            "--num-layers", "6", "--pipeline-model-parallel-layout", "Et*6L", "--recompute-layout", "none*6",
-            "--micro-batch-size", "2", "--expert-model-parallel-size", "8", "--use-distributed-optimizer")  # fmt: skip
+    argv = (
+        "--world-size",
+        "8",
+        "--tensor-model-parallel-size",
+        "1",
+        "--pipeline-model-parallel-size",
+        "1",
+        "--device",
+        "cuda",
+        "--num-layers",
+        "6",
+        "--pipeline-model-parallel-layout",
+        "Et*6L",
+        "--recompute-layout",
+        "none*6",
+        "--micro-batch-size",
+        "2",
+        "--expert-model-parallel-size",
+        "8",
+        "--use-distributed-optimizer",
+    )
     text = dry(*argv, "--moe-memory-imbalance", "8", preset="telechat2-39b-a12b")
     assert "which even routing fits" in text
     assert "which even routing fits" not in dry(*argv, "--moe-memory-imbalance", "1.1", preset="telechat2-39b-a12b")
@@ -119,10 +163,24 @@ def test_warns_where_only_even_routing_fits():
 
 def test_expert_groups_and_what_crosses_are_drawn_with_and_without_folding():
     folded = dry("--world-size", "16", "--tensor-model-parallel-size", "2", "--ranks-per-node", "4")
-    assert "8 groups of 2: ranks 0-1 (node 0), 2-3 (node 0), 4-5 (node 1), .., 14-15 (node 3); none crosses nodes of 4" in folded
+    assert (
+        "8 groups of 2: ranks 0-1 (node 0), 2-3 (node 0), 4-5 (node 1), .., 14-15 (node 3); none crosses nodes of 4"
+        in folded
+    )
     assert "the tensor domain is folded in" in folded and "EP 2 x ETP 1" in folded
-    cut = dry("--world-size", "16", "--tensor-model-parallel-size", "2", "--ranks-per-node", "4", "--no-fold-tensor-into-experts",
-              "--expert-model-parallel-size", "4", "--expert-tensor-parallel-size", "2")  # fmt: skip
+    cut = dry(
+        "--world-size",
+        "16",
+        "--tensor-model-parallel-size",
+        "2",
+        "--ranks-per-node",
+        "4",
+        "--no-fold-tensor-into-experts",
+        "--expert-model-parallel-size",
+        "4",
+        "--expert-tensor-parallel-size",
+        "2",
+    )
     assert "2 groups of 8: ranks 0-7 (nodes 0, 1), 8-15 (nodes 2, 3); all cross nodes of 4" in cut
     assert "each cut 2 ways" in cut and "--expert-model-parallel-size 2 stays within a node" in cut
 
@@ -150,10 +208,20 @@ def test_headers_of_the_data_are_read(tmp_path):
 def test_data_that_is_read_once_and_ends_before_the_run_is_refused(tmp_path):
     for name, tokens in (("en", 24_000), ("zh", 23_000)):
         write_dataset(tmp_path / name, tokens=tokens)
-    once = ["--data-path", str(tmp_path / "en"), str(tmp_path / "zh"), "--global-batch-size", "8", "--run-dir", str(tmp_path / "run")]
+    once = [
+        "--data-path",
+        str(tmp_path / "en"),
+        str(tmp_path / "zh"),
+        "--global-batch-size",
+        "8",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     with pytest.raises(DataError, match="the train data ends before the run.*are there at most"):
         dry(*once, "--train-iters", "100000")
-    assert "ends before the run" not in dry(*once, "--train-iters", "1", "--lr-warmup-iters", "0", "--seq-length", "512")
+    assert "ends before the run" not in dry(
+        *once, "--train-iters", "1", "--lr-warmup-iters", "0", "--seq-length", "512"
+    )
 
 
 @pytest.mark.parametrize("harm", ["magic", "short", "odd", "version"])
@@ -173,11 +241,9 @@ def test_damaged_data_is_refused(tmp_path, harm):
 
 def test_torch_is_not_imported():
     code = (
-        "import sys\n"
-        "from megatron_telechat.config import load_run_config\n"
-        "from megatron_telechat.cli.dry_run import report\n"
-        "report(load_run_config(['--preset', 'telechat2-115b', '--dry-run', '--world-size', '1024'], {}))\n"
-        "sys.exit('torch' in sys.modules)\n"
+        "import sys\nfrom megatron_telechat.config import load_run_config\nfrom megatron_telechat.cli.dry_run import "
+        "report\nreport(load_run_config(['--preset', 'telechat2-115b', '--dry-run', '--world-size', '1024'], "
+        "{}))\nsys.exit('torch' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -1,9 +1,9 @@
-"""Pasted launch commands and scripts: the ranks that their launchers say, or a question; variables that the script sets, or a problem."""
+"""Pasted launch commands and scripts: the ranks that their launchers say, or a question; variables that the script
+sets, or a problem."""
 
 from __future__ import annotations
 
 import shlex
-from typing import Optional
 
 import pytest
 
@@ -14,12 +14,12 @@ P = "pretrain_gpt.py --num-layers 4"
 MODEL = ["--num-layers", "4"]
 
 
-def ranks(text: str, script: bool, *others: str) -> tuple[Optional[str], Optional[str]]:
+def ranks(text: str, script: bool, *others: str) -> tuple[str | None, str | None]:
     """(--world-size, --ranks-per-node) of a command, whose flags are those of the model."""
     read = read_pasted(text, [], others) if script else read_pasted(None, shlex.split(text), others)
     words = list(read.words)
     assert words[-2:] == MODEL, words
-    found = dict(zip(words[:-2:2], words[1:-2:2]))
+    found = dict(zip(words[:-2:2], words[1:-2:2], strict=True))
     return found.get("--world-size"), found.get("--ranks-per-node")
 
 
@@ -55,7 +55,12 @@ SAID = [
     (f"srun -n 4 -N 4 torchrun --nnodes $NNODES --nproc-per-node 8 --node-rank $RANK {P}", 32, 8),
     (f"srun -N 2 bash -c 'torchrun --nnodes 2 --nproc-per-node 8 --node-rank $SLURM_PROCID {P}'", 16, 8),
     (f"srun -N 2 -n 4 torchrun --nnodes 4 --nproc-per-node 4 {P}", 16, 8),
-    (f"sbatch -N 2 --gpus-per-node 8 --wrap 'srun torchrun --nnodes $SLURM_NNODES --nproc-per-node $SLURM_GPUS_ON_NODE {P}'", 16, 8),
+    (
+        f"sbatch -N 2 --gpus-per-node 8 --wrap 'srun torchrun --nnodes $SLURM_NNODES --nproc-per-node "
+        f"$SLURM_GPUS_ON_NODE {P}'",
+        16,
+        8,
+    ),
     # mpirun
     (f"mpirun -np 64 python {P}", 64, None),
     (f"mpirun -n 64 -npernode 8 -x PATH -bind-to none python {P}", 64, 8),
@@ -72,7 +77,7 @@ SAID = [
 
 
 @pytest.mark.parametrize("command, world, node", SAID)
-def test_ranks_of_a_command(command: str, world: int, node: Optional[int]) -> None:
+def test_ranks_of_a_command(command: str, world: int, node: int | None) -> None:
     expected = str(world), None if node is None else str(node)
     assert ranks(command, False) == expected
     assert ranks(f"#!/bin/bash\nset -e\necho {shlex.quote(command)}\n{command} \\\n  2>&1 | tee log", True) == expected
@@ -97,7 +102,10 @@ OPEN = [
     (f"accelerate launch --config_file a.yaml {P}", "reads its number of processes from a file"),
     # launchers that contradict each other
     (f"srun -N 4 --ntasks-per-node 1 torchrun --nproc-per-node 8 {P}", "srun starts 4 times torchrun, each for 1 node"),
-    (f"srun -N 4 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 8 {P}", "srun starts 4 times torchrun, each for 2 nodes"),
+    (
+        f"srun -N 4 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 8 {P}",
+        "srun starts 4 times torchrun, each for 2 nodes",
+    ),
 ]
 
 
@@ -179,10 +187,13 @@ def test_a_usual_script() -> None:
     read = read_pasted(USUAL, [], [])
     assert list(read.words) == shlex.split(
         "--world-size 16 --ranks-per-node 8 --num-layers 24 --hidden-size 1024 --tensor-model-parallel-size 2 "
-        "--pipeline-model-parallel-size 2 --seq-length 2048 --bf16 --data-path '$DATA/corpus' --tokenizer-model '$TOKENIZER' --save '$1'"
+        "--pipeline-model-parallel-size 2 --seq-length 2048 --bf16 --data-path '$DATA/corpus' --tokenizer-model "
+        "'$TOKENIZER' --save '$1'"
     )
     notes = " ".join(read.notes)
-    assert "NNODES=2 (the environment may" in notes and "--train-iters $ITERS: not known, and not needed to plan" in notes
+    assert (
+        "NNODES=2 (the environment may" in notes and "--train-iters $ITERS: not known, and not needed to plan" in notes
+    )
 
 
 SBATCH = """#!/bin/bash
@@ -198,8 +209,10 @@ SBATCH = """#!/bin/bash
         (f"{SBATCH}srun python {P}", 32, 8),
         (f"{SBATCH}srun -l --output=x.log python -u {P}", 32, 8),
         (f"{SBATCH}CMD='python {P}'\nsrun sh -c \"$CMD\"", 32, 8),
-        (f"{SBATCH}srun --ntasks-per-node=1 torchrun --nnodes $SLURM_NNODES --nproc_per_node $SLURM_GPUS_ON_NODE {P}", 32, 8),
-        (f"{SBATCH}srun --ntasks=$SLURM_NNODES --ntasks-per-node=1 torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc_per_node gpu {P}", 32, 8),
+        (f"{SBATCH}srun --ntasks-per-node=1 torchrun --nnodes $SLURM_NNODES --nproc_per_node $SLURM_GPUS_ON_NODE "
+         f"{P}", 32, 8),
+        (f"{SBATCH}srun --ntasks=$SLURM_NNODES --ntasks-per-node=1 torchrun --nnodes=$SLURM_JOB_NUM_NODES "
+         f"--nproc_per_node gpu {P}", 32, 8),
         (f"N=2\nCMD=\"torchrun --nnodes $N --nproc_per_node 8 {P}\"\neval $CMD", 16, 8),
         (f"N=2\nCMD=\"torchrun --nnodes $N --nproc_per_node 8 {P}\"\necho $CMD\n$CMD", 16, 8),
         (f"G=(0 1 2)\ntorchrun --nproc_per_node ${{#G[@]}} {P}", 3, 3),
@@ -245,8 +258,10 @@ def test_all_unknown_values_at_once() -> None:
 @pytest.mark.parametrize(
     "text, flags",
     [
-        ("A='x y'; B=\"$A z\"; torchrun x.py --preset \"$B\" $B '$A' \\$A a\\ b", ["x y z", "x", "y", "z", "$A", "$A", "a b"]),
-        ("A=(1 '2 3'); A+=(4); torchrun x.py --preset \"${A[@]}\" ${A[1]} $A \"${A[*]}\"", ["1", "2 3", "4", "2", "3", "1", "1 2 3 4"]),
+        ("A='x y'; B=\"$A z\"; torchrun x.py --preset \"$B\" $B '$A' \\$A a\\ "
+         "b", ["x y z", "x", "y", "z", "$A", "$A", "a b"]),
+        ("A=(1 '2 3'); A+=(4); torchrun x.py --preset \"${A[@]}\" ${A[1]} $A "
+         "\"${A[*]}\"", ["1", "2 3", "4", "2", "3", "1", "1 2 3 4"]),
         ("A=1; A+=2; export B=$A C=\"3\"; torchrun x.py --preset $A$B${C}4 pre${A}post", ["121234", "pre12post"]),
         ("torchrun x.py --preset ${X:-1} ${X-\"2 3\"} ${Y:=4} $Y ${Y:+5} ${X:+6}", ["1", "2", "3", "4", "4", "5"]),
         ("N=3; torchrun x.py --preset $((N * 2 + 1)) $(( (N - 1) % 2 )) $((7/2))", ["7", "0", "3"]),
@@ -288,7 +303,10 @@ torchrun --nproc_per_node $N pretrain_gpt.py --num-layers 4 --micro-batch-size $
         ("b", "--world-size 8 --ranks-per-node 8 --num-layers 4 --micro-batch-size 2 --bf16 --seq-length 1024"),
         ("c", "--world-size 2 --ranks-per-node 2 --num-layers 4 --micro-batch-size 2 --bf16 --seq-length 2048"),
         ("d", "--world-size 4 --ranks-per-node 4 --num-layers 4 --micro-batch-size 1 --bf16"),
-        ("${MODE:-a}", "--world-size 8 --ranks-per-node 8 --num-layers 4 --micro-batch-size 1 --bf16 --seq-length 1024"),
+        (
+            "${MODE:-a}",
+            "--world-size 8 --ranks-per-node 8 --num-layers 4 --micro-batch-size 1 --bf16 --seq-length 1024",
+        ),
     ],
 )
 def test_conditions_that_the_script_decides(mode: str, words: str) -> None:
@@ -303,11 +321,17 @@ def test_conditions_that_it_does_not() -> None:
     with pytest.raises(ConfigError) as caught:
         read_pasted(CONDITIONS.format(mode="$1"), [], ["--world-size", "8"])
     said = caught.value.render()
-    assert "the value of --micro-batch-size is not known: $M" in said and "whether --seq-length is given depends on a condition" in said
+    assert (
+        "the value of --micro-batch-size is not known: $M" in said
+        and "whether --seq-length is given depends on a condition" in said
+    )
 
 
 def test_flags_that_a_launch_script_of_megatron_takes_as_arguments() -> None:
     """Files and folders, of flags that are refused too, keep planning from nothing."""
-    text = f"TB=$2\ntorchrun --nproc_per_node 8 {P} --vocab-file $3 --merge-file ${{4}} --tensorboard-dir $TB --data-path $5 $6 --save=$1"
+    text = (
+        f"TB=$2\ntorchrun --nproc_per_node 8 {P} --vocab-file $3 --merge-file ${{4}} --tensorboard-dir $TB "
+        f"--data-path $5 $6 --save=$1"
+    )
     read = read_pasted(text, [], [])
     assert list(read.words[4:]) == "--num-layers 4 --vocab-file --merge-file --data-path $5 $6 --save=$1".split()

@@ -27,14 +27,40 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "plan_pipeline.py"
 RUN_35B = ["--preset", "telechat2-35b", "--world-size", "16"]
 ON_910B = ["--device", "ascend-910b-64g"]
-SMALL = ["--preset", "telechat2-tiny", "--pipeline-model-parallel-size", "2", "--world-size", "2", "--global-batch-size", "8",
-         "--micro-batch-size", "1"]  # fmt: skip
+SMALL = [
+    "--preset",
+    "telechat2-tiny",
+    "--pipeline-model-parallel-size",
+    "2",
+    "--world-size",
+    "2",
+    "--global-batch-size",
+    "8",
+    "--micro-batch-size",
+    "1",
+]
 PROBLEM = {
-    "P": 2, "V": 1, "m": 4, "mem_limit": 2000, "const_mem": 100, "p2p": 3,
-    "groups": [{"count": 6, "f": 100, "b": 200, "w": 100, "modes": [
-        {"name": "none", "extra_b": 0, "act": 200, "ws": 0}, {"name": "full", "extra_b": 100, "act": 8, "ws": 82}]}],
-    "embed": {"f": 5, "b": 5, "w": 200, "act": 10}, "head": {"f": 60, "b": 120, "w": 200, "act": 80},
-}  # fmt: skip
+    "P": 2,
+    "V": 1,
+    "m": 4,
+    "mem_limit": 2000,
+    "const_mem": 100,
+    "p2p": 3,
+    "groups": [
+        {
+            "count": 6,
+            "f": 100,
+            "b": 200,
+            "w": 100,
+            "modes": [
+                {"name": "none", "extra_b": 0, "act": 200, "ws": 0},
+                {"name": "full", "extra_b": 100, "act": 8, "ws": 82},
+            ],
+        }
+    ],
+    "embed": {"f": 5, "b": 5, "w": 200, "act": 10},
+    "head": {"f": 60, "b": 120, "w": 200, "act": 80},
+}
 
 
 @pytest.fixture
@@ -58,11 +84,16 @@ def answer(ask, *words: str) -> dict:
 def test_answers_at_once_and_without_torch(words):
     """Seconds of processor time, the best of three: other work on the machine is not ours."""
     code = "import sys; from megatron_telechat.cli.plan_pipeline import main\ntry: code = main(sys.argv[1:])\n"
-    code += "except SystemExit as end: code = end.code\nprint('loaded', {'torch', 'matplotlib', 'megatron.core'} & set(sys.modules))"
+    code += (
+        "except SystemExit as end: code = end.code\nprint('loaded', {'torch', 'matplotlib', 'megatron.core'} & "
+        "set(sys.modules))"
+    )
     seconds = []
     for command in ([sys.executable, "-c", code], [sys.executable, str(TOOL)], [sys.executable, str(TOOL)]):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [*command, *words], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -101,15 +132,35 @@ def test_plan_is_what_the_cost_model_says(ask):
 def test_table_says_all_of_it(ask):
     code, text = ask(*RUN_35B, *ON_910B)
     assert code == 0
-    for part in ("60.9 GiB a device, 3 of them held back", "memory GiB", "of limit", "Megatron's uniform split", "best plain flags",
-                 "faster than as configured", "proof: optimal", "layout: Et*15|t*16|t*17|t*16L",
-                 "--recompute-layout", "Megatron-LM cannot say this"):  # fmt: skip
+    for part in (
+        "60.9 GiB a device, 3 of them held back",
+        "memory GiB",
+        "of limit",
+        "Megatron's uniform split",
+        "best plain flags",
+        "faster than as configured",
+        "proof: optimal",
+        "layout: Et*15|t*16|t*17|t*16L",
+        "--recompute-layout",
+        "Megatron-LM cannot say this",
+    ):
         assert part in text, part
 
 
 def test_no_gain_is_said_to_be_none(ask):
-    words = ["--num-layers", "96", "--global-batch-size", "256", "--world-size", "32", "--pipeline-model-parallel-size", "4"]
-    code, text = ask("--preset", "telechat2-115b", *words, "--num-virtual-stages-per-pipeline-rank", "1", "--device", "h200-141g")
+    words = [
+        "--num-layers",
+        "96",
+        "--global-batch-size",
+        "256",
+        "--world-size",
+        "32",
+        "--pipeline-model-parallel-size",
+        "4",
+    ]
+    code, text = ask(
+        "--preset", "telechat2-115b", *words, "--num-virtual-stages-per-pipeline-rank", "1", "--device", "h200-141g"
+    )
     assert code == 0 and "no gain over plain flags" in text and "the uniform split is as good" in text
 
 
@@ -124,7 +175,11 @@ def test_plain_flags_are_plain_and_cost_something(ask):
 def test_infeasible_names_the_stage_and_changes_that_fit(ask):
     tight = [*RUN_35B, *ON_910B, "--memory-gib", "45", "--recompute-kinds", "none"]
     code, text = ask(*tight)
-    assert code == 0 and "does not fit: in the best case stage 3 lacks 13.0 GiB" in text and "smallest change first" in text
+    assert (
+        code == 0
+        and "does not fit: in the best case stage 3 lacks 13.0 GiB" in text
+        and "smallest change first" in text
+    )
     found = answer(ask, *tight)
     assert found["status"] == "infeasible" and found["stage"] == 3
     assert found["shortfall"] == pytest.approx(13.0 * 2**30, rel=0.01)
@@ -135,8 +190,23 @@ def test_infeasible_names_the_stage_and_changes_that_fit(ask):
 
 
 def test_two_changes_where_none_is_enough_alone(ask):
-    tight = ["--preset", "telechat2-7b", "--world-size", "8", "--pipeline-model-parallel-size", "8", "--micro-batch-size", "4",
-             "--global-batch-size", "8", "--device", "h100-80g", "--recompute-kinds", "none", "--memory-gib"]  # fmt: skip
+    tight = [
+        "--preset",
+        "telechat2-7b",
+        "--world-size",
+        "8",
+        "--pipeline-model-parallel-size",
+        "8",
+        "--micro-batch-size",
+        "4",
+        "--global-batch-size",
+        "8",
+        "--device",
+        "h100-80g",
+        "--recompute-kinds",
+        "none",
+        "--memory-gib",
+    ]
     first = answer(ask, *tight, "15")["changes"][0]
     assert len(first["flags"]) == 4 and ", and " in first["text"]
     assert answer(ask, *tight, "15", *first["flags"], "--time-limit", "1")["makespan"]
@@ -176,10 +246,11 @@ def test_device_file_of_other_shapes_says_which(ask, tmp_path):
 
 MEGATRON = """
 torchrun --nproc-per-node 8 --nnodes=2 pretrain_gpt.py \\
-  --num-layers 40 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 --swiglu --normalization RMSNorm \\
-  --untie-embeddings-and-output-weights --disable-bias-linear --vocab-size 32000 --seq-length 4096 --max-position-embeddings 4096 \\
-  --micro-batch-size 1 --global-batch-size 64 --bf16 --use-distributed-optimizer --tensor-model-parallel-size 2 \\
-  --pipeline-model-parallel-size 4 --recompute-activations --data-path /nowhere/corpus --tokenizer-type Llama3Tokenizer \\
+  --num-layers 40 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 --swiglu \\
+  --normalization RMSNorm --untie-embeddings-and-output-weights --disable-bias-linear --vocab-size 32000 \\
+  --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1 --global-batch-size 64 --bf16 \\
+  --use-distributed-optimizer --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 \\
+  --recompute-activations --data-path /nowhere/corpus --tokenizer-type Llama3Tokenizer \\
   --tokenizer-model /nowhere/tok --save /nowhere/x --grad-reduce-in-bf16
 """
 
@@ -201,8 +272,9 @@ def test_pasted_megatron_command(ask, tmp_path):
 GPT3 = """
 torchrun --nproc_per_node 8 --nnodes 16 pretrain_gpt.py --num-layers 96 --hidden-size 12288 --num-attention-heads 96 \\
   --seq-length 2048 --max-position-embeddings 2048 --micro-batch-size 1 --global-batch-size 64 --lr 6.0e-5 --fp16 \\
-  --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --data-path /nowhere/corpus --vocab-file /nowhere/v.json \\
-  --merge-file /nowhere/m.txt --recompute-granularity full --recompute-method block --recompute-num-layers 1
+  --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --data-path /nowhere/corpus \\
+  --vocab-file /nowhere/v.json --merge-file /nowhere/m.txt --recompute-granularity full --recompute-method block \\
+  --recompute-num-layers 1
 """
 
 
@@ -213,7 +285,10 @@ def test_gpt3_pasted_is_gpt3(ask, tmp_path):
     code, text = ask(*words)
     assert code == 0, text
     total = 96 * (12 * 12288**2 + 13 * 12288) + 2 * 12288 + (2048 + 51200) * 12288
-    assert f"{total:,} parameters, vocabulary 51,200; GELU, tied embeddings, 2,048 learned positions, LayerNorm, biases" in text
+    assert (
+        f"{total:,} parameters, vocabulary 51,200; GELU, tied embeddings, 2,048 learned positions, LayerNorm, biases"
+        in text
+    )
     assert "note: vocabulary as Megatron-LM sees it: 50,257 of GPT2BPETokenizer, padded to 51,200" in text
     assert "note: absent flags as Megatron-LM reads them: activation=gelu" in text and "as configured" in text
     found = answer(ask, *words)
@@ -225,30 +300,77 @@ def test_gpt3_pasted_is_gpt3(ask, tmp_path):
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_a_tied_model_is_planned_with_the_bytes_of_its_stages(ask, stages):
-    words = ["--num-layers", "8", "--hidden-size", "512", "--num-attention-heads", "8", "--seq-length", "512", "--vocab-size", "30000",
-             "--bf16", "--world-size", str(stages), "--pipeline-model-parallel-size", str(stages), "--global-batch-size", "8"]  # fmt: skip
+    words = [
+        "--num-layers",
+        "8",
+        "--hidden-size",
+        "512",
+        "--num-attention-heads",
+        "8",
+        "--seq-length",
+        "512",
+        "--vocab-size",
+        "30000",
+        "--bf16",
+        "--world-size",
+        str(stages),
+        "--pipeline-model-parallel-size",
+        str(stages),
+        "--global-batch-size",
+        "8",
+    ]
     found = answer(ask, *words, "--device", "a100-80g")
     assert found["plan"]["made_for"]["activation"] == "gelu"
     run = load_run_config([*words, "--dry-run", *found["plan"]["flags"]], {}, described=True).run
-    assert [peak - 3 * 2**30 for peak in found["peak_bytes"]] == pytest.approx([stage.total_bytes for stage in stage_memory(run)])
+    assert [peak - 3 * 2**30 for peak in found["peak_bytes"]] == pytest.approx(
+        [stage.total_bytes for stage in stage_memory(run)]
+    )
 
 
 def test_sweep_ranks_layouts_that_train(ask):
-    words = ["--preset", "telechat2-7b", "--world-size", "8", "--global-batch-size", "16", *ON_910B, "--sweep", "--top", "3"]
+    words = [
+        "--preset",
+        "telechat2-7b",
+        "--world-size",
+        "8",
+        "--global-batch-size",
+        "16",
+        *ON_910B,
+        "--sweep",
+        "--top",
+        "3",
+    ]
     found = answer(ask, *words, "--time-limit", "6", "--tensor-model-parallel-size", "2")
     assert len(found) == 3
     seconds = [one["plan"]["predicted"]["iteration_s"] for one in found]
     assert seconds == sorted(seconds)
     for one in found:
-        run = load_run_config(["--preset", "telechat2-7b", "--world-size", "8", "--global-batch-size", "16", "--dry-run", *one["flags"]], {}).run
+        run = load_run_config(
+            ["--preset", "telechat2-7b", "--world-size", "8", "--global-batch-size", "16", "--dry-run", *one["flags"]],
+            {},
+        ).run
         assert run.parallel.tensor_model_parallel_size == 2
-        assert predict(run, device_spec("ascend-910b-64g")).iteration == pytest.approx(one["plan"]["predicted"]["iteration_s"])
+        assert predict(run, device_spec("ascend-910b-64g")).iteration == pytest.approx(
+            one["plan"]["predicted"]["iteration_s"]
+        )
         assert max(stage.total_bytes for stage in stage_memory(run)) < (60.9 - 3) * 2**30
 
 
 def test_sweep_of_experts_as_a_table(ask):
-    words = ["--preset", "telechat2-39b-a12b", "--world-size", "64", "--global-batch-size", "256", "--device", "h200-141g", "--sweep"]
-    code, text = ask(*words, "--top", "2", "--time-limit", "4", "--pipeline-model-parallel-size", "2", "--micro-batch-size", "1")
+    words = [
+        "--preset",
+        "telechat2-39b-a12b",
+        "--world-size",
+        "64",
+        "--global-batch-size",
+        "256",
+        "--device",
+        "h200-141g",
+        "--sweep",
+    ]
+    code, text = ask(
+        *words, "--top", "2", "--time-limit", "4", "--pipeline-model-parallel-size", "2", "--micro-batch-size", "1"
+    )
     assert code == 0 and "EP" in text and "flags of the first: --tensor-model-parallel-size" in text
 
 
@@ -294,9 +416,18 @@ def test_plan_equals_its_flags(plan):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--num-virtual-stages-per-pipeline-rank 1", ["num_virtual_stages_per_pipeline_rank=1 and", "=2 of the plan disagree"]),
-        ("--pipeline-model-parallel-layout Et*16|t*16|t*16|t*16L", ["pipeline_model_parallel_layout=Et*16|t*16|t*16|t*16L and"]),
-        ("--recompute-granularity full --recompute-num-layers 3", ["recompute_granularity=full and", "recompute_num_layers=3 and"]),
+        (
+            "--num-virtual-stages-per-pipeline-rank 1",
+            ["num_virtual_stages_per_pipeline_rank=1 and", "=2 of the plan disagree"],
+        ),
+        (
+            "--pipeline-model-parallel-layout Et*16|t*16|t*16|t*16L",
+            ["pipeline_model_parallel_layout=Et*16|t*16|t*16|t*16L and"],
+        ),
+        (
+            "--recompute-granularity full --recompute-num-layers 3",
+            ["recompute_granularity=full and", "recompute_num_layers=3 and"],
+        ),
         ("--micro-batch-size 2", ["micro_batch_size=2 and micro_batch_size=1 of the plan disagree", "flag; plan "]),
         ("--hidden-size 4096", ["made for another run: hidden_size=6144, this run 4096"]),
         ("--seq-length 4096", ["seq_length=8192, this run 4096"]),
@@ -355,14 +486,20 @@ def test_damaged_plans_are_named(plan, change, said):
         ([*SMALL, "--device", "h100-80g", "--reserve-gib", "-2"], "--reserve-gib -2"),
         ([*SMALL, "--device", "h100-80g", "--num-layer", "4"], "did you mean --num-layers"),
         (["--preset", "telechat3", "--device", "h100-80g"], "unknown preset telechat3"),
-        (["--preset", "telechat2-tiny", "--pipeline-model-parallel-size", "9", "--device", "h100-80g"], "does not split over"),
+        (
+            ["--preset", "telechat2-tiny", "--pipeline-model-parallel-size", "9", "--device", "h100-80g"],
+            "does not split over",
+        ),
         (["--problem", "a.json", "--sweep"], "--problem and --sweep are different jobs"),
         (["--problem", "nowhere.json"], "cannot read nowhere.json"),
         (["--problem", "a.json", "--num-layers", "3"], "does not go with it"),
         (["--sweep", "--preset", "telechat2-tiny", "--device", "h100-80g"], "no number of ranks"),
         (["--device", "h100-80g", "--command", "nowhere.sh"], "cannot read nowhere.sh"),
         (["--device", "h100-80g", "--", "torchrun", "pretrain_gpt.py", "${ARGS[@]}"], "what $ARGS holds is not known"),
-        (["--device", "h100-80g", "--", "torchrun", "pretrain_bert.py", "--num-layers", "24"], "pretrain_bert.py does not train a GPT"),
+        (
+            ["--device", "h100-80g", "--", "torchrun", "pretrain_bert.py", "--num-layers", "24"],
+            "pretrain_bert.py does not train a GPT",
+        ),
         ([*SMALL, "--calibrate"], "--calibrate has no file to write"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -398,25 +535,72 @@ def test_unwritable_output_is_a_resource_error(ask, tmp_path):
 
 # ---- splits of a pasted command ----------------------------------------------------------------
 
-DENSE = ["--hidden-size", "2048", "--ffn-hidden-size", "5632", "--num-attention-heads", "16", "--vocab-size", "32000", "--seq-length",
-         "2048", "--micro-batch-size", "1", "--global-batch-size", "32", "--device", "h100-80g", "--time-limit", "1", "--world-size", "8",
-         "--bf16", "--use-distributed-optimizer"]  # fmt: skip
+DENSE = [
+    "--hidden-size",
+    "2048",
+    "--ffn-hidden-size",
+    "5632",
+    "--num-attention-heads",
+    "16",
+    "--vocab-size",
+    "32000",
+    "--seq-length",
+    "2048",
+    "--micro-batch-size",
+    "1",
+    "--global-batch-size",
+    "32",
+    "--device",
+    "h100-80g",
+    "--time-limit",
+    "1",
+    "--world-size",
+    "8",
+    "--bf16",
+    "--use-distributed-optimizer",
+]
 
 
 @pytest.mark.parametrize(
     "words, layers, configured",
     [
         # the number of chunks follows from the string
-        ("--num-layers 14 --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|t*2|t*2|t*2|t*2|t*2|t*2|tL", 8, None),
-        ("--num-layers 14 --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 2 "
-         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split", 8, None),
-        ("--num-layers 10 --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 2 --decoder-last-pipeline-num-layers 2", 4, None),
-        ("--num-layers 14 --pipeline-model-parallel-size 4 --account-for-embedding-in-pipeline-split "
-         "--account-for-loss-in-pipeline-split --grad-reduce-in-bf16 --data-path /nowhere --load /nowhere/x", 4, None),
-        ("--num-layers 14 --pipeline-model-parallel-size 4 --account-for-loss-in-pipeline-split", 4, "15 layers (the loss counted) do not"),
-        ("--num-layers 8 --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et*4||t*2|t*2L", 4, "stage 2 of the layout is empty"),
+        (
+            "--num-layers 14 --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout "
+            "Et|t*2|t*2|t*2|t*2|t*2|t*2|tL",
+            8,
+            None,
+        ),
+        (
+            "--num-layers 14 --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 2 "
+            "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
+            8,
+            None,
+        ),
+        (
+            "--num-layers 10 --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 2 "
+            "--decoder-last-pipeline-num-layers 2",
+            4,
+            None,
+        ),
+        (
+            "--num-layers 14 --pipeline-model-parallel-size 4 --account-for-embedding-in-pipeline-split "
+            "--account-for-loss-in-pipeline-split --grad-reduce-in-bf16 --data-path /nowhere --load /nowhere/x",
+            4,
+            None,
+        ),
+        (
+            "--num-layers 14 --pipeline-model-parallel-size 4 --account-for-loss-in-pipeline-split",
+            4,
+            "15 layers (the loss counted) do not",
+        ),
+        (
+            "--num-layers 8 --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et*4||t*2|t*2L",
+            4,
+            "stage 2 of the layout is empty",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_split_of_a_command_is_what_as_configured_means(ask, words, layers, configured):
     """It never vanishes without a word: it has a time, or a reason."""
     found = answer(ask, *words.split(), *DENSE)
@@ -428,7 +612,15 @@ def test_the_split_of_a_command_is_what_as_configured_means(ask, words, layers, 
 
 def test_sizes_tried_by_the_planner_take_the_place_of_the_split(ask):
     """A sweep and the changes that fit try other sizes than those that the split of the command was written for."""
-    words = ["--num-layers", "16", "--pipeline-model-parallel-size", "4", "--num-layers-per-virtual-pipeline-stage", "2", *DENSE]
+    words = [
+        "--num-layers",
+        "16",
+        "--pipeline-model-parallel-size",
+        "4",
+        "--num-layers-per-virtual-pipeline-stage",
+        "2",
+        *DENSE,
+    ]
     tight = [*words, "--memory-gib", "5.2", "--recompute-kinds", "none"]
     found = answer(ask, *tight)
     assert found["status"] == "infeasible" and found["changes"]
@@ -437,10 +629,31 @@ def test_sizes_tried_by_the_planner_take_the_place_of_the_split(ask):
     assert len({one["plan"]["sets"]["num_virtual_stages_per_pipeline_rank"] for one in ranked}) > 1
 
 
-MOE = ["--num-layers", "16", "--num-experts", "64", "--moe-router-topk", "8", "--moe-ffn-hidden-size", "1024", "--moe-shared-expert-intermediate-size",
-       "1024", "--expert-model-parallel-size", "16", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
-       "--expert-tensor-parallel-size", "1", "--sequence-parallel", *DENSE[:-4], "--world-size", "64",
-       "--use-distributed-optimizer"]  # fmt: skip
+MOE = [
+    "--num-layers",
+    "16",
+    "--num-experts",
+    "64",
+    "--moe-router-topk",
+    "8",
+    "--moe-ffn-hidden-size",
+    "1024",
+    "--moe-shared-expert-intermediate-size",
+    "1024",
+    "--expert-model-parallel-size",
+    "16",
+    "--tensor-model-parallel-size",
+    "2",
+    "--pipeline-model-parallel-size",
+    "2",
+    "--expert-tensor-parallel-size",
+    "1",
+    "--sequence-parallel",
+    *DENSE[:-4],
+    "--world-size",
+    "64",
+    "--use-distributed-optimizer",
+]
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,18 @@ def training_run(folder: Path, steps: int = 200, seed: int = 0, experts: bool = 
         loss = 3.5 + 5.5 * math.exp(-step / 50) + noise.gauss(0, 0.06)
         more = {"expert_load_max_over_mean": 1.2 + math.exp(-step / 30) + noise.gauss(0, 0.03)} if experts else {}
         norm = 0.8 + 3 * math.exp(-step / 25) + abs(noise.gauss(0, 0.15))
-        lines.append(record(step, loss, **{"grad_norm": norm, "tokens_per_s": noise.gauss(41000, 900), "mfu": 0.41, **more}))
+        lines.append(
+            record(step, loss, **{"grad_norm": norm, "tokens_per_s": noise.gauss(41000, 900), "mfu": 0.41, **more})
+        )
         if step % 25 == 0:
             lines.append({"step": step, "valid_loss": 3.56 + 5.5 * math.exp(-step / 50)})
     return write_run(folder, lines)
 
 
 def test_waiting_for_the_exchange_gets_a_panel(tmp_path):
-    waits = write_run(tmp_path / "waits", [record(step, 3.0, a2a_exposed=0.2, expert_load_max_over_mean=1.1) for step in range(1, 9)])
+    waits = write_run(
+        tmp_path / "waits", [record(step, 3.0, a2a_exposed=0.2, expert_load_max_over_mean=1.1) for step in range(1, 9)]
+    )
     sizes = []
     for run in (waits, training_run(tmp_path / "alone", 20)):
         assert main([str(run)]) == 0

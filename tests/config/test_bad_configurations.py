@@ -40,26 +40,56 @@ BAD = [
         "--num-query-groups 2",
     ),
     case("odd head", "--kv-channels 15", "15 wide cannot be rotated", "--kv-channels 16"),
-    case("narrow head under NTK", "--kv-channels 2", "NTK-aware scaling (rotary_training_seqlen) needs two", "--kv-channels 4"),
+    case(
+        "narrow head under NTK",
+        "--kv-channels 2",
+        "NTK-aware scaling (rotary_training_seqlen) needs two",
+        "--kv-channels 4",
+    ),
     case("no dense ffn", "--ffn-hidden-size 0", "ffn_hidden_size is not given"),
     case("top-k above experts", "--moe-router-topk 32", "moe_router_topk=32 is more than num_experts=16", model=MOE),
     case("top-k of nothing", "--moe-router-topk 0", "moe_router_topk=0 is less than 1", model=MOE),
-    case("top-1", "--moe-router-topk 1", "whatever the logit, so the loss would never train the router", "--moe-router-topk 2", model=MOE),
-    case("top-1 of one", "--moe-router-topk 1 --num-experts 1", "would never train the router", "leave --num-experts out", model=MOE),
-    case("one expert", "--num-experts 1", "moe_router_topk=4 is more than num_experts=1", "for a dense model", model=MOE),
     case(
-        "odd width in bf16", "--hidden-size 33 --kv-channels 4 --bf16", "hidden_size=33 is odd", "--hidden-size 34", model=MOE
+        "top-1",
+        "--moe-router-topk 1",
+        "whatever the logit, so the loss would never train the router",
+        "--moe-router-topk 2",
+        model=MOE,
     ),
     case(
-        "unaligned experts on a GPU", "--moe-ffn-hidden-size 100 --device cuda --bf16", "moe_ffn_hidden_size=100 is no multiple of 8",
-        "--moe-ffn-hidden-size 104", model=MOE,
+        "top-1 of one",
+        "--moe-router-topk 1 --num-experts 1",
+        "would never train the router",
+        "leave --num-experts out",
+        model=MOE,
     ),
-    case("no chunks", "--moe-input-chunks 0", "moe_input_chunks=0 is less than 1    (flag)", "exchange the whole input", model=MOE),
+    case(
+        "one expert", "--num-experts 1", "moe_router_topk=4 is more than num_experts=1", "for a dense model", model=MOE
+    ),
+    case(
+        "odd width in bf16",
+        "--hidden-size 33 --kv-channels 4 --bf16",
+        "hidden_size=33 is odd",
+        "--hidden-size 34",
+        model=MOE,
+    ),
+    case(
+        "unaligned experts on a GPU",
+        "--moe-ffn-hidden-size 100 --device cuda --bf16",
+        "moe_ffn_hidden_size=100 is no multiple of 8",
+        "--moe-ffn-hidden-size 104",
+        model=MOE,
+    ),
+    case(
+        "no chunks",
+        "--moe-input-chunks 0",
+        "moe_input_chunks=0 is less than 1    (flag)",
+        "exchange the whole input",
+        model=MOE,
+    ),
     case("fewer chunks", "--moe-input-chunks -2", "moe_input_chunks=-2 is less than 1", model=MOE),
     case("chunks in words", "--moe-input-chunks x", "--moe-input-chunks is 'x'", "a whole number, or auto", model=MOE),
-    case(
-        "more chunks than tokens", "--moe-input-chunks 600", "only 512 tokens", "--moe-input-chunks auto", model=MOE
-    ),
+    case("more chunks than tokens", "--moe-input-chunks 600", "only 512 tokens", "--moe-input-chunks auto", model=MOE),
     case("chunks of a dense model", "--moe-input-chunks auto", "moe_input_chunks=auto without num_experts"),
     case("trace of a dense model", "--moe-trace 3", "moe_trace=3 without num_experts"),
     case("trace of no step", "--moe-trace 0", "moe_trace='0' names no steps", "from 1 on", model=MOE),
@@ -217,7 +247,8 @@ BAD = [
     case(
         "layers do not split",
         "--num-layers 30 --pipeline-model-parallel-size 4",
-        "num_layers=30 does not split over pipeline_model_parallel_size=4    (num_layers: flag; pipeline_model_parallel_size: flag)",
+        "num_layers=30 does not split over pipeline_model_parallel_size=4    (num_layers: flag; "
+        "pipeline_model_parallel_size: flag)",
         'fix: --pipeline-model-parallel-layout "Et*7|t*8|t*8|t*7L"  (tools/plan_pipeline.py prints the best one)',
         world=4,
     ),
@@ -256,7 +287,8 @@ BAD = [
     ),
     case(
         "layout with too many chunks",
-        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 1 --pipeline-model-parallel-layout Et|t|t|tL",
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 1 --pipeline-model-parallel-layout "
+        "Et|t|t|tL",
         "the layout has 4 stages, not 2",
         world=2,
     ),
@@ -520,12 +552,20 @@ BAD = [
     case("finetune from its own folder", "--finetune --load a --save ./a", "none is named"),
     case("chat template", "--chat-template x", "use --sft-template"),
     case("fine-tuning on mock data", "--sft", "sft and mock_data contradict each other"),
-    case("Megatron's order of mock data", "--data-order megatron", "data_order=megatron is for indexed text", "drop --data-order"),
+    case(
+        "Megatron's order of mock data",
+        "--data-order megatron",
+        "data_order=megatron is for indexed text",
+        "drop --data-order",
+    ),
     case("fine-tuning settings alone", "--sft-loss-mask answer", "sft_loss_mask is given without sft", "fix: --sft"),
     case(
         "fine-tuning without a tokenizer",
         "--sft --data-path tests/conftest.py --eod-mask-loss --sft-system x --sft-template telechat",
-        "needs the model's tokenizer", "--tokenizer-model PATH", "eod_mask_loss is for indexed text", "has no place for a system text",
+        "needs the model's tokenizer",
+        "--tokenizer-model PATH",
+        "eod_mask_loss is for indexed text",
+        "has no place for a system text",
         model=("--preset", "telechat2-tiny"),
     ),
     case(
@@ -652,7 +692,8 @@ class TestYaml:
         [
             (
                 "parallel:\n\n  tensor_model_parralel_size: 2\n",
-                "unknown key parallel.tensor_model_parralel_size in run.yaml:3: did you mean tensor_model_parallel_size?",
+                "unknown key parallel.tensor_model_parralel_size in run.yaml:3: did you mean "
+                "tensor_model_parallel_size?",
             ),
             ("paralel:\n  x: 1\n", "unknown section paralel: did you mean parallel?    (run.yaml:1)"),
             (

@@ -58,7 +58,8 @@ def test_refused_in_a_fraction_of_a_second(argv: str, expected: str) -> None:
 def test_nothing_heavy_is_imported(argv: str) -> None:
     code = (
         "import sys; from megatron_telechat.cli.pretrain import main; main(sys.argv[1:]);"
-        "print([name for name in ('torch', 'numpy', 'megatron.core', 'transformers') if name in sys.modules], file=sys.stderr)"
+        "print([name for name in ('torch', 'numpy', 'megatron.core', 'transformers') if name in sys.modules], "
+        "file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *argv.split()], capture_output=True, text=True, cwd=ROOT, timeout=60

@@ -111,7 +111,9 @@ def test_each_flag_has_one_answer() -> None:
         assert re.fullmatch(r"[A-Za-z0-9-]+", name)
         line = read_command_line([f"--{name}", *arguments(answer)])
         assert bool(line.problems) == isinstance(answer, Refused), name
-        assert len(line.problems) + len(line.notes) == 1 or isinstance(answer, (Alias, LayersPerVirtualStage, UnevenSplit)), name
+        assert len(line.problems) + len(line.notes) == 1 or isinstance(
+            answer, (Alias, LayersPerVirtualStage, UnevenSplit)
+        ), name
         if isinstance(answer, (Ignored, Refused, Always)):
             assert answer.because, name
 
@@ -156,7 +158,8 @@ def test_tokenizer_words() -> None:
 
 
 def test_no_flag_is_refused_that_says_what_the_program_does() -> None:
-    """Against the configuration that megatron-core gets: `calculate_per_token_loss` is on, so its flag is nothing to do."""
+    """Against the configuration that megatron-core gets: `calculate_per_token_loss` is on, so its flag is nothing to
+    do."""
     from dataclasses import fields
     from types import SimpleNamespace
 
@@ -173,7 +176,9 @@ def test_no_flag_is_refused_that_says_what_the_program_does() -> None:
         answer = ANSWERS.get(flag)
         if isinstance(value, bool) and answer is not None and flag not in aside:
             seen[flag] = value
-            wrong += [flag] * (value and isinstance(answer, Refused) or not value and isinstance(answer, Always) and not answer.values)
+            wrong += [flag] * (
+                value and isinstance(answer, Refused) or not value and isinstance(answer, Always) and not answer.values
+            )
     assert not wrong
     assert len(seen) > 30 and seen["calculate-per-token-loss"]
 

@@ -20,16 +20,17 @@ from megatron_telechat.errors import ConfigError
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RUN = "--micro-batch-size 1 --global-batch-size 64 --bf16 --data-path /nowhere/corpus"
 LLAMA = (
-    "--swiglu --normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear "
-    "--attention-dropout 0 --hidden-dropout 0"
+    "--swiglu --normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights "
+    "--disable-bias-linear --attention-dropout 0 --hidden-dropout 0"
 )
 GPT3 = """
     --num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048 --max-position-embeddings 2048
     --micro-batch-size 1 --global-batch-size 1536 --train-iters 500000 --weight-decay 0.1 --adam-beta1 0.9
     --adam-beta2 0.95 --init-method-std 0.006 --clip-grad 1.0 --fp16 --lr 6.0e-5 --lr-decay-style cosine --min-lr 6.0e-6
     --lr-warmup-fraction .001 --lr-decay-iters 430000 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16
-    --data-path /nowhere/corpus --vocab-file /nowhere/gpt2-vocab.json --merge-file /nowhere/gpt2-merges.txt --split 949,50,1
-    --log-interval 100 --save-interval 10000 --eval-interval 1000 --save /nowhere/c --load /nowhere/c --eval-iters 10
+    --data-path /nowhere/corpus --vocab-file /nowhere/gpt2-vocab.json --merge-file /nowhere/gpt2-merges.txt
+    --split 949,50,1 --log-interval 100 --save-interval 10000 --eval-interval 1000 --save /nowhere/c --load /nowhere/c
+    --eval-iters 10
 """
 
 
@@ -44,7 +45,9 @@ def refused(*argv: str, planning: bool = False) -> ConfigError:
 
 
 def sizes(layers: int, hidden: int, heads: int, ffn: int = 0, groups: int = 0, vocab: int = 0) -> str:
-    text = f"--num-layers {layers} --hidden-size {hidden} --num-attention-heads {heads} --seq-length 4096 {RUN} --lr 1e-4"
+    text = (
+        f"--num-layers {layers} --hidden-size {hidden} --num-attention-heads {heads} --seq-length 4096 {RUN} --lr 1e-4"
+    )
     text += f" --ffn-hidden-size {ffn}" * bool(ffn) + f" --vocab-size {vocab}" * bool(vocab)
     return text + f" --group-query-attention --num-query-groups {groups}" * bool(groups)
 
@@ -54,32 +57,66 @@ def sizes(layers: int, hidden: int, heads: int, ffn: int = 0, groups: int = 0, v
     [
         # 96 (12 h^2 + 13 h) + 2 h, h = 12288; 2048 positions; 50257 tokens, a multiple of 128 x TP8
         (GPT3, 96 * (12 * 12288**2 + 13 * 12288) + 2 * 12288 + (2048 + 51200) * 12288, 0),
-        ("--max-position-embeddings 1024 " + sizes(24, 1024, 16, vocab=50257).replace("4096", "1024"), 354_871_296, 0),  # GPT-2 medium
+        # GPT-2 medium
+        ("--max-position-embeddings 1024 " + sizes(24, 1024, 16, vocab=50257).replace("4096", "1024"), 354_871_296, 0),
         (sizes(32, 4096, 32, 11008, vocab=32000) + f" {LLAMA}", 6_738_415_616, 0),  # LLaMA-2 7B
         (sizes(80, 8192, 64, 28672, 8, 32000) + f" {LLAMA}", 68_976_648_192, 0),  # LLaMA-2 70B
         (sizes(32, 4096, 32, 14336, 8, 128256) + f" {LLAMA}", 8_030_261_248, 0),  # LLaMA-3 8B
         (sizes(28, 3584, 28, 18944, 4, 152064) + f" {LLAMA} --add-qkv-bias", 7_615_616_512, 0),  # Qwen2 7B
-        (sizes(24, 896, 14, 4864, 2, 151936) + f" {LLAMA} --add-qkv-bias".replace(" --untie-embeddings-and-output-weights", ""),
-         494_032_768, 0),  # Qwen2 0.5B
-        (sizes(36, 4096, 32, 12288, 8, 151936) + f" {LLAMA} --kv-channels 128 --qk-layernorm", 8_190_735_360, 0),  # Qwen3 8B
-        (sizes(44, 6144, 64, vocab=50432) + " --use-rotary-position-embeddings --rotary-percent 0.25 "
-         "--untie-embeddings-and-output-weights", 20_554_567_680, 0),  # GPT-NeoX 20B
+        (
+            sizes(24, 896, 14, 4864, 2, 151936)
+            + f" {LLAMA} --add-qkv-bias".replace(" --untie-embeddings-and-output-weights", ""),
+            494_032_768,
+            0,
+        ),  # Qwen2 0.5B
+        # Qwen3 8B
+        (sizes(36, 4096, 32, 12288, 8, 151936) + f" {LLAMA} --kv-channels 128 --qk-layernorm", 8_190_735_360, 0),
+        (
+            sizes(44, 6144, 64, vocab=50432) + " --use-rotary-position-embeddings --rotary-percent 0.25 "
+            "--untie-embeddings-and-output-weights",
+            20_554_567_680,
+            0,
+        ),  # GPT-NeoX 20B
         # squared ReLU, LayerNorm, no biases: q, k, v, output, two matrices of the MLP, weight and bias of two norms
-        (sizes(32, 6144, 48, 24576, 8, 256000) + " --squared-relu --untie-embeddings-and-output-weights --disable-bias-linear "
-         "--position-embedding-type rope --rotary-percent 0.5 --apply-layernorm-1p",
-         32 * (2 * 6144**2 + 2 * 6144 * 1024 + 2 * 6144 * 24576 + 4 * 6144) + 2 * 256000 * 6144 + 2 * 6144, 0),  # Nemotron-4 15B
-        (sizes(32, 4096, 32, 14336, 8, 32000) + f" {LLAMA} --num-experts 8 --moe-router-topk 2 --moe-grouped-gemm",
-         46_702_792_704, 12_879_925_248),  # Mixtral 8x7B
-        (sizes(48, 2048, 32, 6144, 4, 151936) + f" {LLAMA} --kv-channels 128 --qk-layernorm --num-experts 128 "
-         "--moe-ffn-hidden-size 768 --moe-router-topk 8", 30_532_122_624, 3_353_032_704),  # Qwen3 30B-A3B
-        (sizes(24, 2048, 16, 5632, vocab=151936) + f" {LLAMA} --add-qkv-bias --num-experts 60 --moe-ffn-hidden-size 1408 "
-         "--moe-router-topk 4 --moe-shared-expert-intermediate-size 5632 --moe-shared-expert-gate", 14_315_784_192, 0),  # Qwen1.5-MoE
-        (sizes(28, 2048, 16, 10944, vocab=102400) + f" {LLAMA} --num-experts 64 --moe-ffn-hidden-size 1408 --moe-router-topk 6 "
-         "--moe-shared-expert-intermediate-size 2816 --moe-layer-freq [0]*1+[1]*27", 16_375_728_128, 0),  # DeepSeekMoE 16B
+        (
+            sizes(32, 6144, 48, 24576, 8, 256000) + " --squared-relu --untie-embeddings-and-output-weights "
+            "--disable-bias-linear "
+            "--position-embedding-type rope --rotary-percent 0.5 --apply-layernorm-1p",
+            # Nemotron-4 15B
+            32 * (2 * 6144**2 + 2 * 6144 * 1024 + 2 * 6144 * 24576 + 4 * 6144) + 2 * 256000 * 6144 + 2 * 6144,
+            0,
+        ),
+        (
+            sizes(32, 4096, 32, 14336, 8, 32000) + f" {LLAMA} --num-experts 8 --moe-router-topk 2 --moe-grouped-gemm",
+            46_702_792_704,
+            12_879_925_248,
+        ),  # Mixtral 8x7B
+        (
+            sizes(48, 2048, 32, 6144, 4, 151936) + f" {LLAMA} --kv-channels 128 --qk-layernorm --num-experts 128 "
+            "--moe-ffn-hidden-size 768 --moe-router-topk 8",
+            30_532_122_624,
+            3_353_032_704,
+        ),  # Qwen3 30B-A3B
+        (
+            sizes(24, 2048, 16, 5632, vocab=151936) + f" {LLAMA} --add-qkv-bias --num-experts 60 --moe-ffn-hidden-size "
+            f"1408 "
+            # Qwen1.5-MoE
+            "--moe-router-topk 4 --moe-shared-expert-intermediate-size 5632 --moe-shared-expert-gate",
+            14_315_784_192,
+            0,
+        ),
+        (
+            sizes(28, 2048, 16, 10944, vocab=102400) + f" {LLAMA} --num-experts 64 --moe-ffn-hidden-size 1408 "
+            f"--moe-router-topk 6 "
+            # DeepSeekMoE 16B
+            "--moe-shared-expert-intermediate-size 2816 --moe-layer-freq [0]*1+[1]*27",
+            16_375_728_128,
+            0,
+        ),
     ],
-    ids="gpt3 gpt2-medium llama2-7b llama2-70b llama3-8b qwen2-7b qwen2-0.5b qwen3-8b neox-20b nemotron-15b mixtral qwen3-30b "
-    "qwen1.5-moe deepseek-moe".split(),
-)  # fmt: skip
+    ids="gpt3 gpt2-medium llama2-7b llama2-70b llama3-8b qwen2-7b qwen2-0.5b qwen3-8b neox-20b nemotron-15b mixtral "
+    "qwen3-30b qwen1.5-moe deepseek-moe".split(),
+)
 def test_published_models_are_counted_as_published(command: str, total: int, active: int) -> None:
     count = count_parameters(plan(command).run.model)
     assert count.total == total
@@ -145,7 +182,10 @@ def test_rows_of_the_embedding(words: str, tensor: int, rows: int) -> None:
     assert loaded.run.model.vocab_size == rows
 
 
-@pytest.mark.parametrize("words", ["", "--tokenizer-type HuggingFaceTokenizer --tokenizer-model org/name", "--tokenizer-type BertWordPieceCase"])
+@pytest.mark.parametrize(
+    "words",
+    ["", "--tokenizer-type HuggingFaceTokenizer --tokenizer-model org/name", "--tokenizer-type BertWordPieceCase"],
+)
 def test_a_vocabulary_that_nothing_says_is_asked_for(words: str) -> None:
     error = refused(*shlex.split(sizes(4, 1024, 8)), *words.split(), planning=True)
     assert len(error.problems) == 1 and "--vocab-size N" in error.render() and "vocabulary" in error.render()
@@ -184,9 +224,16 @@ def test_pieces_of_a_sentencepiece_model_are_those_its_library_counts(tmp_path: 
 
 @pytest.mark.parametrize(
     "flags",
-    ["--multi-latent-attention --kv-lora-rank 512", "--mtp-num-layers 1", "--hybrid-override-pattern M-M*", "--window-size 128,0",
-     "--attention-output-gate", "--moe-latent-size 64", "--position-embedding-type mrope"],
-)  # fmt: skip
+    [
+        "--multi-latent-attention --kv-lora-rank 512",
+        "--mtp-num-layers 1",
+        "--hybrid-override-pattern M-M*",
+        "--window-size 128,0",
+        "--attention-output-gate",
+        "--moe-latent-size 64",
+        "--position-embedding-type mrope",
+    ],
+)
 def test_another_model_is_refused_by_name_also_by_the_planner(flags: str) -> None:
     text = refused(*shlex.split(sizes(4, 1024, 8, vocab=1024)), *flags.split(), planning=True).render()
     assert flags.split()[0] in text
@@ -208,7 +255,9 @@ def test_the_training_says_in_one_problem_what_another_model_lacks() -> None:
     assert "activation=gelu" in text and "--vocab-size N" in text and "--architecture telechat2" in text
 
 
-@pytest.mark.parametrize("absent", [flag for _, flag in ARCHITECTURE.values()] + ["--vocab-size 32000", "--group-query-attention"])
+@pytest.mark.parametrize(
+    "absent", [flag for _, flag in ARCHITECTURE.values()] + ["--vocab-size 32000", "--group-query-attention"]
+)
 def test_each_absent_flag_of_the_architecture_is_a_problem(absent: str) -> None:
     whole = sizes(4, 1024, 8, 4096, 2, 32000).replace("--data-path /nowhere/corpus", "--mock-data") + f" {LLAMA}"
     assert load_run_config([*shlex.split(whole), "--dry-run"], {}).run.model.query_groups == 2
@@ -216,8 +265,18 @@ def test_each_absent_flag_of_the_architecture_is_a_problem(absent: str) -> None:
     assert len(error.problems) == 1 and absent.split()[0] in error.problems[0].fix
 
 
-@pytest.mark.parametrize("flags", ["--squared-relu", "--normalization LayerNorm", "--qk-layernorm", "--add-qkv-bias", "--quick-geglu",
-                                   "--no-untie-embeddings-and-output-weights", "--moe-layer-freq [1]*2+[0]*2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--squared-relu",
+        "--normalization LayerNorm",
+        "--qk-layernorm",
+        "--add-qkv-bias",
+        "--quick-geglu",
+        "--no-untie-embeddings-and-output-weights",
+        "--moe-layer-freq [1]*2+[0]*2",
+    ],
+)
 def test_the_training_refuses_what_it_cannot_build(flags: str) -> None:
     error = refused("--preset", "telechat2-tiny-moe", "--mock-data", *flags.split())
     assert len(error.problems) == 1 and "contradicts this framework: the training builds" in error.render()
@@ -227,8 +286,16 @@ def test_other_defaults_are_one_note() -> None:
     whole = sizes(4, 1024, 8, vocab=32000).replace("--data-path /nowhere/corpus", "--mock-data") + f" {LLAMA}"
     loaded = load_run_config([*shlex.split(whole.replace("--bf16", "")), "--dry-run"], {})
     (note,) = [note for note in loaded.notes if "another default" in note]
-    for part in ("precision fp32 / bf16", "min_lr 0 / 1.5e-05", "lr_decay_style linear / cosine", "weight_decay 0.01 / 0.1",
-                 "adam_beta2 0.999 / 0.95", "init_method_std 0.02 / 0.0048", "eval_interval 1000 / none", "eval_iters 100 / 10"):  # fmt: skip
+    for part in (
+        "precision fp32 / bf16",
+        "min_lr 0 / 1.5e-05",
+        "lr_decay_style linear / cosine",
+        "weight_decay 0.01 / 0.1",
+        "adam_beta2 0.999 / 0.95",
+        "init_method_std 0.02 / 0.0048",
+        "eval_interval 1000 / none",
+        "eval_iters 100 / 10",
+    ):
         assert part in note, part
     assert "lr none" not in note and "dropout" not in note, "what is given is not listed"
     assert any("ffn_hidden_size=2688, as Megatron-LM takes it" in note for note in loaded.notes)
@@ -236,8 +303,15 @@ def test_other_defaults_are_one_note() -> None:
     assert not any("Megatron" in note for note in preset.notes)
 
 
-@pytest.mark.parametrize("pattern, said", [("[0]*1+[1]*2", "is of 3 layers, the model has num_layers=4"), ("[0]*x", "no list of 0 and 1"),
-                                           ("[2]*4", "no list of 0 and 1"), ("[1]*9999999999", "no list of 0 and 1")])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern, said",
+    [
+        ("[0]*1+[1]*2", "is of 3 layers, the model has num_layers=4"),
+        ("[0]*x", "no list of 0 and 1"),
+        ("[2]*4", "no list of 0 and 1"),
+        ("[1]*9999999999", "no list of 0 and 1"),
+    ],
+)
 def test_patterns_that_are_none(pattern: str, said: str) -> None:
     words = f"{sizes(4, 1024, 8, 4096, vocab=1024)} {LLAMA} --num-experts 4"
     assert said in refused(*shlex.split(words), "--moe-layer-freq", pattern, planning=True).render()
@@ -251,7 +325,9 @@ def test_the_tables_are_of_our_fields_and_really_differ() -> None:
     assert set(DEFAULTS) | set(ARCHITECTURE) <= set(known)
     assert all(known[name].default != value for name, (value, _) in ARCHITECTURE.items())
     assert set(ARCHITECTURE) <= set(PLANNED_ONLY)
-    assert {"precision", "lr", "min_lr", "lr_decay_style", "weight_decay", "adam_beta2", "eval_interval"} <= set(differing())
+    assert {"precision", "lr", "min_lr", "lr_decay_style", "weight_decay", "adam_beta2", "eval_interval"} <= set(
+        differing()
+    )
 
 
 def test_docs_list_every_default_that_differs() -> None:

@@ -1,4 +1,5 @@
-"""One dataset under two names: whatever the spelling, the links and the copies, it is refused before anything starts."""
+"""One dataset under two names: whatever the spelling, the links and the copies, it is refused before anything
+starts."""
 
 from __future__ import annotations
 
@@ -52,7 +53,16 @@ def test_a_dataset_named_twice_is_refused(data, other):
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_file_of_dialogs_named_twice_is_refused(data, other):
     (data / "tokenizer.json").write_text("{}")
-    flags = [*TINY, "--sft", "--tokenizer-model", "tokenizer.json", "--data-path", "a.jsonl", "b.jsonl", f"{other}.jsonl"]
+    flags = [
+        *TINY,
+        "--sft",
+        "--tokenizer-model",
+        "tokenizer.json",
+        "--data-path",
+        "a.jsonl",
+        "b.jsonl",
+        f"{other}.jsonl",
+    ]
     assert f"names the same data more than once: a.jsonl, {other}.jsonl" in refusal(flags).render()
 
 

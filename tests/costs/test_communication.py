@@ -10,7 +10,12 @@ import pytest
 from megatron_telechat.costs.communication import Links, expert_exchange_seconds
 from megatron_telechat.costs.devices import device_spec
 from megatron_telechat.costs.parameters import LocalCount
-from megatron_telechat.costs.software import EXPERT_OVERLAP, EXPERT_OVERLAP_LATE_WEIGHTS, TENSOR_OVERLAP, megatron_software
+from megatron_telechat.costs.software import (
+    EXPERT_OVERLAP,
+    EXPERT_OVERLAP_LATE_WEIGHTS,
+    TENSOR_OVERLAP,
+    megatron_software,
+)
 from megatron_telechat.costs.time import Software, TimeModel
 from tests.costs.test_parameters import M39B, M115B
 from tests.costs.test_time import ROUND, big, make
@@ -57,7 +62,8 @@ def test_gradients_of_experts_by_hand(expert, members):
 
 
 def test_dispatch_by_node_by_hand():
-    """16 experts on 16 ranks, top 2, two nodes of 8: a token goes to the other node with the chance that one of its experts is there."""
+    """16 experts on 16 ranks, top 2, two nodes of 8: a token goes to the other node with the chance that one of its
+    experts is there."""
     run = big(M39B, world_size=64, ranks_per_node=8, expert_model_parallel_size=16)
     links = Links.of(run, replace(ROUND, intra_node_bandwidth_gb_s=1e6))
     experts, chosen = M39B.num_experts, M39B.moe_router_topk
@@ -79,7 +85,7 @@ def block(run, **software) -> tuple[float, float]:
 def test_overlap_with_another_micro_batch_hides_a_share_of_the_exchange():
     run = big(M39B, world_size=64, ranks_per_node=8, expert_model_parallel_size=16)
     exchange = expert_exchange_seconds(run, Links.of(run, device_spec("h100-80g")))
-    for plain, hidden in zip(block(run), block(run, expert_overlap=0.65)):
+    for plain, hidden in zip(block(run), block(run, expert_overlap=0.65), strict=True):
         assert plain - hidden == pytest.approx(0.65 * exchange)
 
 
@@ -88,7 +94,7 @@ def test_a_shared_expert_runs_beside_the_exchange():
     run = big(model, world_size=64, ranks_per_node=8, expert_model_parallel_size=16)
     exchange = expert_exchange_seconds(run, Links.of(run, device_spec("h100-80g")))
     alone = block(big(M39B, world_size=64, ranks_per_node=8, expert_model_parallel_size=16))
-    for none, behind, beside in zip(alone, block(run), block(run, shared_overlap=True)):
+    for none, behind, beside in zip(alone, block(run), block(run, shared_overlap=True), strict=True):
         shared = behind - none
         assert behind - beside == pytest.approx(min(exchange, shared))
     assert block(replace(run, model=M39B), shared_overlap=True) == alone
@@ -125,4 +131,9 @@ def test_flags_of_megatron_say_what_its_program_hides(text, expected):
 
 def test_no_word_of_what_does_not_matter():
     run = big(M115B, world_size=64)
-    assert megatron_software(run, flags("--tp-comm-overlap --overlap-moe-expert-parallel-comm --moe-token-dispatcher-type flex"))[1] == ()
+    assert (
+        megatron_software(
+            run, flags("--tp-comm-overlap --overlap-moe-expert-parallel-comm --moe-token-dispatcher-type flex")
+        )[1]
+        == ()
+    )

@@ -29,7 +29,8 @@ def test_one_rank_by_hand():
     count = count_parameters(TINY).total
     assert stage.parameters.total == count
     assert (stage.parameters_bytes, stage.gradients_bytes, stage.optimizer_bytes) == (2 * count, 4 * count, 12 * count)
-    # a token of a layer, bf16: input 8, norm outputs 16, residual 8, q 8, k and v 8, output 8, gate up product 36; lse 4 x 4 bytes
+    # a token of a layer, bf16: input 8, norm outputs 16, residual 8, q 8, k and v 8, output 8, gate up product 36; lse
+    # 4 x 4 bytes
     layer = 16 * (2 * (8 + 16 + 8 + 8 + 8 + 8 + 36) + 16)
     head = 16 * (6 * 32 + 2 * 2 * 8)
     token_ids = 16 * 8
@@ -92,7 +93,8 @@ def test_more_expert_ranks_receive_more_token_rows_and_as_many_expert_rows():
     training = {"seq_length": 8192, "global_batch_size": 512}
     few = stage_memory(make(M39B, training, world_size=64, expert_model_parallel_size=2))[0]
     many = stage_memory(make(M39B, training, world_size=64, expert_model_parallel_size=16))[0]
-    # 8 of 16 experts here: a token with 4 choices misses them with chance C(8, 4) / C(16, 4); 1 here: it meets 4 of 16 ranks
+    # 8 of 16 experts here: a token with 4 choices misses them with chance C(8, 4) / C(16, 4); 1 here: it meets 4 of 16
+    # ranks
     rows = 4 - 2 * (1 - 70 / 1820)
     assert many.activations_bytes - few.activations_bytes == pytest.approx(30 * 8192 * 2 * 4096 * rows)
     assert few.parameters.expert == 8 * many.parameters.expert
@@ -168,7 +170,9 @@ def test_a_tied_matrix_lies_on_the_first_and_the_last_stage():
 
 
 def test_what_a_layer_without_a_gate_keeps():
-    gated, plain = (stage_memory(make(replace(TINY, activation=name)))[0].activations_bytes for name in ("swiglu", "gelu"))
+    gated, plain = (
+        stage_memory(make(replace(TINY, activation=name)))[0].activations_bytes for name in ("swiglu", "gelu")
+    )
     assert gated - plain == 4 * 16 * 2 * 12  # of 3 f elements one is not there
     dropped = stage_memory(make(replace(TINY, hidden_dropout=0.1)))[0].activations_bytes
     assert dropped - gated == (4 * 2 + 1) * 16 * 8  # a byte an element: two branches a layer, and the embedding

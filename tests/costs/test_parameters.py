@@ -13,9 +13,7 @@ from megatron_telechat.costs.parameters import local_count, stage_table
 M3B = ModelConfig(num_layers=24, hidden_size=3072, ffn_hidden_size=6144, num_attention_heads=24)
 M7B = ModelConfig(num_layers=30, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32)
 M35B = ModelConfig(num_layers=64, hidden_size=6144, ffn_hidden_size=20480, num_attention_heads=48)
-M115B = ModelConfig(
-    num_layers=96, hidden_size=8192, ffn_hidden_size=40960, num_attention_heads=64, num_query_groups=8
-)
+M115B = ModelConfig(num_layers=96, hidden_size=8192, ffn_hidden_size=40960, num_attention_heads=64, num_query_groups=8)
 M39B = ModelConfig(
     num_layers=30,
     hidden_size=4096,

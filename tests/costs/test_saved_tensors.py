@@ -1,4 +1,5 @@
-"""Bytes of the model that is really built against those of costs: exact where resident, 5 % where kept for a backward."""
+"""Bytes of the model that is really built against those of costs: exact where resident, 5 % where kept for a
+backward."""
 
 from __future__ import annotations
 

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from megatron_telechat.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
-from megatron_telechat.costs.devices import DeviceSpec, Measured, device_spec, device_spec_names, read_device_file, write_device_file
+from megatron_telechat.costs.devices import (
+    DeviceSpec,
+    Measured,
+    device_spec,
+    device_spec_names,
+    read_device_file,
+    write_device_file,
+)
 from megatron_telechat.costs.parameters import LocalCount
 from megatron_telechat.costs.time import Software, TimeModel, conditions
 from megatron_telechat.errors import ConfigError
@@ -18,7 +25,9 @@ ROUND = DeviceSpec(
     inter_node_bandwidth_gb_s=0.125,
 )  # fmt: skip
 """1e12 FLOP/s, 1e9 B/s of memory, 5e8 B/s inside a node and 1.25e8 B/s between nodes, all reached in full."""
-SMALL = ModelConfig(num_layers=4, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, vocab_size=32)
+SMALL = ModelConfig(
+    num_layers=4, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, vocab_size=32
+)
 
 
 def make(model=SMALL, **parallel) -> RunConfig:
@@ -91,7 +100,8 @@ def test_optimizer_step_is_shared_by_the_distributed_optimizer():
     parallel = dict(world_size=64, tensor_model_parallel_size=8)
     device, count = device_spec("h100-80g"), LocalCount(10**9, 0)
     alone, shared = (
-        TimeModel(big(M115B, **parallel, use_distributed_optimizer=on), device).optimizer_step(count) for on in (False, True)
+        TimeModel(big(M115B, **parallel, use_distributed_optimizer=on), device).optimizer_step(count)
+        for on in (False, True)
     )
     assert alone > 2 * shared
 
@@ -161,7 +171,9 @@ def test_missing_device_file(tmp_path):
 
 
 def test_an_mlp_without_a_gate_by_hand():
-    gated, plain = (TimeModel(make(replace(SMALL, activation=name)), ROUND).layer_parts(0)["block"] for name in ("swiglu", "gelu"))
+    gated, plain = (
+        TimeModel(make(replace(SMALL, activation=name)), ROUND).layer_parts(0)["block"] for name in ("swiglu", "gelu")
+    )
     # a token: one product of 2*8*12 FLOPs less, one array of 12 elements forward and two backward
     assert gated.forward - plain.forward == pytest.approx(16 * 192 / 1e12 + 2 * 16 * 12 / 1e9)
     assert gated.backward - plain.backward == pytest.approx(2 * 16 * 192 / 1e12 + 2 * 16 * 24 / 1e9)

@@ -20,18 +20,30 @@ EXPERTS = dict(num_experts=8, moe_ffn_hidden_size=96, moe_router_topk=2, moe_aux
 TENSOR = dict(tensor_model_parallel_size=2)
 
 
-def make_run(moe: bool, precision: str, recompute: str, layers: int, dropout: float = 0.0, **parallel_sizes) -> RunConfig:
+def make_run(
+    moe: bool, precision: str, recompute: str, layers: int, dropout: float = 0.0, **parallel_sizes
+) -> RunConfig:
     return RunConfig(
         model=ModelConfig(
-            num_layers=layers, hidden_size=128, ffn_hidden_size=384, num_attention_heads=8, num_query_groups=4,
-            vocab_size=1024, hidden_dropout=dropout, **(EXPERTS if moe else {}),
+            num_layers=layers,
+            hidden_size=128,
+            ffn_hidden_size=384,
+            num_attention_heads=8,
+            num_query_groups=4,
+            vocab_size=1024,
+            hidden_dropout=dropout,
+            **(EXPERTS if moe else {}),
         ),
         parallel=ParallelConfig(world_size=2, **parallel_sizes),
         training=TrainingConfig(
-            device="cpu", precision=precision, seq_length=256, micro_batch_size=2, global_batch_size=4,
+            device="cpu",
+            precision=precision,
+            seq_length=256,
+            micro_batch_size=2,
+            global_batch_size=4,
             recompute_layout=recompute,
         ),
-    )  # fmt: skip
+    )
 
 
 def saved_bytes(run: RunConfig) -> int:
@@ -113,15 +125,35 @@ def resident(moe: bool, precision: str, **parallel_sizes) -> list[list[float]]:
 
 
 STOCK: dict[str, dict[str, Any]] = {
-    "gpt": dict(activation="gelu", untie_embeddings_and_output_weights=False, position_embedding_type="learned_absolute",
-                max_position_embeddings=48, normalization="LayerNorm", add_bias_linear=True),
+    "gpt": dict(
+        activation="gelu",
+        untie_embeddings_and_output_weights=False,
+        position_embedding_type="learned_absolute",
+        max_position_embeddings=48,
+        normalization="LayerNorm",
+        add_bias_linear=True,
+    ),
     "qkv_bias": dict(add_qkv_bias=True, qk_layernorm=True, attention_output_bias=False, mlp_output_bias=False),
-    "relu2": dict(activation="squared_relu", normalization="LayerNorm", attention_output_bias=False, mlp_output_bias=False),
-    "moe": dict(num_experts=4, moe_ffn_hidden_size=24, activation="gelu", add_bias_linear=True, normalization="LayerNorm",
-                untie_embeddings_and_output_weights=False),
-    "shared": dict(num_experts=4, moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=40, moe_shared_expert_gate=True,
-                   attention_output_bias=False, mlp_output_bias=False),
-}  # fmt: skip
+    "relu2": dict(
+        activation="squared_relu", normalization="LayerNorm", attention_output_bias=False, mlp_output_bias=False
+    ),
+    "moe": dict(
+        num_experts=4,
+        moe_ffn_hidden_size=24,
+        activation="gelu",
+        add_bias_linear=True,
+        normalization="LayerNorm",
+        untie_embeddings_and_output_weights=False,
+    ),
+    "shared": dict(
+        num_experts=4,
+        moe_ffn_hidden_size=24,
+        moe_shared_expert_intermediate_size=40,
+        moe_shared_expert_gate=True,
+        attention_output_bias=False,
+        mlp_output_bias=False,
+    ),
+}
 """Models that only Megatron-Core builds, in fields of ours."""
 
 
@@ -143,27 +175,56 @@ def _stock(changes: dict[str, Any], sizes: ParallelConfig, state: parallel.Paral
 
     from megatron_telechat.costs.parameters import local_count, stage_table
 
-    model = ModelConfig(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=64, **changes)
+    model = ModelConfig(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=64,
+        **changes,
+    )
     functional = torch.nn.functional
     functions = {"swiglu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}
     config = TransformerConfig(
-        num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, normalization=model.normalization,
-        activation_func=functions[model.activation], gated_linear_unit=model.is_gated, add_bias_linear=model.add_bias_linear,
-        add_qkv_bias=model.has_qkv_bias, qk_layernorm=model.qk_layernorm, num_moe_experts=model.num_experts,
-        moe_ffn_hidden_size=model.moe_ffn_hidden_size, moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
-        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size, moe_shared_expert_gate=model.moe_shared_expert_gate,
-        pipeline_dtype=torch.float32, gradient_accumulation_fusion=False, bias_activation_fusion=False, transformer_impl="local",
-        tensor_model_parallel_size=state.tp_size, pipeline_model_parallel_size=state.pp_size,
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        normalization=model.normalization,
+        activation_func=functions[model.activation],
+        gated_linear_unit=model.is_gated,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.has_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
+        moe_shared_expert_gate=model.moe_shared_expert_gate,
+        pipeline_dtype=torch.float32,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        transformer_impl="local",
+        tensor_model_parallel_size=state.tp_size,
+        pipeline_model_parallel_size=state.pp_size,
         expert_tensor_parallel_size=state.etp_size,
-    )  # fmt: skip
+    )
     # the sharing of a tied matrix between stages moves it to a GPU that is not here
     with patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
         built = GPTModel(
-            config, get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=model.normalization), vocab_size=64,
-            max_sequence_length=model.max_position_embeddings or 0, pre_process=state.is_first_stage(), post_process=state.is_last_stage(),
+            config,
+            get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=model.normalization),
+            vocab_size=64,
+            max_sequence_length=model.max_position_embeddings or 0,
+            pre_process=state.is_first_stage(),
+            post_process=state.is_last_stage(),
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-            position_embedding_type=model.position_embedding_type, pg_collection=state.process_groups,
-        )  # fmt: skip
+            position_embedding_type=model.position_embedding_type,
+            pg_collection=state.process_groups,
+        )
     each = 4 // state.pp_size
     layers = range(each * state.pp_rank, each * (state.pp_rank + 1))
     table = stage_table(model, layers, has_embedding=state.is_first_stage(), has_loss=state.is_last_stage())

@@ -1,10 +1,11 @@
-"""A tokenizer of single characters with TeleChat2's special tokens, dialogs, and runs on them: expectations can be written by hand."""
+"""A tokenizer of single characters with TeleChat2's special tokens, dialogs, and runs on them: expectations can be
+written by hand."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from megatron_telechat.config.schema import RunConfig
 from tests.data.material import VOCAB, make_run

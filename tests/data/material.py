@@ -33,7 +33,9 @@ def write_dataset(prefix: Path, documents: int, seed: int = 0, longest: int = 12
     return str(prefix)
 
 
-def make_run(tmp_path: Path, *, seq_length=32, mbs=2, gbs=8, iters=40, eval_interval=None, seed=1234, **data) -> RunConfig:
+def make_run(
+    tmp_path: Path, *, seq_length=32, mbs=2, gbs=8, iters=40, eval_interval=None, seed=1234, **data
+) -> RunConfig:
     return RunConfig(
         model=ModelConfig(vocab_size=VOCAB),
         training=TrainingConfig(
@@ -86,8 +88,14 @@ def sentencepiece_tokenizer(path: Path) -> Path:
         add_dummy_prefix=False,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=3,
-        unk_piece="<_unk>", bos_piece="<_start>", eos_piece="<_end>", pad_piece="<_pad>",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        unk_piece="<_unk>",
+        bos_piece="<_start>",
+        eos_piece="<_end>",
+        pad_piece="<_pad>",
         control_symbols=["<_user>", "<_bot>"],
         user_defined_symbols=[*"0123456789", "\n"],
         minloglevel=2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +17,12 @@ def epochs_joined(tokens: int, length: int) -> int:
 
 
 def endless(
-    documents: Sequence[list[int]], numbers: Sequence[int], count: int, length: int, seed: int, megatron_for: Optional[int] = None
+    documents: Sequence[list[int]],
+    numbers: Sequence[int],
+    count: int,
+    length: int,
+    seed: int,
+    megatron_for: int | None = None,
 ) -> list[tuple[int, list[int]]]:
     """The first samples of one dataset, each with the epoch it belongs to: each epoch is shuffled on its own.
 
@@ -49,8 +54,11 @@ def endless(
     return out
 
 
-def flat_samples(documents: Sequence[list[int]], numbers: Sequence[int], wanted: Optional[int], length: int, seed: int) -> list[list[int]]:
-    """Megatron's order of one dataset: documents shuffled, laid end to end, cut, shuffled again; the last epoch apart if it is short.
+def flat_samples(
+    documents: Sequence[list[int]], numbers: Sequence[int], wanted: int | None, length: int, seed: int
+) -> list[list[int]]:
+    """Megatron's order of one dataset: documents shuffled, laid end to end, cut, shuffled again; the last epoch apart
+    if it is short.
 
     Args:
         documents: all documents of the dataset.
@@ -90,7 +98,7 @@ def blended(weights: Sequence[float], size: int) -> list[tuple[int, int]]:
     taken = [0] * len(weights)
     out = []
     for at in range(size):
-        lags = [share * max(at, 1) - count for share, count in zip(shares, taken)]
+        lags = [share * max(at, 1) - count for share, count in zip(shares, taken, strict=True)]
         source = lags.index(max(lags))
         out.append((source, taken[source]))
         taken[source] += 1

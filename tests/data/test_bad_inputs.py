@@ -24,8 +24,23 @@ def model(tmp_path_factory):
 
 
 def run(tmp_path: Path, model: str, *more: str, source: str = "in.jsonl") -> int:
-    return main(["--input", str(tmp_path / source), "--output-prefix", str(tmp_path / "out" / "o"), "--tokenizer-model", model,
-                 "--workers", "2", "--log-interval", "0", "--engine", "reference", *more])
+    return main(
+        [
+            "--input",
+            str(tmp_path / source),
+            "--output-prefix",
+            str(tmp_path / "out" / "o"),
+            "--tokenizer-model",
+            model,
+            "--workers",
+            "2",
+            "--log-interval",
+            "0",
+            "--engine",
+            "reference",
+            *more,
+        ]
+    )
 
 
 def texts(tmp_path: Path, key: str = "text") -> IndexedDataset:
@@ -143,12 +158,11 @@ def _zstd(data: bytes) -> bytes:
 
 
 def _parquet(data: bytes) -> bytes:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     rows = [json.loads(line)["text"] for line in data.splitlines()]
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({"text": rows, "n": list(range(len(rows)))}), sink, row_group_size=500)
+    parquet.write_table(pyarrow.table({"text": rows, "n": list(range(len(rows)))}), sink, row_group_size=500)
     return sink.getvalue().to_pybytes()
 
 
@@ -179,7 +193,9 @@ def test_damaged_packed_files(tmp_path, model, suffix, damage, capsys):
         data[len(data) // 2] ^= 0xFF
         data[len(data) // 2 + 1] ^= 0x55
     name = f"in.{suffix}"
-    (tmp_path / name).write_bytes({"cut": data[: len(data) // 2], "cut short": data[:-3], "empty": b"", "renamed text": GOOD}.get(damage, data))
+    (tmp_path / name).write_bytes(
+        {"cut": data[: len(data) // 2], "cut short": data[:-3], "empty": b"", "renamed text": GOOD}.get(damage, data)
+    )
     assert run(tmp_path, model, "--on-error", "skip", source=name) == 3
     error = capsys.readouterr().err
     assert name in error and "fix:" in error and "Traceback" not in error
@@ -187,11 +203,10 @@ def test_damaged_packed_files(tmp_path, model, suffix, damage, capsys):
 
 
 def test_bad_rows_of_parquet(tmp_path, model, capsys):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     raw = pyarrow.array([b"fine", b"\xff", None, b"good"], pyarrow.binary())
-    pyarrow.parquet.write_table(pyarrow.table({"text": raw, "list": [["a", "b"], [], ["c"], ["d"]]}), tmp_path / "in.parquet")
+    parquet.write_table(pyarrow.table({"text": raw, "list": [["a", "b"], [], ["c"], ["d"]]}), tmp_path / "in.parquet")
     assert run(tmp_path, model, source="in.parquet") == 3
     assert "in.parquet:2" in capsys.readouterr().err
     assert run(tmp_path, model, "--on-error", "quarantine", source="in.parquet") == 0
@@ -211,12 +226,30 @@ def test_files_and_folders(tmp_path, model, capsys):
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "in.jsonl")
     (tmp_path / "none.jsonl").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    for source, message in [("empty", "holds no"), ("twice", "plain and packed"), ("absent.jsonl", "no input file"), ("*.txt", "no input file"),
-                            ("none.jsonl", "no document"), ("pipe.jsonl", "no input file")]:
+    for source, message in [
+        ("empty", "holds no"),
+        ("twice", "plain and packed"),
+        ("absent.jsonl", "no input file"),
+        ("*.txt", "no input file"),
+        ("none.jsonl", "no document"),
+        ("pipe.jsonl", "no input file"),
+    ]:
         assert run(tmp_path, model, source=source) == 3, source
         assert message in capsys.readouterr().err
-    assert main(["--input", str(tmp_path / "in.jsonl"), str(tmp_path / "link.jsonl"), "--output-prefix", str(tmp_path / "o"),
-                 "--tokenizer-model", model]) == 3
+    assert (
+        main(
+            [
+                "--input",
+                str(tmp_path / "in.jsonl"),
+                str(tmp_path / "link.jsonl"),
+                "--output-prefix",
+                str(tmp_path / "o"),
+                "--tokenizer-model",
+                model,
+            ]
+        )
+        == 3
+    )
     assert "named 2 times" in capsys.readouterr().err
     assert run(tmp_path, model, "--json-keys", "a/b") == 2
     assert left_behind(tmp_path) == []
@@ -241,7 +274,9 @@ def test_output_that_cannot_be_written(tmp_path, model, capsys):
 def test_a_full_disk(tmp_path, model, monkeypatch, capsys):
     """A real one, where this machine lets us mount one."""
     (tmp_path / "out").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path / "out")], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path / "out")], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting needs root")
     try:

@@ -1,4 +1,5 @@
-"""A tokenizer opened by a helper process: the same answers whatever becomes of the helper, and no helper left behind."""
+"""A tokenizer opened by a helper process: the same answers whatever becomes of the helper, and no helper left
+behind."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def same(tokenizer: TokenizerBeside, other: HuggingFaceTokenizer) -> None:
     assert tokenizer.encode("a b") == other.encode("a b") and tokenizer.decode([9, 8]) == other.decode([9, 8])
 
 
-@pytest.mark.parametrize("fate", ["lives", "killed at the start", "killed later", "stopped", "stopped later", "closed", "cannot start"])
+@pytest.mark.parametrize(
+    "fate", ["lives", "killed at the start", "killed later", "stopped", "stopped later", "closed", "cannot start"]
+)
 @pytest.mark.parametrize("name", ["bos", "own"])
 def test_answers_are_those_of_the_tokenizer(files, name, fate, monkeypatch):  # noqa: F811
     if "stopped" in fate:
@@ -70,14 +73,40 @@ def test_what_is_wrong_with_the_file_is_said_as_ever(tmp_path, capsys):
         _ = tokenizer.vocab_size
     assert str(found.value) == str(plain.value)
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
-    assert main(["--input", str(source), "--output-prefix", str(tmp_path / "o"), "--tokenizer-model", str(bad), "--workers", "2"]) == 3
+    assert (
+        main(
+            [
+                "--input",
+                str(source),
+                "--output-prefix",
+                str(tmp_path / "o"),
+                "--tokenizer-model",
+                str(bad),
+                "--workers",
+                "2",
+            ]
+        )
+        == 3
+    )
     assert "is not a tokenizer.json" in capsys.readouterr().err and not helpers()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "tokenizer.json"]
 
 
 def start(source, prefix, model) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source), "--output-prefix", str(prefix),
-               "--tokenizer-model", str(model), "--workers", "2", "--log-interval", "0"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--input",
+        str(source),
+        "--output-prefix",
+        str(prefix),
+        "--tokenizer-model",
+        str(model),
+        "--workers",
+        "2",
+        "--log-interval",
+        "0",
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -97,7 +126,9 @@ def test_a_helper_that_dies_changes_nothing(tmp_path, files):  # noqa: F811
     helper_of(run).kill()
     assert "engine gigatoken" in run.communicate(timeout=120)[0] and run.returncode == 0
     for suffix in ("bin", "idx", "sums"):
-        assert (tmp_path / f"o_text_document.{suffix}").read_bytes() == (tmp_path / f"whole_text_document.{suffix}").read_bytes()
+        assert (tmp_path / f"o_text_document.{suffix}").read_bytes() == (
+            tmp_path / f"whole_text_document.{suffix}"
+        ).read_bytes()
 
 
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])

@@ -25,7 +25,15 @@ def test_blends(items, expected):
 
 
 @pytest.mark.parametrize(
-    "items", [("0.7", "a", "b"), ("0.7", "a", "b", "c"), ("0", "a", "1", "b"), ("-1", "a"), ("nan", "a"), ("inf", "a", "1", "b")]
+    "items",
+    [
+        ("0.7", "a", "b"),
+        ("0.7", "a", "b", "c"),
+        ("0", "a", "1", "b"),
+        ("-1", "a"),
+        ("nan", "a"),
+        ("inf", "a", "1", "b"),
+    ],
 )
 def test_bad_blends(items):
     with pytest.raises(ConfigError):
@@ -41,7 +49,14 @@ def test_data_json_counts_copies_and_looks_beside_itself(tmp_path):
 
 @pytest.mark.parametrize(
     "content,message",
-    [("[1]", "form"), ("{}", "form"), ('{"a": "x"}', "form"), ('{"a": true}', "form"), ("{", "not JSON"), ('{"a.jsonl": 1}', "raw text")],
+    [
+        ("[1]", "form"),
+        ("{}", "form"),
+        ('{"a": "x"}', "form"),
+        ('{"a": true}', "form"),
+        ("{", "not JSON"),
+        ('{"a.jsonl": 1}', "raw text"),
+    ],
 )
 def test_bad_data_json(tmp_path, content, message):
     (tmp_path / "data.json").write_text(content)

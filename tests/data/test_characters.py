@@ -30,7 +30,10 @@ class Mistaken:
 
     def encode_batch(self, texts):
         self.texts += len(texts)
-        ids = [[*found[:-1], 0] if self.wrong & set(text) else found for text, found in zip(texts, self.tokenizer.encode_batch(texts))]
+        ids = [
+            [*found[:-1], 0] if self.wrong & set(text) else found
+            for text, found in zip(texts, self.tokenizer.encode_batch(texts), strict=True)
+        ]
         flat, lengths = flatten(ids)
         return flat.astype(np.uint32), lengths
 
@@ -48,11 +51,13 @@ def large(tmp_path_factory):
 
 
 def equal(found, right) -> bool:
-    return all(np.array_equal(*pair) for pair in zip(found, right))
+    return all(np.array_equal(*pair) for pair in zip(found, right, strict=True))
 
 
 @pytest.mark.parametrize("group", [1, 50, 1 << 14])
-@pytest.mark.parametrize("wrong", ["ɏ", "\u0085", "\u3000", "ſ", "龦", "\ue000", "🙂", "\U0002a6d7", "\U0010fffe", "ɏ龦🙂\U0002ebf0"])
+@pytest.mark.parametrize(
+    "wrong", ["ɏ", "\u0085", "\u3000", "ſ", "龦", "\ue000", "🙂", "\U0002a6d7", "\U0010fffe", "ɏ龦🙂\U0002ebf0"]
+)
 def test_texts_with_such_characters_get_the_references_ids(tokenizer, wrong, group, monkeypatch):
     monkeypatch.setattr(characters, "_GROUP", group)
     rng = random.Random(wrong)
@@ -60,7 +65,10 @@ def test_texts_with_such_characters_get_the_references_ids(tokenizer, wrong, gro
     reference, said = Reference(tokenizer, 1), []
     guarded = Guarded(Mistaken(tokenizer, wrong), reference, said.append)
     for _ in range(12):
-        texts = ["".join(rng.choices(others + wrong * (rng.random() < 0.3), k=rng.randrange(60))) for _ in range(rng.randrange(20))]
+        texts = [
+            "".join(rng.choices(others + wrong * (rng.random() < 0.3), k=rng.randrange(60)))
+            for _ in range(rng.randrange(20))
+        ]
         assert equal(guarded.encode_batch(texts), reference.encode_batch(texts))
     assert said and all("is encoded" in line or "are encoded" in line for line in said)
     assert any(f"U+{ord(wrong[0]):04X}" in line for line in said) or len(wrong) > 1
@@ -109,7 +117,21 @@ def test_an_engine_that_is_wrong_on_ascii_is_not_used(tmp_path, files, monkeypat
 
     monkeypatch.setattr(Gigatoken, "encode_batch", mistaken)
     source = write_jsonl(tmp_path / "in.jsonl", ["no such sign here"])
-    assert main(["--input", str(source), "--output-prefix", str(tmp_path / "o"), "--tokenizer-model", str(files["split"]), "--workers", "1"]) == 0
+    assert (
+        main(
+            [
+                "--input",
+                str(source),
+                "--output-prefix",
+                str(tmp_path / "o"),
+                "--tokenizer-model",
+                str(files["split"]),
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert "engine gigatoken is not used (its ids differ" in capsys.readouterr().err
 
 
@@ -117,7 +139,8 @@ KINDS = ("LETTER", "CAPITAL", "DIGIT", "BLANK")
 PATTERNS = [
     r"[^\r\n\p{L}\p{N}LETTERDIGIT]?[\p{L}LETTERCAPITAL]+|[\p{N}DIGIT]| ?[^\s\p{L}\p{N}LETTERDIGITBLANKCAPITAL]+[\r\n]*"
     r"|[\sBLANK]*[\r\n]+|[\sBLANK]+(?![^\sBLANK])|[\sBLANK]+",
-    r" ?[\p{Lu}CAPITAL]*[\p{Ll}LETTER]+| ?[\p{Lu}CAPITAL]+[\p{Ll}LETTER]*|[\p{N}DIGIT]{1,3}| ?[^\s\p{L}\p{N}LETTERDIGITBLANKCAPITAL]+[\r\n/]*"
+    r" ?[\p{Lu}CAPITAL]*[\p{Ll}LETTER]+| ?[\p{Lu}CAPITAL]+[\p{Ll}LETTER]*|[\p{N}DIGIT]{1,3}| "
+    r"?[^\s\p{L}\p{N}LETTERDIGITBLANKCAPITAL]+[\r\n/]*"
     r"|[\sBLANK]*[\r\n]+|[\sBLANK]+(?![^\sBLANK])|[\sBLANK]+",
 ]
 
@@ -130,9 +153,13 @@ def test_a_character_of_another_kind_shows(pattern):
         said = pattern
         for name in KINDS:
             said = said.replace(name, "☃" if name == kind else "")
-        steps = [{"type": "Split", "pattern": {"Regex": said}, "behavior": "Isolated", "invert": False},
-                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]
-        return Splits({"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}).encode(CONTEXT.format("☃"))
+        steps = [
+            {"type": "Split", "pattern": {"Regex": said}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ]
+        return Splits({"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}).encode(
+            CONTEXT.format("☃")
+        )
 
     kinds = [kind for kind in ("", *KINDS) if kind != "CAPITAL" or "Lu" in pattern]
     found = {kind: ids(kind) for kind in kinds}
@@ -152,7 +179,22 @@ def test_the_newest_letters_of_unicode(tmp_path, large, engine, workers):
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     tokens = {}
     for name in (engine, "reference"):
-        assert main(["--input", str(source), "--output-prefix", str(tmp_path / name), "--tokenizer-model", str(large),
-                     "--workers", str(workers), "--engine", name]) == 0
+        assert (
+            main(
+                [
+                    "--input",
+                    str(source),
+                    "--output-prefix",
+                    str(tmp_path / name),
+                    "--tokenizer-model",
+                    str(large),
+                    "--workers",
+                    str(workers),
+                    "--engine",
+                    name,
+                ]
+            )
+            == 0
+        )
         tokens[name] = IndexedDataset(str(tmp_path / f"{name}_text_document")).tokens.tolist()
     assert tokens[engine] == tokens["reference"]

@@ -55,7 +55,11 @@ TOOL = {
     "messages": [
         {"role": "system", "content": "T"},
         {"role": "user", "content": "time?"},
-        {"role": "assistant", "content": "see", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": "{}"}}]},
+        {
+            "role": "assistant",
+            "content": "see",
+            "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": "{}"}}],
+        },
         {"role": "tool", "content": "12"},
         {"role": "tool", "content": "13"},
         {"role": "assistant", "content": "noon"},
@@ -126,7 +130,7 @@ def published_mask(tokens: np.ndarray) -> np.ndarray:
     users, bots, ends = (np.flatnonzero(tokens == SPECIAL.index(name)).tolist() for name in (U, B, E))
     if len(ends) + 1 == len(bots):
         ends.append(tokens.size)
-    for user, bot, end in zip(users, bots, ends):
+    for user, bot, end in zip(users, bots, ends, strict=True):
         mask[bot : end + 1] = True
         mask[user] = True
     return mask
@@ -145,8 +149,10 @@ def test_the_telechat_convention_is_the_published_rule_also_where_the_end_is_cut
 
 
 def test_the_same_dialog_in_all_shapes_is_the_same():
-    assert parse_dialog(OLD_MULTI) == parse_dialog(MULTI) == Dialog(
-        (Turn("user", "hi"), Turn("bot", "yo"), Turn("user", "bye"), Turn("bot", "ok"))
+    assert (
+        parse_dialog(OLD_MULTI)
+        == parse_dialog(MULTI)
+        == Dialog((Turn("user", "hi"), Turn("bot", "yo"), Turn("user", "bye"), Turn("bot", "ok")))
     )
     assert parse_dialog(TOOL) == parse_dialog(PUBLISHED_TOOL)
     assert parse_dialog({"input": "a", "output": f"{B}b"}) == parse_dialog({"input": f"{U}a", "output": "b"})
@@ -239,7 +245,10 @@ BAD = {
     "tools apart": ({"tools": [{}], "messages": [USER, BOT]}, "into the system text"),
     "a call without a name": ({"messages": [USER, {**BOT, "tool_calls": [{}]}]}, "without a name"),
     "calls that are no list": ({"messages": [USER, {**BOT, "tool_calls": "x"}]}, "not a list"),
-    "a call with bad arguments": ({"messages": [USER, {**BOT, "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "not JSON"),
+    "a call with bad arguments": (
+        {"messages": [USER, {**BOT, "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+        "not JSON",
+    ),
     "a user who calls": ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}, BOT]}, "only the bot"),
     "half a surrogate": ({"dialog": [USER, {"role": "bot", "content": "\ud83d"}]}, "surrogate"),
     "input ends with an answer": ({"input": f"{U}a{B}b", "output": "c"}, "turn 1 is not"),

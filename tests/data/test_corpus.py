@@ -22,7 +22,11 @@ def test_the_sample_is_bilingual_and_well_formed():
 def test_corpus_and_tokenizer_from_the_command_line(tmp_path):
     def tool(name, *arguments):
         return subprocess.run(
-            [sys.executable, str(ROOT / "tools" / name), *arguments], capture_output=True, text=True, timeout=180, check=True
+            [sys.executable, str(ROOT / "tools" / name), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=True,
         ).stdout
 
     printed = tool("build_corpus.py", "--output", str(tmp_path), "--max-mb", "0.6")
@@ -33,8 +37,15 @@ def test_corpus_and_tokenizer_from_the_command_line(tmp_path):
         assert len(texts) > 3 and len(set(texts)) == len(texts)
     han = sum("\u4e00" <= letter <= "\u9fff" for letter in (tmp_path / "zh.jsonl").read_text(encoding="utf-8"))
     assert han > 8000
-    printed = tool("train_tokenizer.py", "--input", str(tmp_path / "*.jsonl"), "--vocab-size", "1000",
-                   "--output", str(tmp_path / "tokenizer.json"))
+    printed = tool(
+        "train_tokenizer.py",
+        "--input",
+        str(tmp_path / "*.jsonl"),
+        "--vocab-size",
+        "1000",
+        "--output",
+        str(tmp_path / "tokenizer.json"),
+    )
     assert "1,000 ids" in printed
 
 

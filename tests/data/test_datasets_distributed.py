@@ -25,12 +25,24 @@ def test_all_ranks_read_the_same_samples_from_one_index(report):
 @pytest.mark.parametrize(
     "name,zero,one",
     [
-        ("failure_while_building", "DataError: sequence", "DataError: rank 0 could not build the sample index: data error: sequence"),
+        (
+            "failure_while_building",
+            "DataError: sequence",
+            "DataError: rank 0 could not build the sample index: data error: sequence",
+        ),
         ("failure_before_building", "DataError: ", "DataError: rank 0 could not build the sample index: data error: "),
         ("other_files", "built", "DataError: rank 1 sees other data files"),
         ("cache_not_shared", "built", "DataError: the sample index that rank 0 wrote is not to be seen here"),
-        ("time_limit", "built", "ResourceError: rank 1 waited 0.02 minutes for rank 0 to build the sample index: checking "),
-        ("bad_dialogs", "DataError: none of the keys", "DataError: rank 0 could not build the sample index: data error: none of"),
+        (
+            "time_limit",
+            "built",
+            "ResourceError: rank 1 waited 0.02 minutes for rank 0 to build the sample index: checking ",
+        ),
+        (
+            "bad_dialogs",
+            "DataError: none of the keys",
+            "DataError: rank 0 could not build the sample index: data error: none of",
+        ),
     ],
 )
 def test_ranks_fail_together_and_say_why(report, name, zero, one):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_telechat.cli.preprocess_data import main
-from megatron_telechat.data import engines, preprocess as preprocess_module, self_check
+from megatron_telechat.data import engines, self_check
+from megatron_telechat.data import preprocess as preprocess_module
 from megatron_telechat.data.engines import EngineUnfit, Reference, open_engine
 from megatron_telechat.data.preprocess import preprocess
 from megatron_telechat.data.tokenizer_training import SPLIT
@@ -20,16 +21,24 @@ from tests.data.material import TEXTS, huggingface_tokenizer, sentencepiece_toke
 
 
 def split_tokenizer(folder, bos=False, vocab_size=400, texts=TEXTS * 4, split=SPLIT):
-    """A byte-level tokenizer; with ``bos`` its post-processor puts <_start> before each text; ``split`` None: digits alone,
-    the rest as GPT-2, in two steps."""
+    """A byte-level tokenizer; with ``bos`` its post-processor puts <_start> before each text; ``split`` None: digits
+    alone, the rest as GPT-2, in two steps."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    steps = [pre_tokenizers.Split(Regex(split or r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
+    steps = [
+        pre_tokenizers.Split(Regex(split or r"\p{N}"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None),
+    ]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>"]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<_start> $A", special_tokens=[("<_start>", 1)])
@@ -46,8 +55,16 @@ def _sentencepiece_prefixed(path, **options):
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20), model_writer=model, vocab_size=420, model_type="bpe", byte_fallback=True,
-        control_symbols=["<_user>", "<_bot>"], user_defined_symbols=[*"0123456789", "\n", "__"], minloglevel=2, **options)
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=model,
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        control_symbols=["<_user>", "<_bot>"],
+        user_defined_symbols=[*"0123456789", "\n", "__"],
+        minloglevel=2,
+        **options,
+    )
     path.write_bytes(model.getvalue())
     return path
 
@@ -66,8 +83,16 @@ def files(tmp_path_factory):
     }
 
 
-TAKEN = [("own", "gigatoken"), ("digits", "tiktoken"), ("split", "gigatoken"), ("split", "tiktoken"), ("bos", "gigatoken"), ("bos", "tiktoken"), ("model", "gigatoken"),
-         ("prefixed", "gigatoken")]
+TAKEN = [
+    ("own", "gigatoken"),
+    ("digits", "tiktoken"),
+    ("split", "gigatoken"),
+    ("split", "tiktoken"),
+    ("bos", "gigatoken"),
+    ("bos", "tiktoken"),
+    ("model", "gigatoken"),
+    ("prefixed", "gigatoken"),
+]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -92,7 +117,10 @@ def test_gigatoken_as_it_is_would_be_wrong_on_the_prefixed_model(files):
 
 def test_engines_that_do_not_fit_say_why(files):
     pytest.importorskip("gigatoken")
-    for name, engine, reason in [("digits", "gigatoken", "does not take this tokenizer"), ("model", "tiktoken", "does not read")]:
+    for name, engine, reason in [
+        ("digits", "gigatoken", "does not take this tokenizer"),
+        ("model", "tiktoken", "does not read"),
+    ]:
         with pytest.raises(EngineUnfit, match=reason):
             open_engine(engine, build_tokenizer(None, str(files[name])), 1)
     null = build_tokenizer("NullTokenizer", None, vocab_size=9)
@@ -105,7 +133,14 @@ def test_a_model_gigatoken_reads_but_gets_wrong_falls_back(tmp_path, files, caps
     """It takes the dummy prefix away together with the spaces in front."""
     pytest.importorskip("gigatoken")
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
-    arguments = ["--input", str(source), "--output-prefix", str(tmp_path / "o"), "--tokenizer-model", str(files["stripping"])]
+    arguments = [
+        "--input",
+        str(source),
+        "--output-prefix",
+        str(tmp_path / "o"),
+        "--tokenizer-model",
+        str(files["stripping"]),
+    ]
     assert main(arguments) == 0
     output = capsys.readouterr()
     assert "engine gigatoken is not used (its ids differ" in output.err and "engine reference" in output.out
@@ -148,7 +183,9 @@ def test_other_ids_anywhere_in_the_sample_throw_the_engine_out(tmp_path, files, 
     monkeypatch.undo()
     preprocess([str(source)], str(tmp_path / "right"), tokenizer, engine="reference", log_interval=0)
     for suffix in ("bin", "idx"):
-        assert (tmp_path / f"o_text_document.{suffix}").read_bytes() == (tmp_path / f"right_text_document.{suffix}").read_bytes()
+        assert (tmp_path / f"o_text_document.{suffix}").read_bytes() == (
+            tmp_path / f"right_text_document.{suffix}"
+        ).read_bytes()
 
 
 def test_the_sample_goes_on_to_the_end(files):
@@ -162,13 +199,24 @@ def test_the_sample_goes_on_to_the_end(files):
             check.offer(texts, flat, lengths)
         check.settle()
         assert check.seen == 100 * sum(len(text) + 1 for text in texts)
-        assert self_check.FIRST + (check.seen - self_check.FIRST) / self_check.SHARE <= check.compared <= self_check.FIRST * 1.1
+        assert (
+            self_check.FIRST + (check.seen - self_check.FIRST) / self_check.SHARE
+            <= check.compared
+            <= self_check.FIRST * 1.1
+        )
 
 
 def test_an_engine_asked_for_that_cannot_be_used_is_an_error(tmp_path, files, capsys):
     pytest.importorskip("gigatoken")
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
-    arguments = ["--input", str(source), "--output-prefix", str(tmp_path / "o"), "--tokenizer-model", str(files["digits"])]
+    arguments = [
+        "--input",
+        str(source),
+        "--output-prefix",
+        str(tmp_path / "o"),
+        "--tokenizer-model",
+        str(files["digits"]),
+    ]
     assert main([*arguments, "--engine", "gigatoken"]) == 2
     assert "--engine gigatoken cannot be used" in capsys.readouterr().err
     assert main(arguments) == 0

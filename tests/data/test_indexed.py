@@ -58,12 +58,14 @@ def test_dtype_follows_the_vocabulary(size, expected):
 def _set_u64(at, value):
     def change(idx, bin_):
         idx[at : at + 8] = struct.pack("<Q", value)
+
     return change
 
 
 def _cut(which, count):
     def change(idx, bin_):
         del (idx if which == "idx" else bin_)[-count:]
+
     return change
 
 
@@ -100,7 +102,9 @@ def test_damaged_files_are_refused_by_name(tmp_path, name):
     assert str(tmp_path / "d.") in caught.value.render() and "fix:" in caught.value.render()
 
 
-@pytest.mark.parametrize("at,message", [(34 + 4 * 20 + 8 * 7, "does not begin where"), (34 + 4 * 3, "negative|does not begin")])
+@pytest.mark.parametrize(
+    "at,message", [(34 + 4 * 20 + 8 * 7, "does not begin where"), (34 + 4 * 3, "negative|does not begin")]
+)
 def test_verify_reads_every_entry(tmp_path, at, message):
     prefix = write_dataset(tmp_path / "d", 20)
     content = bytearray((tmp_path / "d.idx").read_bytes())
@@ -150,5 +154,7 @@ def test_a_full_disk_is_a_resource_error(tmp_path, monkeypatch):
 
 
 def test_fingerprint_sees_the_content_and_not_the_path(tmp_path):
-    one, same, other = (IndexedDataset(write_dataset(tmp_path / n, 9, seed)) for n, seed in (("a", 1), ("b", 1), ("c", 2)))
+    one, same, other = (
+        IndexedDataset(write_dataset(tmp_path / n, 9, seed)) for n, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
     assert one.fingerprint() == same.fingerprint() != other.fingerprint()

@@ -56,7 +56,9 @@ def steps_of(tmp_path, dp, mbs, consumed=0, num_workers=1):
     count = GBS // (mbs * dp)
     assert all(len(mine) % count == 0 for mine in by_rank)
     return [
-        list(itertools.chain.from_iterable(by_rank[rank][micro] for micro in range(at, at + count) for rank in range(dp)))
+        list(
+            itertools.chain.from_iterable(by_rank[rank][micro] for micro in range(at, at + count) for rank in range(dp))
+        )
         for at in range(0, len(by_rank[0]), count)
     ]
 

@@ -1,4 +1,5 @@
-"""The order of the samples does not depend on how long a run is meant to be: random runs, stopped, changed and gone on with."""
+"""The order of the samples does not depend on how long a run is meant to be: random runs, stopped, changed and gone on
+with."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import itertools
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Iterator, Optional
 
 import pytest
 
@@ -54,14 +55,19 @@ def read(run, leg: Leg, progress: Progress) -> tuple[list[list[int]], Progress]:
     """The samples that the ranks of a leg read, in order, and what its checkpoint tells."""
     run = with_training(run, train_iters=leg.train_iters, global_batch_size=leg.batch, micro_batch_size=leg.micro_batch)
     made = build_datasets(run, Rank(), progress)
-    ranks = [batches(made.train, run, Rank(dp_rank=r, dp_size=leg.dp), progress.consumed_samples) for r in range(leg.dp)]
+    ranks = [
+        batches(made.train, run, Rank(dp_rank=r, dp_size=leg.dp), progress.consumed_samples) for r in range(leg.dp)
+    ]
     steps = leg.stop - progress.steps
     micro_batches = steps * (leg.batch // (leg.dp * leg.micro_batch))
     rows = []
     for _ in range(micro_batches):
         for rank in ranks:
             batch = next(rank)
-            rows += [[*row, last] for row, last in zip(batch["tokens"].tolist(), batch["labels"][:, -1].tolist())]
+            rows += [
+                [*row, last]
+                for row, last in zip(batch["tokens"].tolist(), batch["labels"][:, -1].tolist(), strict=True)
+            ]
     for rank in ranks:
         rank.close()
     saved = json.loads(json.dumps(made.order.saved()))
@@ -74,11 +80,13 @@ def sources_and_weights(tmp_path, rng: random.Random):
     prefixes = [str(tmp_path / f"d{n}") for n in range(count)]
     documents = [write_documents(prefix, rng) for prefix in prefixes]
     weights = [rng.choice([0.01, 0.3, 1.0, 2.5]) * rng.uniform(0.5, 1.5) for _ in prefixes]
-    path = prefixes if count == 1 else [str(x) for pair in zip(map(repr, weights), prefixes) for x in pair]
+    path = prefixes if count == 1 else [str(x) for pair in zip(map(repr, weights), prefixes, strict=True) for x in pair]
     return tuple(path), documents, weights
 
 
-def expected(documents, weights, count: int, seed: int, built_for: Optional[int] = None) -> Iterator[tuple[int, int, list[int]]]:
+def expected(
+    documents, weights, count: int, seed: int, built_for: int | None = None
+) -> Iterator[tuple[int, int, list[int]]]:
     """(source, epoch, tokens) of the first samples of the one endless order."""
     order = blended(weights, count)
     drawn = Counter(source for source, _ in order)
@@ -90,7 +98,9 @@ def expected(documents, weights, count: int, seed: int, built_for: Optional[int]
     return ((source, *parts[source][sample]) for source, sample in order)
 
 
-def require_each_once_an_epoch(found: list[tuple[int, int, list[int]]], documents, first_epochs: Optional[dict] = None) -> None:
+def require_each_once_an_epoch(
+    found: list[tuple[int, int, list[int]]], documents, first_epochs: dict | None = None
+) -> None:
     """No sample of an epoch twice, and none missing of an epoch that is over."""
     for source, of_source in itertools.groupby(sorted(found, key=lambda entry: entry[:2]), key=lambda entry: entry[0]):
         by_epoch = {epoch: list(rows) for epoch, rows in itertools.groupby(of_source, key=lambda entry: entry[1])}
@@ -187,7 +197,9 @@ def test_dialogs_and_mock_data_too(tmp_path, seed):
     if seed % 3 == 0:
         run = make_run(tmp_path, seq_length=LENGTH, mock_data=True)
     else:
-        files = [write_lines(tmp_path / f"{n}.jsonl", numbered(rng.randint(5, 60), first=100 * n)) for n in range(seed % 3)]
+        files = [
+            write_lines(tmp_path / f"{n}.jsonl", numbered(rng.randint(5, 60), first=100 * n)) for n in range(seed % 3)
+        ]
         path = files if len(files) == 1 else ["2", files[0], "0.7", files[1]]
         run = chat_run(tmp_path, *path, seq_length=40, sft_packing=seed != 5)
     rows, progress = [], Progress()
@@ -203,7 +215,9 @@ def test_what_is_evaluated_does_not_depend_on_the_training(tmp_path):
     prefix = write_dataset(tmp_path / "d", 100)
     run = make_run(tmp_path, data_path=(prefix,), split="80,20", eval_interval=5)
     few = build_datasets(run, Rank()).valid
-    more = replace(with_training(run, train_iters=500, global_batch_size=24), evaluation=replace(run.evaluation, eval_iters=30))
+    more = replace(
+        with_training(run, train_iters=500, global_batch_size=24), evaluation=replace(run.evaluation, eval_iters=30)
+    )
     many = build_datasets(more, Rank()).valid
     assert len(few) == 16 and len(many) == 720
     assert all(few[i]["tokens"].tolist() == many[i]["tokens"].tolist() for i in range(len(few)))
@@ -241,7 +255,12 @@ def test_an_order_that_is_not_known_or_cannot_be_given_is_refused(tmp_path):
         resumed_order(run, {}, None, "here")
     allowed = replace(run, checkpoint=replace(run.checkpoint, allow_data_change=True))
     assert resumed_order(allowed, {}, None, "here") == SampleOrder()
-    for bad in ({"version": 9, "kind": "epochs", "built_for": {}}, {"version": 1, "kind": "new", "built_for": {}}, {}, 3):
+    for bad in (
+        {"version": 9, "kind": "epochs", "built_for": {}},
+        {"version": 1, "kind": "new", "built_for": {}},
+        {},
+        3,
+    ):
         with pytest.raises(CheckpointError, match="does not know"):
             resumed_order(run, {"sample_order": bad}, run, "here")
     megatrons = replace(run, data=replace(run.data, data_order="megatron"))

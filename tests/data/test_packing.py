@@ -1,4 +1,5 @@
-"""Packing loses nothing; rows, masks and borders as the training reads them; order, resume and caches of fine-tuning."""
+"""Packing loses nothing; rows, masks and borders as the training reads them; order, resume and caches of
+fine-tuning."""
 
 from __future__ import annotations
 
@@ -67,7 +68,14 @@ def test_a_row_written_by_hand(tmp_path):
     file = write_lines(tmp_path / "d.jsonl", [single("ab", "c"), single("ab", "c")])
     sample = build(chat_run(tmp_path, file, seq_length=18))[0]
     # <_user> a b <_bot> c <_end> \n
-    dialog = [USER, *(int(x) for x in sample["tokens"][1:3]), BOT, int(sample["tokens"][4]), END, int(sample["tokens"][6])]
+    dialog = [
+        USER,
+        *(int(x) for x in sample["tokens"][1:3]),
+        BOT,
+        int(sample["tokens"][4]),
+        END,
+        int(sample["tokens"][6]),
+    ]
     row = dialog + dialog + [PAD] * 5
     assert sample["tokens"].tolist() == row[:-1] and sample["labels"].tolist() == row[1:]
     learned = [1, 0, 0, 1, 1, 1, 0]
@@ -101,7 +109,14 @@ def test_truncation_written_by_hand(tmp_path):
     train = build(chat_run(tmp_path, file, seq_length=6))
     assert train[0]["labels"].tolist()[2] == BOT and END not in train[0]["labels"].tolist()
     assert train[0]["loss_mask"].tolist() == [0, 0, 1, 1, 1, 1]  # <_bot> c d e: to the end of the row
-    assert build(chat_run(tmp_path, file, seq_length=6, sft_loss_mask="answer"))[0]["loss_mask"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert build(chat_run(tmp_path, file, seq_length=6, sft_loss_mask="answer"))[0]["loss_mask"].tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_what_truncation_leaves_nothing_of_is_left_out_and_told(tmp_path):
@@ -119,7 +134,9 @@ def texts(train, tmp_path) -> Counter:
     from megatron_telechat.data.tokenizers import build_tokenizer
 
     tokenizer = build_tokenizer(None, str(tmp_path / "tokenizer" / "tokenizer.json"))
-    rows = (tokenizer.decode([t for t in train.source.tokens(i).tolist() if t != PAD]) for i in range(len(train.source)))
+    rows = (
+        tokenizer.decode([t for t in train.source.tokens(i).tolist() if t != PAD]) for i in range(len(train.source))
+    )
     return Counter(dialog for row in rows for dialog in row.split("\n") if dialog)
 
 
@@ -141,7 +158,7 @@ def digest(batches_of_run) -> list:
 @pytest.mark.parametrize("options", [{}, {"reset_position_ids": True, "reset_attention_mask": True}])
 def test_samples_of_a_step_do_not_depend_on_the_layout_and_a_resume_goes_on(tmp_path, options):
     files = [write_lines(tmp_path / f"{n}.jsonl", numbered(40, first=100 * n)) for n in range(3)]
-    weighted = tuple(str(x) for pair in zip((0.5, 0.2, 0.3), files) for x in pair)
+    weighted = tuple(str(x) for pair in zip((0.5, 0.2, 0.3), files, strict=True) for x in pair)
     run = chat_run(tmp_path, *weighted, gbs=8, mbs=8, iters=6, **options)
     whole = {}
     for number, batch in enumerate(batches(build(run), run, Rank(), 0)):
@@ -151,7 +168,12 @@ def test_samples_of_a_step_do_not_depend_on_the_layout_and_a_resume_goes_on(tmp_
         by_rank = [list(batches(build(other), other, Rank(dp_rank=r, dp_size=dp), consumed)) for r in range(dp)]
         count = 8 // (mbs * dp)
         for step in range(len(by_rank[0]) // count):
-            rows = [row for micro in range(step * count, (step + 1) * count) for mine in by_rank for row in mine[micro]["tokens"].tolist()]
+            rows = [
+                row
+                for micro in range(step * count, (step + 1) * count)
+                for mine in by_rank
+                for row in mine[micro]["tokens"].tolist()
+            ]
             assert rows == whole[consumed // 8 + step]
 
 
@@ -160,7 +182,9 @@ def test_weights_and_copies_decide_the_shares(tmp_path):
     run = chat_run(tmp_path, "3", files[0], "1", files[1], iters=10)
     assert build(run).source.drawn() == [60, 20]
     (tmp_path / "data.json").write_text(json.dumps({"0.jsonl": 1, "1.jsonl": 2.0}))
-    copies = replace(run, data=replace(run.data, data_path=(), data_json=str(tmp_path / "data.json"), sft_packing=False))
+    copies = replace(
+        run, data=replace(run.data, data_path=(), data_json=str(tmp_path / "data.json"), sft_packing=False)
+    )
     drawn = build(copies).source.drawn()
     assert sum(drawn) == 80 and abs(drawn[1] - 2 * drawn[0]) <= 2
 
@@ -177,7 +201,9 @@ def test_a_file_of_its_own_for_the_validation(tmp_path):
     files = [write_lines(tmp_path / f"{n}.jsonl", numbered(20, first=100 * n)) for n in range(2)]
     run = chat_run(tmp_path, eval_interval=2, data_path=(), train_data_path=files[:1], valid_data_path=files[1:])
     datasets = build_datasets(run, Rank())
-    assert all(text.startswith("<_user>q1") and len(text.split("<")[1]) >= 10 for text in texts(datasets.valid, tmp_path))
+    assert all(
+        text.startswith("<_user>q1") and len(text.split("<")[1]) >= 10 for text in texts(datasets.valid, tmp_path)
+    )
     assert len(datasets.valid) == 16 and "valid: " in datasets.summary[1]
 
 
@@ -292,7 +318,9 @@ def test_a_dialog_that_begins_at_the_last_label_is_not_learned(tmp_path):
         def marks(self, sample: int) -> Marks:
             return Marks(np.ones(9, bool), np.array([0, 3, 8]), 9)
 
-    learned = [TokenDataset(Row(), 1, 16, reset_attention_mask=reset)[0]["loss_mask"].tolist() for reset in (False, True)]
+    learned = [
+        TokenDataset(Row(), 1, 16, reset_attention_mask=reset)[0]["loss_mask"].tolist() for reset in (False, True)
+    ]
     assert learned == [[1] * 8, [1, 1, 0, 1, 1, 1, 1, 0]]
 
 
@@ -310,7 +338,8 @@ def test_attention_borders_of_documents_in_pretraining(tmp_path):
         tokens = sample["tokens"].tolist()
         ends = [at + 1 for at, token in enumerate(tokens[:-1]) if token == 2]
         assert sample["segment_lengths"].tolist() == np.diff([0, *ends, 32]).tolist()
-        # The end itself is learned from its document; what is asked for behind it begins another one, also at the last place.
+        # The end itself is learned from its document; what is asked for behind it begins another one, also at the last
+        # place.
         assert sample["loss_mask"].tolist() == [0.0 if token == 2 else 1.0 for token in tokens]
         at_the_border += tokens[-1] == 2
     assert at_the_border

@@ -52,7 +52,9 @@ def test_bytes_are_those_of_the_slow_tool(tmp_path, tokenizers, kind, append_eod
     documents = DOCUMENTS * 130  # several groups of lines
     source = write_jsonl(tmp_path / "in.jsonl", documents)
     tokenizer = build_tokenizer(None, str(tokenizers[kind]))
-    report = preprocess([str(source)], str(tmp_path / "ours"), tokenizer, append_eod=append_eod, workers=3, log_interval=0)
+    report = preprocess(
+        [str(source)], str(tmp_path / "ours"), tokenizer, append_eod=append_eod, workers=3, log_interval=0
+    )
     megatrons_slow_way(documents, tokenizer, append_eod, tmp_path / "theirs")
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"ours_text_document{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
@@ -66,7 +68,9 @@ def test_several_files_gzip_globs_and_keys(tmp_path, tokenizers):
     (tmp_path / "b.jsonl").write_text("".join(lines[:2]))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines[2:]).rstrip("\n").encode()))
     tokenizer = build_tokenizer(None, str(tokenizers["hf"]))
-    preprocess([str(tmp_path / "b.jsonl"), str(tmp_path / "*.gz")], str(tmp_path / "o"), tokenizer, json_keys=("text", "title"))
+    preprocess(
+        [str(tmp_path / "b.jsonl"), str(tmp_path / "*.gz")], str(tmp_path / "o"), tokenizer, json_keys=("text", "title")
+    )
     texts, titles = (IndexedDataset(str(tmp_path / f"o_{key}_document")) for key in ("text", "title"))
     assert [tokenizer.decode(texts[i]) for i in range(5)] == TEXTS
     assert tokenizer.decode(titles[4]) == "title 4"
@@ -98,16 +102,26 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, tokenizers, name, 
     content, message = BAD[name]
     good = b'{"text": "fine"}\n'
     (tmp_path / "in.jsonl").write_bytes(good * 3 + content + (b"" if name == "cut" else good * 700))
-    arguments = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out"),
-                 "--tokenizer-model", str(tokenizers["hf"]), "--workers", "2", "--log-interval", "0"]
+    arguments = [
+        "--input",
+        str(tmp_path / "in.jsonl"),
+        "--output-prefix",
+        str(tmp_path / "out"),
+        "--tokenizer-model",
+        str(tokenizers["hf"]),
+        "--workers",
+        "2",
+        "--log-interval",
+        "0",
+    ]
     assert main(arguments) == 3
     output = capsys.readouterr()
-    assert message in output.err and f"in.jsonl:4" in output.err
+    assert message in output.err and "in.jsonl:4" in output.err
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     assert main([*arguments, "--on-error", "skip"]) == 0
     output = capsys.readouterr()
     count = 3 if name == "cut" else 703
-    assert f"documents: {count + 1:,} in = {count:,} out + 1 skipped" in output.out and f"in.jsonl:4: " in output.err
+    assert f"documents: {count + 1:,} in = {count:,} out + 1 skipped" in output.out and "in.jsonl:4: " in output.err
     assert IndexedDataset(str(tmp_path / "out_text_document")).documents == count
 
 
@@ -115,7 +129,9 @@ def test_bad_lines_of_many_groups_are_counted_and_the_first_is_reported(tmp_path
     lines = [b'{"text": "fine"}\n' if i % 10 else b"bad\n" for i in range(1, 3001)]
     (tmp_path / "in.jsonl").write_bytes(b"".join(lines))
     tokenizer = build_tokenizer(None, str(tokenizers["hf"]))
-    report = preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "o"), tokenizer, workers=3, on_error="skip", log_interval=0)
+    report = preprocess(
+        [str(tmp_path / "in.jsonl")], str(tmp_path / "o"), tokenizer, workers=3, on_error="skip", log_interval=0
+    )
     assert (report.documents_in, report.documents_out, report.skipped, len(report.bad)) == (3000, 2700, 300, 20)
     with pytest.raises(DataError, match="in.jsonl:10"):
         preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "p"), tokenizer, workers=3, log_interval=0)
@@ -135,7 +151,12 @@ def test_a_cut_gzip_file(tmp_path, tokenizers):
     rows = "".join(json.dumps({"text": str(rng.integers(0, 10**9))}) + "\n" for _ in range(5000))
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(rows.encode())[:-2000])
     with pytest.raises(DataError, match=r"in.jsonl.gz:\d+"):
-        preprocess([str(tmp_path / "in.jsonl.gz")], str(tmp_path / "o"), build_tokenizer(None, str(tokenizers["hf"])), log_interval=0)
+        preprocess(
+            [str(tmp_path / "in.jsonl.gz")],
+            str(tmp_path / "o"),
+            build_tokenizer(None, str(tokenizers["hf"])),
+            log_interval=0,
+        )
 
 
 def test_a_text_the_tokenizer_refuses_is_a_bad_line(tmp_path):
@@ -151,7 +172,8 @@ def test_a_text_the_tokenizer_refuses_is_a_bad_line(tmp_path):
 
 def test_blocks_in_flight_are_limited(tmp_path, tokenizers, monkeypatch):
     """The reader never runs far ahead of the writer: memory does not grow with the input."""
-    from megatron_telechat.data import blocks, preprocess as module
+    from megatron_telechat.data import blocks
+    from megatron_telechat.data import preprocess as module
 
     source = write_jsonl(tmp_path / "in.jsonl", ["word"] * 20_000)
     read, ahead = [0], []
@@ -169,7 +191,9 @@ def test_blocks_in_flight_are_limited(tmp_path, tokenizers, monkeypatch):
 
     monkeypatch.setattr(module, "read_blocks", counting)
     monkeypatch.setattr(module.Workspace, "add", watching)
-    preprocess([str(source)], str(tmp_path / "o"), build_tokenizer(None, str(tokenizers["hf"])), workers=2, log_interval=0)
+    preprocess(
+        [str(source)], str(tmp_path / "o"), build_tokenizer(None, str(tokenizers["hf"])), workers=2, log_interval=0
+    )
     assert len(ahead) > 50 and max(ahead) <= 8
 
 
@@ -188,13 +212,30 @@ def test_the_command(tmp_path, tokenizers):
         command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
-    done = run("--input", str(source), "--output_prefix", str(tmp_path / "o"), "--tokenizer-type", "HuggingFaceTokenizer",
-               "--tokenizer-model", str(tokenizers["hf"]), "--append-eod", "--workers", "2", "--log-interval", "100")
+    done = run(
+        "--input",
+        str(source),
+        "--output_prefix",
+        str(tmp_path / "o"),
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(tokenizers["hf"]),
+        "--append-eod",
+        "--workers",
+        "2",
+        "--log-interval",
+        "100",
+    )
     assert done.returncode == 0, done.stderr
     assert "documents: 250 in = 250 out + 0 skipped" in done.stdout and "documents/s" in done.stderr
     assert IndexedDataset(str(tmp_path / "o_text_document")).tokens[-1] == 2
     refused = run("--input", str(source), "--output-prefix", "x", "--split-sentences")
-    assert refused.returncode == 2 and "--split-sentences is refused" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "--split-sentences is refused" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
     missing = run("--input", str(tmp_path / "no"), "--output-prefix", "x", "--tokenizer-model", str(tokenizers["hf"]))
     assert missing.returncode == 3 and "no input file matches" in missing.stderr
     unknown = run("--input", str(source), "--output-prefix", "x", "--wrokers", "2")

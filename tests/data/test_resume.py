@@ -65,8 +65,8 @@ def _written(tmp_path) -> int:
 
 
 def _storm(tmp_path, material, count, seed):
-    """Kills at random points of the output, some of them while a run starts; every fourth of the helper alone, which must
-    change nothing. No helper outlives its tool."""
+    """Kills at random points of the output, some of them while a run starts; every fourth of the helper alone, which
+    must change nothing. No helper outlives its tool."""
     source, model, whole, seconds = material
     rng, killed, journalled = random.Random(seed), 0, 0
     for _ in range(20 * count):
@@ -140,7 +140,9 @@ def small_blocks(monkeypatch):
 def _run(tmp_path, material, **changes):
     source, model, *_ = material
     options = dict(json_keys=KEYS, append_eod=True, workers=2, on_error="skip", log_interval=0, journal_seconds=0.0)
-    return preprocess(source.split(","), str(tmp_path / "o"), build_tokenizer(None, str(model)), **{**options, **changes})
+    return preprocess(
+        source.split(","), str(tmp_path / "o"), build_tokenizer(None, str(model)), **{**options, **changes}
+    )
 
 
 def _stopped(tmp_path, material, blocks=2):
@@ -167,7 +169,10 @@ def test_another_command_starts_over(tmp_path, material):
 
 
 def test_a_journal_that_does_not_fit_the_files_is_not_believed(tmp_path, material):
-    for damage in (lambda folder: os.truncate(folder / "text.bin", 10), lambda folder: (folder / "state.json").write_text("{")):
+    for damage in (
+        lambda folder: os.truncate(folder / "text.bin", 10),
+        lambda folder: (folder / "state.json").write_text("{"),
+    ):
         _stopped(tmp_path, material)
         damage(tmp_path / "o.partial")
         assert _run(tmp_path, material).resumed_bytes == 0
@@ -185,9 +190,27 @@ def test_two_runs_of_one_output(tmp_path, material):
 
 def test_sigterm_ends_with_75_and_goes_on(tmp_path, material):
     source, model, *_ = material
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", *source.split(","), "--output-prefix", str(tmp_path / "o"),
-               "--json-keys", *KEYS, "--append-eod", "--tokenizer-model", str(model), "--on-error", "skip", "--workers", "1",
-               "--engine", "reference", "--log-interval", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--input",
+        *source.split(","),
+        "--output-prefix",
+        str(tmp_path / "o"),
+        "--json-keys",
+        *KEYS,
+        "--append-eod",
+        "--tokenizer-model",
+        str(model),
+        "--on-error",
+        "skip",
+        "--workers",
+        "1",
+        "--engine",
+        "reference",
+        "--log-interval",
+        "1",
+    ]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     run.stderr.readline()  # it works
     run.send_signal(signal.SIGTERM)

@@ -49,14 +49,16 @@ def two(tmp_path):
 @pytest.mark.parametrize("weights", [None, [0.7, 0.3], [1.0, 5.0]])
 @pytest.mark.parametrize("seed", [1234, 7])
 def test_order_of_a_blend_is_megatrons(tmp_path, two, weights, seed):
-    path = two if weights is None else tuple(str(x) for pair in zip(weights, two) for x in pair)
+    path = two if weights is None else tuple(str(x) for pair in zip(weights, two, strict=True) for x in pair)
     run = make_run(tmp_path, data_path=path, eval_interval=10, split="90,10", seed=seed, data_order="megatron")
     ours = build_datasets(run, Rank())
     theirs = megatrons(run, two, weights, [320, 16, 0] if weights else [320, 16, None])
     for mine, other in ((ours.train, theirs[0]), (ours.valid, theirs[1])):
         for i in range(len(mine)):
             sample = mine[i]
-            assert torch.equal(sample["tokens"], other[i]["tokens"]) and torch.equal(sample["labels"], other[i]["labels"])
+            assert torch.equal(sample["tokens"], other[i]["tokens"]) and torch.equal(
+                sample["labels"], other[i]["labels"]
+            )
 
 
 def test_order_of_one_dataset_over_several_epochs_is_megatrons(tmp_path, two):
@@ -70,7 +72,9 @@ def test_order_of_one_dataset_over_several_epochs_is_megatrons(tmp_path, two):
 def test_order_where_the_surplus_of_a_blend_begins_another_epoch_is_megatrons(tmp_path):
     twins = write_dataset(tmp_path / "a", 200, 1), write_dataset(tmp_path / "b", 200, 1)
     other = np.fromfile(f"{twins[1]}.bin", np.uint16)
-    np.where(other > 2, VOCAB + 2 - other, other).astype(np.uint16).tofile(f"{twins[1]}.bin")  # as long, but not the same data
+    np.where(other > 2, VOCAB + 2 - other, other).astype(np.uint16).tofile(
+        f"{twins[1]}.bin"
+    )  # as long, but not the same data
     an_epoch = (IndexedDataset(twins[0]).num_tokens - 1) // 32
     path = ("1", twins[0], "1", twins[1])
     run = make_run(tmp_path, data_path=path, split="1", gbs=2, mbs=1, iters=an_epoch, data_order="megatron")
@@ -134,7 +138,10 @@ def test_epochs_are_printed(tmp_path, two):
 
 
 def test_exhausted_data_says_what_is_there_and_what_is_needed(tmp_path, two):
-    with pytest.raises(DataError, match=r"ends before the run: [\d,]+ samples \([\d,]+ tokens\) are there, 8,000 samples \(256,000 tokens\)"):
+    with pytest.raises(
+        DataError,
+        match=r"ends before the run: [\d,]+ samples \([\d,]+ tokens\) are there, 8,000 samples \(256,000 tokens\)",
+    ):
         build_datasets(make_run(tmp_path, data_path=two, iters=1000), Rank())
 
 
@@ -220,7 +227,9 @@ def test_mock_data_is_fixed_and_can_be_learned(tmp_path):
     assert len(one.train) == 320 and len(one.valid) == 16
     assert torch.equal(one.train[5]["tokens"], two.train[5]["tokens"])
     assert not torch.equal(one.train[5]["tokens"], one.valid[5]["tokens"])
-    assert not torch.equal(one.train[5]["tokens"], build_datasets(with_training(run, seed=2), Rank()).train[5]["tokens"])
+    assert not torch.equal(
+        one.train[5]["tokens"], build_datasets(with_training(run, seed=2), Rank()).train[5]["tokens"]
+    )
     step = (one.train[0]["labels"] - one.train[0]["tokens"]) % VOCAB
     assert 0.6 < float((step == 17).float().mean()) < 0.9
     tokens = torch.cat([one.train[i]["tokens"] for i in range(20)])
@@ -281,5 +290,8 @@ def test_fingerprint_follows_the_content_and_names_what_differs(tmp_path, two):
     assert fingerprint_differences(saved, data_fingerprint(moved)) == []
     write_dataset(tmp_path / "zh", 91, 5)
     lines = fingerprint_differences(saved, data_fingerprint(run))
-    assert any("blends.train.sources[1].documents: the checkpoint was trained with 90, the run has 91" in line for line in lines)
+    assert any(
+        "blends.train.sources[1].documents: the checkpoint was trained with 90, the run has 91" in line
+        for line in lines
+    )
     assert fingerprint_differences(saved, data_fingerprint(with_training(run, seed=5)))

@@ -1,4 +1,5 @@
-"""The name of a special token that stands in a text is text, with every tokenizer and engine, unless it is asked for."""
+"""The name of a special token that stands in a text is text, with every tokenizer and engine, unless it is asked
+for."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ from megatron_telechat.data.tokenizers import HuggingFaceTokenizer, build_tokeni
 from megatron_telechat.errors import ConfigError
 from tests.data.material import TEXTS, huggingface_tokenizer, sentencepiece_tokenizer, write_jsonl
 
-NAMED = ["<_end>", "a<_end>b", "see <_user>hi<_bot> there", "x <|plain|> y<|plain|>", "<_end> <|plain|><_pad><_start>", "<_en d> <_end", "<|late|>x"]
+NAMED = [
+    "<_end>",
+    "a<_end>b",
+    "see <_user>hi<_bot> there",
+    "x <|plain|> y<|plain|>",
+    "<_end> <|plain|><_pad><_start>",
+    "<_en d> <_end",
+    "<|late|>x",
+]
 
 
 def with_added(folder: Path, **beside) -> Path:
@@ -26,9 +35,16 @@ def with_added(folder: Path, **beside) -> Path:
 
     file = huggingface_tokenizer(folder)
     tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.add_tokens([AddedToken("<|plain|>", special=False, normalized=False), AddedToken("<|late|>", special=False, normalized=False)])
+    tokenizer.add_tokens(
+        [
+            AddedToken("<|plain|>", special=False, normalized=False),
+            AddedToken("<|late|>", special=False, normalized=False),
+        ]
+    )
     tokenizer.save(str(file))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": [{"content": "<|late|>"}], **beside}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"additional_special_tokens": [{"content": "<|late|>"}], **beside})
+    )
     return file
 
 
@@ -40,21 +56,35 @@ def file(tmp_path_factory) -> Path:
 def preprocessed(tmp_path: Path, model: Path, *flags: str) -> list[list[int]]:
     source = write_jsonl(tmp_path / "in.jsonl", [*TEXTS, *NAMED])
     prefix = tmp_path / "out"
-    command = ["--input", str(source), "--output-prefix", str(prefix), "--tokenizer-model", str(model), "--log-interval", "0"]
+    command = [
+        "--input",
+        str(source),
+        "--output-prefix",
+        str(prefix),
+        "--tokenizer-model",
+        str(model),
+        "--log-interval",
+        "0",
+    ]
     assert main([*command, "--append-eod", *flags]) == 0
     data = IndexedDataset(f"{prefix}_text_document")
     return [data[i].tolist() for i in range(len(data))]
 
 
-@pytest.mark.parametrize("engine,workers", [("auto", 2), ("gigatoken", 1), ("gigatoken", 2), ("tiktoken", 2), ("reference", 1)])
+@pytest.mark.parametrize(
+    "engine,workers", [("auto", 2), ("gigatoken", 1), ("gigatoken", 2), ("tiktoken", 2), ("reference", 1)]
+)
 def test_text_stays_text(tmp_path, file, engine, workers, capsys):
     flags = ["--engine", engine, "--workers", str(workers)]
     found = preprocessed(tmp_path, file, *flags)
     assert "is not used" not in capsys.readouterr().err
     tokenizer = build_tokenizer(None, str(file))
-    special = {tokenizer.backend.token_to_id(name) for name in ("<_end>", "<_user>", "<_bot>", "<_pad>", "<_start>", "<|late|>")}
+    special = {
+        tokenizer.backend.token_to_id(name)
+        for name in ("<_end>", "<_user>", "<_bot>", "<_pad>", "<_start>", "<|late|>")
+    }
     plain = tokenizer.backend.token_to_id("<|plain|>")
-    for text, ids in zip([*TEXTS, *NAMED], found):
+    for text, ids in zip([*TEXTS, *NAMED], found, strict=True):
         assert ids[-1] == tokenizer.eod and not special & set(ids[:-1])
         assert tokenizer.decode(ids[:-1]) == text
         assert ids.count(plain) == text.count("<|plain|>")
@@ -77,7 +107,9 @@ def test_tiktoken_vocabulary(tmp_path):
 
     entries = [{"rank": rank, "token_bytes": base64.b64encode(token).decode()} for rank, token in enumerate(tokens)]
     (tmp_path / "vocabulary.json").write_text(json.dumps(entries))
-    text, asked = (build_tokenizer(None, str(tmp_path / "vocabulary.json"), special_tokens_in_text=said) for said in (False, True))
+    text, asked = (
+        build_tokenizer(None, str(tmp_path / "vocabulary.json"), special_tokens_in_text=said) for said in (False, True)
+    )
     assert min(text.encode("a</s><SPECIAL_12>")) >= 1000 and text.decode(text.encode("a</s>")) == "a</s>"
     assert asked.encode("a</s>")[1:] == [asked.eod] and text.digest != asked.digest
 
@@ -87,7 +119,9 @@ def test_a_helper_answers_as_the_tokenizer_does(file, asked):
     expected = HuggingFaceTokenizer(file, asked)
     with closing(TokenizerBeside(file, asked)) as tokenizer:
         assert tokenizer.encode_batch(NAMED) == expected.encode_batch(NAMED)
-        assert tokenizer.digest == expected.digest and tokenizer.here.encode_batch(NAMED) == expected.encode_batch(NAMED)
+        assert tokenizer.digest == expected.digest and tokenizer.here.encode_batch(NAMED) == expected.encode_batch(
+            NAMED
+        )
         for name in ("gigatoken", "tiktoken"):
             flat, lengths = open_engine(name, tokenizer, 2).encode_batch(NAMED)
             assert np.split(flat, np.cumsum(lengths)[:-1])[1].tolist() == expected.encode(NAMED[1])
@@ -120,7 +154,14 @@ def test_a_model_that_makes_the_token_of_the_text_is_refused(tmp_path, capsys):
     with pytest.raises(ConfigError, match="makes a special token of the text </s>"):
         build_tokenizer(None, str(tmp_path), special_tokens_in_text=False)
     source = write_jsonl(tmp_path / "in.jsonl", ["a </s> a"])
-    command = ["--input", str(source), "--output-prefix", str(tmp_path / "o"), "--tokenizer-model", str(tmp_path / "tokenizer.json")]
+    command = [
+        "--input",
+        str(source),
+        "--output-prefix",
+        str(tmp_path / "o"),
+        "--tokenizer-model",
+        str(tmp_path / "tokenizer.json"),
+    ]
     for workers in ("1", "2"):
         assert main([*command, "--workers", workers]) == 2
         assert "--special-tokens-in-text" in capsys.readouterr().err

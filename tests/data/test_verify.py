@@ -13,7 +13,7 @@ from megatron_telechat.cli import inspect_data, merge_data, preprocess_data, ver
 from megatron_telechat.data.index_file import HEADER_BYTES
 from megatron_telechat.data.indexed import IndexedDataset
 from megatron_telechat.data.merge import merge_datasets
-from megatron_telechat.data.verify import add_checksums, verify_dataset
+from megatron_telechat.data.verify import add_checksums
 from tests.data.material import TEXTS, huggingface_tokenizer, write_dataset
 
 
@@ -127,8 +127,25 @@ def model(tmp_path_factory):
 
 
 def _preprocess(tmp_path, model, prefix, *more):
-    return preprocess_data.main(["--input", str(tmp_path / "in"), "--output-prefix", str(tmp_path / prefix), "--tokenizer-model", model,
-                                 "--engine", "reference", "--append-eod", "--json-keys", "text", "n", "--log-interval", "0", *more])
+    return preprocess_data.main(
+        [
+            "--input",
+            str(tmp_path / "in"),
+            "--output-prefix",
+            str(tmp_path / prefix),
+            "--tokenizer-model",
+            model,
+            "--engine",
+            "reference",
+            "--append-eod",
+            "--json-keys",
+            "text",
+            "n",
+            "--log-interval",
+            "0",
+            *more,
+        ]
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
@@ -136,7 +153,10 @@ def test_merged_shards_are_one_run(tmp_path, model, count):
     import gzip
 
     (tmp_path / "in").mkdir()
-    lines = [json.dumps({"text": [text, ""] if i % 3 else text, "n": str(i)}) + "\n" for i, text in enumerate(["", *TEXTS] * 3)]
+    lines = [
+        json.dumps({"text": [text, ""] if i % 3 else text, "n": str(i)}) + "\n"
+        for i, text in enumerate(["", *TEXTS] * 3)
+    ]
     (tmp_path / "in" / "a.jsonl").write_text("".join(lines[:11]).rstrip("\n"))
     (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[11:13]).encode()))
     (tmp_path / "in" / "c.jsonl").write_text("".join(lines[13:]))
@@ -146,12 +166,16 @@ def test_merged_shards_are_one_run(tmp_path, model, count):
     assert merge_data.main(["--input", str(tmp_path / "s.shard-*"), "--output-prefix", str(tmp_path / "m")]) == 0
     for key in ("text", "n"):
         for suffix in ("bin", "idx", "sums"):
-            assert (tmp_path / f"m_{key}_document.{suffix}").read_bytes() == (tmp_path / f"one_{key}_document.{suffix}").read_bytes()
+            assert (tmp_path / f"m_{key}_document.{suffix}").read_bytes() == (
+                tmp_path / f"one_{key}_document.{suffix}"
+            ).read_bytes()
 
 
 def test_a_bad_line_of_a_shard_has_its_number_in_the_file(tmp_path, model, capsys):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_text('{"text": "a", "n": "1"}\n' * 90 + "bad\n" + '{"text": "a", "n": "1"}\n' * 9)
+    (tmp_path / "in" / "a.jsonl").write_text(
+        '{"text": "a", "n": "1"}\n' * 90 + "bad\n" + '{"text": "a", "n": "1"}\n' * 9
+    )
     assert _preprocess(tmp_path, model, "s", "--shard", "1/2") == 3
     assert "a.jsonl:91" in capsys.readouterr().err
 
@@ -202,7 +226,9 @@ def test_ten_million_sequences_take_little(tmp_path):
 
 def test_inspect_shows_documents(tmp_path, model, capsys):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_text(json.dumps({"text": TEXTS[1], "n": "1"}) + "\n" + json.dumps({"text": ["x", "y"], "n": "2"}) + "\n")
+    (tmp_path / "in" / "a.jsonl").write_text(
+        json.dumps({"text": TEXTS[1], "n": "1"}) + "\n" + json.dumps({"text": ["x", "y"], "n": "2"}) + "\n"
+    )
     assert _preprocess(tmp_path, model, "o") == 0
     capsys.readouterr()
     dataset = str(tmp_path / "o_text_document")

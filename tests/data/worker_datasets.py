@@ -135,7 +135,11 @@ def dialogs_are_encoded_by_one_rank():
     digest = hashlib.sha256()
     for i in range(len(made.train)):
         digest.update(made.train[i]["tokens"].numpy().tobytes())
-    return {"digest": digest.hexdigest(), "read": any(path.endswith("d.jsonl") for path in read), "summary": made.summary}
+    return {
+        "digest": digest.hexdigest(),
+        "read": any(path.endswith("d.jsonl") for path in read),
+        "summary": made.summary,
+    }
 
 
 @cases.case

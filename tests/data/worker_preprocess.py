@@ -1,4 +1,5 @@
-"""One run of preprocess, its tokenizer with a helper, that journals often; ``--die-at N`` ends it without a word at its N-th rename (0: never)."""
+"""One run of preprocess, its tokenizer with a helper, that journals often; ``--die-at N`` ends it without a word at its
+N-th rename (0: never)."""
 
 from __future__ import annotations
 
@@ -25,8 +26,17 @@ def main(source: str, prefix: str, model: str, die_at: str, on_error: str = "ski
     if left[0]:
         os.replace = dying
     with closing(build_tokenizer(None, model, huggingface=TokenizerBeside)) as tokenizer:
-        preprocess(source.split(","), prefix, tokenizer, json_keys=("text", "title"), append_eod=True, workers=2, on_error=on_error,
-                   log_interval=0, journal_seconds=0.0)
+        preprocess(
+            source.split(","),
+            prefix,
+            tokenizer,
+            json_keys=("text", "title"),
+            append_eod=True,
+            workers=2,
+            on_error=on_error,
+            log_interval=0,
+            journal_seconds=0.0,
+        )
 
 
 if __name__ == "__main__":

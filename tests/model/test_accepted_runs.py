@@ -14,18 +14,34 @@ from megatron_telechat.errors import ConfigError
 from megatron_telechat.model import transformer_config
 
 SHAPE = {
-    "--num-layers": (1, 2, 4, 6, 8), "--num-attention-heads": (1, 2, 4, 16), "--num-query-groups": (1, 2, 4),
-    "--kv-channels": (2, 4, 6, 16), "--hidden-size": (2, 7, 64), "--ffn-hidden-size": (0, 1, 32), "--seq-length": (1, 2, 32),
-    "--precision": ("fp32", "bf16", "fp16"), "--micro-batch-size": (1, 2), "--global-batch-size": (1, 16, 64),
-    "--tensor-model-parallel-size": (1, 2, 4), "--pipeline-model-parallel-size": (1, 2, 4),
-    "--num-virtual-stages-per-pipeline-rank": (1, 2), "--pipeline-model-parallel-layout": ("Et|tt|tL", "E|tttt|L", "E||tttt|L"),
-    "--recompute-granularity": ("full", "selective"), "--recompute-num-layers": (1, 9),
-}  # fmt: skip
+    "--num-layers": (1, 2, 4, 6, 8),
+    "--num-attention-heads": (1, 2, 4, 16),
+    "--num-query-groups": (1, 2, 4),
+    "--kv-channels": (2, 4, 6, 16),
+    "--hidden-size": (2, 7, 64),
+    "--ffn-hidden-size": (0, 1, 32),
+    "--seq-length": (1, 2, 32),
+    "--precision": ("fp32", "bf16", "fp16"),
+    "--micro-batch-size": (1, 2),
+    "--global-batch-size": (1, 16, 64),
+    "--tensor-model-parallel-size": (1, 2, 4),
+    "--pipeline-model-parallel-size": (1, 2, 4),
+    "--num-virtual-stages-per-pipeline-rank": (1, 2),
+    "--pipeline-model-parallel-layout": ("Et|tt|tL", "E|tttt|L", "E||tttt|L"),
+    "--recompute-granularity": ("full", "selective"),
+    "--recompute-num-layers": (1, 9),
+}
 EXPERTS = {
-    "--num-experts": (1, 2, 8, 16), "--moe-router-topk": (1, 2, 3, 8), "--moe-layer-freq": (1, 2, 5), "--moe-ffn-hidden-size": (1, 7, 32),
-    "--moe-shared-expert-intermediate-size": (1, 2, 32), "--moe-aux-loss-coeff": (0, 0.1), "--moe-z-loss-coeff": (0, 0.1),
-    "--expert-model-parallel-size": (1, 2, 4), "--expert-tensor-parallel-size": (1, 2),
-}  # fmt: skip
+    "--num-experts": (1, 2, 8, 16),
+    "--moe-router-topk": (1, 2, 3, 8),
+    "--moe-layer-freq": (1, 2, 5),
+    "--moe-ffn-hidden-size": (1, 7, 32),
+    "--moe-shared-expert-intermediate-size": (1, 2, 32),
+    "--moe-aux-loss-coeff": (0, 0.1),
+    "--moe-z-loss-coeff": (0, 0.1),
+    "--expert-model-parallel-size": (1, 2, 4),
+    "--expert-tensor-parallel-size": (1, 2),
+}
 
 
 def drawn(rng: random.Random, experts: bool) -> list[str]:
@@ -45,9 +61,12 @@ def built(flags: list[str]) -> Any:
         return None
     parallel, (expert, expert_tensor) = run.parallel, run.parallel.expert_sizes
     state = SimpleNamespace(
-        tp_size=parallel.tensor_model_parallel_size, pp_size=parallel.pipeline_model_parallel_size, cp_size=1, ep_size=expert,
+        tp_size=parallel.tensor_model_parallel_size,
+        pp_size=parallel.pipeline_model_parallel_size,
+        cp_size=1,
+        ep_size=expert,
         etp_size=expert_tensor,
-    )  # fmt: skip
+    )
     chunks = pipeline_layout(run).num_chunks
     return [transformer_config(run, state, chunk if chunks > 1 else None) for chunk in range(chunks)]
 

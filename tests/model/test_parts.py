@@ -118,9 +118,7 @@ def test_tables_hold_scaling_and_frequencies():
 
 
 def test_fp16_tables_are_rounded_after_the_scaling():
-    rotary = RotaryEmbedding(
-        model(rotary_training_seqlen=32, rotary_base_seqlen=32, rotary_table_dtype="fp16")
-    )
+    rotary = RotaryEmbedding(model(rotary_training_seqlen=32, rotary_base_seqlen=32, rotary_table_dtype="fp16"))
     cos, _ = rotary(64, torch.device("cpu"))
     assert cos.dtype == torch.float32 and torch.equal(cos, cos.half().float())
 
@@ -217,4 +215,4 @@ def test_core_attention_within_segments_is_a_block_diagonal_causal_mask():
     plain = gradients(core, query, key, value)
     assert relative(plain[0], theirs[0]) > 0.1
     whole = gradients(lambda q, k, v: core(q, k, v, Segments(((10,),) * 3)), query, key, value)
-    assert all(torch.equal(a, b) for a, b in zip(whole, plain))
+    assert all(torch.equal(a, b) for a, b in zip(whole, plain, strict=True))

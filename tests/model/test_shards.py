@@ -16,8 +16,9 @@ from megatron_telechat.model.shards import Piece, global_key, is_writer, local_p
 DENSE = ModelConfig(
     num_layers=30, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2, vocab_size=64
 )
-MOE = replace(DENSE, num_layers=3, num_experts=4, moe_ffn_hidden_size=8, moe_layer_freq=2,
-              moe_shared_expert_intermediate_size=8)
+MOE = replace(
+    DENSE, num_layers=3, num_experts=4, moe_ffn_hidden_size=8, moe_layer_freq=2, moe_shared_expert_intermediate_size=8
+)
 
 
 def coordinates(**changes: int) -> SimpleNamespace:
@@ -58,8 +59,10 @@ def test_every_kind_of_fault_is_named():
     key = "decoder.layers.0.mlp.experts.linear_fc1.weight"
     dropped = [box for box in boxes if box[0] != "output_layer.weight"]
     half = [box for box in boxes if not (box[0] == key and box[2][0] == 0)]
-    wrong = [(name, (65, 16), *rest) if name == "output_layer.weight" else (name, shape, *rest)
-             for name, shape, *rest in boxes]
+    wrong = [
+        (name, (65, 16), *rest) if name == "output_layer.weight" else (name, shape, *rest)
+        for name, shape, *rest in boxes
+    ]
     run = RunConfig(model=MOE)
     for faulty, words in (
         (dropped, "output_layer.weight: not built on any rank"),
@@ -101,7 +104,7 @@ def test_a_box_gets_the_values_of_the_whole(monkeypatch, key, shape, boxes, bloc
     whole = filled(Piece(key, shape, (0,) * len(shape), shape, 0))
     assert torch.isfinite(whole).all()
     for offset, box in boxes:
-        window = tuple(slice(at, at + size) for at, size in zip(offset, box))
+        window = tuple(slice(at, at + size) for at, size in zip(offset, box, strict=True))
         assert torch.equal(filled(Piece(key, shape, offset, box, 0)), whole[window])
 
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from tests.harness import Cases
 
@@ -16,13 +16,34 @@ SEQ, MICRO_BATCH, MICRO_BATCHES = 32, 2, 4
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 DENSE = dict(
-    num_layers=5, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, vocab_size=128,
-    rotary_training_seqlen=16, rotary_base_seqlen=16, init_method_std=0.1,
+    num_layers=5,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    vocab_size=128,
+    rotary_training_seqlen=16,
+    rotary_base_seqlen=16,
+    init_method_std=0.1,
 )
-MOE = dict(DENSE, num_experts=4, moe_ffn_hidden_size=48, moe_layer_freq=2, moe_aux_loss_coeff=0.01,
-           moe_shared_expert_intermediate_size=32)
-MIXTRAL = dict(DENSE, architecture="mixtral", attention_output_bias=False, mlp_output_bias=False, num_experts=4,
-               moe_ffn_hidden_size=48, rotary_training_seqlen=None, rotary_base_seqlen=None)
+MOE = dict(
+    DENSE,
+    num_experts=4,
+    moe_ffn_hidden_size=48,
+    moe_layer_freq=2,
+    moe_aux_loss_coeff=0.01,
+    moe_shared_expert_intermediate_size=32,
+)
+MIXTRAL = dict(
+    DENSE,
+    architecture="mixtral",
+    attention_output_bias=False,
+    mlp_output_bias=False,
+    num_experts=4,
+    moe_ffn_hidden_size=48,
+    rotary_training_seqlen=None,
+    rotary_base_seqlen=None,
+)
 
 # name -> (model, parallel fields); the first of each model is the reference of the others
 LAYOUTS: dict[str, tuple[dict, dict]] = {
@@ -30,23 +51,27 @@ LAYOUTS: dict[str, tuple[dict, dict]] = {
     "dense_tp2": (DENSE, dict(tensor_model_parallel_size=2)),
     "dense_tp4_without_sp": (DENSE, dict(tensor_model_parallel_size=4, sequence_parallel=False)),
     "dense_pp2": (DENSE, dict(pipeline_model_parallel_size=2)),
-    "dense_pp4_uneven": (
-        DENSE, dict(pipeline_model_parallel_size=4, pipeline_model_parallel_layout="E|tt|tt|tL")
-    ),
+    "dense_pp4_uneven": (DENSE, dict(pipeline_model_parallel_size=4, pipeline_model_parallel_layout="E|tt|tt|tL")),
     "dense_pp2_interleaved": (
-        DENSE, dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2,
-                    tensor_model_parallel_size=2)
+        DENSE,
+        dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2, tensor_model_parallel_size=2),
     ),
     "moe_dp4": (MOE, {}),
     "moe_ep4": (MOE, dict(expert_model_parallel_size=4)),
     "moe_tp2_folded": (MOE, dict(tensor_model_parallel_size=2, fold_tensor_into_experts=True)),
     "moe_tp2_folded_ep4": (
-        MOE, dict(tensor_model_parallel_size=2, expert_model_parallel_size=4, expert_tensor_parallel_size=1)
+        MOE,
+        dict(tensor_model_parallel_size=2, expert_model_parallel_size=4, expert_tensor_parallel_size=1),
     ),
     "moe_etp2_ep2": (MOE, dict(tensor_model_parallel_size=2, expert_model_parallel_size=2)),
     "moe_tp2_pp2": (
-        MOE, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, fold_tensor_into_experts=True,
-                  num_virtual_stages_per_pipeline_rank=2)
+        MOE,
+        dict(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            fold_tensor_into_experts=True,
+            num_virtual_stages_per_pipeline_rank=2,
+        ),
     ),
     "mixtral_dp4": (MIXTRAL, {}),
     "mixtral_ep2_pp2": (MIXTRAL, dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)),
@@ -67,7 +92,7 @@ choices: dict[str, dict[int, list]] = {}
 """Of the reference of each model: layer -> the experts of every micro-batch."""
 
 
-def run_of(model: dict, parallel: Optional[dict] = None, **training):
+def run_of(model: dict, parallel: dict | None = None, **training):
     from megatron_telechat.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 
     fields = dict(device="cpu", precision="fp32", seq_length=SEQ, micro_batch_size=MICRO_BATCH)
@@ -116,9 +141,13 @@ def forward_backward(run, chunks) -> float:
     several = len(chunks) > 1
     iterators = [iter(range(MICRO_BATCHES)) for _ in chunks]
     get_forward_backward_func()(
-        forward_step_func=step, data_iterator=iterators if several else iterators[0],
-        model=chunks if several else chunks[0], num_microbatches=MICRO_BATCHES, seq_length=SEQ,
-        micro_batch_size=MICRO_BATCH, forward_only=False,
+        forward_step_func=step,
+        data_iterator=iterators if several else iterators[0],
+        model=chunks if several else chunks[0],
+        num_microbatches=MICRO_BATCHES,
+        seq_length=SEQ,
+        micro_batch_size=MICRO_BATCH,
+        forward_only=False,
     )
     return sum(losses)
 
@@ -152,11 +181,13 @@ class one_routing:
         positions = choices.view(self.state.tp_size, -1, choices.shape[-1])
         return positions[self.state.tp_rank]
 
-    def __enter__(self) -> "one_routing":
+    def __enter__(self) -> one_routing:
         from megatron_telechat.moe.choices import RoutingTape
 
         for layer, router in self.routers.items():
-            router.tape = RoutingTape(None if self.first else [self.part(one) for one in self.chosen[layer]], notes=True)
+            router.tape = RoutingTape(
+                None if self.first else [self.part(one) for one in self.chosen[layer]], notes=True
+            )
         return self
 
     def __exit__(self, *_) -> None:
@@ -184,14 +215,19 @@ def compare(name: str) -> dict[str, Any]:
     if kind not in references:
         references[kind] = {
             "loss": loss,
-            **{s.pieces[0].key: (s.parameter.detach().view(s.pieces[0].shape).clone(),
-                                 grads[id(s)].view(s.pieces[0].shape)) for s in shards},
+            **{
+                s.pieces[0].key: (
+                    s.parameter.detach().view(s.pieces[0].shape).clone(),
+                    grads[id(s)].view(s.pieces[0].shape),
+                )
+                for s in shards
+            },
         }
     reference = references[kind]
     worst, at = 0.0, ""
     for shard in shards:
         (piece,) = shard.pieces
-        window = tuple(slice(o, o + n) for o, n in zip(piece.global_offset, piece.shape))
+        window = tuple(slice(o, o + n) for o, n in zip(piece.global_offset, piece.shape, strict=True))
         weight, grad = (tensor[window] for tensor in reference[piece.key])
         assert torch.equal(shard.parameter.detach().view(piece.shape), weight), f"{piece.key}: other initial weights"
         ours = grads[id(shard)].view(piece.shape)
@@ -255,7 +291,7 @@ class near_ties:
     def __init__(self):
         self.flipped = 0
 
-    def __enter__(self) -> "near_ties":
+    def __enter__(self) -> near_ties:
         import torch
         from megatron.core.tensor_parallel.random import is_checkpointing
 
@@ -283,8 +319,8 @@ class near_ties:
 
 
 def repeated_choices(parallel: dict) -> dict[str, Any]:
-    """Full recompute whose second pass rounds otherwise, several micro-batches in flight and evaluations between them; against
-    a run without recompute."""
+    """Full recompute whose second pass rounds otherwise, several micro-batches in flight and evaluations between them;
+    against a run without recompute."""
     import torch
 
     from megatron_telechat import parallel as ranks
@@ -358,10 +394,15 @@ def golden(folder: Path, table_dtype: str) -> dict[str, float]:
     hf = json.loads((folder / "config.json").read_text())
     run = run_of(
         dict(
-            num_layers=hf["n_layer"], hidden_size=hf["hidden_size"], ffn_hidden_size=hf["ffn_hidden_size"],
-            num_attention_heads=hf["n_head"], num_query_groups=hf["num_key_value_heads"],
-            vocab_size=hf["vocab_size"], norm_epsilon=hf["layer_norm_epsilon"],
-            rotary_training_seqlen=hf["training_seqlen"], rotary_base_seqlen=hf["base_seqlen"],
+            num_layers=hf["n_layer"],
+            hidden_size=hf["hidden_size"],
+            ffn_hidden_size=hf["ffn_hidden_size"],
+            num_attention_heads=hf["n_head"],
+            num_query_groups=hf["num_key_value_heads"],
+            vocab_size=hf["vocab_size"],
+            norm_epsilon=hf["layer_norm_epsilon"],
+            rotary_training_seqlen=hf["training_seqlen"],
+            rotary_base_seqlen=hf["base_seqlen"],
             rotary_table_dtype=table_dtype,
         )
     )
@@ -391,8 +432,13 @@ def preset(name: str) -> dict[str, int]:
     from megatron_telechat.costs import count_parameters
 
     loaded = load_run_config(["--preset", name, "--mock-data"], os.environ).run
-    parallel = replace(loaded.parallel, tensor_model_parallel_size=2, pipeline_model_parallel_size=2,
-                       expert_model_parallel_size=2 if loaded.model.is_moe else None, sequence_parallel=True)
+    parallel = replace(
+        loaded.parallel,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        expert_model_parallel_size=2 if loaded.model.is_moe else None,
+        sequence_parallel=True,
+    )
     _, _, shards = build(replace(loaded, parallel=parallel))
     mine = sum(piece.numel for shard in shards if shard.writer for piece in shard.pieces)
     built: list[Any] = [None] * WORLD

@@ -18,7 +18,7 @@ from megatron_telechat.moe.overlap_model import PassCosts, backward_ms, forward_
 def test_ranges_tile_the_tokens(tokens, chunks):
     ranges = chunk_ranges(tokens, chunks)
     assert len(ranges) == chunks and ranges[0].start == 0 and ranges[-1].stop == tokens
-    assert all(before.stop == after.start for before, after in zip(ranges, ranges[1:]))
+    assert all(before.stop == after.start for before, after in zip(ranges, ranges[1:], strict=False))
     sizes = [stop - start for start, stop in ranges]
     assert min(sizes) >= 0
     inner = sizes[1:-1] if chunks > 2 else sizes
@@ -71,7 +71,8 @@ def test_fit_of_noise_keeps_costs_above_zero():
 
 @pytest.mark.parametrize("tokens,expected", ((8, 1), (32, 1), (64, 2), (128, 3), (192, 4), (960, 16)))
 def test_auto_leaves_the_smallest_chunk_enough_rows(tokens, expected):
-    """One rank of two, 16 experts, top-4: an expert gets half as many rows as a rank has tokens, and wants 16 in each chunk."""
+    """One rank of two, 16 experts, top-4: an expert gets half as many rows as a rank has tokens, and wants 16 in each
+    chunk."""
     config = SimpleNamespace(moe_router_topk=4, num_moe_experts=16)
     router = SimpleNamespace(weight=torch.empty(0))
     block = SimpleNamespace(config=config, channel=SimpleNamespace(size=2), router=router)

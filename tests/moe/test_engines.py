@@ -91,7 +91,7 @@ def test_a_slice_without_the_bias(groups, engine):
     plain = weights._replace(adds_bias=False)
     found = run(groups, ENGINES[engine], tokens, routing, plain, grad, 2)
     expected = reference(tokens, routing, weights, grad, adds_bias=False)
-    for value, wanted in zip(found[:5], expected[:5]):
+    for value, wanted in zip(found[:5], expected[:5], strict=True):
         assert relative_error(value, wanted) < 1e-6
     assert relative_error(found[5], reference(tokens, routing, weights, grad)[5]) < 1e-6
 
@@ -105,7 +105,7 @@ def test_weight_gradients_go_into_main_grad(groups, engine, dtype):
     for part in weights[:3]:
         part.main_grad, part.grad_added_to_main_grad = torch.ones(part.shape), False
     run(groups, ENGINES[engine], tokens, routing, weights, grad, 3)
-    for part, wanted in zip(weights[:3], expected):
+    for part, wanted in zip(weights[:3], expected, strict=True):
         assert part.grad_added_to_main_grad
         assert relative_error(part.main_grad - 1, wanted) < TOLERANCE[dtype]
 

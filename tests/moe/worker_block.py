@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -175,7 +175,10 @@ def against_reference(layout: str, route: str, per_token: bool = False) -> dict[
     output, input_gradient = run_block(block, tokens)
     expected, expected_input, expected_weights = reference_gradients(tokens, weights, state, per_token)
     rank = dist.get_rank()
-    errors = {"output": relative_error(output, expected[rank]), "input": relative_error(input_gradient, expected_input[rank])}
+    errors = {
+        "output": relative_error(output, expected[rank]),
+        "input": relative_error(input_gradient, expected_input[rank]),
+    }
     for name, gradient in reduced_gradients(block, state).items():
         errors[name] = relative_error(gradient, local_part(name, expected_weights[name], state))
     if route == "one_rank":
@@ -188,15 +191,16 @@ def against_reference(layout: str, route: str, per_token: bool = False) -> dict[
 
 for _layout in LAYOUTS:
     for _route in ROUTES:
-        cases.add(f"reference_{_layout}_{_route}", lambda l=_layout, r=_route: against_reference(l, r))
+        cases.add(
+            f"reference_{_layout}_{_route}", lambda layout=_layout, route=_route: against_reference(layout, route)
+        )
 for _layout in ("dp4", "tp2_folded_ep4", "tp2_ep2_etp2"):
-    cases.add(f"per_token_{_layout}", lambda l=_layout: against_reference(l, "even", per_token=True))
+    cases.add(f"per_token_{_layout}", lambda layout=_layout: against_reference(layout, "even", per_token=True))
 
 
 def core_layer(config, state, weights):
     """Megatron-Core's MoELayer with SequentialMLP, holding the same weights."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-
     from megatron.core.transformer.spec_utils import build_module
 
     spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
@@ -221,7 +225,7 @@ def core_gradients(layer) -> dict[str, torch.Tensor]:
     }
 
 
-def against_core(layout: str, shared: Optional[int] = None) -> dict[str, float]:
+def against_core(layout: str, shared: int | None = None) -> dict[str, float]:
     """fp32, no bias (Megatron-Core has none on the experts alone)."""
     state = start(layout)
     weights = random_weights(EXPERTS, HIDDEN, WIDTH, bias=False)
@@ -242,14 +246,16 @@ def against_core(layout: str, shared: Optional[int] = None) -> dict[str, float]:
     for name, gradient in core_gradients(layer).items():
         errors[name] = relative_error(block_parameters(block)[name].grad, gradient)
     if shared:
-        for (name, ours), theirs in zip(block.shared_experts.named_parameters(), layer.shared_experts.parameters()):
+        for (name, ours), theirs in zip(
+            block.shared_experts.named_parameters(), layer.shared_experts.parameters(), strict=True
+        ):
             errors[name] = relative_error(ours.grad, theirs.grad)
     assert max(errors.values()) < 3e-6, errors
     return errors
 
 
 for _layout in LAYOUTS:
-    cases.add(f"core_{_layout}", lambda l=_layout: against_core(l))
+    cases.add(f"core_{_layout}", lambda layout=_layout: against_core(layout))
 cases.add("core_shared_tp2_folded_ep4", lambda: against_core("tp2_folded_ep4", shared=20))
 
 

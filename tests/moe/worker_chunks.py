@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_telechat import parallel
 from tests.harness import Cases
 from tests.moe import worker_block as plain
 from tests.moe.reference import random_weights, relative_error
@@ -75,7 +75,7 @@ def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     return {name: relative_error(found[name], value) for name, value in expected.items()}
 
 
-def against_core_and_one_chunk(layout: str, route: str, shared: Optional[int] = None) -> dict[str, float]:
+def against_core_and_one_chunk(layout: str, route: str, shared: int | None = None) -> dict[str, float]:
     """Numbers of chunks, with and without recompute: results, and how often the ranks exchange."""
     state = plain.start(layout)
     weights = random_weights(plain.EXPERTS, plain.HIDDEN, plain.WIDTH, bias=False)
@@ -112,9 +112,11 @@ def against_core_and_one_chunk(layout: str, route: str, shared: Optional[int] = 
 
 for _layout in plain.LAYOUTS:
     for _route in plain.ROUTES:
-        cases.add(f"core_{_layout}_{_route}", lambda l=_layout, r=_route: against_core_and_one_chunk(l, r))
+        cases.add(
+            f"core_{_layout}_{_route}", lambda layout=_layout, route=_route: against_core_and_one_chunk(layout, route)
+        )
 for _layout in ("ep4", "tp2_folded_ep4"):
-    cases.add(f"core_shared_{_layout}", lambda l=_layout: against_core_and_one_chunk(l, "even", shared=20))
+    cases.add(f"core_shared_{_layout}", lambda layout=_layout: against_core_and_one_chunk(layout, "even", shared=20))
 
 
 def against_reference(layout: str) -> float:
@@ -137,7 +139,7 @@ def against_reference(layout: str) -> float:
 
 
 for _layout in plain.LAYOUTS:
-    cases.add(f"reference_{_layout}", lambda l=_layout: against_reference(l))
+    cases.add(f"reference_{_layout}", lambda layout=_layout: against_reference(layout))
 
 
 def interleaved(order: str) -> dict[str, float]:
@@ -223,7 +225,10 @@ def main_gradients(layout: str) -> dict[str, float]:
         ddp.finish_grad_sync()
         names = {parameter: name for name, parameter in plain.block_parameters(block).items()}
         for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
-            rank, size = group.intra_distributed_optimizer_instance_rank, group.intra_distributed_optimizer_instance_size
+            rank, size = (
+                group.intra_distributed_optimizer_instance_rank,
+                group.intra_distributed_optimizer_instance_size,
+            )
             for bucket in group.buckets:
                 shard = bucket.grad_data.chunk(size)[rank]
                 wanted = torch.zeros_like(bucket.grad_data)
@@ -237,7 +242,7 @@ def main_gradients(layout: str) -> dict[str, float]:
 
 
 for _layout in ("dp4", "ep2", "tp2_folded_ep2"):
-    cases.add(f"main_grad_{_layout}", lambda l=_layout: main_gradients(l))
+    cases.add(f"main_grad_{_layout}", lambda layout=_layout: main_gradients(layout))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,9 @@ def sizes(hidden: int, width: int) -> None:
 
 
 def config_for(state, dtype: torch.dtype, **changes: Any):
-    return plain.make_config(state, dtype, **{"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0, **changes})
+    return plain.make_config(
+        state, dtype, **{"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0, **changes}
+    )
 
 
 # ---- rounding -----------------------------------------------------------------------------------
@@ -82,7 +84,11 @@ def bf16() -> dict[str, dict[str, float]]:
         inputs = tokens.double().requires_grad_()
         output = reference_block(inputs.view(-1, plain.HIDDEN), leaves, TOPK).view_as(inputs)
         (output * direction.double()).sum().backward()
-        expected = {"output": output.detach(), "input": inputs.grad, **{name: leaf.grad for name, leaf in leaves.items()}}
+        expected = {
+            "output": output.detach(),
+            "input": inputs.grad,
+            **{name: leaf.grad for name, leaf in leaves.items()},
+        }
         config = config_for(state, torch.bfloat16)
         layer, block = plain.core_layer(config, state, weights), plain.build_block(config, state, weights, bias=False)
 
@@ -148,9 +154,10 @@ def curve(layers, steps: int) -> list[float]:
 
 
 class CoreTape:
-    """In the place of Megatron-Core's own router replay, which knows one call: notes the choices of every step, or gives them."""
+    """In the place of Megatron-Core's own router replay, which knows one call: notes the choices of every step, or
+    gives them."""
 
-    def __init__(self, given: Optional[list[torch.Tensor]] = None):
+    def __init__(self, given: list[torch.Tensor] | None = None):
         self.given, self.chosen = given, []
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
@@ -162,7 +169,8 @@ class CoreTape:
 
 @cases.case
 def loss_curve() -> dict[str, float]:
-    """50 steps of Megatron-Core's layer, and of ours with one and with four chunks, in the same model, under one routing.
+    """50 steps of Megatron-Core's layer, and of ours with one and with four chunks, in the same model, under one
+    routing.
 
     What fp32 noise is, a second run of Megatron-Core's layer shows whose weights differ by one rounding.
     """
@@ -253,7 +261,9 @@ def hidden_size_that_does_not_pack() -> list[str]:
     sizes(hidden=33, width=48)
     state = start()
     try:
-        MoEBlock(config_for(state, torch.bfloat16, num_attention_heads=1, kv_channels=8), pg_collection=state.process_groups)
+        MoEBlock(
+            config_for(state, torch.bfloat16, num_attention_heads=1, kv_channels=8), pg_collection=state.process_groups
+        )
     except ConfigError as error:
         texts.append(str(error))
     else:

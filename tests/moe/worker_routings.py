@@ -214,7 +214,8 @@ def drawn(layout: str) -> dict[str, float]:
     state = plain.start(layout)
     # Values that bf16 holds, so that only the arithmetic is rounded.
     weights = {
-        name: value.bfloat16().double() for name, value in random_weights(plain.EXPERTS, plain.HIDDEN, plain.WIDTH).items()
+        name: value.bfloat16().double()
+        for name, value in random_weights(plain.EXPERTS, plain.HIDDEN, plain.WIDTH).items()
     }
     blocks = {dtype: plain.build_block(plain.make_config(state, dtype), state, weights) for dtype in BOUNDS}
     worst = dict.fromkeys(map(str, BOUNDS), 0.0)
@@ -227,7 +228,7 @@ def drawn(layout: str) -> dict[str, float]:
 
 
 for _layout in ("dp4", "ep2", "ep4", "tp2_folded_ep4", "tp2_ep2_etp2", "tp2_ep1_etp2"):
-    cases.add(f"drawn_{_layout}", lambda l=_layout: drawn(l))
+    cases.add(f"drawn_{_layout}", lambda layout=_layout: drawn(layout))
 
 
 if __name__ == "__main__":

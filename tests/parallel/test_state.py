@@ -18,7 +18,17 @@ from tests.parallel.worker_state import LAYOUTS
 
 HERE = Path(__file__).parent
 AXES = ("tp", "cp", "dp", "pp", "ep", "etp", "edp")
-GROUPS = {"tp": "tp", "pp": "pp", "dp": "dp", "cp": "cp", "ep": "ep", "etp": "etp", "edp": "edp", "dp_cp": "dp-cp", "mp": "tp-pp"}
+GROUPS = {
+    "tp": "tp",
+    "pp": "pp",
+    "dp": "dp",
+    "cp": "cp",
+    "ep": "ep",
+    "etp": "etp",
+    "edp": "edp",
+    "dp_cp": "dp-cp",
+    "mp": "tp-pp",
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,9 @@ def test_known_groups_of_two_by_two(report):
 
 @pytest.mark.gloo
 def test_stages_know_their_ends(report):
-    assert [rank["ends"] for rank in report.check("layout_pp2")] == [[True, False, False]] * 2 + [[False, True, True]] * 2
+    assert [rank["ends"] for rank in report.check("layout_pp2")] == [[True, False, False]] * 2 + [
+        [False, True, True]
+    ] * 2
     # Two chunks a rank: the output layer is on the last chunk of the last stage only.
     interleaved = [rank["ends"] for rank in report.check("layout_pp2_interleaved")]
     assert interleaved == [[True, False, False]] * 2 + [[False, False, True]] * 2
@@ -126,15 +138,15 @@ def test_a_lost_rank_ends_the_others_with_a_message(what):
 
 def test_one_process_needs_no_launcher():
     code = (
-        "from megatron_telechat import parallel\n"
-        "from megatron_telechat.backend import get_backend\n"
-        "from megatron_telechat.config.schema import RunConfig\n"
-        "state = parallel.initialize(RunConfig(), get_backend('cpu'))\n"
-        "print(state.world_size, state.is_first_stage(), state.is_last_stage())\n"
-        "parallel.destroy()\n"
+        "from megatron_telechat import parallel\nfrom megatron_telechat.backend import get_backend\nfrom "
+        "megatron_telechat.config.schema import RunConfig\nstate = parallel.initialize(RunConfig(), "
+        "get_backend('cpu'))\nprint(state.world_size, state.is_first_stage(), "
+        "state.is_last_stage())\nparallel.destroy()\n"
     )
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 True True\n", "")
 
 

@@ -9,7 +9,13 @@ import pytest
 
 from megatron_telechat.config.schema import ParallelConfig
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.parallel.topology import ATTENTION_AXES, EXPERT_AXES, Topology, expert_groups_text, placement_warnings
+from megatron_telechat.parallel.topology import (
+    ATTENTION_AXES,
+    EXPERT_AXES,
+    Topology,
+    expert_groups_text,
+    placement_warnings,
+)
 
 
 def topologies():
@@ -29,7 +35,13 @@ def test_groups_are_megatron_cores():
         expert = parallel_state.RankGenerator(topology.etp, topology.ep, topology.edp, topology.pp, 1, order)
         for kind in ("tp", "cp", "dp", "pp", "dp-cp", "tp-cp", "tp-pp", "tp-dp-cp"):
             assert topology.groups(kind) == attention.get_ranks(kind), (topology, kind)
-        for kind, theirs in (("etp", "tp"), ("ep", "ep"), ("edp", "dp"), ("etp-ep", "tp-ep"), ("etp-ep-pp", "tp-ep-pp")):
+        for kind, theirs in (
+            ("etp", "tp"),
+            ("ep", "ep"),
+            ("edp", "dp"),
+            ("etp-ep", "tp-ep"),
+            ("etp-ep-pp", "tp-ep-pp"),
+        ):
             assert topology.groups(kind) == expert.get_ranks(theirs), (topology, kind)
         checked += 1
     assert checked > 100
@@ -75,7 +87,8 @@ def sizes_of(fix: str) -> dict[str, int]:
 
 
 def test_the_proposed_expert_groups_stay_in_a_node_and_keep_what_the_layout_needs():
-    """Over all layouts: the proposal crosses no node, divides what was asked for, and holds whole folded tensor domains."""
+    """Over all layouts: the proposal crosses no node, divides what was asked for, and holds whole folded tensor
+    domains."""
     told = 0
     for topology, node in itertools.product(topologies(), (3, 4, 8)):
         topology = dataclasses.replace(topology, ranks_per_node=node)
@@ -87,7 +100,10 @@ def test_the_proposed_expert_groups_stay_in_a_node_and_keep_what_the_layout_need
             for text in found:
                 sizes = sizes_of(text.partition("uses the network. ")[2].partition(" stays")[0])
                 tensor = sizes.get("--tensor-model-parallel-size", topology.tp)
-                etp, ep = sizes.get("--expert-tensor-parallel-size", topology.etp), sizes["--expert-model-parallel-size"]
+                etp, ep = (
+                    sizes.get("--expert-tensor-parallel-size", topology.etp),
+                    sizes["--expert-model-parallel-size"],
+                )
                 assert topology.ep % ep == 0 and topology.etp % etp == 0 and node % (ep * etp) == 0
                 assert not folded or ep % tensor == 0
                 told += 1
@@ -99,7 +115,9 @@ def test_the_proposed_expert_groups_stay_in_a_node_and_keep_what_the_layout_need
 
 
 def test_expert_groups_are_named_with_their_nodes():
-    assert expert_groups_text(Topology(4, 4, tp=2, pp=2, ep=2)) == "2 groups of 2: ranks 0-1, 2-3; none crosses nodes of 4"
+    assert (
+        expert_groups_text(Topology(4, 4, tp=2, pp=2, ep=2)) == "2 groups of 2: ranks 0-1, 2-3; none crosses nodes of 4"
+    )
     assert expert_groups_text(Topology(16, 4, ep=4, etp=2)) == (
         "2 groups of 8: ranks 0-7 (nodes 0, 1), 8-15 (nodes 2, 3); all cross nodes of 4"
     )

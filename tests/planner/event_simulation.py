@@ -42,7 +42,7 @@ def run(problem: BalanceProblem, assignment: Assignment) -> tuple[float, list[fl
         peak[device] = max(peak[device], held[device] + (ws[stage] if kind == "B" else 0.0))
         held[device] -= act[stage] if kind == "B" else 0.0
     weights = [sum(w[device::P]) for device in range(P)]
-    return max(free), [problem.const_mem + weight + most for weight, most in zip(weights, peak)]
+    return max(free), [problem.const_mem + weight + most for weight, most in zip(weights, peak, strict=True)]
 
 
 def _ready(op: tuple[str, int, int], device: int, P: int, V: int, done: dict, p2p: float) -> float | None:
@@ -65,7 +65,7 @@ def _stages(problem: BalanceProblem, assignment: Assignment) -> tuple[list[float
     for stage, modes in enumerate(assignment.modes):
         mine = layers[at : at + len(modes)]
         at += len(modes)
-        used = [layer.modes[mode] for layer, mode in zip(mine, modes)]
+        used = [layer.modes[mode] for layer, mode in zip(mine, modes, strict=True)]
         blocks = [problem.embed] * (stage == 0) + [problem.head] * (stage == last)
         blocks += [problem.mtp] * (stage == assignment.mtp_stage)
         f.append(sum(x.f for x in [*mine, *blocks]))

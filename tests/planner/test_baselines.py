@@ -69,7 +69,7 @@ def least_by_trying(problem: BalanceProblem, kind: str) -> float | None:
         choices = [
             [sum(chosen, ()) for chosen in itertools.product(*(
                 itertools.combinations_with_replacement(range(len(group.modes)), count)
-                for group, count in zip(problem.groups, row)
+                for group, count in zip(problem.groups, row, strict=True)
             ))]
             for row in stage_groups(problem, counts)
         ]  # fmt: skip

@@ -12,8 +12,14 @@ from megatron_telechat.costs import device_spec
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.build import (
-    assignment_of, balance_problem, kinds_of, mtp_block, of_layer, parse_kind, planned_run,
-)  # fmt: skip
+    assignment_of,
+    balance_problem,
+    kinds_of,
+    mtp_block,
+    of_layer,
+    parse_kind,
+    planned_run,
+)
 from megatron_telechat.planner.plan import Assignment
 from megatron_telechat.planner.predict import predict
 from megatron_telechat.planner.simulate import simulate
@@ -25,15 +31,30 @@ RUNS = {
     "39b": ("telechat2-39b-a12b", 1024, ()),
     "7b": ("telechat2-7b", 8, ()),
     "115b selective": (
-        "telechat2-115b", 512, ("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp")),
+        "telechat2-115b",
+        512,
+        ("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp"),
+    ),
     "39b chunks": (
-        "telechat2-39b-a12b", 1024,
-        ("--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2",
-         "--recompute-layout", "full*3|none*4|moe*4|none*4|full*4|none*4|none*4|core_attn+layernorm*3",
-         "--pipeline-model-parallel-layout", "Et*3|t*4|t*4|t*4|t*4|t*4|t*4|t*3L")),
+        "telechat2-39b-a12b",
+        1024,
+        (
+            "--pipeline-model-parallel-size",
+            "4",
+            "--num-virtual-stages-per-pipeline-rank",
+            "2",
+            "--recompute-layout",
+            "full*3|none*4|moe*4|none*4|full*4|none*4|none*4|core_attn+layernorm*3",
+            "--pipeline-model-parallel-layout",
+            "Et*3|t*4|t*4|t*4|t*4|t*4|t*4|t*3L",
+        ),
+    ),
     "dense and experts": (
-        "telechat2-39b-a12b", 1024, ("--moe-layer-freq", "2", "--ffn-hidden-size", "12288", "--no-use-distributed-optimizer")),
-}  # fmt: skip
+        "telechat2-39b-a12b",
+        1024,
+        ("--moe-layer-freq", "2", "--ffn-hidden-size", "12288", "--no-use-distributed-optimizer"),
+    ),
+}
 
 
 def load(name):
@@ -61,7 +82,9 @@ def test_a_plan_goes_to_a_run_and_back(name):
     preset, world, flags = RUNS[name]
     if "--recompute-granularity" in flags:  # the plan takes their place
         flags = ()
-    typed = load_run_config(["--preset", preset, "--dry-run", "--world-size", str(world), *flags, *planned.flags], {}).run
+    typed = load_run_config(
+        ["--preset", preset, "--dry-run", "--world-size", str(world), *flags, *planned.flags], {}
+    ).run
     assert assignment_of(typed, problem) == assignment
 
 
@@ -93,10 +116,16 @@ def test_a_multi_token_prediction_block_has_a_place():
     assert len(problem.mtp_places()) == 8
 
 
-@pytest.mark.parametrize("text, is_moe, modes", [
-    ("full", True, ("full",)), ("none", False, ()), ("mlp+core_attn", False, ("core_attn", "mlp")),
-    ("mlp", True, ("moe",)), ("moe+layernorm", False, ("mlp", "layernorm")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, is_moe, modes",
+    [
+        ("full", True, ("full",)),
+        ("none", False, ()),
+        ("mlp+core_attn", False, ("core_attn", "mlp")),
+        ("mlp", True, ("moe",)),
+        ("moe+layernorm", False, ("mlp", "layernorm")),
+    ],
+)
 def test_kinds(text, is_moe, modes):
     assert of_layer(parse_kind(text), is_moe) == modes
 
@@ -110,15 +139,27 @@ def test_unknown_kinds(text):
 def plan_of(run, recompute):
     """A plan of four stages of 7, 8, 8, 7 layers, the given numbers of layers recomputed in full."""
     problem = balance_problem(run, NPU)
-    modes = tuple((1,) * number + (0,) * (count - number) for count, number in zip((7, 8, 8, 7), recompute))
+    modes = tuple(
+        (1,) * number + (0,) * (count - number) for count, number in zip((7, 8, 8, 7), recompute, strict=True)
+    )
     return planned_run(run, problem, Assignment(modes))
 
 
 def test_flags_of_megatron():
     run = load_run_config(
-        ["--preset", "telechat2-7b", "--dry-run", "--world-size", "8", "--pipeline-model-parallel-size", "4",
-         "--pipeline-model-parallel-layout", "Et*7|t*8|t*8|t*7L"], {}
-    ).run  # fmt: skip
+        [
+            "--preset",
+            "telechat2-7b",
+            "--dry-run",
+            "--world-size",
+            "8",
+            "--pipeline-model-parallel-size",
+            "4",
+            "--pipeline-model-parallel-layout",
+            "Et*7|t*8|t*8|t*7L",
+        ],
+        {},
+    ).run
     layout = ("--pipeline-model-parallel-layout", "Et*7|t*8|t*8|t*7L")
     block = ("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers")
     assert plan_of(run, (0, 0, 0, 0)).megatron_flags() == layout

@@ -69,7 +69,10 @@ def test_the_prediction_of_a_run_counts_what_was_measured():
 
     def predicted(alone: float, jitter: float, ranks_per_node: int = 2, layout: str = "Et*3|tL"):
         parallel = ParallelConfig(
-            world_size=2, ranks_per_node=ranks_per_node, pipeline_model_parallel_size=2, pipeline_model_parallel_layout=layout
+            world_size=2,
+            ranks_per_node=ranks_per_node,
+            pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout=layout,
         )
         run = RunConfig(model=model, parallel=parallel, training=training)
         both = {"forward": 0.001, "backward": 0.002}
@@ -82,7 +85,11 @@ def test_the_prediction_of_a_run_counts_what_was_measured():
     assert 0.6 < faster.pace < 1.0 and faster.iteration < plain.iteration
     even, varied = (predicted(1.0, jitter, layout="Et*2|t*2L") for jitter in (0.0, 0.2))
     assert even.pace == 1.0 < varied.pace and even.iteration < varied.iteration
-    assert faster.bubble == pytest.approx(plain.bubble) and varied.bubble == pytest.approx(even.bubble) and 0 < even.bubble < 1
+    assert (
+        faster.bubble == pytest.approx(plain.bubble)
+        and varied.bubble == pytest.approx(even.bubble)
+        and 0 < even.bubble < 1
+    )
     assert predicted(0.6, 0.0, ranks_per_node=1).pace == 1.0, "ranks of other nodes do not disturb"
 
 

@@ -31,8 +31,8 @@ def test_the_device_file_holds_the_fit_to_one_of_them():
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_throughput_within_17_percent(name):
-    """The 39B is the far one, 1.16: its gradient groups have two adapters a node, and nothing yet says how much of their time
-    the backward cannot hide."""
+    """The 39B is the far one, 1.16: its gradient groups have two adapters a node, and nothing yet says how much of
+    their time the backward cannot hide."""
     assert BY_NAME[name].ratio(published_device()) == pytest.approx(1.0, abs=0.17)
 
 

@@ -26,7 +26,11 @@ def random_assignment(problem: BalanceProblem, rng: random.Random) -> Assignment
     stages = []
     for row in stage_groups(problem, counts):
         stages.append(
-            tuple(rng.randrange(len(group.modes)) for group, count in zip(problem.groups, row) for _ in range(count))
+            tuple(
+                rng.randrange(len(group.modes))
+                for group, count in zip(problem.groups, row, strict=True)
+                for _ in range(count)
+            )
         )
     return Assignment(tuple(stages), place)
 
@@ -56,7 +60,7 @@ def test_timeline_keeps_the_order_and_never_overlaps():
         mine = [op for op in ops if op.device == device]
         order = [(op.forward, op.chunk, op.microbatch) for op in rank_ops(device, problem.P, problem.V, problem.m)]
         assert [(op.kind == "F", op.chunk, op.microbatch) for op in mine] == order
-        assert all(one.end <= other.start + 1e-9 for one, other in zip(mine, mine[1:]))
+        assert all(one.end <= other.start + 1e-9 for one, other in zip(mine, mine[1:], strict=False))
 
 
 @pytest.mark.parametrize("P, V, m", [(1, 1, 3), (4, 1, 2), (4, 1, 9), (2, 2, 5), (4, 2, 8), (4, 3, 4), (3, 2, 2)])
@@ -69,10 +73,20 @@ def test_many_at_once_is_one_after_the_other(P, V, m):
 
 def test_one_stage_is_a_sum():
     problem = BalanceProblem.from_json(
-        {"P": 1, "V": 1, "m": 3, "mem_limit": 1000, "const_mem": 1, "p2p": 50,
-         "groups": [{"count": 2, "f": 10, "b": 20, "w": 7, "modes": [{"name": "none", "extra_b": 0, "act": 5, "ws": 0}]}],
-         "embed": {"f": 1, "b": 2, "w": 3, "act": 4}, "head": {"f": 5, "b": 6, "w": 7, "act": 8}}
-    )  # fmt: skip
+        {
+            "P": 1,
+            "V": 1,
+            "m": 3,
+            "mem_limit": 1000,
+            "const_mem": 1,
+            "p2p": 50,
+            "groups": [
+                {"count": 2, "f": 10, "b": 20, "w": 7, "modes": [{"name": "none", "extra_b": 0, "act": 5, "ws": 0}]}
+            ],
+            "embed": {"f": 1, "b": 2, "w": 3, "act": 4},
+            "head": {"f": 5, "b": 6, "w": 7, "act": 8},
+        }
+    )
     result = simulate(problem, Assignment(((0, 0),)))
     assert result.makespan == 3 * (60 + 3 + 11)
     assert result.peak_bytes == (1 + 14 + 3 + 7 + 10 + 4 + 8,)
@@ -95,9 +109,19 @@ def test_an_order_in_which_the_ranks_wait_for_each_other_is_refused():
 )
 def test_assignments_that_are_none(modes, place, match):
     problem = BalanceProblem.from_json(
-        {"P": 2, "V": 2, "m": 2, "mem_limit": 1000, "const_mem": 1, "p2p": 0,
-         "groups": [{"count": 5, "f": 1, "b": 2, "w": 7, "modes": [{"name": "none", "extra_b": 0, "act": 5, "ws": 0}]}],
-         "embed": {"f": 0, "b": 0, "w": 0, "act": 0}, "head": {"f": 0, "b": 0, "w": 0, "act": 0}}
-    )  # fmt: skip
+        {
+            "P": 2,
+            "V": 2,
+            "m": 2,
+            "mem_limit": 1000,
+            "const_mem": 1,
+            "p2p": 0,
+            "groups": [
+                {"count": 5, "f": 1, "b": 2, "w": 7, "modes": [{"name": "none", "extra_b": 0, "act": 5, "ws": 0}]}
+            ],
+            "embed": {"f": 0, "b": 0, "w": 0, "act": 0},
+            "head": {"f": 0, "b": 0, "w": 0, "act": 0},
+        }
+    )
     with pytest.raises(ConfigError, match=match):
         simulate(problem, Assignment(modes, place))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SMALL = (
     "--seq-length 32 --vocab-size 256 --hidden-size 64 --kv-channels 8 --init-method-std 0.05 "
@@ -30,7 +34,7 @@ def make_trainer(flags: Sequence[str], run_dir: Path):
     return Trainer(load(flags, run_dir))
 
 
-def gradient_boxes(trainer) -> dict[str, "torch.Tensor"]:
+def gradient_boxes(trainer) -> dict[str, torch.Tensor]:
     """Boxes of the reduced gradients that this rank, and no other, owns; names are ``key@offset``."""
     from megatron_telechat.checkpoint.optimizer_state import global_boxes, optimizer_slices
 
@@ -45,7 +49,7 @@ def gradient_boxes(trainer) -> dict[str, "torch.Tensor"]:
     return boxes
 
 
-def weight_boxes(trainer) -> dict[str, "torch.Tensor"]:
+def weight_boxes(trainer) -> dict[str, torch.Tensor]:
     """Boxes of the weights that this rank, and no other, writes; names are ``key@offset``. Collective."""
     from megatron_telechat.training.param_gather import gathered_parameters
 
@@ -57,7 +61,7 @@ def weight_boxes(trainer) -> dict[str, "torch.Tensor"]:
         }  # fmt: skip
 
 
-def assemble(files: Sequence[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, "torch.Tensor"]:
+def assemble(files: Sequence[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Global tensors from the boxes that all ranks wrote; fails where a number was written by nobody."""
     import torch
     from safetensors.torch import load_file
@@ -67,7 +71,7 @@ def assemble(files: Sequence[Path], shapes: dict[str, tuple[int, ...]]) -> dict[
         for name, box in load_file(path).items():
             key, _, offset = name.partition("@")
             corner = [int(number) for number in offset.split(",")]
-            whole[key][tuple(slice(at, at + size) for at, size in zip(corner, box.shape))] = box
+            whole[key][tuple(slice(at, at + size) for at, size in zip(corner, box.shape, strict=True))] = box
     empty = [key for key, tensor in whole.items() if torch.isnan(tensor).any()]
     assert not empty, f"no rank holds all of {empty}"
     return whole

@@ -48,7 +48,12 @@ def test_one_cuda_queue_is_warned_of_where_chunks_need_more(monkeypatch, backend
 
 
 @pytest.mark.parametrize(
-    "given, flags, after", [(None, (*TP2, "--moe-input-chunks", "auto"), "8"), ("1", (*TP2, "--moe-input-chunks", "4"), "1"), (None, TP2, None)]
+    "given, flags, after",
+    [
+        (None, (*TP2, "--moe-input-chunks", "auto"), "8"),
+        ("1", (*TP2, "--moe-input-chunks", "4"), "1"),
+        (None, TP2, None),
+    ],
 )
 def test_queues_are_left_open_for_chunks_unless_the_environment_says(monkeypatch, given, flags, after):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")

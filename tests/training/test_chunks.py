@@ -66,9 +66,24 @@ def test_only_training_counts_as_exposed(report):
 def run(tmp_path_factory):
     """The real command: two ranks, EP2, three chunks, the second and third step traced."""
     folder = tmp_path_factory.mktemp("traced")
-    flags = [*MOE, "--train-iters", str(STEPS), "--run-dir", str(folder), "--moe-input-chunks", str(CHUNKS), "--moe-trace", "2-3",
-             "--expert-model-parallel-size", "2", "--no-fold-tensor-into-experts", "--recompute-granularity", "selective",
-             "--recompute-modules", "moe"]  # fmt: skip
+    flags = [
+        *MOE,
+        "--train-iters",
+        str(STEPS),
+        "--run-dir",
+        str(folder),
+        "--moe-input-chunks",
+        str(CHUNKS),
+        "--moe-trace",
+        "2-3",
+        "--expert-model-parallel-size",
+        "2",
+        "--no-fold-tensor-into-experts",
+        "--recompute-granularity",
+        "selective",
+        "--recompute-modules",
+        "moe",
+    ]
     return folder, launch(PRETRAIN, 2, *flags, timeout=240).ok()
 
 
@@ -91,7 +106,9 @@ def test_trace_is_valid_and_complete(run, rank):
     assert all(event["pid"] == rank and event["dur"] >= 0 and event["ts"] >= 0 for event in events)
     micro_batches = 8 // 2 // 2
     passes = 2 * micro_batches  # of two steps
-    by_name = Counter((names[event["tid"]], event["name"].rstrip("0123456789 "), event["args"]["step"]) for event in events)
+    by_name = Counter(
+        (names[event["tid"]], event["name"].rstrip("0123456789 "), event["args"]["step"]) for event in events
+    )
     for step in (2, 3):
         assert by_name["steps", "step", step] == 1
         for row, kinds in {"link": ("D", "C", "C'", "D'"), "compute": ("F", "R", "B", "W")}.items():
@@ -99,9 +116,13 @@ def test_trace_is_valid_and_complete(run, rank):
                 assert by_name[row, kind, step] == LAYERS * CHUNKS * micro_batches, (row, kind)
         for kind in ("wait D", "wait C", "wait C'", "wait D'"):
             assert by_name["compute", kind, step] == LAYERS * CHUNKS * micro_batches, kind
-    places = Counter((event["args"]["layer"], event["args"]["chunk"]) for event in events if event["name"].startswith("F "))
+    places = Counter(
+        (event["args"]["layer"], event["args"]["chunk"]) for event in events if event["name"].startswith("F ")
+    )
     assert places == {(layer, chunk): passes for layer in range(LAYERS) for chunk in range(CHUNKS)}
     for row in ("compute", "link"):
         spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if names[event["tid"]] == row)
-        overlaps = [after[0] - before[1] for before, after in zip(spans, spans[1:]) if after[0] < before[1] - 1]
+        overlaps = [
+            after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False) if after[0] < before[1] - 1
+        ]
         assert not overlaps, f"{row} does one thing at a time"

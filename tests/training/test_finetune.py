@@ -50,7 +50,7 @@ def test_the_runs_learn_and_are_not_all_one(runs):
     found = {name: runs(1).check(name)[0] for name in ("plain", "plain_answer", "reset", "reset_alone")}
     assert all(run["loss"][-1] < run["loss"][0] - 0.1 for run in found.values())
     assert len({run["loss"][0] for run in found.values()}) == 4
-    assert all(a < b for a, b in zip(found["plain_answer"]["tokens"], found["plain"]["tokens"]))
+    assert all(a < b for a, b in zip(found["plain_answer"]["tokens"], found["plain"]["tokens"], strict=True))
 
 
 def test_positions_alone_do_not_matter_where_the_attention_is_reset(runs):

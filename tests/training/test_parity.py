@@ -1,7 +1,8 @@
-"""Every layout is the one-rank run: 20 losses and gradient norms, and every parameter's first gradient, to 1e-5; its last weights.
+"""Every layout is the one-rank run: 20 losses and gradient norms, and every parameter's first gradient, to 1e-5; its
+last weights.
 
-Mixtures are compared under one routing, that of the one-rank run. What a layout would have chosen itself is compared apart: it
-may be another choice only where the logits are nearer to each other than `TIE`.
+Mixtures are compared under one routing, that of the one-rank run. What a layout would have chosen itself is compared
+apart: it may be another choice only where the logits are nearer to each other than `TIE`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tests.training.worker_parity import LAYOUTS, SLOW
 WORKER = Path(__file__).with_name("worker_parity.py")
 TOLERANCE = 1e-5
 TIE = 1e-4
-"""Of logits around 0.1. Sums in another order move them by 1e-8 in the first step and, through Adam, by up to 1e-6 in the last."""
+"""Of logits around 0.1. Sums in another order move them by 1e-8 in the first step and, through Adam, by up to 1e-6 in
+the last."""
 WEIGHT_TOLERANCE = 1e-3
 """Adam divides by the size of a gradient: where that is next to nothing, rounding decides the direction of a step."""
 BASE = {"dense": DENSE, "moe": MOE, "shared": SHARED}

@@ -13,7 +13,15 @@ from tests.harness import ROOT, launch
 from tests.training.runs import DENSE
 
 PRETRAIN, PLAN = ROOT / "pretrain" / "pretrain_telechat2.py", ROOT / "tools" / "plan_pipeline.py"
-PP2 = [*DENSE, "--pipeline-model-parallel-size", "2", "--num-layers", "7", "--num-virtual-stages-per-pipeline-rank", "2"]
+PP2 = [
+    *DENSE,
+    "--pipeline-model-parallel-size",
+    "2",
+    "--num-layers",
+    "7",
+    "--num-virtual-stages-per-pipeline-rank",
+    "2",
+]
 STEPS = FIRST_REPORT + 2
 FLAGS = [word for word in PP2 if word not in ("--device", "cpu")]
 
@@ -71,7 +79,10 @@ def test_line_compares_once_enough_was_measured():
     assert forecast.line() is None
     assert forecast.observe(record(1.6), 8) is None
     line = forecast.observe(record(1.6), 5)
-    assert line is not None and "predicted 2 s a step (device file mine), measured 1.6 s a step (median of 13): +25.0%" in line
+    assert (
+        line is not None
+        and "predicted 2 s a step (device file mine), measured 1.6 s a step (median of 13): +25.0%" in line
+    )
     assert "predicted 1.50 GiB, measured peak 2.00 GiB" in line
     assert forecast.observe(record(1.6), 5) is None, "said once"
     assert forecast.fields() == {"predicted_iteration_s": 2.0, "predicted_memory_gib": 1.5}
@@ -81,5 +92,9 @@ def test_nothing_is_made_up_where_nothing_is_known():
     forecast = Forecast(None, 1.5, "no device file for AMD EPYC", on_cpu=True)
     forecast.observe(record(9.0), 1)
     line = forecast.observe(record(1.6), 12)
-    assert line is not None and "no prediction (no device file for AMD EPYC)" in line and "peak of the whole process 2.00" in line
+    assert (
+        line is not None
+        and "no prediction (no device file for AMD EPYC)" in line
+        and "peak of the whole process 2.00" in line
+    )
     assert forecast.fields() == {"predicted_memory_gib": 1.5}

@@ -50,7 +50,9 @@ def test_step_line_leaves_out_what_is_not_known():
     assert "loss none" in nothing and "gnorm none" in nothing
 
 
-@pytest.mark.parametrize("value,text", [(412, "412"), (12_300, "12.3k"), (4_194_304, "4.19M"), (113_282_916_352, "113B")])
+@pytest.mark.parametrize(
+    "value,text", [(412, "412"), (12_300, "12.3k"), (4_194_304, "4.19M"), (113_282_916_352, "113B")]
+)
 def test_counts(value, text):
     assert format_count(value) == text
 
@@ -211,7 +213,9 @@ def test_an_output_that_nobody_reads_any_more_ends_no_run():
     console.step(RECORD, None)
 
 
-@pytest.mark.parametrize("seconds, interval, noted", [(0.5, None, False), (10.0, 100, False), (None, None, False), (1.0, None, True)])
+@pytest.mark.parametrize(
+    "seconds, interval, noted", [(0.5, None, False), (10.0, 100, False), (None, None, False), (1.0, None, True)]
+)
 def test_a_long_run_without_a_save_interval_is_told(seconds, interval, noted):
     run = RunConfig(training=TrainingConfig(train_iters=5000), checkpoint=CheckpointConfig(save_interval=interval))
     note = unsaved_note(run, 0, seconds, "measured")

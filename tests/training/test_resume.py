@@ -19,16 +19,22 @@ PRETRAIN = ROOT / "pretrain" / "pretrain_telechat2.py"
 STEPS = 8
 LAYOUTS = {
     "moe_tp2_pp2_ep2_interleaved_distributed": (
-        4, MOE, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        4,
+        MOE,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
         "--num-virtual-stages-per-pipeline-rank 2 --use-distributed-optimizer",
     ),
     "dense_bf16_dp2_distributed_overlap_dropout": (
-        2, DENSE, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --hidden-dropout 0.1 "
+        2,
+        DENSE,
+        "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --hidden-dropout 0.1 "
         "--attention-dropout 0.1",
     ),
     # Steps 1 to 4 overflow (2^15 down to 2^12), and some later ones; the run is stopped after step 3.
     "moe_fp16_ep2_skipped_steps": (
-        2, MOE, "--fp16 --expert-model-parallel-size 2 --no-fold-tensor-into-experts --initial-loss-scale 32768 "
+        2,
+        MOE,
+        "--fp16 --expert-model-parallel-size 2 --no-fold-tensor-into-experts --initial-loss-scale 32768 "
         "--loss-scale-window 2 --hysteresis 1 --lr-warmup-iters 4",
     ),
 }
@@ -47,7 +53,8 @@ def records(run_dir: Path) -> dict[int, tuple[float, float, float, int]]:
         record = json.loads(line)
         if "loss" in record:
             found[record["step"]] = tuple(
-                record.get(key) for key in ("loss", "grad_norm", "lr", "consumed_samples", "loss_scale", "skipped_steps")
+                record.get(key)
+                for key in ("loss", "grad_norm", "lr", "consumed_samples", "loss_scale", "skipped_steps")
             )
     return found
 
@@ -55,7 +62,12 @@ def records(run_dir: Path) -> dict[int, tuple[float, float, float, int]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_resume_is_bitwise(name, tmp_path):
     nproc, base, flags = LAYOUTS[name]
-    flags = [*(flag for flag in base if flag != "--fp32" or "16 " not in flags), *flags.split(), "--lr-decay-style", "cosine"]
+    flags = [
+        *(flag for flag in base if flag != "--fp32" or "16 " not in flags),
+        *flags.split(),
+        "--lr-decay-style",
+        "cosine",
+    ]
     train(nproc, flags, tmp_path / "whole").ok()
     stopped = train(nproc, flags, tmp_path / "parts", "--exit-interval", "3").ok()
     assert "stopped after step 3" in stopped.stdout
@@ -89,7 +101,11 @@ def test_sigterm_saves_and_exits_75_then_the_run_goes_on(tmp_path):
     flags = [*DENSE, "--train-iters", "300", "--run-dir", str(tmp_path / "run")]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, str(PRETRAIN), *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, str(PRETRAIN), *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         wait_for_step(tmp_path / "run", 5, process)
@@ -102,7 +118,10 @@ def test_sigterm_saves_and_exits_75_then_the_run_goes_on(tmp_path):
     last = max(records(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / f"iter_{last:07d}" / "manifest.json").exists()
     again = subprocess.run(
-        [sys.executable, str(PRETRAIN), *flags, "--exit-interval", str(last + 2)], env=environment, capture_output=True, text=True
+        [sys.executable, str(PRETRAIN), *flags, "--exit-interval", str(last + 2)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert again.returncode == 0, again.stderr
     assert max(records(tmp_path / "run")) == last + 2

@@ -1,4 +1,5 @@
-"""Recording, replaying and comparing the experts' choices: over ranks, in files, through the tool, and before the start."""
+"""Recording, replaying and comparing the experts' choices: over ranks, in files, through the tool, and before the
+start."""
 
 from __future__ import annotations
 
@@ -20,21 +21,26 @@ from tests.training.worker_routing import LAYOUTS, forged
 
 WORKER = Path(__file__).with_name("worker_routing.py")
 LAYERS, TOPK, EXPERTS, SAMPLES, LENGTH = 4, 4, 16, 8, 32
-NUMBERS = dict(zip(SHAPE, (LAYERS, 1, EXPERTS, TOPK, SAMPLES, LENGTH)))
+NUMBERS = dict(zip(SHAPE, (LAYERS, 1, EXPERTS, TOPK, SAMPLES, LENGTH), strict=True))
 
 
-def write(path: Path, steps=(1, 2, 3), gap: float = 1.0, replayed: bool = False, cuts=(0, 20, LENGTH), **changes) -> Path:
+def write(
+    path: Path, steps=(1, 2, 3), gap: float = 1.0, replayed: bool = False, cuts=(0, 20, LENGTH), **changes
+) -> Path:
     """A recording by formula, its positions and samples spread over several files."""
     write_manifest(path, {**NUMBERS, **changes}, replayed, None)
     for step in steps:
         begin_step(path, step)
         boxes = []
-        for part, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+        for part, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
             for half in (0, 1):
                 samples = tuple(range(half, SAMPLES, 2))
                 box = Box(f"rank_{2 * part + half:05d}.safetensors", tuple(range(LAYERS)), samples, start, stop)
                 experts = {
-                    layer: np.array([[forged(layer, s, p, TOPK, EXPERTS) for p in range(start, stop)] for s in samples], dtype=np.uint8)
+                    layer: np.array(
+                        [[forged(layer, s, p, TOPK, EXPERTS) for p in range(start, stop)] for s in samples],
+                        dtype=np.uint8,
+                    )
                     for layer in range(LAYERS)
                 }
                 gaps = {layer: np.full((len(samples), stop - start), gap, dtype=np.float32) for layer in range(LAYERS)}
@@ -119,14 +125,24 @@ def refused(flags: str, base=MOE) -> str:
 def test_a_recording_that_does_not_fit_is_refused_by_name_in_the_dry_run(tmp_path):
     path = write(tmp_path / "r")
     load_run_config([*MOE, "--train-iters", "3", "--moe-routing-replay", str(path), "--dry-run"], {})
-    sizes = "--moe-router-topk 3 --num-experts 8 --num-layers 2 --seq-length 16 --global-batch-size 4 --moe-layer-freq 2"
+    sizes = (
+        "--moe-router-topk 3 --num-experts 8 --num-layers 2 --seq-length 16 --global-batch-size 4 --moe-layer-freq 2"
+    )
     text = refused(f"--moe-routing-replay {path} {sizes}")
-    for part in ("moe_router_topk=3, recorded 4", "num_experts=8, recorded 16", "num_layers=2, recorded 4", "seq_length=16, recorded 32",
-                 "global_batch_size=4, recorded 8", "moe_layer_freq=2, recorded 1"):  # fmt: skip
+    for part in (
+        "moe_router_topk=3, recorded 4",
+        "num_experts=8, recorded 16",
+        "num_layers=2, recorded 4",
+        "seq_length=16, recorded 32",
+        "global_batch_size=4, recorded 8",
+        "moe_layer_freq=2, recorded 1",
+    ):
         assert part in text
     assert "and not step 4 (7 are missing)" in refused(f"--moe-routing-replay {path} --train-iters 10")
     assert "not step 4" in refused(f"--moe-routing-replay {path} --train-iters 10 --moe-routing-steps 3-4")
-    load_run_config([*MOE, "--train-iters", "10", "--moe-routing-replay", str(path), "--moe-routing-steps", "1-3", "--dry-run"], {})
+    load_run_config(
+        [*MOE, "--train-iters", "10", "--moe-routing-replay", str(path), "--moe-routing-steps", "1-3", "--dry-run"], {}
+    )
 
 
 def test_flags_of_the_routing_that_mean_nothing_are_refused(tmp_path):
@@ -145,7 +161,9 @@ def test_flags_of_the_routing_that_mean_nothing_are_refused(tmp_path):
     assert "holds no step" in refused(f"--moe-routing-replay {tmp_path}/empty")
     assert "recorded and replayed at once" in refused(f"--moe-routing-replay {path} --moe-routing-record {path}")
     assert "recording of another run: num_experts=16, recorded 8" in refused(f"--moe-routing-record {other}")
-    assert "recording of another run: a replay, recorded none" in refused(f"--moe-routing-record {write(tmp_path / 'x')} --moe-routing-replay {path}")
+    assert "recording of another run: a replay, recorded none" in refused(
+        f"--moe-routing-record {write(tmp_path / 'x')} --moe-routing-replay {path}"
+    )
     assert "is a file" in refused(f"--moe-routing-record {tmp_path}/file")
 
 
@@ -156,7 +174,9 @@ def test_any_part_of_a_step_is_read_from_any_files(tmp_path):
     reader = StepReader(write(tmp_path / "r"), 2)
     samples = [6, 1, 3]
     found = reader.read("experts", 2, samples, 13, 27)
-    assert found.tolist() == [[forged(2, sample, position, TOPK, EXPERTS) for position in range(13, 27)] for sample in samples]
+    assert found.tolist() == [
+        [forged(2, sample, position, TOPK, EXPERTS) for position in range(13, 27)] for sample in samples
+    ]
 
 
 def test_a_torn_or_damaged_step_is_no_step(tmp_path):
@@ -198,7 +218,10 @@ def test_the_tool_tells_ties_from_other_choices(tmp_path, capsys):
     change(other, 2, 1, 1, 5, [1, 2, 3, 9], 2e-7)
     assert compare([str(one), str(other)]) == 0
     said = capsys.readouterr().out
-    assert "step 2 layer 1: 1 of 256 tokens differ, 1 of them ties; clearest: sample 2 position 5, experts 1 2 3 4 / 1 2 3 9, gap 3e-07 / 2e-07" in said
+    assert (
+        "step 2 layer 1: 1 of 256 tokens differ, 1 of them ties; clearest: sample 2 position 5, experts 1 2 3 4 / 1 2 "
+        "3 9, gap 3e-07 / 2e-07" in said
+    )
     assert compare([str(one), str(other), "--tie", "1e-7"]) == 5
 
     change(other, 3, 2, 0, 1, [1, 2, 3, 9], float("nan"))

@@ -1,4 +1,5 @@
-"""What a run reads, through the real command over real files: longer, with another batch, from a checkpoint of the release before."""
+"""What a run reads, through the real command over real files: longer, with another batch, from a checkpoint of the
+release before."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def test_a_run_made_longer_reads_what_the_long_run_reads_and_then_takes_another_
 
 
 def test_a_checkpoint_that_names_no_order_goes_on_in_megatrons(flags, tmp_path, capsys):
-    """Written by the release before: the order follows from its own length and batch, whatever those of the run are now."""
+    """Written by the release before: the order follows from its own length and batch, whatever those of the run are
+    now."""
     whole = train([*flags, "--data-order", "megatron"], tmp_path / "whole", 12, nproc=1).ok()
     assert "order: Megatron's for 96 of train samples" in whole.stdout
     train([*flags, "--data-order", "megatron"], tmp_path / "run", 12, "--exit-interval", "5", nproc=1).ok()
@@ -62,7 +64,9 @@ def test_a_checkpoint_that_names_no_order_goes_on_in_megatrons(flags, tmp_path, 
     assert {step: found[step] for step in range(1, 13)} == records(tmp_path / "whole") and max(found) == 16
     # The order stays with the run, and the tools see it too.
     assert read_manifest(tmp_path / "run" / "checkpoints" / "iter_0000016").extra["sample_order"] == {
-        "version": 1, "kind": "megatron", "built_for": {"train": 96},
+        "version": 1,
+        "kind": "megatron",
+        "built_for": {"train": 96},
     }
     command = [*flags, "--train-iters", "16", "--run-dir", str(tmp_path / "run")]
     assert build_index.main(command) == 0

@@ -10,8 +10,8 @@ import pytest
 from megatron_telechat.checkpoint import LoadedInfo
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import NumericsError
-from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.step import StepResult
+from megatron_telechat.training.steps_taken import StepsTaken
 from tests.harness import launch
 from tests.training.runs import DENSE
 from tests.training.test_resume import PRETRAIN, records
@@ -22,7 +22,9 @@ SKIPPED = replace(TAKEN, skipped="fp16 overflow", grad_norm=None)
 
 def loaded(precision="fp16", step=100, extra=None, adam_step=97, **checkpoint) -> LoadedInfo:
     run = RunConfig()
-    run = replace(run, training=replace(run.training, precision=precision), checkpoint=replace(run.checkpoint, **checkpoint))
+    run = replace(
+        run, training=replace(run.training, precision=precision), checkpoint=replace(run.checkpoint, **checkpoint)
+    )
     return LoadedInfo(Path("iter_0000100"), step, 800, run, "", extra=extra or {}, adam_step=adam_step)
 
 

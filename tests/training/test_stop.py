@@ -22,7 +22,9 @@ from tests.training.runs import DENSE
 
 PRETRAIN = ROOT / "pretrain" / "pretrain_telechat2.py"
 FLAGS = [*DENSE, "--train-iters", "1000000"]
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | {
+    "OMP_NUM_THREADS": "1"
+}
 
 
 def saved(run_dir: Path) -> list[str]:
@@ -43,11 +45,14 @@ def steps_in(run_dir: Path) -> int:
 
 @pytest.mark.gloo
 def test_ctrl_c_under_torchrun_saves_on_all_ranks(tmp_path):
-    """The launcher passes SIGINT on; its own code is 1 whatever the ranks' were. The note on a run that saves nothing comes before."""
+    """The launcher passes SIGINT on; its own code is 1 whatever the ranks' were. The note on a run that saves nothing
+    comes before."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(PRETRAIN)]
     with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen([*command, *FLAGS, "--run-dir", str(run)], env=ENVIRONMENT, stdout=out, stderr=out, cwd=ROOT)
+        process = subprocess.Popen(
+            [*command, *FLAGS, "--run-dir", str(run)], env=ENVIRONMENT, stdout=out, stderr=out, cwd=ROOT
+        )
         try:
             wait_until(lambda: steps_in(run) >= 15, process)
             process.send_signal(signal.SIGINT)
@@ -72,8 +77,14 @@ def test_a_closed_terminal_stops_an_evaluation_and_the_run_saves(tmp_path):
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    process = subprocess.Popen([sys.executable, str(PRETRAIN), *flags], env=ENVIRONMENT, stdin=inner, stdout=inner, stderr=inner,
-                               preexec_fn=take_terminal)
+    process = subprocess.Popen(
+        [sys.executable, str(PRETRAIN), *flags],
+        env=ENVIRONMENT,
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        preexec_fn=take_terminal,
+    )
     os.close(inner)
     try:
         wait_until(lambda: steps_in(run) >= 3, process)
@@ -95,8 +106,14 @@ def test_ctrl_c_before_the_first_step(tmp_path):
         "loop.build_datasets = lambda *a: (print('indexing', flush=True), __import__('time').sleep(60))\n"
         "sys.exit(pretrain.main(sys.argv[1:]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, *FLAGS, "--run-dir", str(run)], env=ENVIRONMENT, cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *FLAGS, "--run-dir", str(run)],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert process.stdout.readline() == "indexing\n"
         process.send_signal(signal.SIGINT)
@@ -111,12 +128,22 @@ def test_ctrl_c_before_the_first_step(tmp_path):
 def child(body: str) -> subprocess.Popen:
     """A process without torch that has printed "up"."""
     code = f"import os, signal, sys, time\nfrom pathlib import Path\n{body}"
-    process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "up\n"
     return process
 
 
-LISTENS = "from megatron_telechat.training.signals import StopRequests\nrequests = StopRequests(Path('.'), False, speaks=True)\n"
+LISTENS = (
+    "from megatron_telechat.training.signals import StopRequests\nrequests = StopRequests(Path('.'), False, "
+    "speaks=True)\n"
+)
 WAITS = "print('up', flush=True)\nfor _ in range(600): time.sleep(0.05)"
 
 
@@ -139,7 +166,8 @@ def test_sigterm_twice_is_one_request():
 
 
 def test_a_tool_ends_on_ctrl_c_with_a_line():
-    process = child(f"from megatron_telechat.cli.tool import run_tool\ndef tool(argv):\n    {WAITS.replace(chr(10), chr(10) + '    ')}\n"
+    process = child(f"from megatron_telechat.cli.tool import run_tool\ndef tool(argv):\n    "
+                    f"{WAITS.replace(chr(10), chr(10) + '    ')}\n"
                     "sys.exit(run_tool(tool, []))")  # fmt: skip
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)

@@ -1,4 +1,5 @@
-"""Commands given again and again: roll-backs, beginnings in another run, complete runs. Two ranks, each command a trainer."""
+"""Commands given again and again: roll-backs, beginnings in another run, complete runs. Two ranks, each command a
+trainer."""
 
 from __future__ import annotations
 
@@ -29,7 +30,12 @@ def command(run: str, *flags: str) -> dict:
     finally:
         trainer.release()
         parallel.destroy(keep_world=True)
-    return {"from": begun, "to": trainer.step, "code": code, "message": trainer.resumed.message if trainer.resumed else ""}
+    return {
+        "from": begun,
+        "to": trainer.step,
+        "code": code,
+        "message": trainer.resumed.message if trainer.resumed else "",
+    }
 
 
 def losses(run: str) -> dict[str, float]:
@@ -48,14 +54,22 @@ def records(run: str) -> list[dict]:
 
 @cases.case
 def roll_back() -> dict:
-    """A trunk of 8 steps, back to step 4 with another learning rate, cut off after step 6, the same command to the end."""
+    """A trunk of 8 steps, back to step 4 with another learning rate, cut off after step 6, the same command to the
+    end."""
     command("trunk")
     back = ["--load-step", "4", "--keep-last", "1", "--lr", "2e-3"]
     first = command("trunk", *back, "--exit-interval", "6")
     there, latest = folders("trunk"), (FOLDER / "trunk" / "checkpoints" / "latest").read_text().strip()
     without = command("trunk", "--lr", "2e-3", "--exit-interval", "7")
     again = command("trunk", *back)
-    return {"first": first, "there": there, "latest": latest, "without": without, "again": again, "then": folders("trunk")}
+    return {
+        "first": first,
+        "there": there,
+        "latest": latest,
+        "without": without,
+        "again": again,
+        "then": folders("trunk"),
+    }
 
 
 @cases.case
@@ -87,8 +101,15 @@ def complete_run() -> dict:
     _barrier()
     made_up = command("complete", *flags)
     told_again = [record for record in records("complete") if "valid_loss" in record or "test_loss" in record]
-    return {"first": first, "told": told, "untouched": before == after, "again": again, "lines": lines, "made_up": made_up,
-            "told_again": told_again}  # fmt: skip
+    return {
+        "first": first,
+        "told": told,
+        "untouched": before == after,
+        "again": again,
+        "lines": lines,
+        "made_up": made_up,
+        "told_again": told_again,
+    }
 
 
 def _barrier() -> None:

@@ -79,7 +79,9 @@ def resume_takes_the_number_of_the_checkpoint():
         found["again"] = with_trainer(AUTO, "resumed", again)
     with chosen(2):
         found["other_batch"] = with_trainer([*AUTO, "--micro-batch-size", "1"], "resumed", again)
-        found["fixed"] = with_trainer([*AUTO, "--moe-input-chunks", "4"], "resumed", lambda t: [numbers(t), t.chunk_setting])
+        found["fixed"] = with_trainer(
+            [*AUTO, "--moe-input-chunks", "4"], "resumed", lambda t: [numbers(t), t.chunk_setting]
+        )
     return found
 
 
@@ -92,11 +94,23 @@ def measuring_leaves_no_trace():
 
     def run(trainer):
         blocks = [module for chunk in trainer.chunks for module in chunk.modules() if hasattr(module, "clock")]
-        gradients = sum(float(buffer.grad_data.abs().sum()) for c in trainer.chunks for buffer in c.buffers + c.expert_parallel_buffers)
+        gradients = sum(
+            float(buffer.grad_data.abs().sum())
+            for c in trainer.chunks
+            for buffer in c.buffers + c.expert_parallel_buffers
+        )
         counted = sum(block.router.statistics.tokens for block in blocks)
         state = trainer.backend.rng_state()
-        generators = [float(state["torch"].double().sum()), *sorted(float(s.double().sum()) for s in state["tracker"].values())]
-        return {"numbers": numbers(trainer), "left": [gradients, counted], "rng": generators, "steps": steps(trainer, 3)}
+        generators = [
+            float(state["torch"].double().sum()),
+            *sorted(float(s.double().sum()) for s in state["tracker"].values()),
+        ]
+        return {
+            "numbers": numbers(trainer),
+            "left": [gradients, counted],
+            "rng": generators,
+            "steps": steps(trainer, 3),
+        }
 
     measured = with_trainer(noisy, "measured", run)
     fixed = with_trainer([*noisy, "--moe-input-chunks", str(measured["numbers"][0])], "fixed", run)
@@ -138,7 +152,9 @@ def evaluation_does_not_count_as_exposed():
         record = trainer.meter.record(trainer.step, lr, trainer.consumed_samples, result)
         return {"clocks": len(clocks), "after": after, "share": record["a2a_exposed"]}
 
-    return with_trainer([*MOE, *EP2, "--moe-input-chunks", "2", "--eval-interval", "5", "--eval-iters", "1"], "evaluated", run)
+    return with_trainer(
+        [*MOE, *EP2, "--moe-input-chunks", "2", "--eval-interval", "5", "--eval-iters", "1"], "evaluated", run
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Fine-tuning runs of one model on many layouts, with and without borders: losses, tokens that counted, a resume, a begin."""
+"""Fine-tuning runs of one model on many layouts, with and without borders: losses, tokens that counted, a resume, a
+begin."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -55,7 +55,11 @@ def flags_of(text: str) -> list[str]:
 def results_of(trainer) -> dict:
     iterators = trainer.training_iterators()
     results = [trainer.take_step(iterators)[0] for _ in range(trainer.run.training.train_iters - trainer.step)]
-    return {"loss": [r.loss for r in results], "tokens": [r.tokens for r in results], "norm": [r.grad_norm for r in results]}
+    return {
+        "loss": [r.loss for r in results],
+        "tokens": [r.tokens for r in results],
+        "norm": [r.grad_norm for r in results],
+    }
 
 
 def run_case(name: str, text: str) -> dict:
@@ -87,8 +91,13 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
             batch = next(row for row in rows if row["segment_lengths"].numel() > 3)
             lengths = batch["segment_lengths"]
             with torch.no_grad():
-                packed = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"],
-                               packed_seq_params=Segments.of(lengths, 1))[0]
+                packed = model(
+                    batch["tokens"],
+                    batch["position_ids"],
+                    None,
+                    labels=batch["labels"],
+                    packed_seq_params=Segments.of(lengths, 1),
+                )[0]
                 at, alone = 0, []
                 for length in lengths.tolist():
                     row = {name: torch.zeros_like(batch[name]) for name in ("tokens", "labels")}
@@ -127,7 +136,16 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
     def begun_from_other_weights() -> dict:
         """--finetune --load: weights of the run above, step 0, and the run's own folder from then on."""
         folder = Path(os.environ["FINETUNE_DIR"])
-        flags = [*flags_of(RESETS), "--finetune", "--load", str(folder / "stopped" / "checkpoints"), "--seed", "5", "--exit-interval", "2"]
+        flags = [
+            *flags_of(RESETS),
+            "--finetune",
+            "--load",
+            str(folder / "stopped" / "checkpoints"),
+            "--seed",
+            "5",
+            "--exit-interval",
+            "2",
+        ]
         first = make_trainer(flags, folder / "begun")
         try:
             started = first.step, bool(first.resumed)

@@ -42,7 +42,9 @@ def step_with(poison, base=MOE, *flags: str) -> dict:
         found = {"raised": True, "message": error.render(), "exit_code": error.exit_code}
     finally:
         trainer.release()
-    found["unchanged"] = all(torch.equal(old, shard.parameter) for old, shard in zip(before, trainer.shards))
+    found["unchanged"] = all(
+        torch.equal(old, shard.parameter) for old, shard in zip(before, trainer.shards, strict=True)
+    )
     return found
 
 
@@ -102,7 +104,8 @@ def scaler_states(trainer) -> list[dict]:
 
 @cases.case
 def fp16_overflow_of_one_expert():
-    """Two steps overflow in one expert of one rank, then three do not; what every step left of scale, rate and weights."""
+    """Two steps overflow in one expert of one rank, then three do not; what every step left of scale, rate and
+    weights."""
     import torch
 
     flags = ["--initial-loss-scale", "64", "--lr-warmup-iters", "10", "--lr-warmup-init", "1e-4"]
@@ -122,9 +125,17 @@ def fp16_overflow_of_one_expert():
         for _ in range(5):
             before = [shard.parameter.detach().clone() for shard in trainer.shards]
             result, lr = trainer.take_step(iterators)
-            same = [torch.equal(old, shard.parameter) for old, shard in zip(before, trainer.shards)]
-            steps.append({"skipped": result.skipped, "lr": lr, "all_unchanged": all(same), "scalers": scaler_states(trainer),
-                          "scale_of_the_step": result.loss_scale, "grad_norm": result.grad_norm})  # fmt: skip
+            same = [torch.equal(old, shard.parameter) for old, shard in zip(before, trainer.shards, strict=True)]
+            steps.append(
+                {
+                    "skipped": result.skipped,
+                    "lr": lr,
+                    "all_unchanged": all(same),
+                    "scalers": scaler_states(trainer),
+                    "scale_of_the_step": result.loss_scale,
+                    "grad_norm": result.grad_norm,
+                }
+            )
         return {"steps": steps, "taken": trainer.steps_taken.taken, "consumed": trainer.consumed_samples}
     finally:
         trainer.release()

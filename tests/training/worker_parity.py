@@ -1,16 +1,17 @@
-"""Runs of one model on many layouts: 20 losses, 20 gradient norms, all gradients of the first step, and the weights at the end.
+"""Runs of one model on many layouts: 20 losses, 20 gradient norms, all gradients of the first step, and the weights at
+the end.
 
-A mixture's experts are those that the one-rank run chose, so that no layout can part from it at a near tie; what each layout
-would have chosen itself is recorded.
+A mixture's experts are those that the one-rank run chose, so that no layout can part from it at a near tie; what each
+layout would have chosen itself is recorded.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -34,7 +35,10 @@ LAYOUTS = {
     1: {
         "dense_one": (DENSE, ""),
         "dense_recompute_full": (DENSE, "--recompute-granularity full"),
-        "dense_recompute_selective": (DENSE, "--recompute-granularity selective --recompute-modules core_attn mlp layernorm"),
+        "dense_recompute_selective": (
+            DENSE,
+            "--recompute-granularity selective --recompute-modules core_attn mlp layernorm",
+        ),
         "dense_recompute_mixed": (DENSE, "--recompute-layout full*1,none*1,core_attn+layernorm*1,mlp*1"),
         "moe_one": (MOE, ""),
         "moe_distributed_optimizer": (MOE, DIST),
@@ -52,9 +56,7 @@ LAYOUTS = {
         "dense_pp2": (DENSE, PP2),
         "dense_pp2_interleaved": (DENSE, f"{PP2} {VP2}"),
         "dense_pp2_uneven": (DENSE, f"{PP2} {UNEVEN}"),
-        "dense_pp2_uneven_interleaved": (
-            DENSE, f"{PP2} {VP2} {DIST} --pipeline-model-parallel-layout E|tt|t|tL"
-        ),
+        "dense_pp2_uneven_interleaved": (DENSE, f"{PP2} {VP2} {DIST} --pipeline-model-parallel-layout E|tt|t|tL"),
         "dense_pp2_recompute_per_stage": (DENSE, f"{PP2} --recompute-layout full*2|none*1,core_attn+mlp*1"),
         "moe_dp2": (MOE, ""),
         "moe_dp2_distributed_overlap": (MOE, f"{DIST} {OVERLAP}"),
@@ -78,7 +80,10 @@ LAYOUTS = {
         "moe_ep2_dp2_distributed": (MOE, f"{EP2} {DIST}"),
         "moe_tp2_pp2_ep2": (MOE, f"{TP2} {PP2}"),
         "moe_tp2_pp2_ep2_interleaved_distributed": (MOE, f"{TP2} {PP2} {VP2} {DIST}"),
-        "moe_tp2_pp2_ep2_uneven_recompute": (MOE, f"{TP2} {PP2} {UNEVEN} --recompute-layout full*1|moe*1,none*1,core_attn*1"),
+        "moe_tp2_pp2_ep2_uneven_recompute": (
+            MOE,
+            f"{TP2} {PP2} {UNEVEN} --recompute-layout full*1|moe*1,none*1,core_attn*1",
+        ),
         "moe_ep2_dp2_distributed_overlap_recompute": (MOE, f"{EP2} {DIST} {OVERLAP} {MOE_AGAIN}"),
         "moe_pp2_dp2_interleaved_distributed_overlap": (MOE, f"{PP2} {VP2} {DIST} {OVERLAP}"),
         "moe_ep2_etp2": (MOE, f"{EP2} {ETP2}"),
@@ -138,11 +143,12 @@ def noise(name: str) -> Iterator[None]:
         Router.gating = real
 
 
-def run_case(name: str, flags: list[str]) -> dict:
+def run_case(name: str) -> dict:
     from safetensors.torch import save_file
 
     folder = Path(os.environ["PARITY_DIR"])
-    trainer = make_trainer([*flags, *one_routing(name, folder)], folder / name)
+    base, flags = LAYOUTS[_world][name]
+    trainer = make_trainer([*base, *flags.split(), *one_routing(name, folder)], folder / name)
     try:
         iterators = trainer.training_iterators()
         with trainer.routing.step(1):
@@ -158,8 +164,7 @@ def run_case(name: str, flags: list[str]) -> dict:
 
 _world = int(os.environ.get("WORLD_SIZE", "1"))
 for _name in layouts_of(_world, bool(os.environ.get("PARITY_SLOW"))):
-    _base, _flags = LAYOUTS[_world][_name]
-    cases.add(_name, noise(_name)(lambda name=_name, flags=[*_base, *_flags.split()]: run_case(name, flags)))
+    cases.add(_name, noise(_name)(lambda name=_name: run_case(name)))
 
 if __name__ == "__main__":
     cases.main()

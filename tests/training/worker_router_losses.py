@@ -13,7 +13,8 @@ from tests.training.runs import MOE, gradient_boxes, make_trainer  # noqa: E402
 
 BASE = [
     *(word for word in MOE if word != "--mock-data"),
-    *"--vocab-size 320 --seq-length 64 --micro-batch-size 1 --global-batch-size 4 --sft --split 1 --num-workers 1".split(),
+    *"--vocab-size 320 --seq-length 64 --micro-batch-size 1 --global-batch-size 4 --sft --split 1 --num-workers "
+    "1".split(),
     *"--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.003 --train-iters 3".split(),
 ]
 TP2 = "--tensor-model-parallel-size 2"
@@ -89,7 +90,10 @@ for _name, _flags in LAYOUTS[int(os.environ.get("WORLD_SIZE", "1"))].items():
 
 
 def batches_of(trainer) -> list[dict]:
-    return [dict(batch) for batch, _ in zip(trainer.training_iterators()[0], range(trainer.run.num_microbatches))]
+    return [
+        dict(batch)
+        for batch, _ in zip(trainer.training_iterators()[0], range(trainer.run.num_microbatches), strict=True)
+    ]
 
 
 if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -110,7 +114,7 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
         def masked(learned: list[int]) -> list[dict]:
             """The rows, of whose tokens only the first ones are learned."""
             rows = batches_of(trainer)
-            for row, count in zip(rows, learned):
+            for row, count in zip(rows, learned, strict=True):
                 row["loss_mask"] = (torch.arange(64) < count).float()[None]
             return rows
 
@@ -120,7 +124,7 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
             real = [~row["padding"][0] for row in rows]
             total = sum(int(kept.sum()) for kept in real)
             loss = 0.0
-            for hidden, kept in zip(inputs[: len(rows)], real):
+            for hidden, kept in zip(inputs[: len(rows)], real, strict=True):
                 z_loss = torch.logsumexp(hidden[kept] @ weight.t(), dim=-1).square().mean()
                 aux = reference_aux_loss(hidden[kept], weight, router.topk)
                 loss = loss + (0.01 * aux + 0.003 * z_loss) * (int(kept.sum()) / total)
@@ -147,7 +151,6 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
     def padded_row_is_the_row() -> dict:
         """Gradients and figures of the routers of a padded row, and of the row cut where its padding begins."""
         from megatron_telechat.moe import collect_expert_load
-
         from tests.moe.reference import relative_error
 
         trainer = trainer_of("cut", "")
@@ -159,7 +162,12 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
             for batch in (row, short):
                 collect_expert_load(trainer.chunks, trainer.state)
                 router_gradients(trainer, [iter([batch] * 4)])
-                found.append((collect_expert_load(trainer.chunks, trainer.state), losses_alone(trainer, lambda: [iter([batch] * 4)])))
+                found.append(
+                    (
+                        collect_expert_load(trainer.chunks, trainer.state),
+                        losses_alone(trainer, lambda: [iter([batch] * 4)]),
+                    )
+                )
             (load, gradients), (expected, right) = found
             return {
                 "used": used,
@@ -195,8 +203,13 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
             def watched(iterators):
                 out = inner(iterators)
                 state = [tensor.clone() for shard in trainer.shards for tensor in (shard.parameter.detach(),)]
-                state += [value.clone() for part in trainer.optimizer.chained_optimizers
-                          for group in part.optimizer.state.values() for value in group.values() if torch.is_tensor(value)]
+                state += [
+                    value.clone()
+                    for part in trainer.optimizer.chained_optimizers
+                    for group in part.optimizer.state.values()
+                    for value in group.values()
+                    if torch.is_tensor(value)
+                ]
                 states.append(state)
                 return out
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -20,7 +21,8 @@ LAYOUTS = {
     "dp2": "--micro-batch-size 1",
     "tp2_recompute": TP2,
     "pp2_interleaved": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
-    "ep2_chunks": "--expert-model-parallel-size 2 --no-fold-tensor-into-experts --micro-batch-size 4 --moe-input-chunks 3",
+    "ep2_chunks": "--expert-model-parallel-size 2 --no-fold-tensor-into-experts --micro-batch-size 4 "
+    "--moe-input-chunks 3",
 }
 
 
@@ -63,8 +65,8 @@ def recorded() -> Any:
 
 @cases.case
 def replayed() -> Any:
-    """From the start in another layout; and what its routers would have chosen. (Not with other micro-batches: the balancing
-    loss is one of a micro-batch.)"""
+    """From the start in another layout; and what its routers would have chosen. (Not with other micro-batches: the
+    balancing loss is one of a micro-batch.)"""
     flags = f"{LAYOUTS['pp2_interleaved']} --moe-routing-replay {FOLDER}/recording --moe-routing-record {FOLDER}/again"
     return with_trainer(flags, "replayed", losses)
 
@@ -98,7 +100,13 @@ def takes_the_choices_it_is_given(name: str) -> int:
         for layer in {layer for layer, _ in seen}:
             wanted[layer] = [
                 [
-                    forged(layer, (number * state.dp_size + state.dp_rank) * size + sample, state.tp_rank * length + position, 4, 16)
+                    forged(
+                        layer,
+                        (number * state.dp_size + state.dp_rank) * size + sample,
+                        state.tp_rank * length + position,
+                        4,
+                        16,
+                    )
                     for position in range(length)
                     for sample in range(size)
                 ]

@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
@@ -95,7 +95,9 @@ def halves(folder: Path, count: int) -> list[str]:
 
 def run_arm(arm: str, folder: Path, count: int) -> None:
     """The process of one arm: prints what it took."""
-    work = {"ours write": ours_write, "core write": core_write, "ours merge": ours_merge, "core merge": core_merge}[arm](folder, count)
+    work = {"ours write": ours_write, "core write": core_write, "ours merge": ours_merge, "core merge": core_merge}[
+        arm
+    ](folder, count)
     base, start = peak_mb(), time.process_time()
     work()
     print(json.dumps({"cpu_s": time.process_time() - start, "above_mb": peak_mb() - base}))
@@ -121,14 +123,28 @@ def main() -> int:
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
         for _ in range(args.rounds):
             for arm in ARMS:
-                command = [sys.executable, "-W", "ignore", __file__, "--arm", arm, "--work", name, "--sequences", str(args.sequences)]
+                command = [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    __file__,
+                    "--arm",
+                    arm,
+                    "--work",
+                    name,
+                    "--sequences",
+                    str(args.sequences),
+                ]
                 out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 found[arm].append(json.loads(out.splitlines()[-1]))
         print(f"{args.sequences:,} sequences\n{'':12}{'CPU s':>8}{'MB above':>10}")
         for arm, rounds in found.items():
             cpu, above = (statistics.median(one[key] for one in rounds) for key in ("cpu_s", "above_mb"))
             print(f"{arm:12}{cpu:>8.2f}{above:>10.0f}")
-        same = all(filecmp.cmp(folder / f"ours-{what}.idx", folder / f"core-{what}.idx", shallow=False) for what in ("write", "merge"))
+        same = all(
+            filecmp.cmp(folder / f"ours-{what}.idx", folder / f"core-{what}.idx", shallow=False)
+            for what in ("write", "merge")
+        )
     print("the same bytes" if same else "DIFFERENT bytes")
     return 0 if same else 1
 

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """The expert block on one GPU: its products, its gathers, and its schedule over an emulated link.
 
-    python tools/bench/moe_gpu.py [--json FILE] [--trace FOLDER]        on a CUDA device
-    python tools/bench/moe_gpu.py --device cpu --quick                  does it run: no figure of it says anything about a GPU
+    python tools/bench/moe_gpu.py [--json FILE] [--trace FOLDER]     on a CUDA device
+    python tools/bench/moe_gpu.py --device cpu --quick               does it run: its figures say nothing about a GPU
 
 One process plays one rank of two that hold equal tokens: 16 experts, top-4, bf16. What is measured:
 
     products     grouped_mm of the experts' three matrices at k=1 and k=4, against one dense product of the same FLOPs
     gathers      index_select and sum_bags, bytes read and written, against a copy on the device
-    schedule     forward and backward at k=1, 2, 4, 8 over a stand-in link: a copy from pinned memory on a communication stream in the
-                 place of every transfer, sized to 0.5, 1 and 2 times the experts' forward; against the model of events
+    schedule     forward and backward at k=1, 2, 4, 8 over a stand-in link: a copy from pinned memory on a communication
+                 stream in place of every transfer, sized to 0.5, 1 and 2 times the experts' forward;
+                 against the model of events
     memory       peak of a forward and backward, k=4 over k=1; host synchronisations of both
     trace        one step in torch's profiler, as a Chrome trace, and a picture of its streams (matplotlib)
     layer        our block against megatron-core's MoELayer, one rank, no exchange
@@ -22,9 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -44,12 +46,14 @@ def products(rank: Any, rounds: int) -> dict[str, float]:
     for k in (1, 4):
         plans = _arrivals(rank, k)
         total = sum(plan.num_rows for plan in plans)
-        inputs = [torch.randn(plan.num_rows, shape.hidden, device=device.device).to(shape.torch_dtype) for plan in plans]
+        inputs = [
+            torch.randn(plan.num_rows, shape.hidden, device=device.device).to(shape.torch_dtype) for plan in plans
+        ]
         hidden = [torch.randn(plan.num_rows, shape.ffn, device=device.device).to(shape.torch_dtype) for plan in plans]
         fc1, fc2 = weights.flat_fc1.transpose(1, 2), weights.fc2.transpose(1, 2)
 
         def run() -> None:
-            for plan, x, y in zip(plans, inputs, hidden):
+            for plan, x, y in zip(plans, inputs, hidden, strict=True):
                 F.grouped_mm(x, fc1, offs=plan.offsets)
                 F.grouped_mm(y, fc2, offs=plan.offsets)
 
@@ -81,9 +85,11 @@ def gathers(rank: Any, rounds: int) -> dict[str, float]:
 
 
 def schedule(rank: Any, rounds: int, chunks: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Times over links of several lengths, with what the model of events makes of the computation and the link alone."""
-    from megatron_telechat.moe.overlap_model import PassCosts, backward_ms, forward_ms
+    """Times over links of several lengths, with what the model of events makes of the computation and the link
+    alone."""
     from overlap.one_device import StandInChannel, copy_rate
+
+    from megatron_telechat.moe.overlap_model import PassCosts, backward_ms, forward_ms
 
     rate = copy_rate(rank.device, rounds) if rank.device.cuda else 0.0
     free = StandInChannel(rank.device, rank.shape, 0.0)
@@ -95,7 +101,9 @@ def schedule(rank: Any, rounds: int, chunks: Sequence[int]) -> Iterator[dict[str
         channel = StandInChannel(rank.device, rank.shape, link / rows, rate)
         for k in chunks:
             forward, backward = rank.times_ms(k, channel, rounds)
-            ideal = forward_ms(PassCosts(compute[k][0], 0.0, link, 0.0), k) + backward_ms(PassCosts(compute[k][1], 0.0, link, 0.0), k)
+            ideal = forward_ms(PassCosts(compute[k][0], 0.0, link, 0.0), k) + backward_ms(
+                PassCosts(compute[k][1], 0.0, link, 0.0), k
+            )
             yield {
                 "link_over_ffn": ratio,
                 "k": k,
@@ -109,9 +117,8 @@ def schedule(rank: Any, rounds: int, chunks: Sequence[int]) -> Iterator[dict[str
 
 def trace(rank: Any, folder: Path, rounds: int) -> list[str]:
     """Profile one step at k=4 over a link as long as the experts' forward; returns the files written."""
-    from torch.profiler import ProfilerActivity, profile
-
     from overlap.one_device import StandInChannel, copy_rate
+    from torch.profiler import ProfilerActivity, profile
 
     rate = copy_rate(rank.device, rounds) if rank.device.cuda else 0.0
     compute = rank.times_ms(1, StandInChannel(rank.device, rank.shape, 0.0), rounds)[0]
@@ -139,7 +146,9 @@ def draw(path: Path, picture: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    events = [
+        e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
     streams = sorted({event["args"]["stream"] for event in events})
     begin = min(event["ts"] for event in events)
     figure, axes = pyplot.subplots(figsize=(11, 1 + 0.6 * len(streams)))
@@ -156,11 +165,11 @@ def draw(path: Path, picture: Path) -> bool:
 def layers(shape: Any, name: str, device: Any, rounds: int) -> dict[str, Any]:
     """Forward and backward of whole layers that hold all experts, ms."""
     import torch
+    from overlap.layers import build_block, build_core, random_weights, transformer_config
 
     from megatron_telechat import parallel
     from megatron_telechat.backend import get_backend
     from megatron_telechat.config.schema import RunConfig
-    from overlap.layers import build_block, build_core, random_weights, transformer_config
 
     backend = get_backend(name)
     backend.install()
@@ -192,7 +201,6 @@ def _arrivals(rank: Any, k: int) -> Any:
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
     import torch
-
     from overlap.layers import Shape
     from overlap.one_device import Device, OneDevice, StandInChannel
 
@@ -212,8 +220,11 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     for line in schedule(rank, options.rounds, CHUNKS):
         result["schedule"].append(line)
         total = line["forward_ms"] + line["backward_ms"]
-        print(f"{line['link_over_ffn']:>9}{line['k']:>4}{line['forward_ms']:>10.2f}{line['backward_ms']:>10.2f}{total:>10.2f}"
-              f"{line['ideal_ms']:>10.2f}{line['over_ideal']:>9.2f}", flush=True)  # fmt: skip
+        print(
+            f"{line['link_over_ffn']:>9}{line['k']:>4}{line['forward_ms']:>10.2f}{line['backward_ms']:>10.2f}{total:>10.2f}"
+            f"{line['ideal_ms']:>10.2f}{line['over_ideal']:>9.2f}",
+            flush=True,
+        )
     free = StandInChannel(device, shape, 0.0)
     result["peak_bytes"] = {k: rank.peak_bytes(k, free) for k in (1, 4)}
     result["host_syncs"] = {k: rank.host_syncs(k, free) for k in (1, 4)}
@@ -226,10 +237,12 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a rank; 4096 rows an expert, 1024 in a chunk of four")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="of a rank; 4096 rows an expert, 1024 in a chunk of four"
+    )
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=1536)
     parser.add_argument("--experts", type=int, default=16)

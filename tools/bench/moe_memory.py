@@ -3,10 +3,11 @@
 
     python tools/bench/moe_memory.py [--chunks 1,2,4,8] [--dtype fp32|bf16] [--json FILE]
 
-Two ranks share the experts; shapes as in moe_overlap.py. Every arm is a launch of its own. The allocator is told to take every
-tensor from the system and to give it back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set is the memory in use, buffers
-of the link included. "kept" is what a forward adds, "peak" the highest point of forward and backward, from
-/proc (VmHWM, reset before each pass), median of five passes on rank 0. Weight gradients go into `main_grad`, as in training.
+Two ranks share the experts; shapes as in moe_overlap.py. Every arm is a launch of its own. The allocator is told to
+take every tensor from the system and to give it back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set is the
+memory in use, buffers of the link included. "kept" is what a forward adds, "peak" the highest point of forward and
+backward, from /proc (VmHWM, reset before each pass), median of five passes on rank 0. Weight gradients go into
+`main_grad`, as in training.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -50,15 +52,18 @@ def rank(options: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from overlap.layers import Shape, build_block, make_input, random_weights, transformer_config
+
     from megatron_telechat import parallel
     from megatron_telechat.backend import get_backend
     from megatron_telechat.config.schema import ParallelConfig, RunConfig
-    from overlap.layers import Shape, build_block, make_input, random_weights, transformer_config
 
     arm = json.loads(options.arm)
     backend = get_backend("cpu")
     backend.install()
-    state = parallel.initialize(RunConfig(parallel=ParallelConfig(world_size=RANKS, expert_model_parallel_size=RANKS)), backend)
+    state = parallel.initialize(
+        RunConfig(parallel=ParallelConfig(world_size=RANKS, expert_model_parallel_size=RANKS)), backend
+    )
     shape = Shape(tokens=options.tokens, dtype=options.dtype)
     block = build_block(shape, transformer_config(shape, RANKS), state.process_groups, random_weights(shape))
     block.num_chunks, block.recompute_experts = arm["chunks"], arm["recompute"]
@@ -88,17 +93,26 @@ def rank(options: argparse.Namespace) -> None:
 
 def expected_kept_mb(options: argparse.Namespace, recompute: bool) -> float:
     """What the memory model charges for the experts of such a layer on one rank, its input and output added."""
+    from overlap.layers import Shape
+
     from megatron_telechat.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
     from megatron_telechat.costs.activations import BYTES, expert_activations, tokens_of
-    from overlap.layers import Shape
 
     shape = Shape(tokens=options.tokens, dtype=options.dtype)
     run = RunConfig(
-        model=ModelConfig(num_layers=1, hidden_size=shape.hidden, num_attention_heads=8, ffn_hidden_size=shape.ffn,
-                          num_experts=shape.experts, moe_ffn_hidden_size=shape.ffn, moe_router_topk=shape.topk, vocab_size=1024),
+        model=ModelConfig(
+            num_layers=1,
+            hidden_size=shape.hidden,
+            num_attention_heads=8,
+            ffn_hidden_size=shape.ffn,
+            num_experts=shape.experts,
+            moe_ffn_hidden_size=shape.ffn,
+            moe_router_topk=shape.topk,
+            vocab_size=1024,
+        ),
         parallel=ParallelConfig(world_size=RANKS, expert_model_parallel_size=RANKS),
         training=TrainingConfig(seq_length=shape.tokens, micro_batch_size=1, precision=shape.dtype),
-    )  # fmt: skip
+    )
     size = BYTES[shape.dtype]
     kept, dropped = expert_activations(run.model, size, tokens_of(run))
     return (kept - dropped * recompute + 2 * size * shape.tokens * shape.hidden) / MB
@@ -119,7 +133,7 @@ def start(options: argparse.Namespace) -> dict[str, Any]:
     return {"tokens": options.tokens, "dtype": options.dtype, "rows": rows}
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     if "RANK" in os.environ:
         rank(options)
@@ -132,7 +146,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             row["model"] = expected_kept_mb(options, recompute)
             name = "recompute" if recompute else "keep"
             ratio = row["peak"] / rows[0]["peak"]
-            print(f"{name:12}{row['chunks']:>8}{row['kept']:>10.1f}{row['model']:>10.1f}{row['peak']:>10.1f}{ratio:>9.2f}")
+            print(
+                f"{name:12}{row['chunks']:>8}{row['kept']:>10.1f}{row['model']:>10.1f}{row['peak']:>10.1f}{ratio:>9.2f}"
+            )
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
     return 0

@@ -1,29 +1,29 @@
 #!/usr/bin/env python3
 """How much of the experts' exchange hides behind their computation, and against megatron-core's MoELayer.
 
-    python tools/bench/moe_overlap.py --links [--stand-in 60] [--json FILE] [--plot FILE]      everything; root, iproute2
-    python tools/bench/moe_overlap.py --links --quick                                          small shapes: does it run
-    torchrun --nproc-per-node 2 tools/bench/moe_overlap.py                                     one row over the link there is
+    python tools/bench/moe_overlap.py --links [--stand-in 60] [--json FILE] [--plot FILE] everything; root, iproute2
+    python tools/bench/moe_overlap.py --links --quick                                     small shapes: does it run
+    torchrun --nproc-per-node 2 tools/bench/moe_overlap.py                                one row over the link there is
 
-Forward and backward of one MoE layer through autograd: 2 ranks with half of 16 experts each, top-4, hidden 512, experts of
-768, 1024 tokens a rank. The arms take turns within one run:
+Forward and backward of one MoE layer through autograd: 2 ranks with half of 16 experts each, top-4, hidden 512, experts
+of 768, 1024 tokens a rank. The arms take turns within one run:
 
     k=1, 2, 4, 8       our block with its input in so many chunks
     auto               our block with the number that moe/autotune.py chooses on this link
     only-compute       our block, but what arrives is taken from memory
     only-link          the block's transfers in their order, without any computation
     megatron-core      its MoELayer: alltoall dispatcher, SequentialMLP
-    serial             our block in 1 chunk, every wait beside its issue; k=1 hides a transfer behind gradients of weights
+    serial             our block in 1 chunk, every wait beside its issue; k=1 hides a transfer behind weight gradients
     negative control   our block in 4 chunks, every wait beside its issue: must miss the bar
 
-Before any time is taken, output and gradients of every arm are compared with k=1. With ``--links`` the ranks run over links of
-throttled_links.py, at the rates where the link takes 0.5, 1 and 1.8 times as long as the computation (forward, k=1), and without a
-limit. "wire" counts what leaves a rank by the sizes of the messages, "card" by the counter of its interface: TCP's share, and
-acknowledgements, included.
+Before any time is taken, output and gradients of every arm are compared with k=1. With ``--links`` the ranks run over
+links of throttled_links.py, at the rates where the link takes 0.5, 1 and 1.8 times as long as the computation (forward,
+k=1), and without a limit. "wire" counts what leaves a rank by the sizes of the messages, "card" by the counter of its
+interface: TCP's share, and acknowledgements, included.
 
-With ``--stand-in RATE`` the experts' products of our block and of megatron-core's layer sleep for ``flops / RATE`` (RATE in GFLOP/s,
-as an accelerator leaves the cores to the transfers); everything else stays real. Such figures repeat on a busy machine; real
-products need a quiet one, with a core a rank. Every line of output says which they are.
+With ``--stand-in RATE`` the experts' products of our block and of megatron-core's layer sleep for ``flops / RATE``
+(RATE in GFLOP/s, as an accelerator leaves the cores to the transfers); everything else stays real. Such figures repeat
+on a busy machine; real products need a quiet one, with a core a rank. Every line of output says which they are.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -73,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
@@ -116,7 +117,9 @@ def rank(options: argparse.Namespace) -> int:
     backend = get_backend("cpu")
     backend.install()
     size = int(os.environ["WORLD_SIZE"])
-    state = parallel.initialize(RunConfig(parallel=ParallelConfig(world_size=size, expert_model_parallel_size=size)), backend)
+    state = parallel.initialize(
+        RunConfig(parallel=ParallelConfig(world_size=size, expert_model_parallel_size=size)), backend
+    )
     try:
         report = measure(options, state)
     finally:
@@ -128,8 +131,16 @@ def rank(options: argparse.Namespace) -> int:
 def measure(options: argparse.Namespace, state: Any) -> dict[str, Any]:
     """All rows; the same on every rank."""
     from overlap.arms import Arms
-    from overlap.layers import Shape, build_block, build_core, make_input, random_weights, transformer_config
-    from overlap.layers import use_core_stand_in, use_stand_in
+    from overlap.layers import (
+        Shape,
+        build_block,
+        build_core,
+        make_input,
+        random_weights,
+        transformer_config,
+        use_core_stand_in,
+        use_stand_in,
+    )
     from overlap.report import mode_label, table
     from overlap.rows import Bench, Options
     from throttled_links import Links
@@ -153,7 +164,10 @@ def measure(options: argparse.Namespace, state: Any) -> dict[str, Any]:
         use_core_stand_in(layer, options.stand_in)
         arms.forget()
         errors["stand-in"] = bench.verify()
-    say("largest relative error against k=1: " + ", ".join(f"{what} {max(found.values()):.1e}" for what, found in errors.items()))
+    say(
+        "largest relative error against k=1: "
+        + ", ".join(f"{what} {max(found.values()):.1e}" for what, found in errors.items())
+    )
     wire = bench.wire_bytes()
     rows = []
 
@@ -198,7 +212,7 @@ def write(options: argparse.Namespace, report: dict[str, Any]) -> int:
     return sum(not check.ok for check in found)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(argv)
     return rank(options) if "RANK" in os.environ else start(options, argv)

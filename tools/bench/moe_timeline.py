@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """A picture of one forward and backward of the expert block: what the computation and the link did, from a real run.
 
-    python tools/bench/moe_timeline.py --links --mbit 300 --chunks 4 --plot FILE [--stand-in 60]     root, iproute2; matplotlib
-    torchrun --nproc-per-node 2 tools/bench/moe_timeline.py --plot FILE                              over the link there is
+    python tools/bench/moe_timeline.py --links --mbit 300 --chunks 4 --plot FILE [--stand-in 60]   root, iproute2
+    torchrun --nproc-per-node 2 tools/bench/moe_timeline.py --plot FILE                            the link there is
 
-Two ranks, shapes as in moe_overlap.py; rank 0 is drawn, after a few passes to warm up. Letters as in docs/moe.md: D dispatch, C combine,
-F experts forward, B and W gradients of inputs and of weights, with a ' the transfers of gradients. A transfer is drawn from the
-end of the one before it, or from its start if the link was free: the channel carries one at a time.
+Two ranks, shapes as in moe_overlap.py; rank 0 is drawn, after a few passes to warm up. Letters as in docs/moe.md: D
+dispatch, C combine, F experts forward, B and W gradients of inputs and of weights, with a ' the transfers of gradients.
+A transfer is drawn from the end of the one before it, or from its start if the link was free: the channel carries one
+at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -42,15 +44,18 @@ def trace(options: argparse.Namespace) -> list[Any]:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    from overlap.layers import Shape, build_block, make_input, random_weights, transformer_config, use_stand_in
+
     from megatron_telechat import parallel
     from megatron_telechat.backend import get_backend
     from megatron_telechat.config.schema import ParallelConfig, RunConfig
-    from overlap.layers import Shape, build_block, make_input, random_weights, transformer_config, use_stand_in
 
     backend = get_backend("cpu")
     backend.install()
     size = int(os.environ["WORLD_SIZE"])
-    state = parallel.initialize(RunConfig(parallel=ParallelConfig(world_size=size, expert_model_parallel_size=size)), backend)
+    state = parallel.initialize(
+        RunConfig(parallel=ParallelConfig(world_size=size, expert_model_parallel_size=size)), backend
+    )
     shape = Shape()
     block = build_block(shape, transformer_config(shape, size), state.process_groups, random_weights(shape))
     if options.stand_in:
@@ -76,7 +81,7 @@ def draw(path: Path, spans: Sequence[Any], title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 1, figsize=(11, 4.6), layout="constrained")
-    for axis, backward in zip(axes, (False, True)):
+    for axis, backward in zip(axes, (False, True), strict=True):
         mine = [s for s in spans if s.backward == backward and s.chunk is not None and s.name[0] in COLOURS]
         origin = min(span.start_us for span in mine)
         free = 0.0
@@ -86,9 +91,19 @@ def draw(path: Path, spans: Sequence[Any], title: str) -> None:
             if span.track == "link":
                 start, free = max(start, free), end
             height = 1 if span.track == "compute" else 0
-            axis.barh(height, (end - start) / 1e3, left=start / 1e3, height=0.8, color=COLOURS[letter], edgecolor="white")
+            axis.barh(
+                height, (end - start) / 1e3, left=start / 1e3, height=0.8, color=COLOURS[letter], edgecolor="white"
+            )
             if end - start > LABELLED_US:
-                axis.text((start + end) / 2e3, height, f"{span.name}{span.chunk}", ha="center", va="center", fontsize=9, color="white")
+                axis.text(
+                    (start + end) / 2e3,
+                    height,
+                    f"{span.name}{span.chunk}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white",
+                )
         axis.set_xlim(left=0)
         axis.set_yticks((0, 1), ("link", "compute"))
         axis.set_title("backward" if backward else "forward", loc="left", fontsize=10)
@@ -98,7 +113,7 @@ def draw(path: Path, spans: Sequence[Any], title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(argv)
     if "RANK" in os.environ:

@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
-"""Training of the tiny mixture of experts over throttled links: tokens/s with `auto`, with one chunk, with megatron-core's layer.
+"""Training of the tiny mixture of experts over throttled links: tokens/s with `auto`, with one chunk, with
+megatron-core's layer.
 
-    python tools/bench/moe_train_throttled.py --links [--mbit 100,400,none] [--stand-in 5] [--json FILE]      root, iproute2
-    torchrun --nproc-per-node 4 tools/bench/moe_train_throttled.py                                   over the link there is
-    python tools/bench/moe_train_throttled.py --links -- --seq-length 512 --hidden-size 256          with flags of training
+    python tools/bench/moe_train_throttled.py --links [--mbit 100,400,none] [--stand-in 5]     root, iproute2
+    torchrun --nproc-per-node 4 tools/bench/moe_train_throttled.py [--json FILE]               the link there is
+    python tools/bench/moe_train_throttled.py --links -- --seq-length 512 --hidden-size 256    flags of training
 
-Four ranks, TP2 x PP2 with the tensor domain folded into EP2 as in the quickstart (``--layout ep4``: data parallel, experts over all
-ranks). Three models with the same weights live in every rank and take their steps in turn, on the same samples: optimizer
-steps as in training, with DDP and the distributed optimizer where the flags say so. In the third, megatron-core's MoELayer
-(alltoall dispatcher, SequentialMLP) stands in the place of every block. Losses must agree at every step, under one routing: that of
-the arm whose turn is first. The experts have no bias here: megatron-core has none on the down projection alone; and the balancing
-loss is off: with tensor parallelism and a loss per token, megatron-core's is of another size. All traffic goes over the links: that
-of the tensor and pipeline groups too.
+Four ranks, TP2 x PP2 with the tensor domain folded into EP2 as in the quickstart (``--layout ep4``: data parallel,
+experts over all ranks). Three models with the same weights live in every rank and take their steps in turn, on the same
+samples: optimizer steps as in training, with DDP and the distributed optimizer where the flags say so. In the third,
+megatron-core's MoELayer (alltoall dispatcher, SequentialMLP) stands in the place of every block. Losses must agree at
+every step, under one
+routing: that of the arm whose turn is first. The experts have no bias here: megatron-core has none on the down
+projection alone; and the balancing loss is off: with tensor parallelism and a loss per token, megatron-core's is of
+another size. All traffic goes over the
+links: that of the tensor and pipeline groups too.
 
 ``--stand-in RATE``: the experts' products of all three sleep for flops / RATE (GFLOP/s); see moe_overlap.py.
 """
@@ -23,10 +26,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Optional, Sequence
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -40,7 +44,9 @@ LAYOUTS = {
     "folded": "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2".split(),
     "ep4": "--expert-model-parallel-size 4".split(),
 }
-QUICK = "--seq-length 64 --hidden-size 64 --kv-channels 8 --vocab-size 512 --moe-ffn-hidden-size 64 --global-batch-size 8".split()
+QUICK = (
+    "--seq-length 64 --hidden-size 64 --kv-channels 8 --vocab-size 512 --moe-ffn-hidden-size 64 --global-batch-size 8"
+).split()
 # The arms differ in the order of sums; steps of training let that grow. Their experts are those of one arm.
 LOSS_TOLERANCE = 1e-5
 LATE_LOSS_TOLERANCE = 1e-4
@@ -56,14 +62,14 @@ class Trainee:
         stand_in: GFLOP/s of the stand-in device, or None for real products.
     """
 
-    def __init__(self, arm: str, run: Any, state: Any, backend: Any, datasets: Any, stand_in: Optional[float]):
+    def __init__(self, arm: str, run: Any, state: Any, backend: Any, datasets: Any, stand_in: float | None):
+        from overlap.layers import use_stand_in
+
         from megatron_telechat.data import batches
         from megatron_telechat.model import build_model, parameter_shards
         from megatron_telechat.moe import moe_blocks
         from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
         from megatron_telechat.training.step import TrainStep, chunk_iterators
-
-        from overlap.layers import use_stand_in
 
         self.arm, self.state, self.backend = arm, state, backend
         self.run = replace(run, parallel=replace(run.parallel, moe_input_chunks="auto" if arm == "auto" else 1))
@@ -84,7 +90,7 @@ class Trainee:
             lambda: batches(datasets.train, self.run, state, 0), len(self.chunks), self.run, state
         )
 
-    def choose(self) -> Optional[str]:
+    def choose(self) -> str | None:
         """Set the number of chunks for the link as it is now; what was chosen, for a person."""
         from megatron_telechat.training.chunks import set_chunks
 
@@ -103,14 +109,14 @@ class Trainee:
         return seconds, sum(block.clock.take_exposed_s() for block in self.blocks), loss
 
 
-def put_core_layers(model: Any, state: Any, stand_in: Optional[float]) -> None:
+def put_core_layers(model: Any, state: Any, stand_in: float | None) -> None:
     """megatron-core's MoELayer in the place of every block, with its weights."""
     import torch
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.spec_utils import build_module
+    from overlap.layers import use_core_stand_in
 
     from megatron_telechat.moe import MoEBlock
-    from overlap.layers import use_core_stand_in
 
     for decoder in model.decoder.layers:
         block = decoder.mlp
@@ -133,12 +139,12 @@ def put_core_layers(model: Any, state: Any, stand_in: Optional[float]) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All rows; the same on every rank."""
     import torch.distributed as dist
+    from overlap.report import mode_label
 
     from megatron_telechat.backend import get_backend
     from megatron_telechat.config import load_run_config
     from megatron_telechat.data import build_datasets
     from megatron_telechat.parallel import initialize
-    from overlap.report import mode_label
 
     steps_a_row = options.warmup + options.steps
     flags = [*FLAGS, *LAYOUTS[options.layout], *(QUICK if options.quick else []), *options.flags]
@@ -151,7 +157,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     datasets = build_datasets(run, state)
     trainees = [Trainee(arm, run, state, backend, datasets, options.stand_in) for arm in ARMS]
     links = Links.of_this_rank()
-    report: dict[str, Any] = {"mode": mode_label(options.stand_in), "layout": options.layout, "flags": flags, "rows": []}
+    report: dict[str, Any] = {
+        "mode": mode_label(options.stand_in),
+        "layout": options.layout,
+        "flags": flags,
+        "rows": [],
+    }
     if state.rank == 0:
         print(f"{report['mode']}; layout {options.layout}; median of {options.steps} steps", flush=True)
     for number, mbit in enumerate(options.rates if links else (None,)):
@@ -159,7 +170,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if links and state.rank == 0:
             links.set_rate(mbit)
         dist.barrier()
-        row = take_row(trainees, options, number * steps_a_row, run.training.global_batch_size * run.training.seq_length)
+        row = take_row(
+            trainees, options, number * steps_a_row, run.training.global_batch_size * run.training.seq_length
+        )
         report["rows"].append({"mbit": mbit, "links": links is not None, **row})
         if state.rank == 0:
             print_row(report["rows"][-1], report["mode"])
@@ -170,7 +183,6 @@ def take_row(trainees: Sequence[Trainee], options: argparse.Namespace, first: in
     """Steps in turn over one link."""
     import torch
     import torch.distributed as dist
-
     from overlap.one_routing import OneRouting
 
     messages = [message for trainee in trainees if (message := trainee.choose())]
@@ -184,7 +196,7 @@ def take_row(trainees: Sequence[Trainee], options: argparse.Namespace, first: in
             dist.all_reduce(result, op=dist.ReduceOp.MAX)
             samples[trainee.arm].append(result.tolist())
     losses = {arm: [sample[2] for sample in taken] for arm, taken in samples.items()}
-    spread = max((max(values) - min(values)) / abs(min(values)) for values in zip(*losses.values()))
+    spread = max((max(values) - min(values)) / abs(min(values)) for values in zip(*losses.values(), strict=True))
     if not spread <= (LATE_LOSS_TOLERANCE if first else LOSS_TOLERANCE):
         raise SystemExit(f"the losses of the arms do not agree ({spread:.1e}): {losses}")
     timed = {arm: taken[options.warmup :] for arm, taken in samples.items()}
@@ -195,7 +207,7 @@ def take_row(trainees: Sequence[Trainee], options: argparse.Namespace, first: in
             "tokens_per_s": tokens / seconds,
             "step_ms": seconds * 1e3,
             "exposed_ms": None if arm == "megatron-core" else median(sample[1] for sample in taken) * 1e3,
-            "auto_over_this": median(mine[0] / auto[0] for mine, auto in zip(taken, timed["auto"])),
+            "auto_over_this": median(mine[0] / auto[0] for mine, auto in zip(taken, timed["auto"], strict=True)),
             "steps_s": [sample[0] for sample in taken],
         }
     return {"auto": messages, "loss_spread": spread, "losses": losses, "arms": arms}
@@ -209,7 +221,11 @@ def print_row(row: dict[str, Any], mode: str) -> None:
     print(f"  {'':16}{'tokens/s':>10}{'step ms':>9}{'exposed':>9}{'auto / this':>13}")
     for arm, line in row["arms"].items():
         exposed = "" if line["exposed_ms"] is None else f"{line['exposed_ms']:.0f}"
-        print(f"  {arm:16}{line['tokens_per_s']:>10.0f}{line['step_ms']:>9.0f}{exposed:>9}{line['auto_over_this']:>12.2f}x", flush=True)
+        print(
+            f"  {arm:16}{line['tokens_per_s']:>10.0f}{line['step_ms']:>9.0f}{exposed:>9}"
+            f"{line['auto_over_this']:>12.2f}x",
+            flush=True,
+        )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -235,7 +251,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(argv)
     if "RANK" in os.environ:
@@ -256,7 +272,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         with links_up(RANKS) as links:
             return run_ranks(command, links=links, **arguments)
     except LinksError as error:
-        print(f"moe_train_throttled: {error}\nwithout links: torchrun --nproc-per-node {RANKS} {__file__}", file=sys.stderr)
+        print(
+            f"moe_train_throttled: {error}\nwithout links: torchrun --nproc-per-node {RANKS} {__file__}",
+            file=sys.stderr,
+        )
         return 2
 
 

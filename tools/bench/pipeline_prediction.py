@@ -21,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -55,7 +56,7 @@ class Layout:
 
     name: str
     counts: tuple[int, ...]
-    recompute: Optional[str] = None
+    recompute: str | None = None
 
 
 LAYOUTS = (
@@ -82,21 +83,34 @@ def make_run(layout: Layout, moe: bool, quick: bool, folder: str) -> RunConfig:
     recompute = layout.recompute and layout.recompute.replace("block", "moe" if moe else "mlp")
     return RunConfig(
         model=ModelConfig(
-            name="bench", num_layers=sum(stages), hidden_size=width, ffn_hidden_size=4 * width,
-            num_attention_heads=8, vocab_size=2048, **experts,
+            name="bench",
+            num_layers=sum(stages),
+            hidden_size=width,
+            ffn_hidden_size=4 * width,
+            num_attention_heads=8,
+            vocab_size=2048,
+            **experts,
         ),
         parallel=ParallelConfig(
-            world_size=RANKS, ranks_per_node=RANKS, pipeline_model_parallel_size=RANKS,
-            num_virtual_stages_per_pipeline_rank=len(stages) // RANKS, pipeline_model_parallel_layout=f"E{text}L",
+            world_size=RANKS,
+            ranks_per_node=RANKS,
+            pipeline_model_parallel_size=RANKS,
+            num_virtual_stages_per_pipeline_rank=len(stages) // RANKS,
+            pipeline_model_parallel_layout=f"E{text}L",
         ),
         training=TrainingConfig(
-            device="cpu", precision="fp32", seq_length=length, micro_batch_size=2, global_batch_size=8 if quick else 12,
-            train_iters=10**6, recompute_layout=recompute,
+            device="cpu",
+            precision="fp32",
+            seq_length=length,
+            micro_batch_size=2,
+            global_batch_size=8 if quick else 12,
+            train_iters=10**6,
+            recompute_layout=recompute,
         ),
         data=DataConfig(mock_data=True),
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(run_dir=f"{folder}/{layout.name.replace(' ', '_')}"),
-    )  # fmt: skip
+    )
 
 
 # ---- a rank ---------------------------------------------------------------------------------
@@ -163,10 +177,18 @@ class Arm:
 
     def _start(self, rank: int, spec: str, folder: str) -> subprocess.Popen:
         environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-            "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
-            "OMP_NUM_THREADS": "1", **self.malloc, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-        }  # fmt: skip
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(RANKS),
+            "LOCAL_WORLD_SIZE": str(RANKS),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "OMP_NUM_THREADS": "1",
+            **self.malloc,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
         command = [sys.executable, "-W", "ignore", __file__, "--serve", spec]
         with open(f"{folder}/{self.layout.name.replace(' ', '_')}.{rank}.log", "wb") as log:
             return subprocess.Popen(
@@ -191,7 +213,9 @@ class Arm:
             rank.wait()
 
 
-def measure(layouts: Sequence[Layout], options: argparse.Namespace, folder: str) -> tuple[Measured, dict[str, list[float]]]:
+def measure(
+    layouts: Sequence[Layout], options: argparse.Namespace, folder: str
+) -> tuple[Measured, dict[str, list[float]]]:
     """Calibration and seconds of every step of every layout, taken in turn; the warm-up is left out."""
     arms = []
     try:
@@ -211,7 +235,9 @@ def measure(layouts: Sequence[Layout], options: argparse.Namespace, folder: str)
             arm.close()
 
 
-def compare(layouts: Sequence[Layout], entry: Measured, seconds: dict[str, list[float]], options, folder: str) -> dict[str, Any]:
+def compare(
+    layouts: Sequence[Layout], entry: Measured, seconds: dict[str, list[float]], options, folder: str
+) -> dict[str, Any]:
     """Predicted beside measured, with errors and the agreement of the orders."""
     device = DeviceSpec("this machine", measured=(entry,))
     steady = DeviceSpec("the same", measured=(replace(entry, alone=1.0, jitter=0.0),))
@@ -222,13 +248,22 @@ def compare(layouts: Sequence[Layout], entry: Measured, seconds: dict[str, list[
         times = seconds[layout.name]
         measured = statistics.median(times)
         prediction, by_medians = predict(run, device), predict(run, steady)
-        rows.append({
-            "layout": layout.name, "counts": layout.counts, "recompute": run.training.recompute_layout,
-            "predicted_s": prediction.iteration, "measured_s": measured, "best_s": min(times), "times_s": times,
-            "error": prediction.iteration / measured - 1, "error_by_medians": by_medians.iteration / measured - 1, "makespan_s": prediction.simulation.makespan,
-            # half the width of the middle of the times, relative: what two medians may differ by without a reason
-            "noise": _spread(times) / measured,
-        })  # fmt: skip
+        rows.append(
+            {
+                "layout": layout.name,
+                "counts": layout.counts,
+                "recompute": run.training.recompute_layout,
+                "predicted_s": prediction.iteration,
+                "measured_s": measured,
+                "best_s": min(times),
+                "times_s": times,
+                "error": prediction.iteration / measured - 1,
+                "error_by_medians": by_medians.iteration / measured - 1,
+                "makespan_s": prediction.simulation.makespan,
+                # half the width of the middle of the times, relative: what two medians may differ by without a reason
+                "noise": _spread(times) / measured,
+            }
+        )
     pairs = agree = 0
     for one, other in combinations(rows, 2):
         difference = one["measured_s"] / other["measured_s"] - 1
@@ -268,8 +303,8 @@ def show(result: dict[str, Any]) -> None:
         )
     measured = result["measured"]
     print(
-        f"alone {measured['alone']:.2f}, jitter {measured['jitter']:.2f}: errors {_range(result['rows'], 'error')} with them, "
-        f"{_range(result['rows'], 'error_by_medians')} without"
+        f"alone {measured['alone']:.2f}, jitter {measured['jitter']:.2f}: errors {_range(result['rows'], 'error')} "
+        f"with them, {_range(result['rows'], 'error_by_medians')} without"
     )
     print(
         f"median error {result['median_error']:.1%}; order agrees in {result['pairs_in_order']} of "
@@ -277,14 +312,16 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: does it run at all")
     parser.add_argument("--moe", action="store_true", help="every layer a MoE layer of eight experts")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--probes", type=int, default=3, help="calibration rounds in each turn")
-    parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="keep: freed memory stays with the process")
+    parser.add_argument(
+        "--malloc", choices=("keep", "default"), default="keep", help="keep: freed memory stays with the process"
+    )
     parser.add_argument("--layouts", help="only these, by name, commas between them")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
@@ -311,7 +348,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         result = compare(layouts, entry, seconds, options, folder)
     show(result)
     if options.json:
-        options.json.write_text(json.dumps({"options": {"moe": options.moe, "quick": options.quick, "malloc": options.malloc}, **result}, indent=1))
+        options.json.write_text(
+            json.dumps(
+                {"options": {"moe": options.moe, "quick": options.quick, "malloc": options.malloc}, **result}, indent=1
+            )
+        )
     return 0
 
 

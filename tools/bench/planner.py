@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Optional
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -35,19 +35,20 @@ LOOSE = float(2**20)
 DEVICE = "ascend-910b-64g"
 DENSE_80 = (
     "--num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 --group-query-attention "
-    "--num-query-groups 8 --seq-length 8192 --padded-vocab-size 128256 --micro-batch-size 1 --bf16 --use-distributed-optimizer "
-    "--tensor-model-parallel-size 8 --sequence-parallel --swiglu --normalization RMSNorm --position-embedding-type rope "
-    "--untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --mock-data"
+    "--num-query-groups 8 --seq-length 8192 --padded-vocab-size 128256 --micro-batch-size 1 --bf16 "
+    "--use-distributed-optimizer --tensor-model-parallel-size 8 --sequence-parallel --swiglu --normalization RMSNorm "
+    "--position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 "
+    "--hidden-dropout 0 --mock-data"
 )
 DENSE_58 = (
-    "--num-layers 58 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 56 --seq-length 4096 --padded-vocab-size 129280 "
-    "--micro-batch-size 1 --bf16 --use-distributed-optimizer --tensor-model-parallel-size 4 --sequence-parallel --swiglu "
-    "--normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear "
-    "--attention-dropout 0 --hidden-dropout 0 --mock-data"
+    "--num-layers 58 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 56 --seq-length 4096 "
+    "--padded-vocab-size 129280 --micro-batch-size 1 --bf16 --use-distributed-optimizer --tensor-model-parallel-size "
+    "4 --sequence-parallel --swiglu --normalization RMSNorm --position-embedding-type rope "
+    "--untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --mock-data"
 )
 MOE_58 = (
-    DENSE_58
-    + " --num-experts 64 --moe-router-topk 8 --moe-ffn-hidden-size 2048 --expert-model-parallel-size 16 --expert-tensor-parallel-size 1"
+    DENSE_58 + " --num-experts 64 --moe-router-topk 8 --moe-ffn-hidden-size 2048 --expert-model-parallel-size 16 "
+    "--expert-tensor-parallel-size 1"
 )
 
 
@@ -55,7 +56,8 @@ MOE_58 = (
 class Case:
     """A run in flags, the recompute it may choose from, and the memory of a device (GiB; unset: the device's own).
 
-    first: (layers, flags of a run): that many of its layers before those of `flags`; a configuration knows no such mixture.
+    first: (layers, flags of a run): that many of its layers before those of `flags`; a configuration knows no such
+    mixture.
     """
 
     name: str
@@ -65,10 +67,10 @@ class Case:
     microbatches: int
     data_parallel: int
     model_parallel: int
-    memory_gib: Optional[float] = None
+    memory_gib: float | None = None
     kinds: tuple[str, ...] = ("full",)
     device: str = DEVICE
-    first: Optional[tuple[int, str]] = None
+    first: tuple[int, str] | None = None
     mtp: bool = False
 
     def words(self, flags: str) -> list[str]:
@@ -96,12 +98,14 @@ class Case:
         return load_run_config([*self.words(flags), "--dry-run"], {}, planning=True).run
 
 
-def telechat_115b(name: str, pipeline: int, chunks: int, microbatches: int, memory_gib: Optional[float] = None, **more) -> Case:
+def telechat_115b(
+    name: str, pipeline: int, chunks: int, microbatches: int, memory_gib: float | None = None, **more
+) -> Case:
     dp = 512 // (8 * pipeline)
     return Case(f"115B {name}", "--preset telechat2-115b", pipeline, chunks, microbatches, dp, 8, memory_gib, **more)
 
 
-def telechat_39b(name: str, pipeline: int, chunks: int, memory_gib: Optional[float] = None) -> Case:
+def telechat_39b(name: str, pipeline: int, chunks: int, memory_gib: float | None = None) -> Case:
     return Case(f"39B-A12B {name}", "--preset telechat2-39b-a12b", pipeline, chunks, 32, 16, 4, memory_gib)
 
 
@@ -173,7 +177,10 @@ def main() -> None:
     if args.list:
         for case in CASES:
             memory = "no limit" if case.memory_gib == LOOSE else f"{case.memory_gib or 'its own'} GiB"
-            print(f"{case.name}: {case.device}, {memory}, recompute {', '.join(case.kinds)}\n  {' '.join(case.words(case.flags))}")
+            print(
+                f"{case.name}: {case.device}, {memory}, recompute {', '.join(case.kinds)}\n  "
+                f"{' '.join(case.words(case.flags))}"
+            )
         return
     print(f"{'problem':<32}{'status':<9}{'recomputes':>10}{'value s':>10}{'gap':>9}{'s':>8}{'boxes':>7}"
           f"{'uniform':>12}{'accounted':>12}{'flags':>12}{'stage':>12}{'pairs':>12}")  # fmt: skip

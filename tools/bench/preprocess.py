@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Text to tokens: our preprocess_data beside Megatron-LM's two tools, in one interleaved run.
 
-    python tools/bench/preprocess.py --work DIR [--mb 180] [--also 140,1400] [--rounds 3] [--megatron CHECKOUT] [--json FILE]
+    python tools/bench/preprocess.py --work DIR [--mb 180] [--also 140,1400] [--rounds 3] [--megatron CHECKOUT] [--json
+    FILE]
 
-Builds a corpus (preprocess_corpus.py) and trains tokenizers in DIR, once. Cases: a byte-level tokenizer of 131,072 ids with the
-fast engine and with the fallback, and a sentencepiece model. Each round runs every arm of a case in turn. Reported are
-medians of wall time, MB/s, tokens/s, CPU seconds and peak memory of the process with its children (the sum of their PSS,
-sampled), and whether the bytes are the same. ``--also`` runs our tool alone on corpora of other sizes: memory and rate by the
-size of the input. No document of a corpus is in it twice. Megatron's tools need what their checkout needs (transformers;
-triton on its newest commits).
+Builds a corpus (preprocess_corpus.py) and trains tokenizers in DIR, once. Cases: a byte-level tokenizer of 131,072 ids
+with the fast engine and with the fallback, and a sentencepiece model. Each round runs every arm of a case in turn.
+Reported are medians of wall time, MB/s, tokens/s, CPU seconds and peak memory of the process with its children (the sum
+of their PSS, sampled), and whether the bytes are the same. ``--also`` runs our tool alone on corpora of other sizes:
+memory and rate by the size of the input. No document of a corpus is in it twice. Megatron's tools need what their
+checkout needs (transformers; triton on its newest commits).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -48,7 +50,7 @@ class Arm:
     failed: str = ""
 
 
-def arms(case: str, source: Path, tokenizer: Path, work: Path, megatron: Optional[Path], engine: str) -> list[Arm]:
+def arms(case: str, source: Path, tokenizer: Path, work: Path, megatron: Path | None, engine: str) -> list[Arm]:
     kind = "SentencePieceTokenizer" if tokenizer.suffix == ".model" else "HuggingFaceTokenizer"
     shared = ["--input", str(source), "--tokenizer-type", kind, "--tokenizer-model", str(tokenizer), "--append-eod"]
     out = work / "out"
@@ -58,7 +60,9 @@ def arms(case: str, source: Path, tokenizer: Path, work: Path, megatron: Optiona
         return Arm(name, [sys.executable, "-W", "ignore", *command, *shared, "--output-prefix", str(prefix)], prefix)
 
     # Megatron's tools take special tokens from a text.
-    found = [arm("ours", str(OURS), "--workers", "2", "--engine", engine, "--log-interval", "0", "--special-tokens-in-text")]
+    found = [
+        arm("ours", str(OURS), "--workers", "2", "--engine", engine, "--log-interval", "0", "--special-tokens-in-text")
+    ]
     if megatron is not None:
         run = (str(HERE / "preprocess_megatron.py"), str(megatron))
         found.append(arm("megatron", *run, "preprocess_data.py", "--workers", "2"))
@@ -113,16 +117,32 @@ def measure(case: str, found: Sequence[Arm], source: Path, rounds: int) -> list[
         for arm in found:
             if not arm.failed:
                 run_once(arm)
-                print(f"  {case} round {number + 1} {arm.name}: {arm.failed or f'{arm.wall[-1]:.1f} s, {arm.cpu[-1]:.1f} CPU s'}", flush=True)
+                print(
+                    f"  {case} round {number + 1} {arm.name}: "
+                    f"{arm.failed or f'{arm.wall[-1]:.1f} s, {arm.cpu[-1]:.1f} CPU s'}",
+                    flush=True,
+                )
     megabytes, rows = source.stat().st_size / 1e6, []
     base = statistics.median(found[0].wall) if not found[0].failed else float("nan")
     for arm in found:
-        row: dict[str, Any] = {"case": case, "arm": arm.name, "failed": arm.failed, **{k: v for k, v in asdict(arm).items() if k in ("wall", "cpu")}}
+        row: dict[str, Any] = {
+            "case": case,
+            "arm": arm.name,
+            "failed": arm.failed,
+            **{k: v for k, v in asdict(arm).items() if k in ("wall", "cpu")},
+        }
         if not arm.failed:
             wall = statistics.median(arm.wall)
             file = Path(f"{arm.prefix}_text_document.bin")
-            row |= {"wall_s": wall, "mb_s": megabytes / wall, "cpu_s": statistics.median(arm.cpu), "peak_mb": max(arm.peak_mb),
-                    "tokens_s": file.stat().st_size / _item_bytes(file) / wall, "ours_is_faster": wall / base, "same_bytes": arm.digest == found[0].digest}
+            row |= {
+                "wall_s": wall,
+                "mb_s": megabytes / wall,
+                "cpu_s": statistics.median(arm.cpu),
+                "peak_mb": max(arm.peak_mb),
+                "tokens_s": file.stat().st_size / _item_bytes(file) / wall,
+                "ours_is_faster": wall / base,
+                "same_bytes": arm.digest == found[0].digest,
+            }
         rows.append(row)
     return rows
 
@@ -133,19 +153,27 @@ def _item_bytes(file: Path) -> int:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| case | tool | wall s | MB/s | M tokens/s | CPU s | peak MB | ours is faster | same bytes |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| case | tool | wall s | MB/s | M tokens/s | CPU s | peak MB | ours is faster | same bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         if row["failed"]:
             lines.append(f"| {row['case']} | {row['arm']} | failed: {row['failed']} | | | | | | |")
             continue
-        lines.append(f"| {row['case']} | {row['arm']} | {row['wall_s']:.1f} | {row['mb_s']:.1f} | {row['tokens_s'] / 1e6:.2f} | {row['cpu_s']:.1f} "
-                     f"| {row['peak_mb']:.0f} | {row['ours_is_faster']:.1f}x | {'yes' if row['same_bytes'] else 'NO'} |")
+        lines.append(
+            f"| {row['case']} | {row['arm']} | {row['wall_s']:.1f} | {row['mb_s']:.1f} | {row['tokens_s'] / 1e6:.2f} | "
+            f"{row['cpu_s']:.1f} | {row['peak_mb']:.0f} | {row['ours_is_faster']:.1f}x | "
+            f"{'yes' if row['same_bytes'] else 'NO'} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", required=True, type=Path, help="folder for the corpus, the tokenizers and the outputs")
+    parser.add_argument(
+        "--work", required=True, type=Path, help="folder for the corpus, the tokenizers and the outputs"
+    )
     parser.add_argument("--mb", type=float, default=180.0, help="megabytes of the corpus")
     parser.add_argument("--also", default="", help="megabytes of more corpora, with commas, for our tool alone")
     parser.add_argument("--rounds", type=int, default=3)
@@ -167,10 +195,17 @@ def main() -> int:
         rows += measure(case, arms(case, source, tokenizer, args.work, args.megatron, engine), source, args.rounds)
         for size in (float(size) for size in args.also.split(",") if size and case == "fast"):
             other = corpus_of.build(args.work, size)
-            rows += measure(f"fast, {size:g} MB", arms(f"fast-{size:g}", other, tokenizer, args.work, None, engine), other, args.rounds)
+            rows += measure(
+                f"fast, {size:g} MB",
+                arms(f"fast-{size:g}", other, tokenizer, args.work, None, engine),
+                other,
+                args.rounds,
+            )
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps({"rows": rows, "corpus_bytes": source.stat().st_size, "cores": os.cpu_count()}, indent=1))
+        args.json.write_text(
+            json.dumps({"rows": rows, "corpus_bytes": source.stat().st_size, "cores": os.cpu_count()}, indent=1)
+        )
     # What megatron-fast writes is gigatoken's, whether or not that is the tokenizer's.
     return 0 if all(not row["failed"] and (row["same_bytes"] or row["arm"] == "megatron-fast") for row in rows) else 1
 

@@ -1,8 +1,9 @@
-"""The corpora and the tokenizers of tools/bench/preprocess.py: text that a package manager brings. Nothing is distributed.
+"""The corpora and the tokenizers of tools/bench/preprocess.py: text that a package manager brings. Nothing is
+distributed.
 
-Prose is the help texts and manuals of Debian packages (``apt-get download``, unpacked beside the corpus and not installed)
-with the descriptions of installed Python packages; code is the Python packages themselves and, for a corpus larger than
-these, the source of the Linux kernel. No document is in a corpus twice.
+Prose is the help texts and manuals of Debian packages (``apt-get download``, unpacked beside the corpus and not
+installed) with the descriptions of installed Python packages; code is the Python packages themselves and, for a corpus
+larger than these, the source of the Linux kernel. No document is in a corpus twice.
 """
 
 from __future__ import annotations
@@ -17,21 +18,35 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterable, Iterator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_telechat.data.tokenizer_training import SPECIAL_TOKENS, SPLIT  # noqa: E402
 
 PACKAGES = {
-    "zh": ("libreoffice-help-zh-cn", "libreoffice-help-zh-tw", "manpages-zh", "debian-reference-zh-cn", "debian-faq-zh-cn"),
+    "zh": (
+        "libreoffice-help-zh-cn",
+        "libreoffice-help-zh-tw",
+        "manpages-zh",
+        "debian-reference-zh-cn",
+        "debian-faq-zh-cn",
+    ),
     "en": ("libreoffice-help-en-us", "debian-reference-en", "debian-handbook", "bible-kjv-text"),
 }
-# Downloaded when the above and what is installed do not fill the corpus; prose of other languages too, for its new words.
+# Downloaded when the above and what is installed do not fill the corpus; prose of other languages too, for its new
+# words.
 MORE = {
-    "en": ("python3.11-doc", "openjdk-17-doc", "postgresql-doc-15", "cppreference-doc-en-html", "dict-gcide", "dict-foldoc",
-           *(f"libreoffice-help-{language}" for language in ("ru", "ja", "ko", "de", "fr", "es"))),
+    "en": (
+        "python3.11-doc",
+        "openjdk-17-doc",
+        "postgresql-doc-15",
+        "cppreference-doc-en-html",
+        "dict-gcide",
+        "dict-foldoc",
+        *(f"libreoffice-help-{language}" for language in ("ru", "ja", "ko", "de", "fr", "es")),
+    ),
     "code": ("linux-source-6.1",),
 }
 _TEXT = (".html", ".htm", ".txt", ".md", ".rst", ".gz", ".dz", ".1", ".3", ".5", ".7", ".8")
@@ -145,13 +160,27 @@ def byte_level(corpus: Path, vocab_size: int, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(_sample(corpus, 2), trainer=trainer)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<_start>", "eos_token": "<_end>", "pad_token": "<_pad>",
-              "unk_token": "<_unk>", "clean_up_tokenization_spaces": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<_start>",
+        "eos_token": "<_end>",
+        "pad_token": "<_pad>",
+        "unk_token": "<_unk>",
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -170,9 +199,27 @@ def sentencepiece(corpus: Path, vocab_size: int, folder: Path, dummy_prefix: boo
     model = io.BytesIO()
     lines = (line[:4000] for text in _sample(corpus, 20) for line in text.split("\n") if line.strip())
     SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True, add_dummy_prefix=dummy_prefix,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3, unk_piece="<_unk>",
-        bos_piece="<_start>", eos_piece="<_end>", pad_piece="<_pad>", control_symbols=SPECIAL_TOKENS[4:], minloglevel=2,
-        user_defined_symbols=[*"0123456789", "_", "\n", "\t", "__", "___", "____"], input_sentence_size=200_000, shuffle_input_sentence=True)
+        sentence_iterator=lines,
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=dummy_prefix,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        unk_piece="<_unk>",
+        bos_piece="<_start>",
+        eos_piece="<_end>",
+        pad_piece="<_pad>",
+        control_symbols=SPECIAL_TOKENS[4:],
+        minloglevel=2,
+        user_defined_symbols=[*"0123456789", "_", "\n", "\t", "__", "___", "____"],
+        input_sentence_size=200_000,
+        shuffle_input_sentence=True,
+    )
     target.write_bytes(model.getvalue())
     return target

@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -34,7 +35,14 @@ def throughput(device: DeviceSpec) -> list[dict[str, Any]]:
     rows = []
     for entry in PUBLISHED:
         ratio = entry.ratio(device)
-        rows.append({"preset": entry.preset, "published": entry.tokens_per_s, "predicted": entry.tokens_per_s * ratio, "ratio": ratio})
+        rows.append(
+            {
+                "preset": entry.preset,
+                "published": entry.tokens_per_s,
+                "predicted": entry.tokens_per_s * ratio,
+                "ratio": ratio,
+            }
+        )
     return rows
 
 
@@ -68,21 +76,28 @@ def _row(problem: BalanceProblem, assignment: Assignment) -> dict[str, Any]:
     result = simulate(problem, assignment)
     stages = [sum(assignment.counts[rank :: problem.P]) for rank in range(problem.P)]
     return {
-        "layers": stages, "counts": assignment.counts, "makespan_s": result.makespan, "peak_gb": max(result.peak_bytes) / 1e9,
+        "layers": stages,
+        "counts": assignment.counts,
+        "makespan_s": result.makespan,
+        "peak_gb": max(result.peak_bytes) / 1e9,
         "recomputed": [
-            sum(mode > 0 for chunk in assignment.modes[rank :: problem.P] for mode in chunk) for rank in range(problem.P)
+            sum(mode > 0 for chunk in assignment.modes[rank :: problem.P] for mode in chunk)
+            for rank in range(problem.P)
         ],
-    }  # fmt: skip
+    }
 
 
-def _plan(run, problem: BalanceProblem, assignment: Optional[Assignment], solution) -> dict[str, Any]:
+def _plan(run, problem: BalanceProblem, assignment: Assignment | None, solution) -> dict[str, Any]:
     if assignment is None:
         return {"status": solution.status}
     planned = planned_run(run, problem, assignment)
     return {
-        **_row(problem, assignment), "status": solution.status, "gap": solution.gap, "seconds": solution.seconds,
+        **_row(problem, assignment),
+        "status": solution.status,
+        "gap": solution.gap,
+        "seconds": solution.seconds,
         "flags": planned.flags,
-    }  # fmt: skip
+    }
 
 
 def show(rows: list[dict[str, Any]], tables: list[dict[str, Any]]) -> None:
@@ -103,7 +118,7 @@ def show(rows: list[dict[str, Any]], tables: list[dict[str, Any]]) -> None:
             )
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="name or file of the device; unset: that of the publication")
     parser.add_argument("--fit", choices=[entry.preset for entry in PUBLISHED])
@@ -117,10 +132,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         device = fit_gemm(next(entry for entry in PUBLISHED if entry.preset == options.fit), device)
         print(f"fitted to {options.fit}: {dict(device.efficiency)}")
     rows = throughput(device)
-    tables = [layouts(entry, device, options.time_limit) for entry in PUBLISHED if entry.run().parallel.pipeline_model_parallel_size > 1]
+    tables = [
+        layouts(entry, device, options.time_limit)
+        for entry in PUBLISHED
+        if entry.run().parallel.pipeline_model_parallel_size > 1
+    ]
     show(rows, tables)
     if options.json:
-        options.json.write_text(json.dumps({"efficiency": dict(device.efficiency), "throughput": rows, "layouts": tables}, indent=1))
+        options.json.write_text(
+            json.dumps({"efficiency": dict(device.efficiency), "throughput": rows, "layouts": tables}, indent=1)
+        )
     return 0
 
 

@@ -17,14 +17,24 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "reduce_scatter",
-               "broadcast", "all_to_all_single", "_all_gather_base", "_reduce_scatter_base")  # fmt: skip
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "reduce_scatter",
+    "broadcast",
+    "all_to_all_single",
+    "_all_gather_base",
+    "_reduce_scatter_base",
+)
 LAYOUTS = {
     "DP2": {},
     "TP2": dict(tensor_model_parallel_size=2, sequence_parallel=False),
@@ -176,12 +186,20 @@ def launch(layout: str, steps: int, threads: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), OMP_NUM_THREADS=str(threads),
-                  TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+    common = dict(
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+        OMP_NUM_THREADS=str(threads),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
     command = [sys.executable, "-W", "ignore", __file__, "--layout", layout, "--steps", str(steps)]
     ranks = [
         subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+            command,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -201,7 +219,7 @@ def launch(layout: str, steps: int, threads: int) -> dict[str, Any]:
     return json.loads(line.removeprefix("REPORT "))
 
 
-def main(quick: bool = False, json_path: Optional[Path] = None) -> int:
+def main(quick: bool = False, json_path: Path | None = None) -> int:
     steps = 5 if quick else 30
     reports = []
     for layout in LAYOUTS:
@@ -212,7 +230,10 @@ def main(quick: bool = False, json_path: Optional[Path] = None) -> int:
         lines = report["collectives"]
         spent = sum(ms for _, _, ms in lines.values())
         detail = "; ".join(f"{name} {n:.0f}, {b / 1024:.0f}, {ms:.1f}" for name, (n, b, ms) in sorted(lines.items()))
-        print(f"{report['layout']:10}{report['threads']:>8}{report['step_ms']:>9.1f}{report['cpu_ms']:>8.1f}{spent:>19.1f}   {detail}")
+        print(
+            f"{report['layout']:10}{report['threads']:>8}{report['step_ms']:>9.1f}{report['cpu_ms']:>8.1f}"
+            f"{spent:>19.1f}   {detail}"
+        )
     print("\nmilliseconds of one collective, both ranks ready")
     for size, times in reports[0]["single"].items():
         print(f"{int(size) * 4 // 1024:>6} KiB   " + "   ".join(f"{name} {ms:.2f}" for name, ms in times.items()))

@@ -8,16 +8,18 @@
     python tools/bench/throttled_links.py exec 0 COMMAND                                in the network of rank 0
     python tools/bench/throttled_links.py down
 
-Every rank gets a network namespace with one interface, ``nic0``, shaped on its way out by ``tc tbf``. Two ranks are joined
-directly; more meet at a bridge in a namespace of its own, whose ports are shaped too: every rank then has a full-duplex card
-of that rate. TCP is told what holds between machines of one rack: no slow start after a pause, and small socket buffers, so that
-a short message does not queue behind megabytes. The shaper's bucket is small (64 kB): a large one would let short messages
-through at the speed of memory.
+Every rank gets a network namespace with one interface, ``nic0``, shaped on its way out by ``tc tbf``. Two ranks are
+joined directly; more meet at a bridge in a namespace of its own, whose ports are shaped too: every rank then has a
+full-duplex card of that rate. TCP is told what holds between machines of one rack: no slow start after a pause, and
+small socket buffers, so that a short message does not queue behind megabytes. The shaper's bucket is small (64 kB): a
+large one would let short messages through at the speed of memory.
 
-A run is killed as a whole when one rank fails, when the time is over, or on Ctrl-C, and its namespaces are removed. Only namespaces
-called ``throttled-*`` are ever touched; ``down`` also removes those of runs that were killed the hard way.
+A run is killed as a whole when one rank fails, when the time is over, or on Ctrl-C, and its namespaces are removed.
+Only namespaces called ``throttled-*`` are ever touched; ``down`` also removes those of runs that were killed the hard
+way.
 
-Gloo's all-to-all uses such a link in one direction at a time: count on twice the time of the bytes, or measure the link alone.
+Gloo's all-to-all uses such a link in one direction at a time: count on twice the time of the bytes, or measure the link
+alone.
 
 Needs root (CAP_NET_ADMIN and CAP_SYS_ADMIN) and iproute2; benches that use links run without them under any torchrun.
 """
@@ -32,10 +34,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping, Optional, Sequence
 
 PREFIX = "throttled-"
 INTERFACE = "nic0"
@@ -60,7 +62,7 @@ class LinksError(Exception):
     """The links cannot be made; the message says what to do."""
 
 
-def why_not() -> Optional[str]:
+def why_not() -> str | None:
     """What is missing on this machine, with the line that mends it; None if links can be made."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
@@ -75,7 +77,10 @@ def _tool(*command: str, check: bool = True) -> str:
     if check and done.returncode:
         hint = ""
         if "not permitted" in done.stderr or "denied" in done.stderr:
-            hint = "\n  in a container: docker run --cap-add NET_ADMIN --cap-add SYS_ADMIN --security-opt apparmor=unconfined ..."
+            hint = (
+                "\n  in a container: docker run --cap-add NET_ADMIN --cap-add SYS_ADMIN --security-opt "
+                "apparmor=unconfined ..."
+            )
         raise LinksError(f"{' '.join(command)}: {done.stderr.strip()}{hint}")
     return done.stdout
 
@@ -93,7 +98,7 @@ class Links:
     size: int
 
     @classmethod
-    def of_this_rank(cls) -> Optional["Links"]:
+    def of_this_rank(cls) -> Links | None:
         """The links that this process was started on, or None; any rank may reshape them."""
         value = os.environ.get(LINKS_VARIABLE)
         return cls(value.split()[0], int(value.split()[1])) if value else None
@@ -108,7 +113,7 @@ class Links:
     def address(self, rank: int) -> str:
         return f"{SUBNET}.{rank + 1}"
 
-    def up(self, mbit: Optional[float] = None) -> None:
+    def up(self, mbit: float | None = None) -> None:
         """Make the namespaces and join them.
 
         Raises:
@@ -150,7 +155,7 @@ class Links:
             _tool("ip", "-n", space, "addr", "add", f"{self.address(rank)}/24", "dev", INTERFACE)
             _tool("ip", "-n", space, "link", "set", INTERFACE, "up")
 
-    def set_rate(self, mbit: Optional[float]) -> None:
+    def set_rate(self, mbit: float | None) -> None:
         """Reshape every link, also while ranks run; None takes the limit away."""
         ends = [(self.namespace(rank), INTERFACE) for rank in range(self.size)]
         if self.size != 2:
@@ -194,7 +199,7 @@ def remove_leftovers() -> None:
 
 
 @contextmanager
-def links_up(size: int, mbit: Optional[float] = None) -> Iterator[Links]:
+def links_up(size: int, mbit: float | None = None) -> Iterator[Links]:
     """Links for the length of a block, removed however it ends (SIGTERM included)."""
     links = Links(str(os.getpid()), size)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -209,10 +214,10 @@ def links_up(size: int, mbit: Optional[float] = None) -> Iterator[Links]:
 def run_ranks(
     command: Sequence[str],
     size: int,
-    links: Optional[Links] = None,
+    links: Links | None = None,
     pin: bool = False,
     timeout: float = 1800.0,
-    env: Optional[Mapping[str, str]] = None,
+    env: Mapping[str, str] | None = None,
 ) -> int:
     """One process a rank, as torchrun would start them; returns the first exit code that is not 0, or 124 on a timeout.
 
@@ -258,7 +263,7 @@ def run_ranks(
         del store
 
 
-def _prepare(core: Optional[int]) -> None:
+def _prepare(core: int | None) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank dies with this process, however that ends
     if core is not None:
         os.sched_setaffinity(0, {core})
@@ -278,7 +283,7 @@ def _wait(processes: Sequence[subprocess.Popen], until: float) -> int:
         time.sleep(0.02)
 
 
-def _rate(text: str) -> Optional[float]:
+def _rate(text: str) -> float | None:
     return None if text == "none" else float(text)
 
 
@@ -288,7 +293,9 @@ def _parser() -> argparse.ArgumentParser:
     parts = {name: commands.add_parser(name) for name in ("run", "up", "mbit", "show", "exec", "down")}
     for name in ("run", "up"):
         parts[name].add_argument("-n", "--ranks", type=int, default=2)
-        parts[name].add_argument("--mbit", type=_rate, default=None, metavar="R", help="Mbit/s of every link; none: no limit")
+        parts[name].add_argument(
+            "--mbit", type=_rate, default=None, metavar="R", help="Mbit/s of every link; none: no limit"
+        )
     for name in ("up", "mbit", "show", "exec", "down"):
         parts[name].add_argument("--name", default="bench")
     parts["mbit"].add_argument("mbit", type=_rate)
@@ -300,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         problem = why_not()

@@ -20,9 +20,10 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -43,7 +44,7 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALL
 class Server:
     """One arm in a process of its own."""
 
-    def __init__(self, arm: str, case: Case, core: Optional[int], malloc: bool):
+    def __init__(self, arm: str, case: Case, core: int | None, malloc: bool):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(MALLOC if malloc else {})}
         command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("train_step_arms.py"))]
         self.arm = arm
@@ -79,10 +80,12 @@ def check_losses(case: Case, losses: dict[str, list[float]]) -> None:
     for step, values in enumerate(zip(*losses.values(), strict=True)):
         spread = (max(values) - min(values)) / min(values)
         if not all(map(math.isfinite, values)) or spread > LOSS_TOLERANCE[case.precision]:
-            raise SystemExit(f"{case.name}: losses of step {step} do not agree: {dict(zip(losses, values))}")
+            raise SystemExit(
+                f"{case.name}: losses of step {step} do not agree: {dict(zip(losses, values, strict=True))}"
+            )
 
 
-def run_case(case: Case, arms: Sequence[str], rounds: int, warmup: int, core: Optional[int], malloc: bool):
+def run_case(case: Case, arms: Sequence[str], rounds: int, warmup: int, core: int | None, malloc: bool):
     """Interleaved steps; per arm the medians, and the median of the ratios of each round."""
     servers = [Server(arm, case, core, malloc) for arm in arms]
     steps: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
@@ -111,7 +114,7 @@ def run_case(case: Case, arms: Sequence[str], rounds: int, warmup: int, core: Op
         }
     ours = result["arms"].get("ours")
     if ours:
-        for arm, other in result["arms"].items():
+        for other in result["arms"].values():
             for name in ("wall_s", "cpu_s"):
                 ratios = [b / a for a, b in zip(ours[name], other[name], strict=True)]
                 other[f"ours_over_this_{name[:-2]}"] = statistics.median(ratios)
@@ -120,17 +123,21 @@ def run_case(case: Case, arms: Sequence[str], rounds: int, warmup: int, core: Op
 
 def print_case(result: dict[str, Any]) -> None:
     print(f"\n{result['case']['name']}   ({result['rounds']} rounds)")
-    print(f"{'':16}{'parameters':>14}{'tokens/s':>10}{'tok/CPU s':>11}{'best':>8}{'faults':>9}{'loss':>9}{'ours / this':>13}{'by CPU s':>10}")
+    print(
+        f"{'':16}{'parameters':>14}{'tokens/s':>10}{'tok/CPU s':>11}{'best':>8}{'faults':>9}{'loss':>9}"
+        f"{'ours / this':>13}{'by CPU s':>10}"
+    )
     for arm, line in result["arms"].items():
         print(
             f"{arm:16}{line['parameters']:>14,}{line['tokens_per_s']:>10.0f}{line['tokens_per_cpu_s']:>11.0f}"
             f"{line['best_tokens_per_s']:>8.0f}{line['page_faults']:>9.0f}{line['loss'][-1]:>9.4f}"
-            f"{line.get('ours_over_this_wall', float('nan')):>12.2f}x{line.get('ours_over_this_cpu', float('nan')):>9.2f}x",
+            f"{line.get('ours_over_this_wall', float('nan')):>12.2f}x"
+            f"{line.get('ours_over_this_cpu', float('nan')):>9.2f}x",
             flush=True,
         )
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes and two rounds: does it run at all")
     parser.add_argument("--wide", action="store_true", help="SwiGLU of 2048, experts of 768, vocabulary 16384")
@@ -139,7 +146,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--core", type=int, default=0, help="the core all arms run on; -1 leaves them free")
-    parser.add_argument("--malloc", choices=("default", "keep"), default="default", help="keep: see docs/performance.md")
+    parser.add_argument(
+        "--malloc", choices=("default", "keep"), default="default", help="keep: see docs/performance.md"
+    )
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--profile", metavar="ARM", help="torch.profiler table of one step of this arm")
     parser.add_argument("--tp2", action="store_true", help="where two tensor-parallel ranks spend their time")

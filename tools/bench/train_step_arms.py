@@ -11,9 +11,9 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -227,8 +227,11 @@ def build_transformers(case: Case) -> tuple[torch.nn.Module, Step]:
         model.lm_head.weight.copy_(parts["head"])
         for index, layer in enumerate(model.model.layers):
             attention = layer.self_attn
-            for name, linear in zip(("query", "key", "value", "output"),
-                                    (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)):
+            for name, linear in zip(
+                ("query", "key", "value", "output"),
+                (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+                strict=True,
+            ):
                 linear.weight.copy_(parts[f"{index}.{name}"])
             fc1, fc2 = parts[f"{index}.fc1"], parts[f"{index}.fc2"]
             if case.moe:

@@ -7,7 +7,19 @@ left in peace by ``ALL_RULES``, which look at values together.
 from __future__ import annotations
 
 from megatron_telechat.config.origins import Rule
-from megatron_telechat.config.rules import batch, data, experts, files, meaning, model, parallel, pipeline, recompute, schedule, values
+from megatron_telechat.config.rules import (
+    batch,
+    data,
+    experts,
+    files,
+    meaning,
+    model,
+    parallel,
+    pipeline,
+    recompute,
+    schedule,
+    values,
+)
 
 VALUE_RULES: tuple[Rule, ...] = values.RULES
 ALL_RULES: tuple[Rule, ...] = (

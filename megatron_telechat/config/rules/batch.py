@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.rules.parallel import CP, PP, TP

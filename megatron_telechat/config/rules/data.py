@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from typing import Iterator, Optional
+from collections.abc import Iterator
 
 from megatron_telechat.config.data_names import data_json_entries, dataset_prefix, same_data
 from megatron_telechat.config.fields import fields_by_name
@@ -66,7 +66,7 @@ def blends_can_be_read(check: Check) -> Iterator[Problem]:
             yield from missing(check, name, prefix)
 
 
-def _blend_complaint(items: tuple[str, ...]) -> Optional[str]:
+def _blend_complaint(items: tuple[str, ...]) -> str | None:
     """Megatron's rule: weights and prefixes in turn, or prefixes alone."""
     numbers = [_number(item) for item in items]
     if all(number is None for number in numbers):
@@ -82,7 +82,7 @@ def _prefixes(items: tuple[str, ...]) -> tuple[str, ...]:
     return items[1::2] if items and _number(items[0]) is not None else items
 
 
-def _number(text: str) -> Optional[float]:
+def _number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
@@ -94,7 +94,8 @@ def _missing_files(check: Check, name: str, prefix: str) -> Iterator[Problem]:
         yield check.problem(
             f"{prefix} is raw text, training reads indexed datasets",
             name,
-            fix=f"python tools/preprocess_data.py --input {prefix} --output-prefix PREFIX ..., and name PREFIX_text_document; "
+            fix=f"python tools/preprocess_data.py --input {prefix} --output-prefix PREFIX ..., and name "
+            f"PREFIX_text_document; "
             "for dialogs, --sft",
         )
         return
@@ -114,10 +115,16 @@ def _missing_files(check: Check, name: str, prefix: str) -> Iterator[Problem]:
 def _missing_dialogs(check: Check, name: str, path: str) -> Iterator[Problem]:
     if not os.path.isfile(path):
         indexed = os.path.isfile(f"{path}.idx") or path.endswith((".bin", ".idx"))
-        fix = "drop --sft to train on indexed text, or name a jsonl file" if indexed else "correct the path of the jsonl file"
+        fix = (
+            "drop --sft to train on indexed text, or name a jsonl file"
+            if indexed
+            else "correct the path of the jsonl file"
+        )
         yield check.problem(f"sft reads jsonl files, and {path} is none", name, fix=fix)
     elif path.endswith((".bin", ".idx", ".parquet")):
-        yield check.problem(f"sft reads jsonl files, and {path} is none", name, fix="name a file of dialogs, one a line")
+        yield check.problem(
+            f"sft reads jsonl files, and {path} is none", name, fix="name a file of dialogs, one a line"
+        )
 
 
 def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
@@ -131,17 +138,23 @@ def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
     if mock:
         yield check.problem("sft and mock_data contradict each other", "sft", "mock_data", fix="drop one of them")
     elif model is None and not check.dry_run:
-        yield check.problem("sft encodes dialogs, for which it needs the model's tokenizer", "sft", fix="--tokenizer-model PATH")
+        yield check.problem(
+            "sft encodes dialogs, for which it needs the model's tokenizer", "sft", fix="--tokenizer-model PATH"
+        )
     if eod:
         yield check.problem(
             "eod_mask_loss is for indexed text; with sft the mask of the dialogs says what is learned",
-            "eod_mask_loss", "sft", fix="drop --eod-mask-loss, or choose with --sft-loss-mask",
+            "eod_mask_loss",
+            "sft",
+            fix="drop --eod-mask-loss, or choose with --sft-loss-mask",
         )
     system, template = check.take("sft_system", "sft_template")
     if system is not None and template != "telechat2":
         yield check.problem(
             f"sft_system is given, and the template {template} has no place for a system text",
-            "sft_system", "sft_template", fix="--sft-template telechat2",
+            "sft_system",
+            "sft_template",
+            fix="--sft-template telechat2",
         )
 
 
@@ -150,7 +163,9 @@ def borders_are_known(check: Check) -> Iterator[Problem]:
     mock, sft, model = check.take("mock_data", "sft", "tokenizer_model")
     for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         if check.take(name) and mock and not sft and model is not None:
-            yield check.problem(f"{name} has no documents to act on in mock_data", name, "mock_data", fix="drop one of them")
+            yield check.problem(
+                f"{name} has no documents to act on in mock_data", name, "mock_data", fix="drop one of them"
+            )
 
 
 def order_has_documents(check: Check) -> Iterator[Problem]:
@@ -158,8 +173,12 @@ def order_has_documents(check: Check) -> Iterator[Problem]:
     order, mock, sft = check.take("data_order", "mock_data", "sft")
     other = "sft" if sft else "mock_data"
     if order == "megatron" and (sft or mock):
-        yield check.problem(f"data_order=megatron is for indexed text, and means nothing with {other}", "data_order", other,
-                            fix="drop --data-order")
+        yield check.problem(
+            f"data_order=megatron is for indexed text, and means nothing with {other}",
+            "data_order",
+            other,
+            fix="drop --data-order",
+        )
 
 
 def data_json_can_be_read(check: Check) -> Iterator[Problem]:
@@ -167,7 +186,9 @@ def data_json_can_be_read(check: Check) -> Iterator[Problem]:
     if path is None:
         return
     if not os.path.isfile(path):
-        yield check.one(f"data_json {path} is not a file", "data_json", fix='a file such as {"corpus_text_document": 1.0}')
+        yield check.one(
+            f"data_json {path} is not a file", "data_json", fix='a file such as {"corpus_text_document": 1.0}'
+        )
         return
     try:
         data_json_entries(path, dialogs)
@@ -181,7 +202,8 @@ def datasets_are_named_once(check: Check) -> Iterator[Problem]:
     for name, names in _lists_of_data(check):
         for same in same_data(names, dialogs):
             yield check.problem(
-                f"{name} names the same data more than once: {', '.join(same.names)} ({same.how}), so that it is read twice",
+                f"{name} names the same data more than once: {', '.join(same.names)} ({same.how}), so that it is read "
+                f"twice",
                 name,
                 fix="name it once, with the sum of the weights"
                 if _weighs(check, name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.routing import Recording, is_recording, read_recording
@@ -30,7 +30,8 @@ def probabilities_fill_rows(check: Check) -> Iterator[Problem]:
 
 
 def grouped_products_are_aligned(check: Check) -> Iterator[Problem]:
-    """On accelerators a row of every operand fills whole pieces of 16 bytes; on the CPU the experts' products are others."""
+    """On accelerators a row of every operand fills whole pieces of 16 bytes; on the CPU the experts' products are
+    others."""
     hidden, width, parts, precision, experts, device = check.take(
         "hidden_size", "moe_ffn_hidden_size", "expert_tensor_parallel_size", "precision", "num_experts", "device"
     )
@@ -84,7 +85,9 @@ def routing_steps_need_routing(check: Check) -> Iterator[Problem]:
     steps, record, replay = check.take(STEPS, RECORD, REPLAY)
     if steps is not None and record is None and replay is None:
         yield check.problem(
-            f"{STEPS}={steps}, but nothing is recorded or replayed", STEPS, fix="--moe-routing-record DIR, or --moe-routing-replay DIR"
+            f"{STEPS}={steps}, but nothing is recorded or replayed",
+            STEPS,
+            fix="--moe-routing-record DIR, or --moe-routing-replay DIR",
         )
 
 
@@ -99,7 +102,8 @@ def replay_fits(check: Check) -> Iterator[Problem]:
         return
     if recording.replayed:
         yield check.one(
-            f"{REPLAY} {path} was recorded during a replay: it holds what the routers would have chosen, not what was used",
+            f"{REPLAY} {path} was recorded during a replay: it holds what the routers would have chosen, not what was "
+            f"used",
             REPLAY,
             fix="replay the recording that that run replayed",
         )
@@ -116,11 +120,16 @@ def replay_fits(check: Check) -> Iterator[Problem]:
 
 
 def _missing_steps(check: Check, recording: Recording) -> Iterator[Problem]:
-    """Of the steps that are asked for, or of those behind the first recorded one: where a resume begins is not known here."""
+    """Of the steps that are asked for, or of those behind the first recorded one: where a resume begins is not known
+    here."""
     text, last_step = check.take(STEPS, "train_iters")
     there = recording.steps()
     if not there:
-        yield check.one(f"{REPLAY} {recording.path} holds no step", REPLAY, fix="a recording that was not cut off before its first step")
+        yield check.one(
+            f"{REPLAY} {recording.path} holds no step",
+            REPLAY,
+            fix="a recording that was not cut off before its first step",
+        )
         return
     wanted = trace_steps(text) if text is not None else range(there[0], last_step + 1)
     missing = sorted(set(wanted) - set(there))
@@ -140,7 +149,12 @@ def record_has_a_place(check: Check) -> Iterator[Problem]:
     if path is None or experts is None:
         return
     if replay is not None and os.path.realpath(path) == os.path.realpath(replay):
-        yield check.problem(f"{path} is to be recorded and replayed at once", RECORD, REPLAY, fix="another folder for --moe-routing-record")
+        yield check.problem(
+            f"{path} is to be recorded and replayed at once",
+            RECORD,
+            REPLAY,
+            fix="another folder for --moe-routing-record",
+        )
         return
     if not is_recording(Path(path)):
         return
@@ -150,10 +164,14 @@ def record_has_a_place(check: Check) -> Iterator[Problem]:
         return
     differences = recording.differences(check.run)
     if recording.replayed != (replay is not None):
-        differences.append(f"{'no replay' if replay is None else 'a replay'}, recorded {'one' if recording.replayed else 'none'}")
+        differences.append(
+            f"{'no replay' if replay is None else 'a replay'}, recorded {'one' if recording.replayed else 'none'}"
+        )
     if differences:
         yield check.problem(
-            f"{path} holds the recording of another run: {'; '.join(differences)}", RECORD, fix="another folder, or delete that one"
+            f"{path} holds the recording of another run: {'; '.join(differences)}",
+            RECORD,
+            fix="another folder, or delete that one",
         )
 
 
@@ -172,7 +190,8 @@ def one_expert_a_token_learns_nothing(check: Check) -> Iterator[Problem]:
         check.notes.append("moe_router_topk=1 can be planned, but not trained here: see the message of the training")
         return
     yield check.problem(
-        "moe_router_topk=1: the softmax over one chosen logit is 1 whatever the logit, so the loss would never train the router",
+        "moe_router_topk=1: the softmax over one chosen logit is 1 whatever the logit, so the loss would never train "
+        "the router",
         "moe_router_topk",
         fix=f"{flag('moe_router_topk', 2)} or more" if experts > 1 else "leave --num-experts out for a dense model",
     )

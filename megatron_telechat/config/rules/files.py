@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Iterator
+from collections.abc import Iterator
 
 from megatron_telechat.config.origins import Check, Rule
 from megatron_telechat.errors import Problem
@@ -27,7 +27,8 @@ def folders_are_folders(check: Check) -> Iterator[Problem]:
 
 
 def checkpoint_to_resume_from(check: Check) -> Iterator[Problem]:
-    """The folder of save may not be there yet (a first start with the command of all later ones); another one must be."""
+    """The folder of save may not be there yet (a first start with the command of all later ones); another one must
+    be."""
     load, save, step = check.take("load", "save", "load_step")
     there = load is not None and os.path.isdir(load)
     same = save is not None and load is not None and os.path.abspath(load) == os.path.abspath(save)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from megatron_telechat.config.fields import fields_by_name, values_of
 from megatron_telechat.config.megatron_meaning import ARCHITECTURE
@@ -19,7 +20,8 @@ def training_builds_it(check: Check) -> Iterator[Problem]:
         if name not in absent and name not in check.bad:
             fix = ARCHITECTURE[name][1] if name in ARCHITECTURE else flag(name, fields_by_name()[name].default)
             yield check.problem(
-                f"{flag(name, value)} contradicts this framework: the training builds {_text(fields_by_name()[name].default)} only",
+                f"{flag(name, value)} contradicts this framework: the training builds "
+                f"{_text(fields_by_name()[name].default)} only",
                 name,
                 fix=f"{fix}, if the model is to be another one; tools/plan_pipeline.py plans this one as it is",
             )
@@ -32,7 +34,8 @@ def training_builds_it(check: Check) -> Iterator[Problem]:
     yield Problem(
         f"flags that are not given mean another model in Megatron-LM than here: {', '.join(said)}",
         "flags alone describe the model, without --preset, YAML file or --architecture",
-        f"add {' '.join(check.meaning.add)}; or --architecture telechat2, if it is a TeleChat2 model, with our defaults",
+        f"add {' '.join(check.meaning.add)}; or --architecture telechat2, if it is a TeleChat2 model, with our "
+        f"defaults",
     )
 
 
@@ -46,12 +49,22 @@ def defaults_of_megatron(check: Check) -> Iterator[Problem]:
     theirs = check.meaning.values.items()
     pairs = [f"{name} {_text(value)} / {_text(values[name])}" for name, value in theirs if values[name] != value]
     if pairs:
-        check.notes.append(f"flags that are not given have another default in Megatron-LM (its own / here): {', '.join(pairs)}")
+        check.notes.append(
+            f"flags that are not given have another default in Megatron-LM (its own / here): {', '.join(pairs)}"
+        )
     return iter(())
 
 
 def _text(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "none"
+        if value is None
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 RULES: tuple[Rule, ...] = (training_builds_it, defaults_of_megatron)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 from megatron_telechat.config.fields import fields_by_name, values_of
 from megatron_telechat.config.layer_pattern import moe_layers
@@ -87,7 +87,9 @@ def pattern_is_one(check: Check) -> Iterator[Problem]:
     try:
         length = len(moe_layers(pattern))
     except ValueError as error:
-        yield check.one(f"moe_layer_pattern: {error}", "moe_layer_pattern", fix="--moe-layer-freq N, or a list such as [0]*3+[1]*27")
+        yield check.one(
+            f"moe_layer_pattern: {error}", "moe_layer_pattern", fix="--moe-layer-freq N, or a list such as [0]*3+[1]*27"
+        )
         return
     if length != layers:
         yield check.one(
@@ -104,7 +106,9 @@ def topk_within_experts(check: Check) -> Iterator[Problem]:
             f"moe_router_topk={topk} is more than num_experts={experts}",
             "moe_router_topk",
             "num_experts",
-            fix=f"{flag('moe_router_topk', experts)} at most" if experts > 1 else "leave --num-experts out for a dense model",
+            fix=f"{flag('moe_router_topk', experts)} at most"
+            if experts > 1
+            else "leave --num-experts out for a dense model",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.rules.model import has_dense_layers, nearest_divisor
@@ -43,7 +43,10 @@ def tensor_parallel_divides(check: Check) -> Iterator[Problem]:
             continue
         if size and size % tensor:
             if name == "vocab_size":
-                fix = f"{flag(name, -(-size // tensor) * tensor)} (the vocabulary is never padded), or {flag(TP, _largest_tp(check, size))}"
+                fix = (
+                    f"{flag(name, -(-size // tensor) * tensor)} (the vocabulary is never padded), or "
+                    f"{flag(TP, _largest_tp(check, size))}"
+                )
             else:
                 fix = flag(TP, _largest_tp(check, size))
             yield check.problem(f"{TP}={tensor} does not divide {name}={size}", TP, name, fix=fix)
@@ -140,7 +143,8 @@ def fold_is_consistent(check: Check) -> Iterator[Problem]:
         check.bad.add(ETP)
     if size is not None and size % tensor:
         yield check.problem(
-            f"fold_tensor_into_experts spreads the experts over whole tensor domains, but {EP}={size} is not a multiple of {TP}={tensor}",
+            f"fold_tensor_into_experts spreads the experts over whole tensor domains, but {EP}={size} is not a "
+            f"multiple of {TP}={tensor}",
             EP,
             TP,
             "fold_tensor_into_experts",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Optional
+from collections.abc import Iterator
 
 from megatron_telechat.config.layout import PipelineLayout, default_layout
 from megatron_telechat.config.origins import Check, Rule, flag
@@ -71,7 +71,7 @@ def proposal(layout: PipelineLayout) -> str:
     return f"{flag(LAYOUT, layout)}  (tools/plan_pipeline.py prints the best one)"
 
 
-def working_layout(layers: int, stages: int, chunks: int) -> Optional[PipelineLayout]:
+def working_layout(layers: int, stages: int, chunks: int) -> PipelineLayout | None:
     """A layout to propose, or None where no layout can work."""
     if stages * chunks > 4096:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.recompute import parse_recompute_layout, recompute_plan
@@ -44,7 +44,8 @@ def details_go_with_full(check: Check) -> Iterator[Problem]:
             f"{METHOD} uniform recomputes every layer by itself; {LAYERS}={layers} would say groups of layers",
             LAYERS,
             METHOD,
-            fix=f"drop --recompute-num-layers, or {flag(METHOD, 'block')} to recompute {layers} layers of each virtual stage",
+            fix=f"drop --recompute-num-layers, or {flag(METHOD, 'block')} to recompute {layers} layers of each virtual "
+            f"stage",
         )
     if method == "uniform" and granularity != "full":
         yield check.problem(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.errors import Problem
@@ -86,7 +86,8 @@ def loss_scale_may_fall(check: Check) -> Iterator[Problem]:
     precision, limit, tolerated = check.take("precision", "max_skipped_steps", "hysteresis")
     if precision == "fp16" and 0 < limit <= tolerated:
         yield check.problem(
-            f"max_skipped_steps={limit} would end the run before the loss scale halves: hysteresis={tolerated} overflows come first",
+            f"max_skipped_steps={limit} would end the run before the loss scale halves: hysteresis={tolerated} "
+            f"overflows come first",
             "max_skipped_steps",
             "hysteresis",
             fix=flag("max_skipped_steps", 50 + tolerated),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.origins import DEFAULT, Check, Rule, flag
@@ -12,7 +12,15 @@ SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
 """What a model cannot be without."""
 
 AT_LEAST_ONE = (
-    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings"),
+    *(
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "vocab_size",
+        "max_position_embeddings",
+    ),
     *("rotary_training_seqlen", "rotary_base_seqlen", "num_experts", "moe_ffn_hidden_size", "moe_router_topk"),
     *("moe_layer_freq", "moe_shared_expert_intermediate_size", "world_size", "ranks_per_node"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
@@ -23,7 +31,16 @@ AT_LEAST_ONE = (
 )
 NOT_NEGATIVE = (
     *("ffn_hidden_size", "init_method_std", "router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
-    *("train_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad", "max_skipped_steps"),
+    *(
+        "train_iters",
+        "seed",
+        "min_lr",
+        "lr_warmup_iters",
+        "lr_warmup_init",
+        "weight_decay",
+        "clip_grad",
+        "max_skipped_steps",
+    ),
     *("load_step", "keep_last"),
 )
 MORE_THAN_ZERO = (
@@ -67,7 +84,10 @@ def shape_given(check: Check) -> Iterator[Problem]:
         check.bad.update(("ffn_hidden_size", "moe_ffn_hidden_size"))
 
 
-_PRESET_HELP = "--preset telechat2-tiny-moe (--list-presets names them all), or --num-layers, --hidden-size, --num-attention-heads ..."
+_PRESET_HELP = (
+    "--preset telechat2-tiny-moe (--list-presets names them all), or --num-layers, --hidden-size, "
+    "--num-attention-heads ..."
+)
 
 
 def at_least_one(check: Check) -> Iterator[Problem]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, Sequence
+from typing import Any
 
-import torch
+from throttled_links import INTERFACE, LINKS_VARIABLE
 from torch import Tensor
 
 from overlap.channels import Message, RecordingChannel, ReplayChannel, WaitingChannel, counting_all_to_alls
 from overlap.layers import Shape, block_gradients, core_gradients
-from throttled_links import INTERFACE, LINKS_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Results:
     output: Tensor
     tensors: dict[str, Tensor]
 
-    def errors(self, expected: "Results") -> dict[str, float]:
+    def errors(self, expected: Results) -> dict[str, float]:
         """Norm of the difference over the norm, by name; for what both have."""
         pairs = {name: (self.tensors[name], value) for name, value in expected.tensors.items() if name in self.tensors}
         pairs["output"] = (self.output, expected.output)
@@ -70,7 +70,7 @@ class LayerArm:
     ):
         self.layer, self.prepare, self.exposed = layer, prepare, exposed
         self.tokens, self.direction = data
-        self.last: tuple[Optional[Tensor], Optional[Tensor]] = (None, None)
+        self.last: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def run(self, keep: bool = False) -> Sample:
         """One forward and backward; with `keep` output and input gradient are in :attr:`last`."""
@@ -123,7 +123,7 @@ class Arms:
         self.channel = block.channel
         self._records: dict[int, list[Message]] = {}
 
-    def chunks(self, k: int, channel: Optional[Any] = None) -> LayerArm:
+    def chunks(self, k: int, channel: Any | None = None) -> LayerArm:
         def prepare() -> None:
             self.block.num_chunks, self.block.channel = k, channel or self.channel
 
@@ -153,11 +153,11 @@ class Arms:
         """The experts were changed: what was recorded does not belong to them."""
         self._records.clear()
 
-    def wire_bytes(self, k: Optional[int]) -> int:
+    def wire_bytes(self, k: int | None) -> int:
         """Bytes that leave this rank in a step, from the split sizes; None: of megatron-core's layer. Collective.
 
-        Ours includes the choice of experts, a byte each, that every rank tells every other; megatron-core's exchange of counts
-        is left out.
+        Ours includes the choice of experts, a byte each, that every rank tells every other; megatron-core's exchange of
+        counts is left out.
         """
         if k is None:
             counter = [0]

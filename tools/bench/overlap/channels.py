@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -85,7 +86,9 @@ def counting_all_to_alls(counter: list[int]) -> Iterator[None]:
     """Add to ``counter[0]`` the bytes that leave this rank through torch.distributed.all_to_all_single."""
     real = dist.all_to_all_single
 
-    def counted(output: Tensor, input: Tensor, output_split_sizes=None, input_split_sizes=None, group=None, **options: Any):
+    def counted(
+        output: Tensor, input: Tensor, output_split_sizes=None, input_split_sizes=None, group=None, **options: Any
+    ):
         mine = dist.get_rank(group)
         size = dist.get_world_size(group)
         own = len(input) // size if input_split_sizes is None else input_split_sizes[mine]

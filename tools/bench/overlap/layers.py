@@ -61,7 +61,8 @@ def transformer_config(shape: Shape, expert_ranks: int) -> Any:
 
 
 def random_weights(shape: Shape) -> dict[str, Tensor]:
-    """The whole layer's, the same on every rank; one expert's after the other's, so that a smaller layer is a part of a larger."""
+    """The whole layer's, the same on every rank; one expert's after the other's, so that a smaller layer is a part of a
+    larger."""
     generator = torch.Generator().manual_seed(1234)
 
     def normal(*sizes: int) -> Tensor:
@@ -89,7 +90,8 @@ def build_block(shape: Shape, config: Any, groups: Any, weights: dict[str, Tenso
 
 
 def build_core(shape: Shape, config: Any, groups: Any, weights: dict[str, Tensor]) -> Any:
-    """megatron-core's MoELayer: alltoall dispatcher and SequentialMLP, its only experts without CUDA or TransformerEngine."""
+    """megatron-core's MoELayer: alltoall dispatcher and SequentialMLP, its only experts without CUDA or
+    TransformerEngine."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.spec_utils import build_module
 
@@ -99,7 +101,9 @@ def build_core(shape: Shape, config: Any, groups: Any, weights: dict[str, Tensor
     mine = _local_experts(shape, groups)
     with torch.no_grad():
         layer.router.weight.copy_(weights["router"])
-        for expert, fc1, fc2 in zip(layer.experts.local_experts, weights["fc1"][mine], weights["fc2"][mine], strict=True):
+        for expert, fc1, fc2 in zip(
+            layer.experts.local_experts, weights["fc1"][mine], weights["fc2"][mine], strict=True
+        ):
             expert.linear_fc1.weight.copy_(fc1.flatten(0, 1))
             expert.linear_fc2.weight.copy_(fc2)
     return layer

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -89,8 +90,8 @@ class _Arriving:
 class StandInChannel:
     """In the place of `Channel`: a transfer takes its rows' share of a given time, one after another.
 
-    On CUDA that is a copy from pinned memory on a high-priority stream, which the copy engines do beside the products; on the CPU a
-    deadline. What arrives are small random numbers.
+    On CUDA that is a copy from pinned memory on a high-priority stream, which the copy engines do beside the products;
+    on the CPU a deadline. What arrives are small random numbers.
 
     Args:
         device: under test.
@@ -207,7 +208,7 @@ class OneDevice:
         self.device.synchronize()
         return time.perf_counter()
 
-    def peak_bytes(self, k: int, channel: Any) -> Optional[int]:
+    def peak_bytes(self, k: int, channel: Any) -> int | None:
         """Largest memory of a forward and backward above what is there before; CUDA only."""
         if not self.device.cuda:
             return None
@@ -219,7 +220,7 @@ class OneDevice:
         self.device.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def host_syncs(self, k: int, channel: Any) -> Optional[tuple[int, int]]:
+    def host_syncs(self, k: int, channel: Any) -> tuple[int, int] | None:
         """How often a forward and a backward stop the host for the device; CUDA only."""
         if not self.device.cuda:
             return None

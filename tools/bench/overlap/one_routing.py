@@ -1,18 +1,21 @@
-"""One routing for all arms of a training bench: at a near tie of two experts rounding must not let their curves part."""
+"""One routing for all arms of a training bench: at a near tie of two experts rounding must not let their curves
+part."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 
 class OneRouting:
-    """In every step the first arm chooses the experts, and the others take its choices. What they would choose is not looked at."""
+    """In every step the first arm chooses the experts, and the others take its choices. What they would choose is not
+    looked at."""
 
     def __init__(self) -> None:
-        self._step: Optional[int] = None
+        self._step: int | None = None
         self._chosen: dict[int, list[Tensor]] = {}
 
     @contextmanager
@@ -28,7 +31,7 @@ class OneRouting:
         first = not self._chosen
         routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
         tapes = [RoutingTape(self._chosen.get(router.layer_number), notes=first) for router in routers]
-        for router, tape in zip(routers, tapes):
+        for router, tape in zip(routers, tapes, strict=True):
             if isinstance(router, Router):
                 router.tape = tape
             else:
@@ -39,7 +42,10 @@ class OneRouting:
             for router in routers:
                 router.tape = router.router_replay = None
         if first:
-            self._chosen = {router.layer_number: [noted.experts for noted in tape.noted] for router, tape in zip(routers, tapes)}
+            self._chosen = {
+                router.layer_number: [noted.experts for noted in tape.noted]
+                for router, tape in zip(routers, tapes, strict=True)
+            }
 
 
 class _CoreTape:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 from overlap.rows import AUTO, CONTROL, CORE, FIXED
 
@@ -28,7 +29,7 @@ class Check(NamedTuple):
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-def mode_label(stand_in: Optional[float]) -> str:
+def mode_label(stand_in: float | None) -> str:
     return f"STAND-IN experts at {stand_in:g} GFLOP/s (products sleep)" if stand_in else "real matrix products"
 
 
@@ -37,7 +38,10 @@ def table(row: Mapping[str, Any], mode: str, wire: Mapping[str, int]) -> Iterato
     link = f"{row['mbit']:.0f} Mbit/s" if row["mbit"] else "no limit"
     yield ""
     yield f"{row['label']}: link/FFN {row['ratio']:.2f} ({link}), {mode}"
-    yield f"  limit of many chunks: {row['ideal_ms']:.1f} ms, {row['ideal_gain']:.2f}x of serial, {row['ideal_gain_of_k1']:.2f}x of k=1"
+    yield (
+        f"  limit of many chunks: {row['ideal_ms']:.1f} ms, {row['ideal_gain']:.2f}x of serial, "
+        f"{row['ideal_gain_of_k1']:.2f}x of k=1"
+    )
     yield f"  auto chose {row['auto']['num_chunks']}: {row['auto']['reason']}"
     yield (
         f"  {'':20}{'forward':>9}{'backward':>10}{'total ms':>10}{'exposed':>9}{'/ k=1':>8}{'/ serial':>10}"
@@ -66,9 +70,13 @@ def checks(rows: Sequence[Mapping[str, Any]], wire: Mapping[str, int]) -> Iterat
             limit = f"limit {row['ideal_gain_of_k1']:.2f}"
             yield Check(f"{label}: {CHECKED_CHUNKS} against k=1 ({limit})", arms[CHECKED_CHUNKS]["against_k1"], floor)
             yield Check(f"{label}: {CHECKED_CHUNKS} against serial", arms[CHECKED_CHUNKS]["against_serial"], floor)
-            yield Check(f"{label}: the negative control misses that", arms[CONTROL]["against_serial"], floor, at_least=False)
+            yield Check(
+                f"{label}: the negative control misses that", arms[CONTROL]["against_serial"], floor, at_least=False
+            )
         if target == 1.0 and CHECKED_CHUNKS in arms:
-            yield Check(f"{label}: {CHECKED_CHUNKS} against {CORE}", arms[CHECKED_CHUNKS]["against_core"], FLOOR_AGAINST_CORE)
+            yield Check(
+                f"{label}: {CHECKED_CHUNKS} against {CORE}", arms[CHECKED_CHUNKS]["against_core"], FLOOR_AGAINST_CORE
+            )
         yield Check(f"{label}: k=1 against {CORE}", arms["k=1"]["against_core"], WITHIN)
         best = min(arm["total_ms"] for arm in fixed.values())
         yield Check(f"{label}: auto against the best fixed k", best / arms[AUTO]["total_ms"], WITHIN)

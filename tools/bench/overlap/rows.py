@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,7 @@ class Bench:
         self,
         arms: Arms,
         options: Options,
-        set_rate: Optional[Callable[[Optional[float]], None]],
+        set_rate: Callable[[float | None], None] | None,
         say: Callable[[str], None] = lambda _: None,
     ):
         self.arms, self.options, self.set_rate, self.say = arms, options, set_rate, say
@@ -75,7 +76,7 @@ class Bench:
             if worst[name] > limit:
                 self.say(f"{name}: relative errors against k=1 {errors}")
         values = _slowest(torch.tensor(list(worst.values()), dtype=torch.float64)).tolist()
-        worst = dict(zip(worst, values))
+        worst = dict(zip(worst, values, strict=True))
         bad = {name: error for name, error in worst.items() if not error <= limit}
         if bad:
             raise ArmsDisagree(f"output or gradients differ from k=1 by more than {limit}: {bad}")
@@ -111,7 +112,7 @@ class Bench:
         self.say(f"at {mbit:.0f} Mbit/s: link {link * 1e3:.1f} ms, computation {compute * 1e3:.1f} ms (forward, k=1)")
         return link / compute
 
-    def row(self, label: str, mbit: Optional[float] = None, target: Optional[float] = None) -> dict[str, Any]:
+    def row(self, label: str, mbit: float | None = None, target: float | None = None) -> dict[str, Any]:
         """Time all arms on one link. Collective.
 
         Args:
@@ -141,14 +142,15 @@ class Bench:
             for name, value in (asdict(choice) | {"num_chunks": choice.num_chunks}).items()
         }
 
-    def _reshape(self, mbit: Optional[float]) -> None:
+    def _reshape(self, mbit: float | None) -> None:
         dist.barrier()
         if self.set_rate is not None and dist.get_rank() == 0:
             self.set_rate(mbit)
         dist.barrier()
 
     def _measure(self, arms: Mapping[str, Any], rounds: int) -> dict[str, list[tuple[float, ...]]]:
-        """By arm and round: forward, backward, total, exposed seconds and interface bytes, each the largest of the ranks."""
+        """By arm and round: forward, backward, total, exposed seconds and interface bytes, each the largest of the
+        ranks."""
         names = list(arms)
         samples: dict[str, list[Sample]] = {name: [] for name in names}
         for number in range(rounds + 1):
@@ -160,12 +162,15 @@ class Bench:
                     samples[name].append(sample)
         values = torch.tensor(
             [
-                [[s.forward_s, s.backward_s, s.forward_s + s.backward_s, s.exposed_s, s.interface_bytes] for s in samples[name]]
+                [
+                    [s.forward_s, s.backward_s, s.forward_s + s.backward_s, s.exposed_s, s.interface_bytes]
+                    for s in samples[name]
+                ]
                 for name in names
             ],
             dtype=torch.float64,
         )
-        return {name: [tuple(run) for run in runs] for name, runs in zip(names, _slowest(values).tolist())}
+        return {name: [tuple(run) for run in runs] for name, runs in zip(names, _slowest(values).tolist(), strict=True)}
 
 
 def _slowest(values: torch.Tensor) -> torch.Tensor:
@@ -176,19 +181,19 @@ def _slowest(values: torch.Tensor) -> torch.Tensor:
 def summary(times: Mapping[str, Sequence[tuple[float, ...]]]) -> dict[str, Any]:
     """Medians in ms, ratios within the rounds, and the limit of many chunks.
 
-    With A the computation and B the link alone, both of one chunk, one after the other takes A + B; many chunks at no cost come to
-    max(A, B), forward and backward each. One chunk is better than A + B already: the gradients of the weights run beside the last
-    exchange. The share of an arm is therefore the time that it saves against the serial arm, over what there is to
-    save, min(A, B) of both passes; what k=1 could gain at most is given too.
+    With A the computation and B the link alone, both of one chunk, one after the other takes A + B; many chunks at no
+    cost come to max(A, B), forward and backward each. One chunk is better than A + B already: the gradients of the
+    weights run beside the last exchange. The share of an arm is therefore the time that it saves against the serial
+    arm, over what there is to save, min(A, B) of both passes; what k=1 could gain at most is given too.
     """
-    medians = {name: [median(column) for column in zip(*runs)] for name, runs in times.items()}
+    medians = {name: [median(column) for column in zip(*runs, strict=True)] for name, runs in times.items()}
     compute, link = medians["only-compute k=1"], medians["only-link k=1"]
     serial = sum(compute[:2]) + sum(link[:2])
-    ideal = sum(max(a, b) for a, b in zip(compute[:2], link[:2]))
+    ideal = sum(max(a, b) for a, b in zip(compute[:2], link[:2], strict=True))
 
     def ratio(name: str, other: str) -> float:
         """How many times as fast as the other, in the median of the rounds."""
-        return median(theirs[2] / ours[2] for ours, theirs in zip(times[name], times[other]))
+        return median(theirs[2] / ours[2] for ours, theirs in zip(times[name], times[other], strict=True))
 
     arms = {}
     for name, (forward, backward, total, exposed, sent) in medians.items():

@@ -1,14 +1,15 @@
-"""A stand-in device: the experts' products take ``flops / rate`` of sleep; routing, gathers, sums and transfers stay real.
+"""A stand-in device: the experts' products take ``flops / rate`` of sleep; routing, gathers, sums and transfers stay
+real.
 
-What sleeps does not compete with the transfers for a core, as an accelerator does not. The result of a product that did not
-happen is its input: such an expert gives back p * x, with the gradients that belong to it, so that the way of every token
-through the exchange can still be checked.
+What sleeps does not compete with the transfers for a core, as an accelerator does not. The result of a product that did
+not happen is its input: such an expert gives back p * x, with the gradients that belong to it, so that the way of every
+token through the exchange can still be checked.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class StandInEngine:
         self._device.work(plan.num_rows, _FORWARD * 2 / 3)
         return rows.index_select(0, plan.rows)
 
-    def forward(self, rows: Tensor, scale: Tensor, plan: Any, weights: Any, keep: bool) -> tuple[Tensor, Optional[Tensor]]:
+    def forward(self, rows: Tensor, scale: Tensor, plan: Any, weights: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
         inputs = rows.index_select(0, plan.rows)
         self._device.work(plan.num_rows, _FORWARD)
         return (inputs * scale.unsqueeze(1)).to(rows.dtype), inputs if keep else None
