@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "model": ("moe", "parallel", "config", "costs"),
     "data": ("config", "parallel"),
     "checkpoint": ("model", "parallel", "data"),
-    "training": ("checkpoint", "data", "model", "planner"),
+    "huggingface": ("checkpoint",),
+    "training": ("huggingface", "checkpoint", "data", "model", "planner"),
     "cli": ("training", "planner"),
 }
 """What a room imports; what those import in turn is allowed too."""

@@ -1,4 +1,4 @@
-"""Checkpoints: sharded safetensors with a manifest, committed by a rename; Hugging Face weights.
+"""Checkpoints: sharded safetensors with a manifest, committed by a rename.
 
 Every name is loaded at its first use, so that ``tools/`` answer ``--help`` without torch.
 """
@@ -17,10 +17,6 @@ _HOME = {
     "LoadedInfo": "loading",
     "load_checkpoint": "loading",
     "load_weights": "loading",
-    "HfWeights": "hf",
-    "weight_map": "hf",
-    "import_hf": "convert",
-    "export_hf": "convert",
 }
 
 __all__ = list(_HOME)

@@ -24,7 +24,7 @@ from megatron_telechat.checkpoint.optimizer_state import (
 from megatron_telechat.checkpoint.train_state import TrainState, topology
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import CheckpointError
-from megatron_telechat.model.shards import ParameterShards
+from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import ParallelState, seed_generators
 
@@ -119,7 +119,7 @@ def load_checkpoint(
     )
 
 
-def _load_parameters(reader: CheckpointReader, shards: Sequence[ParameterShards]) -> None:
+def _load_parameters(reader: CheckpointReader, shards: Sequence[LocalParameter]) -> None:
     for item in shards:
         dtype = item.parameter.dtype
         flat = item.parameter.detach().view(-1)
@@ -127,7 +127,7 @@ def _load_parameters(reader: CheckpointReader, shards: Sequence[ParameterShards]
             _fill(flat[part.start : part.stop], reader, weight_key(reader, part.piece.key, dtype), part.box)
 
 
-def load_weights(source: WeightSource, shards: Sequence[ParameterShards]) -> None:
+def load_weights(source: WeightSource, shards: Sequence[LocalParameter]) -> None:
     """Fill the parameters from any source of global tensors, converting to the parameter's dtype."""
     for item in shards:
         flat = item.parameter.detach().view(-1)

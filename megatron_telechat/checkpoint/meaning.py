@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_telechat.checkpoint.hf_config import comparable
 from megatron_telechat.checkpoint.manifest import COMPANIONS
+from megatron_telechat.config.architecture import comparable
 from megatron_telechat.config.fields import fields_by_name, make_run
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import read_yaml

@@ -56,7 +56,7 @@ def optimizer_slices(optimizer: Any, shards: Sequence[Any], create_state: bool =
 
     Args:
         optimizer: DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer or a chain of them.
-        shards: the ParameterShards of this rank.
+        shards: the LocalParameter of this rank.
         create_state: make Adam's state (zeros) where there has been no step yet.
     """
     by_parameter = {id(item.parameter): item for item in shards}

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint import rng as rng_tree
+from megatron_telechat.checkpoint.companions import carry_companions
 from megatron_telechat.checkpoint.files import require_free_space
 from megatron_telechat.checkpoint.format import Part, PartWriter, merge_parts, versions
-from megatron_telechat.checkpoint.hf_files import carry_companions
 from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
@@ -29,7 +29,7 @@ from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
-from megatron_telechat.model.shards import ParameterShards
+from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
 
@@ -50,7 +50,7 @@ class TrainState:
         branch: the line of saves that this run continues; None: one without a parent.
     """
 
-    shards: Sequence[ParameterShards]
+    shards: Sequence[LocalParameter]
     optimizer: Any
     step: int
     consumed_samples: int
@@ -116,13 +116,13 @@ def _owned_tensors(state: TrainState, run: RunConfig, parallel: ParallelState) -
                 yield from _boxes_of(f"optimizer/{name}", item.shards, item.start, tensor)
 
 
-def _boxes_of(prefix: str, shards: ParameterShards, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
+def _boxes_of(prefix: str, shards: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
     for part in global_boxes(shards, start, start + flat.numel()):
         values = flat[part.start - start : part.stop - start].view(part.box.shape)
         yield _OwnedTensor(f"{prefix}/{part.piece.key}", tuple(part.piece.global_shape), part.box.offset, values)
 
 
-def _writes_shard(shards: ParameterShards, parallel: ParallelState) -> bool:
+def _writes_shard(shards: LocalParameter, parallel: ParallelState) -> bool:
     """Whether this rank writes its data-parallel shard of the optimizer state.
 
     Shards of one parameter differ over the data-parallel ranks; only tensors held whole by every

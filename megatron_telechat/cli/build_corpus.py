@@ -20,7 +20,7 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("--max-mb", type=positive(float), default=8.0, help="megabytes of text at most (default: 8)")
     add_overwrite(parser)
     args = parser.parse_args(argv)
-    from megatron_telechat.data.corpus import SHARES, build_corpus
+    from megatron_telechat.data.text.sample_corpus import SHARES, build_corpus
 
     keep_what_is_there([args.output / f"{name}.jsonl" for name in SHARES], "--output", args.overwrite)
 

@@ -1,375 +1,101 @@
-"""Times of a run's parts on the device at hand, for its device file: layers by recompute kind, both ends, exchange,
-step.
-
-Every rank of the machine works at once, as in the run itself: ranks that share a memory bus, a link or, on a CPU, cores
-slow one another down in the same way.
-"""
+"""--calibrate of plan_pipeline: measures the device at hand and writes its device file."""
 
 from __future__ import annotations
 
-import math
 import os
-import platform
-import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import date
+from dataclasses import replace
+from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from megatron_telechat import parallel
-from megatron_telechat.backend import get_backend
-from megatron_telechat.config.recompute import Modes
-from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs.devices import DeviceSpec, Measured
-from megatron_telechat.costs.memory import optimizer_shards
-from megatron_telechat.costs.parameters import local_count, parameter_table
-from megatron_telechat.costs.time import conditions, mode_name
-from megatron_telechat.errors import ConfigError
-from megatron_telechat.model import build_model, compute_dtype, parameter_shards
-from megatron_telechat.planner.build import DEFAULT_KINDS, of_layer, parse_kind
-from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_telechat.training.step import Batch, TrainStep, forward_step
-
-ROUNDS = 15
-WARM_UP = 3
-P2P_REPEATS = 5
-Times = dict[str, float]
-NORMAL_QUARTILES = 1.349
-"""Between the quartiles of a normal distribution, in standard deviations."""
-_WAYS = (".forward", ".backward")
+from megatron_telechat.backend import Backend, get_backend
+from megatron_telechat.cli.plan_request import Request
+from megatron_telechat.cli.text import table
+from megatron_telechat.costs.devices import (
+    DeviceSpec,
+    Measured,
+    device_spec,
+    device_spec_names,
+    read_device_file,
+    write_device_file,
+)
+from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError
+from megatron_telechat.training.calibrate import calibrate
 
 
-def _whole(record: Times) -> float:
-    """Seconds of a whole micro-batch."""
-    return sum(seconds for name, seconds in record.items() if name.endswith(_WAYS))
+def calibrate_door(request: Request) -> int:
+    """Measure this run's layers on all ranks at hand; rank 0 writes the file.
 
-
-@dataclass(frozen=True)
-class ProbeLayer:
-    """One layer of the probe: its type and what it recomputes."""
-
-    is_moe: bool
-    modes: Modes
-
-    @property
-    def kind(self) -> str:
-        return "moe" if self.is_moe else "dense"
-
-
-def probe_layers(run: RunConfig, kinds: Sequence[str]) -> list[ProbeLayer]:
-    """For each type of layer of the run: none, each kind, and none again; the two types in turn."""
-    types = sorted({run.model.layer_is_moe(layer) for layer in range(run.model.num_layers)}, reverse=True)
-    wanted = [parse_kind(kind) for kind in kinds]
-    modes_of = {
-        is_moe: [(), *dict.fromkeys(of_layer(modes, is_moe) for modes in wanted if modes), ()] for is_moe in types
-    }
-    rows = [[ProbeLayer(is_moe, modes) for modes in modes_of[is_moe]] for is_moe in types]
-    return [layer for column in zip(*rows, strict=True) for layer in column]
-
-
-def probe_run(run: RunConfig, kinds: Sequence[str], world_size: int) -> RunConfig:
-    """The run on all ranks at hand as one pipeline stage, with the layers of `probe_layers`.
+    An entry for the same shapes is replaced, others stay: one file serves several runs.
 
     Raises:
         ConfigError: the ranks do not hold one stage of the run.
+        ResourceError: the file cannot be written.
     """
-    layers = probe_layers(run, kinds)
-    stage = run.parallel.tensor_model_parallel_size * run.parallel.context_parallel_size
-    expert, expert_tensor = run.parallel.expert_sizes
-    for size, what in ((stage, "tensor x context"), (expert * expert_tensor, "expert x expert-tensor")):
-        if world_size % size:
-            raise ConfigError(
-                f"calibration on {world_size} ranks, but {what} parallel ranks of this run come in {size}s",
-                "--calibrate",
-                f"torchrun --nproc-per-node {size} (or a multiple of it)",
-            )
-    freq = 2 if len({layer.is_moe for layer in layers}) == 2 else 1
-    training = replace(
-        run.training,
-        recompute_granularity=None,
-        recompute_layout=",".join(mode_name(layer.modes) for layer in layers),
-        global_batch_size=run.training.micro_batch_size * (world_size // stage),
-    )
-    sizes = replace(
-        run.parallel,
-        world_size=world_size,
-        pipeline_model_parallel_size=1,
-        num_virtual_stages_per_pipeline_rank=1,
-        pipeline_model_parallel_layout=None,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
-        use_distributed_optimizer=False,
-    )
-    model = replace(run.model, num_layers=len(layers), moe_layer_freq=freq)
-    return replace(run, model=model, parallel=sizes, training=training)
-
-
-class _Stopwatch:
-    """Moments of one forward and backward: hooks on the layers' inputs, and on the gradients of those inputs."""
-
-    def __init__(self, model: torch.nn.Module, synchronize):
-        self._synchronize = synchronize
-        self.forward: list[float] = []
-        self.backward: list[float] = []
-        places = [*model.decoder.layers, model.decoder.final_layernorm]
-        self._handles = [place.register_forward_pre_hook(self._on_input, with_kwargs=True) for place in places]
-
-    def now(self) -> float:
-        self._synchronize()
-        return time.perf_counter()
-
-    def _on_input(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        self.forward.append(self.now())
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden.register_hook(lambda grad: self.backward.append(self.now()))
-
-    def clear(self) -> None:
-        self.forward, self.backward = [], []
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-class Calibration:
-    """A probe of the run's parts on all ranks at hand; `round` times them once, `result` gives the medians.
-
-    Collective: all ranks make the same calls. A layer's backward includes adding its gradients to the fp32 sums, as
-    it does in training.
-
-    Raises:
-        ConfigError: the ranks do not hold one stage of the run; no model to be had from its configuration.
-    """
-
-    def __init__(self, run: RunConfig, kinds: Sequence[str] = DEFAULT_KINDS):
-        self.run = run
-        self.backend = get_backend(run.training.device)
-        self.backend.install()
-        self.layers = probe_layers(run, kinds)
-        self.probe = probe_run(run, kinds, _world_size())
-        self.state = parallel.initialize(self.probe, self.backend)
-        models = build_model(self.probe, self.state, self.backend)
-        self.chunks = wrap_data_parallel(models, self.probe, self.state)
-        self.optimizer = build_optimizer(self.chunks, self.probe, self.state)
-        shards = parameter_shards(models, self.probe, self.state)
-        self.step = TrainStep(self.chunks, self.optimizer, shards, self.probe, self.state, self.backend)
-        self._watch = _Stopwatch(models[0], self.backend.synchronize)
-        self._records: list[Times] = []
-        self._batch = self._make_batch()
-
-    def round(self) -> None:
-        """Time one micro-batch, the same in turns, one optimizer step and the exchange."""
-        dist.barrier()
-        record = self._micro_batch()
-        record["alone"] = self._alone()
-        record["optimizer"] = self._optimizer()
-        record["p2p"] = self._p2p()
-        record["step"] = self._small_reductions()
-        self._records.append(record)
-
-    def result(self, warm_up: int = WARM_UP) -> Measured:
-        """Medians over the rounds behind the warm-up, mean over the ranks.
-
-        Raises:
-            ConfigError: not one round is left.
-        """
-        records = self._records[warm_up:]
-        if not records:
-            raise ConfigError(f"{len(self._records)} rounds", "calibration", f"more than {warm_up}")
-        mine = {name: statistics.median(record[name] for record in records) for name in records[0]}
-        of_ranks: list[Times | None] = [None] * self.state.world_size
-        dist.all_gather_object(of_ranks, mine)
-        mean = {name: statistics.fmean(rank[name] for rank in of_ranks if rank) for name in mine}
-        alone = mean["alone"] / _whole(mean)
-        return Measured(
-            conditions=conditions(self.run),
-            layers=self._by_kind(mean),
-            embedding={"forward": mean["embedding.forward"], "backward": mean["embedding.backward"]},
-            output_layer={"forward": mean["output.forward"], "backward": mean["output.backward"]},
-            p2p=mean["p2p"],
-            optimizer_per_parameter=mean["optimizer"] / self._own_parameters(),
-            step=mean["step"],
-            alone=min(alone, 1.0) if alone else 1.0,
-            jitter=self._jitter(records),
-            source=f"{date.today()}, {self.backend.device_name()} ({platform.machine()}), {self.state.world_size} "
-            f"ranks, medians of {len(records)} rounds",
-        )
-
-    def close(self) -> None:
-        """Take hooks and process groups down; the default group stays."""
-        self._watch.remove()
-        parallel.destroy(keep_world=True)
-
-    # ---- what a round times -----------------------------------------------------------------
-
-    def _alone(self) -> float:
-        """Seconds of a micro-batch while the ranks of all other stages wait; 0 where experts join them all."""
-        expert, expert_tensor = self.run.parallel.expert_sizes
-        dense = self.run.parallel.tensor_model_parallel_size * self.run.parallel.context_parallel_size
-        sharing = math.lcm(
-            dense, expert * expert_tensor
-        )  # no group of either kind reaches over the end of such a block
-        if sharing == self.state.world_size:
-            return 0.0
-        seconds = 0.0
-        for turn in range(self.state.world_size // sharing):
-            dist.barrier()
-            if self.state.rank // sharing == turn:
-                seconds = _whole(self._micro_batch())
-        dist.barrier()
-        return seconds
-
-    def _micro_batch(self) -> Times:
-        self._watch.clear()
-        start = self._watch.now()
-        output, loss_of = forward_step(self.backend.device, iter([self._batch]), self.chunks[0])
-        loss = loss_of(output)[0]
-        middle = self._watch.now()
-        loss.backward()
-        end = self._watch.now()
-        inputs, gradients = self._watch.forward, self._watch.backward[::-1]
-        assert len(inputs) == len(gradients) == len(self.layers) + 1, "every layer's input has a gradient"
-        record = {
-            "embedding.forward": inputs[0] - start,
-            "embedding.backward": end - gradients[0],
-            "output.forward": middle - inputs[-1],
-            "output.backward": gradients[-1] - middle,
-        }
-        for number in range(len(self.layers)):
-            record[f"{number}.forward"] = inputs[number + 1] - inputs[number]
-            record[f"{number}.backward"] = gradients[number] - gradients[number + 1]
-        return record
-
-    def _optimizer(self) -> float:
-        """What an iteration does once: gradients zeroed, norm, clipping, AdamW."""
-        start = self._watch.now()
-        self.optimizer.prepare_grads()
-        self.step._clip(float(self.optimizer.get_grad_norm()))
-        self.optimizer.step_with_ready_grads()
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        return self._watch.now() - start
-
-    def _p2p(self) -> float:
-        """One way of the hidden states, from ping-pong between ranks that are a pipeline stage apart; 0 on one rank."""
-        size, rank = self.state.world_size, self.state.rank
-        if size == 1:
-            return 0.0
-        training = self.run.training
-        length = training.seq_length // self.run.parallel.context_parallel_size
-        if self.probe.parallel.tensor_model_parallel_size > 1 and self.probe.parallel.sequence_parallel is not False:
-            length //= self.probe.parallel.tensor_model_parallel_size
-        shape = (length, training.micro_batch_size, self.run.model.hidden_size)
-        there, back = (torch.zeros(shape, dtype=compute_dtype(self.run), device=self.backend.device) for _ in range(2))
-        half = size // 2
-        dist.barrier()
-        if rank >= 2 * half:
-            return 0.0
-        first, peer = rank < half, (rank + half) % (2 * half)
-        start = self._watch.now()
-        for _ in range(P2P_REPEATS):
-            for sends in (first, not first):
-                dist.send(there, peer) if sends else dist.recv(back, peer)
-        return (self._watch.now() - start) / (2 * P2P_REPEATS)
-
-    def _small_reductions(self) -> float:
-        """The loss, the check of its finiteness and the gradient norm: three small all-reduces."""
-        value = torch.zeros(4, device=self.backend.device)
-        dist.barrier()
-        start = self._watch.now()
-        for _ in range(3):
-            dist.all_reduce(value)
-        return self._watch.now() - start
-
-    # ---- helpers ----------------------------------------------------------------------------
-
-    def _by_kind(self, mean: Times) -> dict[str, dict[str, float]]:
-        out: dict[str, dict[str, float]] = {}
-        for kind in dict.fromkeys(layer.kind for layer in self.layers):
-            own = [(number, layer.modes) for number, layer in enumerate(self.layers) if layer.kind == kind]
-            plain = [number for number, modes in own if not modes]
-            # every layer's forward does the same work, recomputed or not
-            forward = statistics.fmean(mean[f"{number}.forward"] for number in plain)
-            backward = statistics.fmean(mean[f"{number}.backward"] for number in plain)
-            out[kind] = {"forward": forward, "backward": backward}
-            for number, modes in own:
-                if modes:
-                    whole = mean[f"{number}.forward"] + mean[f"{number}.backward"]
-                    out[kind][f"extra.{mode_name(modes)}"] = max(0.0, whole - forward - backward)
-        return out
-
-    def _jitter(self, records: Sequence[Times]) -> float:
-        """Standard deviation of a pass of all layers over its mean, beside what all ranks have in common at the time;
-        from the middle half of the rounds, so that a single interruption says nothing. 0 on one rank."""
-        ranks = self.state.world_size
-        passes = [[sum(value for name, value in one.items() if name.endswith(way)) for one in records] for way in _WAYS]
-        of_ranks: list[list[list[float]] | None] = [None] * ranks
-        dist.all_gather_object(of_ranks, passes)
-        if ranks == 1 or len(records) < 4:
-            return 0.0
-        found = []
-        for way in range(len(_WAYS)):
-            rounds = list(zip(*(rank[way] for rank in of_ranks if rank), strict=True))
-            shares = zip(*([time / statistics.fmean(one) for time in one] for one in rounds), strict=True)
-            # a rank that is always slower than the others is no jitter
-            off = [share - statistics.median(own) for own in map(list, shares) for share in own]
-            low, _, high = statistics.quantiles(off, n=4)
-            found.append((high - low) / NORMAL_QUARTILES / (1 - 1 / ranks) ** 0.5)
-        return statistics.fmean(found)
-
-    def _own_parameters(self) -> float:
-        count = local_count(parameter_table(self.probe.model), self.probe.parallel)
-        dense, expert = optimizer_shards(self.probe)
-        return count.dense / dense + count.expert / expert
-
-    def _make_batch(self) -> Batch:
-        training = self.run.training
-        shape = (training.micro_batch_size, training.seq_length)
-        generator = torch.Generator().manual_seed(training.seed)
-        tokens = torch.randint(0, self.run.model.vocab_size, shape, generator=generator)
-        return {
-            "tokens": tokens,
-            "labels": tokens,
-            "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
-            "loss_mask": torch.ones(shape),
-        }
-
-
-def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdigit() else 1
-
-
-@contextmanager
-def calibration(run: RunConfig, kinds: Sequence[str] = DEFAULT_KINDS) -> Iterator[Calibration]:
-    """A `Calibration` that is closed at the end."""
-    probe = Calibration(run, kinds)
+    options = request.options
+    run = request.load().run
+    if options.device == "cpu":
+        run = replace(run, training=replace(run.training, device="cpu"))
+    output, backend = Path(options.output), get_backend(run.training.device)
+    device = calibrate(run, request.kinds, _base(options.device, output, backend), options.rounds)
     try:
-        yield probe
+        if os.environ.get("RANK", "0") == "0":
+            _write(output, device)
+            print("\n".join(_summary(device.measured[-1], device.name, output)), flush=True)
     finally:
-        probe.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return EXIT_OK
 
 
-def calibrate(run: RunConfig, kinds: Sequence[str], base: DeviceSpec, rounds: int = ROUNDS) -> DeviceSpec:
-    """The device with times of this run measured on the ranks at hand; an entry for the same shapes is replaced.
+def _base(name: str | None, output: Path, backend: Backend) -> DeviceSpec:
+    """The device file to add to: the one named, the one written before, the one known for this device, or a new one."""
+    if name is not None:
+        spec = read_device_file(Path(name)) if Path(name).is_file() else device_spec(name)
+        if spec is None:
+            raise ConfigError(
+                f"unknown device {name!r}", "--device", f"one of {', '.join(device_spec_names())}, or a device file"
+            )
+        return spec
+    if output.is_file():
+        return read_device_file(output)
+    known = device_spec("cpu" if backend.name == "cpu" else backend.device_name())
+    return known or DeviceSpec(backend.device_name(), device_names=(backend.device_name(),))
 
-    Collective; the same result on every rank.
 
-    Raises:
-        ConfigError: the ranks do not hold one stage of the run.
-    """
-    with calibration(run, kinds) as probe:
-        for _ in range(WARM_UP + rounds):
-            probe.round()
-        return with_measured(base, probe.result())
+def _write(path: Path, device: DeviceSpec) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_device_file(part, device)
+        part.replace(path)
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror}", "--output", "name a file you may write") from None
 
 
-def with_measured(base: DeviceSpec, entry: Measured) -> DeviceSpec:
-    """The device with this entry, in place of one for the same shapes."""
-    others = tuple(known for known in base.measured if dict(known.conditions) != dict(entry.conditions))
-    return replace(base, measured=(*others, entry))
+def _summary(entry: Measured, name: str, path: Path) -> list[str]:
+    """What was measured, in milliseconds."""
+    rows = [["part", "forward ms", "backward ms", "recompute adds ms"]]
+    for kind, times in entry.layers.items():
+        extra = [f"{key[6:]} {value * 1e3:.3g}" for key, value in times.items() if key.startswith("extra.")]
+        rows.append(
+            [f"{kind} layer", f"{times['forward'] * 1e3:.4g}", f"{times['backward'] * 1e3:.4g}", ", ".join(extra)]
+        )
+    for part, times in (("embedding", entry.embedding), ("output layer", entry.output_layer)):
+        rows.append([part, f"{times['forward'] * 1e3:.4g}", f"{times['backward'] * 1e3:.4g}", ""])
+    lines = [f"{name}: {entry.source}", *table(rows, left=(0, 3))]
+    lines.append(
+        f"message {entry.p2p * 1e3:.3g} ms, optimizer {entry.optimizer_per_parameter * 1e9:.3g} ns a parameter"
+    )
+    if entry.alone < 1 or entry.jitter:
+        lines.append(
+            f"alone on the machine an op takes {entry.alone:.2f} of its time beside the others; it varies by "
+            f"{entry.jitter:.0%}"
+        )
+    ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.cpu_count() or 1
+    if name == "cpu" and ranks > cores:
+        lines.append(
+            f"! {ranks} ranks share {cores} cores: a stage that waits lends its core to another, so that a predicted "
+            f"time is a rough one"
+        )
+    return [*lines, f"written: {path}  (plan with --device {path})"]

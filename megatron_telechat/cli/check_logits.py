@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     quiet_imports()
-    from megatron_telechat.checkpoint.golden import compare, read_golden
-    from megatron_telechat.checkpoint.hf import HfWeights
-    from megatron_telechat.checkpoint.hf_model import hf_model
+    from megatron_telechat.huggingface.golden import compare, read_golden
+    from megatron_telechat.huggingface.model import hf_model
+    from megatron_telechat.huggingface.weights import HfWeights
 
     tolerance = args.tolerance or TOLERANCE[args.rotary_table_dtype]
     pairs = read_golden(args.golden, HfWeights(args.hf).model.vocab_size)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    from megatron_telechat.checkpoint.convert import export_hf, import_hf, parse_size
+    from megatron_telechat.huggingface.convert import export_hf, import_hf, parse_size
 
     if args.command == "import":
         done = import_hf(args.hf, args.output, args.overwrite)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_telechat.config.schema import DataConfig
 from megatron_telechat.data.blend import data_plan
-from megatron_telechat.data.chat import dialogs_in
+from megatron_telechat.data.chat.dialogs import dialogs_in
 from megatron_telechat.errors import DataError, Problem
 
 _MAGIC = b"MMIDIDX\x00\x00"

@@ -42,7 +42,7 @@ class _Package:
     """Version condition: ``>=2.10``, ``==0.16.1`` or empty."""
     enables: str
     extra: str = ""
-    """Extra of setup.py that brings an optional package; empty for a required one."""
+    """Extra of the package that brings an optional package; empty for a required one."""
 
 
 PACKAGES = (

@@ -31,7 +31,7 @@ from megatron_telechat.data.blend import data_plan
 from megatron_telechat.data.order import Progress, samples_needed
 from megatron_telechat.errors import DataError
 from megatron_telechat.parallel.topology import Topology, placement_warnings
-from megatron_telechat.planner.picture import layout_picture
+from megatron_telechat.planner.layout_text import layout_picture
 from megatron_telechat.planner.predict import predict
 from megatron_telechat.training.unsaved import unsaved_note
 

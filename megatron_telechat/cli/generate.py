@@ -36,10 +36,10 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"--temperature {args.temperature} is below 0", "command line", "--temperature 0.8")
     quiet_imports()
     from megatron_telechat.backend import get_backend
-    from megatron_telechat.checkpoint.generation import Sampling, end_tokens_of, generate
-    from megatron_telechat.checkpoint.hf_files import CONFIG, read_json
-    from megatron_telechat.checkpoint.hf_model import hf_model
     from megatron_telechat.data.tokenizers import build_tokenizer
+    from megatron_telechat.huggingface.files import CONFIG, read_json
+    from megatron_telechat.huggingface.generation import Sampling, end_tokens_of, generate
+    from megatron_telechat.huggingface.model import hf_model
 
     config = read_json(args.hf / CONFIG)
     tokenizer = build_tokenizer(None, str(args.hf))

@@ -24,7 +24,7 @@ def _run(argv: list[str]) -> int:
     add("--vocab-size", type=positive(int), help="ids of a NullTokenizer")
     add("--tokens", type=positive(int), default=400, help="tokens shown of each document (default: 400)")
     args = parser.parse_args(argv)
-    from megatron_telechat.data.indexed import IndexedDataset
+    from megatron_telechat.data.indexed.dataset import IndexedDataset
     from megatron_telechat.data.tokenizers import build_tokenizer
 
     data = IndexedDataset(args.dataset)

@@ -25,8 +25,8 @@ def _run(argv: list[str]) -> int:
     )
     add_overwrite(parser)
     args = parser.parse_args(argv)
-    from megatron_telechat.data.merge import merge_datasets, plan_merge
-    from megatron_telechat.data.verify import find_datasets
+    from megatron_telechat.data.indexed.merge import merge_datasets, plan_merge
+    from megatron_telechat.data.indexed.verify import find_datasets
 
     plan = plan_merge(find_datasets(args.input), args.output_prefix)
     new = [

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from megatron_telechat.cli.launcher import WHERE, Launch, read_launch, slurm_variables
 from megatron_telechat.cli.shell import MAYBE, Command, read_script, shown, slurm_lines, unknown, unknown_names
-from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, Refused
 from megatron_telechat.config.fields import FieldInfo, fields_by_name
-from megatron_telechat.config.megatron_flags import ANSWERS
+from megatron_telechat.config.megatron.answers import Alias, Always, Answer, Ignored, Refused
+from megatron_telechat.config.megatron.flags import ANSWERS
 from megatron_telechat.errors import ConfigError, Problem
 
 OTHER_FAMILIES = (

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.cli.plot_run import GRID, INK, new_figure, save_figure, style
+from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.build import UNLIMITED_BYTES
-from megatron_telechat.planner.plan import Assignment
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import SimResult, in_flight, simulate, stage_groups, stage_times
 

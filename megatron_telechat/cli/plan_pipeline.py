@@ -18,8 +18,8 @@ from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError, UserEr
 
 if TYPE_CHECKING:  # the solver's libraries are loaded when there is something to solve: --help is quick
     from megatron_telechat.costs.devices import DeviceSpec
-    from megatron_telechat.planner.advice import Plan, Question
-    from megatron_telechat.planner.plan import Solution
+    from megatron_telechat.planner.assignment import Solution
+    from megatron_telechat.planner.plan import Plan, Question
     from megatron_telechat.planner.problem import BalanceProblem
 
 GIB = 2**30
@@ -62,7 +62,7 @@ def _run(argv: list[str]) -> int:
         if options.rounds < 1:
             raise ConfigError(f"--rounds {options.rounds}", "command line", "at least 1")
         quiet_imports()
-        from megatron_telechat.cli.calibrate_door import calibrate_door
+        from megatron_telechat.cli.calibrate import calibrate_door
 
         return calibrate_door(request)
     if options.sweep:
@@ -114,7 +114,7 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
         run: the run as it is on the device.
     """
     from megatron_telechat.costs.software import megatron_software
-    from megatron_telechat.planner.advice import Question
+    from megatron_telechat.planner.plan import Question
 
     options = request.options
     software, counted = megatron_software(run, loaded.given)
@@ -134,7 +134,7 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
 
 def _plan(request: Request) -> int:
     from megatron_telechat.cli.plan_report import plan_json, plan_text
-    from megatron_telechat.planner.advice import make_plan, plainer
+    from megatron_telechat.planner.plan import make_plan, plainer
 
     loaded = request.load()
     device, run = read_device(request.options.device, loaded.run)

@@ -14,10 +14,10 @@ from megatron_telechat.costs import count_parameters
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.advice import Plan, Question
+from megatron_telechat.planner.assignment import Solution
 from megatron_telechat.planner.baselines import Baseline
 from megatron_telechat.planner.build import UNLIMITED_BYTES
-from megatron_telechat.planner.plan import Solution
+from megatron_telechat.planner.plan import Plan, Question
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.remedy import Change, Shortage
 from megatron_telechat.planner.simulate import stage_times

@@ -13,8 +13,8 @@ from megatron_telechat.cli.text import gib, table
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import EXIT_OK, ConfigError
-from megatron_telechat.planner.advice import Plan
 from megatron_telechat.planner.build import UNLIMITED_BYTES
+from megatron_telechat.planner.plan import Plan
 from megatron_telechat.planner.sweep import FLAGS, Ranking, candidates, sweep
 
 

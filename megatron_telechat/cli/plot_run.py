@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_telechat.cli.metrics_file import Metrics, read_metrics
 from megatron_telechat.cli.tool import ToolParser, run_tool
 from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError
+from megatron_telechat.training.metrics_file import Metrics, read_metrics
 
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2")
 INK, GRID = "#334155", "#e2e8f0"

@@ -115,8 +115,8 @@ def _run(argv: list[str]) -> int:
         if word.startswith("--") and flag in REFUSED:
             raise ConfigError(f"{flag} is refused", "command line", REFUSED[flag])
     args = build_parser().parse_args(argv)
-    from megatron_telechat.data.beside import TokenizerBeside
-    from megatron_telechat.data.preprocess import Interrupted, preprocess
+    from megatron_telechat.data.text.preprocess import Interrupted, preprocess
+    from megatron_telechat.data.text.tokenizer_process import TokenizerBeside
     from megatron_telechat.data.tokenizers import build_tokenizer
 
     begin = time.monotonic()

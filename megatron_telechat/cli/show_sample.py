@@ -91,7 +91,7 @@ class _Alone:
 
 def shown_tokens(dataset, sample: int, tokenizer) -> Iterator[ShownToken]:
     """The seq_length + 1 tokens of a sample: the inputs, and the last label."""
-    from megatron_telechat.data.chat_template import token_texts
+    from megatron_telechat.data.chat.template import token_texts
 
     read = dataset[sample]
     tokens = [*read["tokens"].tolist(), int(read["labels"][-1])]

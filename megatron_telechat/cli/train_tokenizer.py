@@ -26,7 +26,7 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     beside = [args.output.with_name("tokenizer_config.json")] if args.output.name == "tokenizer.json" else []
     keep_what_is_there([args.output, *beside], "--output", args.overwrite)
-    from megatron_telechat.data.tokenizer_training import train_tokenizer
+    from megatron_telechat.data.text.tokenizer_training import train_tokenizer
 
     begin = time.monotonic()
     size = train_tokenizer(args.input, args.vocab_size, args.output, args.json_key)

@@ -23,8 +23,8 @@ def _run(argv: list[str]) -> int:
     add("--tokenizer-type", help="type of --tokenizer-model; unset: told by the file")
     add("--write-checksums", action="store_true", help="write DATASET.sums for whole datasets that have none")
     args = parser.parse_args(argv)
+    from megatron_telechat.data.indexed.verify import add_checksums, find_datasets, verify_dataset
     from megatron_telechat.data.tokenizers import build_tokenizer
-    from megatron_telechat.data.verify import add_checksums, find_datasets, verify_dataset
 
     vocab_size = args.vocab_size
     if args.tokenizer_model:

@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, Refused, UnevenSplit
 from megatron_telechat.config.fields import FieldInfo, closest, fields_by_name
-from megatron_telechat.config.megatron_flags import ANSWERS, WORDS
+from megatron_telechat.config.megatron.answers import Alias, Always, Answer, Ignored, Refused, UnevenSplit
+from megatron_telechat.config.megatron.flags import ANSWERS, WORDS
 from megatron_telechat.config.split import SplitFlags
 from megatron_telechat.config.yaml_io import Said
 from megatron_telechat.errors import Problem

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_telechat.config.derive import derive
 from megatron_telechat.config.fields import did_you_mean, fields_by_name, make_run
 from megatron_telechat.config.flags import Actions, CommandLine, read_command_line
-from megatron_telechat.config.megatron_meaning import MEGATRON, READ_BY_COSTS, SHAPE, Meaning, padded, read_meaning
+from megatron_telechat.config.megatron.meaning import MEGATRON, READ_BY_COSTS, SHAPE, Meaning, padded, read_meaning
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check, apply_rules
 from megatron_telechat.config.plan_file import PlanFile, read_plan, same_value
 from megatron_telechat.config.presets import preset_names, preset_text

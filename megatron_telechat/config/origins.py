@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_telechat.config.fields import fields_by_name, values_of
-from megatron_telechat.config.megatron_meaning import MEGATRON, Meaning
+from megatron_telechat.config.megatron.meaning import MEGATRON, Meaning
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import Problem
 

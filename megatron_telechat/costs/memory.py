@@ -19,8 +19,8 @@ from megatron_telechat.costs.activations import (
     output_layer_bytes,
 )
 from megatron_telechat.costs.communication import GRADIENT_BYTES
+from megatron_telechat.costs.op_order import Op, peak_in_flight
 from megatron_telechat.costs.parameters import LocalCount, local_count, stage_table
-from megatron_telechat.costs.schedule import Op, peak_in_flight
 
 MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""

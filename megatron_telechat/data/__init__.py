@@ -21,8 +21,8 @@ _DOORS = {
     "batches": "loader",
     "BatchIterator": "loader",
     "build_tokenizer": "tokenizers",
-    "IndexedDataset": "indexed",
-    "IndexedWriter": "indexed",
+    "IndexedDataset": "indexed.dataset",
+    "IndexedWriter": "indexed.dataset",
 }
 __all__ = sorted(_DOORS)
 

@@ -8,10 +8,9 @@ from typing import Protocol
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, data_plan
-from megatron_telechat.data.chat_files import encoding_of, file_digest
+from megatron_telechat.data.chat.files import encoding_of, file_digest
 from megatron_telechat.data.order import MEGATRON, Progress, SampleOrder, order_of, samples_needed
 from megatron_telechat.data.pieces import IndexFolder, Say, quiet
-from megatron_telechat.data.rank_zero import WordOfRankZero
 from megatron_telechat.data.samples import MockSamples, SampleSource, TokenDataset
 from megatron_telechat.data.sources import (
     Opened,
@@ -25,6 +24,7 @@ from megatron_telechat.data.sources import (
 )
 from megatron_telechat.data.tokenizers import build_tokenizer
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.parallel.rank_zero import WordOfRankZero
 
 __all__ = [
     *("Datasets", "PreparedIndex", "Ranks", "build_datasets", "data_fingerprint", "fingerprint_differences"),

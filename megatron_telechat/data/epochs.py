@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.pieces import IndexFolder, Say
 from megatron_telechat.data.samples import share_of
 from megatron_telechat.errors import DataError

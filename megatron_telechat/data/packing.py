@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_telechat.config.schema import DataConfig
-from megatron_telechat.data.chat_files import ChatDataset
-from megatron_telechat.data.chat_template import ANSWER, learned
+from megatron_telechat.data.chat.files import ChatDataset
+from megatron_telechat.data.chat.template import ANSWER, learned
 from megatron_telechat.data.pieces import IndexFolder, roomy
 from megatron_telechat.data.samples import Marks, share_of
 from megatron_telechat.errors import DataError

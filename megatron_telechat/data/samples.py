@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.errors import DataError
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, Blend, data_plan
 from megatron_telechat.data.blending import BlendedSamples, BlendOrder, samples_of_each
-from megatron_telechat.data.chat_files import ChatDataset, encoded
+from megatron_telechat.data.chat.files import ChatDataset, encoded
 from megatron_telechat.data.epochs import IndexedSamples
-from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.order import Progress, order_of, samples_needed
 from megatron_telechat.data.packing import ChatSamples, usable_dialogs
 from megatron_telechat.data.pieces import IndexFolder, Say, quiet

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from megatron_telechat.config.schema import ModelConfig, RunConfig
-from megatron_telechat.model.shards import ParameterShards, Piece
+from megatron_telechat.model.shards import LocalParameter, Piece
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a block, rounded down to whole rows. Part of what a seed means: another value gives other weights."""
 
 
 @torch.no_grad()
-def initialize_weights(shards: Iterable[ParameterShards], run: RunConfig) -> None:
+def initialize_weights(shards: Iterable[LocalParameter], run: RunConfig) -> None:
     """Fill the parameters: N(0, init_method_std) for embeddings and linear layers, router_init_std for routers,
     zero biases, norms of one. In fp32, then rounded to the type of the parameter."""
     for shard in shards:

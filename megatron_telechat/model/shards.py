@@ -51,7 +51,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class ParameterShards:
+class LocalParameter:
     """One local parameter and the pieces it consists of.
 
     Attributes:
@@ -92,7 +92,7 @@ _FUSED_NORMS = {
 }
 
 
-def parameter_shards(chunks: Sequence[nn.Module], run: RunConfig, state: ParallelState) -> list[ParameterShards]:
+def parameter_shards(chunks: Sequence[nn.Module], run: RunConfig, state: ParallelState) -> list[LocalParameter]:
     """The parameters of this rank with their places in the global tensors, in chunk and model order.
 
     Args:
@@ -109,7 +109,7 @@ def parameter_shards(chunks: Sequence[nn.Module], run: RunConfig, state: Paralle
             piece = local_piece(key, table[key], state)
             assert piece.numel == parameter.numel(), f"{name} {tuple(parameter.shape)} is not {piece}"
             out.append(
-                ParameterShards(
+                LocalParameter(
                     chunk=number,
                     name=name,
                     parameter=parameter,
@@ -167,7 +167,7 @@ def is_writer(key: str, state: ParallelState) -> bool:
     return state.dp_rank == 0 and state.cp_rank == 0 and (state.tp_rank == 0 or not whole)
 
 
-def verify_tiling(shards: Iterable[ParameterShards], run: RunConfig, state: ParallelState) -> None:
+def verify_tiling(shards: Iterable[LocalParameter], run: RunConfig, state: ParallelState) -> None:
     """Check that the writers of all ranks together hold every global tensor exactly once; collective.
 
     Raises:

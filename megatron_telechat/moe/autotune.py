@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_telechat.moe.block import MoEBlock
 from megatron_telechat.moe.chunks import chunk_parts
+from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.engine import Gradients
 from megatron_telechat.moe.overlap_model import PassCosts, predicted_ms
 from megatron_telechat.moe.pipeline import ChunkPipeline
-from megatron_telechat.moe.plan import Arrivals
 
 FIRST = (1, 2, 4, 8)
 CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16)

@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_telechat.moe.choices import FirstPass
 from megatron_telechat.moe.clock import ExchangeClock
 from megatron_telechat.moe.counted import CountedTokens
+from megatron_telechat.moe.dispatch import Dispatch, ExpertGroups, RowFormat
 from megatron_telechat.moe.experts import GroupedExperts
 from megatron_telechat.moe.pipeline import ChunkPipeline
-from megatron_telechat.moe.plan import Dispatch, ExpertGroups, RowFormat
 from megatron_telechat.moe.router import Router, Routing
 from megatron_telechat.parallel.channel import Channel
 

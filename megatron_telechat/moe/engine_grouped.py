@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.engine import ExpertWeights, Gradients
-from megatron_telechat.moe.plan import Arrivals
 
 
 def _row_scales(scale: Tensor, offsets: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.engine import ExpertWeights, Gradients
-from megatron_telechat.moe.plan import Arrivals
 
 
 def _row_multiple(dtype: torch.dtype) -> int:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_telechat.moe.plan import Arrivals
+from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.te_products import Accumulate
 
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from megatron_telechat.moe.clock import ExchangeClock
+from megatron_telechat.moe.dispatch import Dispatch, RowFormat
 from megatron_telechat.moe.engine import ExpertWeights, Gradients, engine_for, sum_bags
-from megatron_telechat.moe.plan import Dispatch, RowFormat
 
 
 @dataclass

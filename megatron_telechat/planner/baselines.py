@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_telechat.config.split import SplitFlags, split_counts
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.graph import makespans, op_graph
-from megatron_telechat.planner.plan import Assignment, check_assignment
+from megatron_telechat.planner.assignment import Assignment, check_assignment
+from megatron_telechat.planner.op_graph import makespans, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import peak_bytes, simulate, stage_times
 

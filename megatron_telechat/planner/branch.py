@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 
-from megatron_telechat.planner.graph import OpGraph
 from megatron_telechat.planner.incumbent import Incumbent
 from megatron_telechat.planner.lp import INF, LpResult
+from megatron_telechat.planner.op_graph import OpGraph
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.relaxation import NODE_ROUNDS, PROBE_ROUNDS, ROOT_ROUNDS, WHOLE, Node, Relaxation
 

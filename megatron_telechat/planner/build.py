@@ -15,7 +15,7 @@ from megatron_telechat.costs.memory import resident_bytes
 from megatron_telechat.costs.parameters import Shape, layer_table, local_count, stage_table
 from megatron_telechat.costs.time import Software, TimeModel, mode_name
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.plan import Assignment
+from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup, Mode
 
 RESERVE_GIB = 3.0

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.device_plans import DevicePlans
-from megatron_telechat.planner.graph import makespans, op_graph
-from megatron_telechat.planner.plan import Assignment
+from megatron_telechat.planner.op_graph import makespans, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
 
 

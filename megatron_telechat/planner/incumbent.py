@@ -8,12 +8,12 @@ import time
 import numpy as np
 
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.assignment import Assignment, check_assignment
+from megatron_telechat.planner.count_program import Space
 from megatron_telechat.planner.descent import Evaluator, descend, round_counts, starts
 from megatron_telechat.planner.device_plans import DevicePlans
-from megatron_telechat.planner.plan import Assignment, check_assignment
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import SimResult, simulate
-from megatron_telechat.planner.space import Space
 
 RELATIVE = 1e-7
 """Where times are not whole numbers, makespans nearer than this (relative) count as equal."""

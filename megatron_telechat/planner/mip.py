@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_telechat.planner.count_program import Space
 from megatron_telechat.planner.lp import INF
-from megatron_telechat.planner.space import Space
 
 
 @dataclass(frozen=True)

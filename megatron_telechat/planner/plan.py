@@ -1,128 +1,135 @@
-"""An answer to a balance problem: which layers, in which mode, on which virtual stage."""
+"""The plan of a run: the balance problem solved, the iteration that follows, and what plainer splits would give."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.devices import DeviceSpec
+from megatron_telechat.costs.time import Software
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.assignment import Assignment, Solution
+from megatron_telechat.planner.baselines import Baseline, best_with_layout_string, megatron_splits
+from megatron_telechat.planner.build import PlannedRun, assignment_of, balance_problem, kinds_of, planned_run
+from megatron_telechat.planner.predict import Prediction, predict
 from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.simulate import peak_bytes, simulate
+from megatron_telechat.planner.solve import solve
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """Layers in model order over virtual stages.
+class Question:
+    """What is to be planned.
 
     Attributes:
-        modes: for each virtual stage the mode index of each of its layers, in model order.
-        mtp_stage: virtual stage of the MTP block, None without one.
+        run: the run; its own layout and recompute are not read.
+        kinds: recompute kinds a layer may have, next to none.
+        memory_bytes, reserve_bytes: of one device; unset: the device file's, and the usual reserve.
+        time_limit_s, gap: of the search.
+        plain: only what Megatron-LM's flags can say.
+        software: what the program hides of its communication; unset: what our own does.
+        counted: what of that was said, for the report.
     """
 
-    modes: tuple[tuple[int, ...], ...]
-    mtp_stage: int | None = None
+    run: RunConfig
+    device: DeviceSpec
+    kinds: tuple[str, ...] = ("full",)
+    memory_bytes: float | None = None
+    reserve_bytes: float | None = None
+    time_limit_s: float = 30.0
+    gap: float = 0.0
+    plain: bool = False
+    software: Software | None = None
+    counted: tuple[str, ...] = ()
+
+    def problem(self) -> BalanceProblem:
+        """Its balance problem.
+
+        Raises:
+            ConfigError: unknown kind; no times for this device at these shapes.
+        """
+        return balance_problem(
+            self.run, self.device, self.kinds, mem_limit_bytes=self.memory_bytes, reserve_bytes=self.reserve_bytes,
+            software=self.software,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An answer.
+
+    Attributes:
+        solution: of the solver; with plain flags its bound, and the assignment within them.
+        planned: the run with layout and recompute in place.
+        prediction: of one iteration of it.
+    """
+
+    question: Question
+    problem: BalanceProblem
+    solution: Solution
+    assignment: Assignment
+    makespan: float
+    planned: PlannedRun
+    prediction: Prediction
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """Layers of each virtual stage."""
-        return tuple(len(stage) for stage in self.modes)
+    def gap(self) -> float:
+        """Share of the makespan by which anything that fits may be faster."""
+        return max(0.0, 1 - (self.solution.lower_bound or 0.0) / self.makespan) if self.makespan else 0.0
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Assignment:
-        """Read `modes` and `mtp_stage` of an answer."""
-        return cls(tuple(tuple(stage) for stage in data["modes"]), data.get("mtp_stage"))
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What the solver says of a problem.
-
-    Attributes:
-        status: "optimal" (gap proved to be 0, or below the tolerance where times are not whole numbers),
-            "feasible" (stopped early; the gap is proved) or "infeasible" (proved).
-        makespan: of `assignment`, by the simulator. None if infeasible, or if none was found in time.
-        lower_bound: no assignment that fits is faster. None if infeasible.
-        gap: (makespan - lower_bound) / makespan.
-        peak_bytes: of each device.
-        seconds: wall time of the search.
-        shortfall: if infeasible for memory: bytes that the tightest device lacks in the best case. None where
-            the layers cannot be laid out at all (fewer layers than the stages need).
-        reason: if infeasible, why, in words.
-        nodes: boxes that branch and bound looked at.
-    """
-
-    status: str
-    makespan: float | None = None
-    lower_bound: float | None = None
-    gap: float | None = None
-    assignment: Assignment | None = None
-    peak_bytes: tuple[float, ...] | None = None
-    seconds: float = 0.0
-    shortfall: float | None = None
-    reason: str = ""
-    nodes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The answer as `tools/plan_pipeline.py --problem FILE --json` prints it."""
-        plan = self.assignment
-        out: dict[str, Any] = {
-            "status": self.status,
-            "makespan": self.makespan,
-            "lower_bound": self.lower_bound,
-            "gap": self.gap,
-            "modes": None if plan is None else [list(stage) for stage in plan.modes],
-            "mtp_stage": None if plan is None else plan.mtp_stage,
-            "peak_bytes": None if self.peak_bytes is None else list(self.peak_bytes),
-            "seconds": round(self.seconds, 4),
-        }
-        if self.status == "infeasible":
-            out |= {"shortfall": self.shortfall, "reason": self.reason}
-        return out
+    @property
+    def peak_bytes(self) -> tuple[float, ...]:
+        """Of each stage, without the reserve."""
+        return tuple(peak - self.problem.const_mem for peak in peak_bytes(self.problem, self.assignment))
 
 
-def stage_groups(problem: BalanceProblem, counts: tuple[int, ...]) -> list[list[int]]:
-    """For each virtual stage the number of its layers of each group, when the stages hold `counts` layers in order."""
-    left = [group.count for group in problem.groups]
-    at = 0
-    out = []
-    for count in counts:
-        row = [0] * len(left)
-        while count:
-            while not left[at]:
-                at += 1
-            take = min(count, left[at])
-            row[at] += take
-            left[at] -= take
-            count -= take
-        out.append(row)
-    return out
-
-
-def check_assignment(problem: BalanceProblem, assignment: Assignment, where: str = "assignment") -> None:
-    """Whether an assignment is one for this problem (memory aside).
+def make_plan(
+    question: Question, problem: BalanceProblem | None = None
+) -> tuple[Plan | None, Solution, BalanceProblem]:
+    """Solve it. The plan is None where nothing fits, or nothing was found in time: the solution says which.
 
     Raises:
-        ConfigError: a wrong number of stages or layers, an unknown mode, too few layers on a stage, a wrong MTP stage.
+        ConfigError: see `Question.problem`.
     """
-    counts, place = assignment.counts, assignment.mtp_stage
-    if len(counts) != problem.num_stages:
-        raise ConfigError(f"{len(counts)} virtual stages", where, f"P*V = {problem.num_stages} of them")
-    if sum(counts) != problem.num_layers:
-        raise ConfigError(f"{sum(counts)} layers", where, f"the {problem.num_layers} layers of the groups")
-    if place not in problem.mtp_places():
-        raise ConfigError(f"mtp_stage = {place!r}", where, f"one of {list(problem.mtp_places())}")
-    if place is not None and any(counts[place + 1 :]):
-        raise ConfigError(f"decoder layers after mtp_stage = {place}", where, "put the MTP block behind the last layer")
-    for stage, (count, least) in enumerate(zip(counts, problem.fewest_layers(place), strict=True)):
-        if count < least:
-            raise ConfigError(f"{count} layers on virtual stage {stage}", where, f"at least {least}")
-    of_layer = [group for group in problem.groups for _ in range(group.count)]
-    layer = 0
-    for stage, modes in enumerate(assignment.modes):
-        for mode in modes:
-            known = len(of_layer[layer].modes)
-            if not isinstance(mode, int) or not 0 <= mode < known:
-                raise ConfigError(
-                    f"mode {mode!r} of layer {layer} on virtual stage {stage}", where, f"0 to {known - 1}"
-                )
-            layer += 1
+    problem = problem or question.problem()
+    solution = solve(problem, question.time_limit_s, gap=question.gap)
+    assignment, makespan = solution.assignment, solution.makespan
+    if question.plain and assignment is not None:
+        plain = best_with_layout_string(problem, [assignment], question.time_limit_s)
+        assignment, makespan = plain.assignment, plain.makespan
+    if assignment is None or makespan is None:
+        return None, solution, problem
+    planned = planned_run(question.run, problem, assignment)
+    prediction = predict(planned.run, question.device, question.software)
+    return Plan(question, problem, solution, assignment, makespan, planned, prediction), solution, problem
+
+
+def plainer(plan: Plan, configured: RunConfig | None, why_not: str = "") -> list[Baseline]:
+    """What to compare with: the run as it was configured, Megatron's splits, the best plain flags.
+
+    Args:
+        configured: the run with its own layout and recompute; None where it names none, or none that works.
+        why_not: then what is wrong with it.
+    """
+    found = []
+    if configured is not None:
+        found = [_configured(plan.question, configured)]
+    elif why_not:
+        found = [Baseline(AS_CONFIGURED, None, None, why=why_not)]
+    return found + megatron_splits(plan.problem, strict=True)
+
+
+AS_CONFIGURED = "as configured"
+
+
+def _configured(question: Question, run: RunConfig) -> Baseline:
+    """The configured layout and recompute, which may use kinds that the plan may not."""
+    kinds: Sequence[str] = dict.fromkeys([*question.kinds, *kinds_of(run)])
+    try:
+        wide = replace(question, kinds=tuple(kinds)).problem()
+        assignment = assignment_of(run, wide)
+    except ConfigError as error:
+        return Baseline(AS_CONFIGURED, None, None, why=error.problems[0].what)
+    fits = max(peak_bytes(wide, assignment)) <= wide.mem_limit
+    return Baseline(AS_CONFIGURED, simulate(wide, assignment).makespan if fits else None, assignment)

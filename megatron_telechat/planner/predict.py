@@ -8,11 +8,11 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec
 from megatron_telechat.costs.memory import stage_parameters
 from megatron_telechat.costs.time import Software, TimeModel
+from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.build import assignment_of, balance_problem, kinds_of
-from megatron_telechat.planner.pace import expected_makespan
-from megatron_telechat.planner.plan import Assignment
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import SimResult, simulate, stage_times
+from megatron_telechat.planner.slowdown import expected_makespan
 
 MOST_OPS = 16384
 """Forwards and backwards that a prediction simulates; a schedule with more is carried on from its start."""

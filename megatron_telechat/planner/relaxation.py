@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_telechat.planner.cuts import PathCut, Separator
-from megatron_telechat.planner.graph import OpGraph
+from megatron_telechat.planner.count_program import Space
 from megatron_telechat.planner.incumbent import Incumbent
 from megatron_telechat.planner.lp import INF, LinearProgram, LpResult, RowStore
+from megatron_telechat.planner.op_graph import OpGraph
+from megatron_telechat.planner.path_cuts import PathCut, Separator
 from megatron_telechat.planner.problem import BalanceProblem
-from megatron_telechat.planner.space import Space
 
 WHOLE = 1e-6
 """A value this near to a whole number is one."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.advice import Question
-from megatron_telechat.planner.memory import least_memory
+from megatron_telechat.planner.least_memory import least_memory
+from megatron_telechat.planner.plan import Question
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import peak_bytes
 from megatron_telechat.planner.solve import solve

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_telechat.costs.schedule import rank_ops
-from megatron_telechat.planner.graph import end_times, op_graph
-from megatron_telechat.planner.plan import Assignment, check_assignment, stage_groups
+from megatron_telechat.costs.op_order import rank_ops
+from megatron_telechat.planner.assignment import Assignment, check_assignment, stage_groups
+from megatron_telechat.planner.op_graph import end_times, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
 
 

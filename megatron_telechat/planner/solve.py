@@ -6,11 +6,11 @@ import math
 import time
 
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.assignment import Assignment, Solution, check_assignment
 from megatron_telechat.planner.branch import Tree
-from megatron_telechat.planner.graph import op_graph
 from megatron_telechat.planner.incumbent import Incumbent, rounding
-from megatron_telechat.planner.memory import LeastMemory, least_memory
-from megatron_telechat.planner.plan import Assignment, Solution, check_assignment
+from megatron_telechat.planner.least_memory import LeastMemory, least_memory
+from megatron_telechat.planner.op_graph import op_graph
 from megatron_telechat.planner.problem import BalanceProblem
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.advice import Plan, Question, make_plan
+from megatron_telechat.planner.plan import Plan, Question, make_plan
 from megatron_telechat.planner.problem import BalanceProblem
 
 MOST_CHUNKS = 4

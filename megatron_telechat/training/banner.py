@@ -15,7 +15,7 @@ from megatron_telechat.costs import count_parameters
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.parallel.topology import Topology, expert_groups_text, placement_warnings
-from megatron_telechat.planner.picture import layout_picture
+from megatron_telechat.planner.layout_text import layout_picture
 from megatron_telechat.training.console import format_count
 from megatron_telechat.training.paths import RunPaths
 

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_telechat.errors import NumericsError, UserError
-from megatron_telechat.model.shards import ParameterShards
+from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import gather_objects
 
 _FIX = "resume from the last checkpoint; lower lr, look at the data of this step, or train in fp32 to compare"
 
 
-def step_error(found: str, step: int, shards: Sequence[ParameterShards], fix: str = _FIX) -> UserError:
+def step_error(found: str, step: int, shards: Sequence[LocalParameter], fix: str = _FIX) -> UserError:
     """The error of a step that was not taken; collective, since it names the gradients of all ranks.
 
     Args:
@@ -31,7 +31,7 @@ def step_error(found: str, step: int, shards: Sequence[ParameterShards], fix: st
 
 
 def require_finite_norm(
-    grad_norm: float, loss: float, step: int, shards: Sequence[ParameterShards], device: torch.device
+    grad_norm: float, loss: float, step: int, shards: Sequence[LocalParameter], device: torch.device
 ) -> None:
     """Collective: the norm may differ between model replicas, so it is agreed on.
 
@@ -49,7 +49,7 @@ def require_finite_norm(
         raise step_error(f"loss {loss}, gradient norm {grad_norm}", step, shards)
 
 
-def require_finite_weights(step: int, shards: Sequence[ParameterShards]) -> None:
+def require_finite_weights(step: int, shards: Sequence[LocalParameter]) -> None:
     """Check what is about to be saved; collective. The parameters have been gathered.
 
     The step that a loss and its gradients allowed can still carry a weight out of the range of its type: fp16 ends at
@@ -75,7 +75,7 @@ def require_finite_validation(loss: float) -> None:
         raise NumericsError(f"validation loss {loss}", "evaluation", _FIX).on_every_rank()
 
 
-def _culprits(tensors: Iterable[tuple[ParameterShards, torch.Tensor | None]]) -> str:
+def _culprits(tensors: Iterable[tuple[LocalParameter, torch.Tensor | None]]) -> str:
     """Where the tensors of all ranks are not finite, four ranks and three tensors of each; "" where all are."""
     bad = (shard.pieces[0].key for shard, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all())
     everyone = gather_objects(list(islice(bad, 3)))

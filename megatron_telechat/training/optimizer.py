@@ -11,7 +11,7 @@ import torch
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model import compute_dtype
 from megatron_telechat.parallel.state import ParallelState
-from megatron_telechat.training.schedule import learning_rate
+from megatron_telechat.training.learning_rate import learning_rate
 
 
 def wrap_data_parallel(chunks: list[torch.nn.Module], run: RunConfig, state: ParallelState) -> list[torch.nn.Module]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.model.shards import ParameterShards
+from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState
 
@@ -44,7 +44,7 @@ def gathered_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def every_parameter_awaited(
-    chunks: Sequence[torch.nn.Module], shards: Sequence[ParameterShards], state: ParallelState
+    chunks: Sequence[torch.nn.Module], shards: Sequence[LocalParameter], state: ParallelState
 ) -> Iterator[None]:
     """Watch the forward that runs inside: each parameter must belong to a module that is called.
 

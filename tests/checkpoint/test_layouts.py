@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_telechat.checkpoint import import_hf
-from tests.checkpoint.hf_folders import PRESET_HEADS, telechat_config, telechat_shapes, write_folder
+from megatron_telechat.huggingface import import_hf
 from tests.checkpoint.worker_layouts import HF_LAYOUTS, PAIRS, PRECISION_CHANGES
 from tests.harness import run_cases
+from tests.huggingface.folders import PRESET_HEADS, telechat_config, telechat_shapes, write_folder
 
 pytestmark = pytest.mark.gloo
 

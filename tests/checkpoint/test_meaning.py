@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_telechat.checkpoint import CheckpointWriter, import_hf
+from megatron_telechat.checkpoint import CheckpointWriter
 from megatron_telechat.checkpoint.lineage import Branch
 from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
@@ -21,6 +21,7 @@ from megatron_telechat.checkpoint.start import require_start
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
+from megatron_telechat.huggingface import import_hf
 from tests.data.material import huggingface_tokenizer
 from tests.harness import ROOT
 
@@ -136,7 +137,7 @@ def test_another_tokenizer_is_refused_by_what_it_does_not_by_its_path(tmp_path):
 def test_an_import_is_held_against_the_run_and_its_folder_is_named_where_it_was_forgotten(tmp_path):
     source = GOLDEN / "telechat2_tiny_gqa"
     root = import_hf(source, tmp_path / "w").path.parent
-    import megatron_telechat.checkpoint.hf as hf
+    import megatron_telechat.huggingface.weights as hf
 
     model = hf.HfWeights(source).model
     fitting = [

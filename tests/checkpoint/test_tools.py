@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.cli.convert_checkpoint import main as convert
-from tests.checkpoint.hf_folders import assert_same_folder
 from tests.harness import ROOT, run_cases
+from tests.huggingface.folders import assert_same_folder
 
 GOLDEN = ROOT / "tests" / "golden"
 

@@ -458,10 +458,11 @@ def hf_round_trip(label: str, moe: bool, layout: dict) -> None:
 
     from megatron_telechat import parallel
     from megatron_telechat.backend import get_backend
-    from megatron_telechat.checkpoint import TrainState, export_hf, load_checkpoint, save_checkpoint
-    from megatron_telechat.checkpoint.hf import HfWeights
+    from megatron_telechat.checkpoint import TrainState, load_checkpoint, save_checkpoint
+    from megatron_telechat.huggingface import export_hf
+    from megatron_telechat.huggingface.weights import HfWeights
     from megatron_telechat.model import build_model, parameter_shards
-    from tests.checkpoint.hf_folders import assert_same_folder
+    from tests.huggingface.folders import assert_same_folder
 
     backend = get_backend("cpu")
     run = run_config("moe" if moe else "dense", "fp32", layout, seed=3)

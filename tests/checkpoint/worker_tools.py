@@ -92,8 +92,8 @@ def telechat_moe() -> list:
     """The MoE names and the expert bias against a plain loop over experts."""
     import torch
 
-    from tests.checkpoint.hf_folders import all_tensors, telechat_config, telechat_shapes, write_folder
-    from tests.checkpoint.plain_telechat import forward
+    from tests.huggingface.folders import all_tensors, telechat_config, telechat_shapes, write_folder
+    from tests.huggingface.plain_telechat import forward
 
     config = telechat_config(4, 2, layers=2, head_dim=8, num_experts=6, num_experts_per_tok=3)
     folder = write_folder(SHARED / "telechat_moe", config, telechat_shapes(config))
@@ -196,8 +196,8 @@ def _generation_folder() -> Path:
 def generation() -> dict[str, Any]:
     import torch
 
-    from megatron_telechat.checkpoint.hf_model import hf_model
     from megatron_telechat.cli.generate import main
+    from megatron_telechat.huggingface.model import hf_model
 
     folder = _generation_folder()
     prompt, count = "hello", 12

@@ -109,6 +109,6 @@ def test_a_gpu_with_a_cpu_build_of_torch_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.distribution)
-def test_versions_are_those_of_setup(package):
-    setup = (ROOT / "setup.py").read_text()
-    assert re.search(rf'"{re.escape(package.distribution + package.needs)}"', setup), package
+def test_versions_are_those_of_the_package(package):
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert re.search(rf'"{re.escape(package.distribution + package.needs)}"', pyproject), package

@@ -19,7 +19,7 @@ def ranks(text: str, script: bool, *others: str) -> tuple[str | None, str | None
     read = read_pasted(text, [], others) if script else read_pasted(None, shlex.split(text), others)
     words = list(read.words)
     assert words[-2:] == MODEL, words
-    found = dict(zip(words[:-2:2], words[1:-2:2], strict=True))
+    found = dict(zip(words[:-2:2], words[1:-2:2], strict=False))
     return found.get("--world-size"), found.get("--ranks-per-node")
 
 

@@ -18,7 +18,7 @@ from megatron_telechat.config.fields import values_of
 from megatron_telechat.costs.devices import DeviceSpec, Measured, device_spec, write_device_file
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.costs.time import conditions
-from megatron_telechat.planner.plan import Assignment
+from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.predict import predict
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import simulate

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_telechat.cli.metrics_file import read_metrics
 from megatron_telechat.cli.plot_run import main, running_mean
 from megatron_telechat.errors import DataError
+from megatron_telechat.training.metrics_file import read_metrics
 
 
 def record(step: int, loss: float, **more) -> dict:

@@ -31,7 +31,7 @@ def make_run(pp: int = 2, moe: dict[str, Any] | None = None, **parallel: Any) ->
 
 
 def calibrated(run: RunConfig, kinds: tuple[str, ...] = ("full", "mlp")) -> dict[str, Any]:
-    from megatron_telechat.cli.calibrate import calibrate
+    from megatron_telechat.training.calibrate import calibrate
 
     base = DeviceSpec("mine", description="a machine", measured=())
     device = calibrate(run, kinds, base, rounds=5)
@@ -71,7 +71,7 @@ def tensor_parallel_experts():
 
 @cases.case
 def wrong_number_of_ranks():
-    from megatron_telechat.cli.calibrate import Calibration
+    from megatron_telechat.training.calibrate import Calibration
 
     run = make_run(1, tensor_model_parallel_size=4)
     try:

@@ -8,10 +8,18 @@ import shlex
 import pytest
 
 from megatron_telechat.config import load_run_config
-from megatron_telechat.config.answers import Alias, Always, Answer, Ignored, LayersPerVirtualStage, Refused, UnevenSplit
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.config.flags import ACTION_FLAGS, read_command_line
-from megatron_telechat.config.megatron_flags import ANSWERS, WORDS
+from megatron_telechat.config.megatron.answers import (
+    Alias,
+    Always,
+    Answer,
+    Ignored,
+    LayersPerVirtualStage,
+    Refused,
+    UnevenSplit,
+)
+from megatron_telechat.config.megatron.flags import ANSWERS, WORDS
 from megatron_telechat.errors import ConfigError
 
 OURS = {info.flag[2:] for info in fields_by_name().values()}

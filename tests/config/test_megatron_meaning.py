@@ -11,7 +11,7 @@ import pytest
 
 from megatron_telechat.config import LoadedConfig, load_run_config
 from megatron_telechat.config.fields import fields_by_name
-from megatron_telechat.config.megatron_meaning import ARCHITECTURE, DEFAULTS, default_ffn_hidden_size, differing
+from megatron_telechat.config.megatron.meaning import ARCHITECTURE, DEFAULTS, default_ffn_hidden_size, differing
 from megatron_telechat.config.schema import PLANNED_ONLY
 from megatron_telechat.config.vocabulary import vocabulary_of_file
 from megatron_telechat.costs import count_parameters

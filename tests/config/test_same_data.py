@@ -111,7 +111,7 @@ def test_a_packed_copy_of_dialogs_is_found_when_it_is_encoded(tmp_path):
 
 
 def test_merging_a_dataset_with_itself_is_refused(tmp_path):
-    from megatron_telechat.data.merge import plan_merge
+    from megatron_telechat.data.indexed.merge import plan_merge
     from tests.data.material import write_dataset
 
     write_dataset(tmp_path / "a", 5)

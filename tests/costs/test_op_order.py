@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_telechat.costs.schedule import Op, num_warmup_forwards, peak_in_flight, rank_ops
+from megatron_telechat.costs.op_order import Op, num_warmup_forwards, peak_in_flight, rank_ops
 from megatron_telechat.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_telechat.config.schema import DataConfig, EvaluationConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_telechat.data.indexed import IndexedWriter
+from megatron_telechat.data.indexed.dataset import IndexedWriter
 
 VOCAB = 512
 
@@ -66,7 +66,7 @@ def write_jsonl(path: Path, texts) -> Path:
 
 def huggingface_tokenizer(folder: Path) -> Path:
     """A tiny byte-level BPE tokenizer.json with TeleChat2's special tokens."""
-    from megatron_telechat.data.tokenizer_training import train_tokenizer
+    from megatron_telechat.data.text.tokenizer_training import train_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     source = write_jsonl(folder / "source.jsonl", TEXTS * 4)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.cli.preprocess_data import main
-from megatron_telechat.data import blocks, text_input
-from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.data.indexed.dataset import IndexedDataset
+from megatron_telechat.data.text import documents, readers
 from tests.data.material import huggingface_tokenizer
 
 GOOD = b'{"text": "fine"}\n'
@@ -76,7 +76,7 @@ ACCEPTED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_unusual_but_good(tmp_path, model, name, monkeypatch):
     content, documents = ACCEPTED[name]
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1000)
     (tmp_path / "in.jsonl").write_bytes(content)
     assert run(tmp_path, model) == 0
     assert texts(tmp_path).documents == documents
@@ -145,8 +145,8 @@ def test_a_document_bad_in_one_key_is_left_out_of_all(tmp_path, model):
 
 
 def test_a_line_beyond_the_limit_is_passed_over_by_name(tmp_path, model, monkeypatch, capsys):
-    monkeypatch.setattr(blocks, "LARGEST_LINE", 5000)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(readers, "LARGEST_LINE", 5000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1000)
     (tmp_path / "in.jsonl").write_bytes(GOOD + b'{"text": "' + b"x" * 20_000 + b'"}\n' + GOOD * 300)
     assert run(tmp_path, model) == 3 and "in.jsonl:2" in capsys.readouterr().err
     assert run(tmp_path, model, "--on-error", "skip") == 0
@@ -280,7 +280,7 @@ def test_a_full_disk(tmp_path, model, monkeypatch, capsys):
     if mounted.returncode:
         pytest.skip("mounting needs root")
     try:
-        monkeypatch.setattr(blocks, "BLOCK_BYTES", 5000)
+        monkeypatch.setattr(readers, "BLOCK_BYTES", 5000)
         (tmp_path / "in.jsonl").write_bytes(GOOD * 40_000)
         assert run(tmp_path, model) == 6
         error = capsys.readouterr().err
@@ -295,4 +295,4 @@ def test_bad_shards(tmp_path, model, shard, capsys):
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     assert run(tmp_path, model, f"--shard={shard}") == 2
     assert "no part I/N" in capsys.readouterr().err
-    assert text_input.count_lines(str(tmp_path / "in.jsonl")) == 1
+    assert documents.count_lines(str(tmp_path / "in.jsonl")) == 1

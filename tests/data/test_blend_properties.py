@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_telechat.data import batches, build_datasets
-from megatron_telechat.data.indexed import IndexedWriter
+from megatron_telechat.data.indexed.dataset import IndexedWriter
 from tests.data.material import VOCAB, Rank, make_run, with_training
 from tests.data.slow_samples import blended, endless, flat_samples, surplus
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from megatron_telechat.data.chat import BadDialog, Dialog, Turn, parse_dialog
-from megatron_telechat.data.chat_template import ANSWER, ChatVocabulary, learned, render, token_texts
+from megatron_telechat.data.chat.dialogs import BadDialog, Dialog, Turn, parse_dialog
+from megatron_telechat.data.chat.template import ANSWER, ChatVocabulary, learned, render, token_texts
 from megatron_telechat.errors import ConfigError
 from tests.data.chat_material import SPECIAL, letters_tokenizer, single
 from tests.data.material import VOCAB, sentencepiece_tokenizer

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from megatron_telechat.data.corpus import SAMPLE, build_corpus, sample_texts
+from megatron_telechat.data.text.sample_corpus import SAMPLE, build_corpus, sample_texts
 from tests.harness import ROOT
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from megatron_telechat.cli.preprocess_data import main
-from megatron_telechat.data import engines, self_check
-from megatron_telechat.data import preprocess as preprocess_module
-from megatron_telechat.data.engines import EngineUnfit, Reference, open_engine
-from megatron_telechat.data.preprocess import preprocess
-from megatron_telechat.data.tokenizer_training import SPLIT
+from megatron_telechat.data.text import engines, self_check
+from megatron_telechat.data.text import preprocess as preprocess_module
+from megatron_telechat.data.text.engines import EngineUnfit, Reference, open_engine
+from megatron_telechat.data.text.preprocess import preprocess
+from megatron_telechat.data.text.tokenizer_training import SPLIT
 from megatron_telechat.data.tokenizers import build_tokenizer
 from megatron_telechat.errors import ConfigError
 from tests.data.material import TEXTS, huggingface_tokenizer, sentencepiece_tokenizer, write_jsonl

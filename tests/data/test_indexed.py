@@ -9,8 +9,8 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_telechat.data import indexed
-from megatron_telechat.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from megatron_telechat.data.indexed import dataset as indexed
+from megatron_telechat.data.indexed.dataset import IndexedDataset, IndexedWriter, token_dtype
 from megatron_telechat.errors import DataError, ResourceError
 from tests.data.material import write_dataset
 

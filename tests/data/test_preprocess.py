@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_telechat.cli.preprocess_data import main
-from megatron_telechat.data.indexed import IndexedDataset
-from megatron_telechat.data.preprocess import preprocess
+from megatron_telechat.data.indexed.dataset import IndexedDataset
+from megatron_telechat.data.text.preprocess import preprocess
 from megatron_telechat.data.tokenizers import build_tokenizer
 from megatron_telechat.errors import ConfigError, DataError
 from tests.data.material import TEXTS, huggingface_tokenizer, sentencepiece_tokenizer, write_jsonl
@@ -172,14 +172,14 @@ def test_a_text_the_tokenizer_refuses_is_a_bad_line(tmp_path):
 
 def test_blocks_in_flight_are_limited(tmp_path, tokenizers, monkeypatch):
     """The reader never runs far ahead of the writer: memory does not grow with the input."""
-    from megatron_telechat.data import blocks
-    from megatron_telechat.data import preprocess as module
+    from megatron_telechat.data.text import preprocess as module
+    from megatron_telechat.data.text import readers
 
     source = write_jsonl(tmp_path / "in.jsonl", ["word"] * 20_000)
     read, ahead = [0], []
 
     def counting(parts, keys):
-        for block in blocks.read_blocks(parts, keys, size=4096):
+        for block in readers.read_blocks(parts, keys, size=4096):
             read[0] += 1
             yield block
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_telechat.data import blocks
-from megatron_telechat.data.preprocess import Interrupted, preprocess
+from megatron_telechat.data.text import readers
+from megatron_telechat.data.text.preprocess import Interrupted, preprocess
+from megatron_telechat.data.text.workspace import Workspace
 from megatron_telechat.data.tokenizers import build_tokenizer
-from megatron_telechat.data.workspace import Workspace
 from megatron_telechat.errors import ResourceError
 from tests.data.material import TEXTS, huggingface_tokenizer
 from tests.harness import ROOT
@@ -134,7 +134,7 @@ def test_outputs_of_the_material(material):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100_000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 100_000)
 
 
 def _run(tmp_path, material, **changes):

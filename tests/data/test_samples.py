@@ -14,7 +14,7 @@ import torch
 from megatron_telechat.config.schema import ModelConfig
 from megatron_telechat.data import build_datasets, data_fingerprint, fingerprint_differences
 from megatron_telechat.data.blending import _blend_order, samples_of_each
-from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.samples import TokenDataset
 from megatron_telechat.errors import ConfigError, DataError, ResourceError
 from tests.data.material import VOCAB, Rank, huggingface_tokenizer, make_run, with_training, write_dataset

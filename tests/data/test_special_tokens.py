@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_telechat.cli.preprocess_data import main
-from megatron_telechat.data.beside import TokenizerBeside
-from megatron_telechat.data.engines import open_engine
-from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.data.indexed.dataset import IndexedDataset
+from megatron_telechat.data.text.engines import open_engine
+from megatron_telechat.data.text.tokenizer_process import TokenizerBeside
 from megatron_telechat.data.tokenizers import HuggingFaceTokenizer, build_tokenizer
 from megatron_telechat.errors import ConfigError
 from tests.data.material import TEXTS, huggingface_tokenizer, sentencepiece_tokenizer, write_jsonl
@@ -191,7 +191,7 @@ def test_nobody_types_a_token_of_the_template(tmp_path, special):
     """Whatever the tokenizer calls its tokens: a question that holds <_bot> and <_end> stays a question."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    from megatron_telechat.data.chat_template import ChatVocabulary
+    from megatron_telechat.data.chat.template import ChatVocabulary
     from tests.data.chat_material import SPECIAL
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_telechat.data.tokenizer_training import SPECIAL_TOKENS, train_tokenizer
+from megatron_telechat.data.text.tokenizer_training import SPECIAL_TOKENS, train_tokenizer
 from megatron_telechat.data.tokenizers import build_tokenizer
 from megatron_telechat.errors import ConfigError, DataError
 from tests.data.material import TEXTS, huggingface_tokenizer, sentencepiece_tokenizer, write_jsonl

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_telechat.cli import inspect_data, merge_data, preprocess_data, verify_data
-from megatron_telechat.data.index_file import HEADER_BYTES
-from megatron_telechat.data.indexed import IndexedDataset
-from megatron_telechat.data.merge import merge_datasets
-from megatron_telechat.data.verify import add_checksums
+from megatron_telechat.data.indexed.dataset import IndexedDataset
+from megatron_telechat.data.indexed.format import HEADER_BYTES
+from megatron_telechat.data.indexed.merge import merge_datasets
+from megatron_telechat.data.indexed.verify import add_checksums
 from tests.data.material import TEXTS, huggingface_tokenizer, write_dataset
 
 
@@ -214,7 +214,7 @@ def test_merging_any_datasets_as_megatron_does(tmp_path):
 
 def test_ten_million_sequences_take_little(tmp_path):
     """A tenth of it here: memory does not depend on the number, the time is proportional."""
-    from megatron_telechat.data.index_file import write_index
+    from megatron_telechat.data.indexed.format import write_index
 
     lengths = np.full(1_000_000, 3, np.int32)
     begin = time.process_time()

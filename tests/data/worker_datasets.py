@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_telechat.data import build_datasets, chat_files, datasets, rank_zero, sources
-from megatron_telechat.data.indexed import IndexedDataset
+from megatron_telechat.data import build_datasets, datasets, sources
+from megatron_telechat.data.chat import files as chat_files
+from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.errors import StopAtStart, UserError
+from megatron_telechat.parallel import rank_zero
 from tests.data.chat_material import chat_run, letters_tokenizer, numbered, write_lines
 from tests.data.material import Rank, make_run, write_dataset
 from tests.harness import Cases

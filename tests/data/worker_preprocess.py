@@ -7,14 +7,14 @@ import os
 import sys
 from contextlib import closing
 
-from megatron_telechat.data import blocks
-from megatron_telechat.data.beside import TokenizerBeside
-from megatron_telechat.data.preprocess import preprocess
+from megatron_telechat.data.text import readers
+from megatron_telechat.data.text.preprocess import preprocess
+from megatron_telechat.data.text.tokenizer_process import TokenizerBeside
 from megatron_telechat.data.tokenizers import build_tokenizer
 
 
 def main(source: str, prefix: str, model: str, die_at: str, on_error: str = "skip") -> None:
-    blocks.BLOCK_BYTES = 100_000
+    readers.BLOCK_BYTES = 100_000
     left, replace = [int(die_at)], os.replace
 
     def dying(*arguments):

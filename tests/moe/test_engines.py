@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_telechat.moe import engine_grouped, engine_loop
+from megatron_telechat.moe.dispatch import Dispatch, ExpertGroups, RowFormat
 from megatron_telechat.moe.engine import ExpertWeights, Gradients, sum_bags
 from megatron_telechat.moe.pipeline import ChunkPipeline
-from megatron_telechat.moe.plan import Dispatch, ExpertGroups, RowFormat
 from megatron_telechat.moe.router import Routing
 from tests.moe.reference import relative_error
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_telechat.moe.plan import Dispatch, RowFormat
+from megatron_telechat.moe.dispatch import Dispatch, RowFormat
 from megatron_telechat.moe.router import Routing
 from tests.harness import Cases
 from tests.moe import worker_block as plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_telechat.planner.plan import Assignment
+from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.problem import BalanceProblem
 
 

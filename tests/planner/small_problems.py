@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.graph import op_graph
+from megatron_telechat.planner.op_graph import op_graph
 from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup, Mode
 
 

@@ -7,14 +7,14 @@ import itertools
 
 import pytest
 
+from megatron_telechat.planner.assignment import Assignment, stage_groups
 from megatron_telechat.planner.baselines import accounted_counts, megatron_splits, uniform_counts
-from megatron_telechat.planner.exhaustive import splits
-from megatron_telechat.planner.plan import Assignment, stage_groups
 from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup, Mode
 from megatron_telechat.planner.simulate import peak_bytes, simulate, stage_times
 from megatron_telechat.planner.solve import solve
-from megatron_telechat.planner.surrogates import OBJECTIVES, all_pairs, largest_stage, surrogate, surrogates
 from tests.planner.small_problems import small_problem
+from tools.bench.yardsticks.exhaustive import splits
+from tools.bench.yardsticks.surrogates import OBJECTIVES, all_pairs, largest_stage, surrogate, surrogates
 
 PROBLEM = BalanceProblem(
     2, 2, 4, 10**9, 0, 0, (LayerGroup(8, 10, 20, 1, (Mode("none", 0, 5, 0), Mode("full", 10, 1, 4))),),

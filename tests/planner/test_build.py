@@ -11,6 +11,7 @@ from megatron_telechat.config.recompute import recompute_plan
 from megatron_telechat.costs import device_spec
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.build import (
     assignment_of,
     balance_problem,
@@ -20,7 +21,6 @@ from megatron_telechat.planner.build import (
     parse_kind,
     planned_run,
 )
-from megatron_telechat.planner.plan import Assignment
 from megatron_telechat.planner.predict import predict
 from megatron_telechat.planner.simulate import simulate
 

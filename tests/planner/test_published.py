@@ -6,9 +6,9 @@ import pytest
 
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.planner.build import assignment_of
-from megatron_telechat.planner.published import PUBLISHED, fit_gemm, published_device
 from megatron_telechat.planner.simulate import simulate
 from megatron_telechat.planner.solve import solve
+from tools.bench.yardsticks.published import PUBLISHED, fit_gemm, published_device
 
 BY_NAME = {entry.preset: entry for entry in PUBLISHED}
 

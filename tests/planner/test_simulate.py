@@ -7,15 +7,15 @@ import random
 import numpy as np
 import pytest
 
-from megatron_telechat.costs.schedule import rank_ops
+from megatron_telechat.costs.op_order import rank_ops
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.exhaustive import splits
-from megatron_telechat.planner.graph import end_times, makespans, op_graph
-from megatron_telechat.planner.plan import Assignment, stage_groups
+from megatron_telechat.planner.assignment import Assignment, stage_groups
+from megatron_telechat.planner.op_graph import end_times, makespans, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import simulate
 from tests.planner import event_simulation
 from tests.planner.small_problems import small_problem
+from tools.bench.yardsticks.exhaustive import splits
 
 
 def random_assignment(problem: BalanceProblem, rng: random.Random) -> Assignment | None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.exhaustive import solve_exhaustively
-from megatron_telechat.planner.plan import Assignment, Solution
+from megatron_telechat.planner.assignment import Assignment, Solution
 from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup, Mode
 from megatron_telechat.planner.simulate import simulate
 from megatron_telechat.planner.solve import solve
 from tests.planner.small_problems import small_problem
+from tools.bench.yardsticks.exhaustive import solve_exhaustively
 
 EXAMPLES = json.loads((Path(__file__).parent / "solved_problems.json").read_text())
 

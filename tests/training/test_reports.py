@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_telechat.cli.metrics_file import read_metrics
 from megatron_telechat.config.schema import CheckpointConfig, LoggingConfig, RunConfig, TrainingConfig
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.training.console import Console, format_count, format_duration, format_step
+from megatron_telechat.training.metrics_file import read_metrics
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.unsaved import unsaved_note
 from megatron_telechat.training.writers import MetricsWriter, recorded_at

@@ -30,7 +30,7 @@ ARMS = ("ours write", "core write", "ours merge", "core merge")
 
 
 def ours_write(folder: Path, count: int) -> Callable[[], None]:
-    from megatron_telechat.data.index_file import stored, write_index
+    from megatron_telechat.data.indexed.format import stored, write_index
 
     with open(folder / "lengths", "wb") as file:  # in pieces: what it takes is not part of the base
         for _ in range(0, count, count // 100):
@@ -60,7 +60,7 @@ def core_write(folder: Path, count: int) -> Callable[[], None]:
 
 
 def ours_merge(folder: Path, count: int) -> Callable[[], None]:
-    from megatron_telechat.data.merge import merge_datasets
+    from megatron_telechat.data.indexed.merge import merge_datasets
 
     return lambda: merge_datasets(halves(folder, count), str(folder / "ours-merge"))
 
@@ -81,7 +81,7 @@ def core_merge(folder: Path, count: int) -> Callable[[], None]:
 
 def halves(folder: Path, count: int) -> list[str]:
     """Two datasets of half of the sequences each; made once."""
-    from megatron_telechat.data.index_file import write_index
+    from megatron_telechat.data.indexed.format import write_index
 
     size = count // 2
     for name in ("half-0", "half-1"):

@@ -134,7 +134,7 @@ def serve(spec: dict[str, Any]) -> None:
 
 
 def calibration_arm(run: RunConfig):
-    from megatron_telechat.cli.calibrate import Calibration
+    from megatron_telechat.training.calibrate import Calibration
 
     probe = Calibration(run, KINDS)
     return probe.round, lambda: asdict(probe.result())

@@ -29,7 +29,7 @@ from megatron_telechat.planner.baselines import megatron_splits  # noqa: E402
 from megatron_telechat.planner.build import balance_problem, mtp_block  # noqa: E402
 from megatron_telechat.planner.problem import BalanceProblem  # noqa: E402
 from megatron_telechat.planner.solve import solve  # noqa: E402
-from megatron_telechat.planner.surrogates import surrogates  # noqa: E402
+from tools.bench.yardsticks.surrogates import surrogates  # noqa: E402
 
 LOOSE = float(2**20)
 DEVICE = "ascend-910b-64g"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_telechat.data.tokenizer_training import SPECIAL_TOKENS, SPLIT  # noqa: E402
+from megatron_telechat.data.text.tokenizer_training import SPECIAL_TOKENS, SPLIT  # noqa: E402
 
 PACKAGES = {
     "zh": (

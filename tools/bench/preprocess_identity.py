@@ -28,8 +28,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import preprocess_corpus as corpus_of  # noqa: E402
 
-from megatron_telechat.data.characters import guarded  # noqa: E402
-from megatron_telechat.data.engines import open_engine  # noqa: E402
+from megatron_telechat.data.text.engines import open_engine  # noqa: E402
+from megatron_telechat.data.text.unicode_guard import guarded  # noqa: E402
 from megatron_telechat.data.tokenizers import build_tokenizer  # noqa: E402
 
 KEYS = ("text", "title")

@@ -22,12 +22,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_telechat.costs.devices import DeviceSpec, device_spec, read_device_file  # noqa: E402
+from megatron_telechat.planner.assignment import Assignment  # noqa: E402
 from megatron_telechat.planner.build import assignment_of, kinds_of, planned_run  # noqa: E402
-from megatron_telechat.planner.plan import Assignment  # noqa: E402
 from megatron_telechat.planner.problem import BalanceProblem, LayerGroup, Mode  # noqa: E402
-from megatron_telechat.planner.published import PUBLISHED, Published, fit_gemm, published_device  # noqa: E402
 from megatron_telechat.planner.simulate import simulate  # noqa: E402
 from megatron_telechat.planner.solve import solve  # noqa: E402
+from tools.bench.yardsticks.published import PUBLISHED, Published, fit_gemm, published_device  # noqa: E402
 
 
 def throughput(device: DeviceSpec) -> list[dict[str, Any]]:

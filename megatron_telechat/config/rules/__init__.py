@@ -12,12 +12,12 @@ from megatron_telechat.config.rules import (
     data,
     experts,
     files,
+    learning_rate,
     meaning,
     model,
     parallel,
     pipeline,
     recompute,
-    schedule,
     values,
 )
 
@@ -30,7 +30,7 @@ ALL_RULES: tuple[Rule, ...] = (
     *pipeline.RULES,
     *batch.RULES,
     *recompute.RULES,
-    *schedule.RULES,
+    *learning_rate.RULES,
     *data.RULES,
     *files.RULES,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_telechat.config.fields import fields_by_name, values_of
-from megatron_telechat.config.megatron_meaning import ARCHITECTURE
+from megatron_telechat.config.megatron.meaning import ARCHITECTURE
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.errors import Problem
 

@@ -150,8 +150,8 @@ class OneDevice:
     """
 
     def __init__(self, shape: Shape, device: Device):
+        from megatron_telechat.moe.dispatch import ExpertGroups
         from megatron_telechat.moe.engine import ExpertWeights
-        from megatron_telechat.moe.plan import ExpertGroups
         from megatron_telechat.moe.router import Routing
 
         self.shape, self.device = shape, device
@@ -172,8 +172,8 @@ class OneDevice:
         self.groups = ExpertGroups(StandInGroup(2), StandInGroup(1), StandInGroup(2))
 
     def pipeline(self, k: int, channel: Any) -> Any:
+        from megatron_telechat.moe.dispatch import Dispatch, RowFormat
         from megatron_telechat.moe.pipeline import ChunkPipeline
-        from megatron_telechat.moe.plan import Dispatch, RowFormat
 
         with ranks_alike():
             form = RowFormat(self.shape.hidden, self.shape.torch_dtype)

@@ -1,0 +1,1 @@
+"""Megatron-LM's flags: how each is answered, and what their absence means."""

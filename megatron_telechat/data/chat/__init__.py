@@ -1,0 +1,1 @@
+"""Dialogs for fine-tuning: parsing, templates, encoded files."""

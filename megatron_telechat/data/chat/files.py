@@ -1,0 +1,185 @@
+"""A jsonl file of dialogs, encoded once into the cache: tokens, the role of each token, line numbers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_telechat.config.schema import DataConfig
+from megatron_telechat.data.chat.dialogs import BadDialog, parse_dialog
+from megatron_telechat.data.chat.template import ChatVocabulary, render, tokenizer_files
+from megatron_telechat.data.indexed.dataset import IndexedDataset, IndexedWriter, token_dtype
+from megatron_telechat.errors import DataError, Problem, ResourceError
+
+# Takes part in the name of an encoded file: raise it when the same input gives other tokens.
+_FORMAT = 1
+_BATCH = 512
+_COMPLAINTS = 20
+_READ_BYTES = 1 << 20
+
+Say = Callable[[str], None]
+
+
+class ChatDataset(IndexedDataset):
+    """An encoded file: a dialog is a document of one sequence. Beside the tokens, the role of each (``chat_template``).
+
+    Attributes:
+        source: path of the jsonl file, for messages.
+        roles: uint8 [tokens], CONTEXT, ANSWER or FRAME.
+        lines: int64 [dialogs], number of the line in the jsonl file, from 1.
+        pad: id that fills the rest of a row.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder / "dialogs"))
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.source: str = about["source"]
+        self.sha256: str = about["sha256"]
+        self.pad: int = about["pad"]
+        self.lines = np.load(folder / "lines.npy", mmap_mode="r")
+        size = (folder / "roles.bin").stat().st_size
+        self.roles = np.memmap(folder / "roles.bin", mode="r", dtype=np.uint8) if size else np.empty(0, np.uint8)
+        if self.roles.size != self.num_tokens or self.lines.size != self.documents:
+            raise DataError(f"the cache {folder} is damaged", str(folder), "remove the folder; it is made again")
+
+    def roles_of(self, dialog: int) -> np.ndarray:
+        """uint8 [tokens of the dialog]."""
+        begin = int(self.sequence_offsets[dialog]) // self.dtype.itemsize
+        return self.roles[begin : begin + int(self.sequence_lengths[dialog])]
+
+    def origin(self, dialog: int) -> str:
+        return f"{self.source}:{int(self.lines[dialog])}"
+
+
+def file_digest(path: str) -> str:
+    """sha256 of the whole file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", path, "correct the path of the jsonl file") from error
+    return digest.hexdigest()
+
+
+def encoding_of(data: DataConfig, vocab_size: int) -> dict:
+    """Everything beside the text that decides the tokens of a dialog."""
+    return {
+        "format": _FORMAT,
+        "template": data.sft_template,
+        "system": data.sft_system,
+        "tokenizer_type": data.tokenizer_type,
+        "tokenizer": {file.name: file_digest(str(file)) for file in tokenizer_files(data.tokenizer_model)},
+        "dtype": np.dtype(token_dtype(vocab_size)).name,
+    }
+
+
+def encoded(path: str, data: DataConfig, vocab_size: int, cache: Path, say: Say) -> Path:
+    """The folder of the encoded file, made if it is not there.
+
+    Raises:
+        DataError: lines that are no dialogs (the first twenty are named), or a tokenizer that does not fit.
+        ResourceError: the cache cannot be written.
+    """
+    digest = file_digest(path)
+    parts = {"sha256": digest, **encoding_of(data, vocab_size)}
+    final = cache / ("chat-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20])
+    if final.is_dir():
+        return final
+    partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        _encode_file(path, digest, data, vocab_size, partial, say)
+        os.rename(partial, final)
+    except OSError as error:
+        if not final.is_dir():  # else another run with the same file was faster
+            raise ResourceError(
+                f"cannot write the encoded dialogs: {error}",
+                str(cache),
+                "give --data-cache-path a folder with space that all nodes share",
+            ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _encode_file(path: str, digest: str, data: DataConfig, vocab_size: int, folder: Path, say: Say) -> None:
+    vocabulary = ChatVocabulary(data.tokenizer_type, data.tokenizer_model, data.sft_template, vocab_size)
+    problems: list[Problem] = []
+    bad = 0
+    lines: list[int] = []
+    batch: list = []
+    writer = IndexedWriter(str(folder / "dialogs"), token_dtype(vocab_size))
+    with writer, open(folder / "roles.bin", "wb") as roles_file:
+
+        def flush() -> None:
+            encoded_batch = vocabulary.encode(batch)
+            if not encoded_batch:
+                return
+            tokens, roles = (np.concatenate(arrays) for arrays in zip(*encoded_batch, strict=True))
+            lengths = np.array([pair[0].size for pair in encoded_batch], np.int64)
+            writer.add_documents(tokens, lengths, np.ones(lengths.size, np.int64))
+            roles.tofile(roles_file)
+            batch.clear()
+            say(f"{path}: {len(lines):,} dialogs, {writer.tokens:,} tokens")
+
+        for number, raw in _lines(path):
+            try:
+                batch.append(render(parse_dialog(_decoded(raw)), data.sft_template, data.sft_system))
+                lines.append(number)
+            except BadDialog as error:
+                bad += 1
+                if len(problems) < _COMPLAINTS:
+                    problems.append(Problem(str(error), f"{path}:{number}"))
+            if len(batch) == _BATCH:
+                flush()
+        flush()
+        _refuse(path, problems, bad, len(lines))
+    np.save(folder / "lines.npy", np.array(lines, np.int64))
+    about = {"source": path, "sha256": digest, "pad": vocabulary.pad}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _refuse(path: str, problems: list[Problem], bad: int, good: int) -> None:
+    if bad:
+        rest = f"; {bad - len(problems):,} more like these" if bad > len(problems) else ""
+        last = problems[-1]
+        fix = f"mend or remove these lines ({bad:,} of {bad + good:,}{rest}); docs/finetuning.md shows the shapes"
+        raise DataError([*problems[:-1], Problem(last.what, last.where, fix)])
+    if not good:
+        raise DataError(f"{path} holds no dialog", path, "a jsonl file with one dialog a line")
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and bytes of each line; a byte-order mark at the start is taken off, as the published reader
+    does."""
+    try:
+        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                yield number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}", path, "copy the file again") from error
+
+
+def _decoded(raw: bytes):
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadDialog(f"not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        if not raw.strip():
+            raise BadDialog("a blank line") from None
+        raise BadDialog(f"not JSON: {error}") from None

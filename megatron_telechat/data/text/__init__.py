@@ -1,0 +1,1 @@
+"""From text to `.bin`: documents, tokens, one writer."""

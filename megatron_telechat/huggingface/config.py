@@ -1,0 +1,302 @@
+"""config.json of a Hugging Face folder <-> ModelConfig.
+
+Values come from the checkpoint's own config.json; where a key is absent, from the defaults of
+the class that would read it (TelechatConfig: vocab_size 160256, layer_norm_epsilon 1e-5, …),
+because that is what the published modelling file computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_telechat.config.architecture import comparable
+from megatron_telechat.config.schema import ModelConfig
+from megatron_telechat.errors import CheckpointError, Problem
+
+TELECHAT, MIXTRAL = "telechat", "mixtral"
+_TORCH_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+# No config.json of TeleChat2-39B-A12B is public; these are the names in use for each quantity.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "expert_num", "num_moe_experts")
+_TOPK = ("num_experts_per_tok", "moe_router_topk", "moe_topk", "num_experts_chosen", "top_k", "topk")
+_EXPERT_FFN = ("moe_intermediate_size", "moe_ffn_hidden_size", "expert_ffn_hidden_size")
+_SHARED_FFN = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
+_FREQUENCY = ("moe_layer_freq", "decoder_sparse_step")
+_AUX = ("router_aux_loss_coef", "moe_aux_loss_coeff", "aux_loss_factor")
+
+
+class _Reader:
+    """Typed access that collects every complaint."""
+
+    def __init__(self, config: Mapping[str, Any], where: str):
+        self.config = config
+        self.where = where
+        self.problems: list[Problem] = []
+
+    def complain(self, what: str, fix: str = "") -> None:
+        self.problems.append(Problem(what, self.where, fix))
+
+    def whole(self, *names: str, default: Any = None) -> Any:
+        """A whole number above 0 under the first of these names that is there and not null."""
+        return self._number(names, default, lambda v: isinstance(v, int) and v > 0, "a whole number above 0")
+
+    def real(self, *names: str, default: Any = None) -> Any:
+        value = self._number(names, default, lambda v: isinstance(v, (int, float)) and v >= 0, "a number from 0")
+        return None if value is None else float(value)
+
+    def _number(self, names: tuple[str, ...], default: Any, good: Any, wanted: str) -> Any:
+        for name in names:
+            value = self.config.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not good(value):
+                self.complain(f"{name} is {value!r}, not {wanted}")
+                return default
+            return value
+        return default
+
+    def require(self, value: Any, *names: str) -> None:
+        if value is None:
+            self.complain(f"{names[0]} is missing", f'add "{names[0]}" to config.json')
+
+
+def model_config_from_hf(
+    config: Mapping[str, Any], where: str = "config.json", tensor_names: Mapping[str, Any] = {}
+) -> ModelConfig:
+    """The architecture that a config.json describes.
+
+    Args:
+        config: the parsed file.
+        where: its path, for messages.
+        tensor_names: names of the weights; tell a MoE model whose config.json does not.
+
+    Raises:
+        CheckpointError: another or an unsupported architecture, or values that do not go together;
+            all of them at once.
+    """
+    kind = config.get("model_type")
+    if "mup_scale_factor" in config or "transformer.wte.weight" in tensor_names:
+        raise CheckpointError(
+            "this is TeleChat-52B, another architecture (GPT-2 names, fused c_attn, muP scaling)",
+            where,
+            "use a TeleChat2 checkpoint: 3B, 7B, 35B, 115B or 39B-A12B",
+        )
+    if kind not in (TELECHAT, "telechat2", MIXTRAL):
+        raise CheckpointError(f"model_type is {kind!r}", where, "supported are telechat (TeleChat2) and mixtral")
+    reader = _Reader(config, where)
+    values = _mixtral(reader) if kind == MIXTRAL else _telechat(reader, tensor_names)
+    if not reader.problems:
+        _check_shapes(reader, values)
+    if reader.problems:
+        raise CheckpointError(reader.problems)
+    return ModelConfig(**values)
+
+
+def _telechat(reader: _Reader, names: Mapping[str, Any]) -> dict[str, Any]:
+    config = reader.config
+    if config.get("embed_layernorm") or "transformer.word_embeddings_layernorm.weight" in names:
+        reader.complain(
+            "embed_layernorm: a norm behind the embedding is not supported",
+            "no published TeleChat2 has one; use one of those",
+        )
+    if config.get("tie_word_embeddings") or "word_embeddings.weight" in names:
+        reader.complain(
+            "the embeddings are tied (TeleChat-7B of the first generation), which is not supported",
+            "use TeleChat2-7B, or untie them: save lm_head.weight and set tie_word_embeddings to false",
+        )
+    if config.get("apply_residual_connection_post_layernorm"):
+        reader.complain("apply_residual_connection_post_layernorm is not supported")
+    hidden = reader.whole("n_embed", "hidden_size", default=4096)
+    heads = reader.whole("n_head", "num_attention_heads", default=32)
+    training_seqlen = reader.whole("training_seqlen", default=8192)
+    values: dict[str, Any] = {
+        "name": "telechat2",
+        "architecture": "telechat2",
+        "num_layers": reader.whole("n_layer", "num_hidden_layers", default=30),
+        "hidden_size": hidden,
+        "ffn_hidden_size": reader.whole("ffn_hidden_size", "intermediate_size", default=12288),
+        "num_attention_heads": heads,
+        "num_query_groups": reader.whole("num_key_value_heads", default=heads),
+        "vocab_size": reader.whole("vocab_size", default=160256),
+        "norm_epsilon": reader.real("layer_norm_epsilon", default=1e-5),
+        "rotary_base": _rope_theta(reader),
+        "rotary_training_seqlen": training_seqlen,
+        "rotary_base_seqlen": reader.whole("base_seqlen", default=training_seqlen),
+        "hidden_dropout": reader.real("hidden_dropout", default=0.0),
+        "attention_dropout": reader.real("attention_dropout", default=0.0),
+        "init_method_std": reader.real("initializer_range", default=0.02),
+    }
+    experts = reader.whole(*_EXPERTS) or _experts_among(names)
+    if experts is not None and experts > 1:
+        topk = reader.whole(*_TOPK)
+        reader.require(topk, *_TOPK)
+        values.update(
+            num_experts=experts,
+            moe_router_topk=topk or 1,
+            moe_ffn_hidden_size=reader.whole(*_EXPERT_FFN, default=values["ffn_hidden_size"]),
+            moe_layer_freq=reader.whole(*_FREQUENCY, default=1),
+            moe_aux_loss_coeff=reader.real(*_AUX, default=0.01),
+            moe_shared_expert_intermediate_size=reader.whole(*_SHARED_FFN),
+        )
+    return values
+
+
+def _experts_among(names: Mapping[str, Any]) -> int | None:
+    marker = ".mlp.local_experts."
+    numbers = {name.split(marker)[1].split(".")[0] for name in names if marker in name}
+    return len(numbers) or None
+
+
+def _mixtral(reader: _Reader) -> dict[str, Any]:
+    config = reader.config
+    if config.get("tie_word_embeddings"):
+        reader.complain("tie_word_embeddings is not supported")
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
+    if isinstance(window, int) and (not isinstance(longest, int) or window < longest):
+        reader.complain(f"sliding_window {window} is not supported", "only full causal attention is computed")
+    if config.get("hidden_act", "silu") != "silu":
+        reader.complain(f"hidden_act is {config['hidden_act']!r}, only silu is supported")
+    ffn = reader.whole("intermediate_size", default=14336)
+    heads = reader.whole("num_attention_heads", default=32)
+    return {
+        "name": "mixtral",
+        "architecture": "mixtral",
+        "num_layers": reader.whole("num_hidden_layers", default=32),
+        "hidden_size": reader.whole("hidden_size", default=4096),
+        "ffn_hidden_size": ffn,
+        "moe_ffn_hidden_size": ffn,
+        "num_attention_heads": heads,
+        "num_query_groups": reader.whole(
+            "num_key_value_heads", default=8 if "num_key_value_heads" not in config else heads
+        ),
+        "kv_channels": reader.whole("head_dim"),
+        "vocab_size": reader.whole("vocab_size", default=32000),
+        "norm_epsilon": reader.real("rms_norm_eps", default=1e-5),
+        "rotary_base": _rope_theta(reader, 1e6),
+        "attention_output_bias": False,
+        "mlp_output_bias": False,
+        "attention_dropout": reader.real("attention_dropout", default=0.0),
+        "init_method_std": reader.real("initializer_range", default=0.02),
+        "num_experts": reader.whole("num_local_experts", default=8),
+        "moe_router_topk": reader.whole("num_experts_per_tok", default=2),
+        "moe_aux_loss_coeff": reader.real("router_aux_loss_coef", default=0.001),
+    }
+
+
+def _rope_theta(reader: _Reader, default: float = 10000.0) -> float:
+    """rope_theta, in its own key or, as newer files write it, in rope_parameters.
+
+    A rope_scaling with factor 1 changes nothing. Another one is not what the published TeleChat2
+    file computes (it scales by training_seqlen and base_seqlen), so it is refused, not ignored.
+    """
+    for section in ("rope_scaling", "rope_parameters"):
+        scaling = reader.config.get(section)
+        if not isinstance(scaling, dict):
+            continue
+        if scaling.get("factor", 1.0) not in (None, 1, 1.0):
+            reader.complain(
+                f"{section} has the factor {scaling['factor']!r}, which is not supported", f"remove {section}"
+            )
+        if isinstance(scaling.get("rope_theta"), (int, float)):
+            default = float(scaling["rope_theta"])
+    return reader.real("rope_theta", default=default)
+
+
+def _check_shapes(reader: _Reader, values: Mapping[str, Any]) -> None:
+    heads, groups, hidden = values["num_attention_heads"], values["num_query_groups"], values["hidden_size"]
+    if values.get("kv_channels") is None and hidden % heads:
+        reader.complain(f"hidden_size {hidden} does not divide by {heads} heads")
+    elif (values.get("kv_channels") or hidden // heads) % 2:
+        reader.complain(f"the head width {values.get('kv_channels') or hidden // heads} is odd: no rotary embedding")
+    if heads % groups:
+        reader.complain(f"{heads} heads do not divide by num_key_value_heads {groups}")
+    experts, topk = values.get("num_experts"), values.get("moe_router_topk")
+    if experts is not None and topk > experts:
+        reader.complain(f"{topk} experts per token of {experts}")
+    elif topk == 1:
+        reader.complain(
+            "one expert per token is not supported: the softmax over one chosen logit is 1, and its router learns "
+            "nothing",
+            "a mixture with two experts per token or more",
+        )
+
+
+def hf_config_of(model: ModelConfig, precision: str, tokens: Mapping[str, int] = {}) -> dict[str, Any]:
+    """A config.json for a model that did not come from a Hugging Face folder.
+
+    TelechatConfig's names; for MoE the fields that docs/checkpoints.md defines, because no public
+    TeleChat2-MoE config exists. ``precision`` is bf16, fp16 or fp32; ``tokens`` e.g. eos_token_id.
+    """
+    if model.architecture == "mixtral":
+        return _mixtral_config(model, precision, tokens)
+    config: dict[str, Any] = {
+        "architectures": ["TelechatForCausalLM"],
+        "model_type": TELECHAT,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "n_layer": model.num_layers,
+        "n_head": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "rope_theta": model.rotary_base,
+        "training_seqlen": model.rotary_training_seqlen,
+        "base_seqlen": model.rotary_base_seqlen or model.rotary_training_seqlen,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "apply_residual_connection_post_layernorm": False,
+        "embed_layernorm": False,
+        "tie_word_embeddings": False,
+        "flash_attn": False,
+        "use_cache": True,
+        "torch_dtype": _TORCH_DTYPE[precision],
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, **tokens},
+    }
+    if model.is_moe:
+        config.update(
+            num_experts=model.num_experts,
+            num_experts_per_tok=model.moe_router_topk,
+            moe_intermediate_size=model.moe_ffn_hidden_size or model.ffn_hidden_size,
+            moe_layer_freq=model.moe_layer_freq,
+            router_aux_loss_coef=model.moe_aux_loss_coeff,
+            shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
+        )
+    return config
+
+
+def _mixtral_config(model: ModelConfig, precision: str, tokens: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": MIXTRAL,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.moe_ffn_hidden_size or model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rotary_base,
+        "sliding_window": None,
+        "num_local_experts": model.num_experts,
+        "num_experts_per_tok": model.moe_router_topk,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": model.attention_dropout,
+        "tie_word_embeddings": False,
+        "torch_dtype": _TORCH_DTYPE[precision],
+        **{"bos_token_id": 1, "eos_token_id": 2, **tokens},
+    }
+
+
+def config_differences(model: ModelConfig, template: ModelConfig) -> list[str]:
+    """What of the architecture differs: ``field: ours, theirs`` lines."""
+    ours, theirs = comparable(model), comparable(template)
+    return [
+        f"{name}: {ours[name]} in the checkpoint, {theirs[name]} in config.json"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]

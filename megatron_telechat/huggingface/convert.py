@@ -1,0 +1,313 @@
+"""Conversion between Hugging Face folders and checkpoints, one tensor at a time, without a model or ranks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_telechat.checkpoint.companions import carry_companions, companions
+from megatron_telechat.checkpoint.files import LazyTensor, disk_error, dtype_name, dtype_named, require_free_space
+from megatron_telechat.checkpoint.find import find_checkpoint, require_fit, weight_key
+from megatron_telechat.checkpoint.format import CheckpointReader, CheckpointWriter
+from megatron_telechat.checkpoint.lineage import look_at
+from megatron_telechat.checkpoint.manifest import COMPANIONS
+from megatron_telechat.checkpoint.names import committed_folders
+from megatron_telechat.config.schema import ModelConfig, RunConfig
+from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
+from megatron_telechat.errors import CheckpointError, ConfigError, DataError
+from megatron_telechat.huggingface.config import config_differences, hf_config_of, model_config_from_hf
+from megatron_telechat.huggingface.files import CONFIG, read_json, write_hf_weights
+from megatron_telechat.huggingface.weights import HfWeights, Link, weight_map
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KEEP = "keep"
+DEFAULT_SHARD_BYTES = 5 * 10**9
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|.*\.model|tokenization.*\.py)"
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion left.
+
+    Attributes:
+        path: the checkpoint folder, or the Hugging Face folder.
+        tensors: number of Hugging Face tensors.
+        size_bytes: bytes of the weights.
+        notes: what a person should know.
+    """
+
+    path: Path
+    tensors: int
+    size_bytes: int
+    notes: tuple[str, ...]
+
+
+def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
+    """Turn a Hugging Face folder into ``root/iter_0000000``, a checkpoint of weights only.
+
+    Every tensor keeps its dtype; the files that are not weights are carried along, unchanged, for
+    a later export. Raises CheckpointError or ResourceError; nothing is committed then.
+
+    Args:
+        overwrite: an earlier import in ``root`` is replaced, once the new one is whole. Checkpoints of a training never
+        are.
+    """
+    _require_free_place(Path(root), overwrite)
+    source = HfWeights(Path(hf))
+    tensors = source.folder.tensors
+    size = sum(header.dtype.itemsize * torch.Size(header.shape).numel() for header in tensors.values())
+    _make_folder(root)
+    require_free_space(Path(root), size)
+    model = replace(source.model, name=_model_name(Path(hf), source.model))
+    with CheckpointWriter(Path(root), step=0, config=dump_run_config(RunConfig(model=model))) as writer:
+        for link in source.links:
+            writer.add(f"model/{link.key}", link.global_shape, link.box.offset, source.read_link(link))
+        writer.files.update(carry_companions(Path(hf), writer.folder / COMPANIONS))
+        writer.extra["hf"] = {"dtypes": _odd_dtypes(source), "absent": list(source.absent)}
+    notes = tuple(f"{key} is not in the folder and was set to zero" for key in source.absent)
+    for note in notes:
+        log.info("%s", note)
+    assert writer.path is not None
+    return Converted(writer.path, len(tensors), size, notes)
+
+
+def _require_free_place(root: Path, overwrite: bool) -> None:
+    there = committed_folders(root)
+    if not there:
+        return
+    names = ", ".join(path.name for _, path in there)
+    if not all(step == 0 and _is_import(path) for step, path in there):
+        raise CheckpointError(
+            f"the output holds checkpoints of a training: {names}", where=str(root), fix="give another --output"
+        )
+    if not overwrite:
+        raise CheckpointError(
+            f"the output holds an import already: {names}",
+            where=str(root),
+            fix="give another --output, or --overwrite to replace it",
+        )
+
+
+def _is_import(folder: Path) -> bool:
+    try:
+        return "hf" in look_at(folder).extra
+    except CheckpointError:
+        return True  # of step 0 and damaged: an import, which the next one mends
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(Path(path), error) from error
+
+
+def _model_name(folder: Path, model: ModelConfig) -> str:
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.resolve().name).strip("-.")
+    return name or model.name
+
+
+def _odd_dtypes(source: HfWeights) -> dict[str, str]:
+    """Dtypes of the tensors that were widened to share a global tensor with others."""
+    return {
+        name: dtype_name(source.folder.tensors[name].dtype)
+        for link in source.links
+        if link.key not in source.absent
+        for name in link.names
+        if source.folder.tensors[name].dtype != source.dtype(link.key)
+    }
+
+
+def export_hf(
+    checkpoint: Path,
+    output: Path,
+    *,
+    template: Path | None = None,
+    tokenizer: Path | None = None,
+    dtype: str = KEEP,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    step: int | None = None,
+) -> Converted:
+    """Turn the weights of a checkpoint into a Hugging Face folder.
+
+    Args:
+        checkpoint: a checkpoint, or a folder of checkpoints (the newest, or that of ``step``).
+        output: a folder that does not exist yet, or is empty.
+        template: folder whose config.json and other files are carried over unchanged; by default the
+            files that the import kept.
+        tokenizer: a tokenizer file, or a folder with one, to put beside the weights.
+        dtype: keep (as stored), bf16, fp16 or fp32 (the fp32 master weights, where there are any).
+
+    Raises CheckpointError or ResourceError; ``output`` is not made then.
+    """
+    folder, _ = find_checkpoint(Path(checkpoint), step)
+    if folder is None:
+        raise CheckpointError(
+            "no checkpoint there", where=str(checkpoint), fix="give a folder iter_… or one that holds some"
+        )
+    reader = CheckpointReader(folder)
+    model = _saved_model(reader)
+    require_fit(reader, model)
+    tensors = _export_list(reader, weight_map(model), None if dtype == KEEP else DTYPES[dtype])
+    source = template if template is not None else folder / COMPANIONS
+    notes = _check_template(Path(source), model, required=template is not None)
+    output = Path(output)
+    staged = _stage(output, sum(tensor.nbytes for tensor in tensors))
+    try:
+        carry_companions(Path(source) if Path(source).is_dir() else None, staged)
+        if tokenizer is not None:
+            _copy_tokenizer(Path(tokenizer), staged)
+        if not (staged / CONFIG).exists():
+            _write_config(staged, model, tensors)
+            notes.append("config.json was made from the checkpoint's configuration; no modelling file is in the folder")
+        write_hf_weights(staged, tensors, max_shard_bytes)
+        os.rename(staged, output)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise disk_error(output, error) from error
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return Converted(output, len(tensors), sum(tensor.nbytes for tensor in tensors), tuple(notes))
+
+
+def _saved_model(reader: CheckpointReader) -> ModelConfig:
+    try:
+        return run_config_from_yaml(reader.config, str(reader.path)).model
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the configuration in the manifest cannot be read: {error.problems[0].what}",
+            where=str(reader.path),
+            fix="use the release of this program that wrote the checkpoint",
+        ) from error
+
+
+def _export_list(reader: CheckpointReader, links: Sequence[Link], dtype: torch.dtype | None) -> list[LazyTensor]:
+    """Every Hugging Face tensor, to be read when its turn comes; a link that gives several is read once."""
+    origin = reader.manifest.extra.get("hf", {})
+    absent, odd = set(origin.get("absent", ())), origin.get("dtypes", {})
+    tensors = []
+    for link in links:
+        key = f"model/{link.key}" if dtype is None else weight_key(reader, link.key, dtype)
+        if dtype is None and link.key in absent and not reader.read(key).any():
+            continue
+        parts = functools.lru_cache(maxsize=1)(functools.partial(_split, reader, key, link))
+        for number, (name, shape) in enumerate(zip(link.names, link.shapes, strict=True)):
+            wanted = dtype or (dtype_named(odd[name]) if name in odd else reader.dtype(key))
+            last = number == len(link.names) - 1
+            tensors.append(LazyTensor(name, wanted, tuple(shape), _part(parts, number, wanted, last)))
+    return tensors
+
+
+def _split(reader: CheckpointReader, key: str, link: Link) -> list[torch.Tensor]:
+    return link.split(reader.read(key, link.box.offset, link.box.shape))
+
+
+def _part(parts: Any, number: int, dtype: torch.dtype, last: bool) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        value = parts()[number].to(dtype)
+        if last:
+            parts.cache_clear()  # bounded memory: only the link being written is held
+        return value
+
+    return load
+
+
+def _check_template(folder: Path, model: ModelConfig, required: bool) -> list[str]:
+    """Notes on a template; CheckpointError when it is of another architecture or not there."""
+    path = folder / CONFIG
+    if not path.is_file():
+        if required:
+            raise CheckpointError(f"no {CONFIG} in the template", where=str(folder), fix="give a Hugging Face folder")
+        return []
+    try:
+        theirs = model_config_from_hf(read_json(path), str(path))
+    except CheckpointError as error:
+        return [f"config.json was carried over, but could not be compared: {error.problems[0].what}"]
+    differences = config_differences(model, theirs)
+    if differences:
+        raise CheckpointError(
+            "config.json describes another model: " + "; ".join(differences),
+            where=str(path),
+            fix="give the folder the weights came from with --hf-template, or an edited copy of it",
+        )
+    return []
+
+
+def _stage(output: Path, size: int) -> Path:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(
+            "the output is there already and not empty",
+            where=str(output),
+            fix="give a new folder; nothing is ever overwritten",
+        )
+    _make_folder(output.parent)
+    require_free_space(output.parent, size)
+    staged = output.parent / f".{output.name}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        staged.mkdir()
+    except OSError as error:
+        raise disk_error(staged, error) from error
+    return staged
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    if source.is_file():
+        files = [source]
+    elif source.is_dir():
+        files = [source / name for name in companions(source) if _TOKENIZER_FILES.fullmatch(str(name))]
+    else:
+        files = []
+    if not files:
+        raise DataError(
+            "no tokenizer there", where=str(source), fix="give tokenizer.json, tokenizer.model or their folder"
+        )
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+
+
+def _write_config(folder: Path, model: ModelConfig, tensors: Sequence[LazyTensor]) -> None:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    kinds = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
+    precision = names.get(functools.reduce(torch.promote_types, kinds), "fp32")
+    config = hf_config_of(model, precision, _special_tokens(folder))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _special_tokens(folder: Path) -> Mapping[str, int]:
+    """Ids of the tokenizer that lies in the folder, so that generation knows where to stop."""
+    from megatron_telechat.data.tokenizers import build_tokenizer
+
+    try:
+        tokenizer = build_tokenizer(None, str(folder))
+    except (DataError, ConfigError):
+        return {}
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
+    return {name: number for name, number in ids.items() if number is not None}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 200MB, 1GiB or 4096. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    size = 0
+    if match:
+        base = 1024 if match.group(3) else 1000
+        size = int(float(match.group(1)) * base ** " KMGT".index(match.group(2).upper() or " "))
+    if size <= 0:
+        raise ConfigError(f"{text!r} is not a size", where="--max-shard-size", fix="write it like 5GB or 500MB")
+    return size

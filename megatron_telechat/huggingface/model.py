@@ -1,0 +1,63 @@
+"""A Hugging Face folder as a running model in this one process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_telechat.backend import get_backend
+from megatron_telechat.checkpoint.loading import load_weights
+from megatron_telechat.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_telechat.huggingface.weights import HfWeights
+from megatron_telechat.model import build_model, parameter_shards
+from megatron_telechat.parallel.state import destroy, initialize
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """The model with the folder's weights; use through :func:`hf_model`."""
+
+    run: RunConfig
+    module: torch.nn.Module
+    device: torch.device
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [batch, length, vocab] of token ids [batch, length], on the model's device."""
+        tokens = tokens.to(self.device, torch.int64)
+        positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+        return self.module(tokens, positions, None, runtime_gather_output=True).float()
+
+
+@contextlib.contextmanager
+def hf_model(
+    folder: Path, *, device: str = "cpu", precision: str = "fp32", rotary_table_dtype: str = "fp32", seq_length: int = 1
+) -> Iterator[HfModel]:
+    """Build the model of a Hugging Face folder, fill it, and take the process group down at the end.
+
+    Args:
+        seq_length: longest sequence to come (rotary tables follow each sequence's own length).
+
+    Raises CheckpointError for what does not fit.
+    """
+    weights = HfWeights(Path(folder))
+    backend = get_backend(device)
+    backend.install()
+    run = RunConfig(
+        model=replace(weights.model, rotary_table_dtype=rotary_table_dtype),
+        parallel=ParallelConfig(world_size=1),
+        training=TrainingConfig(device=device, precision=precision, seq_length=seq_length),
+    )
+    state = initialize(run, backend)
+    try:
+        (module,) = build_model(run, state, backend, initialize=False)
+        with torch.no_grad():
+            load_weights(weights, parameter_shards([module], run, state))
+        module.eval()
+        yield HfModel(run, module, backend.device)
+    finally:
+        destroy()

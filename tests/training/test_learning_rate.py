@@ -1,0 +1,68 @@
+"""The learning rate is megatron-core's, step for step."""
+
+import pytest
+
+from megatron_telechat.config.schema import OptimizerConfig
+from megatron_telechat.training.learning_rate import learning_rate
+
+TRAIN_ITERS = 100
+
+
+def core_curve(config: OptimizerConfig, train_iters: int) -> list[float]:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    class Groups:
+        param_groups = [{"lr": 0.0, "weight_decay": 0.0}]
+
+    decay = config.lr_decay_iters or train_iters
+    warmup = int(config.lr_warmup_fraction * decay) if config.lr_warmup_fraction is not None else config.lr_warmup_iters
+    scheduler = OptimizerParamScheduler(
+        Groups(),
+        init_lr=config.lr_warmup_init,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=0.0,
+        end_wd=0.0,
+        wd_incr_steps=decay,
+        wd_incr_style="constant",
+        wsd_decay_steps=config.lr_wsd_decay_iters,
+        lr_wsd_decay_style=config.lr_wsd_decay_style,
+    )
+    curve = []
+    for _ in range(train_iters):
+        curve.append(Groups.param_groups[0]["lr"])
+        scheduler.step(1)
+    return curve
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimizerConfig(lr_decay_style="cosine"),
+        OptimizerConfig(lr_decay_style="cosine", lr_warmup_iters=10),
+        OptimizerConfig(lr_decay_style="cosine", lr_warmup_fraction=0.05, lr_warmup_init=1e-6),
+        OptimizerConfig(lr_decay_style="linear", lr_warmup_iters=3, lr_decay_iters=60),
+        OptimizerConfig(lr_decay_style="constant", lr_warmup_iters=7),
+        OptimizerConfig(lr_decay_style="inverse-square-root", lr_warmup_iters=9),
+        *(
+            OptimizerConfig(lr_decay_style="WSD", lr_warmup_iters=5, lr_wsd_decay_iters=20, lr_wsd_decay_style=style)
+            for style in ("linear", "cosine", "exponential", "minus_sqrt")
+        ),
+    ],
+    ids=lambda c: f"{c.lr_decay_style}-{c.lr_wsd_decay_style}-{c.lr_warmup_iters}",
+)
+def test_equals_megatron_core(config):
+    ours = [learning_rate(config, TRAIN_ITERS, step) for step in range(TRAIN_ITERS)]
+    assert ours == pytest.approx(core_curve(config, TRAIN_ITERS), rel=1e-12, abs=1e-18)
+
+
+def test_published_39b_schedule():
+    """3e-4 to 1.5e-5 cosine, 2000 steps of warm-up, 1,000,000 in all (the published 39B-A12B yaml)."""
+    config = OptimizerConfig(lr=3e-4, min_lr=1.5e-5, lr_warmup_iters=2000)
+    assert learning_rate(config, 1_000_000, 0) == 0.0
+    assert learning_rate(config, 1_000_000, 2000) == pytest.approx(3e-4)
+    assert learning_rate(config, 1_000_000, 501_000) == pytest.approx((3e-4 + 1.5e-5) / 2)
+    assert learning_rate(config, 1_000_000, 999_999) == pytest.approx(1.5e-5, rel=1e-4)
