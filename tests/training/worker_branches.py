@@ -90,9 +90,11 @@ def complete_run() -> dict:
     """Final evaluations, once; then the same command, and the same without its records."""
     flags = ["--eval-interval", "4", "--eval-iters", "2"]
     first = command("complete", *flags)
+    _barrier()  # rank 0 has written the last record
     told = [record for record in records("complete") if "valid_loss" in record or "test_loss" in record]
     before = {path.name: path.stat().st_mtime_ns for path in (FOLDER / "complete" / "checkpoints").iterdir()}
     again = command("complete", *flags)
+    _barrier()
     lines = len(records("complete"))
     after = {path.name: path.stat().st_mtime_ns for path in (FOLDER / "complete" / "checkpoints").iterdir()}
     _barrier()
@@ -100,6 +102,7 @@ def complete_run() -> dict:
         (FOLDER / "complete" / "metrics.jsonl").unlink()
     _barrier()
     made_up = command("complete", *flags)
+    _barrier()
     told_again = [record for record in records("complete") if "valid_loss" in record or "test_loss" in record]
     return {
         "first": first,

@@ -92,7 +92,7 @@ for _name, _flags in LAYOUTS[int(os.environ.get("WORLD_SIZE", "1"))].items():
 def batches_of(trainer) -> list[dict]:
     return [
         dict(batch)
-        for batch, _ in zip(trainer.training_iterators()[0], range(trainer.run.num_microbatches), strict=True)
+        for batch, _ in zip(trainer.training_iterators()[0], range(trainer.run.num_microbatches), strict=False)
     ]
 
 
