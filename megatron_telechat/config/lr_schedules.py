@@ -119,10 +119,3 @@ def warmup_stable_decay(moment: Moment) -> float:
     if moment.step <= start:
         return moment.between(1.0)
     return moment.between(SHAPES[moment.wsd_decay_style]((moment.step - start) / moment.wsd_decay_steps))
-
-
-@schedule("multi-step")
-def multi_step(moment: Moment) -> float:
-    """lr, from 80 % of the way lr × √0.1, from 90 % lr × 0.1, as DeepSeek LLM was trained (arXiv 2401.02954)."""
-    share = 1.0 if moment.progress < 0.8 else math.sqrt(0.1) if moment.progress < 0.9 else 0.1
-    return max(moment.min_lr, moment.lr * share)
