@@ -73,6 +73,7 @@ ACCEPTED = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_unusual_but_good(tmp_path, model, name, monkeypatch):
     content, documents = ACCEPTED[name]
@@ -170,6 +171,7 @@ PACKED = {"gz": gzip.compress, "zst": _zstd, "parquet": _parquet}
 ROWS = b"".join(json.dumps({"text": f"row {i} {i * i % 9973} {os.path}"}).encode() + b"\n" for i in range(2000))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("suffix", PACKED)
 def test_packed_input_gives_the_bytes_of_plain_input(tmp_path, model, suffix):
     (tmp_path / "in.jsonl").write_bytes(ROWS)

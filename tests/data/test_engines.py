@@ -165,6 +165,7 @@ class _Wrong:
         return flat, lengths
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("place", [0, 2500, 4999])
 def test_other_ids_anywhere_in_the_sample_throw_the_engine_out(tmp_path, files, monkeypatch, place):
     tokenizer = build_tokenizer(None, str(files["split"]))

@@ -103,6 +103,7 @@ def _storm(tmp_path, material, count, seed):
     assert not (tmp_path / "o.partial").exists()
 
 
+@pytest.mark.heavy
 def test_kill_at_random_moments(tmp_path, material):
     _storm(tmp_path, material, 4, seed=1)
 
@@ -113,6 +114,7 @@ def test_kill_at_twenty_random_moments(tmp_path, material):
     _storm(tmp_path, material, 20, seed=2)
 
 
+@pytest.mark.heavy
 def test_death_at_each_rename(tmp_path, material):
     """Journals, then the final names: at whichever rename a run ends, the next one brings the rest."""
     source, model, whole, _ = material
@@ -188,6 +190,7 @@ def test_two_runs_of_one_output(tmp_path, material):
     assert _run(tmp_path, material).documents_in == 2700
 
 
+@pytest.mark.heavy
 def test_sigterm_ends_with_75_and_goes_on(tmp_path, material):
     source, model, *_ = material
     command = [

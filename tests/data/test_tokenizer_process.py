@@ -132,6 +132,7 @@ def test_a_helper_that_dies_changes_nothing(tmp_path, files):  # noqa: F811
         ).read_bytes()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
 def test_no_helper_outlives_the_tool(tmp_path, files, death):  # noqa: F811
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS * 100_000)
