@@ -80,6 +80,7 @@ def answer(ask, *words: str) -> dict:
     return json.loads(text)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("words", [["--help"], [*SMALL, "--device", "h100-80g"]], ids=["help", "small plan"])
 def test_answers_at_once_and_without_torch(words):
     """Seconds of processor time, the best of three: other work on the machine is not ours."""

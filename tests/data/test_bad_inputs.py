@@ -219,6 +219,7 @@ def test_bad_rows_of_parquet(tmp_path, model, capsys):
     assert "column 'absent' is missing (there: text, list)" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_files_and_folders(tmp_path, model, capsys):
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     (tmp_path / "empty").mkdir()
@@ -273,6 +274,7 @@ def test_output_that_cannot_be_written(tmp_path, model, capsys):
     assert "cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_full_disk(tmp_path, model, monkeypatch, capsys):
     """A real one, where this machine lets us mount one."""
     (tmp_path / "out").mkdir()

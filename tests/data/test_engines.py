@@ -207,6 +207,7 @@ def test_the_sample_goes_on_to_the_end(files):
         )
 
 
+@pytest.mark.heavy
 def test_an_engine_asked_for_that_cannot_be_used_is_an_error(tmp_path, files, capsys):
     pytest.importorskip("gigatoken")
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)

@@ -97,6 +97,7 @@ BAD = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, tokenizers, name, capsys):
     content, message = BAD[name]

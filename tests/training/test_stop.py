@@ -149,6 +149,7 @@ LISTENS = (
 WAITS = "print('up', flush=True)\nfor _ in range(600): time.sleep(0.05)"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_ctrl_c_ends_at_once(second):
     """Under torchrun the second one comes as SIGTERM."""
@@ -160,6 +161,7 @@ def test_a_second_ctrl_c_ends_at_once(second):
     assert process.returncode == -second and errors == ""
 
 
+@pytest.mark.heavy
 def test_sigterm_twice_is_one_request():
     process = child(LISTENS + WAITS.replace("time.sleep(0.05)", "(time.sleep(0.05), requests.asked and sys.exit(9))"))
     for _ in range(2):
@@ -167,6 +169,7 @@ def test_sigterm_twice_is_one_request():
     assert process.wait(timeout=20) == 9
 
 
+@pytest.mark.heavy
 def test_a_tool_ends_on_ctrl_c_with_a_line():
     process = child(f"from megatron_telechat.cli.tool import run_tool\ndef tool(argv):\n    "
                     f"{WAITS.replace(chr(10), chr(10) + '    ')}\n"
