@@ -1,12 +1,30 @@
-"""Markers: ``slow`` is deselected by pytest.ini, ``gpu`` is skipped where there is no CUDA device. Signals are a
-terminal's."""
+"""Markers, and what ``--fast`` leaves out. Signals are a terminal's.
+
+``slow`` is deselected by pytest.ini, ``gpu`` is skipped where there is no CUDA device. ``--fast`` deselects ``gloo``,
+``gpu``, ``slow`` and ``heavy``; the tests without any of these are *light*. Two rules keep that true:
+
+* a light test that starts a process fails, in every run;
+* in a whole run with ``--fast`` a light test that computes longer than `LIGHT_SECONDS` fails.
+"""
 
 from __future__ import annotations
 
 import signal
+import sys
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+NOT_LIGHT = ("gloo", "gpu", "slow", "heavy")
+LIGHT_SECONDS = 3.0
+"""Largest CPU time of a light test with its fixtures: CPU time, so that a busy machine fails nothing."""
+STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
+
+_began = pytest.StashKey[float]()
+_light_test: str | None = None
+"""The light test that runs now."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,7 +39,18 @@ def signals_of_a_terminal() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only the tests that start no process and take no time")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    sys.addaudithook(_refuse_processes)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_light(item)])
+        items[:] = [item for item in items if is_light(item)]
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return
@@ -30,3 +59,40 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in wanting:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def is_light(item: pytest.Item) -> bool:
+    """Whether ``--fast`` runs this test."""
+    return not any(item.get_closest_marker(name) for name in NOT_LIGHT)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    global _light_test
+    _light_test = item.nodeid if is_light(item) else None
+    item.stash[_began] = time.process_time()
+    try:
+        return (yield)
+    finally:
+        _light_test = None
+
+
+def _refuse_processes(event: str, args: tuple[Any, ...]) -> None:
+    if event in STARTS_A_PROCESS and _light_test is not None:
+        # No Exception, so that no `except Exception` of the code under test hides it.
+        pytest.fail(f"starts a process ({event} {args[:1]}): mark it @pytest.mark.heavy, so that --fast leaves it out")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    whole = item.config.args_source is pytest.Config.ArgsSource.TESTPATHS and not item.config.option.keyword
+    if item.config.getoption("--fast") and whole and report.when == "teardown" and report.passed:
+        seconds = time.process_time() - item.stash[_began]
+        if seconds > LIGHT_SECONDS:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{item.nodeid} computed {seconds:.1f} s, a light test may {LIGHT_SECONDS:g} s: make it shorter, or "
+                f"mark it @pytest.mark.heavy"
+            )
+    return report

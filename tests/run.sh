@@ -2,6 +2,7 @@
 # The test suite, on a bare machine: makes its own environment, then runs pytest.
 #
 #   bash tests/run.sh              everything but the tests marked slow
+#   bash tests/run.sh --fast       in under a minute: the tests that start no process
 #   bash tests/run.sh -m slow      the slow ones
 #   bash tests/run.sh tests/config -k layout
 set -euo pipefail

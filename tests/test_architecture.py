@@ -164,6 +164,7 @@ def test_doors_are_thin():
         assert others <= sys.stdlib_module_names, (door, others)
 
 
+@pytest.mark.heavy
 def test_light_rooms_leave_torch_alone():
     light = [
         name

@@ -1,0 +1,1 @@
+"""Arguments, reports and exit codes behind the doors."""

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_telechat.config import schema
-from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.schema import OneOf, RunConfig
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def fields_by_name() -> dict[str, FieldInfo]:
     """Field name → field, over all sections, in schema order."""
     out: dict[str, FieldInfo] = {}
     for section, cls in sections().items():
-        hints = get_type_hints(cls)
+        hints = get_type_hints(cls, include_extras=True)
         for field in dataclasses.fields(cls):
             assert field.name not in out, f"two sections have a field {field.name}"
             out[field.name] = _field_info(section, field, hints[field.name])
@@ -134,6 +134,10 @@ def _field_info(section: str, field: dataclasses.Field, hint: Any) -> FieldInfo:
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         hint = str
+    if get_origin(hint) is Annotated:
+        hint, names = get_args(hint)
+        assert isinstance(names, OneOf), f"{field.name}: what {names!r} means is not known"
+        choices = tuple(names.registry)
     return FieldInfo(section, field.name, hint, many, optional, choices, field.default, words)
 
 

@@ -7,10 +7,20 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_telechat.config.layer_pattern import moe_layers
+from megatron_telechat.config.lr_schedules import SCHEDULES, SHAPES
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The values a text field takes, where they are the keys of a registry: ``Annotated[str, OneOf(REGISTRY)]``."""
+
+    registry: Mapping[str, object]
+
 
 PLANNED_ONLY = (
     *("activation", "untie_embeddings_and_output_weights", "position_embedding_type", "normalization", "qk_layernorm"),
@@ -255,8 +265,8 @@ class OptimizerConfig:
     """Largest learning rate."""
     min_lr: float = 1.5e-5
     """Learning rate the schedule ends at."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
-    """constant, linear, cosine, inverse-square-root or WSD."""
+    lr_decay_style: Annotated[str, OneOf(SCHEDULES)] = "cosine"
+    """Schedule of the learning rate after the warm-up. WSD keeps lr until the last lr_wsd_decay_iters steps."""
     lr_warmup_iters: int = 0
     """Steps of linear warm-up."""
     lr_warmup_fraction: float | None = None
@@ -267,8 +277,8 @@ class OptimizerConfig:
     """Steps after which min_lr is reached. Unset: train_iters."""
     lr_wsd_decay_iters: int | None = None
     """Steps of the final decay of the WSD schedule."""
-    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
-    """Shape of the final decay of WSD: linear, cosine, exponential or minus_sqrt."""
+    lr_wsd_decay_style: Annotated[str, OneOf(SHAPES)] = "exponential"
+    """Shape of the final decay of WSD."""
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay; none on biases and norms."""
     adam_beta1: float = 0.9

@@ -1,0 +1,1 @@
+"""Which pipeline stage holds which layers: solved exactly, with a proof."""

@@ -1,14 +1,12 @@
 """The learning rate as a pure function of the number of steps taken.
 
-The formulas are those of megatron-core's ``OptimizerParamScheduler.get_lr``, so a
-run that moves over from Megatron-LM keeps its curve. Being a pure function it has
-no state: a resumed run cannot continue on another curve than the one it left.
+Being a pure function it has no state: a resumed run cannot continue on another curve than the one it left. The
+warm-up is here, the schedules after it are in ``config/lr_schedules.py``.
 """
 
 from __future__ import annotations
 
-import math
-
+from megatron_telechat.config.lr_schedules import SCHEDULES, Moment
 from megatron_telechat.config.schema import OptimizerConfig
 
 
@@ -29,35 +27,15 @@ def learning_rate(config: OptimizerConfig, train_iters: int, step: int) -> float
             scheduler does not move then either.
     """
     warmup = warmup_steps(config, train_iters)
-    decay = config.lr_decay_iters or train_iters
     if warmup > 0 and step <= warmup:
         return config.lr_warmup_init + (config.lr - config.lr_warmup_init) * step / warmup
-    if config.lr_decay_style == "constant":
-        return config.lr
-    if step > decay:
-        return config.min_lr
-    if config.lr_decay_style == "inverse-square-root":
-        return max(config.min_lr, config.lr * math.sqrt(max(warmup, 1) / max(step, 1)))
-    return config.min_lr + _coefficient(config, step, warmup, decay) * (config.lr - config.min_lr)
-
-
-def _coefficient(config: OptimizerConfig, step: int, warmup: int, decay: int) -> float:
-    """Share of (lr - min_lr) that is left at ``step``, between 1 and 0."""
-    if config.lr_decay_style == "WSD":
-        wsd = config.lr_wsd_decay_iters or 0
-        start = decay - wsd
-        return 1.0 if step <= start else _shape(config.lr_wsd_decay_style, (step - start) / wsd)
-    ratio = (step - warmup) / max(decay - warmup, 1)
-    return _shape(config.lr_decay_style, ratio)
-
-
-def _shape(style: str, ratio: float) -> float:
-    if style == "linear":
-        return 1.0 - ratio
-    if style == "cosine":
-        return 0.5 * (math.cos(math.pi * ratio) + 1.0)
-    if style == "exponential":
-        return 2.0 * 0.5**ratio - 1.0
-    if style == "minus_sqrt":
-        return 1.0 - math.sqrt(ratio)
-    raise AssertionError(f"the configuration let an unknown decay style through: {style}")
+    moment = Moment(
+        step=step,
+        warmup_steps=warmup,
+        decay_steps=config.lr_decay_iters or train_iters,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        wsd_decay_steps=config.lr_wsd_decay_iters or 0,
+        wsd_decay_style=config.lr_wsd_decay_style,
+    )
+    return SCHEDULES[config.lr_decay_style](moment)

@@ -44,6 +44,7 @@ def test_training_over_links(tmp_path):
     assert row["loss_spread"] < 1e-5 and set(row["arms"]) == {"auto", "k=1", "megatron-core"}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_one_device(tmp_path, device):
     path = tmp_path / "device.json"

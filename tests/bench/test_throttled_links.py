@@ -70,6 +70,7 @@ def test_rate_and_reshaping(tmp_path):
     assert fast >= 0.045 and slow >= 0.18
 
 
+@pytest.mark.heavy
 @needs_links
 def test_a_failing_rank_ends_the_run(tmp_path):
     worker = tmp_path / "worker.py"
@@ -79,6 +80,7 @@ def test_a_failing_rank_ends_the_run(tmp_path):
     assert done.returncode == 7 and time.monotonic() - begin < 30
 
 
+@pytest.mark.heavy
 @needs_links
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_stays_after_a_signal(tmp_path, number):
@@ -99,6 +101,7 @@ def test_nothing_stays_after_a_signal(tmp_path, number):
     assert not any(Path("/proc", (tmp_path / rank).read_text()).exists() for rank in "01")
 
 
+@pytest.mark.heavy
 def test_says_what_is_missing(tmp_path):
     environment = {**os.environ, "PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, LINKS, "up"], env=environment, capture_output=True, text=True)

@@ -233,6 +233,7 @@ def test_only_the_newest_sound_checkpoints_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [paths[i].name for i in (0, 2, 3, 4)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("scenario", ["new", "replace"])
 def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(tmp_path, scenario):
     worker = Path(__file__).with_name("worker_killed_save.py")

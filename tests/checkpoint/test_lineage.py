@@ -73,6 +73,7 @@ def test_a_roll_back_sets_the_trunk_aside_and_its_branch_is_the_newest(tmp_path,
         find_checkpoint(tmp_path, 30)
 
 
+@pytest.mark.heavy
 def test_the_first_save_of_a_branch_killed_anywhere(tmp_path):
     """Before the commit the trunk is whole and newest, behind it the branch is; of the trunk nothing is ever
     deleted."""
@@ -100,6 +101,7 @@ def test_the_first_save_of_a_branch_killed_anywhere(tmp_path):
             assert one["trunk_then"][-3:] == [20.0, 30.0, 40.0], one
 
 
+@pytest.mark.heavy
 def test_whatever_is_saved_from_wherever_the_last_save_is_the_newest_and_no_trunk_is_lost(tmp_path):
     """Random saves, roll-backs and restarts against a plain model of them."""
     for seed in range(12):

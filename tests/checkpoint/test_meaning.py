@@ -191,6 +191,7 @@ def test_loss_scales_that_have_parted_are_refused_before_the_start(saved, tmp_pa
         require_start(configured(*line, *way_out))
 
 
+@pytest.mark.heavy
 def test_the_dry_run_looks_and_torch_stays_out(saved, tmp_path):
     code = (
         "import sys; from megatron_telechat.cli.pretrain import main; code = main(sys.argv[1:]); print('torch' in "

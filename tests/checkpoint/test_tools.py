@@ -14,6 +14,8 @@ from tests.huggingface.folders import assert_same_folder
 
 GOLDEN = ROOT / "tests" / "golden"
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):

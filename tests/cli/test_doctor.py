@@ -30,6 +30,7 @@ def row(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(name + " "))
 
 
+@pytest.mark.heavy
 def test_here_everything_required_is_there():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = doctor()
@@ -41,6 +42,7 @@ def test_here_everything_required_is_there():
     assert done.stdout.rstrip().endswith("ready to train")
 
 
+@pytest.mark.heavy
 def test_a_bare_python_gets_the_lines_that_mend_it():
     done = doctor(python=("-S",))
     assert done.returncode == 2
@@ -51,6 +53,7 @@ def test_a_bare_python_gets_the_lines_that_mend_it():
     assert "not ready: torch" in done.stdout
 
 
+@pytest.mark.heavy
 def test_one_cuda_queue_is_told_where_there_is_a_gpu(tmp_path):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'NVIDIA H100, 81559 MiB'\n")
@@ -68,6 +71,7 @@ def distribution(folder: Path, name: str, version: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
+@pytest.mark.heavy
 def test_an_old_version_is_not_enough(tmp_path):
     distribution(tmp_path, "torch", "2.4.1")
     distribution(tmp_path, "megatron_core", "0.17.0")
@@ -77,6 +81,7 @@ def test_an_old_version_is_not_enough(tmp_path):
     assert "0.17.0, needs ==0.16.1" in row(done.stdout, "megatron-core")
 
 
+@pytest.mark.heavy
 def test_the_apex_of_pypi_is_not_nvidias(tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
@@ -86,6 +91,7 @@ def test_the_apex_of_pypi_is_not_nvidias(tmp_path):
     assert "pip uninstall -y apex" in done.stdout
 
 
+@pytest.mark.heavy
 def test_transformer_engine_without_its_torch_part_would_break_megatron(tmp_path):
     distribution(tmp_path, "transformer_engine", "2.4.0")
     done = doctor(path=tmp_path)
@@ -94,6 +100,7 @@ def test_transformer_engine_without_its_torch_part_would_break_megatron(tmp_path
     assert "pip uninstall -y transformer-engine" in done.stdout
 
 
+@pytest.mark.heavy
 def test_a_gpu_with_a_cpu_build_of_torch_is_told(tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)

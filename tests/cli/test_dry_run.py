@@ -239,6 +239,7 @@ def test_damaged_data_is_refused(tmp_path, harm):
     assert "en." in str(caught.value) and caught.value.exit_code == 3
 
 
+@pytest.mark.heavy
 def test_torch_is_not_imported():
     code = (
         "import sys\nfrom megatron_telechat.config import load_run_config\nfrom megatron_telechat.cli.dry_run import "

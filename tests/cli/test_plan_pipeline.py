@@ -80,6 +80,7 @@ def answer(ask, *words: str) -> dict:
     return json.loads(text)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("words", [["--help"], [*SMALL, "--device", "h100-80g"]], ids=["help", "small plan"])
 def test_answers_at_once_and_without_torch(words):
     """Seconds of processor time, the best of three: other work on the machine is not ours."""
@@ -189,6 +190,7 @@ def test_infeasible_names_the_stage_and_changes_that_fit(ask):
         assert changed["makespan"] and max(changed["peak_bytes"]) <= 45 * 2**30
 
 
+@pytest.mark.heavy
 def test_two_changes_where_none_is_enough_alone(ask):
     tight = [
         "--preset",
@@ -356,6 +358,7 @@ def test_sweep_ranks_layouts_that_train(ask):
         assert max(stage.total_bytes for stage in stage_memory(run)) < (60.9 - 3) * 2**30
 
 
+@pytest.mark.heavy
 def test_sweep_of_experts_as_a_table(ask):
     words = [
         "--preset",
@@ -374,6 +377,7 @@ def test_sweep_of_experts_as_a_table(ask):
     assert code == 0 and "EP" in text and "flags of the first: --tensor-model-parallel-size" in text
 
 
+@pytest.mark.heavy
 def test_plot_is_a_picture(ask, tmp_path):
     pytest.importorskip("matplotlib")
     problem = tmp_path / "problem.json"
@@ -610,6 +614,7 @@ def test_the_split_of_a_command_is_what_as_configured_means(ask, words, layers, 
     assert code == 0 and (configured or "as configured (preset, file, flags)") in text
 
 
+@pytest.mark.heavy
 def test_sizes_tried_by_the_planner_take_the_place_of_the_split(ask):
     """A sweep and the changes that fit try other sizes than those that the split of the command was written for."""
     words = [

@@ -42,6 +42,7 @@ def training_run(folder: Path, steps: int = 200, seed: int = 0, experts: bool = 
     return write_run(folder, lines)
 
 
+@pytest.mark.heavy
 def test_waiting_for_the_exchange_gets_a_panel(tmp_path):
     waits = write_run(
         tmp_path / "waits", [record(step, 3.0, a2a_exposed=0.2, expert_load_max_over_mean=1.1) for step in range(1, 9)]
@@ -86,6 +87,7 @@ def test_running_mean_leaves_out_what_is_not_finite():
     assert running_mean([1.0, 3.0, math.nan, 5.0], 1) == [2.0, 2.0, 4.0, 5.0]
 
 
+@pytest.mark.heavy
 def test_pictures_of_one_and_of_several_runs(tmp_path, capsys):
     moe, dense = training_run(tmp_path / "moe"), training_run(tmp_path / "dense", seed=1, experts=False)
     assert main([str(moe)]) == 0

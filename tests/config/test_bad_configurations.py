@@ -598,6 +598,7 @@ def test_there_are_enough_of_them() -> None:
     assert len(BAD) >= 100
 
 
+@pytest.mark.heavy
 def test_every_problem_says_where_or_how() -> None:
     for parameters in BAD:
         argv, world, _ = parameters.values

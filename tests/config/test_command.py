@@ -32,6 +32,7 @@ def command(*argv: str, **environ: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "argv, expected",
     [
@@ -52,6 +53,7 @@ def test_refused_in_a_fraction_of_a_second(argv: str, expected: str) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < LIMIT_CPU_S
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "argv", ["--preset telechat2-7b --lr x", "--help", "--preset telechat2-39b-a12b --print-config"]
 )
@@ -67,6 +69,7 @@ def test_nothing_heavy_is_imported(argv: str) -> None:
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.heavy
 def test_only_the_first_rank_speaks() -> None:
     first = command("--preset", "nope", RANK="0", WORLD_SIZE="2")
     second = command("--preset", "nope", RANK="1", WORLD_SIZE="2")
@@ -74,6 +77,7 @@ def test_only_the_first_rank_speaks() -> None:
     assert first.stderr and not second.stderr
 
 
+@pytest.mark.heavy
 def test_information() -> None:
     done = command("--help")
     assert done.returncode == 0
@@ -83,6 +87,7 @@ def test_information() -> None:
     assert "telechat2-tiny-moe" in command("--list-presets").stdout
 
 
+@pytest.mark.heavy
 def test_print_config() -> None:
     done = command("--preset", "telechat2-tiny", "--lr", "1e-3", "--print-config")
     assert done.returncode == 0
@@ -93,6 +98,7 @@ def test_print_config() -> None:
     assert lines["adam_eps"].endswith("# default")
 
 
+@pytest.mark.heavy
 def test_printed_yaml_is_a_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(command("--preset", "telechat2-tiny", "--mock-data", "--print-config=yaml").stdout)
@@ -100,11 +106,13 @@ def test_printed_yaml_is_a_configuration(tmp_path: Path) -> None:
     assert again.returncode == 0 and again.stdout == path.read_text()
 
 
+@pytest.mark.heavy
 def test_notes_come_with_the_refusal() -> None:
     done = command("--preset", "telechat2-tiny", "--swiglu", "--lr", "x", "--mock-data")
     assert "note: --swiglu: nothing to do" in done.stderr and "--lr is 'x'" in done.stderr
 
 
+@pytest.mark.heavy
 def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} {DOOR} --help | head -1"], capture_output=True, text=True, timeout=60

@@ -24,8 +24,8 @@ SHAPES = {  # layers, hidden, ffn, heads, groups, experts, top-k, expert ffn
 }
 
 
-def test_names() -> None:
-    assert preset_names() == tuple(sorted([*SHAPES, "telechat2-tiny", "telechat2-tiny-moe"]))
+def test_the_presets_of_the_readme_are_there_and_there_may_be_more() -> None:
+    assert {*SHAPES, "telechat2-tiny", "telechat2-tiny-moe"} <= set(preset_names())
 
 
 @pytest.mark.parametrize("name", SHAPES)

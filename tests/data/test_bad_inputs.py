@@ -73,6 +73,7 @@ ACCEPTED = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_unusual_but_good(tmp_path, model, name, monkeypatch):
     content, documents = ACCEPTED[name]
@@ -170,6 +171,7 @@ PACKED = {"gz": gzip.compress, "zst": _zstd, "parquet": _parquet}
 ROWS = b"".join(json.dumps({"text": f"row {i} {i * i % 9973} {os.path}"}).encode() + b"\n" for i in range(2000))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("suffix", PACKED)
 def test_packed_input_gives_the_bytes_of_plain_input(tmp_path, model, suffix):
     (tmp_path / "in.jsonl").write_bytes(ROWS)
@@ -217,6 +219,7 @@ def test_bad_rows_of_parquet(tmp_path, model, capsys):
     assert "column 'absent' is missing (there: text, list)" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_files_and_folders(tmp_path, model, capsys):
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     (tmp_path / "empty").mkdir()
@@ -271,6 +274,7 @@ def test_output_that_cannot_be_written(tmp_path, model, capsys):
     assert "cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_full_disk(tmp_path, model, monkeypatch, capsys):
     """A real one, where this machine lets us mount one."""
     (tmp_path / "out").mkdir()

@@ -77,6 +77,7 @@ def scene(tmp_path, seed: int, kind_of_order: str):
     return run, order, [parts[source][sample] for source, sample in order], tokens
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ORDERS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_sample_is_that_of_the_plain_reference(tmp_path, seed, kind):
@@ -91,6 +92,7 @@ def test_every_sample_is_that_of_the_plain_reference(tmp_path, seed, kind):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_same_samples_at_every_data_parallel_size_from_any_step(tmp_path, seed):
     run, _, expected, _ = scene(tmp_path, seed, ORDERS[seed % 2])

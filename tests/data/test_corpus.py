@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from megatron_telechat.data.text.sample_corpus import SAMPLE, build_corpus, sample_texts
 from tests.harness import ROOT
 
@@ -19,6 +21,7 @@ def test_the_sample_is_bilingual_and_well_formed():
         assert (han > 60) if entry["lang"] == "zh" else (han == 0 and len(entry["text"].split()) > 40)
 
 
+@pytest.mark.heavy
 def test_corpus_and_tokenizer_from_the_command_line(tmp_path):
     def tool(name, *arguments):
         return subprocess.run(
@@ -49,6 +52,7 @@ def test_corpus_and_tokenizer_from_the_command_line(tmp_path):
     assert "1,000 ids" in printed
 
 
+@pytest.mark.heavy
 def test_the_same_machine_gives_the_same_corpus(tmp_path):
     for name in ("a", "b"):
         build_corpus(tmp_path / name, 0.2)

@@ -165,6 +165,7 @@ class _Wrong:
         return flat, lengths
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("place", [0, 2500, 4999])
 def test_other_ids_anywhere_in_the_sample_throw_the_engine_out(tmp_path, files, monkeypatch, place):
     tokenizer = build_tokenizer(None, str(files["split"]))
@@ -206,6 +207,7 @@ def test_the_sample_goes_on_to_the_end(files):
         )
 
 
+@pytest.mark.heavy
 def test_an_engine_asked_for_that_cannot_be_used_is_an_error(tmp_path, files, capsys):
     pytest.importorskip("gigatoken")
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)

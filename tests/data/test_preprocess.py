@@ -97,6 +97,7 @@ BAD = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, tokenizers, name, capsys):
     content, message = BAD[name]
@@ -125,6 +126,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, tokenizers, name, 
     assert IndexedDataset(str(tmp_path / "out_text_document")).documents == count
 
 
+@pytest.mark.heavy
 def test_bad_lines_of_many_groups_are_counted_and_the_first_is_reported(tmp_path, tokenizers, capsys):
     lines = [b'{"text": "fine"}\n' if i % 10 else b"bad\n" for i in range(1, 3001)]
     (tmp_path / "in.jsonl").write_bytes(b"".join(lines))
@@ -170,6 +172,7 @@ def test_a_text_the_tokenizer_refuses_is_a_bad_line(tmp_path):
         preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "p"), tokenizer)
 
 
+@pytest.mark.heavy
 def test_blocks_in_flight_are_limited(tmp_path, tokenizers, monkeypatch):
     """The reader never runs far ahead of the writer: memory does not grow with the input."""
     from megatron_telechat.data.text import preprocess as module
@@ -205,6 +208,7 @@ def test_end_of_document_that_the_tokenizer_lacks(tmp_path, tokenizers):
         preprocess([str(source)], str(tmp_path / "o"), tokenizer, append_eod=True)
 
 
+@pytest.mark.heavy
 def test_the_command(tmp_path, tokenizers):
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS * 50)
 

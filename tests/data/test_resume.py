@@ -103,6 +103,7 @@ def _storm(tmp_path, material, count, seed):
     assert not (tmp_path / "o.partial").exists()
 
 
+@pytest.mark.heavy
 def test_kill_at_random_moments(tmp_path, material):
     _storm(tmp_path, material, 4, seed=1)
 
@@ -113,6 +114,7 @@ def test_kill_at_twenty_random_moments(tmp_path, material):
     _storm(tmp_path, material, 20, seed=2)
 
 
+@pytest.mark.heavy
 def test_death_at_each_rename(tmp_path, material):
     """Journals, then the final names: at whichever rename a run ends, the next one brings the rest."""
     source, model, whole, _ = material
@@ -127,6 +129,7 @@ def test_death_at_each_rename(tmp_path, material):
     assert died >= 4 and _bytes(tmp_path, "o") == whole
 
 
+@pytest.mark.heavy
 def test_outputs_of_the_material(material):
     assert sorted(material[2]) == sorted([*OUTPUTS, "skipped.txt"])
     assert len(material[2]["skipped.txt"].splitlines()) == 28
@@ -152,6 +155,7 @@ def _stopped(tmp_path, material, blocks=2):
     assert [path.name for path in tmp_path.iterdir()] == ["o.partial"]
 
 
+@pytest.mark.heavy
 def test_a_stop_is_taken_up_and_says_so(tmp_path, material):
     _stopped(tmp_path, material)
     said = []
@@ -161,6 +165,7 @@ def test_a_stop_is_taken_up_and_says_so(tmp_path, material):
     assert _bytes(tmp_path, "o") == material[2]
 
 
+@pytest.mark.heavy
 def test_another_command_starts_over(tmp_path, material):
     _stopped(tmp_path, material)
     report = _run(tmp_path, material, append_eod=False)
@@ -168,6 +173,7 @@ def test_another_command_starts_over(tmp_path, material):
     assert _bytes(tmp_path, "o")["text_document.bin"] != material[2]["text_document.bin"]
 
 
+@pytest.mark.heavy
 def test_a_journal_that_does_not_fit_the_files_is_not_believed(tmp_path, material):
     for damage in (
         lambda folder: os.truncate(folder / "text.bin", 10),
@@ -180,6 +186,7 @@ def test_a_journal_that_does_not_fit_the_files_is_not_believed(tmp_path, materia
         _clear(tmp_path)
 
 
+@pytest.mark.heavy
 def test_two_runs_of_one_output(tmp_path, material):
     holder = Workspace(str(tmp_path / "o"), KEYS, "u2", None)
     with pytest.raises(ResourceError, match=f"another run writes .*{os.getpid()}"):
@@ -188,6 +195,7 @@ def test_two_runs_of_one_output(tmp_path, material):
     assert _run(tmp_path, material).documents_in == 2700
 
 
+@pytest.mark.heavy
 def test_sigterm_ends_with_75_and_goes_on(tmp_path, material):
     source, model, *_ = material
     command = [

@@ -46,6 +46,7 @@ def two(tmp_path):
     return write_dataset(tmp_path / "en", 300, 1), write_dataset(tmp_path / "zh", 90, 2)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("weights", [None, [0.7, 0.3], [1.0, 5.0]])
 @pytest.mark.parametrize("seed", [1234, 7])
 def test_order_of_a_blend_is_megatrons(tmp_path, two, weights, seed):
@@ -247,6 +248,7 @@ def test_the_index_is_built_once_and_again_when_the_files_change(tmp_path, two):
     assert not torch.equal(before, after) and len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.heavy
 def test_an_interrupted_build_leaves_nothing_that_is_believed(tmp_path, two, monkeypatch):
     from megatron_telechat.data import pieces
 

@@ -71,6 +71,7 @@ def preprocessed(tmp_path: Path, model: Path, *flags: str) -> list[list[int]]:
     return [data[i].tolist() for i in range(len(data))]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "engine,workers", [("auto", 2), ("gigatoken", 1), ("gigatoken", 2), ("tiktoken", 2), ("reference", 1)]
 )
@@ -114,6 +115,7 @@ def test_tiktoken_vocabulary(tmp_path):
     assert asked.encode("a</s>")[1:] == [asked.eod] and text.digest != asked.digest
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_helper_answers_as_the_tokenizer_does(file, asked):
     expected = HuggingFaceTokenizer(file, asked)
@@ -143,6 +145,7 @@ def test_the_end_is_special_whatever_the_file_calls_it(tmp_path):
         assert flat.tolist() == opened.encode("a<own>b<|endoftext|>")
 
 
+@pytest.mark.heavy
 def test_a_model_that_makes_the_token_of_the_text_is_refused(tmp_path, capsys):
     """A model of whole words knows the name as a word: no list of added tokens can keep it apart."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -39,6 +39,7 @@ def same(tokenizer: TokenizerBeside, other: HuggingFaceTokenizer) -> None:
     assert tokenizer.encode("a b") == other.encode("a b") and tokenizer.decode([9, 8]) == other.decode([9, 8])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "fate", ["lives", "killed at the start", "killed later", "stopped", "stopped later", "closed", "cannot start"]
 )
@@ -65,6 +66,7 @@ def test_answers_are_those_of_the_tokenizer(files, name, fate, monkeypatch):  # 
     assert not helpers()
 
 
+@pytest.mark.heavy
 def test_what_is_wrong_with_the_file_is_said_as_ever(tmp_path, capsys):
     bad = tmp_path / "tokenizer.json"
     bad.write_text('{"model": 7}')
@@ -119,6 +121,7 @@ def helper_of(run: subprocess.Popen) -> psutil.Process:
     raise AssertionError("no helper")
 
 
+@pytest.mark.heavy
 def test_a_helper_that_dies_changes_nothing(tmp_path, files):  # noqa: F811
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS * 2000)
     whole = start(source, tmp_path / "whole", files["bos"])
@@ -132,6 +135,7 @@ def test_a_helper_that_dies_changes_nothing(tmp_path, files):  # noqa: F811
         ).read_bytes()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
 def test_no_helper_outlives_the_tool(tmp_path, files, death):  # noqa: F811
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS * 100_000)

@@ -30,6 +30,7 @@ def test_special_tokens_stand_at_telechats_ids(hf):
     assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.bos, tokenizer.pad) == (320, 2, 1, 3)
 
 
+@pytest.mark.heavy
 def test_huggingface_ids_are_those_of_transformers(hf):
     from transformers import AutoTokenizer
 

@@ -166,6 +166,7 @@ def test_a_character_of_another_kind_shows(pattern):
     assert all(found[one] != found[other] for place, one in enumerate(kinds) for other in kinds[:place])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("engine", ["gigatoken", "tiktoken"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_newest_letters_of_unicode(tmp_path, large, engine, workers):

@@ -136,6 +136,7 @@ def test_a_lost_rank_ends_the_others_with_a_message(what):
         assert "distributed-timeout-minutes" in rank.stderr
 
 
+@pytest.mark.heavy
 def test_one_process_needs_no_launcher():
     code = (
         "from megatron_telechat import parallel\nfrom megatron_telechat.backend import get_backend\nfrom "

@@ -29,6 +29,7 @@ def test_megatrons_splits():
     assert uniform_counts(ten) is None and accounted_counts(ten) == (2, 3, 3, 2)
 
 
+@pytest.mark.heavy
 def test_no_baseline_beats_the_solver():
     for seed in range(30):
         problem = small_problem(seed)
@@ -92,6 +93,7 @@ def tiny_problem(seed: int) -> BalanceProblem:
     return dataclasses.replace(problem, min_layers=stages, mem_limit=problem.mem_limit * 0.7)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_surrogate_is_minimised_exactly(kind):
     tried = infeasible = 0

@@ -36,6 +36,7 @@ def test_throughput_within_17_percent(name):
     assert BY_NAME[name].ratio(published_device()) == pytest.approx(1.0, abs=0.17)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name, gain", [("telechat2-35b", 0.2), ("telechat2-115b", 0.03), ("telechat2-39b-a12b", 0.02)])
 def test_the_plan_is_faster_than_the_published_layout_under_its_memory_cap(name, gain):
     entry, device = BY_NAME[name], published_device()

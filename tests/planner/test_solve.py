@@ -60,6 +60,7 @@ def test_solved_examples(example):
     assert list(out)[:8] == keys and json.dumps(out)
 
 
+@pytest.mark.heavy
 def test_random_problems_as_exhaustive_search():
     seen = {"optimal": 0, "infeasible": 0, "mtp": 0, "interleaved": 0, "recompute": 0, "fewer than P": 0, "empty": 0}
     for seed in range(220):
@@ -92,6 +93,7 @@ def test_large_problems_are_proved(P, V, layers):
     assert (answer.status, answer.gap) == ("optimal", 0.0)
 
 
+@pytest.mark.heavy
 def test_as_many_microbatches_as_stages_are_proved():
     """Branching on devices before stages left a gap after 9000 boxes; stages first take about a hundred."""
     answer = solve(large_problem(8, 3, m=8), 60)
@@ -134,6 +136,7 @@ def test_a_gap_leaves_the_bound_true():
         assert answer.gap <= 0.1 + 1e-9
 
 
+@pytest.mark.heavy
 def test_warm_start_is_kept_or_beaten():
     problem = large_problem(8, 2)
     best = solve(problem, 60)

@@ -2,6 +2,9 @@
 
 import pytest
 
+from megatron_telechat.config import lr_schedules
+from megatron_telechat.config.fields import fields_by_name
+from megatron_telechat.config.lr_schedules import SCHEDULES, SHAPES
 from megatron_telechat.config.schema import OptimizerConfig
 from megatron_telechat.training.learning_rate import learning_rate
 
@@ -49,10 +52,12 @@ def core_curve(config: OptimizerConfig, train_iters: int) -> list[float]:
         OptimizerConfig(lr_decay_style="inverse-square-root", lr_warmup_iters=9),
         *(
             OptimizerConfig(lr_decay_style="WSD", lr_warmup_iters=5, lr_wsd_decay_iters=20, lr_wsd_decay_style=style)
-            for style in ("linear", "cosine", "exponential", "minus_sqrt")
+            for style in SHAPES
         ),
+        OptimizerConfig(lr_decay_style="WSD", lr_wsd_decay_iters=30, lr_decay_iters=80),
+        OptimizerConfig(lr_decay_style="WSD", lr_wsd_decay_iters=100, lr_wsd_decay_style="linear"),
     ],
-    ids=lambda c: f"{c.lr_decay_style}-{c.lr_wsd_decay_style}-{c.lr_warmup_iters}",
+    ids=lambda c: f"{c.lr_decay_style}-{c.lr_wsd_decay_style}-{c.lr_warmup_iters}-{c.lr_wsd_decay_iters}",
 )
 def test_equals_megatron_core(config):
     ours = [learning_rate(config, TRAIN_ITERS, step) for step in range(TRAIN_ITERS)]
@@ -66,3 +71,19 @@ def test_published_39b_schedule():
     assert learning_rate(config, 1_000_000, 2000) == pytest.approx(3e-4)
     assert learning_rate(config, 1_000_000, 501_000) == pytest.approx((3e-4 + 1.5e-5) / 2)
     assert learning_rate(config, 1_000_000, 999_999) == pytest.approx(1.5e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_a_flag_value_and_stays_between_its_two_rates(name):
+    assert name in fields_by_name()["lr_decay_style"].choices
+    config = OptimizerConfig(lr_decay_style=name, lr_warmup_iters=5, lr_decay_iters=60, lr_wsd_decay_iters=20)
+    curve = [learning_rate(config, TRAIN_ITERS, step) for step in range(5, TRAIN_ITERS)]
+    assert curve[0] == config.lr
+    assert all(config.min_lr <= rate <= config.lr for rate in curve)
+    if SCHEDULES[name].ends:
+        assert set(curve[56:]) == {config.min_lr}
+
+
+def test_two_schedules_cannot_share_a_name():
+    with pytest.raises(ValueError, match="two learning-rate schedules are called cosine"):
+        lr_schedules.schedule("cosine")(lambda moment: moment.lr)

@@ -67,6 +67,7 @@ def test_ctrl_c_under_torchrun_saves_on_all_ranks(tmp_path):
     assert re.search(r"note: the run takes .* \(measured\) and has no save interval.*--save-interval \d+", output)
 
 
+@pytest.mark.heavy
 def test_a_closed_terminal_stops_an_evaluation_and_the_run_saves(tmp_path):
     """SIGHUP in the middle of an endless evaluation, with an output that nobody reads any more."""
     run = tmp_path / "run"
@@ -98,6 +99,7 @@ def test_a_closed_terminal_stops_an_evaluation_and_the_run_saves(tmp_path):
     assert "valid_loss" not in (run / "metrics.jsonl").read_text()
 
 
+@pytest.mark.heavy
 def test_ctrl_c_before_the_first_step(tmp_path):
     """While torch is imported, or the model is built: there is nothing to save."""
     run = tmp_path / "run"
@@ -147,6 +149,7 @@ LISTENS = (
 WAITS = "print('up', flush=True)\nfor _ in range(600): time.sleep(0.05)"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_ctrl_c_ends_at_once(second):
     """Under torchrun the second one comes as SIGTERM."""
@@ -158,6 +161,7 @@ def test_a_second_ctrl_c_ends_at_once(second):
     assert process.returncode == -second and errors == ""
 
 
+@pytest.mark.heavy
 def test_sigterm_twice_is_one_request():
     process = child(LISTENS + WAITS.replace("time.sleep(0.05)", "(time.sleep(0.05), requests.asked and sys.exit(9))"))
     for _ in range(2):
@@ -165,6 +169,7 @@ def test_sigterm_twice_is_one_request():
     assert process.wait(timeout=20) == 9
 
 
+@pytest.mark.heavy
 def test_a_tool_ends_on_ctrl_c_with_a_line():
     process = child(f"from megatron_telechat.cli.tool import run_tool\ndef tool(argv):\n    "
                     f"{WAITS.replace(chr(10), chr(10) + '    ')}\n"
