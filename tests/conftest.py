@@ -8,6 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from megatron_telechat.backend.triton_guard import let_core_import_without_triton
+
+# Tests import megatron.core without a backend, too.
+let_core_import_without_triton()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_of_a_terminal() -> Iterator[None]:
