@@ -254,6 +254,8 @@ QUIET = (
     "Apex is not installed. Falling back",
     # 0.19 would rather log through absl.
     "absl.logging is not installed",
+    # Of a class that is not used, when 0.19 is imported.
+    "MimoModelConfig is experimental",
     # About the default of a field that nobody set, at every TransformerConfig.
     "full scope is deprecated",
     # At every expert layer where the tensor domain is folded into the expert domain: it is meant.

@@ -69,7 +69,7 @@ def _parameter_layout(
         return {}
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    layout = DistributedOptimizer.compute_full_param_layout(
+    layout = DistributedOptimizer.compute_full_param_layout(  # pyright: ignore[reportAttributeAccessIssue] (0.19's)
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
         ddp_config.bucket_size if bucketed and ddp_config.overlap_grad_reduce else None,
         state.process_groups.dp_cp.size(),
