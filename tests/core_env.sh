@@ -11,8 +11,9 @@ if [ ! -e "$env/.ready" ]; then
     site='import sysconfig; print(sysconfig.get_path("purelib"))'
     "$base/bin/python" -m venv --clear --without-pip "$env"
     there="$("$env/bin/python" -c "$site")"
-    # Read after the environment's own packages, so that the other megatron-core comes first.
-    printf '%s\n' "$PWD" "$("$base/bin/python" -c "$site")" > "$there/base.pth"
+    # Read after the environment's own packages, so that the other megatron-core comes first. Not a bare path: the .pth
+    # files of the finished environment count too.
+    printf '%s\n' "$PWD" "import site; site.addsitedir('$("$base/bin/python" -c "$site")')" > "$there/base.pth"
     echo "setup: installing megatron-core $version into $env (a minute where it has to be built)" >&2
     "$base/bin/python" -m pip --disable-pip-version-check -qq install --no-deps --ignore-requires-python \
         --target "$there" "megatron-core==$version" >&2
