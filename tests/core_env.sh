@@ -2,11 +2,17 @@
 # An environment with another megatron-core, everything else taken from a finished one; prints its path.
 #
 #   bash tests/core_env.sh .venv 0.19.2          makes .venv-core-0.19.2, once
+#   bash tests/core_env.sh .venv other           0.19.2 where .venv has 0.16.1, and 0.16.1 where it has 0.19
 #
 # pip refuses 0.17 and newer below Python 3.12, but the source package works there; building it takes a C++ compiler.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-base="$(cd "$1" && pwd)" version="$2" env="$PWD/.venv-core-$2"
+base="$(cd "$1" && pwd)" version="$2"
+if [ "$version" = other ]; then
+    here="$("$base/bin/python" -c 'import importlib.metadata; print(importlib.metadata.version("megatron-core"))')"
+    [[ "$here" == 0.19.* ]] && version=0.16.1 || version=0.19.2
+fi
+env="$PWD/.venv-core-$version"
 if [ ! -e "$env/.ready" ]; then
     site='import sysconfig; print(sysconfig.get_path("purelib"))'
     "$base/bin/python" -m venv --clear --without-pip "$env"

@@ -4,7 +4,8 @@
 #   bash tests/run.sh              everything but the tests marked slow
 #   bash tests/run.sh -m slow      the slow ones
 #   bash tests/run.sh tests/config -k layout
-#   bash tests/run.sh --core 0.19.2 [...]     on that release of megatron-core; without [...]: what tests/other_core.txt names
+#   bash tests/run.sh --core other [...]     on the other megatron-core, or on one of a number: --core 0.19.2; without
+#                                            [...] what tests/other_core.txt names
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup_env.sh test
