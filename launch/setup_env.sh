@@ -4,8 +4,8 @@
 #
 #   bash launch/setup_env.sh [EXTRA,EXTRA...]      extras of pyproject.toml; default: plot
 #
-# Environment: VENV (default .venv in the checkout), PYTHON (default: the first of python3.12, 3.11, 3.10, python3
-# that is 3.10-3.12), TORCH_INDEX_URL (index to take torch from, for instance PyTorch's CPU wheels).
+# Environment: VENV (default .venv in the checkout), PYTHON (default: the first of python3.11, 3.12, 3.13, 3.10, python3
+# that is 3.10-3.13), TORCH_INDEX_URL (index to take torch from, for instance PyTorch's CPU wheels).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras="${1:-plot}"
@@ -13,13 +13,13 @@ venv="${VENV:-$PWD/.venv}"
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3}; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3.10 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "setup: no Python 3.10-3.12 found; install one, or set PYTHON to its path" >&2
+    echo "setup: no Python 3.10-3.13 found; install one, or set PYTHON to its path" >&2
     exit 2
 }
 

@@ -17,6 +17,11 @@ from typing import Any
 
 import pytest
 
+from megatron_telechat.backend.triton_guard import let_core_import_without_triton
+
+# Tests import megatron.core without a backend, too.
+let_core_import_without_triton()
+
 NOT_LIGHT = ("gloo", "gpu", "slow", "heavy")
 LIGHT_SECONDS = 3.0
 """Largest CPU time of a light test with its fixtures: CPU time, so that a busy machine fails nothing."""

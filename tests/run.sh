@@ -5,10 +5,18 @@
 #   bash tests/run.sh --fast       in under a minute: the tests that start no process
 #   bash tests/run.sh -m slow      the slow ones
 #   bash tests/run.sh tests/config -k layout
+#   bash tests/run.sh --core other [...]     on the other megatron-core, or on one of a number: --core 0.19.2; without
+#                                            [...] what tests/other_core.txt names
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup_env.sh test
 venv="${VENV:-$PWD/.venv}"
+if [ "${1:-}" = --core ]; then
+    venv="$(bash tests/core_env.sh "$venv" "${2:?--core needs a version of megatron-core}")"
+    shift 2
+    [ $# -gt 0 ] || mapfile -t named < <(grep -v '^#' tests/other_core.txt)
+    set -- "$@" ${named[@]+"${named[@]}"}
+fi
 # One thread a rank: four ranks with a thread pool each would fight for the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
 exec "$venv/bin/python" -m pytest "$@"

@@ -10,7 +10,6 @@ belong to one module right after that module is executed, so before anybody copi
 from __future__ import annotations
 
 import importlib.abc
-import importlib.machinery
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -80,7 +79,9 @@ class CorePatch(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if not _is_core(fullname):
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -1,4 +1,4 @@
-"""The named fixes for megatron-core: each with its reason, its version and when it applies.
+"""The named fixes for megatron-core: each with its reason, its versions and when it applies.
 
 megatron-core is written for CUDA. On another device, and where Transformer Engine is absent, a
 few places break, some of them silently. Nothing is copied from it: a fix exchanges what its
@@ -9,7 +9,6 @@ takes every fix away in turn and shows what breaks.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -19,9 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_telechat.backend.core_patch import CorePatch, ModuleView, rebind, replace_constants
+from megatron_telechat.backend.core_versions import LINES, installed_line
+from megatron_telechat.backend.triton_guard import let_core_import_without_triton, triton_present
 from megatron_telechat.errors import ConfigError
 
-MCORE_VERSION = "0.16.1"
+ALL_LINES = tuple(LINES)
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,28 @@ class Fix:
     Attributes:
         name: how it is listed and tested.
         reason: what happens without it.
-        when: "always"; "te_absent"; or the backends it is for, such as ("cpu", "npu").
+        when: "always"; "te_absent"; "triton_absent"; or the backends it is for, such as ("cpu", "npu").
         apply: registers the change with the patch; gets the device of this rank.
-        version: the megatron-core it was written for.
+        lines: the release lines of megatron-core it was written for (`core_versions.LINES`), and applied to.
     """
 
     name: str
     reason: str
     when: str | tuple[str, ...]
     apply: Callable[[CorePatch, Any], None]
-    version: str = MCORE_VERSION
+    lines: tuple[str, ...] = ALL_LINES
 
-    def applies(self, backend: str, te_present: bool) -> bool:
+    def applies(self, backend: str, te_present: bool, line: str) -> bool:
+        """Whether a process on this backend and release line of megatron-core needs the fix."""
+        if line not in self.lines:
+            return False
         if self.when == "always":
             return True
         if self.when == "te_absent":
             # Off CUDA Transformer Engine is hidden, installed or not.
             return backend != "cuda" or not te_present
+        if self.when == "triton_absent":
+            return not triton_present()
         return backend in self.when
 
 
@@ -231,6 +237,10 @@ def _hide_gpu_packages(patch: CorePatch, device: Any) -> None:
             sys.modules[name] = None  # type: ignore[assignment]
 
 
+def _triton(patch: CorePatch, device: Any) -> None:
+    let_core_import_without_triton()
+
+
 def _router_gemm(patch: CorePatch, device: Any) -> None:
     patch.after_import(
         "megatron.core.transformer.moe.moe_utils",
@@ -242,6 +252,10 @@ QUIET = (
     # Optional packages, said by five modules at import; the console line at the start names what is used.
     "Transformer Engine and Apex are not installed",
     "Apex is not installed. Falling back",
+    # 0.19 would rather log through absl.
+    "absl.logging is not installed",
+    # Of a class that is not used, when 0.19 is imported.
+    "MimoModelConfig is experimental",
     # About the default of a field that nobody set, at every TransformerConfig.
     "full scope is deprecated",
     # At every expert layer where the tensor domain is folded into the expert domain: it is meant.
@@ -270,6 +284,14 @@ FIXES: tuple[Fix, ...] = (
         "the fp32 router reads te_general_gemm, a name that is undefined without Transformer Engine: NameError",
         "te_absent",
         _router_gemm,
+        lines=("0.16",),
+    ),
+    Fix(
+        "triton",
+        "import megatron.core needs triton, which it does not declare: ModuleNotFoundError",
+        "triton_absent",
+        _triton,
+        lines=("0.19",),
     ),
     Fix(
         "hide_gpu_packages",
@@ -325,25 +347,6 @@ FIXES: tuple[Fix, ...] = (
 )
 
 
-def check_version() -> None:
-    """Refuse any megatron-core but the pinned one: the fixes are written for its code.
-
-    Raises:
-        ConfigError: megatron-core is missing or has another version.
-    """
-    fix = f"pip install megatron-core=={MCORE_VERSION}"
-    try:
-        found = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError("megatron-core is not installed", "Python environment", fix) from None
-    if found != MCORE_VERSION:
-        raise ConfigError(
-            f"megatron-core {found} is installed, but this release is written for {MCORE_VERSION}",
-            "Python environment",
-            fix,
-        )
-
-
 def transformer_engine_present() -> bool:
     """Whether Transformer Engine can be used.
 
@@ -353,7 +356,7 @@ def transformer_engine_present() -> bool:
     if importlib.util.find_spec("transformer_engine") is None:
         return False
     try:
-        import transformer_engine.pytorch  # noqa: F401
+        import transformer_engine.pytorch  # noqa: F401  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         return False
     except Exception as error:
@@ -390,10 +393,10 @@ def apply_fixes(backend: str, device: Any, without: Iterable[str] = ()) -> tuple
                 "start a new process",
             )
         return installed.fixes
-    check_version()
+    line = installed_line()
     te_present = backend == "cuda" and transformer_engine_present()
     left_out = frozenset(without)
-    chosen = [fix for fix in FIXES if fix.applies(backend, te_present) and fix.name not in left_out]
+    chosen = [fix for fix in FIXES if fix.applies(backend, te_present, line) and fix.name not in left_out]
     patch = CorePatch(backend, tuple(fix.name for fix in chosen))
     for fix in chosen:
         fix.apply(patch, device)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_telechat.backend.core_versions import condition_here, line_of, satisfies
 from megatron_telechat.cli.text import gib, table
 from megatron_telechat.cli.tool import ToolParser, run_tool
 
@@ -39,7 +40,7 @@ class Finding:
 class _Package:
     distribution: str
     needs: str
-    """Version condition: ``>=2.10``, ``==0.16.1`` or empty."""
+    """Version condition: ``>=2.10``, ``==0.16.1``, ``>=0.19.2,<0.20`` or empty."""
     enables: str
     extra: str = ""
     """Extra of the package that brings an optional package; empty for a required one."""
@@ -47,7 +48,7 @@ class _Package:
 
 PACKAGES = (
     _Package("torch", ">=2.10", "everything that computes"),
-    _Package("megatron-core", "==0.16.1", "parallel layers, schedules, optimizer"),
+    _Package("megatron-core", condition_here(), "parallel layers, schedules, optimizer"),
     _Package("numpy", ">=1.26", "indexed datasets"),
     _Package("pyyaml", ">=6.0", "configuration files"),
     _Package("safetensors", ">=0.4.3", "checkpoints, Hugging Face weights"),
@@ -72,15 +73,11 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
-
-
-def _satisfies(version: str, needs: str) -> bool:
-    if not needs:
-        return True
-    have, want = _numbers(version), _numbers(needs[2:])
-    return have == want if needs.startswith("==") else have >= want
+def _good_enough(package: _Package, version: str) -> bool:
+    """Of megatron-core both release lines are, whichever pip would choose on this Python."""
+    if package.distribution == "megatron-core":
+        return line_of(version) is not None
+    return satisfies(version, package.needs)
 
 
 def _package(package: _Package) -> Finding:
@@ -94,16 +91,16 @@ def _package(package: _Package) -> Finding:
         return Finding(
             package.distribution, ABSENT if package.extra else MISSING, "not installed", package.enables, install
         )
-    if not _satisfies(version, package.needs):
+    if not _good_enough(package, version):
         return Finding(package.distribution, WRONG, f"{version}, needs {package.needs}", package.enables, install)
     return Finding(package.distribution, OK, version, package.enables)
 
 
 def _python() -> Finding:
     version = platform.python_version()
-    good = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    good = (3, 10) <= sys.version_info[:2] <= (3, 13)
     return Finding(
-        "Python", OK if good else WRONG, version if good else f"{version}, needs 3.10-3.12", "everything",
+        "Python", OK if good else WRONG, version if good else f"{version}, needs 3.10-3.13", "everything",
         "" if good else "PYTHON=python3.11 bash launch/setup_env.sh",
     )  # fmt: skip
 

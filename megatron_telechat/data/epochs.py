@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_telechat.backend.triton_guard import let_core_import_without_triton
 from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.pieces import IndexFolder, Say
 from megatron_telechat.data.samples import share_of
@@ -249,6 +250,7 @@ def epochs_index(
         samples: [samples + 1, 2], where each sample begins: the place in ``documents``, and the token in there.
         shuffle: the samples in the order they are read.
     """
+    let_core_import_without_triton()
     from megatron.core.datasets import helpers
 
     documents = np.empty((stretch.epochs, len(sequences)), np.int32)
@@ -287,6 +289,7 @@ def _build_megatrons(
     folder: Path,
 ) -> None:
     """megatron-core's own index, under our names."""
+    let_core_import_without_triton()
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 

@@ -30,7 +30,7 @@ class HfModel:
         """fp32 logits [batch, length, vocab] of token ids [batch, length], on the model's device."""
         tokens = tokens.to(self.device, torch.int64)
         positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-        return self.module(tokens, positions, None, runtime_gather_output=True).float()
+        return self.module(tokens, positions, gather_logits=True).float()
 
 
 @contextlib.contextmanager

@@ -1,32 +1,44 @@
-"""megatron-core's GPTModel with TeleChat2's rotary embedding."""
+"""One virtual stage of the language model: embedding, decoder layers, output layer; on megatron-core's parts."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.model.rotary import RotaryEmbedding
+from megatron_telechat.model.attention import Segments
+from megatron_telechat.model.rotary import RotaryEmbedding, Tables
+from megatron_telechat.model.transformer_config import leave_uninitialised
 from megatron_telechat.moe.counted import CountedTokens
 
-_PADDING_MASK = 5
-"""Place of what the layers get as ``padding_mask`` among the results of megatron-core's ``_preprocess``."""
 
+class TeleChatModel(LanguageModule):
+    """The embedding if the stage is the first, its decoder layers, the output layer if it is the last.
 
-class TeleChatModel(GPTModel):
-    """One chunk of the model: the embedding if it is the first, its decoder layers, the loss if it is the last.
+    A model of our own in place of megatron-core's GPTModel, which is deprecated. Embedding, `TransformerBlock`, output
+    layer and vocabulary-parallel cross entropy are megatron-core's. Embedding and output layer are never tied.
 
-    Embedding, output layer and vocabulary-parallel cross entropy are megatron-core's; embedding and
-    output layer are not tied. ``forward(tokens, position_ids, None, labels=labels)`` gives the loss of
-    every token [b, s] on the last stage; without labels the logits [b, s, vocab / tp], whole with
-    ``runtime_gather_output=True``; on other stages the hidden states [s, b, hidden]. ``packed_seq_params`` takes
-    `model.attention.Segments` where documents or dialogs are kept apart, ``padding_mask`` `moe.CountedTokens` where
-    tokens are padding or are not learned.
+    The attributes are those that megatron-core reads of a model:
+
+    * its pipeline schedules: ``config``, ``model_type``, ``vp_stage``, ``decoder.layers``, `set_input_tensor`;
+    * `finalize_model_grads`: ``pre_process``, ``share_embeddings_and_output_weights``;
+    * the optimizer: the mark on both matrices that `setup_embeddings_and_output_layer` sets.
+
+    The names of the submodules are part of the file format: checkpoints store tensors by name.
+
+    Args:
+        run: for the model and the sequence length.
+        config: from `transformer_config`; an object of this stage alone, the schedules hang functions on it.
+        spec: the decoder layers of this stage (`block_spec`).
+        pg_collection: `ParallelState.process_groups`.
+        pre_process, post_process: the stage has the embedding; the output layer.
+        vp_stage: number of the virtual stage on this rank; None without interleaving.
     """
 
     def __init__(
@@ -39,37 +51,105 @@ class TeleChatModel(GPTModel):
         post_process: bool,
         vp_stage: int | None,
     ):
-        super().__init__(
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=run.model.vocab_size,
+                max_sequence_length=run.training.seq_length,
+                position_embedding_type="none",
+                tp_group=pg_collection.tp,
+            )
+        self.decoder = TransformerBlock(
             config=config,
-            transformer_layer_spec=spec,
-            vocab_size=run.model.vocab_size,
-            max_sequence_length=run.training.seq_length,
+            spec=spec,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="none",
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                run.model.vocab_size,
+                config=config,
+                init_method=leave_uninitialised,
+                bias=False,
+                gather_output=False,
+                tp_group=pg_collection.tp,
+            )
         self.rotary = RotaryEmbedding(run.model)
         self.reset_position_ids = run.data.reset_position_ids
+        self.setup_embeddings_and_output_layer()
+        for module in self.modules():
+            finish_init = getattr(module, "finish_init", None)
+            if finish_init is not None:  # TransformerEngine's modules wait to be told their quantisation: none
+                finish_init(None)
 
-    def _preprocess(
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Keep the output of the stage before for the next `forward`.
+
+        Args:
+            input_tensor: [s (/ tp under sequence parallelism), b, hidden], or a list of it, as the schedules hand it;
+                None on the first stage.
+        """
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        # megatron-core's annotation leaves None out
+        self.decoder.set_input_tensor(input_tensor)  # pyright: ignore[reportArgumentType]
+
+    def forward(
         self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        *args: Any,
-        padding_mask: CountedTokens | None = None,
-        **kwargs: Any,
-    ):
-        prepared = list(super()._preprocess(input_ids, position_ids, *args, **kwargs))
-        hidden = prepared[0] if prepared[0] is not None else self.decoder.input_tensor
-        length = hidden.shape[0] * (self.pg_collection.tp.size() if self.config.sequence_parallel else 1)
-        positions = position_ids if self.reset_position_ids else None
-        assert positions is not None or not self.reset_position_ids, "every stage needs the position ids here"
-        if padding_mask is not None:
-            tp = self.pg_collection.tp
-            part, parts = (tp.rank(), tp.size()) if self.config.sequence_parallel else (0, 1)
-            prepared[_PADDING_MASK] = padding_mask.rows(part, parts)
-        prepared[1] = self.rotary(length, hidden.device, positions)
-        return tuple(prepared)
+        tokens: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        labels: Tensor | None = None,
+        segments: Segments | None = None,
+        counted: CountedTokens | None = None,
+        gather_logits: bool = False,
+    ) -> Tensor:
+        """One micro-batch through this stage.
+
+        Args:
+            tokens: int64 [b, s]; only the first stage reads them.
+            position_ids: int64 [b, s]; read only where positions begin anew at each document, and there by every stage.
+            labels: int64 [b, s]; only the last stage reads them.
+            segments: stretches that attend to themselves only; None: every row is one.
+            counted: which tokens count in the losses of the routers; None: all.
+            gather_logits: the last stage returns logits of the whole vocabulary rather than of this rank's part.
+
+        Returns:
+            On the last stage the loss of every token in nats, [b, s], or without labels the logits,
+            [b, s, vocab (/ tp)]; on the others the hidden states, [s (/ tp under sequence parallelism), b, hidden].
+        """
+        embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        entering = embedded if self.pre_process else self.decoder.input_tensor
+        assert entering is not None, "a later stage needs set_input_tensor before each forward"
+        hidden = self.decoder(
+            hidden_states=embedded,  # a later stage reads its own input_tensor
+            attention_mask=None,
+            rotary_pos_emb=self._rotary_tables(entering, position_ids),
+            packed_seq_params=segments,
+            padding_mask=None if counted is None else counted.rows(*self._sequence_part()),
+        )
+        if not self.post_process:
+            return hidden
+        logits, _ = self.output_layer(hidden, runtime_gather_output=gather_logits)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def _sequence_part(self) -> tuple[int, int]:
+        """Which part of the sequence this rank holds between the layers, and of how many."""
+        tp = self.pg_collection.tp
+        return (tp.rank(), tp.size()) if self.config.sequence_parallel else (0, 1)
+
+    def _rotary_tables(self, hidden: Tensor, position_ids: Tensor | None) -> Tables:
+        _, parts = self._sequence_part()
+        assert position_ids is not None or not self.reset_position_ids, "every stage needs the position ids here"
+        return self.rotary(hidden.shape[0] * parts, hidden.device, position_ids if self.reset_position_ids else None)

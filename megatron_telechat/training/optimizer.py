@@ -6,12 +6,18 @@ torch's own, switched to its fused kernel (megatron-core builds it unfused).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
+from megatron_telechat.backend.core_versions import installed_line
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model import compute_dtype
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.learning_rate import learning_rate
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallelConfig
 
 
 def wrap_data_parallel(chunks: list[torch.nn.Module], run: RunConfig, state: ParallelState) -> list[torch.nn.Module]:
@@ -27,6 +33,7 @@ def wrap_data_parallel(chunks: list[torch.nn.Module], run: RunConfig, state: Par
     for number, chunk in enumerate(chunks):
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
+            bucket_size=_bucket_size(state),
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -38,11 +45,38 @@ def wrap_data_parallel(chunks: list[torch.nn.Module], run: RunConfig, state: Par
                 module=chunk,
                 disable_bucketing=number > 0,
                 pg_collection=state.process_groups,
+                **_parameter_layout(chunk, ddp_config, bucketed=number == 0 and state.pp_rank == 0, state=state),
             )
         )
     for chunk in wrapped:
         _install_schedule_hooks(chunk.config, wrapped, run)
     return wrapped
+
+
+def _bucket_size(state: ParallelState) -> int:
+    """Parameters of a bucket: megatron-core's default, large enough that a ring over many ranks stays busy."""
+    return max(40_000_000, 1_000_000 * state.dp_size)
+
+
+def _parameter_layout(
+    chunk: torch.nn.Module, ddp_config: DistributedDataParallelConfig, bucketed: bool, state: ParallelState
+) -> dict[str, Any]:
+    """Where each parameter lies in the gradient buffers; megatron-core 0.19 wants to be told, 0.16 cannot be.
+
+    The same as it computes on its own; told, 0.19 does not warn.
+    """
+    if installed_line() == "0.16" or not ddp_config.use_distributed_optimizer:
+        return {}
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    layout = DistributedOptimizer.compute_full_param_layout(  # pyright: ignore[reportAttributeAccessIssue] (0.19's)
+        [parameter for parameter in chunk.parameters() if parameter.requires_grad],
+        ddp_config.bucket_size if bucketed and ddp_config.overlap_grad_reduce else None,
+        state.process_groups.dp_cp.size(),
+        ddp_config,
+        expert_data_parallel_world_size=state.process_groups.expt_dp.size(),
+    )
+    return {"full_param_layout": layout}
 
 
 def _install_schedule_hooks(config, chunks: list[torch.nn.Module], run: RunConfig) -> None:

@@ -85,7 +85,7 @@ def forward_step(
         learned_share: of the tokens of the global batch, where the routers must know of masks (`TrainStep`).
     """
     if data_iterator is None:
-        return model(None, None, None), None
+        return model(None, None), None
     host = next(data_iterator, None)
     if host is None:
         raise DataError(
@@ -100,10 +100,9 @@ def forward_step(
     output = model(
         batch["tokens"],
         batch["position_ids"],
-        None,
         labels=batch["labels"],
-        packed_seq_params=segments,
-        padding_mask=counted,
+        segments=segments,
+        counted=counted,
     )
     return output, partial(masked_loss, batch["loss_mask"])
 

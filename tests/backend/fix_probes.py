@@ -160,6 +160,10 @@ def router_gemm() -> None:
     assert logits.tolist() == [[3.0] * 4] * 2
 
 
+def triton() -> None:
+    import megatron.core.pipeline_parallel  # noqa: F401
+
+
 def hide_gpu_packages() -> None:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "transformer_engine"
@@ -181,8 +185,7 @@ def quiet() -> None:
     import megatron.core.models.gpt  # noqa: F401
     import megatron.core.optimizer  # noqa: F401
 
-    about_packages = [text for text in said if "not installed" in text]
-    assert not about_packages, about_packages
+    assert not said, said
 
 
 PROBES: dict[str, tuple[Callable[[], None], int]] = {
@@ -190,6 +193,7 @@ PROBES: dict[str, tuple[Callable[[], None], int]] = {
     for probe, ranks in (
         (quiet, 1),
         (router_gemm, 1),
+        (triton, 1),
         (hide_gpu_packages, 1),
         (eager_jit, 1),
         (current_device, 1),
@@ -208,7 +212,7 @@ PROBES: dict[str, tuple[Callable[[], None], int]] = {
 }
 
 
-AT_IMPORT = ("quiet", "hide_gpu_packages", "eager_jit")
+AT_IMPORT = ("quiet", "triton", "hide_gpu_packages", "eager_jit")
 
 
 def _ending(name: str, without: tuple[str, ...]) -> str:
@@ -254,13 +258,18 @@ def _report(name: str) -> None:
 def main(names: list[str]) -> None:
     import torch
 
+    from megatron_telechat.backend.core_versions import installed_line
+    from megatron_telechat.backend.mcore_fixes import FIXES
+    from megatron_telechat.backend.triton_guard import let_core_import_without_triton
+
     torch.set_num_threads(1)
-    chosen = names or list(PROBES)
+    chosen = names or [fix.name for fix in FIXES if installed_line() in fix.lines]
     # These are about the import itself.
     for name in chosen:
         if name in AT_IMPORT:
             _report(name)
-    # What the others need, before any fix: the children then fork with everything loaded.
+    # What the others need, before any fix but one: the children then fork with everything loaded.
+    let_core_import_without_triton()
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
     import megatron.core.optimizer  # noqa: F401
     import megatron.core.pipeline_parallel  # noqa: F401

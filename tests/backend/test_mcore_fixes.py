@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.backend import mcore_fixes
+from megatron_telechat.backend.core_versions import LINES, condition_here, installed_line, line_of
+from megatron_telechat.backend.triton_guard import triton_present
 from megatron_telechat.errors import ConfigError
 from tests.harness import ROOT
 
-BY_NAME = {fix.name: fix for fix in mcore_fixes.FIXES}
+LINE = installed_line()
+BY_NAME = {fix.name: fix for fix in mcore_fixes.FIXES if LINE in fix.lines}
+"""Of the megatron-core that is installed; `tests/run.sh --core` runs this file on the other line."""
 
 
 @pytest.fixture(scope="module")
@@ -46,37 +50,63 @@ def test_probe_fails_without_its_fix(endings, name):
 
     if torch.cuda.is_available():
         pytest.skip("with a CUDA device torch.cuda works, so that leaving a fix out is not an error")
+    if name == "triton" and triton_present():
+        pytest.skip("triton is installed, so that nothing has to stand in for it")
     assert endings[name]["without"] != ""
 
 
-def test_every_fix_says_why_and_for_which_version():
+def test_every_fix_says_why_and_for_which_versions():
     for fix in mcore_fixes.FIXES:
         assert len(fix.reason) > 20
-        assert fix.version == mcore_fixes.MCORE_VERSION
-        assert fix.when in ("always", "te_absent") or set(fix.when) <= {"cpu", "npu", "cuda"}
+        assert fix.lines and set(fix.lines) <= set(LINES)
+        assert fix.when in ("always", "te_absent", "triton_absent") or set(fix.when) <= {"cpu", "npu", "cuda"}
 
 
-def test_cuda_with_transformer_engine_gets_almost_none():
-    assert [fix.name for fix in mcore_fixes.FIXES if fix.applies("cuda", te_present=True)] == ["quiet"]
-    assert [fix.name for fix in mcore_fixes.FIXES if fix.applies("cuda", te_present=False)] == ["quiet", "router_gemm"]
+def applied(backend: str, te: bool, line: str) -> list[str]:
+    return [fix.name for fix in mcore_fixes.FIXES if fix.applies(backend, te, line)]
 
 
-def test_npu_relies_on_torch_npu_for_the_rest():
-    names = [fix.name for fix in mcore_fixes.FIXES if fix.applies("npu", te_present=False)]
-    expected = ["quiet", "router_gemm", "hide_gpu_packages", "eager_jit", "rng_restore", "tensor_type", "split_sizes"]
-    assert names == expected
+def test_cuda_with_transformer_engine_gets_almost_none(monkeypatch):
+    monkeypatch.setattr(mcore_fixes, "triton_present", lambda: True)
+    assert applied("cuda", True, "0.16") == ["quiet"]
+    assert applied("cuda", False, "0.16") == ["quiet", "router_gemm"]
+    assert applied("cuda", True, "0.19") == applied("cuda", False, "0.19") == ["quiet"]
 
 
-def test_the_documentation_names_every_fix():
-    text = (ROOT / "docs" / "backend.md").read_text()
-    assert [name for name in BY_NAME if f"`{name}`" not in text] == []
+def test_npu_relies_on_torch_npu_for_the_rest(monkeypatch):
+    monkeypatch.setattr(mcore_fixes, "triton_present", lambda: False)
+    expected = ["hide_gpu_packages", "eager_jit", "rng_restore", "tensor_type", "split_sizes"]
+    assert applied("npu", False, "0.16") == ["quiet", "router_gemm", *expected]
+    assert applied("npu", False, "0.19") == ["quiet", "triton", *expected]
+
+
+def test_the_documentation_gives_every_fix_with_its_versions():
+    rows = [line.split("|") for line in (ROOT / "docs" / "backend.md").read_text().splitlines() if line[:3] == "| `"]
+    told = {row[1].strip(" `"): row[2].strip() for row in rows}
+    for fix in mcore_fixes.FIXES:
+        assert told.get(fix.name) == ("both" if fix.lines == tuple(LINES) else ", ".join(fix.lines)), fix.name
+
+
+@pytest.mark.parametrize(
+    ("version", "line"),
+    [
+        ("0.16.1", "0.16"), ("0.16.0", None), ("0.16.2", None), ("0.17.1", None), ("0.18.2", None), ("0.19.1", None),
+        ("0.19.2", "0.19"), ("0.19.3", "0.19"), ("0.20.0", None), ("1.19.2", None),
+    ],
+)  # fmt: skip
+def test_versions_that_are_known(version, line):
+    assert line_of(version) == line
 
 
 def test_other_version_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.17.0")
-    with pytest.raises(ConfigError, match=r"0\.17\.0.*0\.16\.1") as caught:
-        mcore_fixes.check_version()
-    assert "pip install megatron-core==0.16.1" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"0\.17\.0.*==0\.16\.1 or >=0\.19\.2,<0\.20") as caught:
+        installed_line()
+    assert f'pip install "megatron-core{condition_here()}"' in str(caught.value)
+
+
+def test_each_python_gets_the_newest_line_that_pip_installs_on_it():
+    assert condition_here((3, 11)) == "==0.16.1" and condition_here((3, 12)) == ">=0.19.2,<0.20"
 
 
 def test_missing_megatron_core_is_named(monkeypatch):
@@ -85,7 +115,7 @@ def test_missing_megatron_core_is_named(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ConfigError, match="not installed"):
-        mcore_fixes.check_version()
+        installed_line()
 
 
 def test_broken_transformer_engine_is_named(tmp_path, monkeypatch):

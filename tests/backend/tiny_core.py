@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ def gpt(state: Any, config: Any) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+    # 0.19 says that its GPTModel is deprecated; ours is another, and this is the stock one.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     blocks = TransformerBlockSubmodules(
         layer_specs=[layer_spec(config)] * (LAYERS // state.pp_size), layer_norm=TinyNorm
     )
@@ -123,6 +126,8 @@ def train(
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    # 0.19 says that it computes the layout of the distributed optimizer's buffers itself.
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
     model = DistributedDataParallel(config, ddp, gpt(state, config), pg_collection=state.process_groups)
     optimizer = get_megatron_optimizer(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_telechat.backend.core_versions import LINES, PYTHON_OF_NEWEST, condition_here
 from megatron_telechat.cli.doctor import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ def test_a_bare_python_gets_the_lines_that_mend_it():
     assert done.returncode == 2
     assert done.stderr == ""
     assert 'torch: pip install "torch>=2.10"' in done.stdout
-    assert 'megatron-core: pip install "megatron-core==0.16.1"' in done.stdout
+    assert f'megatron-core: pip install "megatron-core{condition_here()}"' in done.stdout
     assert "bash launch/setup_env.sh" in done.stdout
     assert "not ready: torch" in done.stdout
 
@@ -78,7 +79,13 @@ def test_an_old_version_is_not_enough(tmp_path):
     done = doctor(path=tmp_path)
     assert done.returncode == 2
     assert "2.4.1, needs >=2.10" in row(done.stdout, "torch")
-    assert "0.17.0, needs ==0.16.1" in row(done.stdout, "megatron-core")
+    assert f"0.17.0, needs {condition_here()}" in row(done.stdout, "megatron-core")
+
+
+@pytest.mark.parametrize("version", ["0.16.1", "0.19.2", "0.19.7"])
+def test_both_lines_of_megatron_core_are_good(tmp_path, version):
+    distribution(tmp_path, "megatron_core", version)
+    assert version in row(doctor(path=tmp_path).stdout, "megatron-core") and doctor(path=tmp_path).returncode == 0
 
 
 @pytest.mark.heavy
@@ -118,4 +125,12 @@ def test_a_gpu_with_a_cpu_build_of_torch_is_told(tmp_path):
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.distribution)
 def test_versions_are_those_of_the_package(package):
     pyproject = (ROOT / "pyproject.toml").read_text()
-    assert re.search(rf'"{re.escape(package.distribution + package.needs)}"', pyproject), package
+    assert re.search(rf'"{re.escape(package.distribution + package.needs)}["; ]', pyproject), package
+
+
+def test_each_python_of_the_package_gets_its_megatron_core():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    older, newer = LINES.values()
+    newest = ".".join(map(str, PYTHON_OF_NEWEST))
+    assert f"\"megatron-core{older}; python_version < '{newest}'\"" in pyproject
+    assert f"\"megatron-core{newer}; python_version >= '{newest}'\"" in pyproject

@@ -65,7 +65,7 @@ def saved_bytes(run: RunConfig) -> int:
     tokens = torch.randint(0, run.model.vocab_size, shape)
     positions = torch.arange(shape[1]).expand(shape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(tokens, positions, None, labels=tokens)
+        loss = model(tokens, positions, labels=tokens)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     # sizes are read at the end: recomputed norms free their output after it was saved
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}

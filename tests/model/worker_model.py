@@ -129,7 +129,7 @@ def forward_backward(run, chunks) -> float:
 
     def step(iterator, model):
         batch = next(iterator)
-        out = model(tokens[batch], None, None, labels=labels[batch])
+        out = model(tokens[batch], None, labels=labels[batch])
 
         def loss(per_token):
             total = per_token.sum()
@@ -258,7 +258,7 @@ def trained(run) -> tuple[float, dict, int]:
 
     tokens = torch.zeros(MICRO_BATCH, SEQ, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = chunks[0](tokens, None, None, labels=tokens)
+        output = chunks[0](tokens, None, labels=tokens)
     del output
     return loss, {s.pieces[0].key: s.parameter.grad for s in shards}, sum(kept.values())
 
@@ -340,7 +340,7 @@ def repeated_choices(parallel: dict) -> dict[str, Any]:
         if model.training:
             model.eval()
             with torch.no_grad():
-                model(torch.zeros_like(inputs[0]), None, None)
+                model(torch.zeros_like(inputs[0]), None)
             model.train()
 
     expected, flips = gradients()
@@ -414,7 +414,7 @@ def golden(folder: Path, table_dtype: str) -> dict[str, float]:
         if name.startswith("input_ids_"):
             length = name.removeprefix("input_ids_")
             with torch.no_grad():
-                logits = model(tokens, None, None, runtime_gather_output=True)
+                logits = model(tokens, None, gather_logits=True)
             errors[length] = (logits - expected[f"logits_{length}"]).abs().max().item()
     return errors
 

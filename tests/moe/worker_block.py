@@ -201,10 +201,9 @@ for _layout in ("dp4", "tp2_folded_ep4", "tp2_ep2_etp2"):
 def core_layer(config, state, weights):
     """Megatron-Core's MoELayer with SequentialMLP, holding the same weights."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.transformer.spec_utils import build_module
 
     spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
-    layer = build_module(spec, config=config, pg_collection=state.process_groups)
+    layer = spec(config=config, pg_collection=state.process_groups)
     layer.set_layer_number(1)
     with torch.no_grad():
         layer.router.weight.copy_(weights["router"])

@@ -94,9 +94,8 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
                 packed = model(
                     batch["tokens"],
                     batch["position_ids"],
-                    None,
                     labels=batch["labels"],
-                    packed_seq_params=Segments.of(lengths, 1),
+                    segments=Segments.of(lengths, 1),
                 )[0]
                 at, alone = 0, []
                 for length in lengths.tolist():
@@ -104,9 +103,9 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
                     for name in row:
                         row[name][0, :length] = batch[name][0, at : at + length]
                     places = torch.arange(row["tokens"].shape[1])[None]
-                    alone.append(model(row["tokens"], places, None, labels=row["labels"])[0, :length])
+                    alone.append(model(row["tokens"], places, labels=row["labels"])[0, :length])
                     at += length
-                leaky = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])[0]
+                leaky = model(batch["tokens"], batch["position_ids"], labels=batch["labels"])[0]
             return {
                 "segments": lengths.tolist(),
                 "error": float((packed - torch.cat(alone)).abs().max()),

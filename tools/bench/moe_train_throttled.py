@@ -112,9 +112,7 @@ class Trainee:
 def put_core_layers(model: Any, state: Any, stand_in: float | None) -> None:
     """megatron-core's MoELayer in the place of every block, with its weights."""
     import torch
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.transformer.spec_utils import build_module
-    from overlap.layers import use_core_stand_in
+    from overlap.layers import core_moe_layer, use_core_stand_in
 
     from megatron_telechat.moe import MoEBlock
 
@@ -122,9 +120,7 @@ def put_core_layers(model: Any, state: Any, stand_in: float | None) -> None:
         block = decoder.mlp
         if not isinstance(block, MoEBlock):
             continue
-        spec = get_moe_module_spec(use_te=False, num_experts=block.config.num_moe_experts, moe_grouped_gemm=False)
-        layer = build_module(spec, config=block.config, pg_collection=state.process_groups)
-        layer.set_layer_number(decoder.layer_number)
+        layer = core_moe_layer(block.config, state.process_groups, decoder.layer_number)
         with torch.no_grad():
             layer.router.weight.copy_(block.router.weight)
             fc1, fc2 = block.experts.linear_fc1.weight, block.experts.linear_fc2.weight

@@ -130,7 +130,7 @@ def train(layout: str, steps: int) -> dict[str, Any]:
         if step == 3:
             timeline.enabled = True
         wall, cpu = time.perf_counter(), time.process_time()
-        model(tokens, positions, None, labels=tokens).float().mean().backward()
+        model(tokens, positions, labels=tokens).float().mean().backward()
         if state.dp_size > 1:
             for parameter in model.parameters():
                 torch.distributed.all_reduce(parameter.grad, group=state.dp_group)

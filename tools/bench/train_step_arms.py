@@ -120,7 +120,7 @@ def build_ours(case: Case) -> tuple[torch.nn.Module, Step]:
                 layer.mlp.linear_fc1.weight.copy_(fc1.flatten(0, 1))
                 layer.mlp.linear_fc2.weight.copy_(fc2)
     positions = torch.arange(case.sequence).unsqueeze(0)
-    return model, lambda tokens, labels: model(tokens, positions, None, labels=labels).float().mean()
+    return model, lambda tokens, labels: model(tokens, positions, labels=labels).float().mean()
 
 
 def build_core(case: Case) -> tuple[torch.nn.Module, Step]:

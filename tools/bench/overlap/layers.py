@@ -89,15 +89,24 @@ def build_block(shape: Shape, config: Any, groups: Any, weights: dict[str, Tenso
     return block
 
 
-def build_core(shape: Shape, config: Any, groups: Any, weights: dict[str, Tensor]) -> Any:
+def core_moe_layer(config: Any, groups: Any, number: int) -> Any:
     """megatron-core's MoELayer: alltoall dispatcher and SequentialMLP, its only experts without CUDA or
-    TransformerEngine."""
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.transformer.spec_utils import build_module
+    TransformerEngine.
 
-    spec = get_moe_module_spec(use_te=False, num_experts=shape.experts, moe_grouped_gemm=False)
-    layer = build_module(spec, config=config, pg_collection=groups)
-    layer.set_layer_number(1)
+    Args:
+        number: of the layer, from 1.
+    """
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    spec = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    layer = spec(config=config, pg_collection=groups)
+    layer.set_layer_number(number)
+    return layer
+
+
+def build_core(shape: Shape, config: Any, groups: Any, weights: dict[str, Tensor]) -> Any:
+    """megatron-core's layer with these weights."""
+    layer = core_moe_layer(config, groups, 1)
     mine = _local_experts(shape, groups)
     with torch.no_grad():
         layer.router.weight.copy_(weights["router"])
