@@ -165,7 +165,8 @@ class Dispatch:
         return self._incoming[chunk]
 
     def lay_out_arrivals(self) -> None:
-        """Fill :attr:`arrivals`."""
+        """Fill :attr:`arrivals`; to be called once."""
+        assert self._layout is not None, "the arrivals were laid out before"
         self.arrivals = self._layout.arrivals()
         self._layout = None
 
