@@ -9,9 +9,9 @@ of W depends on how fast the link is here, and no other rank sees that.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,23 +35,24 @@ class _Pending:
     hidden: Tensor
 
 
-class BackwardTransport(Protocol):
+class BackwardTransport(ABC):
     """The way of the gradients in a backward: :class:`BackwardOverLink`, or :class:`BackwardInPlace` where no rank has
     others to send to."""
 
+    @abstractmethod
     def send_all(self) -> None:
         """Start C' of all chunks."""
-        ...
 
+    @abstractmethod
     def is_gap(self, chunk: int) -> bool:
         """Whether now is the time for weight gradients of earlier chunks: this chunk's C' is still on its way, or
         nothing is gained by leaving them for later."""
-        ...
 
+    @abstractmethod
     def receive(self, chunk: int) -> Tensor:
         """Wait for C' of a chunk: the gradient of each token row's output, [T, h]."""
-        ...
 
+    @abstractmethod
     def sums(self, arrivals: Arrivals, grad_rows: Tensor, grad_scale: Tensor) -> Tensor:
         """Sums of the expert rows' gradients, [N, h], by token row, in the form that :meth:`send_back` takes.
 
@@ -60,8 +61,8 @@ class BackwardTransport(Protocol):
             grad_rows: [N, h].
             grad_scale: [N], gradients of the probabilities.
         """
-        ...
 
+    @abstractmethod
     def send_back(self, chunk: int, sums: Tensor, grad_scale: Tensor) -> None:
         """Start D' of a chunk, or store its result.
 
@@ -69,12 +70,11 @@ class BackwardTransport(Protocol):
             sums: what :meth:`sums` gave.
             grad_scale: [N], gradients of the probabilities.
         """
-        ...
 
+    @abstractmethod
     def finish(self) -> tuple[Tensor, Tensor]:
         """Wait for the D's in order, and sum what came back: the gradients of the tokens, [n, h], and of the
         probabilities, [n, k] in the type that they travel in."""
-        ...
 
 
 class BackwardPass:
@@ -161,7 +161,7 @@ class BackwardPass:
             self.gradients.end_chunk()
 
 
-class BackwardOverLink:
+class BackwardOverLink(BackwardTransport):
     """Gradients travel to the ranks of the experts and back.
 
     Args:
@@ -212,7 +212,7 @@ class BackwardOverLink:
         return grad_tokens, grad_probabilities
 
 
-class BackwardInPlace:
+class BackwardInPlace(BackwardTransport):
     """All experts are on this rank: nothing is sent.
 
     Args:

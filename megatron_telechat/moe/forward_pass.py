@@ -1,14 +1,16 @@
 """The forward of the experts, chunk by chunk: D dispatch, F experts, C combine.
 
-issue D0 .. Dk-1;  then for each chunk: wait D, compute F, issue C;  then wait for the C's and sum
-link     | D0 | D1 | C0 | D2 | ...
-compute       | F0 | F1 | F2 | ...
+    issue D0 .. Dk-1;  then for each chunk: wait D, compute F, issue C;  then wait for the C's and sum
+    link     | D0 | D1 | C0 | D2 | ...
+    compute       | F0 | F1 | F2 | ...
+
+The link works one transfer after another, in the order of their issue.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,25 +37,25 @@ class Saved:
     gate_up: Tensor | None
 
 
-class ForwardTransport(Protocol):
+class ForwardTransport(ABC):
     """The way of the rows in a forward: :class:`ForwardOverLink`, or :class:`ForwardInPlace` where no rank has others
     to send to."""
 
+    @abstractmethod
     def send_all(self) -> None:
         """Start D of all chunks."""
-        ...
 
+    @abstractmethod
     def receive(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Wait for D of a chunk: the buffer [b, h] that arrived, and the probability of every expert row, [N]."""
-        ...
 
+    @abstractmethod
     def send_back(self, chunk: int, sums: Tensor) -> None:
         """Start C of a chunk, or store its result: the summed outputs of its token rows, [T, h]."""
-        ...
 
+    @abstractmethod
     def finish(self) -> Tensor:
         """Wait for the C's in order, and sum what came back: the output, [n, h]."""
-        ...
 
 
 class ForwardPass:
@@ -102,7 +104,7 @@ class ForwardPass:
         return sum_bags(outputs, arrivals.bags, arrivals.bag_starts), gate_up
 
 
-class ForwardOverLink:
+class ForwardOverLink(ForwardTransport):
     """Rows travel to the ranks of their experts and back.
 
     Args:
@@ -148,7 +150,7 @@ class ForwardOverLink:
         return output
 
 
-class ForwardInPlace:
+class ForwardInPlace(ForwardTransport):
     """All experts are on this rank: nothing is sent, and the buffer of every chunk is the input itself.
 
     Args:

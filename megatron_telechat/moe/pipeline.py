@@ -66,8 +66,8 @@ class ChunkPipeline:
             transport = ForwardInPlace(self.dispatch, tokens, probabilities)
         else:
             transport = ForwardOverLink(self.dispatch, self.link, clock, tokens, probabilities)
-        run = ForwardPass(self.dispatch, transport, self.engine, weights, clock)
-        return run.run(keep, keep_gate_up=keep and not self.recompute)
+        forward = ForwardPass(self.dispatch, transport, self.engine, weights, clock)
+        return forward.run(keep, keep_gate_up=keep and not self.recompute)
 
     def backward(
         self, grad: Tensor, weights: ExpertWeights, kept: list[Saved], gradients: Gradients
@@ -89,8 +89,8 @@ class ChunkPipeline:
         else:
             transport = BackwardOverLink(self.dispatch, self.link, clock, grad)
         max_pending = MAX_PENDING_RECOMPUTED if self.recompute else MAX_PENDING
-        run = BackwardPass(self.dispatch, transport, self.engine, weights, gradients, clock, max_pending)
-        return run.run(kept)
+        backward = BackwardPass(self.dispatch, transport, self.engine, weights, gradients, clock, max_pending)
+        return backward.run(kept)
 
     def _pass_clock(self, backward: bool, device: torch.device) -> PassClock:
         return PassClock(self.clock, self.layer, backward, device)
