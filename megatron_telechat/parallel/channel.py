@@ -20,16 +20,19 @@ class AllToAll:
         received: where the rows arrive.
         sent: the rows that leave.
         work: its handle in torch.distributed.
+        by_host: threads of the host move the rows, so that the host knows when they are here; otherwise the device
+            does, in the order of its queues.
     """
 
-    def __init__(self, received: Tensor, sent: Tensor, work: dist.Work):
+    def __init__(self, received: Tensor, sent: Tensor, work: dist.Work, by_host: bool):
+        self._by_host = by_host
         self._under_way: tuple[Tensor, Tensor, dist.Work] | None = (received, sent, work)
 
     @property
     def arrived(self) -> bool:
-        """Whether :meth:`wait` would return at once. On an accelerator the host does not know: True."""
-        received, _, work = self._parts()
-        return received.device.type != "cpu" or work.is_completed()
+        """Whether :meth:`wait` would return at once. Where the device moves the rows, the host never waits: True."""
+        _, _, work = self._parts()
+        return not self._by_host or work.is_completed()
 
     def wait(self) -> Tensor:
         """The received rows; to be called once. On an accelerator the current stream waits, not the host."""
@@ -88,7 +91,7 @@ class Channel:
         else:
             work = dist.all_to_all_single(received, rows, list(receive), list(send), group=self.group, async_op=True)
             assert work is not None, "this rank is not in the group"
-        return AllToAll(received, rows, work)
+        return AllToAll(received, rows, work, by_host=self._gloo is not None)
 
 
 def _one_thread_gloo(group: dist.ProcessGroup, name: str, timeout: timedelta) -> Any:
