@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_telechat.moe.block import MoEBlock, moe_blocks, moe_submodules
+from megatron_telechat.moe.block import MoEBlock, moe_blocks
 from megatron_telechat.moe.counted import CountedTokens
 from megatron_telechat.moe.experts import GroupedExperts
 from megatron_telechat.moe.load import ExpertLoad, collect_expert_load
@@ -17,5 +17,4 @@ __all__ = [
     "Routing",
     "collect_expert_load",
     "moe_blocks",
-    "moe_submodules",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from megatron_telechat.moe.block import MoEBlock
 from megatron_telechat.moe.chunks import chunk_parts
+from megatron_telechat.moe.clock import ExchangeClock
 from megatron_telechat.moe.dispatch import Arrivals
-from megatron_telechat.moe.engine import Gradients
+from megatron_telechat.moe.engine import Engine, ExpertWeights, Gradients
+from megatron_telechat.moe.gradients import main_grad_of, set_added_to_main_grad
+from megatron_telechat.moe.link import Link
 from megatron_telechat.moe.overlap_model import PassCosts, predicted_ms
-from megatron_telechat.moe.pipeline import ChunkPipeline
 
 FIRST = (1, 2, 4, 8)
 CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -39,7 +41,7 @@ class ChunkChoice:
         num_chunks: for all blocks of the model.
         reason: one line for a person.
         measured_ms: forward and backward of one block, by number of chunks; the slowest rank's, in the fastest of
-        several rounds.
+            several rounds.
         predicted_ms: what the model says, for the candidates.
         forward, backward: the fitted costs; None where nothing had to be measured.
     """
@@ -52,44 +54,56 @@ class ChunkChoice:
     backward: PassCosts | None = None
 
 
+class _Here:
+    """A transfer that arrives at once."""
+
+    arrived = True
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+
+    def wait(self) -> Tensor:
+        return self.rows
+
+    def when_done(self, report: Callable[[], None]) -> None:
+        report()
+
+
 class _NoLink:
-    """Transfers that arrive at once: the computation alone."""
+    """A :class:`Link` whose transfers take no time: the computation alone."""
 
-    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> _NoLink._Here:
-        return self._Here(rows.new_zeros((sum(receive), *rows.shape[1:])))
-
-    class _Here:
-        arrived = True
-
-        def __init__(self, rows: Tensor):
-            self.rows = rows
-
-        def wait(self) -> Tensor:
-            return self.rows
-
-        def when_done(self, report: Callable[[], None]) -> None:
-            report()
+    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> _Here:
+        return _Here(rows.new_zeros((sum(receive), *rows.shape[1:])))
 
 
 class _NoExperts:
-    """Products that take no time: the transfers alone."""
+    """An :class:`Engine` whose products take no time: the transfers alone."""
 
-    @staticmethod
-    def forward(rows, scale, plan: Arrivals, weights, keep):
-        return rows.new_zeros(plan.num_rows, rows.shape[1]), None
+    def first_product(self, rows: Tensor, arrivals: Arrivals, weights: ExpertWeights, /) -> Tensor:
+        return rows.new_empty(0)
 
-    @staticmethod
-    def first_product(rows, plan, weights):
-        return None
+    def forward(
+        self, rows: Tensor, scale: Tensor, arrivals: Arrivals, weights: ExpertWeights, keep: bool, /
+    ) -> tuple[Tensor, Tensor | None]:
+        return rows.new_zeros(arrivals.num_rows, rows.shape[1]), rows.new_empty(0) if keep else None
 
-    @staticmethod
-    def input_gradients(grad, scale, gate_up, plan: Arrivals, weights):
-        wide = torch.promote_types(scale.dtype, torch.float32)
-        return grad.new_zeros(plan.num_rows, grad.shape[1]), scale.new_zeros(plan.num_rows, dtype=wide), None
+    def input_gradients(
+        self, grad: Tensor, scale: Tensor, gate_up: Tensor, arrivals: Arrivals, weights: ExpertWeights, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return grad.new_zeros(arrivals.num_rows, grad.shape[1]), torch.zeros_like(scale), gate_up
 
-    @staticmethod
-    def weight_gradients(*_: Any) -> None:
+    def weight_gradients(self, *_: Any) -> None:
         pass
+
+
+class _Arm(NamedTuple):
+    """What is timed: the block with this link and this engine; None takes the block's own."""
+
+    link: Link | None = None
+    engine: Engine | None = None
+
+
+_BLOCK, _COMPUTE, _LINK = _Arm(), _Arm(link=_NoLink()), _Arm(engine=_NoExperts())
 
 
 class _Probe:
@@ -98,7 +112,7 @@ class _Probe:
     def __init__(self, block: MoEBlock, num_tokens: int, dtype: torch.dtype, synchronize: Callable[[], None]):
         self.block, self.synchronize = block, synchronize
         device = block.router.weight.device
-        generator = torch.Generator().manual_seed(1234 + block.channel.rank)
+        generator = torch.Generator().manual_seed(1234 + block.groups.all.rank())
         hidden = block.config.hidden_size
         self.tokens, self.grad = (
             torch.randn(num_tokens, hidden, generator=generator).to(device=device, dtype=dtype) for _ in range(2)
@@ -107,13 +121,15 @@ class _Probe:
             self.routing = block.router(self.tokens.unsqueeze(1))
         self.weights = block.experts.weights
 
-    def run(self, k: int, channel: Any = None, engine: Any = None) -> tuple[float, float]:
+    def run(self, k: int, arm: _Arm) -> tuple[float, float]:
         """Milliseconds of a forward and of a backward."""
         with torch.no_grad():
             pipeline = self.block.pipeline(self.routing, self.tokens.dtype, k)
-            engine = engine or pipeline.engine
-            pipeline = ChunkPipeline(
-                pipeline.dispatch, channel or self.block.channel, recompute=pipeline.recompute, engine=engine
+            pipeline = replace(
+                pipeline,
+                link=arm.link or pipeline.link,
+                engine=arm.engine or pipeline.engine,
+                clock=ExchangeClock(),  # these waits are none of the training's
             )
             self.synchronize()
             begin = time.perf_counter()
@@ -128,16 +144,22 @@ class _Probe:
     def clean(self) -> None:
         """The probes went into the gradient buffers, as the real passes do."""
         for parameter in self.block.experts.parameters():
-            if getattr(parameter, "main_grad", None) is not None:
-                parameter.main_grad.zero_()
-                parameter.grad_added_to_main_grad = False
+            main = main_grad_of(parameter)
+            if main is not None:
+                main.zero_()
+                set_added_to_main_grad(parameter, False)
 
 
 def max_chunks(block: MoEBlock, num_tokens: int) -> int:
-    """The largest candidate that leaves an expert enough rows in the smallest chunk, with an even load."""
-    config = block.config
-    rows = num_tokens * config.moe_router_topk * block.channel.size / config.num_moe_experts
-    minimum = MIN_ROWS.get(block.router.weight.device.type, MIN_ROWS["cuda"])
+    """The largest candidate that leaves an expert enough rows in the smallest chunk, with an even load.
+
+    Args:
+        block: a MoE layer of this rank.
+        num_tokens: tokens of a call on this rank.
+    """
+    router = block.router
+    rows = num_tokens * router.topk * block.groups.all.size() / router.num_experts
+    minimum = MIN_ROWS.get(router.weight.device.type, MIN_ROWS["cuda"])
     # The smallest chunk is one part of all: megatron_telechat.moe.chunks.
     fitting = [k for k in CANDIDATES if k <= num_tokens and sum(chunk_parts(k)) * minimum <= rows]
     return max(fitting, default=1)
@@ -163,7 +185,7 @@ def choose_num_chunks(
         synchronize: waits for the device.
     """
     limits = torch.tensor(
-        [block.channel.size if block else 1, -(max_chunks(block, num_tokens) if block else 1 << 30)], device=device
+        [block.groups.all.size() if block else 1, -(max_chunks(block, num_tokens) if block else 1 << 30)], device=device
     )
     _reduce(limits)
     group_size, limit = int(limits[0]), -int(limits[1])
@@ -174,30 +196,29 @@ def choose_num_chunks(
     probe = _Probe(block, num_tokens, dtype, synchronize) if block else None
     first = [k for k in FIRST if k <= limit]
     ends = [first[0], first[-1]]
-    arms: dict[tuple[str, int], dict[str, Any]] = {("block", k): {} for k in first}
-    arms |= {("compute", k): {"channel": _NoLink()} for k in ends}
-    arms |= {("link", k): {"engine": _NoExperts()} for k in ends}
+    arms = [(_BLOCK, k) for k in first] + [(_COMPUTE, k) for k in ends] + [(_LINK, k) for k in ends]
     times = _measure(probe, arms, device)
-    parts = [
-        PassCosts.fit({k: times["compute", k][way] for k in ends}, {k: times["link", k][way] for k in ends})
+    forward, backward = (
+        PassCosts.fit({k: times[_COMPUTE, k][way] for k in ends}, {k: times[_LINK, k][way] for k in ends})
         for way in (0, 1)
-    ]
-    predicted = {k: predicted_ms(*parts, k) for k in CANDIDATES if k <= limit}
-    measured = {k: sum(times["block", k]) for k in first}
-    best = min(measured, key=measured.get)
+    )
+    predicted = {k: predicted_ms(forward, backward, k) for k in CANDIDATES if k <= limit}
+    measured = {k: sum(times[_BLOCK, k]) for k in first}
+    best = min(measured, key=measured.__getitem__)
     further = _neighbours(best, first, predicted)
     if further:  # beside the best again: what is compared is measured side by side
-        times |= _measure(probe, {("block", k): {} for k in sorted({1, best, *further})}, device)
+        times |= _measure(probe, [(_BLOCK, k) for k in sorted({1, best, *further})], device)
     if probe is not None:
         probe.clean()
-    measured = {k: sum(times["block", k]) for kind, k in sorted(times) if kind == "block"}
+    measured = {k: sum(times[_BLOCK, k]) for k in sorted(k for arm, k in times if arm == _BLOCK)}
     best = _smallest_good(measured)
-    return ChunkChoice(best, _reason(best, measured, parts), measured, predicted, *parts)
+    reason = _reason(best, measured, (forward, backward))
+    return ChunkChoice(best, reason, measured, predicted, forward, backward)
 
 
 def _measure(
-    probe: _Probe | None, arms: Mapping[tuple[str, int], dict[str, Any]], device: torch.device
-) -> dict[tuple[str, int], tuple[float, float]]:
+    probe: _Probe | None, arms: Sequence[tuple[_Arm, int]], device: torch.device
+) -> dict[tuple[_Arm, int], tuple[float, float]]:
     """Forward and backward of every arm: in each round the slowest rank's, of the rounds the fastest.
 
     A round is over all arms, so that drift hits all alike; and what disturbs a round only adds to its time.
@@ -206,7 +227,7 @@ def _measure(
     spent = torch.zeros(1, dtype=torch.float64, device=device)
     for number in range(ROUNDS + 1):
         begin = time.perf_counter()
-        times = [probe.run(k, **options) if probe else (0.0, 0.0) for (_, k), options in arms.items()]
+        times = [probe.run(k, arm) if probe else (0.0, 0.0) for arm, k in arms]
         if number:  # the first one warms up
             rounds.append(times)
         spent += time.perf_counter() - begin

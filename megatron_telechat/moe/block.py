@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_telechat.moe.choices import FirstPass
-from megatron_telechat.moe.clock import ExchangeClock
+from megatron_telechat.moe.clock import ExchangeClock, PassClock
 from megatron_telechat.moe.counted import CountedTokens
 from megatron_telechat.moe.dispatch import Dispatch, ExpertGroups, RowFormat
+from megatron_telechat.moe.engine import Engine
+from megatron_telechat.moe.engines import engine_for
 from megatron_telechat.moe.experts import GroupedExperts
+from megatron_telechat.moe.link import Link
 from megatron_telechat.moe.pipeline import ChunkPipeline
 from megatron_telechat.moe.router import Router, Routing
-from megatron_telechat.parallel.channel import Channel
+
+SHARED_EXPERTS = ModuleSpec(
+    module=SharedExpertMLP,
+    submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+)
 
 
-def moe_submodules() -> MoESubmodules:
-    """The parts of the block; a specification may replace any of them."""
-    shared = ModuleSpec(
-        module=SharedExpertMLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
-    return MoESubmodules(experts=GroupedExperts, shared_experts=shared, router=Router)
+def moe_blocks(stages: Sequence[torch.nn.Module]) -> list[MoEBlock]:
+    """The blocks in these modules, in the order of the layers.
 
-
-def moe_blocks(chunks: Sequence[torch.nn.Module]) -> list[MoEBlock]:
-    """The blocks in these modules, in the order of the layers."""
-    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoEBlock)]
+    Args:
+        stages: the virtual stages of this rank.
+    """
+    return [module for stage in stages for module in stage.modules() if isinstance(module, MoEBlock)]
 
 
 class MoEBlock(BaseMoELayer):
@@ -47,25 +48,32 @@ class MoEBlock(BaseMoELayer):
 
     Args:
         config: Megatron-Core's TransformerConfig.
-        submodules: parts; None takes :func:`moe_submodules`.
         layer_number: one-based; the transformer layer sets it.
         pg_collection: process groups with an ``expert_channel``, as :class:`ParallelState` has them.
         output_bias: a bias on the experts' down projection, weighted by the routing probability.
         num_chunks: pieces of the input whose exchanges and computation overlap; the same on all ranks of an expert
-        group.
+            group.
         recompute_experts: keep the rows that were dispatched, and repeat the experts' first product in the backward; of
-        the
-            shared experts, repeat all. No exchange is repeated.
+            the shared experts, repeat all. No exchange is repeated.
 
     Attributes:
-        num_chunks: may be changed between steps.
+        num_chunks, recompute_experts: may be changed between steps.
         clock: how long the computation waited for the exchange.
+        link: carries the exchanges. Measurements and tests put another in its place.
+        engine: multiplies the local experts. Measurements put another in its place.
+
+    Raises:
+        ConfigError: widths that the exchange or the accelerator's grouped product cannot take.
     """
+
+    router: Router
+    experts: GroupedExperts
+    link: Link
+    engine: Engine
 
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: MoESubmodules | None = None,
         layer_number: int | None = None,
         *,
         pg_collection: ProcessGroupCollection,
@@ -75,18 +83,16 @@ class MoEBlock(BaseMoELayer):
     ):
         groups = pg_collection
         super().__init__(config=config, layer_number=layer_number, pg_collection=groups)
-        parts = submodules or moe_submodules()
         self.groups = ExpertGroups(ep=groups.ep, etp=groups.expt_tp, all=groups.tp_ep)
-        self.channel: Channel = groups.expert_channel
+        self.link = groups.expert_channel  # pyright: ignore[reportAttributeAccessIssue] - ours, see ParallelState
         self.clock = ExchangeClock()
         self.num_chunks = num_chunks
         self.recompute_experts = recompute_experts
-        self.router = build_module(parts.router, config=config, pg_collection=groups)
-        self.experts = build_module(
-            parts.experts, self.num_local_experts, config, pg_collection=groups, output_bias=output_bias
-        )
+        self.router = Router(config, groups)
+        self.experts = GroupedExperts(self.num_local_experts, config, groups, output_bias)
+        self.engine = engine_for(self.experts.device)
         if self.use_shared_expert:
-            self.shared_experts = build_module(parts.shared_experts, config=config, pg_collection=groups, gate=False)
+            self.shared_experts = build_module(SHARED_EXPERTS, config=config, pg_collection=groups, gate=False)
 
     def forward(
         self,
@@ -122,16 +128,19 @@ class MoEBlock(BaseMoELayer):
         return self.experts(tokens, routing.weights, self.pipeline(routing, tokens.dtype))
 
     def pipeline(self, routing: Routing, dtype: torch.dtype, num_chunks: int | None = None) -> ChunkPipeline:
-        """The plan of one call and what carries it out. Collective over the ranks that share the experts.
+        """What carries out one call. Collective over the ranks that share the experts.
 
         Args:
             routing: the router's choice.
             dtype: of the tokens.
             num_chunks: instead of :attr:`num_chunks`.
+
+        Raises:
+            ConfigError: on all ranks of the group, if their numbers of chunks differ.
         """
         layer = None if self.layer_number is None else self.layer_number - 1
-        with self.clock.computing("plan", None, layer, False):
+        clock = PassClock(self.clock, layer, False, routing.experts.device)
+        with clock.computing("plan"):
             form = RowFormat(self.config.hidden_size, dtype)
-            waiting = partial(self.clock.waiting, None, None, layer, False, routing.experts.device)
-            dispatch = Dispatch(routing, self.groups, num_chunks or self.num_chunks, form, waiting)
-        return ChunkPipeline(dispatch, self.channel, self.clock, layer, recompute=self.recompute_experts)
+            dispatch = Dispatch(routing, self.groups, num_chunks or self.num_chunks, form, clock.waiting)
+        return ChunkPipeline(dispatch, self.link, self.engine, self.clock, layer, self.recompute_experts)

@@ -23,8 +23,7 @@ def pack(experts: Tensor, num_experts: int) -> Tensor:
 class _Picked(torch.autograd.Function):
     """``logits.gather(1, experts)`` for experts that differ within a row. torch's own backward adds up, in an order
     that changes on a GPU or in a slow one under deterministic algorithms; here, as in the backward of top-k, nothing
-    has to be
-    added."""
+    has to be added."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, experts: Tensor) -> Tensor:
@@ -68,8 +67,8 @@ class FirstPass:
     """Experts that a router chose in the first pass of one checkpointed call, for the pass that repeats it.
 
     One object belongs to one call of one layer, and lives in what the checkpoint runs: micro-batches in flight,
-    interleaved chunks and an evaluation in between cannot mix theirs up. A choice takes a byte (two from 257 experts
-    on).
+    interleaved virtual stages and an evaluation in between cannot mix theirs up. A choice takes a byte (two from 257
+    experts on).
     """
 
     def __init__(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+
+from megatron_telechat.moe.link import Transfer
 
 
 class Span(NamedTuple):
@@ -17,8 +19,7 @@ class Span(NamedTuple):
     Attributes:
         track: "compute", or "link" for a transfer from its start to its arrival.
         name: F forward of the experts, R recompute, B gradients of inputs, W gradients of weights; D dispatch, C
-        combine, with a
-            ' for their gradients; plan; wait.
+            combine, with a ' for their gradients; plan, pack, sum; wait.
         chunk: None for what belongs to no chunk.
         layer: zero-based number of the layer; None where it is not known.
         backward: in the backward pass.
@@ -55,6 +56,7 @@ class ExchangeClock:
     _origin: float = field(default_factory=time.perf_counter)
 
     def now_us(self) -> float:
+        """Microseconds since the clock's start."""
         return (time.perf_counter() - self._origin) * 1e6
 
     @contextmanager
@@ -89,7 +91,7 @@ class ExchangeClock:
         yield
         self.spans.append(Span("compute", name, chunk, layer, backward, start, self.now_us()))
 
-    def transfer(self, transfer: Any, name: str, chunk: int, layer: int | None, backward: bool) -> None:
+    def transfer(self, transfer: Transfer, name: str, chunk: int, layer: int | None, backward: bool) -> None:
         """A transfer was started; while tracing, record when it arrives (host transfers only)."""
         if self.tracing:
             start = self.now_us()
@@ -114,3 +116,32 @@ class ExchangeClock:
         """The recorded spans, in order of their start; the clock goes on."""
         spans, self.spans = sorted(self.spans, key=lambda span: span.start_us), []
         return spans
+
+
+@dataclass(frozen=True)
+class PassClock:
+    """The clock of a block as one pass of one call sees it.
+
+    Attributes:
+        clock: of the block.
+        layer: zero-based number of the layer; None where it is not known.
+        backward: whether this is a backward pass.
+        device: of the computation.
+    """
+
+    clock: ExchangeClock
+    layer: int | None
+    backward: bool
+    device: torch.device
+
+    def computing(self, name: str, chunk: int | None = None) -> AbstractContextManager[None]:
+        """Around a piece of computation; see :meth:`ExchangeClock.computing`."""
+        return self.clock.computing(name, chunk, self.layer, self.backward)
+
+    def waiting(self, name: str | None = None, chunk: int | None = None) -> AbstractContextManager[None]:
+        """Around a wait for other ranks; see :meth:`ExchangeClock.waiting`."""
+        return self.clock.waiting(name, chunk, self.layer, self.backward, self.device)
+
+    def started(self, transfer: Transfer, name: str, chunk: int) -> None:
+        """A transfer was started; see :meth:`ExchangeClock.transfer`."""
+        self.clock.transfer(transfer, name, chunk, self.layer, self.backward)

@@ -42,7 +42,9 @@ class CountedTokens:
             learned_share: fp32 [] on the device, N / R of the global batch.
         """
         total = real_tokens(tokens, padding)
-        real = None if total == tokens.numel() else (~padding).to(learned_share.device, non_blocking=True)
+        real = None
+        if padding is not None and total < tokens.numel():
+            real = (~padding).to(learned_share.device, non_blocking=True)
         return cls(total, learned_share * total, real)
 
     def rows(self, part: int, parts: int) -> CountedTokens:

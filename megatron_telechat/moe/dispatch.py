@@ -121,14 +121,22 @@ class Arrivals:
 
     @property
     def num_rows(self) -> int:
+        """N: the expert rows of all local experts."""
         return sum(self.counts)
 
 
 class Dispatch:
-    """The plan of one call of a block: ranges, outgoing and arriving sides of all chunks.
+    """Which rows of one call of a block go where: ranges, outgoing and arriving sides of all chunks.
 
     The outgoing side is laid out by the constructor, the arriving side by :meth:`lay_out_arrivals`, which can run
     while the first chunk is on its way.
+
+    Attributes:
+        num_tokens, topk: n and k of the routing.
+        ranges: the tokens of every chunk.
+        local: one rank holds all experts; nothing is sent, and there is no outgoing side.
+        outgoing: every chunk seen from this rank's tokens.
+        arrivals: every chunk seen from this rank's experts; empty until it is laid out.
 
     Args:
         routing: what the router chose on this rank. All ranks of the group must hold equally many tokens.
@@ -165,17 +173,23 @@ class Dispatch:
         return self._incoming[chunk]
 
     def lay_out_arrivals(self) -> None:
-        """Fill :attr:`arrivals`."""
+        """Fill :attr:`arrivals`; to be called once."""
+        assert self._layout is not None, "the arrivals were laid out before"
         self.arrivals = self._layout.arrivals()
         self._layout = None
 
 
 class _Layout:
-    """Index arithmetic of a plan, for all chunks at once. Shapes: c chunks, s ranks of the group, e expert-parallel
+    """Index arithmetic of a dispatch, for all chunks at once. Shapes: c chunks, s ranks of the group, e expert-parallel
     ranks, m tokens of a chunk, k choices of a token."""
 
     def __init__(
-        self, routing: Routing, groups: ExpertGroups, ranges: tuple[ChunkRange, ...], rows: RowFormat, waiting
+        self,
+        routing: Routing,
+        groups: ExpertGroups,
+        ranges: tuple[ChunkRange, ...],
+        rows: RowFormat,
+        waiting: Callable[[], AbstractContextManager],
     ):
         self.topk = routing.experts.shape[1]
         self.num_experts = routing.tokens_per_expert.numel()
@@ -247,6 +261,7 @@ class _Layout:
     # ---- the side of the tokens ---------------------------------------------------------------
 
     def outgoing(self) -> tuple[Outgoing, ...]:
+        """Every chunk seen from the rank of its tokens."""
         sliced = range(self.etp)
         # Position of a token's row in its segment, and of its first slice-group segment in the buffers: [c, e, m].
         place = self.tokens_out.cumsum(-1) - 1
@@ -297,6 +312,7 @@ class _Layout:
     # ---- the side of the experts --------------------------------------------------------------
 
     def arrivals(self) -> tuple[Arrivals, ...]:
+        """Every chunk seen from the rank of the experts."""
         totals = [sum(sizes) for sizes in self.host_in_sizes]
         plain_totals = [sum(sizes) for sizes in self.host_in_rows]
         expert_totals = [sum(counts) for counts in self.host_experts]
@@ -313,7 +329,7 @@ class _Layout:
         slots = self._arriving_slots(starts).gather(1, order)
         rows_of, token_rows_of = rows.flatten(1).gather(1, owner), token_rows.flatten(1).gather(1, owner)
 
-        # Expert rows by token row: the how-manieth choice for here each one is.
+        # Expert rows by token row: each one is the k-th choice for here.
         flat_pairs = self.pairs_in.flatten(1)
         rank = (flat_pairs.cumsum(1) - 1).gather(1, order)
         valid = flat_pairs.gather(1, order)
@@ -347,7 +363,18 @@ class _Layout:
         within = self.pairs_in.flatten(2).cumsum(-1) - 1  # [c, s, m * k]
         return (within + ((starts + self.in_rows) * self.per_row).unsqueeze(-1)).flatten(1)
 
-    def _starts_with_gaps(self, token_starts, rows, mask, totals, expert_totals) -> list[Tensor]:
+    def _starts_with_gaps(
+        self, token_starts: Tensor, rows: Tensor, mask: Tensor, totals: list[int], expert_totals: list[int]
+    ) -> list[Tensor]:
+        """For every chunk where the group of each row of the buffer begins; see :class:`Arrivals`.
+
+        Args:
+            token_starts: [c, s, m], where the group of each token row begins.
+            rows: [c, s, m], the place of each token row in the buffer.
+            mask: [c, s, m], which tokens come here.
+            totals: rows of the buffer of each chunk.
+            expert_totals: expert rows of each chunk.
+        """
         if self.group_size == 1:
             return [token_starts.new_empty(0, dtype=torch.int32)] * self.chunks
         # A row of probabilities owns no expert row: its group begins where that of the next token row does.
@@ -358,7 +385,13 @@ class _Layout:
         ]
 
 
-def _gather_choices(experts: Tensor, num_experts: int, num_chunks: int, group, waiting) -> tuple[Tensor, Tensor]:
+def _gather_choices(
+    experts: Tensor,
+    num_experts: int,
+    num_chunks: int,
+    group: dist.ProcessGroup,
+    waiting: Callable[[], AbstractContextManager],
+) -> tuple[Tensor, Tensor]:
     """[n, k] of this rank → [ranks, n, k] of all, one byte a choice where that is enough; and every rank's number of
     chunks, which rides along: ranks that cut differently would wait for each other's transfers for ever."""
     ids = experts.to(torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int32)

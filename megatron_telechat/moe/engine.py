@@ -1,4 +1,4 @@
-"""SwiGLU experts over rows that come from one buffer: what both engines share.
+"""SwiGLU experts over rows that come from one buffer: what an engine is given, what it must do, and the sums around it.
 
 For an expert row x of expert e with routing probability p,
 
@@ -7,23 +7,26 @@ For an expert row x of expert e with routing probability p,
 Kept for the backward: the buffer, p, and the output of the first product, or not even that if it is computed again. The
 probability multiplies the activation before the second product, with which it commutes.
 
-An engine is a module with four functions: ``first_product``, ``forward``, ``input_gradients``, ``weight_gradients``.
-The last two are apart, so that the exchange of input gradients can run beside the products of the weights' gradients.
+The engines are :mod:`megatron_telechat.moe.engine_loop` and :mod:`megatron_telechat.moe.engine_grouped`;
+:mod:`megatron_telechat.moe.engines` says which device takes which.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.gradients import WeightGradient
 from megatron_telechat.moe.te_products import Accumulate
 
 
-class ExpertWeights(NamedTuple):
+@dataclass(frozen=True)
+class ExpertWeights:
     """The local experts.
 
     Attributes:
@@ -43,16 +46,18 @@ class ExpertWeights(NamedTuple):
 
     @property
     def width(self) -> int:
+        """f: the width of an expert, or of the slice of it that this rank holds."""
         return self.fc2.shape[2]
 
     @property
     def flat_fc1(self) -> Tensor:
+        """[experts, 2 f, h]: gate above up; a view."""
         return self.fc1.flatten(1, 2)
 
     def detached(self) -> ExpertWeights:
         """The same values outside of autograd."""
         bias = None if self.bias is None else self.bias.detach()
-        return self._replace(fc1=self.fc1.detach(), fc2=self.fc2.detach(), bias=bias)
+        return replace(self, fc1=self.fc1.detach(), fc2=self.fc2.detach(), bias=bias)
 
 
 class Gradients(NamedTuple):
@@ -64,29 +69,107 @@ class Gradients(NamedTuple):
 
     @classmethod
     def of(cls, weights: ExpertWeights, chunks: int) -> Gradients:
+        """Buffers for one backward.
+
+        Args:
+            weights: the parameters themselves: where Megatron's DistributedDataParallel gave them a ``main_grad``, that
+                is the buffer.
+            chunks: how many times each part will be added to.
+        """
         bias = None if weights.bias is None else WeightGradient(weights.bias, chunks)
         fc1, fc2 = (WeightGradient(weight, chunks, weights.accumulate) for weight in (weights.fc1, weights.fc2))
         return cls(fc1, fc2, bias)
 
     def end_chunk(self) -> None:
+        """Every weight has had its share of one chunk."""
         for gradient in self:
             if gradient is not None:
                 gradient.end_chunk()
 
-    def results(self) -> tuple[Tensor | None, ...]:
-        """For autograd, in the order of the weights."""
-        return tuple(None if gradient is None else gradient.result() for gradient in self)
+    def results(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """For autograd: fc1, fc2, bias, each in the shape and type of its weight."""
+        return self.fc1.result(), self.fc2.result(), None if self.bias is None else self.bias.result()
 
 
-def engine_for(device: torch.device) -> Any:
-    """The loop on the CPU, ``grouped_mm`` elsewhere."""
-    if device.type == "cpu":
-        from megatron_telechat.moe import engine_loop
+class Engine(Protocol):
+    """The arithmetic of the local experts on one chunk; :class:`ForwardPass` and :class:`BackwardPass` call it.
 
-        return engine_loop
-    from megatron_telechat.moe import engine_grouped
+    An engine keeps no state between calls. It issues its work on the current stream and waits for nothing: on an
+    accelerator its results are there when that stream has come to them. Other chunks' transfers run beside it. It is
+    never called for a chunk without rows here. A module with these four functions is an engine.
 
-    return engine_grouped
+    Shapes: N expert rows sorted by expert, T token rows (each the input of one expert row or more), b rows of the
+    buffer that arrived (token rows, and rows of probabilities among them), h the hidden size, f the width. `scale` has
+    the type in which probabilities travel, all else the type of the rows.
+    """
+
+    def first_product(self, rows: Tensor, arrivals: Arrivals, weights: ExpertWeights, /) -> Tensor:
+        """Gate and up of every expert row, [N, 2 f], for a backward whose forward did not keep them.
+
+        Args:
+            rows: [b, h].
+            arrivals: which rows go to which expert.
+            weights: the local experts.
+        """
+        ...
+
+    def forward(
+        self, rows: Tensor, scale: Tensor, arrivals: Arrivals, weights: ExpertWeights, keep: bool, /
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs of the expert rows, times their probabilities: [N, h]; and gate and up, [N, 2 f], if `keep`.
+
+        Args:
+            rows: [b, h].
+            scale: [N], the probability of every expert row.
+            arrivals: which rows go to which expert.
+            weights: the local experts.
+            keep: return gate and up for the backward, else None.
+        """
+        ...
+
+    def input_gradients(
+        self, grad: Tensor, scale: Tensor, gate_up: Tensor, arrivals: Arrivals, weights: ExpertWeights, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the expert rows, [N, h], and of their probabilities, [N].
+
+        Apart from :meth:`weight_gradients`, so that the way back of these gradients can run beside the products of the
+        weights' gradients.
+
+        Args:
+            grad: [T, h], of the sums of the token rows' outputs.
+            scale: [N], the probability of every expert row.
+            gate_up: [N, 2 f]; overwritten by its own gradient.
+            arrivals: which rows go to which expert.
+            weights: the local experts.
+
+        Returns:
+            Both gradients; and the weighted activations [N, f], which :meth:`weight_gradients` needs.
+        """
+        ...
+
+    def weight_gradients(
+        self,
+        grad: Tensor,
+        scale: Tensor,
+        rows: Tensor,
+        grad_gate_up: Tensor,
+        hidden: Tensor,
+        arrivals: Arrivals,
+        gradients: Gradients,
+        /,
+    ) -> None:
+        """Add one chunk's share of the weights' gradients.
+
+        Args:
+            grad: [T, h], as in :meth:`input_gradients`.
+            scale: [N], the probability of every expert row.
+            rows: [b, h], as in :meth:`forward`.
+            grad_gate_up: [N, 2 f], the gradient of gate and up.
+            hidden: [N, f], the weighted activations.
+            arrivals: which rows go to which expert.
+            gradients: where the sums stand; the caller ends the chunk.
+        """
+        ...
 
 
 def sum_bags(rows: Tensor, bags: Tensor, starts: Tensor) -> Tensor:

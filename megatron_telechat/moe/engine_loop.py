@@ -116,12 +116,12 @@ def forward(
     output = rows.new_empty(plan.num_rows + multiple - 1, hidden)
     gate_up = _buffer(rows, plan.num_rows, 2 * width) if keep else None
     x, activation = _scratch(rows, plan, hidden), _scratch(rows, plan, width)
-    both_scratch = None if keep else _scratch(rows, plan, 2 * width)
+    room = _scratch(rows, plan, 2 * width) if gate_up is None else gate_up
     wide_both, wide_out = _wide_scratch(rows, plan, 2 * width), _wide_scratch(rows, plan, hidden)
-    adds_bias = weights.bias is not None and weights.adds_bias
+    bias = weights.bias if weights.adds_bias else None
     for turn in _turns(plan, multiple):
         count = turn.count
-        both = gate_up[turn.start : turn.end] if keep else both_scratch[: turn.padded]
+        both = room[turn.start : turn.end] if keep else room[: turn.padded]
         torch.mm(_gather(rows, plan.rows, turn, x), weights.flat_fc1[turn.expert].t(), out=both)
         gate, up = _widened(both[:count], wide_both).split(width, 1)
         factor = scale[turn.start : turn.stop].unsqueeze(1)
@@ -132,8 +132,8 @@ def forward(
         out = torch.mm(activation[: turn.padded], weights.fc2[turn.expert].t(), out=output[turn.start : turn.end])[
             :count
         ]
-        if adds_bias:
-            sums = _widened(out, wide_out).addcmul_(factor, weights.bias[turn.expert].to(scale.dtype))
+        if bias is not None:
+            sums = _widened(out, wide_out).addcmul_(factor, bias[turn.expert].to(scale.dtype))
             if wide_out is not None:
                 out.copy_(sums)
     return output[: plan.num_rows], gate_up

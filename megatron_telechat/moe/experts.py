@@ -1,16 +1,21 @@
-"""The experts of one rank: parameters of their own, and the autograd function of the pipeline over them."""
+"""The experts of one rank: their parameters, and the autograd node that runs the pipeline of chunks over them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.moe.engine import ExpertWeights, Gradients
-from megatron_telechat.moe.pipeline import ChunkPipeline, Saved
+from megatron_telechat.moe.forward_pass import Saved
+from megatron_telechat.moe.pipeline import ChunkPipeline
 from megatron_telechat.moe.te_products import accumulating_product
 
 # Row strides of torch.nn.functional.grouped_mm on accelerators.
@@ -25,6 +30,9 @@ class _Weights(torch.nn.Module):
     forward hook of the module that owns them.
     """
 
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.weight = torch.nn.Parameter(weight)
@@ -35,7 +43,8 @@ class _Weights(torch.nn.Module):
         return self.weight, self.bias
 
 
-def _check_alignment(config, device: torch.device, ffn_local: int) -> None:
+def _check_alignment(config: TransformerConfig, device: torch.device, ffn_local: int) -> None:
+    """Raises ConfigError for widths that the exchange or the accelerator's grouped product cannot take."""
     element = torch.empty((), dtype=config.params_dtype).element_size()
     if config.hidden_size * element % _PROBABILITY_BYTES:
         raise ConfigError(
@@ -69,26 +78,37 @@ class GroupedExperts(MegatronModule):
     ``linear_fc1.weight`` [E, 2, f, h] with gate before up, ``linear_fc2.weight`` [E, h, f] and, if `output_bias`,
     ``linear_fc2.bias`` [E, h]. They are zero until the model fills them.
 
+    Args:
+        num_local_experts: E.
+        config: Megatron-Core's TransformerConfig; hidden size, width and type are read.
+        pg_collection: process groups; the expert-tensor-parallel one is read.
+        output_bias: a bias on the down projection.
+
     Raises:
         ConfigError: widths that the exchange or the accelerator's grouped product cannot take.
     """
 
-    def __init__(self, num_local_experts: int, config, pg_collection, output_bias: bool = False):
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        output_bias: bool = False,
+    ):
         super().__init__(config=config)
         self.etp_group = pg_collection.expt_tp
         etp_size, etp_rank = self.etp_group.size(), self.etp_group.rank()
-        assert config.moe_ffn_hidden_size % etp_size == 0, "the configuration rules let this through"
-        width, hidden = config.moe_ffn_hidden_size // etp_size, config.hidden_size
-        options = {"dtype": config.params_dtype}  # on the device that the model is built under
-        bias = None
-        if output_bias:
-            bias = torch.zeros(num_local_experts, hidden, **options)
-        self.linear_fc1 = _Weights(torch.zeros(num_local_experts, 2, width, hidden, **options))
-        self.linear_fc2 = _Weights(torch.zeros(num_local_experts, hidden, width, **options), bias)
-        _check_alignment(config, self.linear_fc1.weight.device, width)
+        ffn, hidden, dtype = config.moe_ffn_hidden_size, config.hidden_size, config.params_dtype
+        assert ffn is not None and ffn % etp_size == 0, "the configuration rules let this through"
+        width = ffn // etp_size
+        # On the device that the model is built under.
+        bias = torch.zeros(num_local_experts, hidden, dtype=dtype) if output_bias else None
+        self.linear_fc1 = _Weights(torch.zeros(num_local_experts, 2, width, hidden, dtype=dtype))
+        self.linear_fc2 = _Weights(torch.zeros(num_local_experts, hidden, width, dtype=dtype), bias)
+        _check_alignment(config, self.device, width)
         self.num_local_experts = num_local_experts
         self.adds_bias = etp_rank == 0
-        self._accumulate = accumulating_product(self.linear_fc1.weight.device, config.params_dtype)
+        self._accumulate = accumulating_product(self.device, config.params_dtype)
         self._mark_parameters(etp_rank)
 
     def _mark_parameters(self, etp_rank: int) -> None:
@@ -102,11 +122,16 @@ class GroupedExperts(MegatronModule):
         (`training.chain`).
         """
         for parameter in self.parameters():
-            parameter.allreduce = False
+            parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue] - Megatron-Core's mark
         for linear, axis in ((self.linear_fc1, 2), (self.linear_fc2, 2)):
             set_tensor_model_parallel_attributes(linear.weight, is_parallel=True, dim=axis, stride=1)
         if self.linear_fc2.bias is not None:
             set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=etp_rank == 0, dim=0, stride=1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts are."""
+        return self.linear_fc1.weight.device
 
     @property
     def weights(self) -> ExpertWeights:
@@ -120,37 +145,48 @@ class GroupedExperts(MegatronModule):
         Args:
             tokens: [n, h] of this rank.
             probabilities: [n, k], the routing probabilities of the experts chosen for each token.
-            pipeline: plan and channel of this call.
+            pipeline: carries out this call.
 
         Returns:
             [n, h], weighted and summed.
         """
-        keep = torch.is_grad_enabled()
-        weights = self.weights
-        return _Experts.apply(tokens.contiguous(), probabilities, *weights[:3], weights[3:], pipeline, keep)
+        weights, keep = self.weights, torch.is_grad_enabled()
+        # The weights twice: once for autograd to see them, once by name for the node.
+        return _ExpertsNode.apply(
+            tokens.contiguous(), probabilities, weights.fc1, weights.fc2, weights.bias, weights, pipeline, keep
+        )
 
 
-class _Experts(torch.autograd.Function):
-    """One node for all chunks: its backward is scheduled by hand, not by autograd's order of nodes."""
+class _ExpertsNode(torch.autograd.Function):
+    """One node for all chunks, which owns the pipeline of the call and the weights. Its backward is scheduled by hand,
+    not by autograd's order of nodes."""
 
     @staticmethod
-    def forward(ctx, tokens, probabilities, fc1, fc2, bias, settings, pipeline, keep):
-        weights = ExpertWeights(fc1, fc2, bias, *settings)
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        probabilities: Tensor,
+        fc1: Tensor,
+        fc2: Tensor,
+        bias: Tensor | None,
+        weights: ExpertWeights,
+        pipeline: ChunkPipeline,
+        keep: bool,
+    ) -> Tensor:
         output, kept = pipeline.forward(tokens, probabilities, weights, keep)
         if keep:
             # The parameters themselves: their main_grad takes the gradients.
             ctx.weights, ctx.pipeline, ctx.probabilities_dtype = weights, pipeline, probabilities.dtype
-            # Saved by autograd, and not kept by hand, so that a second backward over the overwritten buffers is an
-            # error.
-            ctx.save_for_backward(
-                fc1, fc2, *(part for saved in kept for part in (saved.rows, saved.scale, saved.gate_up))
-            )
+            # Saved by autograd, and not kept by hand: a second backward over the overwritten buffers, or a backward
+            # with weights that were changed since, is an error.
+            parts = (part for saved in kept for part in (saved.rows, saved.scale, saved.gate_up))
+            ctx.save_for_backward(fc1, fc2, *parts)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        parts = ctx.saved_tensors[2:]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, *parts = ctx.saved_tensors
         kept = [Saved(*parts[start : start + 3]) for start in range(0, len(parts), 3)]
         gradients = Gradients.of(ctx.weights, len(kept))
         grad_tokens, grad_probabilities = ctx.pipeline.backward(grad, ctx.weights.detached(), kept, gradients)

@@ -10,6 +10,16 @@ from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.te_products import Accumulate
 
 
+def main_grad_of(parameter: Tensor) -> Tensor | None:
+    """The gradient buffer that Megatron's DistributedDataParallel gave to a parameter; None without one."""
+    return getattr(parameter, "main_grad", None)
+
+
+def set_added_to_main_grad(parameter: Tensor, added: bool) -> None:
+    """Tell that DistributedDataParallel whether ``main_grad`` holds the gradient of this backward already."""
+    parameter.grad_added_to_main_grad = added  # pyright: ignore[reportAttributeAccessIssue] - Megatron-Core's mark
+
+
 class WeightGradient:
     """The gradient of one parameter during one backward.
 
@@ -25,11 +35,12 @@ class WeightGradient:
 
     def __init__(self, parameter: Tensor, chunks: int, accumulate: Accumulate | None = None):
         self.parameter = parameter
-        main = getattr(parameter, "main_grad", None)
+        main = main_grad_of(parameter)
         self.into_main = main is not None and hasattr(parameter, "grad_added_to_main_grad")
         self.fresh = not self.into_main
         """Whether the buffer holds nothing yet: the first sum replaces its content."""
-        if self.into_main:
+        self.buffer: Tensor
+        if main is not None and self.into_main:
             self.buffer = main
         else:
             wide = torch.promote_types(parameter.dtype, torch.float32) if chunks > 1 else parameter.dtype
@@ -79,5 +90,5 @@ class WeightGradient:
             self.buffer.zero_()
         if not self.into_main:
             return self.buffer.to(self.parameter.dtype)
-        self.parameter.grad_added_to_main_grad = True
+        set_added_to_main_grad(self.parameter, True)
         return torch.empty_like(self.parameter)

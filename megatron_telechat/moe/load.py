@@ -31,18 +31,18 @@ class ExpertLoad:
     aux_loss: float | None
 
 
-def collect_expert_load(chunks: Sequence[nn.Module], state: ParallelState) -> ExpertLoad | None:
+def collect_expert_load(stages: Sequence[nn.Module], state: ParallelState) -> ExpertLoad | None:
     """Sum the counters over all ranks and start them anew. Collective over the whole world.
 
     Args:
-        chunks: the model chunks of this rank.
+        stages: the virtual stages of this rank.
         state: the process groups.
 
     Returns:
         The load, the same on every rank; None for a model without MoE layers.
     """
-    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
-    device = next((p.device for chunk in chunks for p in chunk.parameters()), torch.device("cpu"))
+    routers = [module for stage in stages for module in stage.modules() if isinstance(module, Router)]
+    device = next((p.device for stage in stages for p in stage.parameters()), torch.device("cpu"))
     shape = torch.tensor(
         [max((r.layer_number for r in routers), default=0), max((r.num_experts for r in routers), default=0)],
         device=device,
@@ -56,7 +56,7 @@ def collect_expert_load(chunks: Sequence[nn.Module], state: ParallelState) -> Ex
     sums = torch.zeros(num_layers, 2, dtype=torch.float32, device=device)  # auxiliary loss x tokens, tokens
     for router in routers:
         statistics = router.statistics
-        if statistics.tokens:
+        if statistics.tokens_per_expert is not None and statistics.aux_loss is not None:
             layer = router.layer_number - 1
             counts[layer] += statistics.tokens_per_expert
             # Ranks with parts of the same sequences hold shares of one loss, and each counts the tokens of all of them.

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_telechat.moe.choices import FirstPass, RoutingTape, picked
@@ -46,7 +48,14 @@ class RunningStatistics:
         self.tokens = 0
 
     def add(self, tokens_per_expert: Tensor, aux_loss: Tensor | None, tokens: int) -> None:
-        if self.tokens_per_expert is None:
+        """Add one micro-batch.
+
+        Args:
+            tokens_per_expert: [experts] int64.
+            aux_loss: [], this rank's share of the balancing loss; None where there is no such loss.
+            tokens: what the share is weighed by.
+        """
+        if self.tokens_per_expert is None or self.aux_loss is None:
             self.tokens_per_expert = torch.zeros_like(tokens_per_expert)
             self.aux_loss = torch.zeros((), dtype=torch.float32, device=tokens_per_expert.device)
         self.tokens_per_expert += tokens_per_expert
@@ -55,7 +64,8 @@ class RunningStatistics:
         self.tokens += tokens
 
     def reset(self) -> None:
-        if self.tokens_per_expert is not None:
+        """Begin anew, on the same device."""
+        if self.tokens_per_expert is not None and self.aux_loss is not None:
             self.tokens_per_expert.zero_()
             self.aux_loss.zero_()
         self.tokens = 0
@@ -73,7 +83,11 @@ class Router(TopKRouter):
         tape: of a step whose choices are recorded or replayed; None elsewhere.
     """
 
-    def __init__(self, config, pg_collection=None):
+    # Set by Megatron-Core: from the configuration, and by whoever builds the layers.
+    num_experts: int
+    layer_number: int
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None):
         assert config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax
         assert config.moe_router_load_balancing_type in ("aux_loss", "none")
         assert config.moe_router_dtype in ("fp32", "fp64")
@@ -95,8 +109,7 @@ class Router(TopKRouter):
         Args:
             counted: which tokens count in the losses and figures; None: all, and all are learned.
             first_pass: of a call that is repeated in the backward. The repetition takes the experts of the first pass:
-            it may
-                round differently, and the gradient must be that of the forward that was.
+                it may round differently, and the gradient must be that of the forward that was.
         """
         logits = self.gating(hidden_states).view(-1, self.num_experts)
         chosen, experts = self._choose(logits, first_pass)

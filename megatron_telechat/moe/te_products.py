@@ -44,12 +44,16 @@ def accumulating_product(device: torch.device, dtype: torch.dtype) -> Accumulate
 
 
 def _product() -> Accumulate:
-    from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
+    from transformer_engine.pytorch.cpp_extensions import (  # pyright: ignore[reportMissingImports] - optional
+        general_grouped_gemm,
+    )
 
     known = inspect.signature(general_grouped_gemm).parameters
     version_options: dict[str, Any] = {}
     if "workspaces" in known:  # before 2.9
-        from transformer_engine.pytorch.module.base import get_multi_stream_cublas_workspace
+        from transformer_engine.pytorch.module.base import (  # pyright: ignore[reportMissingImports] - optional
+            get_multi_stream_cublas_workspace,
+        )
 
         version_options["workspaces"] = get_multi_stream_cublas_workspace()
 

@@ -9,30 +9,46 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
 
 
-class Transfer:
-    """One all-to-all under way. Keeps both buffers alive until it was waited for."""
+class AllToAll:
+    """One all-to-all under way. Keeps both buffers alive until it was waited for.
 
-    def __init__(self, received: Tensor, sent: Tensor, work: Any):
-        self._received, self._sent, self._work = received, sent, work
+    Args:
+        received: where the rows arrive.
+        sent: the rows that leave.
+        work: its handle in torch.distributed.
+        by_host: threads of the host move the rows, so that the host knows when they are here; otherwise the device
+            does, in the order of its queues.
+    """
+
+    def __init__(self, received: Tensor, sent: Tensor, work: dist.Work, by_host: bool):
+        self._by_host = by_host
+        self._under_way: tuple[Tensor, Tensor, dist.Work] | None = (received, sent, work)
 
     @property
     def arrived(self) -> bool:
-        """Whether :meth:`wait` would return at once. On an accelerator the host does not know: True."""
-        return self._received.device.type != "cpu" or self._work.is_completed()
+        """Whether :meth:`wait` would return at once. Where the device moves the rows, the host never waits: True."""
+        _, _, work = self._parts()
+        return not self._by_host or work.is_completed()
 
     def wait(self) -> Tensor:
-        """The received rows. On an accelerator the current stream waits, not the host."""
-        received, work = self._received, self._work
-        if work is not None:
-            work.wait()
-        self._received = self._sent = self._work = None
+        """The received rows; to be called once. On an accelerator the current stream waits, not the host."""
+        received, _, work = self._parts()
+        work.wait()
+        self._under_way = None
         return received
 
     def when_done(self, report: Callable[[], None]) -> None:
         """Call `report` from another thread when the rows are here; host transfers only."""
-        self._work.get_future().add_done_callback(lambda _: report())
+        _, _, work = self._parts()
+        work.get_future().add_done_callback(lambda _: report())
+
+    def _parts(self) -> tuple[Tensor, Tensor, dist.Work]:
+        assert self._under_way is not None, "this transfer was awaited before"
+        return self._under_way
 
 
 class Channel:
@@ -58,7 +74,7 @@ class Channel:
         on_gloo = self.size > 1 and dist.get_backend(group) == "gloo"
         self._gloo = _one_thread_gloo(group, name, timeout) if on_gloo else None
 
-    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Transfer:
+    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> AllToAll:
         """Send consecutive runs of rows to the ranks of the group.
 
         Args:
@@ -74,14 +90,15 @@ class Channel:
             work = self._gloo.alltoall_base(received, rows, list(receive), list(send), dist.AllToAllOptions())
         else:
             work = dist.all_to_all_single(received, rows, list(receive), list(send), group=self.group, async_op=True)
-        return Transfer(received, rows, work)
+            assert work is not None, "this rank is not in the group"
+        return AllToAll(received, rows, work, by_host=self._gloo is not None)
 
 
 def _one_thread_gloo(group: dist.ProcessGroup, name: str, timeout: timedelta) -> Any:
     # new_group takes no options for gloo; its class does. The name of a group is unique in the life of a process.
     gloo = dist.ProcessGroupGloo
     interfaces = os.environ.get("GLOO_SOCKET_IFNAME")
-    options = gloo._Options()
+    options = gloo._Options()  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
     options._threads = 1
     options._timeout = timeout
     options._devices = (
@@ -89,5 +106,5 @@ def _one_thread_gloo(group: dist.ProcessGroup, name: str, timeout: timedelta) ->
         if interfaces
         else [gloo.create_default_device()]
     )
-    store = dist.PrefixStore(f"{name}/{group.group_name}", dist.distributed_c10d._get_default_store())
+    store = PrefixStore(f"{name}/{group.group_name}", distributed_c10d._get_default_store())
     return gloo(store, group.rank(), group.size(), options)

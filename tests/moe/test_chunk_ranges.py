@@ -73,9 +73,8 @@ def test_fit_of_noise_keeps_costs_above_zero():
 def test_auto_leaves_the_smallest_chunk_enough_rows(tokens, expected):
     """One rank of two, 16 experts, top-4: an expert gets half as many rows as a rank has tokens, and wants 16 in each
     chunk."""
-    config = SimpleNamespace(moe_router_topk=4, num_moe_experts=16)
-    router = SimpleNamespace(weight=torch.empty(0))
-    block = SimpleNamespace(config=config, channel=SimpleNamespace(size=2), router=router)
+    router = SimpleNamespace(weight=torch.empty(0), topk=4, num_experts=16)
+    block = SimpleNamespace(groups=SimpleNamespace(all=SimpleNamespace(size=lambda: 2)), router=router)
     assert max_chunks(block, tokens) == expected
     if expected > 1:
         sizes = [stop - start for start, stop in chunk_ranges(tokens, expected)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_telechat.moe.link import Link, Transfer
 from tests.harness import Cases
 from tests.moe import worker_block as plain
 from tests.moe.reference import random_weights, relative_error
@@ -20,15 +21,15 @@ BOUND = 1e-5
 TRANSFERS = 4  # of a chunk: dispatch, combine, and the gradients of both
 
 
-class CountingChannel:
-    """A channel that counts."""
+class CountingLink:
+    """A link that counts."""
 
-    def __init__(self, channel):
-        self.channel, self.started = channel, 0
+    def __init__(self, link: Link):
+        self.link, self.started = link, 0
 
-    def start(self, *arguments: Any):
+    def start(self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> Transfer:
         self.started += 1
-        return self.channel.start(*arguments)
+        return self.link.start(rows, send, receive)
 
 
 @contextmanager
@@ -88,18 +89,18 @@ def against_core_and_one_chunk(layout: str, route: str, shared: int | None = Non
                 ours.copy_(torch.randn(ours.shape, generator=torch.Generator().manual_seed(state.tp_rank)) / 4)
                 theirs.copy_(ours)
     core = results(layer, tokens, core_gradients)
-    block.channel = CountingChannel(block.channel)
+    block.link = CountingLink(block.link)
     alone = state.ep_size * state.etp_size == 1
     one, worst = None, {}
     for recompute in (False, True):
         # The uneven routes take fewer: it is the number of chunks or the route that is unusual.
         for chunks in (1, 4) if recompute else CHUNKS if route == "even" else (1, 3, 50):
-            block.num_chunks, block.recompute_experts, block.channel.started = chunks, recompute, 0
+            block.num_chunks, block.recompute_experts, block.link.started = chunks, recompute, 0
             with host_copies() as copies:
                 found = results(block, tokens, own_gradients)
             one = one or found
             assert copies[0] == 1, f"{copies[0]} copies to the host"
-            assert block.channel.started == (0 if alone else TRANSFERS * chunks), block.channel.started
+            assert block.link.started == (0 if alone else TRANSFERS * chunks), block.link.started
             for peer, expected in (("core", core), ("one", one)):
                 for name, error in differences(found, expected).items():
                     worst[f"{peer}.{name}"] = max(error, worst.get(f"{peer}.{name}", 0.0))

@@ -27,10 +27,10 @@ def main(how: str) -> None:
         plain.make_config(state, torch.float32), state, random_weights(plain.EXPERTS, plain.HIDDEN, plain.WIDTH)
     )
     block.num_chunks = 4
-    block.channel = Channel(state.process_groups.tp_ep, "short", timedelta(seconds=5))
+    block.link = Channel(state.process_groups.tp_ep, "short", timedelta(seconds=5))
     block(torch.randn(12, 1, plain.HIDDEN))[0].sum().backward()
     if dist.get_rank() == 1:
-        start, started = block.channel.start, []
+        start, started = block.link.start, []
 
         def dies(*arguments):
             started.append(1)
@@ -38,7 +38,7 @@ def main(how: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
             return start(*arguments)
 
-        block.channel.start = dies
+        block.link.start = dies
     begin = time.monotonic()
     try:
         block(torch.randn(12, 1, plain.HIDDEN))[0].sum().backward()

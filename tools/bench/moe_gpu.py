@@ -194,7 +194,7 @@ def layers(shape: Any, name: str, device: Any, rounds: int) -> dict[str, Any]:
 
 
 def _arrivals(rank: Any, k: int) -> Any:
-    dispatch = rank.pipeline(k, None).dispatch
+    dispatch = rank.dispatch(k)
     dispatch.lay_out_arrivals()
     return dispatch.arrivals
 

@@ -120,12 +120,12 @@ class Arms:
 
     def __init__(self, shape: Shape, block: Any, layer: Any, data: tuple[Tensor, Tensor]):
         self.shape, self.block, self.layer, self.data = shape, block, layer, data
-        self.channel = block.channel
+        self.channel = block.link
         self._records: dict[int, list[Message]] = {}
 
     def chunks(self, k: int, channel: Any | None = None) -> LayerArm:
         def prepare() -> None:
-            self.block.num_chunks, self.block.channel = k, channel or self.channel
+            self.block.num_chunks, self.block.link = k, channel or self.channel
 
         return LayerArm(self.block, self.data, prepare, self.block.clock.take_exposed_s)
 

@@ -1,4 +1,4 @@
-"""Channels in the place of the block's: one that writes down, one that answers from memory, one that waits at once."""
+"""Links in the place of the block's: one that writes down, one that answers from memory, one that waits at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Here:
 
 
 class _Substitute:
-    """Has what the block asks of a channel besides `start`."""
+    """A :class:`megatron_telechat.moe.link.Link` over a `Channel`, with its group."""
 
     def __init__(self, channel: Any):
         self.channel = channel

@@ -126,15 +126,7 @@ def _local_experts(shape: Shape, groups: Any) -> slice:
 def use_stand_in(block: Any, gflops: float) -> None:
     """From now on the products of our block take the time that a device of this rate would."""
     config = block.config
-    engine = StandInEngine(flops_per_row(config.hidden_size, config.moe_ffn_hidden_size), gflops)
-    make = block.pipeline
-
-    def pipeline(*args: Any, **kwargs: Any) -> Any:
-        made = make(*args, **kwargs)
-        made.engine = engine
-        return made
-
-    block.pipeline = pipeline
+    block.engine = StandInEngine(flops_per_row(config.hidden_size, config.moe_ffn_hidden_size), gflops)
     for parameter in block.experts.parameters():
         if getattr(parameter, "main_grad", None) is None:
             # Where DDP has it, so that no gradient is allocated for products that do not happen.

@@ -88,7 +88,8 @@ class _Arriving:
 
 
 class StandInChannel:
-    """In the place of `Channel`: a transfer takes its rows' share of a given time, one after another.
+    """A :class:`megatron_telechat.moe.link.Link` without ranks: a transfer takes its rows' share of a given time, one
+    after another.
 
     On CUDA that is a copy from pinned memory on a high-priority stream, which the copy engines do beside the products;
     on the CPU a deadline. What arrives are small random numbers.
@@ -171,17 +172,20 @@ class OneDevice:
         self.routing = Routing(best.values.softmax(-1), best.indices, counts)
         self.groups = ExpertGroups(StandInGroup(2), StandInGroup(1), StandInGroup(2))
 
-    def pipeline(self, k: int, channel: Any) -> Any:
+    def dispatch(self, k: int) -> Any:
+        """Which rows go where; every rank holds what this one holds."""
         from megatron_telechat.moe.dispatch import Dispatch, RowFormat
-        from megatron_telechat.moe.pipeline import ChunkPipeline
 
         with ranks_alike():
             form = RowFormat(self.shape.hidden, self.shape.torch_dtype)
-            return ChunkPipeline(Dispatch(self.routing, self.groups, k, form), channel)
+            return Dispatch(self.routing, self.groups, k, form)
 
     def forward(self, k: int, channel: Any) -> tuple[Any, list[Any]]:
+        from megatron_telechat.moe.engines import engine_for
+        from megatron_telechat.moe.pipeline import ChunkPipeline
+
         with torch.no_grad():
-            pipeline = self.pipeline(k, channel)
+            pipeline = ChunkPipeline(self.dispatch(k), channel, engine_for(self.device.device))
             _, kept = pipeline.forward(self.tokens, self.routing.weights, self.weights, True)
         return pipeline, kept
 

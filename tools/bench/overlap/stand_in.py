@@ -27,7 +27,7 @@ class _Device:
 
 
 class StandInEngine:
-    """In the place of an engine of :mod:`megatron_telechat.moe.engine`.
+    """An :class:`megatron_telechat.moe.engine.Engine` that sleeps.
 
     Args:
         flops_per_row: of a forward of one expert row.
