@@ -17,7 +17,7 @@ from megatron_telechat.checkpoint.meaning import require_meaning
 from megatron_telechat.checkpoint.optimizer_state import (
     MASTER,
     MOMENTS,
-    global_boxes,
+    flat_boxes,
     optimizer_slices,
     set_adam_step,
 )
@@ -123,16 +123,17 @@ def _load_parameters(reader: CheckpointReader, shards: Sequence[LocalParameter])
     for item in shards:
         dtype = item.parameter.dtype
         flat = item.parameter.detach().view(-1)
-        for part in global_boxes(item):
-            _fill(flat[part.start : part.stop], reader, weight_key(reader, part.piece.key, dtype), part.box)
+        key = weight_key(reader, item.piece.key, dtype)
+        for part in flat_boxes(item):
+            _fill(flat[part.start : part.stop], reader, key, part.box)
 
 
 def load_weights(source: WeightSource, shards: Sequence[LocalParameter]) -> None:
     """Fill the parameters from any source of global tensors, converting to the parameter's dtype."""
     for item in shards:
         flat = item.parameter.detach().view(-1)
-        for part in global_boxes(item):
-            _fill(flat[part.start : part.stop], source, part.piece.key, part.box)
+        for part in flat_boxes(item):
+            _fill(flat[part.start : part.stop], source, item.piece.key, part.box)
 
 
 def _fill(flat: torch.Tensor, source: WeightSource, key: str, box: Any) -> None:
@@ -153,15 +154,15 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
         for name, tensor in item.tensors.items():
             if name in MOMENTS and not with_moments:
                 continue
-            for part in global_boxes(item.shards, item.start, item.stop):
-                key = part.piece.key
-                stored = weight_key(reader, key, tensor.dtype) if name == MASTER else f"optimizer/{name}/{key}"
-                if stored not in reader.entries:
-                    raise CheckpointError(
-                        f"the optimizer state lacks {stored}",
-                        where=str(reader.path),
-                        fix="resume with --no-load-optim, or use another checkpoint",
-                    )
+            key = item.shard.piece.key
+            stored = weight_key(reader, key, tensor.dtype) if name == MASTER else f"optimizer/{name}/{key}"
+            if stored not in reader.entries:
+                raise CheckpointError(
+                    f"the optimizer state lacks {stored}",
+                    where=str(reader.path),
+                    fix="resume with --no-load-optim, or use another checkpoint",
+                )
+            for part in flat_boxes(item.shard, item.start, item.stop):
                 _fill(tensor[part.start - item.start : part.stop - item.start], reader, stored, part.box)
     if with_moments:
         set_adam_step(state.optimizer, saved["step"])

@@ -24,7 +24,7 @@ from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.names import committed_folders
-from megatron_telechat.checkpoint.optimizer_state import adam_steps, global_boxes, optimizer_slices
+from megatron_telechat.checkpoint.optimizer_state import adam_steps, flat_boxes, optimizer_slices
 from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
@@ -32,6 +32,7 @@ from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.tensors.pieces import is_first_over_tensor
 
 
 @dataclass
@@ -105,36 +106,24 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
 
 def _owned_tensors(state: TrainState, run: RunConfig, parallel: ParallelState) -> Iterator[_OwnedTensor]:
     """The boxes that this rank, and no other, writes."""
-    for shards in state.shards:
-        if shards.writer:
-            yield from _boxes_of("model", shards, 0, shards.parameter.detach().view(-1))
+    for shard in state.shards:
+        if shard.writer:
+            yield from _boxes_of("model", shard, 0, shard.parameter.detach().view(-1))
     if state.optimizer is None or run.checkpoint.no_save_optim:
         return
     for item in optimizer_slices(state.optimizer, state.shards):
-        if _writes_shard(item.shards, parallel) if item.sharded else item.shards.writer:
+        # The slices of one parameter differ over the data-parallel ranks. Only a tensor that every rank of the tensor
+        # (or expert-tensor) domain holds whole has replicas left.
+        if is_first_over_tensor(item.shard.piece.spec, parallel) if item.sharded else item.shard.writer:
             for name, tensor in item.tensors.items():
-                yield from _boxes_of(f"optimizer/{name}", item.shards, item.start, tensor)
+                yield from _boxes_of(f"optimizer/{name}", item.shard, item.start, tensor)
 
 
-def _boxes_of(prefix: str, shards: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
-    for part in global_boxes(shards, start, start + flat.numel()):
+def _boxes_of(prefix: str, shard: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
+    spec = shard.piece.spec
+    for part in flat_boxes(shard, start, start + flat.numel()):
         values = flat[part.start - start : part.stop - start].view(part.box.shape)
-        yield _OwnedTensor(f"{prefix}/{part.piece.key}", tuple(part.piece.global_shape), part.box.offset, values)
-
-
-def _writes_shard(shards: LocalParameter, parallel: ParallelState) -> bool:
-    """Whether this rank writes its data-parallel shard of the optimizer state.
-
-    Shards of one parameter differ over the data-parallel ranks; only tensors held whole by every
-    tensor-parallel rank (of the attention or of the expert domain) have replicas left.
-    """
-    local = shards.parameter.numel()
-    total = 0
-    for shape in {piece.key: piece.global_shape for piece in shards.pieces}.values():
-        total += torch.Size(shape).numel()
-    if shards.is_expert:
-        return local * parallel.ep_size < total or parallel.etp_rank == 0
-    return local < total or parallel.tp_rank == 0
+        yield _OwnedTensor(f"{prefix}/{spec.key}", spec.shape, part.box.offset, values)
 
 
 def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parallel: ParallelState) -> protocol.Attempt:

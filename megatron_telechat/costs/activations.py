@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_telechat.config.schema import ModelConfig, RunConfig
-from megatron_telechat.costs.parameters import expert_ffn_hidden_size
+from megatron_telechat.tensors.table import expert_ffn_hidden_size
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 INDEX_BYTES = 8

@@ -10,10 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs.parameters import expert_ffn_hidden_size
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.model.spec import has_transformer_engine
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.tensors.table import expert_ffn_hidden_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -173,7 +173,8 @@ def _stock(changes: dict[str, Any], sizes: ParallelConfig, state: parallel.Paral
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_telechat.costs.parameters import local_count, stage_table
+    from megatron_telechat.costs.parameters import local_count
+    from megatron_telechat.tensors.table import stage_table
 
     model = ModelConfig(
         num_layers=4,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.config.routing import read_recording
-from megatron_telechat.costs import parameter_table
+from megatron_telechat.tensors.table import tensor_table
 from megatron_telechat.training.routing_compare import common_steps, differences
 from tests.harness import run_cases
 from tests.training.runs import DENSE, MOE, SHARED, assemble, load
@@ -57,7 +57,10 @@ def runs(tmp_path_factory):
 
 def tensors(folder: Path, name: str, model: str, tmp: Path):
     run = load(BASE[model], tmp)
-    return assemble(sorted(folder.glob(f"{name}.rank*.safetensors")), parameter_table(run.model))
+    return assemble(
+        sorted(folder.glob(f"{name}.rank*.safetensors")),
+        {key: spec.shape for key, spec in tensor_table(run.model).items()},
+    )
 
 
 def worst_error(runs, name: str, reference: str, model: str, tmp: Path) -> tuple[str, float]:
