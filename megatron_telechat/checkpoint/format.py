@@ -244,9 +244,9 @@ class CheckpointReader:
         return dtype_named(self.entries[key].dtype)
 
     def read(self, key: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:
-        """The box of ``key`` at ``offset`` (default: the whole tensor), on the CPU, in the stored dtype."""
+        """The box of ``key`` at ``offset`` (no offset or shape: the whole tensor), on the CPU, in the stored dtype."""
         entry = self.entries[key]
-        box = whole(entry.shape) if offset is None else Box(tuple(offset), tuple(shape))
+        box = whole(entry.shape) if offset is None or shape is None else Box(tuple(offset), tuple(shape))
         if not box.inside(entry.shape):
             raise ValueError(f"{box} is not inside {key} {entry.shape}")
         parts = []

@@ -145,11 +145,11 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
     if state.optimizer is None:
         return []
     saved = reader.manifest.optimizer
-    resume = not weights_only and not run.checkpoint.no_load_optim and saved is not None
-    if resume:
-        require_one_scale(saved, reader.path)
+    resumed = None if weights_only or run.checkpoint.no_load_optim else saved
+    if resumed is not None:
+        require_one_scale(resumed, reader.path)
     parted = diverged_scales(saved)
-    with_moments = resume and saved["step"] > 0
+    with_moments = resumed is not None and resumed["step"] > 0
     for item in optimizer_slices(state.optimizer, state.shards, create_state=with_moments):
         for name, tensor in item.tensors.items():
             if name in MOMENTS and not with_moments:
@@ -164,12 +164,12 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
                 )
             for part in flat_boxes(item.shard, item.start, item.stop):
                 _fill(tensor[part.start - item.start : part.stop - item.start], reader, stored, part.box)
-    if with_moments:
-        set_adam_step(state.optimizer, saved["step"])
-    if resume:
-        load_scaler_state(state.optimizer, one_scale(saved["grad_scaler"]))
+    if resumed is not None:
+        if with_moments:
+            set_adam_step(state.optimizer, resumed["step"])
+        load_scaler_state(state.optimizer, one_scale(resumed["grad_scaler"]))
     notes = [] if parted is None else [parted.what]
-    if weights_only or resume:
+    if weights_only or resumed is not None:
         return notes
     why = "--no-load-optim was given" if saved is not None else "the checkpoint holds none"
     return [*notes, f"the optimizer state is fresh: {why}"]

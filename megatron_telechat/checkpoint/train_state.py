@@ -70,6 +70,10 @@ class _OwnedTensor:
     tensor: torch.Tensor
 
 
+_Written = tuple[Part, dict[str, Any] | None]
+"""What one rank has written, and the scalars of its optimizer."""
+
+
 def topology(run: RunConfig, parallel: ParallelState) -> dict[str, Any]:
     """The layout, as the manifest keeps it. Equal topologies place every tensor and seed alike."""
     names = ("world_size", "tp_size", "cp_size", "pp_size", "vpp_size", "dp_size", "ep_size", "etp_size")
@@ -88,12 +92,7 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
     try:
         with together(parallel):
             part = _write_part(attempt, owned, state, parallel)
-        gathered: list | None = [None] * parallel.world_size if parallel.rank == 0 else None
-        optimizer = _optimizer_scalars(state, run)
-        if parallel.world_size > 1:
-            dist.gather_object((part, optimizer), gathered, dst=0)
-        else:
-            gathered = [(part, optimizer)]
+        gathered = _gathered_on_rank_0((part, _optimizer_scalars(state, run)), parallel)
         with together(parallel):
             if parallel.rank == 0:
                 _commit(attempt, gathered, state, run, parallel)
@@ -102,6 +101,15 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
             protocol.abandon(attempt)
         raise
     return attempt.final
+
+
+def _gathered_on_rank_0(mine: _Written, parallel: ParallelState) -> list[_Written]:
+    """What every rank gives, on rank 0; nothing on the others. Collective."""
+    if parallel.world_size == 1:
+        return [mine]
+    gathered: list[Any] = [None] * parallel.world_size if parallel.rank == 0 else []
+    dist.gather_object(mine, gathered if parallel.rank == 0 else None, dst=0)
+    return gathered
 
 
 def _owned_tensors(state: TrainState, run: RunConfig, parallel: ParallelState) -> Iterator[_OwnedTensor]:
@@ -177,7 +185,7 @@ def _merged_scalars(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
 
 
 def _commit(
-    attempt: protocol.Attempt, gathered: Sequence[Any], state: TrainState, run: RunConfig, parallel: ParallelState
+    attempt: protocol.Attempt, gathered: Sequence[_Written], state: TrainState, run: RunConfig, parallel: ParallelState
 ) -> None:
     part = merge_parts(item for item, _ in gathered)
     branch, tokenizer = state.branch or Branch.opening(attempt.root), tokenizer_of(run)

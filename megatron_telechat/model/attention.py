@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,6 +53,13 @@ class Segments:
         return cls(tuple(map(tuple, rows)))
 
 
+def model_parallel_generator() -> AbstractContextManager[None]:
+    """Inside, dropout differs over the ranks of a tensor-parallel group."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    assert tracker is not None, "parallel.state seeds it"
+    return tracker.fork()
+
+
 class TorchCoreAttention(torch.nn.Module):
     """Causal attention by torch's scaled_dot_product_attention, query groups included."""
 
@@ -79,7 +86,7 @@ class TorchCoreAttention(torch.nn.Module):
             is_causal=True,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
+        with model_parallel_generator() if fork else nullcontext():
             if segments is None or all(len(row) == 1 for row in segments.rows):
                 out = attend(query, key, value)
             else:
@@ -142,16 +149,17 @@ class SelfAttention(MegatronModule):
         recompute_core: bool = False,
     ):
         super().__init__(config=config)
-        tp_size = pg_collection.tp.size()
-        assert config.num_query_groups % tp_size == 0, "the configuration rules keep whole groups on a rank"
-        self.groups = config.num_query_groups // tp_size
-        self.head_dim = config.kv_channels
+        tp_size, groups, head_dim = pg_collection.tp.size(), config.num_query_groups, config.kv_channels
+        assert groups is not None and head_dim is not None, "model.transformer_config says both"
+        assert groups % tp_size == 0, "the configuration rules keep whole groups on a rank"
+        self.groups = groups // tp_size
+        self.head_dim = head_dim
         self.recompute_core = recompute_core
-        projection = config.num_attention_heads * config.kv_channels
+        projection = config.num_attention_heads * head_dim
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             config.hidden_size,
-            projection + 2 * config.num_query_groups * config.kv_channels,
+            projection + 2 * groups * head_dim,
             config=config,
             init_method=config.init_method,
             gather_output=False,
