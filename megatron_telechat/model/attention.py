@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_telechat.model.norm import RMSNorm
 from megatron_telechat.model.rotary import SplitAndRotate, Tables
 
 
@@ -136,7 +137,10 @@ class SelfAttention(MegatronModule):
 
     Parameters carry megatron-core's names: linear_qkv [(heads + 2*groups)*head_dim / tp, hidden] in
     the fused order of Megatron (each group: its query heads, its key, its value) without bias, and
-    linear_proj [hidden, heads*head_dim / tp], with a bias if `output_bias`.
+    linear_proj [hidden, heads*head_dim / tp], with a bias if `output_bias`. With ``config.qk_layernorm``, q_layernorm
+    and k_layernorm [head_dim] act on each head, before the rotary embedding. Every tensor-parallel rank holds them
+    whole and sees its own heads: megatron-core's ``finalize_model_grads`` sums their gradients over the
+    tensor-parallel group by their names, under sequence parallelism or not.
     """
 
     def __init__(
@@ -169,6 +173,10 @@ class SelfAttention(MegatronModule):
             tp_comm_buffer_name="qkv",
             tp_group=pg_collection.tp,
         )
+        self.q_layernorm = self.k_layernorm = None
+        if config.qk_layernorm:
+            self.q_layernorm = RMSNorm(config, head_dim, config.layernorm_epsilon)
+            self.k_layernorm = RMSNorm(config, head_dim, config.layernorm_epsilon)
         self.core_attention = build_module(
             submodules.core_attention, config=config, layer_number=layer_number, pg_collection=pg_collection
         )
@@ -192,6 +200,9 @@ class SelfAttention(MegatronModule):
         """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias."""
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (self.groups, -1, self.head_dim))
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key, value = mixed.split((mixed.shape[3] - 2, 1, 1), dim=3)
+            mixed = torch.cat((self.q_layernorm(query), self.k_layernorm(key), value), dim=3)
         heads = SplitAndRotate.apply(mixed, *rotary_tables, self.core_attention.heads_first)
         if self.recompute_core and self.training and torch.is_grad_enabled():
             context = tensor_parallel.checkpoint(partial(self.core_attention, segments=segments), False, *heads)

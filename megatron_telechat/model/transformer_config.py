@@ -62,6 +62,8 @@ def transformer_config(
         hidden_dropout=model.hidden_dropout,
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
+        # makes finalize_model_grads sum the gradients of q_layernorm and k_layernorm over the tensor-parallel group
+        qk_layernorm=model.qk_layernorm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         # megatron-core would put a bias on every linear layer and on the router; ours are given in the spec

@@ -17,7 +17,7 @@ SMALL = (
 ).split()
 DENSE = ["--preset", "telechat2-tiny", *SMALL, "--ffn-hidden-size", "128"]
 MOE = ["--preset", "telechat2-tiny-moe", *SMALL, "--moe-ffn-hidden-size", "32", "--ffn-hidden-size", "32"]
-
+QKNORM = [*DENSE, "--qk-layernorm"]
 SHARED = [*MOE, "--moe-shared-expert-intermediate-size", "32"]
 
 

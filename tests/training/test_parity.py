@@ -15,7 +15,7 @@ from megatron_telechat.config.routing import read_recording
 from megatron_telechat.tensors.table import tensor_table
 from megatron_telechat.training.routing_compare import common_steps, differences
 from tests.harness import run_cases
-from tests.training.runs import DENSE, MOE, SHARED, assemble, load
+from tests.training.runs import DENSE, MOE, QKNORM, SHARED, assemble, load
 from tests.training.worker_parity import LAYOUTS, SLOW
 
 WORKER = Path(__file__).with_name("worker_parity.py")
@@ -25,14 +25,14 @@ TIE = 1e-4
 the last."""
 WEIGHT_TOLERANCE = 1e-3
 """Adam divides by the size of a gradient: where that is next to nothing, rounding decides the direction of a step."""
-BASE = {"dense": DENSE, "moe": MOE, "shared": SHARED}
-REFERENCE = {"dense": "dense_one", "moe": "moe_one", "shared": "shared_one"}
+BASE = {"dense": DENSE, "moe": MOE, "shared": SHARED, "qknorm": QKNORM}
+REFERENCE = {"dense": "dense_one", "moe": "moe_one", "shared": "shared_one", "qknorm": "qknorm_one"}
 ALL = [
     pytest.param(world, name, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
     for world, layouts in LAYOUTS.items()
     for name in layouts
 ]
-MIXTURES = [one for one in ALL if not one.id.startswith("dense") and one.id not in REFERENCE.values()]
+MIXTURES = [one for one in ALL if not one.id.startswith(("dense", "qknorm")) and one.id not in REFERENCE.values()]
 
 pytestmark = pytest.mark.gloo
 
