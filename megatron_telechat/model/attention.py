@@ -132,6 +132,13 @@ class TransformerEngineCoreAttention(torch.nn.Module):
         return self.inner(query, key, value, None, attn_mask_type=AttnMaskType.causal)
 
 
+def normalise_heads(mixed: Tensor, query_norm: torch.nn.Module, key_norm: torch.nn.Module) -> Tensor:
+    """[s, b, groups, rep + 2, head_dim] (of each group its query heads, its key, its value) with every query head and
+    every key normalised over head_dim; the values as they are."""
+    query, key, value = mixed.split((mixed.shape[3] - 2, 1, 1), dim=3)
+    return torch.cat((query_norm(query), key_norm(key), value), dim=3)
+
+
 class SelfAttention(MegatronModule):
     """Grouped-query self-attention over the heads of this tensor-parallel rank.
 
@@ -201,8 +208,7 @@ class SelfAttention(MegatronModule):
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (self.groups, -1, self.head_dim))
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key, value = mixed.split((mixed.shape[3] - 2, 1, 1), dim=3)
-            mixed = torch.cat((self.q_layernorm(query), self.k_layernorm(key), value), dim=3)
+            mixed = normalise_heads(mixed, self.q_layernorm, self.k_layernorm)
         heads = SplitAndRotate.apply(mixed, *rotary_tables, self.core_attention.heads_first)
         if self.recompute_core and self.training and torch.is_grad_enabled():
             context = tensor_parallel.checkpoint(partial(self.core_attention, segments=segments), False, *heads)

@@ -102,15 +102,9 @@ class GroupedExperts(MegatronModule):
         marked, it counts on the first rank of the tensor group: for the experts that of their own group
         (`training.chain`).
         """
-        rows = mlp_rows(
-            "",
-            self.config.hidden_size,
-            self.config.moe_ffn_hidden_size,
-            Constant(0.0),
-            gated=True,
-            output_bias=self.linear_fc2.bias is not None,
-            experts=self.config.num_moe_experts,
-        )
+        experts, _, width, hidden = self.linear_fc1.weight.shape
+        bias = self.linear_fc2.bias is not None
+        rows = mlp_rows("", hidden, width, Constant(0.0), gated=True, output_bias=bias, experts=experts)
         axes = {row.key: row.tensor_axis for row in rows}
         for name, parameter in self.named_parameters():
             parameter.allreduce = False
