@@ -17,12 +17,13 @@ PACKAGE = "megatron_telechat"
 MAY_IMPORT = {
     "errors": (),
     "config": ("errors",),
-    "costs": ("config",),
+    "tensors": ("config",),
+    "costs": ("tensors",),
     "planner": ("costs", "config"),
     "backend": ("errors",),
     "parallel": ("backend", "config"),
-    "moe": ("parallel", "backend"),
-    "model": ("moe", "parallel", "config", "costs"),
+    "moe": ("parallel", "backend", "tensors"),
+    "model": ("moe", "parallel", "tensors"),
     "data": ("config", "parallel"),
     "checkpoint": ("model", "parallel", "data"),
     "huggingface": ("checkpoint",),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
 }
 """What a room imports; what those import in turn is allowed too."""
 
-WITHOUT_TORCH = ("errors", "config", "costs", "planner")
+WITHOUT_TORCH = ("errors", "config", "tensors", "costs", "planner")
 HEAVY = {"torch", "megatron", "transformer_engine", "torch_npu", "apex", "transformers", "safetensors", "matplotlib"}
 OPTIONAL = {
     "transformer_engine",

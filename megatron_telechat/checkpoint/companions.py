@@ -34,7 +34,9 @@ def carry_companions(source: Path | None, target: Path) -> dict[str, FileEntry]:
     Returns them as files of the manifest, named from the checkpoint's folder.
     """
     entries: dict[str, FileEntry] = {}
-    for relative in companions(source) if source is not None else []:
+    if source is None:
+        return entries
+    for relative in companions(source):
         copied = target / relative
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, copied)

@@ -104,7 +104,8 @@ def _bytes_of(tensor: LazyTensor) -> memoryview:
     values = tensor.load().detach()
     assert values.dtype == tensor.dtype and tuple(values.shape) == tensor.shape, tensor.name
     flat = values.to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    # numpy's stubs do not say below Python 3.12 that an array has a buffer
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # pyright: ignore[reportArgumentType]
 
 
 def disk_error(path: Path, error: OSError) -> ResourceError:

@@ -15,8 +15,8 @@ from megatron_telechat.checkpoint.names import committed_folders, folder_of_step
 from megatron_telechat.checkpoint.optimizer_state import MASTER
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import run_config_from_yaml
-from megatron_telechat.costs.parameters import parameter_table
 from megatron_telechat.errors import CheckpointError, ConfigError, Problem
+from megatron_telechat.tensors.table import tensor_table
 
 _SHOWN = 8
 
@@ -92,7 +92,7 @@ def saved_config(reader: CheckpointReader) -> RunConfig | None:
 def require_fit(reader: CheckpointReader, model: ModelConfig) -> None:
     """Raises CheckpointError listing the tensors that the checkpoint lacks, has beyond the model, or has in another
     shape."""
-    wanted = {f"model/{key}": shape for key, shape in parameter_table(model).items()}
+    wanted = {f"model/{key}": spec.shape for key, spec in tensor_table(model).items()}
     stored = {key: entry.shape for key, entry in reader.entries.items() if key.startswith("model/")}
     complaints = _listed("missing", [key for key in wanted if key not in stored])
     complaints += _listed("not of this model", [key for key in stored if key not in wanted])

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from megatron_telechat.checkpoint import commit as protocol
-from megatron_telechat.checkpoint.boxes import Box, intersect, tiling_fault, whole
 from megatron_telechat.checkpoint.files import (
     RESTORE_OR_OTHER,
     FileEntry,
@@ -33,6 +32,7 @@ from megatron_telechat.checkpoint.files import (
 from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, read_manifest
 from megatron_telechat.errors import CheckpointError, Problem
+from megatron_telechat.tensors.boxes import Box, intersect, tiling_fault, whole
 
 MAX_FILE_BYTES = 4 << 30
 _OPEN_FILES = 16
@@ -244,9 +244,9 @@ class CheckpointReader:
         return dtype_named(self.entries[key].dtype)
 
     def read(self, key: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:
-        """The box of ``key`` at ``offset`` (default: the whole tensor), on the CPU, in the stored dtype."""
+        """The box of ``key`` at ``offset`` (no offset or shape: the whole tensor), on the CPU, in the stored dtype."""
         entry = self.entries[key]
-        box = whole(entry.shape) if offset is None else Box(tuple(offset), tuple(shape))
+        box = whole(entry.shape) if offset is None or shape is None else Box(tuple(offset), tuple(shape))
         if not box.inside(entry.shape):
             raise ValueError(f"{box} is not inside {key} {entry.shape}")
         parts = []

@@ -17,7 +17,7 @@ from megatron_telechat.checkpoint.meaning import require_meaning
 from megatron_telechat.checkpoint.optimizer_state import (
     MASTER,
     MOMENTS,
-    global_boxes,
+    flat_boxes,
     optimizer_slices,
     set_adam_step,
 )
@@ -123,16 +123,17 @@ def _load_parameters(reader: CheckpointReader, shards: Sequence[LocalParameter])
     for item in shards:
         dtype = item.parameter.dtype
         flat = item.parameter.detach().view(-1)
-        for part in global_boxes(item):
-            _fill(flat[part.start : part.stop], reader, weight_key(reader, part.piece.key, dtype), part.box)
+        key = weight_key(reader, item.piece.key, dtype)
+        for part in flat_boxes(item):
+            _fill(flat[part.start : part.stop], reader, key, part.box)
 
 
 def load_weights(source: WeightSource, shards: Sequence[LocalParameter]) -> None:
     """Fill the parameters from any source of global tensors, converting to the parameter's dtype."""
     for item in shards:
         flat = item.parameter.detach().view(-1)
-        for part in global_boxes(item):
-            _fill(flat[part.start : part.stop], source, part.piece.key, part.box)
+        for part in flat_boxes(item):
+            _fill(flat[part.start : part.stop], source, item.piece.key, part.box)
 
 
 def _fill(flat: torch.Tensor, source: WeightSource, key: str, box: Any) -> None:
@@ -144,31 +145,31 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
     if state.optimizer is None:
         return []
     saved = reader.manifest.optimizer
-    resume = not weights_only and not run.checkpoint.no_load_optim and saved is not None
-    if resume:
-        require_one_scale(saved, reader.path)
+    resumed = None if weights_only or run.checkpoint.no_load_optim else saved
+    if resumed is not None:
+        require_one_scale(resumed, reader.path)
     parted = diverged_scales(saved)
-    with_moments = resume and saved["step"] > 0
+    with_moments = resumed is not None and resumed["step"] > 0
     for item in optimizer_slices(state.optimizer, state.shards, create_state=with_moments):
         for name, tensor in item.tensors.items():
             if name in MOMENTS and not with_moments:
                 continue
-            for part in global_boxes(item.shards, item.start, item.stop):
-                key = part.piece.key
-                stored = weight_key(reader, key, tensor.dtype) if name == MASTER else f"optimizer/{name}/{key}"
-                if stored not in reader.entries:
-                    raise CheckpointError(
-                        f"the optimizer state lacks {stored}",
-                        where=str(reader.path),
-                        fix="resume with --no-load-optim, or use another checkpoint",
-                    )
+            key = item.shard.piece.key
+            stored = weight_key(reader, key, tensor.dtype) if name == MASTER else f"optimizer/{name}/{key}"
+            if stored not in reader.entries:
+                raise CheckpointError(
+                    f"the optimizer state lacks {stored}",
+                    where=str(reader.path),
+                    fix="resume with --no-load-optim, or use another checkpoint",
+                )
+            for part in flat_boxes(item.shard, item.start, item.stop):
                 _fill(tensor[part.start - item.start : part.stop - item.start], reader, stored, part.box)
-    if with_moments:
-        set_adam_step(state.optimizer, saved["step"])
-    if resume:
-        load_scaler_state(state.optimizer, one_scale(saved["grad_scaler"]))
+    if resumed is not None:
+        if with_moments:
+            set_adam_step(state.optimizer, resumed["step"])
+        load_scaler_state(state.optimizer, one_scale(resumed["grad_scaler"]))
     notes = [] if parted is None else [parted.what]
-    if weights_only or resume:
+    if weights_only or resumed is not None:
         return notes
     why = "--no-load-optim was given" if saved is not None else "the checkpoint holds none"
     return [*notes, f"the optimizer state is fresh: {why}"]

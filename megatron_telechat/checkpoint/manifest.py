@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_telechat.checkpoint.boxes import Box, tiling_fault
 from megatron_telechat.checkpoint.names import DTYPE_TAGS, FileEntry
 from megatron_telechat.errors import CheckpointError
+from megatron_telechat.tensors.boxes import Box, tiling_fault
 
 FORMAT = "megatron_telechat"
 SCHEMA_VERSION = 1

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_telechat.checkpoint.boxes import Box, flat_range_boxes
+from megatron_telechat.model.shards import LocalParameter
+from megatron_telechat.tensors.boxes import Box, flat_range_boxes
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,7 +29,7 @@ class OptimizerSlice(NamedTuple):
     created). ``sharded``: the ranks of the parameter's data-parallel group own different ranges.
     """
 
-    shards: Any
+    shard: LocalParameter
     start: int
     stop: int
     tensors: dict[str, torch.Tensor]
@@ -51,7 +52,9 @@ def leaf_optimizers(optimizer: Any) -> list[Any]:
     return [part for part in parts if part is not None and not part.is_stub_optimizer]
 
 
-def optimizer_slices(optimizer: Any, shards: Sequence[Any], create_state: bool = False) -> Iterator[OptimizerSlice]:
+def optimizer_slices(
+    optimizer: Any, shards: Sequence[LocalParameter], create_state: bool = False
+) -> Iterator[OptimizerSlice]:
     """Every flat range whose state this rank's megatron-core optimizer owns.
 
     Args:
@@ -137,23 +140,16 @@ def set_adam_step(optimizer: Any, step: int) -> None:
                 group["step"] = step
 
 
-class GlobalBox(NamedTuple):
-    """Elements [start, stop) of a local parameter that are one box of a global tensor."""
+class FlatBox(NamedTuple):
+    """Elements [start, stop) of a local parameter, and the box of the global tensor that they are."""
 
-    piece: Any
     start: int
     stop: int
     box: Box
 
 
-def global_boxes(shards: Any, start: int = 0, stop: int | None = None) -> Iterator[GlobalBox]:
-    """Cut a flat range of a local parameter into boxes of global tensors."""
-    stop = shards.parameter.numel() if stop is None else stop
-    for piece in shards.pieces:
-        size = Box(piece.global_offset, piece.shape).numel
-        low, high = max(start, piece.flat_start), min(stop, piece.flat_start + size)
-        if low >= high:
-            continue
-        for flat, box in flat_range_boxes(piece.shape, low - piece.flat_start, high - piece.flat_start):
-            begin = piece.flat_start + flat
-            yield GlobalBox(piece, begin, begin + box.numel, box.shifted(piece.global_offset))
+def flat_boxes(shard: LocalParameter, start: int = 0, stop: int | None = None) -> Iterator[FlatBox]:
+    """Cut a flat range of a local parameter into boxes of its global tensor."""
+    piece = shard.piece.box
+    for flat, box in flat_range_boxes(piece.shape, start, piece.numel if stop is None else stop):
+        yield FlatBox(flat, flat + box.numel, box.shifted(piece.offset))

@@ -24,7 +24,7 @@ from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.names import committed_folders
-from megatron_telechat.checkpoint.optimizer_state import adam_steps, global_boxes, optimizer_slices
+from megatron_telechat.checkpoint.optimizer_state import adam_steps, flat_boxes, optimizer_slices
 from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
@@ -32,6 +32,7 @@ from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.tensors.pieces import is_first_over_tensor
 
 
 @dataclass
@@ -69,6 +70,10 @@ class _OwnedTensor:
     tensor: torch.Tensor
 
 
+_Written = tuple[Part, dict[str, Any] | None]
+"""What one rank has written, and the scalars of its optimizer."""
+
+
 def topology(run: RunConfig, parallel: ParallelState) -> dict[str, Any]:
     """The layout, as the manifest keeps it. Equal topologies place every tensor and seed alike."""
     names = ("world_size", "tp_size", "cp_size", "pp_size", "vpp_size", "dp_size", "ep_size", "etp_size")
@@ -87,12 +92,7 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
     try:
         with together(parallel):
             part = _write_part(attempt, owned, state, parallel)
-        gathered: list | None = [None] * parallel.world_size if parallel.rank == 0 else None
-        optimizer = _optimizer_scalars(state, run)
-        if parallel.world_size > 1:
-            dist.gather_object((part, optimizer), gathered, dst=0)
-        else:
-            gathered = [(part, optimizer)]
+        gathered = _gathered_on_rank_0((part, _optimizer_scalars(state, run)), parallel)
         with together(parallel):
             if parallel.rank == 0:
                 _commit(attempt, gathered, state, run, parallel)
@@ -103,38 +103,35 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
     return attempt.final
 
 
+def _gathered_on_rank_0(mine: _Written, parallel: ParallelState) -> list[_Written]:
+    """What every rank gives, on rank 0; nothing on the others. Collective."""
+    if parallel.world_size == 1:
+        return [mine]
+    gathered: list[Any] = [None] * parallel.world_size if parallel.rank == 0 else []
+    dist.gather_object(mine, gathered if parallel.rank == 0 else None, dst=0)
+    return gathered
+
+
 def _owned_tensors(state: TrainState, run: RunConfig, parallel: ParallelState) -> Iterator[_OwnedTensor]:
     """The boxes that this rank, and no other, writes."""
-    for shards in state.shards:
-        if shards.writer:
-            yield from _boxes_of("model", shards, 0, shards.parameter.detach().view(-1))
+    for shard in state.shards:
+        if shard.writer:
+            yield from _boxes_of("model", shard, 0, shard.parameter.detach().view(-1))
     if state.optimizer is None or run.checkpoint.no_save_optim:
         return
     for item in optimizer_slices(state.optimizer, state.shards):
-        if _writes_shard(item.shards, parallel) if item.sharded else item.shards.writer:
+        # The slices of one parameter differ over the data-parallel ranks. Only a tensor that every rank of the tensor
+        # (or expert-tensor) domain holds whole has replicas left.
+        if is_first_over_tensor(item.shard.piece.spec, parallel) if item.sharded else item.shard.writer:
             for name, tensor in item.tensors.items():
-                yield from _boxes_of(f"optimizer/{name}", item.shards, item.start, tensor)
+                yield from _boxes_of(f"optimizer/{name}", item.shard, item.start, tensor)
 
 
-def _boxes_of(prefix: str, shards: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
-    for part in global_boxes(shards, start, start + flat.numel()):
+def _boxes_of(prefix: str, shard: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
+    spec = shard.piece.spec
+    for part in flat_boxes(shard, start, start + flat.numel()):
         values = flat[part.start - start : part.stop - start].view(part.box.shape)
-        yield _OwnedTensor(f"{prefix}/{part.piece.key}", tuple(part.piece.global_shape), part.box.offset, values)
-
-
-def _writes_shard(shards: LocalParameter, parallel: ParallelState) -> bool:
-    """Whether this rank writes its data-parallel shard of the optimizer state.
-
-    Shards of one parameter differ over the data-parallel ranks; only tensors held whole by every
-    tensor-parallel rank (of the attention or of the expert domain) have replicas left.
-    """
-    local = shards.parameter.numel()
-    total = 0
-    for shape in {piece.key: piece.global_shape for piece in shards.pieces}.values():
-        total += torch.Size(shape).numel()
-    if shards.is_expert:
-        return local * parallel.ep_size < total or parallel.etp_rank == 0
-    return local < total or parallel.tp_rank == 0
+        yield _OwnedTensor(f"{prefix}/{spec.key}", spec.shape, part.box.offset, values)
 
 
 def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
@@ -188,7 +185,7 @@ def _merged_scalars(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
 
 
 def _commit(
-    attempt: protocol.Attempt, gathered: Sequence[Any], state: TrainState, run: RunConfig, parallel: ParallelState
+    attempt: protocol.Attempt, gathered: Sequence[_Written], state: TrainState, run: RunConfig, parallel: ParallelState
 ) -> None:
     part = merge_parts(item for item, _ in gathered)
     branch, tokenizer = state.branch or Branch.opening(attempt.root), tokenizer_of(run)

@@ -23,7 +23,7 @@ class OneOf:
 
 
 PLANNED_ONLY = (
-    *("activation", "untie_embeddings_and_output_weights", "position_embedding_type", "normalization", "qk_layernorm"),
+    *("activation", "untie_embeddings_and_output_weights", "position_embedding_type", "normalization"),
     *("add_qkv_bias", "add_bias_linear", "moe_shared_expert_gate", "moe_layer_pattern"),
 )
 """Fields of a model of which the training builds the default alone; the costs and the planner know the others too."""
@@ -61,7 +61,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     """Epsilon of the norms."""
     qk_layernorm: bool = False
-    """A norm on the queries and the keys of each head. The training builds none."""
+    """A norm on the queries and one on the keys, over the width of a head and before the rotary embedding."""
     attention_output_bias: bool = True
     """Bias on the attention output projection (TeleChat2: yes; Mixtral: no)."""
     mlp_output_bias: bool = True

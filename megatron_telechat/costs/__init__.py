@@ -6,7 +6,7 @@ from megatron_telechat.costs.flops import (
     model_tflops_per_device,
     training_flops_per_token,
 )
-from megatron_telechat.costs.parameters import ParameterCount, count_parameters, parameter_table
+from megatron_telechat.costs.parameters import ParameterCount, count_parameters
 
 __all__ = [
     "DeviceSpec",
@@ -16,6 +16,5 @@ __all__ = [
     "device_spec_names",
     "forward_flops_per_token",
     "model_tflops_per_device",
-    "parameter_table",
     "training_flops_per_token",
 ]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_telechat.config.schema import ModelConfig, RunConfig
-from megatron_telechat.costs.parameters import expert_ffn_hidden_size
+from megatron_telechat.tensors.table import expert_ffn_hidden_size
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 INDEX_BYTES = 8
@@ -89,7 +89,10 @@ def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...], imbala
     layer_input = size * hidden * tokens.split
     norms = (2 * size * hidden + 8 * on_cpu) * tokens.split
     residual = size * hidden * tokens.split  # the second norm's input
-    attention = size * (2 * query + 2 * key + (query + key) * model.qk_layernorm) * tokens.whole / tokens.tensor
+    attention = size * (2 * query + 2 * key) * tokens.whole / tokens.tensor
+    if model.qk_layernorm:  # its input, the whole fused projection, and on the CPU a number a head
+        heads = model.num_attention_heads + model.query_groups
+        attention += (size * (query + 2 * key) + 4 * heads * on_cpu) * tokens.whole / tokens.tensor
     masks = 2 * _mask_bytes(run)
     core = (4 * model.num_attention_heads + size * query * on_cpu) * tokens.whole / tokens.tensor
     block, block_dropped = _block_activations(model, layer, size, tokens)

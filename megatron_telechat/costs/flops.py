@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_telechat.config.schema import ModelConfig
-from megatron_telechat.costs.parameters import expert_ffn_hidden_size
+from megatron_telechat.tensors.table import expert_ffn_hidden_size
 
 
 @dataclass(frozen=True)

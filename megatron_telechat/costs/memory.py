@@ -20,7 +20,8 @@ from megatron_telechat.costs.activations import (
 )
 from megatron_telechat.costs.communication import GRADIENT_BYTES
 from megatron_telechat.costs.op_order import Op, peak_in_flight
-from megatron_telechat.costs.parameters import LocalCount, local_count, stage_table
+from megatron_telechat.costs.parameters import LocalCount, local_count
+from megatron_telechat.tensors.pieces import chunk_table
 
 MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""
@@ -78,13 +79,7 @@ def stage_parameters(run: RunConfig) -> list[LocalCount]:
 def _stage_count(run: RunConfig, layout: PipelineLayout, rank: int) -> LocalCount:
     count = LocalCount(0, 0)
     for chunk in range(layout.num_chunks):
-        table = stage_table(
-            run.model,
-            layout.layers_of(rank, chunk),
-            has_embedding=layout.has_embedding(rank, chunk),
-            has_loss=layout.has_loss(rank, chunk),
-        )
-        count += local_count(table, run.parallel)
+        count += local_count(chunk_table(run.model, layout, rank, chunk), run.parallel)
     return count
 
 

@@ -26,14 +26,9 @@ from megatron_telechat.costs.communication import (
 from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.flops import head_forward_flops, layer_forward_flops, mlp_forward_flops
 from megatron_telechat.costs.memory import MASTER_BYTES, MOMENT_BYTES, optimizer_shards
-from megatron_telechat.costs.parameters import (
-    LocalCount,
-    expert_ffn_hidden_size,
-    layer_table,
-    local_count,
-    stage_table,
-)
+from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.tensors.table import expert_ffn_hidden_size, layer_table, stage_table
 
 GEMM_BACKWARD = 2.0
 """Each product of the forward has two in the backward."""

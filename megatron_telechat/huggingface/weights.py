@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_telechat.checkpoint.boxes import Box, Shape, intersect, whole
 from megatron_telechat.config.schema import ModelConfig
-from megatron_telechat.costs.parameters import parameter_table
 from megatron_telechat.errors import CheckpointError, Problem
 from megatron_telechat.huggingface.config import model_config_from_hf
 from megatron_telechat.huggingface.files import CONFIG, HfFolder
+from megatron_telechat.tensors.boxes import Box, Shape, intersect, whole
+from megatron_telechat.tensors.table import tensor_table
 
 _SHOWN = 10
 
@@ -186,7 +186,8 @@ def weight_map(model: ModelConfig) -> list[Link]:
     """Every tensor of the model, in model order, as links that tile the global tensors."""
     rules = {rule.key: rule for rule in RULES[model.architecture]}
     links: list[Link] = []
-    for key, shape in parameter_table(model).items():
+    for key, spec in tensor_table(model).items():
+        shape = spec.shape
         layer = re.match(r"decoder\.layers\.(\d+)\.", key)
         rule = rules.get(re.sub(r"(?<=^decoder\.layers\.)\d+", "{i}", key))
         if rule is None:

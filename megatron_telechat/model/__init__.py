@@ -5,12 +5,11 @@ from __future__ import annotations
 from megatron_telechat.model.build import build_model
 from megatron_telechat.model.gpt import TeleChatModel
 from megatron_telechat.model.initialize import initialize_weights
-from megatron_telechat.model.shards import LocalParameter, Piece, parameter_shards, verify_tiling
+from megatron_telechat.model.shards import LocalParameter, parameter_shards, verify_tiling
 from megatron_telechat.model.transformer_config import compute_dtype, transformer_config
 
 __all__ = [
     "LocalParameter",
-    "Piece",
     "TeleChatModel",
     "build_model",
     "compute_dtype",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_telechat.model.norm import RMSNorm
 from megatron_telechat.model.rotary import SplitAndRotate, Tables
 
 
@@ -53,6 +54,13 @@ class Segments:
         return cls(tuple(map(tuple, rows)))
 
 
+def model_parallel_generator() -> AbstractContextManager[None]:
+    """Inside, dropout differs over the ranks of a tensor-parallel group."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    assert tracker is not None, "parallel.state seeds it"
+    return tracker.fork()
+
+
 class TorchCoreAttention(torch.nn.Module):
     """Causal attention by torch's scaled_dot_product_attention, query groups included."""
 
@@ -79,7 +87,7 @@ class TorchCoreAttention(torch.nn.Module):
             is_causal=True,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
+        with model_parallel_generator() if fork else nullcontext():
             if segments is None or all(len(row) == 1 for row in segments.rows):
                 out = attend(query, key, value)
             else:
@@ -124,12 +132,22 @@ class TransformerEngineCoreAttention(torch.nn.Module):
         return self.inner(query, key, value, None, attn_mask_type=AttnMaskType.causal)
 
 
+def normalise_heads(mixed: Tensor, query_norm: torch.nn.Module, key_norm: torch.nn.Module) -> Tensor:
+    """[s, b, groups, rep + 2, head_dim] (of each group its query heads, its key, its value) with every query head and
+    every key normalised over head_dim; the values as they are."""
+    query, key, value = mixed.split((mixed.shape[3] - 2, 1, 1), dim=3)
+    return torch.cat((query_norm(query), key_norm(key), value), dim=3)
+
+
 class SelfAttention(MegatronModule):
     """Grouped-query self-attention over the heads of this tensor-parallel rank.
 
     Parameters carry megatron-core's names: linear_qkv [(heads + 2*groups)*head_dim / tp, hidden] in
     the fused order of Megatron (each group: its query heads, its key, its value) without bias, and
-    linear_proj [hidden, heads*head_dim / tp], with a bias if `output_bias`.
+    linear_proj [hidden, heads*head_dim / tp], with a bias if `output_bias`. With ``config.qk_layernorm``, q_layernorm
+    and k_layernorm [head_dim] act on each head, before the rotary embedding. Every tensor-parallel rank holds them
+    whole and sees its own heads: megatron-core's ``finalize_model_grads`` sums their gradients over the
+    tensor-parallel group by their names, under sequence parallelism or not.
     """
 
     def __init__(
@@ -142,16 +160,17 @@ class SelfAttention(MegatronModule):
         recompute_core: bool = False,
     ):
         super().__init__(config=config)
-        tp_size = pg_collection.tp.size()
-        assert config.num_query_groups % tp_size == 0, "the configuration rules keep whole groups on a rank"
-        self.groups = config.num_query_groups // tp_size
-        self.head_dim = config.kv_channels
+        tp_size, groups, head_dim = pg_collection.tp.size(), config.num_query_groups, config.kv_channels
+        assert groups is not None and head_dim is not None, "model.transformer_config says both"
+        assert groups % tp_size == 0, "the configuration rules keep whole groups on a rank"
+        self.groups = groups // tp_size
+        self.head_dim = head_dim
         self.recompute_core = recompute_core
-        projection = config.num_attention_heads * config.kv_channels
+        projection = config.num_attention_heads * head_dim
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             config.hidden_size,
-            projection + 2 * config.num_query_groups * config.kv_channels,
+            projection + 2 * groups * head_dim,
             config=config,
             init_method=config.init_method,
             gather_output=False,
@@ -161,6 +180,10 @@ class SelfAttention(MegatronModule):
             tp_comm_buffer_name="qkv",
             tp_group=pg_collection.tp,
         )
+        self.q_layernorm = self.k_layernorm = None
+        if config.qk_layernorm:
+            self.q_layernorm = RMSNorm(config, head_dim, config.layernorm_epsilon)
+            self.k_layernorm = RMSNorm(config, head_dim, config.layernorm_epsilon)
         self.core_attention = build_module(
             submodules.core_attention, config=config, layer_number=layer_number, pg_collection=pg_collection
         )
@@ -184,6 +207,8 @@ class SelfAttention(MegatronModule):
         """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias."""
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (self.groups, -1, self.head_dim))
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            mixed = normalise_heads(mixed, self.q_layernorm, self.k_layernorm)
         heads = SplitAndRotate.apply(mixed, *rotary_tables, self.core_attention.heads_first)
         if self.recompute_core and self.training and torch.is_grad_enabled():
             context = tensor_parallel.checkpoint(partial(self.core_attention, segments=segments), False, *heads)

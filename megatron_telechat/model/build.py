@@ -24,6 +24,9 @@ def build_model(
 
     Args:
         initialize: fill the weights; they do not depend on the layout. Without it, they are undefined.
+
+    Raises:
+        ConfigError: a parameter that the table of tensors does not have; on the ranks that build it.
     """
     device = backend.device
     transformer_engine = has_transformer_engine(device.type)
@@ -45,6 +48,7 @@ def build_model(
                 vp_stage=vp_stage,
             )
         chunks.append(model.to(device))
+    shards = parameter_shards(chunks, run, state)
     if initialize:
-        initialize_weights(parameter_shards(chunks, run, state), run)
+        initialize_weights(shards, run)
     return chunks

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from megatron_telechat.config.schema import ModelConfig, RunConfig
-from megatron_telechat.model.shards import LocalParameter, Piece
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.model.shards import LocalParameter
+from megatron_telechat.tensors.pieces import Piece
+from megatron_telechat.tensors.table import Constant, Normal
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a block, rounded down to whole rows. Part of what a seed means: another value gives other weights."""
@@ -24,49 +25,42 @@ BLOCK_ELEMENTS = 1 << 20
 
 @torch.no_grad()
 def initialize_weights(shards: Iterable[LocalParameter], run: RunConfig) -> None:
-    """Fill the parameters: N(0, init_method_std) for embeddings and linear layers, router_init_std for routers,
-    zero biases, norms of one. In fp32, then rounded to the type of the parameter."""
+    """Fill the parameters with the values that the table of tensors begins with: N(0, std^2) for embeddings, linear
+    layers and routers, zero biases, norms of one. In fp32, then rounded to the type of the parameter."""
     for shard in shards:
-        flat = shard.parameter.data.view(-1)
-        for piece in shard.pieces:
-            fill(piece, flat[piece.flat_start : piece.flat_start + piece.numel].view(piece.shape), run)
+        fill(shard.piece, shard.parameter.data.view(shard.piece.box.shape), run.training.seed)
 
 
-def fill(piece: Piece, target: Tensor, run: RunConfig) -> None:
+def fill(piece: Piece, target: Tensor, seed: int) -> None:
     """Fill a box of a global tensor.
 
     Args:
         target: of the box's shape.
     """
-    if piece.key.endswith("layernorm.weight"):
-        target.fill_(1.0)
-    elif piece.key.endswith(".bias"):
-        target.zero_()
-    else:
-        _fill_normal(piece, target, standard_deviation(piece.key, run.model), run.training.seed)
-
-
-def standard_deviation(key: str, model: ModelConfig) -> float:
-    return model.router_init_std if key.endswith("mlp.router.weight") else model.init_method_std
+    match piece.spec.initial:
+        case Constant(value):
+            target.fill_(value)
+        case Normal(std):
+            _fill_normal(piece, target, std, seed)
 
 
 def _fill_normal(piece: Piece, target: Tensor, std: float, seed: int) -> None:
-    columns = piece.global_shape[-1]
-    total_rows = math.prod(piece.global_shape[:-1])
+    columns = piece.spec.shape[-1]
+    total_rows = piece.spec.numel // columns
     block_rows = max(1, BLOCK_ELEMENTS // columns)
-    first_column = piece.global_offset[-1]
-    window = slice(first_column, first_column + piece.shape[-1])
-    out = target.view(-1, piece.shape[-1])
-    number: int | None = None
+    first_column = piece.box.offset[-1]
+    window = slice(first_column, first_column + piece.box.shape[-1])
+    out = target.view(-1, piece.box.shape[-1])
+    block, block_begin, block_end = target.new_empty(0), 0, 0
     written = 0
     for start, stop in _row_ranges(piece):
         while start < stop:
-            if number != start // block_rows:
+            if not block_begin <= start < block_end:
                 number = start // block_rows
-                rows = min(block_rows, total_rows - number * block_rows)
-                block = _block(f"{seed}/{piece.key}/{number}", rows, columns, std, target.device)
-            taken = min(stop, (number + 1) * block_rows) - start
-            inside = start - number * block_rows
+                block_begin, block_end = number * block_rows, min((number + 1) * block_rows, total_rows)
+                block = _block(f"{seed}/{piece.key}/{number}", block_end - block_begin, columns, std, target.device)
+            taken = min(stop, block_end) - start
+            inside = start - block_begin
             out[written : written + taken].copy_(block[inside : inside + taken, window])
             start += taken
             written += taken
@@ -81,9 +75,9 @@ def _block(name: str, rows: int, columns: int, std: float, device: torch.device)
 
 def _row_ranges(piece: Piece) -> Iterator[tuple[int, int]]:
     """Rows of the global tensor, flattened to two dimensions, that the box covers, in the order of the box."""
-    *lead_shape, rows, _ = piece.global_shape
-    *lead_offset, row_offset, _ = piece.global_offset
-    *lead_box, row_box, _ = piece.shape
+    *lead_shape, rows, _ = piece.spec.shape
+    *lead_offset, row_offset, _ = piece.box.offset
+    *lead_box, row_box, _ = piece.box.shape
     for index in itertools.product(*(range(at, at + size) for at, size in zip(lead_offset, lead_box, strict=True))):
         slab = 0
         for position, size in zip(index, lead_shape, strict=True):

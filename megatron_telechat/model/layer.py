@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_telechat.model.attention import Segments
+from megatron_telechat.model.norm import build_norm
 from megatron_telechat.model.rotary import Tables
 from megatron_telechat.moe.choices import FirstPass
 from megatron_telechat.moe.counted import CountedTokens
@@ -65,10 +67,7 @@ class DecoderLayer(MegatronModule):
         self.recompute_layer = "full" in recompute
         self.recompute_norms = "layernorm" in recompute
         self.recompute_mlp = "mlp" in recompute
-        norm = partial(
-            build_module, submodules.norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-        )
-        self.input_layernorm = norm()
+        self.input_layernorm = build_norm(submodules.norm, config, config.hidden_size)
         self.self_attention = build_module(
             submodules.self_attention,
             config=config,
@@ -76,7 +75,7 @@ class DecoderLayer(MegatronModule):
             pg_collection=pg_collection,
             recompute_core="core_attn" in recompute,
         )
-        self.pre_mlp_layernorm = norm()
+        self.pre_mlp_layernorm = build_norm(submodules.norm, config, config.hidden_size)
         self.mlp = build_module(submodules.mlp, config=config, pg_collection=pg_collection)
         self.routes = hasattr(self.mlp, "router")
         if hasattr(self.mlp, "set_layer_number"):
@@ -135,11 +134,11 @@ class DecoderLayer(MegatronModule):
         out, bias = self.mlp(normed, counted=counted)
         return out if bias is None else out + bias
 
-    def _norm(self, norm: torch.nn.Module, x: Tensor):
+    def _norm(self, norm: torch.nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
         """Norm of x, and what to call with the output of the module that read it: frees the norm's output until the
         backward, if norms are recomputed."""
         if not (self.recompute_norms and self._recomputes()):
             return norm(x), lambda out: None
         # fp8=None: megatron-core takes False for "fp8 may be on" and then asks for TransformerEngine
-        checkpoint = tensor_parallel.CheckpointWithoutOutput(fp8=None)
+        checkpoint = tensor_parallel.CheckpointWithoutOutput(fp8=None)  # pyright: ignore[reportArgumentType]
         return checkpoint.checkpoint(norm, x), checkpoint.discard_output_and_register_recompute

@@ -61,10 +61,12 @@ class MLP(MegatronModule):
         output_bias: bool,
     ):
         super().__init__(config=config)
+        width = config.ffn_hidden_size
+        assert width is not None, "model.transformer_config says it"
         self.linear_fc1 = build_module(
             submodules.linear_fc1,
             config.hidden_size,
-            2 * config.ffn_hidden_size,
+            2 * width,
             config=config,
             init_method=config.init_method,
             gather_output=False,
@@ -76,7 +78,7 @@ class MLP(MegatronModule):
         )
         self.linear_fc2 = build_module(
             submodules.linear_fc2,
-            config.ffn_hidden_size,
+            width,
             config.hidden_size,
             config=config,
             init_method=config.output_layer_init_method,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -66,6 +67,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return function.apply(x, weight, eps)
 
 
+def build_norm(spec: ModuleSpec | type, config: TransformerConfig, width: int) -> torch.nn.Module:
+    """The norm of a spec over the last axis, `width` wide."""
+    norm = build_module(spec, config=config, hidden_size=width, eps=config.layernorm_epsilon)
+    assert isinstance(norm, torch.nn.Module), spec
+    return norm
+
+
 class RMSNorm(torch.nn.Module):
     """RMSNorm with a weight and no bias; see `rms_norm`.
 
@@ -77,7 +85,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - torch's stubs do not know it
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""

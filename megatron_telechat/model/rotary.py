@@ -36,7 +36,7 @@ class RotaryEmbedding(torch.nn.Module):
         self.dim = model.head_dim
         self.theta = model.rotary_base
         self.training_seqlen = model.rotary_training_seqlen
-        self.base_seqlen = model.rotary_base_seqlen or model.rotary_training_seqlen
+        self.base_seqlen = model.rotary_base_seqlen
         self.table_dtype = torch.float16 if model.rotary_table_dtype == "fp16" else torch.float32
         self._tables: dict[tuple[int, torch.device], Tables] = {}
 
@@ -44,7 +44,7 @@ class RotaryEmbedding(torch.nn.Module):
         """Theta for a sequence of this length: ``theta * alpha^(d / (d - 2))``."""
         if self.training_seqlen is None:
             return self.theta
-        alpha = ntk_alpha(length, self.training_seqlen, self.base_seqlen)
+        alpha = ntk_alpha(length, self.training_seqlen, self.base_seqlen or self.training_seqlen)
         return self.theta * alpha ** (self.dim / (self.dim - 2))
 
     def forward(self, length: int, device: torch.device, position_ids: Tensor | None = None) -> Tables:
@@ -61,7 +61,8 @@ class RotaryEmbedding(torch.nn.Module):
         if position_ids is None:
             return tables
         rows = position_ids.t()
-        return tuple(table[:, 0][rows] for table in tables)
+        cos, sin = (table[:, 0][rows] for table in tables)
+        return cos, sin
 
     def _make(self, length: int, device: torch.device) -> Tables:
         exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device=device) / self.dim

@@ -1,89 +1,51 @@
-"""Which part of which global tensor every local parameter is.
+"""The parameters of this rank and the pieces of the model's tensors that they hold.
 
-Global tensors are those of `costs.parameters.parameter_table`: their keys and shapes know no layout.
-Initialisation, checkpoints, weight conversion and the start-up check all speak of parameters
-through the pieces made here.
+What a tensor is, and which piece of it a rank holds, is said in `megatron_telechat.tensors`. Here the modules that were
+built are held to it: a parameter without a row in the table, or of another size than its piece, is an error.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from typing import Any, Protocol
 
 from torch import nn
 
+from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs.parameters import (
-    is_expert_key,
-    is_replicated_over_tensor_parallel,
-    parameter_table,
-)
 from megatron_telechat.errors import ConfigError, Problem
 from megatron_telechat.parallel.agreement import gather_objects
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.tensors.pieces import Piece, chunk_table, is_writer, piece_at, tiling_problems
+from megatron_telechat.tensors.table import layer_key, layer_of, layer_table, tensor_table
 
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One box of a global tensor, stored row-major in a contiguous flat range of a local parameter.
-
-    Attributes:
-        key, global_shape: the global tensor.
-        global_offset, shape: the box.
-        flat_start: where it begins in the flattened local parameter.
-    """
-
-    key: str
-    global_shape: Shape
-    global_offset: Shape
-    shape: Shape
-    flat_start: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+_TABLE = "megatron_telechat/tensors/table.py"
+_REPORT = "this is a bug, please report it"
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """One local parameter and the pieces it consists of.
+    """One local parameter and the piece it holds.
 
     Attributes:
         chunk: number of the virtual chunk on this rank.
         name: name of the parameter in that chunk.
-        is_expert: belongs to the routed experts, whose replicas are the expert-data-parallel ranks.
-        writer: of all ranks that hold these pieces, this is the one that counts; the pieces of all
-            writers tile every global tensor exactly once.
+        writer: of all ranks that hold this piece, this is the one that counts; the pieces of all writers tile every
+            tensor exactly once.
     """
 
     chunk: int
     name: str
     parameter: nn.Parameter
-    pieces: tuple[Piece, ...]
-    is_expert: bool
+    piece: Piece
     writer: bool
 
 
-# Axis of the global tensor that is cut over the tensor-parallel ranks (expert-tensor-parallel ones for the
-# experts, whose axis 0 is cut over the expert-parallel ranks besides). By the end of the key, first match.
-_CUT_AXIS = (
-    ("mlp.experts.linear_fc1.weight", 2),
-    ("mlp.experts.linear_fc2.weight", 2),
-    ("linear_fc1.weight", 1),
-    ("linear_fc2.weight", 1),
-    ("linear_proj.weight", 1),
-    ("linear_qkv.weight", 0),
-    ("word_embeddings.weight", 0),
-    ("output_layer.weight", 0),
-)
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 
 # TransformerEngine keeps a norm's weight inside the linear layer that follows it.
 _FUSED_NORMS = {
@@ -93,161 +55,129 @@ _FUSED_NORMS = {
 
 
 def parameter_shards(chunks: Sequence[nn.Module], run: RunConfig, state: ParallelState) -> list[LocalParameter]:
-    """The parameters of this rank with their places in the global tensors, in chunk and model order.
+    """The parameters of this rank with their pieces, in chunk and model order.
 
     Args:
         chunks: model chunks of this rank, bare or wrapped (``.module``).
+
+    Raises:
+        ConfigError: naming every parameter that has no row in the table, not the size of its piece, or the gradient
+            reduction of the other domain.
     """
-    table = parameter_table(run.model)
-    out = []
+    table = tensor_table(run.model)
+    found: list[LocalParameter] = []
+    problems: list[Problem] = []
     for number, wrapped in enumerate(chunks):
         chunk = unwrap(wrapped)
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, parameter in chunk.named_parameters():
             key = global_key(name, numbers)
-            assert key in table, f"{name} is no parameter of the model's table ({key})"
-            piece = local_piece(key, table[key], state)
-            assert piece.numel == parameter.numel(), f"{name} {tuple(parameter.shape)} is not {piece}"
-            out.append(
-                LocalParameter(
-                    chunk=number,
-                    name=name,
-                    parameter=parameter,
-                    pieces=(piece,),
-                    is_expert=is_expert_key(key),
-                    writer=is_writer(key, state),
-                )
-            )
-    return out
+            if key not in table:
+                fix = f"give the tensor a row in {_TABLE}"
+                problems.append(Problem(f"the model has a parameter {key} that the table of tensors lacks", name, fix))
+                continue
+            piece = piece_at(table[key], state)
+            if piece.numel != parameter.numel():
+                what = f"{key} was built with shape {tuple(parameter.shape)}, its piece on this rank is"
+                problems.append(Problem(f"{what} {piece.box.shape} of {piece.spec.shape}", name, f"correct {_TABLE}"))
+            if getattr(parameter, "allreduce", True) == piece.spec.expert:
+                problems.append(_wrong_domain(piece, name))
+            found.append(LocalParameter(number, name, parameter, piece, is_writer(piece.spec, state)))
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
-def unwrap(chunk: nn.Module) -> nn.Module:
+def _wrong_domain(piece: Piece, name: str) -> Problem:
+    """A parameter whose mark ``allreduce`` (megatron-core: reduced over the data-parallel ranks, not the
+    expert-data-parallel ones) says something else than its row."""
+    said = "belongs" if piece.spec.expert else "does not belong"
+    what = f"{piece.key} {said} to the routed experts by the table of tensors, and its module says otherwise"
+    return Problem(what, name, "set the parameter's attribute allreduce to False for the experts only")
+
+
+class ModelChunk(Protocol):
+    """What is asked of a chunk here: its parameters, and which layers it holds."""
+
+    decoder: Any
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+
+
+def unwrap(chunk: nn.Module) -> ModelChunk:
     """The model chunk inside its data-parallel wrapper."""
-    while not hasattr(chunk, "decoder"):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk
+    while not hasattr(inner, "decoder"):
+        inner = inner.module
+    return inner
 
 
 def global_key(name: str, layer_numbers: Sequence[int]) -> str:
-    """Global key of a parameter of a chunk whose layers have these global numbers."""
-    match = _LAYER.fullmatch(name)
+    """Key of a parameter of a chunk whose layers have these global numbers."""
+    match = _LOCAL_LAYER.fullmatch(name)
     if match is None:
         return name
     local, rest = int(match.group(1)), match.group(2)
-    return f"decoder.layers.{layer_numbers[local]}.{_FUSED_NORMS.get(rest, rest)}"
-
-
-def local_piece(key: str, global_shape: Shape, state: ParallelState) -> Piece:
-    """The box of a global tensor that the ranks at these coordinates hold; it fills the local parameter.
-
-    A dense linear_fc1 is [2, ffn, hidden] globally and [2*ffn / tp, hidden] locally, gate rows first:
-    the box [2, ffn / tp, hidden] in row-major order.
-    """
-    offset, shape = [0] * len(global_shape), list(global_shape)
-
-    def cut(axis: int, size: int, rank: int) -> None:
-        assert shape[axis] % size == 0, f"{key} {global_shape} is not divisible by {size} along axis {axis}"
-        shape[axis] //= size
-        offset[axis] = rank * shape[axis]
-
-    expert = is_expert_key(key)
-    if expert:
-        cut(0, state.ep_size, state.ep_rank)
-    axis = next((axis for suffix, axis in _CUT_AXIS if key.endswith(suffix)), None)
-    if axis is not None:
-        cut(axis, *((state.etp_size, state.etp_rank) if expert else (state.tp_size, state.tp_rank)))
-    return Piece(key, global_shape, tuple(offset), tuple(shape), 0)
-
-
-def is_writer(key: str, state: ParallelState) -> bool:
-    """Whether this rank is the first of those that hold the same piece."""
-    if is_expert_key(key):
-        return state.edp_rank == 0 and (state.etp_rank == 0 or not key.endswith(".bias"))
-    whole = is_replicated_over_tensor_parallel(key)
-    return state.dp_rank == 0 and state.cp_rank == 0 and (state.tp_rank == 0 or not whole)
+    return layer_key(layer_numbers[local], _FUSED_NORMS.get(rest, rest))
 
 
 def verify_tiling(shards: Iterable[LocalParameter], run: RunConfig, state: ParallelState) -> None:
-    """Check that the writers of all ranks together hold every global tensor exactly once; collective.
+    """Check that the writers of all ranks together hold every tensor exactly once; collective.
+
+    By arithmetic, the pieces of all places tile the table. So it is enough that the ranks fill all places, and that
+    each has built exactly the pieces of its place; what is exchanged does not grow with the model.
 
     Raises:
-        ConfigError: on every rank, naming the layers and tensors that are missing, held twice or of wrong size.
+        ConfigError: on every rank, naming the tensors that are missing or held twice and the ranks, or what the layout
+            of the pipeline leaves out.
     """
-    mine = [
-        (piece.key, piece.global_shape, piece.global_offset, piece.shape)
-        for shard in shards
-        if shard.writer
-        for piece in shard.pieces
-    ]
-    problems = tiling_problems([piece for pieces in gather_objects(mine) for piece in pieces], run)
+    mine = _differences(shards, run, state)
+    places: list[tuple[dict[str, int], list[str]]] = gather_objects((state.coordinates(), mine))
+    ranks_of: dict[str, list[int]] = defaultdict(list)
+    for rank, (_, found) in enumerate(places):
+        for what in found:
+            ranks_of[what].append(rank)
+    problems = tiling_problems(run)
+    problems += [Problem(what, _rank_names(ranks), _REPORT) for what, ranks in ranks_of.items()]
+    problems += _place_problems([place for place, _ in places])
     if problems:
         raise ConfigError(problems).on_every_rank()
 
 
-def tiling_problems(pieces: Iterable[tuple[str, Shape, Shape, Shape]], run: RunConfig) -> list[Problem]:
-    """What keeps these (key, global shape, offset, shape) from tiling the parameter table exactly."""
-    table = parameter_table(run.model)
-    boxes: Mapping[str, list[tuple[Shape, Shape]]] = defaultdict(list)
-    wrong = []
-    for key, global_shape, offset, shape in pieces:
-        if table.get(key) != global_shape:
-            wrong.append(Problem(f"{key} was built with global shape {global_shape}, the model has {table.get(key)}"))
-        elif any(at < 0 or at + size > whole for at, size, whole in zip(offset, shape, global_shape, strict=True)):
-            wrong.append(Problem(f"{key} was built at {offset} with shape {shape}, outside of {global_shape}"))
-        boxes[key].append((offset, shape))
-    missing, partial, double = [], [], []
-    for key, global_shape in table.items():
-        held = sum(math.prod(shape) for _, shape in boxes[key])
-        if held == 0:
-            missing.append(key)
-        elif any(_overlap(a, b) for a, b in combinations(boxes[key], 2)):
-            double.append(key)
-        elif held != math.prod(global_shape):
-            partial.append(key)
+def _differences(shards: Iterable[LocalParameter], run: RunConfig, state: ParallelState) -> list[str]:
+    """What this rank has built beside, or in place of, the tensors that the layout gives to it."""
+    layout = pipeline_layout(run)
+    wanted = {
+        (chunk, key)
+        for chunk in range(layout.num_chunks)
+        for key in chunk_table(run.model, layout, state.pp_rank, chunk)
+    }
+    built = Counter((shard.chunk, shard.piece.key) for shard in shards)
+    missing = {key for _, key in wanted - set(built)}
+    layers = sorted({layer for layer in map(layer_of, missing) if layer is not None})
+    whole = [layer for layer in layers if set(layer_table(run.model, layer)) <= missing]
     return [
-        *wrong,
-        *_missing_problems(missing, run),
-        *(Problem(f"{key}: only a part of it was built") for key in partial),
-        *(Problem(f"{key}: built more than once") for key in double),
+        *(f"layer {layer} was not built" for layer in whole),
+        *(f"{key} was not built" for key in sorted(missing) if layer_of(key) not in whole),
+        *(f"{key} was built, and the layout gives it to another rank" for _, key in sorted(set(built) - wanted)),
+        *(f"{key} was built {count} times" for (_, key), count in sorted(built.items()) if count > 1),
     ]
 
 
-def _overlap(a: tuple[Shape, Shape], b: tuple[Shape, Shape]) -> bool:
-    return all(
-        max(at_a, at_b) < min(at_a + size_a, at_b + size_b) for at_a, size_a, at_b, size_b in zip(*a, *b, strict=True)
-    )
+def _rank_names(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_SHOWN]))}{more}"
 
 
-def _missing_problems(missing: Sequence[str], run: RunConfig) -> list[Problem]:
-    """Whole missing layers as one problem, single tensors one by one."""
-    if not missing:
-        return []
-    of_layer: Mapping[int, set[str]] = defaultdict(set)
-    rest = []
-    for key in missing:
-        match = _LAYER.fullmatch(key)
-        if match:
-            of_layer[int(match.group(1))].add(key)
-        else:
-            rest.append(key)
-    expected: Mapping[int, int] = defaultdict(int)
-    for key in parameter_table(run.model):
-        match = _LAYER.fullmatch(key)
-        if match:
-            expected[int(match.group(1))] += 1
-    whole = [layer for layer, keys in sorted(of_layer.items()) if len(keys) == expected[layer]]
-    rest += [key for layer, keys in of_layer.items() if layer not in whole for key in sorted(keys)]
-    problems = [Problem(f"{key}: not built on any rank") for key in rest]
-    if whole:
-        parallel, total = run.parallel, run.model.num_layers
-        stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
-        names = f"layer {whole[0]} is" if len(whole) == 1 else f"layers {', '.join(map(str, whole))} are"
-        problems.insert(
-            0,
-            Problem(
-                f"{total} layers on {stages} pipeline stages built only {total - len(whole)}: {names} missing",
-                where="pipeline_model_parallel_layout",
-                fix="give a layout that holds every layer",
-            ),
-        )
+def _place_problems(places: Sequence[dict[str, int]]) -> list[Problem]:
+    """Two ranks at one place of a domain, so that another place is empty."""
+    problems = []
+    for names in (("tp", "cp", "dp", "pp"), ("etp", "ep", "edp", "pp")):
+        rank_of: dict[tuple[int, ...], int] = {}
+        for rank, place in enumerate(places):
+            at = tuple(place[name] for name in names)
+            other = rank_of.setdefault(at, rank)
+            if other != rank:
+                text = ", ".join(f"{name} {number}" for name, number in zip(names, at, strict=True))
+                problems.append(Problem(f"two ranks stand at {text}", _rank_names((other, rank)), _REPORT))
     return problems

@@ -10,10 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs.parameters import expert_ffn_hidden_size
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.model.spec import has_transformer_engine
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.tensors.table import expert_ffn_hidden_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -62,6 +62,8 @@ def transformer_config(
         hidden_dropout=model.hidden_dropout,
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
+        # makes finalize_model_grads sum the gradients of q_layernorm and k_layernorm over the tensor-parallel group
+        qk_layernorm=model.qk_layernorm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         # megatron-core would put a bias on every linear layer and on the router; ours are given in the spec

@@ -17,6 +17,7 @@ from megatron_telechat.moe.engine import ExpertWeights, Gradients
 from megatron_telechat.moe.forward_pass import Saved
 from megatron_telechat.moe.pipeline import ChunkPipeline
 from megatron_telechat.moe.te_products import accumulating_product
+from megatron_telechat.tensors.table import Constant, mlp_rows
 
 # Row strides of torch.nn.functional.grouped_mm on accelerators.
 _GROUPED_MM_ALIGNMENT_BYTES = 16
@@ -121,12 +122,14 @@ class GroupedExperts(MegatronModule):
         marked, it counts on the first rank of the tensor group: for the experts that of their own group
         (`training.chain`).
         """
-        for parameter in self.parameters():
+        experts, _, width, hidden = self.linear_fc1.weight.shape
+        bias = self.linear_fc2.bias is not None
+        rows = mlp_rows("", hidden, width, Constant(0.0), gated=True, output_bias=bias, experts=experts)
+        axes = {row.key: row.tensor_axis for row in rows}
+        for name, parameter in self.named_parameters():
             parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue] - Megatron-Core's mark
-        for linear, axis in ((self.linear_fc1, 2), (self.linear_fc2, 2)):
-            set_tensor_model_parallel_attributes(linear.weight, is_parallel=True, dim=axis, stride=1)
-        if self.linear_fc2.bias is not None:
-            set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=etp_rank == 0, dim=0, stride=1)
+            first = axes[name] is not None or etp_rank == 0
+            set_tensor_model_parallel_attributes(parameter, is_parallel=first, dim=axes[name] or 0, stride=1)
 
     @property
     def device(self) -> torch.device:

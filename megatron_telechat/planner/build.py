@@ -12,11 +12,12 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import embedding_bytes, layer_activations, output_layer_bytes
 from megatron_telechat.costs.devices import DeviceSpec
 from megatron_telechat.costs.memory import resident_bytes
-from megatron_telechat.costs.parameters import Shape, layer_table, local_count, stage_table
+from megatron_telechat.costs.parameters import local_count
 from megatron_telechat.costs.time import Software, TimeModel, mode_name
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup, Mode
+from megatron_telechat.tensors.table import Table, layer_table, stage_table
 
 RESERVE_GIB = 3.0
 """Memory left to the device's context, communication buffers and fragmentation."""
@@ -88,7 +89,7 @@ def balance_problem(
     ends = [stage_table(run.model, (), has_embedding=first, has_loss=not first) for first in (True, False)]
     parallel = run.parallel
     if parallel.pipeline_model_parallel_size == 1:  # a tied matrix lies on the one stage once
-        ends[1] = {key: shape for key, shape in ends[1].items() if key not in ends[0]}
+        ends[1] = {key: spec for key, spec in ends[1].items() if key not in ends[0]}
     embed_bytes, head_bytes = (_weights(run, table) for table in ends)
     return BalanceProblem(
         P=parallel.pipeline_model_parallel_size,
@@ -104,7 +105,7 @@ def balance_problem(
     )
 
 
-def _weights(run: RunConfig, table: dict[str, Shape]) -> float:
+def _weights(run: RunConfig, table: Table) -> float:
     return sum(resident_bytes(run, local_count(table, run.parallel)))
 
 

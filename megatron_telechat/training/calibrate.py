@@ -26,11 +26,12 @@ from megatron_telechat.config.recompute import Modes
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.memory import optimizer_shards
-from megatron_telechat.costs.parameters import local_count, parameter_table
+from megatron_telechat.costs.parameters import local_count
 from megatron_telechat.costs.time import conditions, mode_name
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.model import build_model, compute_dtype, parameter_shards
 from megatron_telechat.planner.build import DEFAULT_KINDS, of_layer, parse_kind
+from megatron_telechat.tensors.table import tensor_table
 from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_telechat.training.step import Batch, TrainStep, forward_step
 
@@ -323,7 +324,7 @@ class Calibration:
         return statistics.fmean(found)
 
     def _own_parameters(self) -> float:
-        count = local_count(parameter_table(self.probe.model), self.probe.parallel)
+        count = local_count(tensor_table(self.probe.model), self.probe.parallel)
         dense, expert = optimizer_shards(self.probe)
         return count.dense / dense + count.expert / expert
 

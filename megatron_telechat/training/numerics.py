@@ -77,6 +77,6 @@ def require_finite_validation(loss: float) -> None:
 
 def _culprits(tensors: Iterable[tuple[LocalParameter, torch.Tensor | None]]) -> str:
     """Where the tensors of all ranks are not finite, four ranks and three tensors of each; "" where all are."""
-    bad = (shard.pieces[0].key for shard, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all())
+    bad = (shard.piece.key for shard, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all())
     everyone = gather_objects(list(islice(bad, 3)))
     return "; ".join([f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(everyone) if keys][:4])

@@ -12,7 +12,7 @@ import torch
 
 from megatron_telechat.backend.core_versions import installed_line
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.model import compute_dtype
+from megatron_telechat.model import compute_dtype, parameter_shards
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.learning_rate import learning_rate
 
@@ -93,9 +93,10 @@ def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: Parall
     """AdamW over the wrapped chunks: megatron-core's optimizers of dense and expert parameters, chained to one
     (`training.chain`).
 
-    No weight decay on biases and on one-dimensional parameters (megatron-core's standard rule).
+    Weight decay acts where the table of tensors says so: not on biases and norms (megatron-core's standard rule).
     """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
     from megatron_telechat.training.chain import ModelOptimizer
 
@@ -119,7 +120,15 @@ def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: Parall
         loss_scale_window=settings.loss_scale_window,
         hysteresis=settings.hysteresis,
     )
-    made = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=state.process_groups)
+    undecayed = {id(shard.parameter) for shard in parameter_shards(chunks, run, state) if not shard.piece.spec.decays}
+    no_decay = ParamPredicate("no weight decay", lambda parameter: id(parameter) in undecayed)
+    made = get_megatron_optimizer(
+        config,
+        chunks,
+        config_overrides={ParamKey(predicate=no_decay): {"wd_mult": 0.0}},
+        use_gloo_process_groups=False,
+        pg_collection=state.process_groups,
+    )
     optimizer = ModelOptimizer(made.chained_optimizers, config, state.process_groups.expt_tp)
     _use_fused_kernel(optimizer)
     for chunk in chunks:

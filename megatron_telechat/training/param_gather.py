@@ -71,7 +71,7 @@ def every_parameter_awaited(
         for handle in handles:
             handle.remove()
     missed = [
-        shard.pieces[0].key
+        shard.piece.key
         for shard in shards
         if id(shard.parameter) in owners and called.isdisjoint(owners[id(shard.parameter)])
     ]

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from megatron_telechat.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
-from megatron_telechat.checkpoint.boxes import flat_range_boxes
 from megatron_telechat.checkpoint.find import find_checkpoint
 from megatron_telechat.checkpoint.manifest import _digest
 from megatron_telechat.errors import CheckpointError, ResourceError
+from megatron_telechat.tensors.boxes import flat_range_boxes
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -107,9 +107,8 @@ class Built:
         scale = float(self.optimizer.get_loss_scale())
         for item in self.shards:
             flat = item.parameter.main_grad.view(-1)
-            for piece in item.pieces:
-                index = tuple(slice(o, o + s) for o, s in zip(piece.global_offset, piece.shape, strict=True))
-                flat[piece.flat_start : piece.flat_start + piece.numel] = gradient(piece)[index].reshape(-1) * scale
+            spec, box = item.piece.spec, item.piece.box
+            flat.copy_(gradient(spec.key, spec.shape)[box.slices()].reshape(-1) * scale)
         done, _, _ = self.optimizer.step()
         assert done
 
@@ -125,7 +124,7 @@ class Built:
             mine += _flat_parts("weight", item, 0, item.parameter.detach().view(-1))
         for found in optimizer_slices(self.optimizer, self.shards):
             for name, tensor in found.tensors.items():
-                mine += _flat_parts(name, found.shards, found.start, tensor)
+                mine += _flat_parts(name, found.shard, found.start, tensor)
         full: dict[str, Any] = {}
         seen: dict[str, Any] = {}
         for rank in gather_objects(mine):
@@ -146,26 +145,19 @@ def _flat_parts(name: str, item: Any, start: int, values: Any) -> list:
     """(key, shape, global flat indices, values) of a flat range, by plain index arithmetic."""
     import torch
 
-    out = []
-    for piece in item.pieces:
-        numbers = torch.arange(torch.Size(piece.global_shape).numel()).view(piece.global_shape)
-        box = numbers[tuple(slice(o, o + s) for o, s in zip(piece.global_offset, piece.shape, strict=True))].reshape(-1)
-        low, high = max(start, piece.flat_start), min(start + values.numel(), piece.flat_start + piece.numel)
-        if low < high:
-            elements = box[low - piece.flat_start : high - piece.flat_start]
-            out.append(
-                (f"{name}/{piece.key}", piece.global_shape, elements, values[low - start : high - start].clone())
-            )
-    return out
+    spec, box = item.piece.spec, item.piece.box
+    numbers = torch.arange(spec.numel).view(spec.shape)
+    elements = numbers[box.slices()].reshape(-1)[start : start + values.numel()]
+    return [(f"{name}/{spec.key}", spec.shape, elements, values.clone())] if values.numel() else []
 
 
-def gradient(piece: Any) -> Any:
+def gradient(key: str, shape: tuple[int, ...]) -> Any:
     import zlib
 
     import torch
 
-    generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))
-    return torch.randn(piece.global_shape, generator=generator)
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    return torch.randn(shape, generator=generator)
 
 
 def require_equal(found: dict, wanted: dict) -> None:
@@ -185,15 +177,13 @@ def require_close(found: dict, wanted: dict) -> None:
 
 def require_real_moments(full: dict) -> None:
     """Two steps on one gradient g: exp_avg = (1 - b1)(1 + b1) g, exp_avg_sq = (1 - b2)(1 + b2) g^2."""
-    from types import SimpleNamespace
-
     import torch
 
     keys = [key for key in full if key.startswith("exp_avg/")]
     assert keys
     for key in keys:
         name = key.split("/", 1)[1]
-        g = gradient(SimpleNamespace(key=name, global_shape=tuple(full[key].shape)))
+        g = gradient(name, tuple(full[key].shape))
         torch.testing.assert_close(full[key], (1 - BETA1**2) * g, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(full[f"exp_avg_sq/{name}"], (1 - BETA2**2) * g * g, rtol=1e-4, atol=1e-6)
 

@@ -270,7 +270,6 @@ def test_each_absent_flag_of_the_architecture_is_a_problem(absent: str) -> None:
     [
         "--squared-relu",
         "--normalization LayerNorm",
-        "--qk-layernorm",
         "--add-qkv-bias",
         "--quick-geglu",
         "--no-untie-embeddings-and-output-weights",

@@ -177,4 +177,4 @@ def test_what_a_layer_without_a_gate_keeps():
     dropped = stage_memory(make(replace(TINY, hidden_dropout=0.1)))[0].activations_bytes
     assert dropped - gated == (4 * 2 + 1) * 16 * 8  # a byte an element: two branches a layer, and the embedding
     normed = stage_memory(make(replace(TINY, qk_layernorm=True)))[0].activations_bytes
-    assert normed - gated == 4 * 16 * 2 * (8 + 4)
+    assert normed - gated == 4 * 16 * 2 * (8 + 2 * 4)

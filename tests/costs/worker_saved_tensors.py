@@ -21,7 +21,13 @@ TENSOR = dict(tensor_model_parallel_size=2)
 
 
 def make_run(
-    moe: bool, precision: str, recompute: str, layers: int, dropout: float = 0.0, **parallel_sizes
+    moe: bool,
+    precision: str,
+    recompute: str,
+    layers: int,
+    dropout: float = 0.0,
+    qk_layernorm: bool = False,
+    **parallel_sizes,
 ) -> RunConfig:
     return RunConfig(
         model=ModelConfig(
@@ -32,6 +38,7 @@ def make_run(
             num_query_groups=4,
             vocab_size=1024,
             hidden_dropout=dropout,
+            qk_layernorm=qk_layernorm,
             **(EXPERTS if moe else {}),
         ),
         parallel=ParallelConfig(world_size=2, **parallel_sizes),
@@ -73,12 +80,12 @@ def saved_bytes(run: RunConfig) -> int:
     return sum(size for pointer, size in sizes.items() if pointer not in parameters)
 
 
-def activations(moe: bool, precision: str, dropout: float = 0.0, **parallel_sizes) -> dict[str, list[float]]:
+def activations(moe: bool, precision: str, dropout: float = 0.0, **more) -> dict[str, list[float]]:
     """For each recompute kind, of a layer: [measured, predicted] bytes; and of embedding and output layer."""
     found = {}
     for kind in MODES:
         modes = kind.replace("block", "moe" if moe else "mlp")
-        runs = [make_run(moe, precision, f"{modes}*{layers}", layers, dropout, **parallel_sizes) for layers in (2, 3)]
+        runs = [make_run(moe, precision, f"{modes}*{layers}", layers, dropout, **more) for layers in (2, 3)]
         two, three = (saved_bytes(run) for run in runs)
         kept = layer_activations(runs[0], 0, () if kind == "none" else tuple(modes.split("+"))).kept
         found[kind] = [three - two, kept]
@@ -173,7 +180,8 @@ def _stock(changes: dict[str, Any], sizes: ParallelConfig, state: parallel.Paral
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_telechat.costs.parameters import local_count, stage_table
+    from megatron_telechat.costs.parameters import local_count
+    from megatron_telechat.tensors.table import stage_table
 
     model = ModelConfig(
         num_layers=4,
@@ -239,6 +247,7 @@ for precision in ("bf16", "fp32"):
         cases.add(f"resident_{name}_tp2", lambda m=moe, p=precision: resident(m, p, **TENSOR))
 cases.add("activations_dense_tp2", lambda: activations(False, "bf16", **TENSOR))
 cases.add("activations_dense_dropout", lambda: activations(False, "bf16", 0.1))
+cases.add("activations_dense_tp2_qk_layernorm", lambda: activations(False, "bf16", qk_layernorm=True, **TENSOR))
 cases.add("activations_moe_folded", lambda: activations(True, "bf16", **TENSOR, fold_tensor_into_experts=True))
 
 cases.add("stock_tp2", lambda: stock_parameters(**TENSOR, expert_tensor_parallel_size=1))

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_telechat.checkpoint import CheckpointReader
 from megatron_telechat.config.schema import ModelConfig
-from megatron_telechat.costs.parameters import parameter_table
 from megatron_telechat.errors import CheckpointError, ConfigError, UserError
 from megatron_telechat.huggingface import export_hf, import_hf, weight_map
 from megatron_telechat.huggingface.config import hf_config_of, model_config_from_hf
 from megatron_telechat.huggingface.convert import parse_size
 from megatron_telechat.huggingface.weights import HfWeights, hf_tensor_shapes
+from megatron_telechat.tensors.table import tensor_table
 from tests.huggingface.folders import (
     PRESET_HEADS,
     all_tensors,
@@ -333,7 +333,7 @@ MODELS = (
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_map_covers_every_element_of_the_model_once(model):
-    table = parameter_table(model)
+    table = {key: spec.shape for key, spec in tensor_table(model).items()}
     covered = dict.fromkeys(table, 0)
     for link in weight_map(model):
         covered[link.key] += link.box.numel

@@ -70,4 +70,15 @@ def test_low_precision(report):
 
 def test_a_missing_layer_is_an_error_on_every_rank(report):
     said = report.check("missing_layer_is_an_error_on_every_rank")
-    assert len(set(said)) == 1 and said[0] == "5 layers on 4 pipeline stages built only 4: layer 1 is missing"
+    assert len(set(said)) == 1 and "layer 1 was not built    (rank 0)" in said[0]
+
+
+def test_weight_decay_follows_the_table(report):
+    for rank in report.check("weight_decay_follows_the_table"):
+        assert rank["unknown"] == 0 and 0 < rank["decay"] < rank["all"]
+
+
+def test_a_parameter_without_a_row_is_an_error(report):
+    said = report.check("unknown_parameter_is_an_error_on_every_rank")
+    assert len(set(said)) == 1 and "decoder.layers.4.self_attention.q_norm.weight" in said[0]
+    assert "megatron_telechat/tensors/table.py" in said[0]

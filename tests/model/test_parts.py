@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_telechat.config.schema import ModelConfig
-from megatron_telechat.model.attention import Segments, TorchCoreAttention
+from megatron_telechat.model.attention import Segments, TorchCoreAttention, normalise_heads
 from megatron_telechat.model.mlp import swiglu
-from megatron_telechat.model.norm import CpuRMSNorm, FusedRMSNorm, rms_norm
+from megatron_telechat.model.norm import CpuRMSNorm, FusedRMSNorm, RMSNorm, rms_norm
 from megatron_telechat.model.rotary import RotaryEmbedding, SplitAndRotate, attention_scaling, ntk_alpha
 
 EPS = 1e-5
@@ -58,6 +58,22 @@ def test_rms_norm_rounds_before_the_weight(function):
     assert (ours == normalised * weight).float().mean() > 0.999
     late = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS) * weight.float()).bfloat16()
     assert (ours == late).float().mean() < 0.95
+
+
+def test_queries_and_keys_are_normalised_head_by_head():
+    config = SimpleNamespace(params_dtype=torch.float64, sequence_parallel=False)
+    norms = [RMSNorm(config, 8, EPS) for _ in range(2)]
+    weights = [random(8, seed=1), random(8, seed=2)]
+    for norm, weight in zip(norms, weights, strict=True):
+        norm.weight.data.copy_(weight)
+    mixed = random(5, 2, 3, 4, 8)
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        heads = [reference_norm(x[..., head, :], weights[head == 2]) for head in range(3)]
+        return torch.stack([*heads, x[..., 3, :]], dim=3)
+
+    ours, theirs = gradients(lambda x: normalise_heads(x, *norms), mixed), gradients(plain, mixed)
+    assert all(relative(one, other) < 1e-6 for one, other in zip(ours, theirs, strict=True))
 
 
 def test_rms_norm_takes_the_function_of_the_device():

@@ -159,7 +159,7 @@ def reduced_gradient(shard, state):
     grad = shard.parameter.grad.clone()
     if getattr(shard.parameter, "sequence_parallel", False):
         dist.all_reduce(grad, group=state.tp_group)
-    if shard.is_expert:
+    if shard.piece.spec.expert:
         # the experts of all replicas together have seen every data-parallel copy of the batch
         dist.all_reduce(grad, group=state.edp_group)
         grad /= state.dp_size
@@ -216,9 +216,9 @@ def compare(name: str) -> dict[str, Any]:
         references[kind] = {
             "loss": loss,
             **{
-                s.pieces[0].key: (
-                    s.parameter.detach().view(s.pieces[0].shape).clone(),
-                    grads[id(s)].view(s.pieces[0].shape),
+                s.piece.key: (
+                    s.parameter.detach().view(s.piece.box.shape).clone(),
+                    grads[id(s)].view(s.piece.box.shape),
                 )
                 for s in shards
             },
@@ -226,11 +226,10 @@ def compare(name: str) -> dict[str, Any]:
     reference = references[kind]
     worst, at = 0.0, ""
     for shard in shards:
-        (piece,) = shard.pieces
-        window = tuple(slice(o, o + n) for o, n in zip(piece.global_offset, piece.shape, strict=True))
-        weight, grad = (tensor[window] for tensor in reference[piece.key])
-        assert torch.equal(shard.parameter.detach().view(piece.shape), weight), f"{piece.key}: other initial weights"
-        ours = grads[id(shard)].view(piece.shape)
+        piece, shape = shard.piece, shard.piece.box.shape
+        weight, grad = (tensor[piece.box.slices()] for tensor in reference[piece.key])
+        assert torch.equal(shard.parameter.detach().view(shape), weight), f"{piece.key}: other initial weights"
+        ours = grads[id(shard)].view(shape)
         assert torch.isfinite(ours).all()
         error = ((ours - grad).norm() / reference[piece.key][1].norm()).item()
         if error > worst:
@@ -260,7 +259,7 @@ def trained(run) -> tuple[float, dict, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = chunks[0](tokens, None, labels=tokens)
     del output
-    return loss, {s.pieces[0].key: s.parameter.grad for s in shards}, sum(kept.values())
+    return loss, {s.piece.key: s.parameter.grad for s in shards}, sum(kept.values())
 
 
 def recompute(name: str) -> dict[str, Any]:
@@ -332,7 +331,7 @@ def repeated_choices(parallel: dict) -> dict[str, Any]:
             if len(chunks) == 1 and state.pp_size == 1:
                 chunks[0].register_forward_pre_hook(evaluate_first)
             forward_backward(run, chunks)
-        found = {s.pieces[0].key: s.parameter.grad for s in shards}
+        found = {s.piece.key: s.parameter.grad for s in shards}
         ranks.destroy(keep_world=True)
         return found, ties.flipped
 
@@ -382,7 +381,7 @@ def fill_from_hf(shards, weights: dict, model) -> None:
         ):
             tensors[ours + mine] = weights[theirs + other]
     for shard in shards:
-        shard.parameter.data.copy_(tensors.pop(shard.pieces[0].key).reshape(shard.parameter.shape))
+        shard.parameter.data.copy_(tensors.pop(shard.piece.key).reshape(shard.parameter.shape))
     assert not tensors
 
 
@@ -440,7 +439,7 @@ def preset(name: str) -> dict[str, int]:
         sequence_parallel=True,
     )
     _, _, shards = build(replace(loaded, parallel=parallel))
-    mine = sum(piece.numel for shard in shards if shard.writer for piece in shard.pieces)
+    mine = sum(shard.piece.numel for shard in shards if shard.writer)
     built: list[Any] = [None] * WORLD
     dist.all_gather_object(built, mine)
     return {"built": sum(built), "counted": count_parameters(loaded.model).total}
@@ -473,11 +472,58 @@ def missing_layer_is_an_error_on_every_rank() -> str:
 
     run = run_of(DENSE, dict(pipeline_model_parallel_size=4))
     state, _, shards = build(run)
-    shards = [shard for shard in shards if "layers.1." not in shard.pieces[0].key]
+    shards = [shard for shard in shards if "layers.1." not in shard.piece.key]
     try:
         verify_tiling(shards, run, state)
     except ConfigError as error:
-        return error.problems[0].what
+        return str(error)
+    return "no error"
+
+
+@cases.case
+def weight_decay_follows_the_table() -> dict[str, Any]:
+    """Every parameter is in one group of the optimizer, and decays as its row says; megatron-core's own rule agrees."""
+    from megatron_telechat.model import parameter_shards
+    from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
+
+    run = run_of(MOE, LAYOUTS["moe_etp2_ep2"][1])
+    state, chunks, _ = build(run)
+    wrapped = wrap_data_parallel(chunks, run, state)
+    optimizer = build_optimizer(wrapped, run, state)
+    factors = {id(p): group["wd_mult"] for group in optimizer.param_groups for p in group["params"]}
+    shards = parameter_shards(wrapped, run, state)
+    for shard in shards:
+        spec, decays = shard.piece.spec, bool(factors.pop(id(shard.parameter)))
+        assert decays == spec.decays, spec.key
+        assert decays == (not shard.name.endswith(".bias") and shard.parameter.dim() > 1), spec.key
+    return {"unknown": len(factors), "decay": sum(shard.piece.spec.decays for shard in shards), "all": len(shards)}
+
+
+@cases.case
+def unknown_parameter_is_an_error_on_every_rank() -> str:
+    """A norm that somebody adds to the attention without a row in the table of tensors."""
+    from megatron_telechat.backend import get_backend
+    from megatron_telechat.errors import ConfigError
+    from megatron_telechat.model import build_model, spec
+    from megatron_telechat.model.attention import SelfAttention
+    from megatron_telechat.model.norm import RMSNorm
+    from megatron_telechat.parallel import initialize
+
+    class WithNorm(SelfAttention):
+        def __init__(self, config, **rest):
+            super().__init__(config, **rest)
+            self.q_norm = RMSNorm(config, config.kv_channels, config.layernorm_epsilon)
+
+    run = run_of(DENSE)
+    backend = get_backend("cpu")
+    state = initialize(run, backend)
+    kept, spec.SelfAttention = spec.SelfAttention, WithNorm
+    try:
+        build_model(run, state, backend)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        spec.SelfAttention = kept
     return "no error"
 
 

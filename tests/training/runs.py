@@ -17,7 +17,7 @@ SMALL = (
 ).split()
 DENSE = ["--preset", "telechat2-tiny", *SMALL, "--ffn-hidden-size", "128"]
 MOE = ["--preset", "telechat2-tiny-moe", *SMALL, "--moe-ffn-hidden-size", "32", "--ffn-hidden-size", "32"]
-
+QKNORM = [*DENSE, "--qk-layernorm"]
 SHARED = [*MOE, "--moe-shared-expert-intermediate-size", "32"]
 
 
@@ -36,16 +36,16 @@ def make_trainer(flags: Sequence[str], run_dir: Path):
 
 def gradient_boxes(trainer) -> dict[str, torch.Tensor]:
     """Boxes of the reduced gradients that this rank, and no other, owns; names are ``key@offset``."""
-    from megatron_telechat.checkpoint.optimizer_state import global_boxes, optimizer_slices
+    from megatron_telechat.checkpoint.optimizer_state import flat_boxes, optimizer_slices
 
     boxes = {}
     for item in optimizer_slices(trainer.optimizer, trainer.shards):
-        if not item.sharded and not item.shards.writer:
+        if not item.sharded and not item.shard.writer:
             continue
-        flat = item.shards.parameter.main_grad.view(-1)
-        for part in global_boxes(item.shards, item.start, item.stop):
+        flat = item.shard.parameter.main_grad.view(-1)
+        for part in flat_boxes(item.shard, item.start, item.stop):
             offset = ",".join(str(number) for number in part.box.offset)
-            boxes[f"{part.piece.key}@{offset}"] = flat[part.start : part.stop].view(part.box.shape).clone()
+            boxes[f"{item.shard.piece.key}@{offset}"] = flat[part.start : part.stop].view(part.box.shape).clone()
     return boxes
 
 
@@ -55,9 +55,8 @@ def weight_boxes(trainer) -> dict[str, torch.Tensor]:
 
     with gathered_parameters(trainer.chunks):
         return {
-            f"{piece.key}@{','.join(map(str, piece.global_offset))}": shard.parameter.detach().view(piece.shape).clone()
-            for shard in trainer.shards if shard.writer
-            for piece in shard.pieces
+            f"{piece.key}@{','.join(map(str, piece.box.offset))}": parameter.detach().view(piece.box.shape).clone()
+            for piece, parameter in ((shard.piece, shard.parameter) for shard in trainer.shards if shard.writer)
         }  # fmt: skip
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.config.routing import read_recording
-from megatron_telechat.costs import parameter_table
+from megatron_telechat.tensors.table import tensor_table
 from megatron_telechat.training.routing_compare import common_steps, differences
 from tests.harness import run_cases
-from tests.training.runs import DENSE, MOE, SHARED, assemble, load
+from tests.training.runs import DENSE, MOE, QKNORM, SHARED, assemble, load
 from tests.training.worker_parity import LAYOUTS, SLOW
 
 WORKER = Path(__file__).with_name("worker_parity.py")
@@ -25,14 +25,14 @@ TIE = 1e-4
 the last."""
 WEIGHT_TOLERANCE = 1e-3
 """Adam divides by the size of a gradient: where that is next to nothing, rounding decides the direction of a step."""
-BASE = {"dense": DENSE, "moe": MOE, "shared": SHARED}
-REFERENCE = {"dense": "dense_one", "moe": "moe_one", "shared": "shared_one"}
+BASE = {"dense": DENSE, "moe": MOE, "shared": SHARED, "qknorm": QKNORM}
+REFERENCE = {"dense": "dense_one", "moe": "moe_one", "shared": "shared_one", "qknorm": "qknorm_one"}
 ALL = [
     pytest.param(world, name, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
     for world, layouts in LAYOUTS.items()
     for name in layouts
 ]
-MIXTURES = [one for one in ALL if not one.id.startswith("dense") and one.id not in REFERENCE.values()]
+MIXTURES = [one for one in ALL if not one.id.startswith(("dense", "qknorm")) and one.id not in REFERENCE.values()]
 
 pytestmark = pytest.mark.gloo
 
@@ -57,7 +57,10 @@ def runs(tmp_path_factory):
 
 def tensors(folder: Path, name: str, model: str, tmp: Path):
     run = load(BASE[model], tmp)
-    return assemble(sorted(folder.glob(f"{name}.rank*.safetensors")), parameter_table(run.model))
+    return assemble(
+        sorted(folder.glob(f"{name}.rank*.safetensors")),
+        {key: spec.shape for key, spec in tensor_table(run.model).items()},
+    )
 
 
 def worst_error(runs, name: str, reference: str, model: str, tmp: Path) -> tuple[str, float]:

@@ -51,7 +51,7 @@ def step_with(poison, base=MOE, *flags: str) -> dict:
 def put_nan(trainer, rank: int, key: str) -> None:
     """Every number of it: with the distributed optimizer, or without, each share of the gradient is hit."""
     for shard in trainer.shards:
-        if trainer.state.rank == rank and shard.pieces[0].key == key:
+        if trainer.state.rank == rank and shard.piece.key == key:
             shard.parameter.main_grad.fill_(float("nan"))
 
 
@@ -151,7 +151,7 @@ def weights_that_are_not_finite_are_not_saved():
     try:
         if trainer.state.rank == 1:
             with torch.no_grad():
-                next(s for s in trainer.shards if s.pieces[0].key == SECOND_LAYER).parameter.view(-1)[3] = float("inf")
+                next(s for s in trainer.shards if s.piece.key == SECOND_LAYER).parameter.view(-1)[3] = float("inf")
         try:
             trainer._save()
         except NumericsError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.harness import Cases  # noqa: E402
-from tests.training.runs import DENSE, MOE, SHARED, gradient_boxes, make_trainer, weight_boxes  # noqa: E402
+from tests.training.runs import DENSE, MOE, QKNORM, SHARED, gradient_boxes, make_trainer, weight_boxes  # noqa: E402
 
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
@@ -47,6 +47,7 @@ LAYOUTS = {
         "moe_chunks3": (MOE, "--moe-input-chunks 3"),
         NOISY: (MOE, ""),
         "shared_one": (SHARED, ""),
+        "qknorm_one": (QKNORM, ""),
     },
     2: {
         "dense_dp2": (DENSE, ""),
@@ -70,6 +71,8 @@ LAYOUTS = {
         "moe_ep2_chunks3_distributed_overlap": (MOE, f"{EP2} {DIST} {OVERLAP} --moe-input-chunks 3"),
         "moe_tp2_folded_chunks5_recompute": (MOE, f"{TP2} --moe-input-chunks 5 --recompute-granularity full"),
         "shared_etp2": (SHARED, ETP2),
+        "qknorm_tp2_sp_distributed": (QKNORM, f"{TP2} {DIST}"),
+        "qknorm_tp2_no_sp": (QKNORM, f"{TP2} --no-sequence-parallel"),
         "shared_tp2_folded_chunks3_recompute_moe": (SHARED, f"{TP2} --moe-input-chunks 3 {MOE_AGAIN}"),
     },
     4: {
@@ -117,7 +120,7 @@ cases = Cases()
 def one_routing(name: str, folder: Path) -> list[str]:
     """Flags: take the choices of the one-rank run of this model, and record one's own."""
     model = name.split("_")[0]
-    if model == "dense":
+    if model in ("dense", "qknorm"):
         return []
     record = ["--moe-routing-record", str(folder / f"{name}.routing")]
     return record if name == f"{model}_one" else [*record, "--moe-routing-replay", str(folder / f"{model}_one.routing")]

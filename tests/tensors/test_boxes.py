@@ -8,7 +8,7 @@ import random
 import numpy
 import pytest
 
-from megatron_telechat.checkpoint.boxes import Box, flat_range_boxes, intersect, tiling_fault, whole
+from megatron_telechat.tensors.boxes import Box, flat_range_boxes, intersect, tiling_fault, whole
 
 
 def _members(box: Box) -> set:
