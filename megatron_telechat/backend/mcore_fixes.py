@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_telechat.backend.core_patch import CorePatch, ModuleView, rebind, replace_constants
+from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.errors import ConfigError
 
 MCORE_VERSION = "0.16.1"
@@ -260,8 +261,8 @@ def _quiet(patch: CorePatch, device: Any) -> None:
         warnings.filterwarnings("ignore", message=message, category=Warning)
 
 
-CPU = ("cpu",)
-NOT_CUDA = ("cpu", "npu")
+CPU = tuple(name for name, traits in DEVICE_KINDS.items() if traits.torch_cuda == "absent")
+NOT_CUDA = tuple(name for name, traits in DEVICE_KINDS.items() if traits.torch_cuda != "native")
 
 FIXES: tuple[Fix, ...] = (
     Fix("quiet", "every rank prints warnings about optional packages and about defaults nobody set", "always", _quiet),
@@ -353,7 +354,7 @@ def transformer_engine_present() -> bool:
     if importlib.util.find_spec("transformer_engine") is None:
         return False
     try:
-        import transformer_engine.pytorch  # noqa: F401
+        import transformer_engine.pytorch  # noqa: F401 # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         return False
     except Exception as error:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_telechat.checkpoint.boxes import Box, flat_range_boxes
+from megatron_telechat.device_kinds import HOST
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -105,7 +106,7 @@ def _create_state(inner: torch.optim.Optimizer, group: Mapping[str, Any], steppe
         # One tensor for each parameter: torch increments it in place, and a shared one would count
         # every parameter's step.
         on_device = group.get("fused") or group.get("capturable")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=stepped.device if on_device else "cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=stepped.device if on_device else HOST)
     return state
 
 

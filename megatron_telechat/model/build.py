@@ -26,7 +26,7 @@ def build_model(
         initialize: fill the weights; they do not depend on the layout. Without it, they are undefined.
     """
     device = backend.device
-    transformer_engine = has_transformer_engine(device.type)
+    transformer_engine = has_transformer_engine(backend.traits)
     if transformer_engine and run.training.deterministic:
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     classes = implementation(transformer_engine, run.data.reset_attention_mask)
@@ -37,7 +37,7 @@ def build_model(
         with device:
             model = TeleChatModel(
                 run,
-                transformer_config(run, state, vp_stage, device.type),
+                transformer_config(run, state, backend.traits, vp_stage),
                 block_spec(run, layout.layers_of(state.pp_rank, chunk), classes),
                 state.process_groups,
                 pre_process=layout.has_embedding(state.pp_rank, chunk),

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_telechat.backend import traits_of
 from megatron_telechat.moe.gradients import WeightGradient
 from megatron_telechat.moe.te_products import Accumulate
 
@@ -79,8 +80,8 @@ class Gradients(NamedTuple):
 
 
 def engine_for(device: torch.device) -> Any:
-    """The loop on the CPU, ``grouped_mm`` elsewhere."""
-    if device.type == "cpu":
+    """One expert after another, or all in one ``grouped_mm``, as suits the device."""
+    if traits_of(device).expert_engine == "loop":
         from megatron_telechat.moe import engine_loop
 
         return engine_loop
@@ -102,7 +103,7 @@ def sum_bags(rows: Tensor, bags: Tensor, starts: Tensor) -> Tensor:
     """
     if not bags.numel():
         return rows.new_zeros(starts.numel(), rows.shape[1])
-    if rows.device.type in ("cpu", "cuda") and rows.dtype != torch.float64:
+    if traits_of(rows.device).sums_by_embedding_bag and rows.dtype != torch.float64:
         return F.embedding_bag(bags, rows, starts, mode="sum")
     ends = torch.cat((starts[1:], starts.new_tensor([bags.numel()])))
     owner = torch.repeat_interleave(torch.arange(starts.numel(), device=rows.device), (ends - starts).long(),

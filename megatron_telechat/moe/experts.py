@@ -8,13 +8,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_telechat.backend import traits_of
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.moe.engine import ExpertWeights, Gradients
 from megatron_telechat.moe.pipeline import ChunkPipeline, Saved
 from megatron_telechat.moe.te_products import accumulating_product
 
-# Row strides of torch.nn.functional.grouped_mm on accelerators.
-_GROUPED_MM_ALIGNMENT_BYTES = 16
 _PROBABILITY_BYTES = 4
 
 
@@ -44,7 +43,7 @@ def _check_alignment(config, device: torch.device, ffn_local: int) -> None:
             where="model",
             fix="choose an even hidden_size",
         )
-    multiple = _GROUPED_MM_ALIGNMENT_BYTES // element
+    multiple = max(1, traits_of(device).grouped_alignment_bytes // element)
     bad = [
         f"{name} {size}"
         for name, size in (
@@ -53,7 +52,7 @@ def _check_alignment(config, device: torch.device, ffn_local: int) -> None:
         )
         if size % multiple
     ]
-    if device.type != "cpu" and bad:
+    if bad:
         raise ConfigError(
             f"grouped products on {device.type} need widths that are multiples of {multiple} "
             f"in {config.params_dtype}: {', '.join(bad)}",

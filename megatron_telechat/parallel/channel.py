@@ -9,22 +9,34 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 
 
 class Transfer:
-    """One all-to-all under way. Keeps both buffers alive until it was waited for."""
+    """One all-to-all under way. Keeps both buffers alive until it was waited for.
 
-    def __init__(self, received: Tensor, sent: Tensor, work: Any):
-        self._received, self._sent, self._work = received, sent, work
+    Args:
+        received, sent: the buffers.
+        work: torch's handle of the collective.
+        by_host: threads of the host move the rows, so that the host knows when they are here. Otherwise the device
+            does, in the order of its queues.
+    """
+
+    def __init__(self, received: Tensor, sent: Tensor, work: dist.Work | None, by_host: bool):
+        self._received: Tensor | None = received
+        self._sent: Tensor | None = sent
+        self._work: dist.Work | None = work
+        self._by_host = by_host
 
     @property
     def arrived(self) -> bool:
-        """Whether :meth:`wait` would return at once. On an accelerator the host does not know: True."""
-        return self._received.device.type != "cpu" or self._work.is_completed()
+        """Whether :meth:`wait` would return at once. Where the device moves the rows, the host never waits: True."""
+        return not self._by_host or self._work is None or self._work.is_completed()
 
     def wait(self) -> Tensor:
-        """The received rows. On an accelerator the current stream waits, not the host."""
+        """The received rows; once. On an accelerator the current stream waits, not the host."""
         received, work = self._received, self._work
+        assert received is not None, "a transfer is waited for once"
         if work is not None:
             work.wait()
         self._received = self._sent = self._work = None
@@ -32,6 +44,7 @@ class Transfer:
 
     def when_done(self, report: Callable[[], None]) -> None:
         """Call `report` from another thread when the rows are here; host transfers only."""
+        assert self._work is not None, "asked for when the transfer starts"
         self._work.get_future().add_done_callback(lambda _: report())
 
 
@@ -74,14 +87,14 @@ class Channel:
             work = self._gloo.alltoall_base(received, rows, list(receive), list(send), dist.AllToAllOptions())
         else:
             work = dist.all_to_all_single(received, rows, list(receive), list(send), group=self.group, async_op=True)
-        return Transfer(received, rows, work)
+        return Transfer(received, rows, work, by_host=self._gloo is not None)
 
 
 def _one_thread_gloo(group: dist.ProcessGroup, name: str, timeout: timedelta) -> Any:
     # new_group takes no options for gloo; its class does. The name of a group is unique in the life of a process.
     gloo = dist.ProcessGroupGloo
     interfaces = os.environ.get("GLOO_SOCKET_IFNAME")
-    options = gloo._Options()
+    options = gloo._Options()  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs lack it)
     options._threads = 1
     options._timeout = timeout
     options._devices = (
@@ -89,5 +102,5 @@ def _one_thread_gloo(group: dist.ProcessGroup, name: str, timeout: timedelta) ->
         if interfaces
         else [gloo.create_default_device()]
     )
-    store = dist.PrefixStore(f"{name}/{group.group_name}", dist.distributed_c10d._get_default_store())
+    store = PrefixStore(f"{name}/{group.group_name}", dist.distributed_c10d._get_default_store())
     return gloo(store, group.rank(), group.size(), options)

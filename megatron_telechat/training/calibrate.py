@@ -261,9 +261,8 @@ class Calibration:
         if size == 1:
             return 0.0
         training = self.run.training
-        length = training.seq_length // self.run.parallel.context_parallel_size
-        if self.probe.parallel.tensor_model_parallel_size > 1 and self.probe.parallel.sequence_parallel is not False:
-            length //= self.probe.parallel.tensor_model_parallel_size
+        sizes = self.run.parallel
+        length = training.seq_length // (sizes.context_parallel_size * sizes.sequence_parallel_size)
         shape = (length, training.micro_batch_size, self.run.model.hidden_size)
         there, back = (torch.zeros(shape, dtype=compute_dtype(self.run), device=self.backend.device) for _ in range(2))
         half = size // 2

@@ -95,8 +95,8 @@ def set_chunks(
 def tokens_of_a_rank(run: RunConfig) -> int:
     """Tokens of a micro-batch that reach a MoE layer on one rank."""
     parallel, training = run.parallel, run.training
-    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return training.seq_length * training.micro_batch_size // (parallel.context_parallel_size * split)
+    ranks = parallel.context_parallel_size * parallel.sequence_parallel_size
+    return training.seq_length * training.micro_batch_size // ranks
 
 
 def _conditions(run: RunConfig, state: ParallelState, backend: Backend) -> dict[str, Any]:

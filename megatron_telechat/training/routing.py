@@ -79,7 +79,7 @@ class StepRouting:
         """What this rank routes in a step; samples in the order of its micro-batches."""
         run, state = self._run, self._state
         assert state.cp_size == 1, "positions of a context-parallel rank are not one stretch"
-        split = state.tp_size if run.parallel.sequence_parallel is not False else 1
+        split = run.parallel.sequence_parallel_size
         length = run.training.seq_length // split
         start = length * (state.tp_rank if split > 1 else 0)
         samples = [

@@ -209,7 +209,7 @@ class TrainStep:
         ahead = [list(islice(iterator, self.run.num_microbatches)) for iterator in iterators]
         learned = sum(float(batch["loss_mask"].sum()) for batch in ahead[0])
         real = sum(real_tokens(batch["tokens"], batch.get("padding")) for batch in ahead[0])
-        counts = torch.tensor([learned, real], dtype=wide_dtype(self.backend)).to(
+        counts = torch.tensor([learned, real], dtype=self.backend.widest_float).to(
             self.backend.device, non_blocking=True
         )
         dist.all_reduce(counts, group=self.state.dp_group)
@@ -244,7 +244,7 @@ class TrainStep:
     def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool]) -> tuple[float, int, bool, bool]:
         """One small all-reduce: the loss over the ranks that computed it, and what any rank was asked."""
         contributes = self.state.tp_rank == 0
-        values = torch.zeros(4, dtype=wide_dtype(self.backend), device=self.backend.device)
+        values = torch.zeros(4, dtype=self.backend.widest_float, device=self.backend.device)
         if contributes:
             values[:2] = local
         values[2], values[3] = float(requests[0]), float(requests[1])
@@ -294,7 +294,7 @@ def evaluate(
     Raises:
         NumericsError: on every rank, where the loss is not finite: such weights are not worth a checkpoint.
     """
-    total = torch.zeros(2, dtype=wide_dtype(backend), device=backend.device)
+    total = torch.zeros(2, dtype=backend.widest_float, device=backend.device)
     for chunk in chunks:
         chunk.eval()
     try:
@@ -312,8 +312,3 @@ def evaluate(
     loss, tokens = total.tolist()
     require_finite_validation(loss)
     return Evaluation(loss / tokens if tokens else None)
-
-
-def wide_dtype(backend: Backend) -> torch.dtype:
-    """The widest float the device reduces: fp64, or fp32 on NPUs."""
-    return torch.float32 if backend.name == "npu" else torch.float64
