@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -30,6 +30,7 @@ from megatron_telechat.costs.parameters import local_count, parameter_table
 from megatron_telechat.costs.time import conditions, mode_name
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.model import build_model, compute_dtype, parameter_shards
+from megatron_telechat.model.gpt import TeleChatModel
 from megatron_telechat.planner.build import DEFAULT_KINDS, of_layer, parse_kind
 from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_telechat.training.step import Batch, TrainStep, forward_step
@@ -111,7 +112,7 @@ def probe_run(run: RunConfig, kinds: Sequence[str], world_size: int) -> RunConfi
 class _Stopwatch:
     """Moments of one forward and backward: hooks on the layers' inputs, and on the gradients of those inputs."""
 
-    def __init__(self, model: torch.nn.Module, synchronize):
+    def __init__(self, model: TeleChatModel, synchronize: Callable[[], None]):
         self._synchronize = synchronize
         self.forward: list[float] = []
         self.backward: list[float] = []
@@ -227,6 +228,7 @@ class Calibration:
         self._watch.clear()
         start = self._watch.now()
         output, loss_of = forward_step(self.backend.device, iter([self._batch]), self.chunks[0])
+        assert loss_of is not None, "there was a batch"
         loss = loss_of(output)[0]
         middle = self._watch.now()
         loss.backward()
