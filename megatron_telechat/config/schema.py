@@ -234,7 +234,7 @@ class TrainingConfig:
     """Batch, length, precision, recompute."""
 
     device: DeviceChoice = "auto"
-    """cuda, npu, cpu, or auto: the first of these that is there."""
+    """Kind of device that the ranks run on; auto: the first of the other kinds that is present."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute type: bf16, fp16 or fp32 (short: --bf16, --fp16, --fp32). Master weights, gradients, optimizer state are
     fp32."""
