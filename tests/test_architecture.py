@@ -157,7 +157,7 @@ def test_parallel_state_is_read_in_one_file():
     assert readers <= {f"{PACKAGE}/parallel/state.py"}
 
 
-KNOWS_DEVICES = ("backend/", "device_kinds.py", "costs/devices.py")
+KNOWS_DEVICES = ("backend/", "device_kinds.py")
 """Files of the package that may name a kind of device, or ask for it."""
 
 

@@ -64,7 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: [..., hidden].
         weight: [hidden], of the type of x.
     """
-    function = CpuRMSNorm if not traits_of(x.device).fused_rms_norm else FusedRMSNorm
+    function = FusedRMSNorm if traits_of(x.device).fused_rms_norm else CpuRMSNorm
     return function.apply(x, weight, eps)
 
 
