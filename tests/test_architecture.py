@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,16 +12,19 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_telechat.device_kinds import DEVICE_KINDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_telechat"
 
 MAY_IMPORT = {
     "errors": (),
-    "config": ("errors",),
+    "device_kinds": (),
+    "config": ("errors", "device_kinds"),
     "tensors": ("config",),
     "costs": ("tensors",),
     "planner": ("costs", "config"),
-    "backend": ("errors",),
+    "backend": ("errors", "device_kinds"),
     "parallel": ("backend", "config"),
     "moe": ("parallel", "backend", "tensors"),
     "model": ("moe", "parallel", "tensors"),
@@ -32,7 +36,7 @@ MAY_IMPORT = {
 }
 """What a room imports; what those import in turn is allowed too."""
 
-WITHOUT_TORCH = ("errors", "config", "tensors", "costs", "planner")
+WITHOUT_TORCH = ("errors", "device_kinds", "config", "tensors", "costs", "planner")
 HEAVY = {"torch", "megatron", "transformer_engine", "torch_npu", "apex", "transformers", "safetensors", "matplotlib"}
 OPTIONAL = {
     "transformer_engine",
@@ -152,6 +156,69 @@ def test_parallel_state_is_read_in_one_file():
         if reads:
             readers.add(str(path.relative_to(ROOT)))
     assert readers <= {f"{PACKAGE}/parallel/state.py"}
+
+
+KNOWS_DEVICES = ("backend/", "device_kinds.py")
+"""Files of the package that may name a kind of device, or ask for it."""
+
+
+def device_names_in(source: str) -> Iterator[tuple[int, str]]:
+    """Where a source holds the name of a kind of device, alone or with a number, or compares what a device or a backend
+    is called."""
+    asked = {"type", "device_type", "is_cuda", "is_cpu", "is_npu"}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(rf"({'|'.join(DEVICE_KINDS)})(:\d+)?", node.value):
+                yield node.lineno, f"{node.value!r}"
+        elif isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "is_cpu", "is_npu"):
+            yield node.lineno, f".{node.attr}"
+        elif isinstance(node, ast.Compare):
+            for side in (node.left, *node.comparators):
+                of_backend = isinstance(side, ast.Attribute) and side.attr == "name" and "backend" in ast.unparse(side)
+                if isinstance(side, ast.Attribute) and (side.attr in asked or of_backend):
+                    yield node.lineno, ast.unparse(node)
+
+
+def test_nobody_asks_the_name_of_a_device():
+    """The device answers (`device_kinds.DeviceTraits`, `Backend`): a new one touches a row and a class."""
+    files = [path for path in sources(PACKAGE) if not str(path.relative_to(ROOT / PACKAGE)).startswith(KNOWS_DEVICES)]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} {what}"
+        for path in files
+        for line, what in device_names_in(path.read_text(encoding="utf-8"))
+    ]
+    assert len(files) > 150 and wrong == []
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ('name = "cuda"', 1),
+        ('torch.device("cuda:0")', 1),
+        ("if x.device.type == HOST: pass", 1),
+        ("if HOST != x.device.type: pass", 1),
+        ("if device.type in KINDS: pass", 1),
+        ("if self.backend.name == other: pass", 1),
+        ("if x.is_cuda: pass", 1),
+        ('help = "cuda or cpu"', 0),
+        ("getattr(torch, device.type)", 0),
+        ("traits_of(x.device).pins_uploads", 0),
+    ],
+)
+def test_device_names_are_found(source, found):
+    assert len(list(device_names_in(source))) == found
+
+
+def test_one_answer_to_sequence_parallelism():
+    """`ParallelConfig.sequence_parallel` is what a person said; the library reads `sequence_parallel_size`."""
+    readers = set()
+    for path in sources(PACKAGE):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr == "sequence_parallel":
+                owner = ast.unparse(node.value).split(".")[-1]
+                if owner in ("parallel", "sizes", "self"):
+                    readers.add(str(path.relative_to(ROOT)))
+    assert readers == {f"{PACKAGE}/config/schema.py"}
 
 
 def test_doors_are_thin():

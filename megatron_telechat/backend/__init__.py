@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from megatron_telechat.backend.base import Backend, DeviceMemory, local_rank_of_environment
+from pkgutil import resolve_name
+
+from megatron_telechat.backend.base import Backend, DeviceMemory, local_rank_of_environment, traits_of
+from megatron_telechat.device_kinds import DEVICE_CHOICES, DEVICE_KINDS
 from megatron_telechat.errors import ConfigError
 
-__all__ = ["BACKENDS", "Backend", "DeviceMemory", "get_backend"]
-
-BACKENDS = ("auto", "cuda", "npu", "cpu")
+__all__ = ["Backend", "DeviceMemory", "get_backend", "traits_of"]
 
 
 def get_backend(name: str = "auto") -> Backend:
     """The backend of this name, on the device of LOCAL_RANK; call ``install()`` before megatron.core is used.
 
     Args:
-        name: cuda, npu, cpu, or auto (the first of these that is present).
+        name: a kind of device, or auto (the first kind that is present, in the order of `DEVICE_KINDS`).
 
     Raises:
         ConfigError: unknown name.
     """
-    from megatron_telechat.backend.cpu import CpuBackend
-    from megatron_telechat.backend.cuda import CudaBackend
-    from megatron_telechat.backend.npu import NpuBackend
-
+    if name not in DEVICE_CHOICES:
+        raise ConfigError(f"unknown device '{name}'", "--device", f"one of {', '.join(DEVICE_CHOICES)}")
     local_rank = local_rank_of_environment()
-    if name == "auto":
-        name = "cuda" if CudaBackend.present() else "npu" if NpuBackend.present() else "cpu"
-    classes = {"cuda": CudaBackend, "npu": NpuBackend, "cpu": CpuBackend}
-    if name not in classes:
-        raise ConfigError(f"unknown device '{name}'", "--device", f"one of {', '.join(BACKENDS)}")
-    return classes[name](local_rank)
+    kinds = DEVICE_KINDS if name == "auto" else (name,)
+    classes: list[type[Backend]] = [resolve_name(DEVICE_KINDS[kind].backend) for kind in kinds]
+    return next(cls for cls in classes if name != "auto" or cls.present())(local_rank)

@@ -6,9 +6,14 @@ import os
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_telechat.device_kinds import DEVICE_KINDS, DeviceTraits
 from megatron_telechat.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,41 @@ class Backend(ABC):
     def __init__(self, local_rank: int):
         self.local_rank = local_rank
 
+    @staticmethod
+    @abstractmethod
+    def present() -> bool:
+        """Whether this machine has such a device; loads what is needed to find out, and touches no device."""
+
+    @property
+    def traits(self) -> DeviceTraits:
+        """What is true of every device of this kind."""
+        return DEVICE_KINDS[self.name]
+
     @property
     @abstractmethod
-    def device(self) -> Any:
+    def device(self) -> torch.device:
         """torch.device of this rank."""
+
+    @property
+    def widest_float(self) -> torch.dtype:
+        """Type that sums of losses and tokens are taken in."""
+        import torch
+
+        return getattr(torch, self.traits.widest_float)
+
+    @property
+    def known_as(self) -> str:
+        """What `costs.devices.device_spec` finds this device by: the name of its kind's file, or of the product."""
+        return self.traits.device_file or self.device_name()
+
+    def open_queues(self) -> None:  # noqa: B027 (most devices have nothing to open)
+        """Let the exchange of the experts run beside their kernels. To be called before `install`; what the environment
+        says is left as it is."""
+
+    def overlap_warning(self) -> str | None:
+        """What in the environment makes the exchange of the experts wait for their kernels, and the remedy; None where
+        nothing does."""
+        return None
 
     @abstractmethod
     def _select_device(self) -> None:
@@ -90,21 +126,19 @@ class Backend(ABC):
         """
         import numpy
         import torch
-        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
         return {
             "python": random.getstate(),
             "numpy": numpy.random.get_state(),
             "torch": torch.get_rng_state(),
             "device": self._device_rng_state(),
-            "tracker": {name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()},
+            "tracker": {name: state.clone() for name, state in _rng_tracker().get_states().items()},
         }
 
     def set_rng_state(self, state: dict[str, Any]) -> None:
         """Restore what `rng_state` gave; tuples may come back as lists (JSON)."""
         import numpy
         import torch
-        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
@@ -112,7 +146,7 @@ class Backend(ABC):
         numpy.random.set_state((kind, numpy.asarray(keys, dtype=numpy.uint32), *rest))
         torch.set_rng_state(state["torch"])
         self._set_device_rng_state(state["device"])
-        get_cuda_rng_tracker().set_states({name: saved.clone() for name, saved in state["tracker"].items()})
+        _rng_tracker().set_states({name: saved.clone() for name, saved in state["tracker"].items()})
 
     def _seed_device(self, value: int) -> None:  # noqa: B027 (the CPU has no generator of its own)
         """Seed the device's own generator, where it has one."""
@@ -122,6 +156,20 @@ class Backend(ABC):
 
     def _set_device_rng_state(self, state: Any) -> None:  # noqa: B027
         """Restore the device's own generator, where it has one."""
+
+
+def traits_of(device: torch.device) -> DeviceTraits:
+    """What is true of every device of this one's kind, for code that has a tensor in its hands and no backend."""
+    return DEVICE_KINDS[device.type]
+
+
+def _rng_tracker() -> CudaRNGStatesTracker:
+    """megatron-core's tracker of generator states, made on first use."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None, "get_cuda_rng_tracker makes one"
+    return tracker
 
 
 def local_rank_of_environment() -> int:

@@ -6,17 +6,24 @@ import os
 import platform
 import resource
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_telechat.backend.base import Backend, DeviceMemory
+
+if TYPE_CHECKING:
+    import torch
 
 
 class CpuBackend(Backend):
     name = "cpu"
     distributed_backend = "gloo"
 
+    @staticmethod
+    def present() -> bool:
+        return True
+
     @property
-    def device(self) -> Any:
+    def device(self) -> torch.device:
         import torch
 
         return torch.device("cpu")

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_telechat.backend.base import Backend, DeviceMemory
 from megatron_telechat.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
+
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Environment variable: hardware queues of a process. Read when the CUDA context is made."""
 
 
 class CudaBackend(Backend):
@@ -20,7 +26,7 @@ class CudaBackend(Backend):
         return torch.cuda.is_available()
 
     @property
-    def device(self) -> Any:
+    def device(self) -> torch.device:
         import torch
 
         return torch.device("cuda", self.local_rank)
@@ -43,8 +49,20 @@ class CudaBackend(Backend):
             )
         # Sequence parallelism overlaps its collectives with the GEMMs only where kernels are
         # queued in the order they were issued; read when the CUDA context is made, so before it.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        os.environ.setdefault(_QUEUES, "1")
         torch.cuda.set_device(self.local_rank)
+
+    def open_queues(self) -> None:
+        # CUDA's usual number. With the one queue of `_select_device` the exchange would stand behind the kernels.
+        os.environ.setdefault(_QUEUES, "8")
+
+    def overlap_warning(self) -> str | None:
+        if os.environ.get(_QUEUES) != "1":
+            return None
+        return (
+            f"{_QUEUES}=1 queues the experts' exchange behind their kernels, which costs much of what "
+            "--moe-input-chunks gains: unset it"
+        )
 
     def synchronize(self) -> None:
         import torch

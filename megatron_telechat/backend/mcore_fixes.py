@@ -20,6 +20,7 @@ from typing import Any
 from megatron_telechat.backend.core_patch import CorePatch, ModuleView, rebind, replace_constants
 from megatron_telechat.backend.core_versions import LINES, installed_line
 from megatron_telechat.backend.triton_guard import let_core_import_without_triton, triton_present
+from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.errors import ConfigError
 
 ALL_LINES = tuple(LINES)
@@ -274,8 +275,8 @@ def _quiet(patch: CorePatch, device: Any) -> None:
         warnings.filterwarnings("ignore", message=message, category=Warning)
 
 
-CPU = ("cpu",)
-NOT_CUDA = ("cpu", "npu")
+CPU = tuple(name for name, traits in DEVICE_KINDS.items() if traits.torch_cuda == "absent")
+NOT_CUDA = tuple(name for name, traits in DEVICE_KINDS.items() if traits.torch_cuda != "native")
 
 FIXES: tuple[Fix, ...] = (
     Fix("quiet", "every rank prints warnings about optional packages and about defaults nobody set", "always", _quiet),

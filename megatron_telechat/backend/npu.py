@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_telechat.backend.base import Backend, DeviceMemory
 from megatron_telechat.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
 
 INSTALL = "pip install torch-npu (the release that matches your torch and CANN), or use --device cpu"
 
@@ -25,7 +28,7 @@ class NpuBackend(Backend):
             return False
 
     @property
-    def device(self) -> Any:
+    def device(self) -> torch.device:
         import torch
 
         _torch_npu()
@@ -42,7 +45,7 @@ class NpuBackend(Backend):
             )
         # torch_npu's own redirection of torch.cuda, device='cuda', Tensor.cuda and "nccl" to the NPU.
         # It is process-wide, and the one way that Ascend supports for code written for CUDA.
-        from torch_npu.contrib import transfer_to_npu  # noqa: F401
+        from torch_npu.contrib import transfer_to_npu  # noqa: F401 # pyright: ignore[reportMissingImports] (Ascend only)
 
         npu.set_device(self.local_rank)
 
@@ -81,7 +84,7 @@ def _torch_npu() -> Any:
         ResourceError: it is not installed, or its CANN libraries do not load.
     """
     try:
-        import torch_npu
+        import torch_npu  # pyright: ignore[reportMissingImports] (installed on Ascend machines only)
     except ImportError as error:
         raise ResourceError(f"torch_npu cannot be imported: {error}", "--device npu", INSTALL) from error
     return torch_npu

@@ -103,7 +103,7 @@ def write_safetensors(
 def _bytes_of(tensor: LazyTensor) -> memoryview:
     values = tensor.load().detach()
     assert values.dtype == tensor.dtype and tuple(values.shape) == tensor.shape, tensor.name
-    flat = values.to("cpu").contiguous().reshape(-1)
+    flat = values.cpu().contiguous().reshape(-1)
     # numpy's stubs do not say below Python 3.12 that an array has a buffer
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # pyright: ignore[reportArgumentType]
 

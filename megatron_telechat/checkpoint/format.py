@@ -297,7 +297,7 @@ class CheckpointReader:
         if fault:
             raise CheckpointError(fault, where=str(self.path / name), fix=RESTORE_OR_OTHER)
         try:
-            handle = safe_open(self.path / name, framework="pt", device="cpu")
+            handle = safe_open(self.path / name, framework="pt")
         except Exception as error:
             raise read_file_error(self.path / name, error) from error
         self._open[name] = handle

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_telechat.device_kinds import HOST
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.tensors.boxes import Box, flat_range_boxes
 
@@ -108,7 +109,7 @@ def _create_state(inner: torch.optim.Optimizer, group: Mapping[str, Any], steppe
         # One tensor for each parameter: torch increments it in place, and a shared one would count
         # every parameter's step.
         on_device = group.get("fused") or group.get("capturable")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=stepped.device if on_device else "cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=stepped.device if on_device else HOST)
     return state
 
 

@@ -50,8 +50,8 @@ def find_start(run: RunConfig) -> Start:
         CheckpointError: nothing is where the command says, or its folder holds a run that began elsewhere.
     """
     settings = run.checkpoint
-    save = Path(settings.save or os.path.join(run.logging.run_dir or f"runs/{run.model.name}", "checkpoints"))
-    source, step = _within(Path(settings.load or save), settings.load_step, save)
+    save = run.save_dir
+    source, step = _within(run.load_dir, settings.load_step, save)
     own = saved_in(save)
     head = own[-1] if own else None
     if _same(source, save) and step is None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_telechat.backend import Backend, get_backend
-from megatron_telechat.cli.plan_request import Request
+from megatron_telechat.cli.plan_request import Request, on_device
 from megatron_telechat.cli.text import table
 from megatron_telechat.costs.devices import (
     DeviceSpec,
@@ -34,33 +33,37 @@ def calibrate_door(request: Request) -> int:
     """
     options = request.options
     run = request.load().run
-    if options.device == "cpu":
-        run = replace(run, training=replace(run.training, device="cpu"))
+    named = None if options.device is None else _named(options.device)
+    if named is not None:
+        run = on_device(run, named)
     output, backend = Path(options.output), get_backend(run.training.device)
-    device = calibrate(run, request.kinds, _base(options.device, output, backend), options.rounds)
+    device = calibrate(run, request.kinds, named or _base(output, backend), options.rounds)
     try:
         if os.environ.get("RANK", "0") == "0":
             _write(output, device)
-            print("\n".join(_summary(device.measured[-1], device.name, output)), flush=True)
+            print("\n".join(_summary(device, output, backend.traits.ranks_share_cores)), flush=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return EXIT_OK
 
 
-def _base(name: str | None, output: Path, backend: Backend) -> DeviceSpec:
-    """The device file to add to: the one named, the one written before, the one known for this device, or a new one."""
-    if name is not None:
-        spec = read_device_file(Path(name)) if Path(name).is_file() else device_spec(name)
-        if spec is None:
-            raise ConfigError(
-                f"unknown device {name!r}", "--device", f"one of {', '.join(device_spec_names())}, or a device file"
-            )
-        return spec
+def _named(name: str) -> DeviceSpec:
+    """The device that a person names, to which the measured times are added."""
+    spec = read_device_file(Path(name)) if Path(name).is_file() else device_spec(name)
+    if spec is None:
+        raise ConfigError(
+            f"unknown device {name!r}", "--device", f"one of {', '.join(device_spec_names())}, or a device file"
+        )
+    return spec
+
+
+def _base(output: Path, backend: Backend) -> DeviceSpec:
+    """Where nobody names a device: the file written before, the one known for the device at hand, or a new one."""
     if output.is_file():
         return read_device_file(output)
-    known = device_spec("cpu" if backend.name == "cpu" else backend.device_name())
-    return known or DeviceSpec(backend.device_name(), device_names=(backend.device_name(),))
+    name = backend.device_name()
+    return device_spec(backend.known_as) or DeviceSpec(name, kind=backend.name, device_names=(name,))
 
 
 def _write(path: Path, device: DeviceSpec) -> None:
@@ -73,8 +76,9 @@ def _write(path: Path, device: DeviceSpec) -> None:
         raise ResourceError(f"cannot write {path}: {error.strerror}", "--output", "name a file you may write") from None
 
 
-def _summary(entry: Measured, name: str, path: Path) -> list[str]:
-    """What was measured, in milliseconds."""
+def _summary(device: DeviceSpec, path: Path, ranks_share_cores: bool) -> list[str]:
+    """What was measured last, in milliseconds."""
+    entry: Measured = device.measured[-1]
     rows = [["part", "forward ms", "backward ms", "recompute adds ms"]]
     for kind, times in entry.layers.items():
         extra = [f"{key[6:]} {value * 1e3:.3g}" for key, value in times.items() if key.startswith("extra.")]
@@ -83,7 +87,7 @@ def _summary(entry: Measured, name: str, path: Path) -> list[str]:
         )
     for part, times in (("embedding", entry.embedding), ("output layer", entry.output_layer)):
         rows.append([part, f"{times['forward'] * 1e3:.4g}", f"{times['backward'] * 1e3:.4g}", ""])
-    lines = [f"{name}: {entry.source}", *table(rows, left=(0, 3))]
+    lines = [f"{device.name}: {entry.source}", *table(rows, left=(0, 3))]
     lines.append(
         f"message {entry.p2p * 1e3:.3g} ms, optimizer {entry.optimizer_per_parameter * 1e9:.3g} ns a parameter"
     )
@@ -93,7 +97,7 @@ def _summary(entry: Measured, name: str, path: Path) -> list[str]:
             f"{entry.jitter:.0%}"
         )
     ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.cpu_count() or 1
-    if name == "cpu" and ranks > cores:
+    if ranks_share_cores and ranks > cores:
         lines.append(
             f"! {ranks} ranks share {cores} cores: a stage that waits lends its core to another, so that a predicted "
             f"time is a rough one"

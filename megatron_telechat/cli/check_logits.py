@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_telechat.cli.tool import ToolParser, positive, quiet_imports, run_tool
+from megatron_telechat.device_kinds import DEVICE_CHOICES, HOST
 from megatron_telechat.errors import EXIT_CHECKPOINT, EXIT_OK
 
 # fp32 sums in another order move a logit of 10 by about 1e-5. The published file rounds its rotary tables
@@ -37,7 +38,7 @@ def build_parser() -> ToolParser:
         type=positive(float),
         help="largest error allowed of any logit (default 1e-4 with fp16 tables, 5e-2 with fp32 ones)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "npu"), default="cpu", help="default cpu")
+    parser.add_argument("--device", choices=DEVICE_CHOICES, default=HOST, help="default cpu")
     return parser
 
 

@@ -108,7 +108,7 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
         f"  ranks   {topology.world_size} on {topology.num_nodes} node{'s' * (topology.num_nodes > 1)} of "
         f"{topology.ranks_per_node}: "
         + " x ".join(sizes)
-        + ("  sequence parallel" if parallel.sequence_parallel else ""),
+        + ("  sequence parallel" if parallel.sequence_parallel_size > 1 else ""),
         f"  type    {run.training.precision}"
         + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
     ]
@@ -119,14 +119,10 @@ def _layout(run: RunConfig) -> list[str]:
 
 
 def _devices(run: RunConfig) -> list[DeviceSpec]:
-    """The devices to compare with: those of the kind that training.device names, all accelerators for auto."""
+    """The devices to compare with: those of the kind that training.device names, all for auto; their memory is
+    known."""
     specs = [spec for spec in map(device_spec, device_spec_names()) if spec is not None and spec.memory_gib]
-    if run.training.device == "cpu":
-        return []
-    if run.training.device == "auto":
-        return specs
-    ascend = run.training.device == "npu"
-    return [spec for spec in specs if spec.name.startswith("ascend") == ascend]
+    return [spec for spec in specs if run.training.device in ("auto", spec.kind)]
 
 
 def uneven_rows(run: RunConfig) -> float:
@@ -254,8 +250,7 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _files(run: RunConfig, out: _Report) -> list[str]:
-    run_dir = Path(run.logging.run_dir or f"runs/{run.model.name}")
-    save = Path(run.checkpoint.save or run_dir / "checkpoints")
+    run_dir, save = run.run_dir, run.save_dir
     size = checkpoint_bytes(run, count_parameters(run.model).total)
     free = shutil.disk_usage(_existing_parent(save)).free
     kept = run.checkpoint.keep_last

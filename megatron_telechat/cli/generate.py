@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_telechat.cli.tool import ToolParser, natural, positive, quiet_imports, run_tool
+from megatron_telechat.device_kinds import DEVICE_CHOICES
 from megatron_telechat.errors import EXIT_OK, ConfigError, DataError
 
 
@@ -20,7 +21,7 @@ def build_parser() -> ToolParser:
         "--top-p", type=positive(float), help="choose among the likeliest tokens that make up this share"
     )
     parser.add_argument("--seed", type=natural, default=0, help="seed of the choice (default 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "npu"), default="auto", help="default auto")
+    parser.add_argument("--device", choices=DEVICE_CHOICES, default="auto", help="default auto")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default fp32 on the CPU, else bf16")
     return parser
 
@@ -47,7 +48,7 @@ def _run(argv: list[str]) -> int:
     if not prompt:
         raise DataError("the prompt has no tokens", "--prompt", "give some text")
     ends = end_tokens_of(args.hf, config, tokenizer.eod)
-    precision = args.precision or ("fp32" if get_backend(args.device).name == "cpu" else "bf16")
+    precision = args.precision or get_backend(args.device).traits.generation_precision
     length = len(prompt) + args.max_new_tokens
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     with hf_model(args.hf, device=args.device, precision=precision, seq_length=length) as model:

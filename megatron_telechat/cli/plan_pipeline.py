@@ -6,11 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_telechat.cli.plan_request import Request, read_device, read_request
+from megatron_telechat.cli.plan_request import Request, on_device, read_device, read_request
 from megatron_telechat.cli.tool import interrupted
 from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.schema import RunConfig
@@ -144,7 +143,7 @@ def _plan(request: Request) -> int:
         return _no_plan(request, question, problem, solution, loaded.notes)
     configured, why_not = request.as_configured()
     if configured is not None:
-        configured = replace(configured, training=replace(configured.training, device=run.training.device))
+        configured = on_device(configured, device)
     others = plainer(plan, configured, why_not)
     if request.options.json:
         print(json.dumps(plan_json(plan, others)))

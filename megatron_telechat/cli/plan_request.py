@@ -170,6 +170,10 @@ def read_device(name: str | None, run: RunConfig) -> tuple[DeviceSpec, RunConfig
             fix = f"one of {known}; or a device file, which --calibrate writes"
             raise ConfigError(f"unknown device {name!r}", "--device", fix)
         spec = read_device_file(Path(name))
-    # on a CPU an attention keeps a little more: costs/activations.py
-    kind = "cpu" if spec.name == "cpu" or spec.name.startswith("cpu-") else run.training.device
-    return spec, replace(run, training=replace(run.training, device=kind))
+    # what a layer keeps depends on the kind of device: costs/activations.py
+    return spec, on_device(run, spec)
+
+
+def on_device(run: RunConfig, spec: DeviceSpec) -> RunConfig:
+    """The run as it is on such a device."""
+    return replace(run, training=replace(run.training, device=spec.kind or run.training.device))

@@ -31,10 +31,6 @@ def derive(check: Check) -> None:
     check.run = make_run(values)
 
 
-def _ranks_per_node(values: dict[str, Any], check: Check) -> int:
-    return max((size for size in range(1, 9) if values["world_size"] % size == 0), default=1)
-
-
 def _expert_model_parallel_size(values: dict[str, Any], check: Check) -> int:
     return values["tensor_model_parallel_size"] if _folds(values) else 1
 
@@ -81,11 +77,11 @@ DERIVATIONS: tuple[tuple[str, Derivation], ...] = (
     ("kv_channels", _kv_channels),
     ("rotary_base_seqlen", _copy_of("rotary_training_seqlen")),
     ("max_position_embeddings", lambda values, check: values["seq_length"] if _has_position_table(values) else None),
-    ("ranks_per_node", _ranks_per_node),
+    ("ranks_per_node", lambda values, check: make_run(values).parallel.node_size),
     ("expert_model_parallel_size", _expert_model_parallel_size),
     ("expert_tensor_parallel_size", _expert_tensor_parallel_size),
-    ("sequence_parallel", lambda values, check: values["tensor_model_parallel_size"] > 1),
-    ("overlap_p2p_communication", lambda values, check: values["num_virtual_stages_per_pipeline_rank"] > 1),
+    ("sequence_parallel", lambda values, check: make_run(values).parallel.sequence_parallel_size > 1),
+    ("overlap_p2p_communication", lambda values, check: make_run(values).parallel.overlaps_p2p),
     ("lr_decay_iters", _copy_of("train_iters")),
     ("tokenizer_type", _tokenizer_type),
     ("run_dir", lambda values, check: os.path.join("runs", values["name"])),

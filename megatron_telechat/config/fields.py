@@ -105,7 +105,8 @@ _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True,
 @cache
 def sections() -> dict[str, type]:
     """Section name → its dataclass, in schema order."""
-    return {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
+    hints = get_type_hints(RunConfig)
+    return {field.name: hints[field.name] for field in dataclasses.fields(RunConfig)}
 
 
 @cache
@@ -151,7 +152,9 @@ def documentation() -> dict[str, str]:
             continue
         out[names[node.name]] = ast.get_docstring(node) or ""
         for field, text in zip(node.body, node.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 out[field.target.id] = " ".join(str(text.value.value).split())
     return out
 

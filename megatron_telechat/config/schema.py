@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_telechat.config.layer_pattern import moe_layers
 from megatron_telechat.config.lr_schedules import SCHEDULES, SHAPES
+from megatron_telechat.device_kinds import DeviceChoice
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,26 @@ class ParallelConfig:
         )
 
     @property
+    def sequence_parallel_size(self) -> int:
+        """Ranks that the sequence is split over between the tensor-parallel regions; 1: sequence parallelism is off.
+
+        `sequence_parallel` is what a person said; everybody else reads this.
+        """
+        return 1 if self.sequence_parallel is False else self.tensor_model_parallel_size
+
+    @property
+    def overlaps_p2p(self) -> bool:
+        """Whether pipeline sends run beside the compute; only the interleaved schedule can."""
+        return self.num_virtual_stages_per_pipeline_rank > 1 and self.overlap_p2p_communication is not False
+
+    @property
+    def node_size(self) -> int:
+        """Ranks of one node, with the default where it is unset."""
+        if self.ranks_per_node is not None:
+            return self.ranks_per_node
+        return max((size for size in range(1, 9) if self.world_size % size == 0), default=1)
+
+    @property
     def num_virtual_stages(self) -> int:
         return self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
 
@@ -221,8 +243,8 @@ class ParallelConfig:
 class TrainingConfig:
     """Batch, length, precision, recompute."""
 
-    device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
-    """cuda, npu, cpu, or auto: the first of these that is there."""
+    device: DeviceChoice = "auto"
+    """Kind of device that the ranks run on; auto: the first of the other kinds that is present."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute type: bf16, fp16 or fp32 (short: --bf16, --fp16, --fp32). Master weights, gradients, optimizer state are
     fp32."""
@@ -445,6 +467,26 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run, with its default where it is unset."""
+        return Path(self.logging.run_dir or Path("runs", self.model.name))
+
+    @property
+    def save_dir(self) -> Path:
+        """Folder that the checkpoints go to, with its default where it is unset."""
+        return Path(self.checkpoint.save or self.run_dir / "checkpoints")
+
+    @property
+    def load_dir(self) -> Path:
+        """Folder of the checkpoints to begin from, with its default where it is unset."""
+        return Path(self.checkpoint.load or self.save_dir)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of all indices and encoded dialogs, with its default where it is unset."""
+        return Path(self.data.data_cache_path or self.run_dir / "cache")
 
     @property
     def num_microbatches(self) -> int:

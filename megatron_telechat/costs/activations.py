@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_telechat.config.schema import ModelConfig, RunConfig
+from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.tensors.table import expert_ffn_hidden_size
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -53,8 +54,7 @@ def tokens_of(run: RunConfig, imbalance: float = 1.0) -> Tokens:
     parallel = run.parallel
     tensor = parallel.tensor_model_parallel_size
     whole = run.training.seq_length * run.training.micro_batch_size / parallel.context_parallel_size
-    sequence_parallel = tensor > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
-    split = whole / tensor if sequence_parallel else whole
+    split = whole / parallel.sequence_parallel_size
     expert, expert_tensor = parallel.expert_sizes
     # A rank's experts get as many rows as it sends, gathered over the ranks that share an expert.
     routed = split * run.model.moe_router_topk * expert_tensor * imbalance
@@ -82,19 +82,21 @@ def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...], imbala
     """
     model, tokens = run.model, tokens_of(run, imbalance)
     size = BYTES[run.training.precision]
-    on_cpu = run.training.device == "cpu"
+    device = planned_device(run.training.device)
     hidden = model.hidden_size
     query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
 
     layer_input = size * hidden * tokens.split
-    norms = (2 * size * hidden + 8 * on_cpu) * tokens.split
+    norms = (2 * size * hidden + 8 * (not device.fused_rms_norm)) * tokens.split
     residual = size * hidden * tokens.split  # the second norm's input
     attention = size * (2 * query + 2 * key) * tokens.whole / tokens.tensor
     if model.qk_layernorm:  # its input, the whole fused projection, and on the CPU a number a head
         heads = model.num_attention_heads + model.query_groups
-        attention += (size * (query + 2 * key) + 4 * heads * on_cpu) * tokens.whole / tokens.tensor
+        attention += (size * (query + 2 * key) + 4 * heads * (not device.fused_rms_norm)) * tokens.whole / tokens.tensor
     masks = 2 * _mask_bytes(run)
-    core = (4 * model.num_attention_heads + size * query * on_cpu) * tokens.whole / tokens.tensor
+    core = (
+        (4 * model.num_attention_heads + size * query * device.copies_attention_output) * tokens.whole / tokens.tensor
+    )
     block, block_dropped = _block_activations(model, layer, size, tokens)
     everything = layer_input + norms + residual + attention + core + block + masks
 
@@ -162,7 +164,7 @@ def _mask_bytes(run: RunConfig) -> float:
     """Mask of one dropout of hidden states: a byte an element, on the CPU one of the compute type."""
     if not run.model.hidden_dropout:
         return 0.0
-    each = BYTES[run.training.precision] if run.training.device == "cpu" else 1
+    each = 1 if planned_device(run.training.device).byte_dropout_masks else BYTES[run.training.precision]
     return each * run.model.hidden_size * tokens_of(run).split
 
 

@@ -9,7 +9,6 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import BYTES, Tokens, arriving_rows, tokens_of
 from megatron_telechat.costs.devices import DeviceSpec
 
-DEFAULT_RANKS_PER_NODE = 8
 GRADIENT_BYTES = 4
 """Gradients are accumulated and reduced in fp32, whatever the compute type."""
 
@@ -36,11 +35,9 @@ class Links:
     def of(cls, run: RunConfig, device: DeviceSpec) -> Links:
         """Links of this device; an unknown bandwidth counts as free."""
         share = device.efficiency.get("link", 1.0)
-        world = max(run.parallel.world_size, 1)
-        per_node = run.parallel.ranks_per_node or min(DEFAULT_RANKS_PER_NODE, world)
         intra = (device.intra_node_bandwidth_gb_s or float("inf")) * 1e9 * share
         inter = (device.inter_node_bandwidth_gb_s or float("inf")) * 1e9 * share
-        return cls(intra, inter, device.collective_latency_s, per_node)
+        return cls(intra, inter, device.collective_latency_s, run.parallel.node_size)
 
     def members(self, stride: int) -> int:
         """Ranks of a group that share a node."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_telechat.device_kinds import DEVICE_KINDS, HOST
 from megatron_telechat.errors import ConfigError
 
 _FOLDER = Path(__file__).parent / "devices"
@@ -50,6 +51,8 @@ class DeviceSpec:
     """One kind of device. What is not known is None, or absent from `peak_tflops`."""
 
     name: str
+    kind: str = ""
+    """Kind of device (`device_kinds`); empty where the file does not say."""
     description: str = ""
     device_names: tuple[str, ...] = ()
     """Names that torch reports for it."""
@@ -109,7 +112,10 @@ _FILE_HELP = f"a file as those in costs/devices/, or one of {', '.join(sorted(p.
 def _checked(entries: Any, where: str) -> DeviceSpec:
     if not isinstance(entries, dict) or not isinstance(entries.get("name"), str):
         raise ConfigError("the device file has no name", where, _FILE_HELP)
-    entries = {key: value for key, value in entries.items() if key != "variants"}
+    entries = {**entries, "kind": entries.get("kind") or _kind_by_name(entries["name"])}
+    entries.pop("variants", None)
+    if entries["kind"] and entries["kind"] not in DEVICE_KINDS:
+        raise ConfigError(f"kind: {entries['kind']!r} is no kind of device", where, f"one of {', '.join(DEVICE_KINDS)}")
     unknown = sorted(set(entries) - {item.name for item in fields(DeviceSpec)})
     unknown += [f"efficiency.{key}" for key in entries.get("efficiency") or {} if key not in EFFICIENCIES]
     if unknown:
@@ -125,6 +131,12 @@ def _checked(entries: Any, where: str) -> DeviceSpec:
     except TypeError as error:
         raise ConfigError(f"an entry of measured is damaged: {error}", where, "calibrate again") from None
     return DeviceSpec(**entries)
+
+
+def _kind_by_name(name: str) -> str:
+    """Of files that were written before they told their kind: cpu, and cpu-..., are CPUs."""
+    kind, _, _ = name.partition("-")
+    return kind if kind == HOST else ""
 
 
 def _check_numbers(values: Any, name: str, where: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -96,9 +95,7 @@ class BatchIterator:
         self.close()
 
 
-def batches(
-    dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_samples: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def batches(dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_samples: int) -> BatchIterator:
     """Micro-batches from sample ``consumed_samples`` on: dicts of CPU tensors tokens, labels, loss_mask, position_ids,
     each [micro_batch_size, seq_length], and where they have a meaning segment_lengths and padding (`TokenDataset`).
 

@@ -33,9 +33,7 @@ Source = IndexedSamples | ChatSamples
 
 def cache_root(run: RunConfig) -> Path:
     """The folder of all indices of a run."""
-    if run.data.data_cache_path:
-        return Path(run.data.data_cache_path)
-    return Path(run.logging.run_dir or f"runs/{run.model.name}") / "cache"
+    return run.cache_dir
 
 
 def open_sources(run: RunConfig, say: Say = quiet) -> Opened:

@@ -18,6 +18,7 @@ from megatron_telechat.checkpoint.files import (
     read_file_error,
     write_safetensors,
 )
+from megatron_telechat.device_kinds import HOST
 from megatron_telechat.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -141,7 +142,7 @@ def _open_safetensors(path: Path) -> Any:
     from safetensors import safe_open
 
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        return safe_open(path, framework="pt")
     except Exception as error:
         raise read_file_error(path, error, _DOWNLOAD) from error
 
@@ -152,7 +153,7 @@ def _load_pickle(path: Path) -> Mapping[str, torch.Tensor]:
 
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        value = torch.load(path, map_location=HOST, weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise read_file_error(
             path, ValueError(str(error).splitlines()[0] if str(error) else "empty"), _DOWNLOAD

@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
+        with safe_open(path, framework="pt") as handle:
             odd = [name for name in handle.keys() if dtype_of_tag(handle.get_slice(name).get_dtype()) is None]
             if odd:
                 raise ValueError(f"{odd[0]} has a dtype that is not read here")

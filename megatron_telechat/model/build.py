@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
@@ -17,9 +15,7 @@ from megatron_telechat.model.transformer_config import transformer_config
 from megatron_telechat.parallel.state import ParallelState
 
 
-def build_model(
-    run: RunConfig, state: ParallelState, backend: Backend, initialize: bool = True
-) -> list[torch.nn.Module]:
+def build_model(run: RunConfig, state: ParallelState, backend: Backend, initialize: bool = True) -> list[TeleChatModel]:
     """The chunks of this rank, in the order of the interleaved schedule: on the device, in the compute type.
 
     Args:
@@ -29,18 +25,18 @@ def build_model(
         ConfigError: a parameter that the table of tensors does not have; on the ranks that build it.
     """
     device = backend.device
-    transformer_engine = has_transformer_engine(device.type)
+    transformer_engine = has_transformer_engine(backend.traits)
     if transformer_engine and run.training.deterministic:
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     classes = implementation(transformer_engine, run.data.reset_attention_mask)
     layout = pipeline_layout(run)
-    chunks: list[torch.nn.Module] = []
+    chunks: list[TeleChatModel] = []
     for chunk in range(layout.num_chunks):
         vp_stage = chunk if layout.num_chunks > 1 else None
         with device:
             model = TeleChatModel(
                 run,
-                transformer_config(run, state, vp_stage, device.type),
+                transformer_config(run, state, backend.traits, vp_stage),
                 block_spec(run, layout.layers_of(state.pp_rank, chunk), classes),
                 state.process_groups,
                 pre_process=layout.has_embedding(state.pp_rank, chunk),

@@ -9,6 +9,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_telechat.backend import traits_of
+
 
 class CpuRMSNorm(torch.autograd.Function):
     """RMSNorm that keeps its input and one number a row; the normalised rows are computed again in the backward."""
@@ -63,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: [..., hidden].
         weight: [hidden], of the type of x.
     """
-    function = CpuRMSNorm if x.device.type == "cpu" else FusedRMSNorm
+    function = FusedRMSNorm if traits_of(x.device).fused_rms_norm else CpuRMSNorm
     return function.apply(x, weight, eps)
 
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_telechat.config.recompute import recompute_plan
 from megatron_telechat.config.schema import ModelConfig, RunConfig
+from megatron_telechat.device_kinds import DeviceTraits
 from megatron_telechat.model.attention import (
     SelfAttention,
     SelfAttentionSubmodules,
@@ -36,9 +37,9 @@ class Implementation:
 TORCH = Implementation(ColumnParallelLinear, RowParallelLinear, TorchCoreAttention)
 
 
-def has_transformer_engine(device_type: str) -> bool:
-    """Whether TransformerEngine can be used: on a CUDA device, with its compiled core in place."""
-    if device_type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
+def has_transformer_engine(device: DeviceTraits) -> bool:
+    """Whether TransformerEngine can be used: on a device that it has kernels for, with its compiled core in place."""
+    if not device.transformer_engine or importlib.util.find_spec("transformer_engine") is None:
         return False
     try:
         importlib.import_module("transformer_engine.pytorch")

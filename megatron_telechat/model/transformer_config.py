@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.device_kinds import DeviceTraits
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.model.spec import has_transformer_engine
 from megatron_telechat.parallel.state import ParallelState
@@ -28,16 +29,16 @@ def leave_uninitialised(tensor: torch.Tensor) -> None:
 
 
 def transformer_config(
-    run: RunConfig, state: ParallelState, vp_stage: int | None = None, device_type: str = "cpu"
+    run: RunConfig, state: ParallelState, device: DeviceTraits, vp_stage: int | None = None
 ) -> TransformerConfig:
     """What megatron-core has to know of a run.
 
     The block-level recompute of megatron-core stays off: every decoder layer carries its own modes.
 
     Args:
+        device: the kind that the ranks run on; turns on what only some have.
         vp_stage: chunk of this rank; the configuration is the same for all of them, but each gets its own object,
             because the schedules hang functions on it.
-        device_type: cuda turns on what only a GPU has.
 
     Raises:
         ConfigError: a model that only the planner knows.
@@ -49,7 +50,7 @@ def transformer_config(
             f"the training does not build a model with {what}", "model", "the planner takes it; leave it out here"
         )
     dtype = compute_dtype(run)
-    transformer_engine = has_transformer_engine(device_type)
+    transformer_engine = has_transformer_engine(device)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -76,11 +77,10 @@ def transformer_config(
         fp16=dtype is torch.float16,
         # the loss is averaged over the tokens that count, whatever the layout
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=device_type == "cuda" and _has_wgrad_kernel(),
-        # selects the deterministic embedding gradient; on the CPU the plain one is deterministic, and faster
-        deterministic_mode=training.deterministic and device_type == "cuda",
+        gradient_accumulation_fusion=device.fuses_weight_gradients and _has_wgrad_kernel(),
+        deterministic_mode=training.deterministic and device.needs_deterministic_mode,
         transformer_impl="transformer_engine" if transformer_engine else "local",
-        **_parallel_fields(run, state, dtype, device_type),
+        **_parallel_fields(run, state, dtype, device),
         **(_moe_fields(run) if model.is_moe else {}),
     )
 
@@ -90,7 +90,7 @@ def _has_wgrad_kernel() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def _parallel_fields(run: RunConfig, state: ParallelState, dtype: torch.dtype, device_type: str) -> dict[str, Any]:
+def _parallel_fields(run: RunConfig, state: ParallelState, dtype: torch.dtype, device: DeviceTraits) -> dict[str, Any]:
     parallel = run.parallel
     fields: dict[str, Any] = dict(
         tensor_model_parallel_size=state.tp_size,
@@ -98,20 +98,18 @@ def _parallel_fields(run: RunConfig, state: ParallelState, dtype: torch.dtype, d
         context_parallel_size=state.cp_size,
         expert_model_parallel_size=state.ep_size,
         expert_tensor_parallel_size=state.etp_size,
-        sequence_parallel=state.tp_size > 1 and parallel.sequence_parallel is not False,
+        sequence_parallel=parallel.sequence_parallel_size > 1,
     )
     if state.pp_size == 1:
         return fields
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
-    overlap = interleaved and parallel.overlap_p2p_communication is not False
+    overlap = parallel.overlaps_p2p
     fields.update(
         pipeline_dtype=dtype,
         # explicit even where the split is even: megatron-core's own split leaves layers out silently
         pipeline_model_parallel_layout=str(pipeline_layout(run)),
         virtual_pipeline_model_parallel_size=(parallel.num_virtual_stages_per_pipeline_rank if interleaved else None),
-        # Frees a stage's output once it is sent. An asynchronous gloo send still reads that memory; NCCL's and
-        # HCCL's are ordered on the device by their streams.
-        deallocate_pipeline_outputs=device_type != "cpu" or not overlap,
+        deallocate_pipeline_outputs=device.frees_sent_outputs or not overlap,
         overlap_p2p_comm=overlap,
         # With two ranks the previous and the next one are the same peer, and batched messages of the
         # interleaved schedule get mixed up silently.

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_telechat.backend import traits_of
 from megatron_telechat.moe.block import MoEBlock
 from megatron_telechat.moe.chunks import chunk_parts
 from megatron_telechat.moe.clock import ExchangeClock
@@ -29,8 +30,6 @@ SLACK = 1.05
 """How much slower than the best a neighbour may look to the model and still be tried."""
 MIN_GAIN = 0.01
 """What a larger number of chunks must win over a smaller one; less is noise, and costs memory for its indices."""
-MIN_ROWS = {"cpu": 16, "cuda": 128}
-"""Rows of an expert in a chunk below which its products get slow; other devices as cuda."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def max_chunks(block: MoEBlock, num_tokens: int) -> int:
     """
     router = block.router
     rows = num_tokens * router.topk * block.groups.all.size() / router.num_experts
-    minimum = MIN_ROWS.get(router.weight.device.type, MIN_ROWS["cuda"])
+    minimum = traits_of(router.weight.device).min_rows_per_expert_chunk
     # The smallest chunk is one part of all: megatron_telechat.moe.chunks.
     fitting = [k for k in CANDIDATES if k <= num_tokens and sum(chunk_parts(k)) * minimum <= rows]
     return max(fitting, default=1)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_telechat.backend import traits_of
 from megatron_telechat.moe.link import Transfer
 
 
@@ -64,7 +65,7 @@ class ExchangeClock:
         self, name: str | None, chunk: int | None, layer: int | None, backward: bool, device: torch.device
     ) -> Iterator[None]:
         """Around a wait for other ranks; one without a name is part of another span, and gets none of its own."""
-        if device.type == "cpu":
+        if traits_of(device).host_waits_for_transfers:
             start = time.perf_counter()
             yield
             self._exposed_s += time.perf_counter() - start

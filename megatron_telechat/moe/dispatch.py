@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_telechat.backend import traits_of
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.moe.chunks import ChunkRange, chunk_ranges
 from megatron_telechat.moe.router import Routing
@@ -201,7 +202,7 @@ class _Layout:
         self.per_row = rows.weights_per_row
         self.device = routing.experts.device
         edges = torch.tensor(ranges)  # [c, 2]
-        if self.device.type != "cpu":  # from pinned memory the copy is one more entry of the queue, no wait for it
+        if traits_of(self.device).pins_uploads:
             edges = edges.pin_memory().to(self.device, non_blocking=True)
         self.starts = edges[:, 0]
         # [c, m]: the token in every place of every chunk; the shorter chunks have places that are not filled.

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_telechat.backend import traits_of
 from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.gradients import WeightGradient
 from megatron_telechat.moe.te_products import Accumulate
@@ -185,7 +186,7 @@ def sum_bags(rows: Tensor, bags: Tensor, starts: Tensor) -> Tensor:
     """
     if not bags.numel():
         return rows.new_zeros(starts.numel(), rows.shape[1])
-    if rows.device.type in ("cpu", "cuda") and rows.dtype != torch.float64:
+    if traits_of(rows.device).sums_by_embedding_bag and rows.dtype != torch.float64:
         return F.embedding_bag(bags, rows, starts, mode="sum")
     ends = torch.cat((starts[1:], starts.new_tensor([bags.numel()])))
     owner = torch.repeat_interleave(torch.arange(starts.numel(), device=rows.device), (ends - starts).long(),

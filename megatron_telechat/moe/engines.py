@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from megatron_telechat.backend import traits_of
 from megatron_telechat.moe import engine_grouped, engine_loop
 from megatron_telechat.moe.engine import Engine
 
 
 def engine_for(device: torch.device) -> Engine:
-    """The loop on the CPU, ``grouped_mm`` elsewhere."""
-    return engine_loop if device.type == "cpu" else engine_grouped
+    """One expert after another, or all in one ``grouped_mm``, as suits the device."""
+    return engine_loop if traits_of(device).expert_engine == "loop" else engine_grouped

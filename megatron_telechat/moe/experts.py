@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_telechat.backend import traits_of
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.moe.engine import ExpertWeights, Gradients
 from megatron_telechat.moe.forward_pass import Saved
@@ -19,8 +20,6 @@ from megatron_telechat.moe.pipeline import ChunkPipeline
 from megatron_telechat.moe.te_products import accumulating_product
 from megatron_telechat.tensors.table import Constant, mlp_rows
 
-# Row strides of torch.nn.functional.grouped_mm on accelerators.
-_GROUPED_MM_ALIGNMENT_BYTES = 16
 _PROBABILITY_BYTES = 4
 
 
@@ -54,7 +53,7 @@ def _check_alignment(config: TransformerConfig, device: torch.device, ffn_local:
             where="model",
             fix="choose an even hidden_size",
         )
-    multiple = _GROUPED_MM_ALIGNMENT_BYTES // element
+    multiple = max(1, traits_of(device).grouped_alignment_bytes // element)
     bad = [
         f"{name} {size}"
         for name, size in (
@@ -63,7 +62,7 @@ def _check_alignment(config: TransformerConfig, device: torch.device, ffn_local:
         )
         if size % multiple
     ]
-    if device.type != "cpu" and bad:
+    if bad:
         raise ConfigError(
             f"grouped products on {device.type} need widths that are multiples of {multiple} "
             f"in {config.params_dtype}: {', '.join(bad)}",

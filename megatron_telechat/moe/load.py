@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_telechat.device_kinds import HOST
 from megatron_telechat.moe.router import Router
 from megatron_telechat.parallel.state import ParallelState
 
@@ -42,7 +43,7 @@ def collect_expert_load(stages: Sequence[nn.Module], state: ParallelState) -> Ex
         The load, the same on every rank; None for a model without MoE layers.
     """
     routers = [module for stage in stages for module in stage.modules() if isinstance(module, Router)]
-    device = next((p.device for stage in stages for p in stage.parameters()), torch.device("cpu"))
+    device = next((p.device for stage in stages for p in stage.parameters()), torch.device(HOST))
     shape = torch.tensor(
         [max((r.layer_number for r in routers), default=0), max((r.num_experts for r in routers), default=0)],
         device=device,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_telechat.backend import traits_of
+
 Accumulate = Callable[[Tensor, Tensor, Tensor, Sequence[int], bool], None]
 """``f(buffer, a, b, counts, fresh)``: buffer[e] (+)= a_e^T b_e; buffer [experts, p, q] fp32, a [rows, p], b [rows, q],
 rows by expert."""
@@ -26,7 +28,7 @@ def accumulating_product(device: torch.device, dtype: torch.dtype) -> Accumulate
     Its function is not a public interface and has changed its arguments between releases: it is tried on a small
     case, and left out with a warning when it fails or is wrong.
     """
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if not traits_of(device).transformer_engine or dtype not in (torch.bfloat16, torch.float16):
         return None
     if importlib.util.find_spec("transformer_engine") is None:
         return None

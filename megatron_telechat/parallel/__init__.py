@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_telechat.parallel.agreement import agree, all_ranks_ok, lost_ranks_reported, together
+    from megatron_telechat.parallel.state import ParallelState, destroy, initialize
 
 _DOORS = {
     "ParallelState": "state",
@@ -17,7 +21,7 @@ _DOORS = {
     "lost_ranks_reported": "agreement",
 }
 
-__all__ = sorted(_DOORS)
+__all__ = ["ParallelState", "agree", "all_ranks_ok", "destroy", "initialize", "lost_ranks_reported", "together"]
 
 
 def __getattr__(name: str) -> Any:

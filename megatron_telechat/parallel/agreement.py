@@ -13,11 +13,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_telechat.errors import ConfigError, Problem, ResourceError, UserError
 
 MAX_DIFFERENCES = 20
+T = TypeVar("T")
 
 
 def agree(name: str, value: Any, state: Any = None) -> None:
@@ -132,11 +133,15 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's value on every rank; a collective for small host objects."""
+def from_rank_0(value: T | None) -> T:
+    """Rank 0's value on every rank; a collective for small host objects.
+
+    Args:
+        value: read on rank 0 alone; the others may give None.
+    """
     import torch.distributed as dist
 
-    box = [value]
+    box: list[Any] = [value]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]

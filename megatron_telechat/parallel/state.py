@@ -9,13 +9,18 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import ParallelConfig, RunConfig
 from megatron_telechat.errors import ConfigError, ResourceError
 from megatron_telechat.parallel.agreement import agree, is_lost_rank
 from megatron_telechat.parallel.channel import Channel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from megatron_telechat.parallel.groups import ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,17 @@ class ParallelState:
     etp_size: int
     edp_rank: int
     edp_size: int
-    tp_group: Any = field(repr=False)
-    pp_group: Any = field(repr=False)
-    dp_group: Any = field(repr=False)
-    dp_cp_group: Any = field(repr=False)
-    cp_group: Any = field(repr=False)
-    ep_group: Any = field(repr=False)
-    etp_group: Any = field(repr=False)
-    edp_group: Any = field(repr=False)
-    mp_group: Any = field(repr=False)
-    process_groups: Any = field(repr=False)
-    """megatron.core's ProcessGroupCollection; what model, DDP, optimizer and schedules take as pg_collection. It
-    carries one thing more, ``expert_channel``: the `Channel` of this rank's expert group."""
+    tp_group: ProcessGroup = field(repr=False)
+    pp_group: ProcessGroup = field(repr=False)
+    dp_group: ProcessGroup = field(repr=False)
+    dp_cp_group: ProcessGroup = field(repr=False)
+    cp_group: ProcessGroup = field(repr=False)
+    ep_group: ProcessGroup = field(repr=False)
+    etp_group: ProcessGroup = field(repr=False)
+    edp_group: ProcessGroup = field(repr=False)
+    mp_group: ProcessGroup = field(repr=False)
+    process_groups: ProcessGroups = field(repr=False)
+    """What model, DDP, optimizer and schedules take as pg_collection."""
 
     def is_first_stage(self, chunk: int = 0) -> bool:
         """Whether this virtual chunk of this rank holds the embedding."""
@@ -139,10 +143,11 @@ def seed_generators(seed: int, state: ParallelState, backend: Backend) -> None:
 def _join(parallel: ParallelConfig, backend: Backend, timeout: timedelta) -> None:
     """init_process_group from torchrun's environment, or a world of one."""
     import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
 
     if not dist.is_initialized():
         options: dict[str, Any] = {"backend": backend.distributed_backend, "timeout": timeout}
-        if backend.name != "cpu":
+        if backend.traits.binds_communicators:
             options["device_id"] = backend.device
         if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
             names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -151,7 +156,7 @@ def _join(parallel: ParallelConfig, backend: Backend, timeout: timedelta) -> Non
                 raise ConfigError(f"{', '.join(missing)} not set", "environment", "start the ranks with torchrun")
             dist.init_process_group(init_method="env://", **options)
         else:
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
+            dist.init_process_group(store=HashStore(), rank=0, world_size=1, **options)
     if dist.get_world_size() != parallel.world_size:
         raise ConfigError(
             f"world_size is {parallel.world_size}, but {dist.get_world_size()} rank(s) were started",
@@ -175,12 +180,13 @@ def _build_groups(parallel: ParallelConfig, backend: Backend, timeout: timedelta
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=ep,
             expert_tensor_parallel_size=etp,
-            distributed_timeout_minutes=timeout.total_seconds() / 60,
+            # megatron-core makes a timedelta of it, which takes parts of a minute too.
+            distributed_timeout_minutes=timeout.total_seconds() / 60,  # pyright: ignore[reportArgumentType]
             # For mcore's own optimizer checkpoints only; ours are written from the shards of each rank.
             create_gloo_process_groups=False,
             # The experts' exchange (megatron-core's name of that group) must not queue behind the kernels it overlaps
             # with.
-            high_priority_stream_groups=["tp_ep_mp"] if backend.name == "cuda" else None,
+            high_priority_stream_groups=["tp_ep_mp"] if backend.traits.high_priority_streams else None,
         )
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"the layout does not fit the ranks: {error}", "parallel") from error
@@ -192,10 +198,10 @@ def _build_groups(parallel: ParallelConfig, backend: Backend, timeout: timedelta
 
 def _read_state(parallel: ParallelConfig, timeout: timedelta) -> ParallelState:
     import torch.distributed as dist
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    # One for all layers: modules get it the way they get their groups.
+    from megatron_telechat.parallel.groups import ProcessGroups
+
+    groups = ProcessGroups.use_mpu_process_groups()
     groups.expert_channel = Channel(groups.tp_ep, timeout=timeout)
     named = {
         "tp": groups.tp,
@@ -206,16 +212,14 @@ def _read_state(parallel: ParallelConfig, timeout: timedelta) -> ParallelState:
         "etp": groups.expt_tp,
         "edp": groups.expt_dp,
     }
-    numbers: dict[str, int] = {}
+    fields: dict[str, Any] = {f"{name}_group": group for name, group in named.items()}
     for name, group in named.items():
-        numbers[f"{name}_rank"] = group.rank()
-        numbers[f"{name}_size"] = group.size()
+        fields[f"{name}_rank"], fields[f"{name}_size"] = group.rank(), group.size()
     return ParallelState(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         vpp_size=parallel.num_virtual_stages_per_pipeline_rank,
-        **numbers,
-        **{f"{name}_group": group for name, group in named.items()},
+        **fields,
         dp_cp_group=groups.dp_cp,
         mp_group=groups.mp,
         process_groups=groups,

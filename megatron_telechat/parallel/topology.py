@@ -65,7 +65,7 @@ class Topology:
         ep, etp = parallel.expert_sizes
         topology = cls(
             world_size=parallel.world_size,
-            ranks_per_node=parallel.ranks_per_node or min(8, parallel.world_size),
+            ranks_per_node=parallel.node_size,
             tp=parallel.tensor_model_parallel_size,
             cp=parallel.context_parallel_size,
             pp=parallel.pipeline_model_parallel_size,

@@ -89,7 +89,7 @@ def _pace(
     if times.measured is None or problem.P == 1:
         return 1.0
     ops = max(op.microbatch for op in simulation.ops) + 1
-    on_one_node = run.parallel.world_size <= (run.parallel.ranks_per_node or run.parallel.world_size)
+    on_one_node = run.parallel.world_size <= run.parallel.node_size
     alone = times.measured.alone if on_one_node else 1.0
     together = max(run.parallel.world_size // problem.P, 1)
     expected = expected_makespan(

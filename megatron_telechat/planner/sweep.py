@@ -83,7 +83,7 @@ def candidates(question: Question, load: Callable[..., RunConfig], fixed: Mappin
 def _sizes(run: RunConfig, fixed: Mapping[str, int]) -> Iterator[dict[str, int]]:
     parallel, model = run.parallel, run.model
     ranks = parallel.world_size // parallel.context_parallel_size
-    node = parallel.ranks_per_node or min(8, parallel.world_size)
+    node = parallel.node_size
     batch = run.training.global_batch_size
 
     def choices(name: str, values: Sequence[int]) -> Sequence[int]:

@@ -26,9 +26,11 @@ def train(run: RunConfig, origins: Mapping[str, str] | None = None) -> int:
     with requests.starting():
         from megatron_telechat.backend import get_backend
 
-        _leave_queues_open(run)
+        backend = get_backend(run.training.device)
+        if _exchange_overlaps(run):
+            backend.open_queues()
         # The fixes for megatron.core hook its import: they come before the first module that needs it.
-        get_backend(run.training.device).install()
+        backend.install()
         from megatron_telechat.parallel.agreement import lost_ranks_reported
         from megatron_telechat.parallel.state import destroy
         from megatron_telechat.training.loop import Trainer
@@ -47,15 +49,10 @@ def train(run: RunConfig, origins: Mapping[str, str] | None = None) -> int:
         return code
 
 
-def _leave_queues_open(run: RunConfig) -> None:
-    """Where the experts' exchange is to run beside their kernels, CUDA gets its usual eight hardware queues.
-
-    Elsewhere the CUDA backend asks for one, which keeps the collectives of sequence parallelism in the order of their
-    issue. What the environment says is left as it is. Read when the CUDA context is made.
-    """
+def _exchange_overlaps(run: RunConfig) -> bool:
+    """Whether the exchange of the experts is to run beside their kernels."""
     expert, expert_tensor = run.parallel.expert_sizes
-    if run.model.is_moe and run.parallel.moe_input_chunks != 1 and expert * expert_tensor > 1:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    return run.model.is_moe and run.parallel.moe_input_chunks != 1 and expert * expert_tensor > 1
 
 
 __all__ = ["train"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
@@ -77,12 +76,8 @@ def warnings(run: RunConfig, backend: Backend) -> list[str]:
     topology = Topology.from_config(run.parallel)
     found = placement_warnings(topology, run.model.is_moe, run.parallel.fold_tensor_into_experts)
     chunked = run.model.is_moe and run.parallel.moe_input_chunks != 1 and topology.ep * topology.etp > 1
-    if backend.name == "cuda" and chunked and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
-        found.append(
-            "CUDA_DEVICE_MAX_CONNECTIONS=1 queues the experts' exchange behind their kernels, which costs much of what "
-            "--moe-input-chunks gains: unset it"
-        )
-    return found
+    warning = backend.overlap_warning() if chunked else None
+    return found if warning is None else [*found, warning]
 
 
 def parallel_sizes(run: RunConfig) -> str:
@@ -95,7 +90,8 @@ def parallel_sizes(run: RunConfig) -> str:
         text += f" x CP{parallel.context_parallel_size}"
     text += f" x DP{parallel.data_parallel_size}"
     if run.model.is_moe:
-        text += f", experts EP{parallel.expert_model_parallel_size} x ETP{parallel.expert_tensor_parallel_size}"
+        expert, expert_tensor = parallel.expert_sizes
+        text += f", experts EP{expert} x ETP{expert_tensor}"
     return text
 
 

@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -30,6 +30,7 @@ from megatron_telechat.costs.parameters import local_count
 from megatron_telechat.costs.time import conditions, mode_name
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.model import build_model, compute_dtype, parameter_shards
+from megatron_telechat.model.gpt import TeleChatModel
 from megatron_telechat.planner.build import DEFAULT_KINDS, of_layer, parse_kind
 from megatron_telechat.tensors.table import tensor_table
 from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
@@ -112,7 +113,7 @@ def probe_run(run: RunConfig, kinds: Sequence[str], world_size: int) -> RunConfi
 class _Stopwatch:
     """Moments of one forward and backward: hooks on the layers' inputs, and on the gradients of those inputs."""
 
-    def __init__(self, model: torch.nn.Module, synchronize):
+    def __init__(self, model: TeleChatModel, synchronize: Callable[[], None]):
         self._synchronize = synchronize
         self.forward: list[float] = []
         self.backward: list[float] = []
@@ -228,6 +229,7 @@ class Calibration:
         self._watch.clear()
         start = self._watch.now()
         output, loss_of = forward_step(self.backend.device, iter([self._batch]), self.chunks[0])
+        assert loss_of is not None, "there was a batch"
         loss = loss_of(output)[0]
         middle = self._watch.now()
         loss.backward()
@@ -262,9 +264,8 @@ class Calibration:
         if size == 1:
             return 0.0
         training = self.run.training
-        length = training.seq_length // self.run.parallel.context_parallel_size
-        if self.probe.parallel.tensor_model_parallel_size > 1 and self.probe.parallel.sequence_parallel is not False:
-            length //= self.probe.parallel.tensor_model_parallel_size
+        sizes = self.run.parallel
+        length = training.seq_length // (sizes.context_parallel_size * sizes.sequence_parallel_size)
         shape = (length, training.micro_batch_size, self.run.model.hidden_size)
         there, back = (torch.zeros(shape, dtype=compute_dtype(self.run), device=self.backend.device) for _ in range(2))
         half = size // 2

@@ -42,12 +42,16 @@ class ModelOptimizer(ChainedOptimizer):
     Args:
         parts: the optimizers of the dense and, if there are any, of the expert parameters.
         expert_tensor_group: ranks that hold slices, or copies, of the same experts.
+
+    Attributes:
+        parts: ``chained_optimizers``, whose classes have more than the base class that megatron-core declares for them.
     """
 
     def __init__(self, parts: Sequence[Any], config: OptimizerConfig, expert_tensor_group: dist.ProcessGroup):
-        super().__init__(list(parts))
+        self.parts = list(parts)
+        super().__init__(self.parts)
         self.grad_scaler: LossScale | None = _loss_scale(config) if config.fp16 else None
-        for part in self.chained_optimizers:
+        for part in self.parts:
             if self.grad_scaler is not None:
                 part.grad_scaler = self.grad_scaler
             if any(group["is_expert_parallel"] for group in part.param_groups):
@@ -91,6 +95,6 @@ def _loss_scale(config: OptimizerConfig) -> LossScale:
         min_scale=config.min_loss_scale,
         growth_factor=2.0,
         backoff_factor=0.5,
-        growth_interval=config.loss_scale_window,
+        growth_interval=int(config.loss_scale_window),
         hysteresis=config.hysteresis,
     )

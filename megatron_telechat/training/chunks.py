@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from megatron_telechat.backend import Backend
 from megatron_telechat.checkpoint.train_state import topology
@@ -18,6 +16,9 @@ from megatron_telechat.moe.autotune import ChunkChoice, choose_num_chunks
 from megatron_telechat.parallel.agreement import agree, from_rank_0
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.param_gather import gathered_parameters
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
 
 KEY = "moe_input_chunks"
 """Of this choice, in the ``extra`` of a checkpoint and as the event in metrics.jsonl."""
@@ -51,7 +52,7 @@ class ChunkSetting:
 
 
 def set_chunks(
-    chunks: Sequence[nn.Module],
+    chunks: Sequence[DistributedDataParallel],
     run: RunConfig,
     state: ParallelState,
     backend: Backend,
@@ -78,8 +79,11 @@ def set_chunks(
     now = _conditions(run, state, backend)
     # One rank decides whether to measure: a device of another name would send some ranks into a collective alone.
     kept, changed = from_rank_0(_kept(saved, now))
-    choice = None if kept is not None else _measure(chunks, run, backend)
-    number = choice.num_chunks if choice is not None else kept
+    if kept is None:
+        choice: ChunkChoice | None = _measure(chunks, run, backend)
+        number = choice.num_chunks
+    else:
+        choice, number = None, kept
     agree("the number of input chunks of the experts", number, state)
     for block in moe_blocks(chunks):
         block.num_chunks = number
@@ -95,8 +99,8 @@ def set_chunks(
 def tokens_of_a_rank(run: RunConfig) -> int:
     """Tokens of a micro-batch that reach a MoE layer on one rank."""
     parallel, training = run.parallel, run.training
-    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return training.seq_length * training.micro_batch_size // (parallel.context_parallel_size * split)
+    ranks = parallel.context_parallel_size * parallel.sequence_parallel_size
+    return training.seq_length * training.micro_batch_size // ranks
 
 
 def _conditions(run: RunConfig, state: ParallelState, backend: Backend) -> dict[str, Any]:
@@ -122,11 +126,11 @@ def _kept(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[int 
     return (None, ", ".join(different)) if different else (number, "")
 
 
-def _measure(chunks: Sequence[nn.Module], run: RunConfig, backend: Backend) -> ChunkChoice:
+def _measure(chunks: Sequence[DistributedDataParallel], run: RunConfig, backend: Backend) -> ChunkChoice:
     blocks = moe_blocks(chunks)
     generators = backend.rng_state()
     try:
-        with gathered_parameters(list(chunks)):
+        with gathered_parameters(chunks):
             choice = choose_num_chunks(
                 blocks[0] if blocks else None,
                 tokens_of_a_rank(run),

@@ -28,12 +28,13 @@ class Forecast:
         iteration_s: None where nothing is known of this device's speed at these shapes.
         memory_gib: of the fullest stage: parameters, gradients, optimizer, activations.
         source: where the time comes from.
+        of_process: the measured memory is that of the whole process.
     """
 
     iteration_s: float | None
     memory_gib: float
     source: str
-    on_cpu: bool = False
+    of_process: bool = False
     _seconds: list[float] = field(default_factory=list)
     _steps: int = 0
     _memory: float = 0.0
@@ -44,7 +45,7 @@ class Forecast:
         """From the run's plan, else from the device file of the device at hand, if there is one."""
         memory = max(stage.total_bytes for stage in stage_memory(run)) / 2**30
         seconds, source = _predicted_seconds(run, backend)
-        return cls(seconds, memory, source, backend.name == "cpu")
+        return cls(seconds, memory, source, backend.traits.memory_is_of_process)
 
     def fields(self) -> dict[str, float]:
         """What every metrics record says of it."""
@@ -79,7 +80,7 @@ class Forecast:
             text = f"predicted {self.iteration_s:.4g} s a step ({self.source}), {text}: {off:+.1%}"
         else:
             text += f", no prediction ({self.source})"
-        held = f"peak of the whole process {self._memory:.2f}" if self.on_cpu else f"measured peak {self._memory:.2f}"
+        held = f"{'peak of the whole process' if self.of_process else 'measured peak'} {self._memory:.2f}"
         return f"{text}; memory of the fullest stage: predicted {self.memory_gib:.2f} GiB, {held} GiB"
 
 

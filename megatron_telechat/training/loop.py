@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint, save_checkpoint
@@ -79,11 +80,9 @@ class Trainer:
         self.consumed_samples = 0
         self.steps_taken = StepsTaken()
         self.resumed: LoadedInfo | None = None
-        self.chunk_setting: ChunkSetting | None = None
-        self.datasets: Datasets | None = None
         self.branch = Branch()
         self.resumed = self._resume()
-        self.datasets = build_datasets(run, self.state, self._progress())
+        self.datasets: Datasets = build_datasets(run, self.state, self._progress())
 
         with together(self.state):
             self.writer = MetricsWriter(run, self.paths.run_dir, self.state.rank == 0, self.step)
@@ -246,7 +245,9 @@ class Trainer:
         with self.meter.excluded():
             with gathered_parameters(self.chunks):
                 require_finite_weights(self.step, self.shards)
-                folder = save_checkpoint(self.paths.save_dir, self._train_state(), self.run, self.state)
+                chosen = self.chunk_setting.extra if self.chunk_setting is not None else {}
+                extra = {**chosen, **self.steps_taken.extra, **self.datasets.order.saved()}
+                folder = save_checkpoint(self.paths.save_dir, self._train_state(extra), self.run, self.state)
             if self.state.rank == 0:
                 self.requests.clear_files()
             self.console.say(f"step {self.step}  saved {folder} in {time.perf_counter() - started:.1f} s")
@@ -264,7 +265,12 @@ class Trainer:
 
     # ---- start ------------------------------------------------------------------------------
 
-    def _train_state(self) -> TrainState:
+    def _train_state(self, extra: Mapping[str, Any]) -> TrainState:
+        """What a checkpoint holds.
+
+        Args:
+            extra: what the run keeps beside weights and optimizer, JSON; a load does not read it.
+        """
         return TrainState(
             shards=self.shards,
             optimizer=self.optimizer,
@@ -273,26 +279,27 @@ class Trainer:
             backend=self.backend,
             data_fingerprint=self.fingerprint,
             resumed_from=self.resumed.path if self.resumed else None,
-            extra={
-                **(self.chunk_setting.extra if self.chunk_setting else {}),
-                **self.steps_taken.extra,
-                **(self.datasets.order.saved() if self.datasets else {}),
-            },
+            extra=extra,
             branch=self.branch,
         )
 
     def _resume(self) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
-        start: Start | None = None
+        found: Start | None = None
         with together(self.state):
             if self.state.rank == 0:
-                start, _ = require_start(self.run)
+                found, _ = require_start(self.run)
         # One rank decides: a stale cache of a shared folder would send some ranks into a load alone.
-        start = from_rank_0(start)
+        start = from_rank_0(found)
         info = None
         if start.root is not None:
             info = load_checkpoint(
-                start.root, self._train_state(), self.run, self.state, step=start.step, weights_only=start.weights_only
+                start.root,
+                self._train_state({}),
+                self.run,
+                self.state,
+                step=start.step,
+                weights_only=start.weights_only,
             )
             notes = list(start.notes)
             if not start.weights_only:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +53,7 @@ class Meter:
     over ranks.
     """
 
-    def __init__(self, run: RunConfig, state: ParallelState, backend: Backend, chunks: list[torch.nn.Module]):
+    def __init__(self, run: RunConfig, state: ParallelState, backend: Backend, chunks: Sequence[torch.nn.Module]):
         self._run, self._state, self._backend, self._chunks = run, state, backend, chunks
         self._flops_per_token = training_flops_per_token(run.model, run.training.seq_length)
         self._peak = peak_tflops(run, backend)

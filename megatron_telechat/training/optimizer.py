@@ -6,6 +6,7 @@ torch's own, switched to its fused kernel (megatron-core builds it unfused).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +18,16 @@ from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.learning_rate import learning_rate
 
 if TYPE_CHECKING:
-    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_telechat.training.chain import ModelOptimizer
 
 
-def wrap_data_parallel(chunks: list[torch.nn.Module], run: RunConfig, state: ParallelState) -> list[torch.nn.Module]:
+def wrap_data_parallel(
+    chunks: Sequence[MegatronModule], run: RunConfig, state: ParallelState
+) -> list[DistributedDataParallel]:
     """Wrap every model chunk in megatron-core's DistributedDataParallel.
 
     Gradients are kept and reduced in fp32 whatever the compute type. Only the first
@@ -29,7 +36,7 @@ def wrap_data_parallel(chunks: list[torch.nn.Module], run: RunConfig, state: Par
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     parallel = run.parallel
-    wrapped = []
+    wrapped: list[DistributedDataParallel] = []
     for number, chunk in enumerate(chunks):
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -79,23 +86,26 @@ def _parameter_layout(
     return {"full_param_layout": layout}
 
 
-def _install_schedule_hooks(config, chunks: list[torch.nn.Module], run: RunConfig) -> None:
+def _install_schedule_hooks(
+    config: TransformerConfig, chunks: Sequence[DistributedDataParallel], run: RunConfig
+) -> None:
     """Tell the pipeline schedules how to hold back and to finish the gradient reduction."""
     from megatron.core.distributed import finalize_model_grads
 
     config.finalize_model_grads_func = finalize_model_grads
     if run.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
-        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        # The interleaved schedule takes one a chunk; megatron-core's annotation knows one function only.
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: ParallelState):
+def build_optimizer(chunks: Sequence[DistributedDataParallel], run: RunConfig, state: ParallelState) -> ModelOptimizer:
     """AdamW over the wrapped chunks: megatron-core's optimizers of dense and expert parameters, chained to one
     (`training.chain`).
 
     Weight decay acts where the table of tensors says so: not on biases and norms (megatron-core's standard rule).
     """
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
     from megatron_telechat.training.chain import ModelOptimizer
@@ -124,11 +134,12 @@ def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: Parall
     no_decay = ParamPredicate("no weight decay", lambda parameter: id(parameter) in undecayed)
     made = get_megatron_optimizer(
         config,
-        chunks,
+        [*chunks],
         config_overrides={ParamKey(predicate=no_decay): {"wd_mult": 0.0}},
         use_gloo_process_groups=False,
         pg_collection=state.process_groups,
     )
+    assert isinstance(made, ChainedOptimizer), "also of one optimizer"
     optimizer = ModelOptimizer(made.chained_optimizers, config, state.process_groups.expt_tp)
     _use_fused_kernel(optimizer)
     for chunk in chunks:
@@ -136,7 +147,7 @@ def build_optimizer(chunks: list[torch.nn.Module], run: RunConfig, state: Parall
     return optimizer
 
 
-def _use_fused_kernel(optimizer) -> None:
+def _use_fused_kernel(optimizer: ModelOptimizer) -> None:
     # megatron-core has no switch for it. The per-parameter state is made at the first
     # step and reads this flag, so setting it on the groups is enough.
     for part in optimizer.chained_optimizers:
@@ -146,7 +157,7 @@ def _use_fused_kernel(optimizer) -> None:
                 group["foreach"] = False
 
 
-def set_learning_rate(optimizer, run: RunConfig, taken: int) -> float:
+def set_learning_rate(optimizer: ModelOptimizer, run: RunConfig, taken: int) -> float:
     """Set learning rate and weight decay of every parameter group for the step after ``taken`` optimizer steps."""
     rate = learning_rate(run.optimizer, run.training.train_iters, taken)
     for group in optimizer.param_groups:

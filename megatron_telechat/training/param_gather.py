@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from megatron_telechat.errors import ConfigError
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
 
 _NAMED = 5
 """Parameters that the error names; their number is said besides."""
@@ -26,7 +30,7 @@ def is_overlapped(chunks: Sequence[torch.nn.Module]) -> bool:
 
 
 @contextmanager
-def gathered_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def gathered_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Hold the overlapped parameter gather back and complete it, so that every rank sees whole, current weights.
 
     With overlap_param_gather the gather of an optimizer step runs at the next forward;

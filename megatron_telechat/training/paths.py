@@ -25,9 +25,7 @@ class RunPaths:
 
     @classmethod
     def of(cls, run: RunConfig) -> RunPaths:
-        run_dir = Path(run.logging.run_dir or f"runs/{run.model.name}")
-        save_dir = Path(run.checkpoint.save) if run.checkpoint.save else run_dir / "checkpoints"
-        return cls(run_dir, save_dir, Path(run.checkpoint.load) if run.checkpoint.load else save_dir)
+        return cls(run.run_dir, run.save_dir, run.load_dir)
 
     def create(self) -> None:
         """Make the folders. Raises ResourceError where that cannot be done."""

@@ -17,11 +17,17 @@ from megatron_telechat.config.trace import trace_steps
 from megatron_telechat.data import fingerprint_differences
 from megatron_telechat.data.loader import micro_batch_samples
 from megatron_telechat.errors import ConfigError, DataError
-from megatron_telechat.moe import moe_blocks
+from megatron_telechat.moe import MoEBlock, moe_blocks
 from megatron_telechat.moe.choices import RoutingTape
 from megatron_telechat.parallel.agreement import gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.routing_files import Box, StepReader, begin_step, commit_step, write_box, write_manifest
+
+
+def _layer(block: MoEBlock) -> int:
+    """Zero-based number of the layer that a block belongs to."""
+    assert block.layer_number is not None, "a layer of a model numbers its block"
+    return block.layer_number - 1
 
 
 class StepRouting:
@@ -49,7 +55,7 @@ class StepRouting:
         first_step: int,
     ):
         logging = run.logging
-        self._routers = {block.layer_number - 1: block.router for block in moe_blocks(chunks)}
+        self._routers = {_layer(block): block.router for block in moe_blocks(chunks)}
         self._run, self._state = run, state
         self._record = Path(logging.moe_routing_record) if logging.moe_routing_record and run.model.is_moe else None
         self._replay = Path(logging.moe_routing_replay) if logging.moe_routing_replay and run.model.is_moe else None
@@ -79,7 +85,7 @@ class StepRouting:
         """What this rank routes in a step; samples in the order of its micro-batches."""
         run, state = self._run, self._state
         assert state.cp_size == 1, "positions of a context-parallel rank are not one stretch"
-        split = state.tp_size if run.parallel.sequence_parallel is not False else 1
+        split = run.parallel.sequence_parallel_size
         length = run.training.seq_length // split
         start = length * (state.tp_rank if split > 1 else 0)
         samples = [

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.data.loader import BatchIterator
 from megatron_telechat.errors import DataError
 from megatron_telechat.model.attention import Segments
 from megatron_telechat.moe.counted import CountedTokens, real_tokens
@@ -21,7 +23,15 @@ from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.numerics import require_finite_norm, require_finite_validation, step_error
 from megatron_telechat.training.param_gather import every_parameter_awaited, is_overlapped
 
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+
+    from megatron_telechat.model.shards import LocalParameter
+    from megatron_telechat.training.chain import ModelOptimizer
+
 Batch = dict[str, torch.Tensor]
+MicroBatches = Sequence[Iterator[Batch] | None]
+"""Of each model chunk of this rank; None where it reads no data."""
 
 OVERFLOW = "fp16 overflow"
 """Why a step was not taken: a gradient was too large for fp16 at this loss scale."""
@@ -54,7 +64,9 @@ class StepResult:
     loss_scale: float | None = None
 
 
-def masked_loss(loss_mask: torch.Tensor, per_token_loss: torch.Tensor):
+def masked_loss(
+    loss_mask: torch.Tensor, per_token_loss: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of the losses that count, their number, and both for the report.
 
     Args:
@@ -76,7 +88,7 @@ def forward_step(
     data_iterator: Iterator[Batch] | None,
     model: torch.nn.Module,
     learned_share: torch.Tensor | None = None,
-):
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None]:
     """The schedules' forward function: one micro-batch through one model chunk.
 
     Stages between the first and the last need no batch; their iterator is None.
@@ -107,7 +119,9 @@ def forward_step(
     return output, partial(masked_loss, batch["loss_mask"])
 
 
-def chunk_iterators(make_iterator, chunks: int, run: RunConfig, state: ParallelState) -> list[Iterator[Batch] | None]:
+def chunk_iterators(
+    make_iterator: Callable[[], BatchIterator], chunks: int, run: RunConfig, state: ParallelState
+) -> list[BatchIterator | None]:
     """One iterator of micro-batches for each model chunk of this rank that reads data, else None.
 
     The first stage reads tokens and the last one labels; every stage reads the borders of documents where
@@ -120,7 +134,7 @@ def chunk_iterators(make_iterator, chunks: int, run: RunConfig, state: ParallelS
     ]
 
 
-def close_iterators(iterators: list[Iterator[Batch] | None]) -> None:
+def close_iterators(iterators: Sequence[BatchIterator | None]) -> None:
     """Stop the threads that prepare batches."""
     for iterator in iterators:
         if iterator is not None:
@@ -128,8 +142,8 @@ def close_iterators(iterators: list[Iterator[Batch] | None]) -> None:
 
 
 def run_schedule(
-    chunks: list[torch.nn.Module],
-    iterators: list[Iterator[Batch] | None],
+    chunks: Sequence[torch.nn.Module],
+    iterators: MicroBatches,
     run: RunConfig,
     backend: Backend,
     num_microbatches: int,
@@ -147,10 +161,12 @@ def run_schedule(
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     single = len(chunks) == 1
+    # megatron-core takes None where a chunk reads no data; its annotation does not say so.
+    data: Any = iterators[0] if single else iterators
     reports = get_forward_backward_func()(
         forward_step_func=partial(forward_step, backend.device, learned_share=learned_share),
-        data_iterator=iterators[0] if single else iterators,
-        model=chunks[0] if single else chunks,
+        data_iterator=data,
+        model=chunks[0] if single else list(chunks),
         num_microbatches=num_microbatches,
         seq_length=run.training.seq_length,
         micro_batch_size=run.training.micro_batch_size,
@@ -164,7 +180,15 @@ def run_schedule(
 class TrainStep:
     """Takes optimizer steps on a set of wrapped chunks."""
 
-    def __init__(self, chunks, optimizer, shards, run: RunConfig, state: ParallelState, backend: Backend):
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: ModelOptimizer,
+        shards: Sequence[LocalParameter],
+        run: RunConfig,
+        state: ParallelState,
+        backend: Backend,
+    ):
         self.chunks = chunks
         self.optimizer = optimizer
         self.shards = shards
@@ -173,7 +197,7 @@ class TrainStep:
         self.backend = backend
         self._gather_unproved = is_overlapped(chunks)
 
-    def forward_backward(self, iterators: list[Iterator[Batch] | None]) -> torch.Tensor:
+    def forward_backward(self, iterators: MicroBatches) -> torch.Tensor:
         """Fill the gradient buffers from one global batch; returns this rank's [loss sum, tokens]."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -197,7 +221,7 @@ class TrainStep:
         self._gather_unproved = False
         return sums
 
-    def _look_ahead(self, iterators: list[Iterator[Batch] | None]) -> tuple[list[Iterator[Batch]], torch.Tensor]:
+    def _look_ahead(self, iterators: MicroBatches) -> tuple[list[Iterator[Batch]], torch.Tensor]:
         """The micro-batches of this step, and the share of the global batch's tokens, padding left out, that is
         learned.
 
@@ -205,10 +229,12 @@ class TrainStep:
         router's loss is a mean over all tokens that are no padding, so its gradients must be multiplied by that share,
         and before the first backward. One all-reduce of two numbers, which the host does not wait for.
         """
-        ahead = [list(islice(iterator, self.run.num_microbatches)) for iterator in iterators]
+        readers = [iterator for iterator in iterators if iterator is not None]
+        assert len(readers) == len(iterators), "every chunk reads the masks (`chunk_iterators`)"
+        ahead = [list(islice(iterator, self.run.num_microbatches)) for iterator in readers]
         learned = sum(float(batch["loss_mask"].sum()) for batch in ahead[0])
         real = sum(real_tokens(batch["tokens"], batch.get("padding")) for batch in ahead[0])
-        counts = torch.tensor([learned, real], dtype=wide_dtype(self.backend)).to(
+        counts = torch.tensor([learned, real], dtype=self.backend.widest_float).to(
             self.backend.device, non_blocking=True
         )
         dist.all_reduce(counts, group=self.state.dp_group)
@@ -230,6 +256,7 @@ class TrainStep:
         if not tokens:
             return StepResult(None, 0, None, NOTHING_LEARNED, stop, save, loss_scale)
         if self.optimizer.prepare_grads():
+            assert loss_scale is not None, "only fp16 gradients are scaled, and overflow"
             if loss_scale <= self.run.optimizer.min_loss_scale:
                 fix = "train in bf16, whose range is that of fp32; or allow a smaller scale: --min-loss-scale"
                 raise step_error(f"{OVERFLOW} at the smallest loss scale {loss_scale:g}", step, self.shards, fix)
@@ -243,7 +270,7 @@ class TrainStep:
     def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool]) -> tuple[float, int, bool, bool]:
         """One small all-reduce: the loss over the ranks that computed it, and what any rank was asked."""
         contributes = self.state.tp_rank == 0
-        values = torch.zeros(4, dtype=wide_dtype(self.backend), device=self.backend.device)
+        values = torch.zeros(4, dtype=self.backend.widest_float, device=self.backend.device)
         if contributes:
             values[:2] = local
         values[2], values[3] = float(requests[0]), float(requests[1])
@@ -257,7 +284,7 @@ class TrainStep:
         limit = self.run.optimizer.clip_grad
         if limit <= 0:
             return
-        for part in self.optimizer.chained_optimizers:
+        for part in self.optimizer.parts:
             parameters = [] if part.is_stub_optimizer else part.get_parameters()
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=grad_norm)
@@ -293,7 +320,7 @@ def evaluate(
     Raises:
         NumericsError: on every rank, where the loss is not finite: such weights are not worth a checkpoint.
     """
-    total = torch.zeros(2, dtype=wide_dtype(backend), device=backend.device)
+    total = torch.zeros(2, dtype=backend.widest_float, device=backend.device)
     for chunk in chunks:
         chunk.eval()
     try:
@@ -311,8 +338,3 @@ def evaluate(
     loss, tokens = total.tolist()
     require_finite_validation(loss)
     return Evaluation(loss / tokens if tokens else None)
-
-
-def wide_dtype(backend: Backend) -> torch.dtype:
-    """The widest float the device reduces: fp64, or fp32 on NPUs."""
-    return torch.float32 if backend.name == "npu" else torch.float64

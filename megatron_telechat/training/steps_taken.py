@@ -77,8 +77,10 @@ class StepsTaken:
         saved = info.extra.get(KEY)
         if isinstance(saved, Mapping):
             return cls(int(saved["taken"]), int(saved["skipped_in_a_row"])), None
-        fp16 = info.config is not None and info.config.training.precision == "fp16"
-        if not fp16 or info.adam_step is None or info.config.checkpoint.no_load_optim or info.adam_step >= info.step:
+        config = info.config
+        if config is None or config.training.precision != "fp16" or config.checkpoint.no_load_optim:
+            return cls(info.step), None
+        if info.adam_step is None or info.adam_step >= info.step:
             return cls(info.step), None
         return cls(info.adam_step), (
             f"{info.adam_step} of its {info.step} steps were taken, by Adam's count; the learning rate, which "

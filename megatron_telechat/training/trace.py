@@ -69,6 +69,7 @@ class ExchangeTrace:
             self._write()
 
     def _now_us(self) -> float:
+        assert self._start_s is not None, "set at the first step that is traced"
         return (time.perf_counter() - self._start_s) * 1e6
 
     def _names(self) -> list[dict[str, Any]]:

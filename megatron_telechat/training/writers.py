@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
@@ -28,8 +28,9 @@ class MetricsWriter:
     """
 
     def __init__(self, run: RunConfig, run_dir: Path, enabled: bool, step: int = 0):
-        self._enabled = enabled
-        self._file = self._tensorboard = self._wandb = None
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
         if not enabled:
             return
         if run.logging.tensorboard:
@@ -45,7 +46,7 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; its ``step`` places it on the curves."""
-        if not self._enabled:
+        if self._file is None:
             return
         self._file.write(json.dumps(_finite(record)) + "\n")
         self._file.flush()
@@ -119,7 +120,7 @@ def _open_tensorboard(folder: Path, step: int):
 
 def _open_wandb(run: RunConfig, run_dir: Path):
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] (optional)
     except ImportError as error:
         raise ConfigError(
             f"logging.wandb_project={run.logging.wandb_project}, but the package wandb is missing",

@@ -20,6 +20,7 @@ from megatron_telechat.config.megatron.answers import (
     UnevenSplit,
 )
 from megatron_telechat.config.megatron.flags import ANSWERS, WORDS
+from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.errors import ConfigError
 
 OURS = {info.flag[2:] for info in fields_by_name().values()}
@@ -174,7 +175,9 @@ def test_no_flag_is_refused_that_says_what_the_program_does() -> None:
     from megatron_telechat.model.transformer_config import transformer_config
 
     run = load_run_config(["--preset", "telechat2-tiny-moe", "--mock-data", "--dry-run"], {}).run
-    config = transformer_config(run, SimpleNamespace(tp_size=1, pp_size=1, cp_size=1, ep_size=1, etp_size=1))
+    config = transformer_config(
+        run, SimpleNamespace(tp_size=1, pp_size=1, cp_size=1, ep_size=1, etp_size=1), DEVICE_KINDS["cpu"]
+    )
     # of megatron-core's experts, which ours take the place of, or details of what is off
     aside = {"moe-grouped-gemm", "cpu-offloading-activations", "fp8-wgrad", "use-mamba-mem-eff-path"}
     seen: dict[str, object] = {}

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.model import transformer_config
 
@@ -68,7 +69,9 @@ def built(flags: list[str]) -> Any:
         etp_size=expert_tensor,
     )
     chunks = pipeline_layout(run).num_chunks
-    return [transformer_config(run, state, chunk if chunks > 1 else None) for chunk in range(chunks)]
+    return [
+        transformer_config(run, state, DEVICE_KINDS["cpu"], chunk if chunks > 1 else None) for chunk in range(chunks)
+    ]
 
 
 @pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])

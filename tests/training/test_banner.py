@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 
+from megatron_telechat.backend.cpu import CpuBackend
+from megatron_telechat.backend.cuda import CudaBackend
 from megatron_telechat.config import load_run_config
-from megatron_telechat.training import _leave_queues_open
+from megatron_telechat.training import _exchange_overlaps
 from megatron_telechat.training.banner import expert_lines, warnings
 
-CUDA, CPU = SimpleNamespace(name="cuda"), SimpleNamespace(name="cpu")
+CUDA, CPU = CudaBackend(0), CpuBackend(0)
 
 
 def load(*argv: str, world: int = 4):
@@ -48,18 +49,19 @@ def test_one_cuda_queue_is_warned_of_where_chunks_need_more(monkeypatch, backend
 
 
 @pytest.mark.parametrize(
-    "given, flags, after",
-    [
-        (None, (*TP2, "--moe-input-chunks", "auto"), "8"),
-        ("1", (*TP2, "--moe-input-chunks", "4"), "1"),
-        (None, TP2, None),
-    ],
+    "flags, overlaps",
+    [((*TP2, "--moe-input-chunks", "auto"), True), ((*TP2, "--moe-input-chunks", "4"), True), (TP2, False)],
 )
-def test_queues_are_left_open_for_chunks_unless_the_environment_says(monkeypatch, given, flags, after):
+def test_the_exchange_overlaps_where_its_input_comes_in_chunks(flags, overlaps):
+    assert _exchange_overlaps(load(*flags)) == overlaps
+
+
+@pytest.mark.parametrize("backend, given, after", [(CUDA, None, "8"), (CUDA, "1", "1"), (CPU, None, None)])
+def test_queues_are_opened_unless_the_environment_says(monkeypatch, backend, given, after):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
     if given is None:
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    _leave_queues_open(load(*flags))
+    backend.open_queues()
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == after
 
 

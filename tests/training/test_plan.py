@@ -89,7 +89,7 @@ def test_line_compares_once_enough_was_measured():
 
 
 def test_nothing_is_made_up_where_nothing_is_known():
-    forecast = Forecast(None, 1.5, "no device file for AMD EPYC", on_cpu=True)
+    forecast = Forecast(None, 1.5, "no device file for AMD EPYC", of_process=True)
     forecast.observe(record(9.0), 1)
     line = forecast.observe(record(1.6), 12)
     assert (

@@ -71,9 +71,10 @@ def _blend_complaint(items: tuple[str, ...]) -> str | None:
     numbers = [_number(item) for item in items]
     if all(number is None for number in numbers):
         return None
-    if len(items) % 2 or any(n is None for n in numbers[0::2]) or any(n is not None for n in numbers[1::2]):
+    weights = [number for number in numbers[0::2] if number is not None]
+    if 2 * len(weights) != len(items) or any(number is not None for number in numbers[1::2]):
         return "weights and prefixes do not come in turn"
-    if any(not 0 < n < math.inf for n in numbers[0::2]):
+    if any(not 0 < weight < math.inf for weight in weights):
         return "a weight is not a positive number"
     return None
 
@@ -245,12 +246,12 @@ def _weighs(check: Check, name: str) -> bool:
 def split_can_be_read(check: Check) -> Iterator[Problem]:
     split = check.take("split")
     numbers = [_number(part) for part in re.split(r"[,\s]+", split.strip()) if part]
-    good = 1 <= len(numbers) <= 3 and all(n is not None and 0 <= n < math.inf for n in numbers)
-    if not good or sum(numbers) <= 0:
+    shares = [number for number in numbers if number is not None and 0 <= number < math.inf]
+    if not 1 <= len(numbers) <= 3 or len(shares) != len(numbers) or sum(shares) <= 0:
         yield check.one(
             f"split={split!r} is not one to three shares with a positive sum", "split", fix="--split 969,30,1"
         )
-    elif numbers[0] == 0:
+    elif shares[0] == 0:
         yield check.one(f"split={split!r} leaves nothing to train on", "split", fix="--split 969,30,1")
 
 

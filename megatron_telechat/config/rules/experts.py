@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.routing import Recording, is_recording, read_recording
 from megatron_telechat.config.trace import trace_steps
+from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.errors import ConfigError, Problem
 
 CHUNKS = "moe_input_chunks"
@@ -30,14 +31,14 @@ def probabilities_fill_rows(check: Check) -> Iterator[Problem]:
 
 
 def grouped_products_are_aligned(check: Check) -> Iterator[Problem]:
-    """On accelerators a row of every operand fills whole pieces of 16 bytes; on the CPU the experts' products are
-    others."""
+    """A row of every operand of the experts' products fills whole pieces of memory; how large these are depends on the
+    device. ``auto`` is settled on the ranks, which then check for themselves."""
     hidden, width, parts, precision, experts, device = check.take(
         "hidden_size", "moe_ffn_hidden_size", "expert_tensor_parallel_size", "precision", "num_experts", "device"
     )
-    if experts is None or device not in ("cuda", "npu") or not width or not parts or width % parts:
+    if experts is None or device not in DEVICE_KINDS or not width or not parts or width % parts:
         return
-    multiple = 16 // (4 if precision == "fp32" else 2)
+    multiple = max(1, DEVICE_KINDS[device].grouped_alignment_bytes // (4 if precision == "fp32" else 2))
     for name, size, unit in (("hidden_size", hidden, multiple), ("moe_ffn_hidden_size", width, multiple * parts)):
         if size % unit:
             yield check.problem(
@@ -51,9 +52,9 @@ def chunks_hold_tokens(check: Check) -> Iterator[Problem]:
     chunks, experts = check.take(CHUNKS, "num_experts")
     if experts is None or isinstance(chunks, str):
         return
-    length, samples, tensor = check.take("seq_length", "micro_batch_size", "tensor_model_parallel_size")
-    context, split = check.take("context_parallel_size", "sequence_parallel")
-    tokens = length * samples // (context * (tensor if split else 1))
+    length, samples, context = check.take("seq_length", "micro_batch_size", "context_parallel_size")
+    check.take("tensor_model_parallel_size", "sequence_parallel")
+    tokens = length * samples // (context * check.run.parallel.sequence_parallel_size)
     if chunks > tokens:
         yield check.problem(
             f"{CHUNKS}={chunks}, but a rank's part of a micro-batch has only {tokens} tokens",
