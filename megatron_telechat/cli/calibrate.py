@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from megatron_telechat.backend import Backend, get_backend
 from megatron_telechat.cli.plan_request import Request
 from megatron_telechat.cli.text import table
 from megatron_telechat.costs.devices import (
@@ -20,7 +18,9 @@ from megatron_telechat.costs.devices import (
     write_device_file,
 )
 from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError
-from megatron_telechat.training.calibrate import calibrate
+
+if TYPE_CHECKING:
+    from megatron_telechat.backend import Backend
 
 
 def calibrate_door(request: Request) -> int:
@@ -32,6 +32,11 @@ def calibrate_door(request: Request) -> int:
         ConfigError: the ranks do not hold one stage of the run.
         ResourceError: the file cannot be written.
     """
+    import torch.distributed as dist
+
+    from megatron_telechat.backend import get_backend
+    from megatron_telechat.training.calibrate import calibrate
+
     options = request.options
     run = request.load().run
     if options.device == "cpu":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_telechat.config.data_formats import data_format
 from megatron_telechat.config.layer_pattern import moe_layers
 
 PLANNED_ONLY = (
@@ -445,4 +446,5 @@ class RunConfig:
     def routers_read_masks(self) -> bool:
         """Whether the routers must be told which tokens are padding, and how many of a step are learned."""
         data = self.data
-        return self.model.is_moe and (data.sft or data.eod_mask_loss or data.reset_attention_mask)
+        marked = data_format(data).marks_tokens
+        return self.model.is_moe and (marked or data.eod_mask_loss or data.reset_attention_mask)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_telechat.data.corpus import Marks, SampleSource
 from megatron_telechat.data.pieces import IndexFolder, roomy
-from megatron_telechat.data.samples import Marks, SampleSource
 
 _LEAST = 1 << 12
 _SCANNED = 1 << 20

@@ -13,7 +13,7 @@ The last two are apart, so that the exchange of input gradients can run beside t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,17 +76,6 @@ class Gradients(NamedTuple):
     def results(self) -> tuple[Tensor | None, ...]:
         """For autograd, in the order of the weights."""
         return tuple(None if gradient is None else gradient.result() for gradient in self)
-
-
-def engine_for(device: torch.device) -> Any:
-    """The loop on the CPU, ``grouped_mm`` elsewhere."""
-    if device.type == "cpu":
-        from megatron_telechat.moe import engine_loop
-
-        return engine_loop
-    from megatron_telechat.moe import engine_grouped
-
-    return engine_grouped
 
 
 def sum_bags(rows: Tensor, bags: Tensor, starts: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from megatron_telechat.moe.clock import ExchangeClock
 from megatron_telechat.moe.dispatch import Dispatch, RowFormat
-from megatron_telechat.moe.engine import ExpertWeights, Gradients, engine_for, sum_bags
+from megatron_telechat.moe.engine import ExpertWeights, Gradients, sum_bags
+from megatron_telechat.moe.engine_choice import engine_for
 
 
 @dataclass

@@ -15,12 +15,12 @@ from megatron_telechat.config.data_names import same_data
 from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.indexed.format import (
     CHUNK_BYTES,
-    HEADER_BYTES,
     ChunkSums,
     sums_path,
     write_index,
     write_sums,
 )
+from megatron_telechat.data.indexed.header import HEADER_BYTES
 from megatron_telechat.data.indexed.verify import pieces, verify_dataset
 from megatron_telechat.errors import DataError, Problem, ResourceError
 

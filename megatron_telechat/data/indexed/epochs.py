@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_telechat.data.corpus import share_of
 from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.pieces import IndexFolder, Say
-from megatron_telechat.data.samples import share_of
 from megatron_telechat.errors import DataError
 
 STRETCH_SAMPLES = 1 << 16
@@ -226,6 +226,14 @@ class IndexedSamples:
             if np.any(self.dataset.get(sequence, begin, length) == token):
                 return f"{self.dataset.bin_path}, document {self.dataset.document_of(sequence)}"
         return self.origin(sample)
+
+    def summary(self, split: str, drawn: int) -> str:
+        """The line of the banner."""
+        epochs = drawn * self.sequence_length / self.tokens_per_epoch
+        return (
+            f"{split}: {self.dataset.prefix}  {self.dataset.documents:,} documents  {self.tokens_per_epoch:,} tokens "
+            f"in the split  {drawn:,} samples = {epochs:.2f} epochs"
+        )
 
 
 def epoch_generator(seed: int, epoch: int) -> np.random.RandomState:
