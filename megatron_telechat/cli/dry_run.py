@@ -205,14 +205,13 @@ def _steps(run: RunConfig, out: _Report) -> list[str]:
         )
     times: list[tuple[float, str]] = [] if planned is None else [(planned.iteration_s, planned.device)]
     for spec in _devices(run):
-        if not spec.peak(run.training.precision):
+        peak = spec.peak(run.training.precision)
+        if not peak:
             continue
         prediction = predict(run, spec)
         if prediction.iteration < SHORTEST_STEP_S:
             continue  # a model this small is bound by launches, not by arithmetic
-        mfu = (
-            flops * tokens / (spec.peak(run.training.precision) * 1e12 * prediction.iteration * run.parallel.world_size)
-        )
+        mfu = flops * tokens / (peak * 1e12 * prediction.iteration * run.parallel.world_size)
         whole = f", the run {_duration(prediction.iteration * iterations)}" if iterations else ""
         times.append((prediction.iteration, spec.name))
         lines.append(

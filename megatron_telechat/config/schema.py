@@ -13,6 +13,9 @@ from typing import Literal
 from megatron_telechat.config.data_formats import data_format
 from megatron_telechat.config.layer_pattern import moe_layers
 
+Device = Literal["auto", "cuda", "npu", "cpu"]
+Precision = Literal["bf16", "fp16", "fp32"]
+
 PLANNED_ONLY = (
     *("activation", "untie_embeddings_and_output_weights", "position_embedding_type", "normalization", "qk_layernorm"),
     *("add_qkv_bias", "add_bias_linear", "moe_shared_expert_gate", "moe_layer_pattern"),
@@ -212,9 +215,9 @@ class ParallelConfig:
 class TrainingConfig:
     """Batch, length, precision, recompute."""
 
-    device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
+    device: Device = "auto"
     """cuda, npu, cpu, or auto: the first of these that is there."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     """Compute type: bf16, fp16 or fp32 (short: --bf16, --fp16, --fp32). Master weights, gradients, optimizer state are
     fp32."""
     seq_length: int = 8192

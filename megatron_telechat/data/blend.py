@@ -11,7 +11,7 @@ from megatron_telechat.config.data_names import data_json_entries
 from megatron_telechat.config.schema import DataConfig
 from megatron_telechat.errors import ConfigError
 
-SPLITS = ("train", "valid", "test")
+SPLITS: tuple[str, ...] = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def _blend_order(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.nd
     sample = np.zeros(size, np.int64)
     total = sum(weights)
     shares = np.array([weight / total for weight in weights], dtype=np.float64)
-    helpers.build_blending_indices(source, sample, shares.tolist(), len(weights), size, False)
+    build = helpers.build_blending_indices  # pyright: ignore[reportAttributeAccessIssue] a compiled module, no stubs
+    build(source, sample, shares.tolist(), len(weights), size, False)
     return source, sample
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint.loading import load_weights
-from megatron_telechat.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_telechat.config.schema import Device, ParallelConfig, Precision, RunConfig, TrainingConfig
 from megatron_telechat.huggingface.weights import HfWeights
 from megatron_telechat.model import build_model, parameter_shards
 from megatron_telechat.parallel.state import destroy, initialize
@@ -35,7 +35,12 @@ class HfModel:
 
 @contextlib.contextmanager
 def hf_model(
-    folder: Path, *, device: str = "cpu", precision: str = "fp32", rotary_table_dtype: str = "fp32", seq_length: int = 1
+    folder: Path,
+    *,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    rotary_table_dtype: str = "fp32",
+    seq_length: int = 1,
 ) -> Iterator[HfModel]:
     """Build the model of a Hugging Face folder, fill it, and take the process group down at the end.
 

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class IndexedWriter:
 
     def __init__(self, prefix: str, dtype: type):
         self.prefix = prefix
-        self.dtype = np.dtype(dtype)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._bin = Path(f"{prefix}.bin")
         self._idx = Path(f"{prefix}.idx")
         self._bin_partial = Path(f"{prefix}.bin.partial-{os.getpid()}")

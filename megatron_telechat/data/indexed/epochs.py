@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -304,18 +305,19 @@ def _build_megatrons(
         blend=([dataset.prefix], None),
         split="1",
         path_to_cache=str(folder),
-        tokenizer=_IndexTokenizer(),
+        tokenizer=_IndexTokenizer(),  # pyright: ignore[reportArgumentType] what is asked of it, it has
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
     indices = np.arange(sequences.start, sequences.stop, dtype=np.int32)
-    built = GPTDataset(dataset, dataset.prefix, indices, stretch.megatron_for, Split[split], config)
+    theirs: Any = dataset  # it has what megatron-core asks of its own class
+    built = GPTDataset(theirs, dataset.prefix, indices, stretch.megatron_for, Split[split], config)
     if built.sample_index.shape[0] - 1 != stretch.samples:
         raise AssertionError(
             f"megatron-core made {built.sample_index.shape[0] - 1} samples, {stretch.samples} were expected"
         )
-    for file, theirs in zip(_FILES, ("document", "sample", "shuffle"), strict=True):
-        (found,) = folder.glob(f"*-{theirs}_index.npy")
+    for file, name in zip(_FILES, ("document", "sample", "shuffle"), strict=True):
+        (found,) = folder.glob(f"*-{name}_index.npy")
         found.rename(folder / f"{file}.npy")
