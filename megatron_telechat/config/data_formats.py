@@ -1,6 +1,6 @@
 """The formats of training data: which one a run asks for, and what the names it gives its data stand for.
 
-A format is two files: its row in ``FORMATS`` here, and ``data/<name>/corpus.py``, which reads it. Needs no numpy.
+A format is two files: its class here, in ``FORMATS``, and the module of ``data/`` that reads it. Needs no numpy.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Complaint(NamedTuple):
 class DataFormat:
     """One format of training data. What is not overridden fits a format of single files that know their documents."""
 
-    name: str
-    """Also the folder of ``data/`` that holds its ``corpus.py``."""
+    module: str
+    """Of ``data/``; its ``FACTORY`` opens the datasets (``data/corpus.py``)."""
     field: str = "data_path"
     """The field of the data section that asks for it, for messages."""
     has_documents: bool = True
@@ -66,7 +66,7 @@ def dataset_prefix(path: str) -> str:
 class IndexedFormat(DataFormat):
     """Megatron's indexed datasets: ``PREFIX.bin`` and ``PREFIX.idx``."""
 
-    name = "indexed"
+    module = "indexed.corpus"
     megatrons_order = True
 
     def is_chosen(self, data: DataConfig) -> bool:
@@ -112,7 +112,7 @@ class IndexedFormat(DataFormat):
 class ChatFormat(DataFormat):
     """Fine-tuning: jsonl files with one dialog a line."""
 
-    name = "chat"
+    module = "chat.corpus"
     field = "sft"
     marks_tokens = True
 
@@ -134,7 +134,6 @@ class MockFormat(IndexedFormat):
     """A made-up stream without documents. It needs no names; where some are given, which is refused, they are looked
     at as those of indexed datasets."""
 
-    name = "mock"
     field = "mock_data"
     has_documents = False
     megatrons_order = False

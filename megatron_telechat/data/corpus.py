@@ -1,4 +1,4 @@
-"""What the training asks of a dataset, whatever its format; each format answers in ``data/<format>/corpus.py``.
+"""What the training asks of a dataset, whatever its format; each format answers in a module of its own.
 
 ``CorpusFactory`` opens the datasets of one format, ``Corpus`` is an open one, ``CorpusSamples`` are the samples of one
 split of it. Nothing here knows a format. No torch here: --dry-run uses it.
@@ -146,7 +146,7 @@ class DataFile:
 
 
 class CorpusFactory(ABC):
-    """Opens the datasets of one format. ``data/<format>/corpus.py`` holds one as ``FACTORY``."""
+    """Opens the datasets of one format. The module that a format names holds one as ``FACTORY``."""
 
     kind: str
     """What fingerprints call the format."""

@@ -14,8 +14,8 @@ from megatron_telechat.errors import DataError, Problem
 
 
 def corpus_factory(format: DataFormat) -> CorpusFactory:
-    """``FACTORY`` of ``data/<format>/corpus.py``, loaded when a run needs it."""
-    return import_module(f"megatron_telechat.data.{format.name}.corpus").FACTORY
+    """``FACTORY`` of the module that reads a format, loaded when a run needs it."""
+    return import_module(f"megatron_telechat.data.{format.module}").FACTORY
 
 
 def data_files(plan: DataPlan) -> list[DataFile]:
