@@ -142,19 +142,9 @@ class MockFormat(IndexedFormat):
         return data.mock_data
 
 
-class NpyFormat(DataFormat):
-    """Token ids in ``.npy`` files."""
-
-    module = "npy"
-    has_documents = False
-
-    def is_chosen(self, data: DataConfig) -> bool:
-        return any(name.endswith(".npy") for name in (*data.data_path, *data.train_data_path))
-
-
 INDEXED = IndexedFormat()
 MOCK = MockFormat()
-FORMATS: tuple[DataFormat, ...] = (ChatFormat(), MOCK, NpyFormat(), INDEXED)
+FORMATS: tuple[DataFormat, ...] = (ChatFormat(), MOCK, INDEXED)
 """In the order they are asked; the last one is chosen where no other is."""
 
 
