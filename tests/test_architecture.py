@@ -190,6 +190,17 @@ def test_folders_of_data_do_not_know_each_other():
     assert folders == set(FOLDERS_OF_DATA)
 
 
+def test_only_the_format_asks_whether_the_data_is_dialogs():
+    """Whoever needs to know asks the format (config/data_formats.py) for the property that matters."""
+    askers = {
+        str(path.relative_to(ROOT))
+        for path in sources(PACKAGE, "tools", "pretrain")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and node.attr == "sft"
+    }
+    assert askers == {f"{PACKAGE}/config/data_formats.py"}
+
+
 def test_the_header_of_an_index_is_read_in_one_file():
     """The magic bytes of an ``.idx``, or the struct of its header, anywhere else would be a second reader."""
     readers = set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -96,13 +95,11 @@ class BatchIterator:
         self.close()
 
 
-def batches(
-    dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_samples: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def batches(dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_samples: int) -> BatchIterator:
     """Micro-batches from sample ``consumed_samples`` on: dicts of CPU tensors tokens, labels, loss_mask, position_ids,
     each [micro_batch_size, seq_length], and where they have a meaning segment_lengths and padding (`TokenDataset`).
 
-    Each pipeline chunk that reads data takes an iterator of its own.
+    Each pipeline chunk that reads data takes an iterator of its own; close it at the end.
 
     Raises:
         DataError: from ``next``, when a sample cannot be read or holds a token outside the vocabulary.
