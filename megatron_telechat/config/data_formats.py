@@ -6,6 +6,7 @@ A format is two files: its class here, in ``FORMATS``, and the module of ``data/
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # the schema asks for the format of its data section
@@ -21,7 +22,7 @@ class Complaint(NamedTuple):
     fix: str
 
 
-class DataFormat:
+class DataFormat(ABC):
     """One format of training data. What is not overridden fits a format of single files that know their documents."""
 
     module: str
@@ -36,9 +37,9 @@ class DataFormat:
     megatrons_order: bool = False
     """Whether Megatron-LM has an order of samples for it (--data-order megatron)."""
 
+    @abstractmethod
     def is_chosen(self, data: DataConfig) -> bool:
         """Whether a data section asks for this format."""
-        raise NotImplementedError
 
     def prefix(self, name: str) -> str:
         """A name as people give it, in the one form the program uses."""

@@ -86,8 +86,8 @@ class Corpus(Protocol):
     """One dataset of a run, open."""
 
     def content_key(self) -> Any:
-        """Stands for the content in the name of a cached index, JSON. Of a format that encodes its files: the folder
-        in the cache."""
+        """Stands for the content in the name of a cached index, JSON. Of encoded data (`EncodingFactory`): its
+        folder in the cache."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
@@ -152,9 +152,6 @@ class CorpusFactory(ABC):
     """What fingerprints call the format."""
     columns: tuple[str, str] = ("dataset", "documents")
     """What --dry-run calls a dataset and its documents."""
-    encodes: bool = False
-    """Whether rank 0 encodes the files into the cache, where the other ranks open them. Such a format overrides
-    ``open_encoded`` and ``file_fingerprint``."""
 
     @abstractmethod
     def describe(self, name: str) -> DataFile:
@@ -170,28 +167,12 @@ class CorpusFactory(ABC):
 
     @abstractmethod
     def open(self, name: str, run: RunConfig, cache: Path, say: Say) -> Corpus:
-        """Open a dataset; where the format encodes, encode it if it is not yet.
+        """Open a dataset; one that must be encoded is, if it is not yet.
 
         Raises:
             DataError: it is missing or damaged.
             ResourceError: the cache cannot be written.
         """
-
-    def open_encoded(self, name: str, run: RunConfig, folder: Path) -> Corpus:
-        """Open what rank 0 encoded into a folder.
-
-        Raises:
-            OSError: it is not to be seen here.
-        """
-        raise NotImplementedError
-
-    def file_fingerprint(self, name: str) -> dict[str, Any]:
-        """Tells the file from others before it is encoded, by size and digest, JSON.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        raise NotImplementedError
 
     def settings(self, run: RunConfig) -> dict[str, Any]:
         """Settings that decide tokens or samples, for the fingerprint of a run, JSON."""
@@ -200,6 +181,26 @@ class CorpusFactory(ABC):
     def index_settings(self, run: RunConfig) -> dict[str, Any]:
         """Settings that decide the index beside the seed and the length of a sample, JSON."""
         return {}
+
+
+class EncodingFactory(CorpusFactory):
+    """Of a format whose files rank 0 encodes into the cache, where the other ranks open them."""
+
+    @abstractmethod
+    def open_encoded(self, name: str, run: RunConfig, folder: Path) -> Corpus:
+        """Open what rank 0 encoded into a folder.
+
+        Raises:
+            OSError: it is not to be seen here.
+        """
+
+    @abstractmethod
+    def file_fingerprint(self, name: str) -> dict[str, Any]:
+        """Tells the file from others before it is encoded, by size and digest, JSON.
+
+        Raises:
+            DataError: it cannot be read.
+        """
 
 
 class Sequences(Protocol):

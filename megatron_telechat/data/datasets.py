@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, DataPlan, data_plan
-from megatron_telechat.data.corpus import SampleSource
+from megatron_telechat.data.corpus import EncodingFactory, SampleSource
 from megatron_telechat.data.formats import corpus_factory
 from megatron_telechat.data.mock import MockSamples
 from megatron_telechat.data.order import MEGATRON, Progress, SampleOrder, order_of, samples_needed
@@ -130,7 +130,7 @@ def build_datasets(
         raise
     if word.first:
         word.say(index.folder.name)
-    elif not corpus_factory(plan.format).encodes:
+    elif not isinstance(corpus_factory(plan.format), EncodingFactory):
         word.hear(index.folder.name)
     sources, summary = read_sources(run, index, progress)
     sizes = dict(zip(SPLITS, samples_needed(run, progress), strict=True))
@@ -151,7 +151,7 @@ def build_datasets(
 def _index_of_rank_0(run: RunConfig, plan: DataPlan, word: WordOfRankZero) -> PreparedIndex:
     """The index as the other ranks open it. What was encoded is named after its bytes, which one rank reads, not all;
     else each rank looks at the files and knows the name."""
-    if corpus_factory(plan.format).encodes:
+    if isinstance(corpus_factory(plan.format), EncodingFactory):
         folder = cache_root(run) / word.hear()
         return PreparedIndex(plan, folder, False, open_encoded(run, plan, folder))
     opened = open_sources(run, plan)
@@ -232,7 +232,7 @@ def data_fingerprint(run: RunConfig, plan: DataPlan | None = None) -> dict[str, 
         return {"kind": "mock", "vocab_size": run.model.vocab_size, **order}
     plan = plan or data_plan(run.data)
     factory = corpus_factory(plan.format)
-    if factory.encodes:
+    if isinstance(factory, EncodingFactory):
         about = {name: factory.file_fingerprint(name) for name in plan.names}
     else:
         about = {name: corpus.fingerprint() for name, corpus in open_sources(run, plan).items()}

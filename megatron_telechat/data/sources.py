@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, DataPlan, Split
 from megatron_telechat.data.blending import BlendedSamples, BlendOrder, samples_of_each
-from megatron_telechat.data.corpus import Corpus, CorpusSamples, SampleSource
+from megatron_telechat.data.corpus import Corpus, CorpusSamples, EncodingFactory, SampleSource
 from megatron_telechat.data.formats import corpus_factory
 from megatron_telechat.data.order import Progress, order_of, samples_needed
 from megatron_telechat.data.pieces import IndexFolder, Say, quiet
@@ -77,6 +77,7 @@ def open_encoded(run: RunConfig, plan: DataPlan, final: Path) -> Opened:
         DataError: they are not to be seen here.
     """
     factory = corpus_factory(plan.format)
+    assert isinstance(factory, EncodingFactory)
     try:
         folders = json.loads((final / _ENCODED).read_text(encoding="utf-8"))
         return {name: factory.open_encoded(name, run, final.parent / folders[name]) for name in plan.names}
@@ -141,7 +142,7 @@ def build_index(
     """
     index = _CheckedIndex(final, opened, say)
     split_sources(run, plan, opened, index, progress)
-    if corpus_factory(plan.format).encodes:
+    if isinstance(corpus_factory(plan.format), EncodingFactory):
         index.text(_ENCODED, json.dumps({name: corpus.content_key() for name, corpus in opened.items()}))
     return bool(index.built)
 

@@ -12,7 +12,7 @@ from megatron_telechat.data.blend import Share
 from megatron_telechat.data.chat.dialogs import dialogs_in
 from megatron_telechat.data.chat.files import ChatDataset, encoded, encoding_of, file_digest
 from megatron_telechat.data.chat.packing import ChatSamples, usable_dialogs
-from megatron_telechat.data.corpus import Corpus, CorpusFactory, CorpusSamples, DataFile, share_of
+from megatron_telechat.data.corpus import Corpus, CorpusSamples, DataFile, EncodingFactory, share_of
 from megatron_telechat.data.indexed.corpus import IndexedCorpus
 from megatron_telechat.data.pieces import Say
 from megatron_telechat.errors import DataError
@@ -42,12 +42,11 @@ class ChatCorpus(IndexedCorpus):
         return ChatSamples(self.dialogs, share, split, self._length, self._seed, self._settings)
 
 
-class ChatFactory(CorpusFactory):
+class ChatFactory(EncodingFactory):
     """Encodes jsonl files with one dialog a line, and opens what was encoded."""
 
     kind = "dialogs"
     columns = ("file", "dialogs")
-    encodes = True
 
     def describe(self, name: str) -> DataFile:
         """Dialogs by lines, unknown of a compressed file; tokens are unknown before they are encoded."""
