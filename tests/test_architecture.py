@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -55,11 +56,19 @@ OPTIONAL = {
 }
 
 
+BELOW_THE_FORMATS = {"blend", "corpus", "order", "pieces", "tokenizers"}
+"""Files of data/ that its folders may import; the other files stand above the folders."""
+FOLDERS_OF_DATA = {"indexed": (), "text": ("indexed",), "chat": ("indexed",)}
+"""A folder of data/ and the other folders it may import."""
+
+
 class Imported(NamedTuple):
     name: str
     line: int
     at_top: bool
     """Runs when the module is imported: outside functions and `if TYPE_CHECKING`."""
+    for_types: bool = False
+    """Stands under `if TYPE_CHECKING`."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -70,26 +79,32 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(path: Path) -> Iterator[Imported]:
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports_of(path: Path) -> tuple[Imported, ...]:
     """Every import of a file by full dotted name, relative ones resolved; `from a import b` gives a.b."""
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
 
-    def walk(node: ast.AST, at_top: bool) -> Iterator[Imported]:
+    def walk(node: ast.AST, at_top: bool, for_types: bool) -> Iterator[Imported]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
-                yield from (Imported(alias.name, child.lineno, at_top) for alias in child.names)
+                yield from (Imported(alias.name, child.lineno, at_top, for_types) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 base = package[: len(package) - child.level + 1] if child.level else []
                 module = ".".join([*base, *([child.module] if child.module else [])])
-                yield from (Imported(f"{module}.{alias.name}", child.lineno, at_top) for alias in child.names)
+                yield from (Imported(f"{module}.{one.name}", child.lineno, at_top, for_types) for one in child.names)
             else:
                 function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
                 checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-                yield from walk(child, at_top and not function and not checking)
+                yield from walk(child, at_top and not function and not checking, for_types or checking)
 
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), True)
+    return tuple(walk(tree_of(path), True, False))
 
 
 def room_of(name: str) -> str | None:
@@ -126,6 +141,105 @@ def test_imports_go_one_way(room):
     assert wrong == []
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Each file of the package and the files it imports, in functions too; what only a type checker reads is left
+    out. An import of a package counts as one of its ``__init__``."""
+    files = {module_name(path): path for path in sources(PACKAGE)}
+
+    def file_of(name: str) -> str | None:
+        while name and name not in files:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    return {
+        name: {file_of(found.name) for found in imports_of(path) if not found.for_types} - {None, name}
+        for name, path in files.items()
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of more than one file each of which reaches the others."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, ahead = set(), [start]
+        while ahead:
+            for name in graph[ahead.pop()] - seen:
+                seen.add(name)
+                ahead.append(name)
+        reached[start] = seen
+    groups = {frozenset(other for other in seen if name in reached[other]) for name, seen in reached.items()}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def test_no_circle_of_files():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles(import_graph()) == []
+
+
+def test_folders_of_data_do_not_know_each_other():
+    """A format of training data may stand on indexed datasets; apart from that a folder of data/ knows only the files
+    that know no format."""
+    wrong = []
+    for path in sources(f"{PACKAGE}/data"):
+        own = module_name(path).split(".")[2:]
+        folder = own[0] if own and own[0] in FOLDERS_OF_DATA else None
+        if folder is None and own[:1] != ["__init__"] and (not own or own[0] not in BELOW_THE_FORMATS):
+            continue  # above the folders
+        free = {*BELOW_THE_FORMATS, *((folder, *FOLDERS_OF_DATA[folder]) if folder else ())}
+        for found in imports_of(path):
+            parts = found.name.split(".")
+            if parts[:2] == [PACKAGE, "data"] and (len(parts) < 3 or parts[2] not in free):
+                wrong.append(at(path, found))
+    assert wrong == []
+    folders = {path.name for path in (ROOT / PACKAGE / "data").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(FOLDERS_OF_DATA)
+
+
+def test_only_the_format_asks_whether_the_data_is_dialogs():
+    """Whoever needs to know asks the format (config/data_formats.py) for the property that matters."""
+    askers = {
+        str(path.relative_to(ROOT))
+        for path in sources(PACKAGE, "tools", "pretrain")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and node.attr == "sft"
+    }
+    assert askers == {f"{PACKAGE}/config/data_formats.py"}
+
+
+def test_the_header_of_an_index_is_read_in_one_file():
+    """The magic bytes of an ``.idx``, or the struct of its header, anywhere else would be a second reader."""
+    readers = set()
+    for path in sources(PACKAGE, "tools", "pretrain"):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, (bytes, str)):
+                magic = isinstance(node.value, bytes) and b"MMIDIDX" in node.value
+                layout = isinstance(node.value, str) and node.value.startswith("<") and node.value.endswith("QBQQ")
+                if magic or layout:
+                    readers.add(str(path.relative_to(ROOT)))
+    assert readers == {f"{PACKAGE}/data/indexed/header.py"}
+
+
+def test_doors_load_torch_in_functions_only():
+    """--help, --dry-run and a mistyped flag answer before torch is loaded: neither cli/ nor what it loads names it."""
+    heavy = {"torch", "megatron", "transformers", "safetensors", "matplotlib"}
+    files = {module_name(path): path for path in sources(PACKAGE)}
+    wrong = []
+    for name in (name for name in files if room_of(name) == "cli"):
+        seen, ahead = {name}, [name]
+        while ahead:
+            path = files[ahead.pop()]
+            for found in imports_of(path):
+                if not found.at_top:
+                    continue
+                if found.name.split(".")[0] in heavy:
+                    wrong.append(f"{name}: {at(path, found)}")
+                parts = found.name.split(".")
+                near = {".".join(parts[:count]) for count in range(1, len(parts) + 1)} & set(files) - seen
+                seen |= near
+                ahead += near
+    assert wrong == []
+
+
 def test_rooms_without_torch_never_name_it():
     wrong = [
         at(path, found)
@@ -150,7 +264,7 @@ def test_optional_packages_are_imported_where_they_are_used():
 def test_parallel_state_is_read_in_one_file():
     readers = set()
     for path in sources(PACKAGE, "tools", "pretrain"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path)
         reads = any("parallel_state" in found.name.split(".") for found in imports_of(path))
         reads |= any(isinstance(node, ast.Attribute) and node.attr == "parallel_state" for node in ast.walk(tree))
         if reads:

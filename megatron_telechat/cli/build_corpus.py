@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, positive, run_tool
+from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, positive, purpose, run_tool
 from megatron_telechat.errors import EXIT_OK
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = ToolParser(prog="tools/build_corpus.py", description=__doc__.split(": ", 1)[1])
+    parser = ToolParser(prog="tools/build_corpus.py", description=purpose(__doc__))
     parser.add_argument("--output", required=True, type=Path, help="folder for en.jsonl, zh.jsonl and code.jsonl")
     parser.add_argument("--max-mb", type=positive(float), default=8.0, help="megabytes of text at most (default: 8)")
     add_overwrite(parser)

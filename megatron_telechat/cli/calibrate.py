@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from megatron_telechat.backend import Backend, get_backend
 from megatron_telechat.cli.plan_request import Request, on_device
 from megatron_telechat.cli.text import table
 from megatron_telechat.costs.devices import (
@@ -19,7 +17,9 @@ from megatron_telechat.costs.devices import (
     write_device_file,
 )
 from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError
-from megatron_telechat.training.calibrate import calibrate
+
+if TYPE_CHECKING:
+    from megatron_telechat.backend import Backend
 
 
 def calibrate_door(request: Request) -> int:
@@ -31,6 +31,11 @@ def calibrate_door(request: Request) -> int:
         ConfigError: the ranks do not hold one stage of the run.
         ResourceError: the file cannot be written.
     """
+    import torch.distributed as dist
+
+    from megatron_telechat.backend import get_backend
+    from megatron_telechat.training.calibrate import calibrate
+
     options = request.options
     run = request.load().run
     named = None if options.device is None else _named(options.device)

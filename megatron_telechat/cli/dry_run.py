@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron_telechat.checkpoint.lineage import Saved
 from megatron_telechat.checkpoint.start import Start, require_start
-from megatron_telechat.cli.data_files import DataFile, data_files
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_table
 from megatron_telechat.cli.text import count_text, flop_text, gib, table
@@ -26,10 +25,11 @@ from megatron_telechat.costs import (
     device_spec_names,
     training_flops_per_token,
 )
+from megatron_telechat.costs.imbalance import uneven_rows
 from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
-from megatron_telechat.data.blend import data_plan
-from megatron_telechat.data.order import Progress, samples_needed
-from megatron_telechat.errors import DataError
+from megatron_telechat.data.blend import DataPlan, data_plan
+from megatron_telechat.data.formats import corpus_factory, data_files, require_enough
+from megatron_telechat.data.order import Progress
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.layout_text import layout_picture
 from megatron_telechat.planner.predict import predict
@@ -125,18 +125,6 @@ def _devices(run: RunConfig) -> list[DeviceSpec]:
     return [spec for spec in specs if run.training.device in ("auto", spec.kind)]
 
 
-def uneven_rows(run: RunConfig) -> float:
-    """Rows of the busiest rank's experts over the mean that the memory table adds a column for; 1: no column.
-
-    At most the worst there is: all tokens of the expert group choose the experts of one rank.
-    """
-    experts, model = run.parallel.expert_sizes[0], run.model
-    if not model.is_moe:
-        return 1.0
-    chosen_of_a_rank = min(model.moe_router_topk, (model.num_experts or 0) // experts)
-    return min(run.logging.moe_memory_imbalance, experts * chosen_of_a_rank / model.moe_router_topk)
-
-
 _TOTAL = 7
 """Column of the whole memory in the table."""
 
@@ -213,14 +201,13 @@ def _steps(run: RunConfig, out: _Report) -> list[str]:
         )
     times: list[tuple[float, str]] = [] if planned is None else [(planned.iteration_s, planned.device)]
     for spec in _devices(run):
-        if not spec.peak(run.training.precision):
+        peak = spec.peak(run.training.precision)
+        if not peak:
             continue
         prediction = predict(run, spec)
         if prediction.iteration < SHORTEST_STEP_S:
             continue  # a model this small is bound by launches, not by arithmetic
-        mfu = (
-            flops * tokens / (spec.peak(run.training.precision) * 1e12 * prediction.iteration * run.parallel.world_size)
-        )
+        mfu = flops * tokens / (peak * 1e12 * prediction.iteration * run.parallel.world_size)
         whole = f", the run {_duration(prediction.iteration * iterations)}" if iterations else ""
         times.append((prediction.iteration, spec.name))
         lines.append(
@@ -292,45 +279,31 @@ def _data(run: RunConfig, progress: Progress, out: _Report) -> list[str]:
     if not (data.data_path or data.data_json or data.train_data_path):
         out.warnings.append("no training data is named: --data-path PREFIX ... (or --mock-data)")
         return ["none named"]
-    rows = [["file", "weight", "tokens", "dialogs"] if data.sft else ["dataset", "weight", "tokens", "documents"]]
-    total = 0
-    files = data_files(data)
+    plan = data_plan(data)
+    factory = corpus_factory(plan.format)
+    dataset, documents = factory.columns
+    rows = [[dataset, "weight", "tokens", documents]]
+    weights = _weights(plan)
+    files = data_files(plan)
     for file in files:
-        weight = "-" if file.weight is None else f"{file.weight:g}"
-        total += file.tokens or 0
         counts = ["-" if number is None else count_text(number) for number in (file.tokens, file.documents)]
-        rows.append([file.prefix, weight, *counts])
+        rows.append([file.prefix, weights[file.prefix], *counts])
+    total = sum(file.tokens or 0 for file in files)
     lines = table(rows)
     wanted = run.training.train_iters * run.training.global_batch_size * run.training.seq_length
     if total and wanted:
         lines.append(f"{count_text(total)} tokens for {count_text(wanted)} of the run: {wanted / total:.2f} epochs")
-    _require_enough(run, files, progress)
-    if data.sft:
-        lines.append(
-            f"template {data.sft_template}, loss mask {data.sft_loss_mask}; encoded and packed when the run starts"
-        )
-    return lines
+    require_enough(run, plan, files, progress)
+    return [*lines, *factory.notes(run)]
 
 
-def _require_enough(run: RunConfig, files: list[DataFile], progress: Progress) -> None:
-    """Prefixes without weights are read once. What the headers say is the most there can be: a split may leave less.
-
-    Raises:
-        DataError: the run would outlast them.
-    """
-    blend, length = data_plan(run.data).blends[0], run.training.seq_length
-    needed = samples_needed(run, progress)[0]
-    if blend is None or blend.weights is not None or len(blend.prefixes) == 1 or run.data.sft:
-        return
-    tokens = {file.prefix: file.tokens or 0 for file in files}
-    there = sum(max(0, tokens[prefix] - 1) // length for prefix in blend.prefixes)
-    if there < needed:
-        raise DataError(
-            f"the train data ends before the run: {there:,} samples ({there * length:,} tokens) are there at most, "
-            f"{needed:,} samples ({needed * length:,} tokens) are needed",
-            "prefixes without weights are read once",
-            "give weights (0.7 en 0.3 zh) to read them more than once, add data, or lower --train-iters",
-        )
+def _weights(plan: DataPlan) -> dict[str, str]:
+    """The weight of each dataset where it is named first; - where it has none."""
+    found: dict[str, str] = {}
+    for blend in plan.blends:
+        for place, prefix in enumerate(blend.prefixes if blend else ()):
+            found.setdefault(prefix, f"{blend.weights[place]:g}" if blend and blend.weights else "-")
+    return found
 
 
 def _said_by_person(loaded: LoadedConfig) -> list[str]:

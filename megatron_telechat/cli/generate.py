@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_telechat.cli.tool import ToolParser, natural, positive, quiet_imports, run_tool
 from megatron_telechat.device_kinds import DEVICE_CHOICES
-from megatron_telechat.errors import EXIT_OK, ConfigError, DataError
+from megatron_telechat.errors import EXIT_OK, ConfigError
 
 
 def build_parser() -> ToolParser:
@@ -36,29 +36,9 @@ def _run(argv: list[str]) -> int:
     if not 0 <= args.temperature < float("inf"):
         raise ConfigError(f"--temperature {args.temperature} is below 0", "command line", "--temperature 0.8")
     quiet_imports()
-    from megatron_telechat.backend import get_backend
-    from megatron_telechat.data.tokenizers import build_tokenizer
-    from megatron_telechat.huggingface.files import CONFIG, read_json
-    from megatron_telechat.huggingface.generation import Sampling, end_tokens_of, generate
-    from megatron_telechat.huggingface.model import hf_model
+    from megatron_telechat.huggingface.generation import Sampling, continue_text
 
-    config = read_json(args.hf / CONFIG)
-    tokenizer = build_tokenizer(None, str(args.hf))
-    prompt = tokenizer.encode(args.prompt)
-    if not prompt:
-        raise DataError("the prompt has no tokens", "--prompt", "give some text")
-    ends = end_tokens_of(args.hf, config, tokenizer.eod)
-    precision = args.precision or get_backend(args.device).traits.generation_precision
-    length = len(prompt) + args.max_new_tokens
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    with hf_model(args.hf, device=args.device, precision=precision, seq_length=length) as model:
-        vocab_size = model.run.model.vocab_size
-        if max(prompt) >= vocab_size:
-            raise DataError(
-                f"the tokenizer gives ids up to {max(prompt)}, the model has {vocab_size}",
-                str(args.hf),
-                "put the tokenizer of this model into the folder",
-            )
-        tokens = generate(model, prompt, args.max_new_tokens, ends, sampling)
-    print(args.prompt + tokenizer.decode(tokens))
+    added = continue_text(args.hf, args.prompt, args.max_new_tokens, sampling, args.device, args.precision)
+    print(args.prompt + added)
     return EXIT_OK

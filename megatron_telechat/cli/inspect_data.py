@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_telechat.cli.tool import ToolParser, natural, positive, run_tool
+from megatron_telechat.cli.tool import ToolParser, natural, positive, purpose, run_tool
 from megatron_telechat.errors import EXIT_OK, ConfigError
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = ToolParser(prog="tools/inspect_data.py", description=__doc__.split(": ", 1)[1])
+    parser = ToolParser(prog="tools/inspect_data.py", description=purpose(__doc__))
     add = parser.add_argument
     add("dataset", help="prefix, .idx or .bin file")
     add("--document", nargs="+", type=natural, default=[], metavar="N", help="documents to show, from 0")

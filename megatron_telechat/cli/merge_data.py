@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, run_tool
+from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, purpose, run_tool
 from megatron_telechat.errors import EXIT_OK
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = ToolParser(prog="tools/merge_data.py", description=__doc__.split(": ", 1)[1])
+    parser = ToolParser(prog="tools/merge_data.py", description=purpose(__doc__))
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="prefixes, globs or a folder; shards are put in their order")
     add(

@@ -9,19 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_telechat.cli.plan_request import Request, on_device, read_device, read_request
+from megatron_telechat.cli.plan_answers import write_answers
+from megatron_telechat.cli.plan_request import Request, on_device, question_of, read_device, read_request
 from megatron_telechat.cli.tool import interrupted
-from megatron_telechat.config import LoadedConfig
-from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.errors import EXIT_OK, ConfigError, ResourceError, UserError
+from megatron_telechat.errors import EXIT_OK, ConfigError, UserError
 
 if TYPE_CHECKING:  # the solver's libraries are loaded when there is something to solve: --help is quick
-    from megatron_telechat.costs.devices import DeviceSpec
     from megatron_telechat.planner.assignment import Solution
-    from megatron_telechat.planner.plan import Plan, Question
+    from megatron_telechat.planner.plan import Question
     from megatron_telechat.planner.problem import BalanceProblem
-
-GIB = 2**30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,32 +101,6 @@ def _problem(request: Request) -> int:
     return EXIT_OK
 
 
-def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: DeviceSpec) -> Question:
-    """The planner's question of this run under the tool's options.
-
-    Args:
-        loaded: with the flags of Megatron-LM that say what its program overlaps.
-        run: the run as it is on the device.
-    """
-    from megatron_telechat.costs.software import megatron_software
-    from megatron_telechat.planner.plan import Question
-
-    options = request.options
-    software, counted = megatron_software(run, loaded.given)
-    return Question(
-        run,
-        device,
-        request.kinds,
-        memory_bytes=None if options.memory_gib is None else options.memory_gib * GIB,
-        reserve_bytes=None if options.reserve_gib is None else options.reserve_gib * GIB,
-        time_limit_s=options.time_limit,
-        gap=options.gap,
-        plain=options.plain_flags,
-        software=software,
-        counted=counted,
-    )
-
-
 def _plan(request: Request) -> int:
     from megatron_telechat.cli.plan_report import plan_json, plan_text
     from megatron_telechat.planner.plan import make_plan, plainer
@@ -177,42 +147,3 @@ def _no_plan(
     if request.options.output:
         raise ConfigError("there is no plan to write", "--output", "see above for what fits")
     return EXIT_OK
-
-
-def write_answers(request: Request, plan: Plan) -> None:
-    """The plan file and the picture, where they are asked for."""
-    from megatron_telechat.cli.plan_report import plan_file
-
-    options = request.options
-    if options.output:
-        text = json.dumps(plan_file(plan, options.output).to_json(), indent=1) + "\n"
-        write_text(options.output, text)
-        if not options.json:
-            print(f"written: {options.output}  (train with --plan {options.output})")
-    if options.plot:
-        from megatron_telechat.cli.plan_picture import draw
-
-        run = plan.question.run
-        draw(
-            plan.problem,
-            plan.assignment,
-            Path(options.plot),
-            title=f"{run.model.name} on {plan.question.device.name}",
-            real=True,
-        )
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        ResourceError: it cannot be written.
-    """
-    target = Path(path)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror}", "--output", "name a file you may write") from None

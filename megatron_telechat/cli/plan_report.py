@@ -11,6 +11,7 @@ from megatron_telechat.cli.text import gib, table
 from megatron_telechat.config.plan_file import PlanFile, Predicted, plan_of
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import count_parameters
+from megatron_telechat.costs.imbalance import uneven_rows
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
@@ -111,8 +112,6 @@ def _uneven(plan: Plan) -> list[str]:
     run, limit = plan.planned.run, plan.problem.mem_limit
     if not run.model.is_moe or limit >= UNLIMITED_BYTES:
         return []
-    from megatron_telechat.cli.dry_run import uneven_rows
-
     rows = uneven_rows(run)
     worst = max(stage_memory(run, rows), key=lambda stage: stage.total_bytes)
     if worst.total_bytes <= limit - plan.problem.const_mem:

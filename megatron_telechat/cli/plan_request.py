@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_telechat.cli.pasted import read_pasted
 from megatron_telechat.cli.tool import ToolParser, natural, positive
@@ -15,6 +16,10 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec, device_spec, device_spec_names, read_device_file
 from megatron_telechat.errors import ConfigError
 
+if TYPE_CHECKING:  # the solver's libraries are loaded when there is something to solve: --help is quick
+    from megatron_telechat.planner.plan import Question
+
+_GIB = 2**30
 DESCRIPTION = """\
 The fastest pipeline layout that fits the memory: which layers each stage holds, and what each recomputes.
 Proved by an exact solver on a model of memory and time; the training takes the answer as it is (--plan FILE).
@@ -177,3 +182,29 @@ def read_device(name: str | None, run: RunConfig) -> tuple[DeviceSpec, RunConfig
 def on_device(run: RunConfig, spec: DeviceSpec) -> RunConfig:
     """The run as it is on such a device."""
     return replace(run, training=replace(run.training, device=spec.kind or run.training.device))
+
+
+def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: DeviceSpec) -> Question:
+    """The planner's question of this run under the tool's options.
+
+    Args:
+        loaded: with the flags of Megatron-LM that say what its program overlaps.
+        run: the run as it is on the device.
+    """
+    from megatron_telechat.costs.software import megatron_software
+    from megatron_telechat.planner.plan import Question
+
+    options = request.options
+    software, counted = megatron_software(run, loaded.given)
+    return Question(
+        run,
+        device,
+        request.kinds,
+        memory_bytes=None if options.memory_gib is None else options.memory_gib * _GIB,
+        reserve_bytes=None if options.reserve_gib is None else options.reserve_gib * _GIB,
+        time_limit_s=options.time_limit,
+        gap=options.gap,
+        plain=options.plain_flags,
+        software=software,
+        counted=counted,
+    )

@@ -6,9 +6,9 @@ import json
 import shlex
 
 from megatron_telechat.cli.model_text import model_text
-from megatron_telechat.cli.plan_pipeline import question_of, write_answers
+from megatron_telechat.cli.plan_answers import write_answers
 from megatron_telechat.cli.plan_report import notes_of, plan_file, plan_flags
-from megatron_telechat.cli.plan_request import Request, read_device
+from megatron_telechat.cli.plan_request import Request, question_of, read_device
 from megatron_telechat.cli.text import gib, table
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.schema import RunConfig

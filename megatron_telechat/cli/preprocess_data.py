@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_telechat.cli.tool import ToolParser, natural, positive, run_tool
+from megatron_telechat.cli.tool import ToolParser, natural, positive, purpose, run_tool
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, ConfigError
 
 # Flags of Megatron's tool that are not taken over, and what to do in their place.
@@ -31,7 +31,7 @@ REFUSED = {
 
 
 def build_parser() -> ToolParser:
-    parser = ToolParser(prog="tools/preprocess_data.py", description=__doc__.split(": ", 1)[1])
+    parser = ToolParser(prog="tools/preprocess_data.py", description=purpose(__doc__))
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="jsonl (also .gz, .zst) and parquet files, globs or folders")
     add("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin and .idx")
@@ -121,17 +121,16 @@ def _run(argv: list[str]) -> int:
 
     begin = time.monotonic()
     with _Signals() as signals, ExitStack() as at_end:
-        huggingface = None
-        if args.workers > 1 and args.engine in ("auto", "gigatoken") and find_spec("gigatoken"):
 
-            def huggingface(file: Path) -> TokenizerBeside:
-                return at_end.enter_context(closing(TokenizerBeside(file, args.special_tokens_in_text)))
+        def beside(file: Path) -> TokenizerBeside:
+            return at_end.enter_context(closing(TokenizerBeside(file, args.special_tokens_in_text)))
 
+        fast = args.workers > 1 and args.engine in ("auto", "gigatoken") and find_spec("gigatoken")
         tokenizer = build_tokenizer(
             args.tokenizer_type,
             args.tokenizer_model,
             vocab_size=args.vocab_size,
-            huggingface=huggingface,
+            huggingface=beside if fast else None,
             special_tokens_in_text=args.special_tokens_in_text,
         )
         if args.special_tokens_in_text and not getattr(tokenizer, "special_tokens_in_text", False):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_telechat.cli.build_index import described_run
-from megatron_telechat.cli.tool import ToolParser, natural, quiet_imports, run_tool
+from megatron_telechat.cli.tool import ToolParser, natural, purpose, quiet_imports, run_tool
 from megatron_telechat.errors import EXIT_OK, ConfigError
 
 EPILOG = "All other flags are those of the training command; the sample is the one that the run with them would read."
@@ -36,7 +36,7 @@ class ShownToken:
 
 
 def build_parser() -> ToolParser:
-    parser = ToolParser(prog="tools/show_sample.py", description=__doc__.partition(": ")[2].capitalize(), epilog=EPILOG)
+    parser = ToolParser(prog="tools/show_sample.py", description=purpose(__doc__).capitalize(), epilog=EPILOG)
     parser.add_argument("--sample", type=natural, default=0, help="number of the sample, from 0 (default 0)")
     parser.add_argument("--of", choices=("train", "valid", "test"), default="train", help="which split (default train)")
     parser.add_argument(

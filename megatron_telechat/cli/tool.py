@@ -21,7 +21,7 @@ class ToolParser(argparse.ArgumentParser):
         raise ConfigError(message, "command line", f"{self.prog} --help")
 
     def parse_args(self, args=None, namespace=None):
-        return super().parse_args([_hyphens(word) for word in args], namespace)
+        return super().parse_args([_hyphens(word) for word in (sys.argv[1:] if args is None else args)], namespace)
 
 
 def _hyphens(word: str) -> str:
@@ -29,6 +29,11 @@ def _hyphens(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value
+
+
+def purpose(doc: str | None) -> str:
+    """What a tool is for, of a module docstring ``file: purpose``."""
+    return (doc or "").partition(": ")[2]
 
 
 def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, positive, run_tool
+from megatron_telechat.cli.tool import ToolParser, add_overwrite, keep_what_is_there, positive, purpose, run_tool
 from megatron_telechat.errors import EXIT_OK
 
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = ToolParser(prog="tools/train_tokenizer.py", description=__doc__.split(": ", 1)[1])
+    parser = ToolParser(prog="tools/train_tokenizer.py", description=purpose(__doc__))
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="jsonl files, globs or folders")
     add("--vocab-size", type=positive(int), default=8192, help="ids, special tokens included (default: 8192)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megatron_telechat.cli.tool import ToolParser, positive, run_tool
+from megatron_telechat.cli.tool import ToolParser, positive, purpose, run_tool
 from megatron_telechat.errors import EXIT_OK, DataError
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = ToolParser(prog="tools/verify_data.py", description=__doc__.split(": ", 1)[1])
+    parser = ToolParser(prog="tools/verify_data.py", description=purpose(__doc__))
     add = parser.add_argument
     add("datasets", nargs="+", metavar="DATASET", help="prefixes, .idx or .bin files, globs or folders")
     add("--vocab-size", type=positive(int), help="each token id must be below this")

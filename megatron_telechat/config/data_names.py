@@ -1,5 +1,4 @@
-"""The names a run gives its data: prefixes, data.json, and which of the names stand for the same data. Needs no
-numpy."""
+"""The names a run gives its data: data.json, and which of the names stand for the same data. Needs no numpy."""
 
 from __future__ import annotations
 
@@ -11,24 +10,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_telechat.config.data_formats import INDEXED, DataFormat
 from megatron_telechat.errors import DataError
 
 _END_BYTES = 1 << 16
 """Compared at each end of two files of one size."""
 
 
-def dataset_prefix(path: str) -> str:
-    """A path as people give it, with or without ``.bin`` or ``.idx``, as a prefix."""
-    return path[:-4] if path.endswith((".bin", ".idx")) else path
-
-
-def data_json_entries(path: str, dialogs: bool = False) -> list[tuple[str, float]]:
+def data_json_entries(path: str, format: DataFormat = INDEXED) -> list[tuple[str, float]]:
     """Names and weights of a data.json as TeleChat writes it: {path: number of copies}.
 
     Relative names count from here, then from the file.
 
     Args:
-        dialogs: the names are those of jsonl files (fine-tuning), not prefixes of indexed datasets.
+        format: of the data that is named.
 
     Raises:
         DataError: missing, not JSON, not {text: number}, or a name stands there twice (JSON would keep the last one).
@@ -53,20 +48,18 @@ def data_json_entries(path: str, dialogs: bool = False) -> list[tuple[str, float
             "data_json",
             "name each once, with the sum of the weights",
         )
-    return [(_place(name, path, dialogs), float(weight)) for name, weight in pairs]
+    return [(_place(name, path, format), float(weight)) for name, weight in pairs]
 
 
 class _Pairs(list):
     """The entries of a JSON object in order, the ones of equal names included."""
 
 
-def _place(name: str, path: str, dialogs: bool) -> str:
-    if not dialogs and name.endswith((".jsonl", ".json", ".jsonl.gz")):
-        raise DataError(f"{name} is raw text, training reads indexed datasets", path,
-                        f"run tools/preprocess_data.py --input {name} --output-prefix PREFIX and name "
-                        f"PREFIX_text_document; "
-                        "for dialogs, --sft")  # fmt: skip
-    here = os.path.isabs(name) or os.path.exists(name if dialogs else f"{dataset_prefix(name)}.idx")
+def _place(name: str, path: str, format: DataFormat) -> str:
+    complaint = format.entry_complaint(name)
+    if complaint is not None:
+        raise DataError(complaint.what, path, complaint.fix)
+    here = os.path.isabs(name) or os.path.exists(format.files(name)[-1])
     return name if here else str(Path(path).parent / name)
 
 
@@ -77,25 +70,23 @@ class Same(NamedTuple):
     how: str
 
 
-def same_data(names: Iterable[str], dialogs: bool = False, copies: bool = True) -> list[Same]:
+def same_data(names: Iterable[str], format: DataFormat = INDEXED, copies: bool = True) -> list[Same]:
     """Names of one list that stand for the same data: one file under two paths, links, copies.
 
-    Copies are told by the sizes of their files and the first and last 64 KiB of each. Of an indexed dataset both files
-    take part. Names of files that are not there stand for themselves.
+    Copies are told by the sizes of their files and the first and last 64 KiB of each. All files of a name take part.
+    Names of files that are not there stand for themselves.
 
     Args:
-        dialogs: the names are paths of jsonl files, not prefixes.
+        format: of the data that is named.
         copies: whether copies count, or links and paths alone.
     """
     given = list(names)
     by_file: dict[object, list[int]] = defaultdict(list)
     for number, name in enumerate(given):
-        by_file[_file_of(_files(name, dialogs)[0])].append(number)
+        by_file[_file_of(format.files(name)[0])].append(number)
     groups = list(by_file.values())
     joined = (
-        _join_copies(groups, [_files(given[group[0]], dialogs) for group in groups])
-        if copies
-        else [[g] for g in groups]
+        _join_copies(groups, [format.files(given[group[0]]) for group in groups]) if copies else [[g] for g in groups]
     )
     return [
         Same(
@@ -118,11 +109,6 @@ def _join_copies(groups: Sequence[list[int]], files: Sequence[tuple[str, ...]]) 
         for number in alike:
             by_content[sizes, _ends(files[number]) if len(alike) > 1 else ""].append(groups[number])
     return list(by_content.values())
-
-
-def _files(name: str, dialogs: bool) -> tuple[str, ...]:
-    base = dataset_prefix(name)
-    return (name,) if dialogs else (f"{base}.bin", f"{base}.idx")
 
 
 def _file_of(path: str) -> object:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from megatron_telechat.config.data_formats import data_format
 from megatron_telechat.config.layer_pattern import moe_layers
 from megatron_telechat.config.lr_schedules import SCHEDULES, SHAPES
 from megatron_telechat.device_kinds import DeviceChoice
@@ -23,6 +24,8 @@ class OneOf:
 
     registry: Mapping[str, object]
 
+
+Precision = Literal["bf16", "fp16", "fp32"]
 
 PLANNED_ONLY = (
     *("activation", "untie_embeddings_and_output_weights", "position_embedding_type", "normalization"),
@@ -245,7 +248,7 @@ class TrainingConfig:
 
     device: DeviceChoice = "auto"
     """Kind of device that the ranks run on; auto: the first of the other kinds that is present."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     """Compute type: bf16, fp16 or fp32 (short: --bf16, --fp16, --fp32). Master weights, gradients, optimizer state are
     fp32."""
     seq_length: int = 8192
@@ -497,4 +500,5 @@ class RunConfig:
     def routers_read_masks(self) -> bool:
         """Whether the routers must be told which tokens are padding, and how many of a step are learned."""
         data = self.data
-        return self.model.is_moe and (data.sft or data.eod_mask_loss or data.reset_attention_mask)
+        marked = data_format(data).marks_tokens
+        return self.model.is_moe and (marked or data.eod_mask_loss or data.reset_attention_mask)

@@ -14,6 +14,7 @@ _DOORS = {
     "read_sources": "datasets",
     "data_fingerprint": "datasets",
     "fingerprint_differences": "datasets",
+    "data_plan": "blend",
     "samples_needed": "order",
     "Progress": "order",
     "SampleOrder": "order",

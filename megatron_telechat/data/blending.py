@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_telechat.data.corpus import Marks, SampleSource
 from megatron_telechat.data.pieces import IndexFolder, roomy
-from megatron_telechat.data.samples import Marks, SampleSource
 
 _LEAST = 1 << 12
 _SCANNED = 1 << 20
@@ -108,7 +108,8 @@ def _blend_order(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.nd
     sample = np.zeros(size, np.int64)
     total = sum(weights)
     shares = np.array([weight / total for weight in weights], dtype=np.float64)
-    helpers.build_blending_indices(source, sample, shares.tolist(), len(weights), size, False)
+    build = helpers.build_blending_indices  # pyright: ignore[reportAttributeAccessIssue] a compiled module, no stubs
+    build(source, sample, shares.tolist(), len(weights), size, False)
     return source, sample
 
 

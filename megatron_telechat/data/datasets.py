@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.data.blend import SPLITS, data_plan
-from megatron_telechat.data.chat.files import encoding_of, file_digest
+from megatron_telechat.data.blend import SPLITS, DataPlan, data_plan
+from megatron_telechat.data.corpus import EncodingFactory, SampleSource
+from megatron_telechat.data.formats import corpus_factory
+from megatron_telechat.data.mock import MockSamples
 from megatron_telechat.data.order import MEGATRON, Progress, SampleOrder, order_of, samples_needed
 from megatron_telechat.data.pieces import IndexFolder, Say, quiet
-from megatron_telechat.data.samples import MockSamples, SampleSource, TokenDataset
+from megatron_telechat.data.samples import TokenDataset
 from megatron_telechat.data.sources import (
     Opened,
     build_index,
@@ -20,16 +22,10 @@ from megatron_telechat.data.sources import (
     open_encoded,
     open_sources,
     split_sources,
-    used_splits,
 )
 from megatron_telechat.data.tokenizers import build_tokenizer
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.parallel.rank_zero import WordOfRankZero
-
-__all__ = [
-    *("Datasets", "PreparedIndex", "Ranks", "build_datasets", "data_fingerprint", "fingerprint_differences"),
-    *("prepare_index", "read_sources", "samples_needed"),
-]
 
 # Options that need to know where documents end.
 _BORDER_OPTIONS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
@@ -38,9 +34,14 @@ _BORDER_OPTIONS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"
 class Ranks(Protocol):
     """What this room asks of the parallel state. ``dp_rank`` and ``dp_size`` leave context parallelism out."""
 
-    rank: int
-    dp_rank: int
-    dp_size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def dp_rank(self) -> int: ...
+
+    @property
+    def dp_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -66,34 +67,41 @@ class PreparedIndex:
     """The index of a run.
 
     Attributes:
+        plan: what the run reads.
         folder: where it lies, named after all that decides it.
         built: whether some of it was made now; False where all was there.
-        opened: the datasets of the run by prefix or path.
+        opened: the datasets of the run by the names it gives them.
     """
 
+    plan: DataPlan
     folder: Path
     built: bool
     opened: Opened
 
 
-def prepare_index(run: RunConfig, say: Say = quiet, progress: Progress = Progress()) -> PreparedIndex:
+def prepare_index(
+    run: RunConfig, say: Say = quiet, progress: Progress = Progress(), plan: DataPlan | None = None
+) -> PreparedIndex:
     """Build what the cache lacks of the index of a run; by one process alone.
 
     Args:
         say: told what is under way.
         progress: how far the run has read.
+        plan: ``data_plan(run.data)``, where the caller has it already.
 
     Raises:
         ConfigError, DataError, ResourceError: as ``build_datasets``.
     """
-    _end_of_document(run)
-    opened = open_sources(run, say)
-    names = used_splits(run, opened)
-    folder = cache_root(run) / index_key(run, opened)
-    return PreparedIndex(folder, build_index(run, opened, names, folder, say, progress), opened)
+    plan = plan or data_plan(run.data)
+    _end_of_document(run, plan)
+    opened = open_sources(run, plan, say)
+    folder = cache_root(run) / index_key(run, plan, opened)
+    return PreparedIndex(plan, folder, build_index(run, plan, opened, folder, say, progress), opened)
 
 
-def build_datasets(run: RunConfig, state: Ranks, progress: Progress = Progress()) -> Datasets:
+def build_datasets(
+    run: RunConfig, state: Ranks, progress: Progress = Progress(), plan: DataPlan | None = None
+) -> Datasets:
     """The datasets of a run; called by all ranks.
 
     Rank 0 builds the index into the cache (and encodes files of dialogs), the others wait for it and read it. The order
@@ -102,6 +110,7 @@ def build_datasets(run: RunConfig, state: Ranks, progress: Progress = Progress()
 
     Args:
         progress: how far the run has read, and in which order it began.
+        plan: ``data_plan(run.data)``, where the caller has it already.
 
     Raises:
         ConfigError: the data section contradicts itself or the model.
@@ -112,40 +121,48 @@ def build_datasets(run: RunConfig, state: Ranks, progress: Progress = Progress()
         return _mock_datasets(run, progress)
     word = WordOfRankZero(run.data.data_index_timeout_minutes * 60)
     try:
-        eod = _end_of_document(run)
-        if word.first:
-            index = prepare_index(run, word.progress, progress)
-        elif run.data.sft:
-            # The encoded text is named after its bytes; one rank reads them, not all.
-            folder = cache_root(run) / word.hear()
-            index = PreparedIndex(folder, False, open_encoded(run, folder))
-        else:
-            opened = open_sources(run)
-            index = PreparedIndex(cache_root(run) / index_key(run, opened), False, opened)
+        plan = plan or data_plan(run.data)
+        eod = _end_of_document(run, plan)
+        index = prepare_index(run, word.progress, progress, plan) if word.first else _index_of_rank_0(run, plan, word)
     except BaseException as error:
         if word.first:
             word.say_failed(error)
         raise
     if word.first:
         word.say(index.folder.name)
-    elif not run.data.sft:
+    elif not isinstance(corpus_factory(plan.format), EncodingFactory):
         word.hear(index.folder.name)
     sources, summary = read_sources(run, index, progress)
     sizes = dict(zip(SPLITS, samples_needed(run, progress), strict=True))
-    borders = (getattr(run.data, name) for name in _BORDER_OPTIONS)
-    options = (run.model.vocab_size, eod, *borders, run.routers_read_masks)
-    datasets = {name: TokenDataset(source, sizes[name], *options) for name, source in sources.items()}
-    return Datasets(
-        datasets["train"], datasets.get("valid"), datasets.get("test"), tuple(summary), order_of(run, progress)
-    )
+
+    def dataset(split: str) -> TokenDataset | None:
+        if split not in sources:
+            return None
+        borders = {name: getattr(run.data, name) for name in _BORDER_OPTIONS}
+        return TokenDataset(
+            sources[split], sizes[split], run.model.vocab_size, eod, tell_padding=run.routers_read_masks, **borders
+        )
+
+    train = dataset("train")
+    assert train is not None, "every run needs samples to train on"
+    return Datasets(train, dataset("valid"), dataset("test"), tuple(summary), order_of(run, progress))
+
+
+def _index_of_rank_0(run: RunConfig, plan: DataPlan, word: WordOfRankZero) -> PreparedIndex:
+    """The index as the other ranks open it. What was encoded is named after its bytes, which one rank reads, not all;
+    else each rank looks at the files and knows the name."""
+    if isinstance(corpus_factory(plan.format), EncodingFactory):
+        folder = cache_root(run) / word.hear()
+        return PreparedIndex(plan, folder, False, open_encoded(run, plan, folder))
+    opened = open_sources(run, plan)
+    return PreparedIndex(plan, cache_root(run) / index_key(run, plan, opened), False, opened)
 
 
 def read_sources(
     run: RunConfig, index: PreparedIndex, progress: Progress = Progress()
 ) -> tuple[dict[str, SampleSource], list[str]]:
     """The sources of the splits out of an index that is built, and the lines of the banner about them."""
-    names = used_splits(run, index.opened)
-    sources, summary = split_sources(run, index.opened, names, IndexFolder(index.folder), progress)
+    sources, summary = split_sources(run, index.plan, index.opened, IndexFolder(index.folder), progress)
     order = order_of(run, progress)
     if order.kind == MEGATRON:
         numbers = ", ".join(f"{number:,} of {split}" for split, number in order.built_for.items())
@@ -161,22 +178,24 @@ def _mock_datasets(run: RunConfig, progress: Progress) -> Datasets:
             "mock_data",
             "drop these options, or give real data",
         )
-    made = [
-        TokenDataset(
-            MockSamples(size, run.training.seq_length, run.model.vocab_size, run.training.seed, number),
-            size,
-            run.model.vocab_size,
-        )
-        if size
-        else None
-        for number, size in enumerate(samples_needed(run, progress))
-    ]
-    summary = f"mock data: {len(made[0]):,} training samples of {run.training.seq_length:,} tokens"
-    return Datasets(*made, (summary,), order_of(run, progress))
+    vocab_size, length = run.model.vocab_size, run.training.seq_length
+
+    def stream(number: int, size: int) -> TokenDataset:
+        return TokenDataset(MockSamples(size, length, vocab_size, run.training.seed, number), size, vocab_size)
+
+    train, valid, test = samples_needed(run, progress)
+    return Datasets(
+        stream(0, train),
+        stream(1, valid) if valid else None,
+        stream(2, test) if test else None,
+        (f"mock data: {train:,} training samples of {length:,} tokens",),
+        order_of(run, progress),
+    )
 
 
-def _end_of_document(run: RunConfig) -> int | None:
-    wanted = [] if run.data.sft else [name for name in _BORDER_OPTIONS if getattr(run.data, name)]
+def _end_of_document(run: RunConfig, plan: DataPlan) -> int | None:
+    """The id that ends a document, where there is a tokenizer; samples that mark their borders need none."""
+    wanted = [] if plan.format.marks_tokens else [name for name in _BORDER_OPTIONS if getattr(run.data, name)]
     if run.data.tokenizer_model is None and run.data.tokenizer_type is None:
         if wanted:
             raise ConfigError(
@@ -199,8 +218,11 @@ def _end_of_document(run: RunConfig) -> int | None:
     return tokenizer.eod
 
 
-def data_fingerprint(run: RunConfig) -> dict:
+def data_fingerprint(run: RunConfig, plan: DataPlan | None = None) -> dict[str, Any]:
     """What the samples of a run are made of, for its checkpoints: sources by size and digest, not by path.
+
+    Args:
+        plan: ``data_plan(run.data)``, where the caller has it already.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -208,34 +230,24 @@ def data_fingerprint(run: RunConfig) -> dict:
     order = {"seed": run.training.seed, "sequence_length": run.training.seq_length}
     if run.data.mock_data:
         return {"kind": "mock", "vocab_size": run.model.vocab_size, **order}
-    plan = data_plan(run.data)
-    content = _dialogs_fingerprint if run.data.sft else _indexed_fingerprint
-    about = content(run, dict.fromkeys(prefix for blend in plan.blends if blend for prefix in blend.prefixes))
+    plan = plan or data_plan(run.data)
+    factory = corpus_factory(plan.format)
+    if isinstance(factory, EncodingFactory):
+        about = {name: factory.file_fingerprint(name) for name in plan.names}
+    else:
+        about = {name: corpus.fingerprint() for name, corpus in open_sources(run, plan).items()}
     blends = {
-        name: {
-            "share": list(share),
-            "weights": list(blend.weights) if blend.weights else None,
-            "sources": [{"name": Path(p).name, **about[p]} for p in blend.prefixes],
+        split.name: {
+            "share": list(split.share),
+            "weights": list(split.blend.weights) if split.blend.weights else None,
+            "sources": [{"name": Path(prefix).name, **about[prefix]} for prefix in split.blend.prefixes],
         }
-        for name, blend, share in zip(SPLITS, plan.blends, plan.shares, strict=True)
-        if blend
+        for split in plan.splits.values()
     }
-    if run.data.sft:
-        encoding = encoding_of(run.data, run.model.vocab_size)
-        settings = {name: getattr(run.data, name) for name in ("sft_loss_mask", "sft_packing", "sft_overlong")}
-        return {"kind": "dialogs", **order, "encoding": encoding, "settings": settings, "blends": blends}
-    return {"kind": "indexed", **order, "blends": blends}
+    return {"kind": factory.kind, **order, **factory.settings(run), "blends": blends}
 
 
-def _indexed_fingerprint(run: RunConfig, prefixes: dict[str, None]) -> dict[str, dict]:
-    return {prefix: dataset.fingerprint() for prefix, dataset in open_sources(run).items()}
-
-
-def _dialogs_fingerprint(run: RunConfig, prefixes: dict[str, None]) -> dict[str, dict]:
-    return {path: {"bytes": Path(path).stat().st_size, "sha256": file_digest(path)} for path in prefixes}
-
-
-def fingerprint_differences(saved: dict, now: dict, at: str = "") -> list[str]:
+def fingerprint_differences(saved: Any, now: Any, at: str = "") -> list[str]:
     """What differs between two fingerprints, one line each; names of files are not compared."""
     if isinstance(saved, dict) and isinstance(now, dict):
         keys = [key for key in {**saved, **now} if key != "name"]

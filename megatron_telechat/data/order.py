@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_telechat.config.data_formats import data_format
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS
 from megatron_telechat.errors import CheckpointError, ConfigError
@@ -22,8 +23,8 @@ class SampleOrder:
 
     Attributes:
         kind: ``epochs``: each epoch of a source is shuffled on its own, so that the order has no end and does not
-        depend on
-            the length of the run. ``megatron``: Megatron's order for the numbers in ``built_for``, then ``epochs``.
+            depend on the length of the run. ``megatron``: Megatron's order for the numbers in ``built_for``, then
+            ``epochs``.
         built_for: for each split, the samples that Megatron's order was made for.
     """
 
@@ -70,8 +71,7 @@ def order_of(run: RunConfig, progress: Progress = Progress()) -> SampleOrder:
 
 
 def _order_of_new_run(run: RunConfig) -> SampleOrder:
-    # Dialogs and mock data never had another order.
-    if run.data.data_order == EPOCHS or run.data.sft or run.data.mock_data:
+    if run.data.data_order == EPOCHS or not data_format(run.data).megatrons_order:
         return SampleOrder()
     return _megatrons(run)
 
@@ -96,7 +96,7 @@ def resumed_order(run: RunConfig, extra: Mapping[str, Any], saved: RunConfig | N
         ConfigError: the run asks for Megatron's order and the checkpoint was not begun with it.
     """
     order = _read(extra, where)
-    if run.data.sft or run.data.mock_data:
+    if not data_format(run.data).megatrons_order:
         return SampleOrder()
     if order is None:
         if saved is None and not run.checkpoint.allow_data_change:

@@ -1,98 +1,14 @@
-"""What a source of samples is, the mock stream, and samples as the training reads them.
-
-A source says ``len`` and ``tokens(i) -> int64 [seq_length + 1]``. Which tokens make sample i depends on the data, the
-seed and the length of a sample, never on how many samples a run reads.
-"""
+"""Samples as the training reads them: tokens, labels, loss masks, positions and borders."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from megatron_telechat.data.indexed.dataset import IndexedDataset
+from megatron_telechat.data.corpus import Marks, SampleSource
 from megatron_telechat.errors import DataError
-
-
-@dataclass(frozen=True)
-class Marks:
-    """What a source of dialogs knows of the tokens of a sample.
-
-    Attributes:
-        learned: bool [sequence_length + 1], the tokens that are learned where they are labels.
-        starts: int64, ascending, where dialogs and the padding begin.
-        used: tokens before the padding.
-    """
-
-    learned: np.ndarray
-    starts: np.ndarray
-    used: int
-
-
-class SampleSource(Protocol):
-    def __len__(self) -> int: ...
-
-    def tokens(self, sample: int) -> np.ndarray: ...
-
-    def marks(self, sample: int) -> Marks | None: ...
-
-    def pieces(self, sample: int) -> list[tuple[int, str]]: ...
-
-    def origin(self, sample: int) -> str: ...
-
-
-def share_of(dataset: IndexedDataset, share: tuple[float, float]) -> range:
-    """The sequences of a split: rounded as megatron-core rounds, so that splits neither overlap nor leave gaps."""
-    return range(int(round(share[0] * float(len(dataset)))), int(round(share[1] * float(len(dataset)))))
-
-
-class MockSamples:
-    """A stream that costs nothing, is the same everywhere, and can be learned.
-
-    Tokens are Zipf-distributed (p(id) ~ 1/id) starts of short runs in which each token is the one before
-    plus 17: the loss falls first to the entropy of the ids, then further as successors are learned.
-    """
-
-    STEP = 17
-    CONTINUE = 0.75
-
-    def __init__(self, size: int, sequence_length: int, vocab_size: int, seed: int, split: int):
-        self.size = size
-        self.sequence_length = sequence_length
-        self.vocab_size = vocab_size
-        self._key = (seed, split)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def tokens(self, sample: int) -> np.ndarray:
-        """int64 [sequence_length + 1]."""
-        if not 0 <= sample < self.size:
-            raise IndexError(sample)
-        rng = np.random.default_rng((*self._key, sample))
-        count = self.sequence_length + 1
-        starts = np.minimum(np.exp(rng.random(count) * math.log(self.vocab_size)).astype(np.int64), self.vocab_size) - 1
-        place = np.arange(count)
-        begins = rng.random(count) >= self.CONTINUE
-        begins[0] = True
-        run = np.maximum.accumulate(np.where(begins, place, 0))
-        return (starts[run] + (place - run) * self.STEP) % self.vocab_size
-
-    def marks(self, sample: int) -> None:
-        """Every token is learned."""
-
-    def pieces(self, sample: int) -> list[tuple[int, str]]:
-        return [(0, self.origin(sample))]
-
-    def origin(self, sample: int) -> str:
-        return f"mock sample {sample}"
-
-    def find_token(self, sample: int, token: int) -> str:
-        return self.origin(sample)
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -109,8 +25,7 @@ class TokenDataset(torch.utils.data.Dataset):
         eod_mask_loss: no loss at positions whose input is ``eod``.
         reset_position_ids: positions begin anew with a document or dialog.
         reset_attention_mask: so does the attention, and the first token of a document or dialog is not learned from the
-        end
-            of the one before it. A batch then holds ``segment_lengths`` too, int64 [segments of all its rows]: the
+            end of the one before it. A batch then holds ``segment_lengths`` too, int64 [segments of all its rows]: the
             lengths of the stretches that attend to themselves only. They sum to s in each row.
         tell_padding: a batch of dialogs holds ``padding`` too, bool [len(ids), s]: the inputs that are padding.
     """
@@ -168,8 +83,9 @@ class TokenDataset(torch.utils.data.Dataset):
         }
         if self.reset_attention_mask:
             batch["segment_lengths"] = np.concatenate([np.diff([*begins, length]) for begins in starts])
-        if self.tell_padding and marks[0] is not None:
-            batch["padding"] = np.stack([np.arange(length) >= mark.used for mark in marks])
+        used = [mark.used for mark in marks if mark is not None]
+        if self.tell_padding and used:
+            batch["padding"] = np.stack([np.arange(length) >= tokens for tokens in used])
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def _starts(self, row: np.ndarray, marks: Marks | None) -> np.ndarray:

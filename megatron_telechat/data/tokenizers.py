@@ -175,9 +175,8 @@ class HuggingFaceTokenizer:
         self.pad = self._id(names.get("pad_token"), *PAD_TOKENS)
         if not special_tokens_in_text:
             self.special_tokens_in_text = False
-            self.leave_text(
-                names_taken_for_special(file.parent), [] if self.eod is None else [self.backend.id_to_token(self.eod)]
-            )
+            end = None if self.eod is None else self.backend.id_to_token(self.eod)
+            self.leave_text(names_taken_for_special(file.parent), [] if end is None else [end])
 
     def leave_text(self, names: Iterable[str], never: Iterable[str]) -> None:
         """From now on special tokens are text where their names stand in one.
@@ -449,8 +448,9 @@ class NullTokenizer:
     def __init__(self, vocab_size: int):
         self.digest = f"numbers below {vocab_size}"
         self.vocab_size = vocab_size
-        self.eod = vocab_size - 1
-        self.bos = self.pad = None
+        self.eod: int | None = vocab_size - 1
+        self.bos: int | None = None
+        self.pad: int | None = None
 
     def encode(self, text: str) -> list[int]:
         try:

@@ -14,8 +14,13 @@ from typing import Any
 
 import torch
 
+from megatron_telechat.backend import get_backend
+from megatron_telechat.config.schema import Precision
+from megatron_telechat.data.tokenizers import build_tokenizer
+from megatron_telechat.device_kinds import DeviceChoice
 from megatron_telechat.errors import DataError
-from megatron_telechat.huggingface.model import HfModel
+from megatron_telechat.huggingface.files import CONFIG, read_json
+from megatron_telechat.huggingface.model import HfModel, hf_model
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,43 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+
+
+def continue_text(
+    folder: Path,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    device: DeviceChoice = "auto",
+    precision: Precision | None = None,
+) -> str:
+    """What the model of a Hugging Face folder adds to a prompt.
+
+    Args:
+        folder: with config.json, weights and tokenizer.
+        precision: None: fp32 on the CPU, else bf16.
+
+    Raises:
+        CheckpointError: configuration or weights are missing or damaged.
+        DataError: the tokenizer is missing, damaged or another model's; the prompt has no tokens.
+    """
+    config = read_json(folder / CONFIG)
+    tokenizer = build_tokenizer(None, str(folder))
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise DataError("the prompt has no tokens", "--prompt", "give some text")
+    ends = end_tokens_of(folder, config, tokenizer.eod)
+    precision = precision or get_backend(device).traits.generation_precision
+    length = len(tokens) + max_new_tokens
+    with hf_model(folder, device=device, precision=precision, seq_length=length) as model:
+        vocab_size = model.run.model.vocab_size
+        if max(tokens) >= vocab_size:
+            raise DataError(
+                f"the tokenizer gives ids up to {max(tokens)}, the model has {vocab_size}",
+                str(folder),
+                "put the tokenizer of this model into the folder",
+            )
+        return tokenizer.decode(generate(model, tokens, max_new_tokens, ends, sampling))
 
 
 def generate(

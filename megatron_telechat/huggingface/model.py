@@ -11,7 +11,7 @@ import torch
 
 from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint.loading import load_weights
-from megatron_telechat.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_telechat.config.schema import ParallelConfig, Precision, RunConfig, TrainingConfig
 from megatron_telechat.device_kinds import HOST, DeviceChoice
 from megatron_telechat.huggingface.weights import HfWeights
 from megatron_telechat.model import build_model, parameter_shards
@@ -39,7 +39,7 @@ def hf_model(
     folder: Path,
     *,
     device: DeviceChoice = HOST,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     rotary_table_dtype: str = "fp32",
     seq_length: int = 1,
 ) -> Iterator[HfModel]:

@@ -30,6 +30,7 @@ class Transform(Protocol):
 
     def shapes(self, shape: Shape) -> list[Shape]:
         """Shapes of the Hugging Face tensors of a box with this shape."""
+        ...
 
     def join(self, tensors: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor: ...
 

@@ -19,6 +19,7 @@ from megatron_telechat.data import (
     batches,
     build_datasets,
     data_fingerprint,
+    data_plan,
     fingerprint_differences,
 )
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, DataError
@@ -75,14 +76,15 @@ class Trainer:
         self.train_step = TrainStep(self.chunks, self.optimizer, self.shards, run, self.state, self.backend)
 
         with together(self.state):
-            self.fingerprint = data_fingerprint(run) if self.state.rank == 0 else None
+            self.data_plan = data_plan(run.data)
+            self.fingerprint = data_fingerprint(run, self.data_plan) if self.state.rank == 0 else None
         self.step = 0
         self.consumed_samples = 0
         self.steps_taken = StepsTaken()
         self.resumed: LoadedInfo | None = None
         self.branch = Branch()
         self.resumed = self._resume()
-        self.datasets: Datasets = build_datasets(run, self.state, self._progress())
+        self.datasets: Datasets = build_datasets(run, self.state, self._progress(), self.data_plan)
 
         with together(self.state):
             self.writer = MetricsWriter(run, self.paths.run_dir, self.state.rank == 0, self.step)

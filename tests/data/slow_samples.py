@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_telechat.data import epochs
+from megatron_telechat.data.indexed import epochs
 
 
 def epochs_joined(tokens: int, length: int) -> int:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from megatron_telechat.data import Progress, batches, build_datasets, epochs, resumed_order, samples_needed
+from megatron_telechat.data import Progress, batches, build_datasets, resumed_order, samples_needed
+from megatron_telechat.data.indexed import epochs
 from megatron_telechat.data.order import MEGATRON, SampleOrder
 from megatron_telechat.errors import CheckpointError, ConfigError, DataError
 from tests.data.chat_material import chat_run, numbered, write_lines

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_telechat.data import batches, build_datasets, data_fingerprint, fingerprint_differences
-from megatron_telechat.data.packing import OPEN_ROWS, epochs, pack
+from megatron_telechat.data.chat.packing import OPEN_ROWS, epochs, pack
 from megatron_telechat.errors import ConfigError, DataError, ResourceError
 from tests.data.chat_material import PAD, SPECIAL, chat_run, numbered, single, write_lines
 from tests.data.material import Rank, with_training
@@ -306,7 +306,8 @@ def test_a_tokenizer_that_does_not_fit_the_model_or_the_template(tmp_path):
 
 def test_a_dialog_that_begins_at_the_last_label_is_not_learned(tmp_path):
     """Its only token in the row would be guessed from the end of another dialog."""
-    from megatron_telechat.data.samples import Marks, TokenDataset
+    from megatron_telechat.data.corpus import Marks
+    from megatron_telechat.data.samples import TokenDataset
 
     class Row:
         def __len__(self) -> int:

@@ -7,13 +7,18 @@ import os
 import re
 from collections.abc import Iterator
 
-from megatron_telechat.config.data_names import data_json_entries, dataset_prefix, same_data
+from megatron_telechat.config.data_formats import DataFormat, data_format
+from megatron_telechat.config.data_names import data_json_entries, same_data
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.config.origins import Check, Rule
 from megatron_telechat.errors import DataError, Problem
 
 SOURCES = ("data_path", "data_json", "train_data_path")
-RAW_TEXT = (".jsonl", ".json", ".jsonl.gz", ".txt", ".parquet")
+
+
+def _format(check: Check) -> DataFormat:
+    check.take("sft", "mock_data")
+    return data_format(check.run.data)
 
 
 def one_source(check: Check) -> Iterator[Problem]:
@@ -61,9 +66,11 @@ def blends_can_be_read(check: Check) -> Iterator[Problem]:
                 fix="a weight for each prefix (0.7 en 0.3 zh), or for none",
             )
             continue
-        missing = _missing_dialogs if check.take("sft") else _missing_files
+        format = _format(check)
         for prefix in _prefixes(items):
-            yield from missing(check, name, prefix)
+            wrong = format.complaint(prefix)
+            if wrong is not None:
+                yield check.problem(wrong.what, name, fix=wrong.fix)
 
 
 def _blend_complaint(items: tuple[str, ...]) -> str | None:
@@ -88,44 +95,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _missing_files(check: Check, name: str, prefix: str) -> Iterator[Problem]:
-    if prefix.endswith(RAW_TEXT) and os.path.exists(prefix):
-        yield check.problem(
-            f"{prefix} is raw text, training reads indexed datasets",
-            name,
-            fix=f"python tools/preprocess_data.py --input {prefix} --output-prefix PREFIX ..., and name "
-            f"PREFIX_text_document; "
-            "for dialogs, --sft",
-        )
-        return
-    base = dataset_prefix(prefix)
-    missing = [base + suffix for suffix in (".bin", ".idx") if not os.path.isfile(base + suffix)]
-    if missing:
-        folder = os.path.dirname(base) or "."
-        if not os.path.isdir(folder):
-            fix = f"there is no folder {folder}; correct the path"
-        elif os.path.isfile(f"{base}_text_document.idx"):
-            fix = f"{base}_text_document is there; name it"
-        else:
-            fix = "correct the prefix (no suffix), or make the dataset with tools/preprocess_data.py"
-        yield check.problem(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", name, fix=fix)
-
-
-def _missing_dialogs(check: Check, name: str, path: str) -> Iterator[Problem]:
-    if not os.path.isfile(path):
-        indexed = os.path.isfile(f"{path}.idx") or path.endswith((".bin", ".idx"))
-        fix = (
-            "drop --sft to train on indexed text, or name a jsonl file"
-            if indexed
-            else "correct the path of the jsonl file"
-        )
-        yield check.problem(f"sft reads jsonl files, and {path} is none", name, fix=fix)
-    elif path.endswith((".bin", ".idx", ".parquet")):
-        yield check.problem(
-            f"sft reads jsonl files, and {path} is none", name, fix="name a file of dialogs, one a line"
-        )
 
 
 def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
@@ -161,29 +130,28 @@ def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
 
 def borders_are_known(check: Check) -> Iterator[Problem]:
     """Options that act at the end of a document mean nothing in a stream without documents."""
-    mock, sft, model = check.take("mock_data", "sft", "tokenizer_model")
+    format, model = _format(check), check.take("tokenizer_model")
     for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
-        if check.take(name) and mock and not sft and model is not None:
+        if check.take(name) and not format.has_documents and model is not None:
             yield check.problem(
-                f"{name} has no documents to act on in mock_data", name, "mock_data", fix="drop one of them"
+                f"{name} has no documents to act on in {format.field}", name, format.field, fix="drop one of them"
             )
 
 
 def order_has_documents(check: Check) -> Iterator[Problem]:
     """Megatron's order is one of documents; dialogs and mock data have one order only."""
-    order, mock, sft = check.take("data_order", "mock_data", "sft")
-    other = "sft" if sft else "mock_data"
-    if order == "megatron" and (sft or mock):
+    order, format = check.take("data_order"), _format(check)
+    if order == "megatron" and not format.megatrons_order:
         yield check.problem(
-            f"data_order=megatron is for indexed text, and means nothing with {other}",
+            f"data_order=megatron is for indexed text, and means nothing with {format.field}",
             "data_order",
-            other,
+            format.field,
             fix="drop --data-order",
         )
 
 
 def data_json_can_be_read(check: Check) -> Iterator[Problem]:
-    path, dialogs = check.take("data_json", "sft")
+    path, format = check.take("data_json"), _format(check)
     if path is None:
         return
     if not os.path.isfile(path):
@@ -192,16 +160,16 @@ def data_json_can_be_read(check: Check) -> Iterator[Problem]:
         )
         return
     try:
-        data_json_entries(path, dialogs)
+        data_json_entries(path, format)
     except DataError as error:
         yield from (check.one(problem.what, "data_json", problem.fix) for problem in error.problems)
 
 
 def datasets_are_named_once(check: Check) -> Iterator[Problem]:
     """A dataset under two names gives each of its samples twice, and no word of it is in the loss."""
-    dialogs = check.take("sft")
+    format = _format(check)
     for name, names in _lists_of_data(check):
-        for same in same_data(names, dialogs):
+        for same in same_data(names, format):
             yield check.problem(
                 f"{name} names the same data more than once: {', '.join(same.names)} ({same.how}), so that it is read "
                 f"twice",
@@ -213,9 +181,8 @@ def datasets_are_named_once(check: Check) -> Iterator[Problem]:
 
 
 def validation_is_not_trained_on(check: Check) -> Iterator[Problem]:
-    dialogs, *given = check.take("sft", "train_data_path", "valid_data_path")
-    train, valid = map(_prefixes, given)
-    for same in same_data([*train, *valid], dialogs):
+    train, valid = map(_prefixes, check.take("train_data_path", "valid_data_path"))
+    for same in same_data([*train, *valid], _format(check)):
         shared = [name for name in same.names if name in valid]
         if shared and any(name in train for name in same.names):
             yield check.problem(
@@ -232,9 +199,9 @@ def _lists_of_data(check: Check) -> Iterator[tuple[str, tuple[str, ...]]]:
     for name in ("data_path", "train_data_path", "valid_data_path"):
         if name not in check.bad and not _blend_complaint(check.take(name)):
             yield name, _prefixes(check.take(name))
-    path, dialogs = check.take("data_json", "sft")
+    path = check.take("data_json")
     if path is not None:
-        yield "data_json", tuple(entry for entry, _ in data_json_entries(path, dialogs))
+        yield "data_json", tuple(entry for entry, _ in data_json_entries(path, _format(check)))
 
 
 def _weighs(check: Check, name: str) -> bool:
@@ -295,9 +262,10 @@ def tokenizer_is_there(check: Check) -> Iterator[Problem]:
 
 
 def end_of_document_is_known(check: Check) -> Iterator[Problem]:
-    model, kind, sft = check.take("tokenizer_model", "tokenizer_type", "sft")
+    model, kind = check.take("tokenizer_model", "tokenizer_type")
+    marked = _format(check).marks_tokens
     for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
-        if check.take(name) and model is None and kind != "NullTokenizer" and not sft:
+        if check.take(name) and model is None and kind != "NullTokenizer" and not marked:
             yield check.problem(
                 f"{name} needs the end-of-document token, which only a tokenizer tells",
                 name,

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from megatron_telechat.config.schema import DataConfig
 from megatron_telechat.data.chat.dialogs import BadDialog, parse_dialog
 from megatron_telechat.data.chat.template import ChatVocabulary, render, tokenizer_files
 from megatron_telechat.data.indexed.dataset import IndexedDataset, IndexedWriter, token_dtype
+from megatron_telechat.data.pieces import Say
 from megatron_telechat.errors import DataError, Problem, ResourceError
 
 # Takes part in the name of an encoded file: raise it when the same input gives other tokens.
@@ -24,8 +25,6 @@ _FORMAT = 1
 _BATCH = 512
 _COMPLAINTS = 20
 _READ_BYTES = 1 << 20
-
-Say = Callable[[str], None]
 
 
 class ChatDataset(IndexedDataset):

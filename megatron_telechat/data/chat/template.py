@@ -7,12 +7,17 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_telechat.data.chat.dialogs import BadDialog, Dialog
-from megatron_telechat.data.tokenizers import Tokenizer, build_tokenizer, refuse_tokens_made_of_text
+from megatron_telechat.data.tokenizers import (
+    HuggingFaceTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    refuse_tokens_made_of_text,
+)
 from megatron_telechat.errors import ConfigError, DataError
 
 TEMPLATES = ("telechat2", "telechat2-115b", "telechat")
@@ -91,18 +96,19 @@ class ChatVocabulary:
         )
         self.template, self.tokenizer_model = template, tokenizer_model
         self._added = _added_tokens(Path(tokenizer_model)) if tokenizer_model else {}
-        backend = getattr(self.tokenizer, "backend", None)
-        self._is_huggingface = hasattr(backend, "encode_special_tokens")
+        self._huggingface = self.tokenizer if isinstance(self.tokenizer, HuggingFaceTokenizer) else None
         start = {"telechat2-115b": ("<_start>",), "telechat2": ("<_system>",)}.get(template, ())
-        self.ids = {name: self._find(name) for name in (*start, "<_user>", "<_bot>", "<_end>", *TOOL_TAGS)}
-        missing = [name for name, found in self.ids.items() if found is None and name not in TOOL_TAGS]
+        needed = (*start, "<_user>", "<_bot>", "<_end>")
+        found = {name: self._find(name) for name in (*needed, *TOOL_TAGS)}
+        self.ids = {name: number for name, number in found.items() if number is not None}
+        missing = [name for name in needed if name not in self.ids]
         if missing:
             raise ConfigError(
                 f"the tokenizer has no {', '.join(missing)}, which the template {template} needs",
                 "tokenizer_model",
                 "the tokenizer of a TeleChat model, or another --sft-template",
             )
-        self._leave_text([name for name in self.ids if name not in TOOL_TAGS])
+        self._leave_text(needed)
         pad = self._find("<_pad>")
         self.pad: int = (
             pad if pad is not None else self.tokenizer.pad if self.tokenizer.pad is not None else self.ids["<_end>"]
@@ -111,7 +117,7 @@ class ChatVocabulary:
     def _find(self, name: str) -> int | None:
         if name in self._added:
             return self._added[name]
-        backend = getattr(self.tokenizer, "backend", None)
+        backend: Any = getattr(self.tokenizer, "backend", None)
         if hasattr(backend, "token_to_id"):
             return backend.token_to_id(name)
         if hasattr(backend, "PieceToId"):
@@ -121,16 +127,16 @@ class ChatVocabulary:
 
     def _leave_text(self, names: Sequence[str]) -> None:
         """See to it that the template alone places these tokens, whatever the tokenizer calls them."""
-        if self._is_huggingface:
-            self.tokenizer.leave_text(names, names)
+        if self._huggingface is not None:
+            self._huggingface.leave_text(names, names)
         else:
             made = [name for name, ids in zip(names, self.encode_texts(names), strict=True) if self.ids[name] in ids]
             refuse_tokens_made_of_text(Path(self.tokenizer_model or ""), made)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts, without BOS or EOS."""
-        if self._is_huggingface:
-            found = self.tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        if self._huggingface is not None:
+            found = self._huggingface.backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in found]
         return self.tokenizer.encode_batch(texts)
 
@@ -144,7 +150,7 @@ class ChatVocabulary:
 
     def _is_token(self, part: Part) -> bool:
         """A tag of tools that the tokenizer does not have is text, as in the published pipeline."""
-        return part.special and self.ids[part.text] is not None
+        return part.special and part.text in self.ids
 
     def _join(self, parts: Sequence[Part], encoded: dict[str, list[int]]) -> tuple[np.ndarray, np.ndarray]:
         tokens: list[int] = []
@@ -203,7 +209,7 @@ def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
 def _text_alone(tokenizer: Tokenizer, token: int) -> str | None:
     """The text of a token that is whole characters, else None."""
-    backend = getattr(tokenizer, "backend", None)
+    backend: Any = getattr(tokenizer, "backend", None)
     if hasattr(backend, "IdToPiece"):  # decoding one piece would drop its blank
         return None if backend.IsByte(token) else backend.IdToPiece(token).replace("\u2581", " ")
     text = tokenizer.decode([token])

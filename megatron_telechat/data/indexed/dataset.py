@@ -1,9 +1,7 @@
 """Megatron's indexed datasets (``.bin`` and ``.idx``), read and written with numpy.
 
-Layout of ``.idx``, little endian: ``MMIDIDX\\0\\0`` · u64 version 1 · u8 dtype code · u64 S sequences ·
-u64 D = documents + 1 · int32[S] lengths in tokens · int64[S] byte offsets in ``.bin`` · int64[D] document
-boundaries (0, then cumulative sequence counts) · optional int8[S] modes. ``.bin`` is the tokens and nothing
-else. The files are byte-identical with those of ``megatron.core.datasets.indexed_dataset``.
+The layout of ``.idx`` stands in ``header.py``; ``.bin`` is the tokens and nothing else. The files are byte-identical
+with those of ``megatron.core.datasets.indexed_dataset``.
 """
 
 from __future__ import annotations
@@ -12,17 +10,19 @@ import errno
 import hashlib
 import os
 import shutil
-import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_telechat.config.data_names import dataset_prefix
-from megatron_telechat.data.indexed.format import DTYPES, HEADER_BYTES, MAGIC, write_index
+from megatron_telechat.config.data_formats import dataset_prefix
+from megatron_telechat.data.indexed.format import write_index
+from megatron_telechat.data.indexed.header import HEADER_BYTES, damaged, read_header
 from megatron_telechat.errors import DataError, ResourceError
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
+_SAMPLED_TOKENS = 1 << 20
 # Bytes hashed at each end of a file for its fingerprint: enough to notice another file, cheap on any size.
 _DIGEST_BYTES = 1 << 16
 
@@ -55,7 +55,7 @@ class IndexedWriter:
 
     def __init__(self, prefix: str, dtype: type):
         self.prefix = prefix
-        self.dtype = np.dtype(dtype)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._bin = Path(f"{prefix}.bin")
         self._idx = Path(f"{prefix}.idx")
         self._bin_partial = Path(f"{prefix}.bin.partial-{os.getpid()}")
@@ -190,49 +190,23 @@ class IndexedDataset:
                 raise DataError(
                     f"{path} does not exist", fix="make it with tools/preprocess_data.py, or correct the path"
                 )
-        self.dtype, sequences, boundaries = self._read_header()
+        header = read_header(self.idx_path)
+        self.dtype = np.dtype(header.dtype).newbyteorder("<")
         index = np.memmap(self.idx_path, mode="r", dtype=np.uint8)
         at = HEADER_BYTES
-        self.sequence_lengths = np.frombuffer(index, np.dtype("<i4"), sequences, at)
+        self.sequence_lengths = np.frombuffer(index, np.dtype("<i4"), header.sequences, at)
         at += self.sequence_lengths.nbytes
-        self.sequence_offsets = np.frombuffer(index, np.dtype("<i8"), sequences, at)
+        self.sequence_offsets = np.frombuffer(index, np.dtype("<i8"), header.sequences, at)
         at += self.sequence_offsets.nbytes
-        self.document_indices = np.frombuffer(index, np.dtype("<i8"), boundaries, at)
+        self.document_indices = np.frombuffer(index, np.dtype("<i8"), header.boundaries, at)
         self._check_ends()
         bin_bytes = self.bin_path.stat().st_size
         self.tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype) if bin_bytes else np.empty(0, self.dtype)
 
-    def _damaged(self, what: str, path: Path) -> DataError:
-        return DataError(
-            what, str(path), "write the dataset again with tools/preprocess_data.py, or copy both files again"
-        )
-
-    def _read_header(self) -> tuple[np.dtype, int, int]:
-        size = self.idx_path.stat().st_size
-        with open(self.idx_path, "rb") as file:
-            header = file.read(HEADER_BYTES)
-        if not header.startswith(MAGIC):
-            raise self._damaged("not an index of Megatron's format (wrong magic bytes)", self.idx_path)
-        if len(header) < HEADER_BYTES:
-            raise self._damaged(f"the index ends inside its header ({size} bytes)", self.idx_path)
-        version, code, sequences, boundaries = struct.unpack("<QBQQ", header[len(MAGIC) :])
-        if version != 1:
-            raise self._damaged(f"index version {version} is unknown (1 is expected)", self.idx_path)
-        if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
-            raise self._damaged(f"dtype code {code} is not an integer type of tokens", self.idx_path)
-        expected = HEADER_BYTES + 12 * sequences + 8 * boundaries
-        if boundaries < 1 or size not in (expected, expected + sequences):
-            raise self._damaged(
-                f"the index has {size:,} bytes where its header ({sequences:,} sequences, "
-                f"{boundaries - 1:,} documents) means {expected:,}",
-                self.idx_path,
-            )
-        return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, boundaries
-
     def _check_ends(self) -> None:
         sequences = self.sequence_lengths.size
         if int(self.document_indices[0]) != 0 or int(self.document_indices[-1]) != sequences:
-            raise self._damaged(
+            raise damaged(
                 f"document boundaries run from {int(self.document_indices[0])} to {int(self.document_indices[-1])} "
                 f"where 0 to {sequences} is meant",
                 self.idx_path,
@@ -240,12 +214,12 @@ class IndexedDataset:
         expected = 0
         if sequences:
             if int(self.sequence_offsets[0]) != 0:
-                raise self._damaged("the first sequence does not begin at byte 0", self.idx_path)
+                raise damaged("the first sequence does not begin at byte 0", self.idx_path)
             expected = int(self.sequence_offsets[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
         actual = self.bin_path.stat().st_size
         if actual != expected:
             how = "is cut short" if actual < expected else "is longer than its index says"
-            raise self._damaged(f"the file {how}: {actual:,} bytes, the index describes {expected:,}", self.bin_path)
+            raise damaged(f"the file {how}: {actual:,} bytes, the index describes {expected:,}", self.bin_path)
 
     def verify(self) -> None:
         """Check every length, offset and boundary: O(sequences).
@@ -255,16 +229,34 @@ class IndexedDataset:
         """
         lengths = self.sequence_lengths.astype(np.int64)
         if lengths.size and int(lengths.min()) < 0:
-            raise self._damaged(f"sequence {int(lengths.argmin())} has a negative length", self.idx_path)
+            raise damaged(f"sequence {int(lengths.argmin())} has a negative length", self.idx_path)
         ends = np.cumsum(lengths) * self.dtype.itemsize
         wrong = np.flatnonzero(self.sequence_offsets[1:] != ends[:-1])
         if wrong.size:
-            raise self._damaged(
+            raise damaged(
                 f"sequence {int(wrong[0]) + 1} does not begin where sequence {int(wrong[0])} ends", self.idx_path
             )
         steps = np.diff(self.document_indices)
         if steps.size and int(steps.min()) < 0:
-            raise self._damaged(f"the boundary of document {int(steps.argmin())} runs backwards", self.idx_path)
+            raise damaged(f"the boundary of document {int(steps.argmin())} runs backwards", self.idx_path)
+
+    def require_vocabulary(self, vocab_size: int) -> None:
+        """Look at the first and last million tokens.
+
+        Raises:
+            DataError: a token id outside the vocabulary, with its document.
+        """
+        for begin in (0, max(0, self.num_tokens - _SAMPLED_TOKENS)):
+            part = self.tokens[begin : begin + _SAMPLED_TOKENS]
+            if not part.size or (int(part.max()) < vocab_size and int(part.min()) >= 0):
+                continue
+            place = begin + int(np.flatnonzero((part >= vocab_size) | (part < 0))[0])
+            sequence = int(np.searchsorted(self.sequence_offsets, place * self.dtype.itemsize, side="right")) - 1
+            raise DataError(
+                f"token id {int(self.tokens[place])} is outside the model's vocabulary of {vocab_size:,}",
+                f"{self.bin_path}, document {self.document_of(sequence)}",
+                "preprocess the text with the model's own tokenizer, or correct --vocab-size",
+            )
 
     def __len__(self) -> int:
         return self.sequence_lengths.size

@@ -16,20 +16,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
-DTYPES: dict[int, type] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    6: np.float64,
-    7: np.float32,
-    8: np.uint16,
-}
+from megatron_telechat.data.indexed.header import header_bytes
+
 CHUNK_BYTES = 16 << 20
 _ENTRIES = 1 << 20
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, not copied."""
+    return array.data.cast("B")
 
 
 class ChunkSums:
@@ -90,10 +85,6 @@ def file_sums(path: Path) -> dict[str, Any]:
     return sums.result()
 
 
-def dtype_code(dtype: np.dtype) -> int:
-    return next(code for code, kind in DTYPES.items() if np.dtype(kind) == np.dtype(dtype))
-
-
 Arrays = Callable[[], Iterable[np.ndarray]]
 
 
@@ -116,9 +107,9 @@ def write_index(
         file.write(data)
         sums.update(data)
 
-    put(MAGIC + struct.pack("<QBQQ", 1, dtype_code(dtype), sequences, documents + 1))
+    put(header_bytes(np.dtype(dtype).name, sequences, documents))
     for piece in _cut(lengths()):
-        put(memoryview(np.ascontiguousarray(piece, "<i4")).cast("B"))
+        put(bytes_of(np.ascontiguousarray(piece, "<i4")))
     at = 0
     for piece in _cut(lengths()):
         ends = np.cumsum(piece, dtype=np.int64)
@@ -127,14 +118,14 @@ def write_index(
         starts = np.empty_like(ends)
         starts[0], starts[1:] = at, ends[:-1]
         at = int(ends[-1])
-        put(memoryview(starts).cast("B"))
+        put(bytes_of(starts))
     put(struct.pack("<q", 0))
     at = 0
     for piece in _cut(counts()):
         boundaries = np.cumsum(piece, dtype=np.int64)
         boundaries += at
         at = int(boundaries[-1])
-        put(memoryview(boundaries).cast("B"))
+        put(bytes_of(boundaries))
     file.flush()
     os.fsync(file.fileno())
     return sums

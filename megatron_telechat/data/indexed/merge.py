@@ -15,12 +15,12 @@ from megatron_telechat.config.data_names import same_data
 from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.indexed.format import (
     CHUNK_BYTES,
-    HEADER_BYTES,
     ChunkSums,
     sums_path,
     write_index,
     write_sums,
 )
+from megatron_telechat.data.indexed.header import HEADER_BYTES
 from megatron_telechat.data.indexed.verify import pieces, verify_dataset
 from megatron_telechat.errors import DataError, Problem, ResourceError
 
@@ -33,16 +33,16 @@ def plan_merge(prefixes: Sequence[str], output_prefix: str) -> dict[str, list[st
     Raises:
         DataError: shards are missing or from different runs, shards and others are mixed, or a dataset is named twice.
     """
-    found = [_SHARD.match(prefix) for prefix in prefixes]
-    if not any(found):
+    found = [match for match in map(_SHARD.match, prefixes) if match]
+    if not found:
         twice = same_data(prefixes, copies=False)
         if twice:
             raise DataError([Problem(f"one dataset under several names: "
                                      f"{', '.join(same.names)}", "--input", "name it once")
                              for same in twice])  # fmt: skip
         return {output_prefix: list(prefixes)}
-    if not all(found):
-        other = prefixes[[bool(match) for match in found].index(False)]
+    if len(found) < len(prefixes):
+        other = next(prefix for prefix in prefixes if not _SHARD.match(prefix))
         raise DataError(f"{other} is no shard, the others are", "--input", "merge the shards first")
     runs = {(match["stem"], match["count"]) for match in found}
     if len(runs) > 1:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_telechat.config.data_names import dataset_prefix
+from megatron_telechat.config.data_formats import dataset_prefix
 from megatron_telechat.data.indexed.dataset import IndexedDataset
-from megatron_telechat.data.indexed.format import CHUNK_BYTES, HEADER_BYTES, file_sums, stored, sums_path, write_sums
+from megatron_telechat.data.indexed.format import CHUNK_BYTES, file_sums, stored, sums_path, write_sums
+from megatron_telechat.data.indexed.header import HEADER_BYTES
 from megatron_telechat.errors import DataError, Problem, ResourceError
 
 MEND = "copy the file again from where it was made, or write the dataset again with tools/preprocess_data.py"

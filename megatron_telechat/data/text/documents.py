@@ -10,7 +10,7 @@ import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,20 +94,6 @@ def _refuse_copies(files: Sequence[Path]) -> None:
                 "name the files one by one, or move one of the two away",
             )
         seen[name] = path
-
-
-def read_lines(files: Sequence[Path]) -> Iterator[Line]:
-    """The lines of jsonl files, one after another; rows of parquet files come as JSON.
-
-    Raises:
-        DataError: a file cannot be read, or its compression is damaged.
-    """
-    from megatron_telechat.data.text.readers import read_blocks, spans
-
-    for block in read_blocks(spans(files)):
-        for place, item in enumerate(block.items):
-            content = item.removesuffix(b"\n") if isinstance(item, bytes) else json.dumps(item, default=str).encode()
-            yield Line(content, block.file, block.first + place)
 
 
 def parse_items(items: Sequence[Any], keys: Sequence[str]) -> tuple[list[tuple], list[int], list[tuple[int, str]]]:

@@ -43,7 +43,7 @@ def encode_block(
         documents, columns, more = _one_by_one(documents, numbers, len(keys), Reference(tokenizer, 1), dtype)
         bad = sorted(bad + more)
     out = {key: _assemble(*column[1:], len(documents), eod, dtype) for key, column in zip(keys, columns, strict=True)}
-    texts, flat, lengths, _ = columns[0] if columns else ([], None, None, None)
+    texts, flat, lengths, _ = columns[0] if columns else _joined([])
     return Encoded(out, len(documents), bad, (texts, flat, lengths))
 
 
@@ -113,8 +113,8 @@ def _joined(parts: Sequence[Column]) -> Column:
         empty = np.empty(0, np.int64)
         return [], empty, empty, empty
     texts = [text for part in parts for text in part[0]]
-    flat, lengths, owners = (np.concatenate([part[place] for part in parts]) for place in (1, 2, 3))
-    return texts, flat, lengths, owners
+    flat, lengths = np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
+    return texts, flat, lengths, np.concatenate([part[3] for part in parts if part[3] is not None])
 
 
 def _assemble(

@@ -143,7 +143,7 @@ class Gigatoken:
         self.tokenizer = tokenizer
         if isinstance(tokenizer, HuggingFaceTokenizer):
             give_back_large_blocks()
-        self.backend = self._open()
+        self.backend: Any = self._open()
         self.backend.encode_batch([""])  # imports what its answers are made of, before the tokenizer is asked
         if isinstance(tokenizer, HuggingFaceTokenizer):
             self.head, self.tail = affixes(tokenizer)

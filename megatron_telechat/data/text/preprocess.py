@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -297,7 +297,7 @@ def _take(work: Workspace, job: Job, report: Report, block: Block, encoded: Enco
     report.input_bytes += block.source_bytes
 
 
-def _pipeline(job: Job, parts: Sequence[Span], engine: Engine) -> Iterator[tuple[Block, Encoded]]:
+def _pipeline(job: Job, parts: Sequence[Span], engine: Engine) -> Generator[tuple[Block, Encoded], None, None]:
     """Blocks and what became of them, in order; a few are read ahead, a few encoded at once."""
     dtype = np.dtype(token_dtype(job.tokenizer.vocab_size))
 
@@ -320,7 +320,7 @@ def _read_ahead(items: Iterable, depth: int = 2) -> Iterator:
                 future.cancel()
 
 
-def _in_order(items: Iterator, work: Callable, workers: int) -> Iterator:
+def _in_order(items: Iterator, work: Callable, workers: int) -> Generator[Any, None, None]:
     """``map(work, items)`` on threads: results in order, at most one item more than threads under way."""
     with ThreadPoolExecutor(workers) as pool:
         pending: deque = deque()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_telechat.data.text.documents import LARGEST_LINE, TooLong, count_lines, quoted
+from megatron_telechat.data.text.documents import LARGEST_LINE, Line, TooLong, count_lines, quoted
 from megatron_telechat.errors import ConfigError, DataError
 
 BLOCK_BYTES = 2 << 20
@@ -156,6 +157,18 @@ def read_blocks(parts: Sequence[Span], keys: Sequence[str] | None = None, size: 
             raise DataError(
                 f"cannot read on: {error}", f"{part.path}:{line}", "copy or compress the file again"
             ) from error
+
+
+def read_lines(files: Sequence[Path]) -> Iterator[Line]:
+    """The lines of jsonl files, one after another; rows of parquet files come as JSON.
+
+    Raises:
+        DataError: a file cannot be read, or its compression is damaged.
+    """
+    for block in read_blocks(spans(files)):
+        for place, item in enumerate(block.items):
+            content = item.removesuffix(b"\n") if isinstance(item, bytes) else json.dumps(item, default=str).encode()
+            yield Line(content, block.file, block.first + place)
 
 
 def _open(part: Span) -> tuple[BinaryIO, BinaryIO]:

@@ -18,6 +18,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_telechat.errors import DataError, ResourceError
 
@@ -106,7 +107,8 @@ def english() -> Iterator[str]:
 
     yield from (topics[name].strip() for name in sorted(topics))
     for distribution in sorted(importlib.metadata.distributions(), key=lambda d: (d.metadata["Name"] or "").lower()):
-        body = distribution.metadata.get_payload() or distribution.metadata.get("Description") or ""
+        metadata: Any = distribution.metadata  # an email message, which its declared type hides
+        body = metadata.get_payload() or metadata.get("Description") or ""
         if isinstance(body, str) and len(body) > 400 and not _HAN.search(body):
             yield body.strip()[:_LONGEST]
     for path in _library_files():
@@ -162,7 +164,8 @@ def _messages(path: Path) -> list[str]:
     """Chinese messages of a gettext catalogue, without markers of parameters and menus where there are many."""
     try:
         with open(path, "rb") as file:
-            catalogue = gettext.GNUTranslations(file)._catalog
+            translations: Any = gettext.GNUTranslations(file)
+            catalogue = translations._catalog
     except (OSError, ValueError, UnicodeDecodeError, LookupError):
         return []  # a catalogue that is damaged or in an unknown encoding is no loss
     texts = (value for key, value in catalogue.items() if key != "" and isinstance(value, str))

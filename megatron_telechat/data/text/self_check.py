@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -75,7 +75,7 @@ class SelfCheck:
         self._pending: list[Future] = []
         if self.needed:
             texts = [*HARD, *map(CONTEXT.format, map(chr, range(128))), *_around_added(tokenizer)]
-            self._pending.append(self._pool.submit(self._hard, texts))
+            self._later(self._hard, texts)
 
     def __enter__(self) -> SelfCheck:
         return self
@@ -83,6 +83,10 @@ class SelfCheck:
     def __exit__(self, *unused) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _later(self, task: Callable[..., None], *given: object) -> None:
+        assert self._pool is not None, "the reference needs no check"
+        self._pending.append(self._pool.submit(task, *given))
 
     def _hard(self, texts: Sequence[str]) -> None:
         self._compare(texts, *self.engine.encode_batch(texts))
@@ -103,10 +107,10 @@ class SelfCheck:
                 break
             if len(text) > LONGEST:
                 text = text[:LONGEST]
-                self._pending.append(self._pool.submit(self._hard, [text]))
+                self._later(self._hard, [text])
             else:
                 ids = flat[starts[place] : starts[place] + lengths[place]].copy()
-                self._pending.append(self._pool.submit(self._compare, [text], ids, lengths[place : place + 1]))
+                self._later(self._compare, [text], ids, lengths[place : place + 1])
             budget -= len(text) + 1
             self.compared += len(text) + 1
             self.documents += 1

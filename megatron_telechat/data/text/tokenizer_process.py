@@ -54,7 +54,9 @@ class TokenizerBeside(HuggingFaceTokenizer):
                     str(file),
                     "special" if special_tokens_in_text else "text",
                 ]
-                self._helper = subprocess.Popen(command, stdin=theirs, env={**os.environ, "RAYON_NUM_THREADS": "1"})
+                self._helper = subprocess.Popen(
+                    command, stdin=theirs.fileno(), env={**os.environ, "RAYON_NUM_THREADS": "1"}
+                )
             except OSError:
                 pass  # no more processes here: the file is opened when it is asked for
 

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_telechat.data.text.documents import BadLine, find_inputs, parse_document, read_lines
+from megatron_telechat.data.text.documents import BadLine, find_inputs, parse_document
+from megatron_telechat.data.text.readers import read_lines
 from megatron_telechat.errors import ConfigError, DataError, ResourceError
 
 # Ids 0 to 8, in this order.

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_telechat.data.indexed.format import ChunkSums, stored, sums_path, write_index, write_sums
+from megatron_telechat.data.indexed.format import ChunkSums, bytes_of, stored, sums_path, write_index, write_sums
 from megatron_telechat.errors import ResourceError
 
 _PARTS = ("bin", "lengths", "counts")
@@ -128,7 +128,7 @@ class Workspace:
 
     def add(self, key: str, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> None:
         """Append documents: tokens in the dataset's dtype, int32 sequence lengths, int32 sequences of each document."""
-        data = memoryview(tokens).cast("B") if tokens.size else b""
+        data = bytes_of(tokens) if tokens.size else b""
         self._files[f"{key}.bin"].write(data)
         self.sums[key].update(data)
         self._files[f"{key}.lengths"].write(lengths.astype("<i4").tobytes())

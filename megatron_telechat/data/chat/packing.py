@@ -11,8 +11,8 @@ import numpy as np
 from megatron_telechat.config.schema import DataConfig
 from megatron_telechat.data.chat.files import ChatDataset
 from megatron_telechat.data.chat.template import ANSWER, learned
+from megatron_telechat.data.corpus import Marks, share_of
 from megatron_telechat.data.pieces import IndexFolder, roomy
-from megatron_telechat.data.samples import Marks, share_of
 from megatron_telechat.errors import DataError
 
 OPEN_ROWS = 32

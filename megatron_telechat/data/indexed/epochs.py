@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_telechat.backend.triton_guard import let_core_import_without_triton
+from megatron_telechat.data.corpus import share_of
 from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.pieces import IndexFolder, Say
-from megatron_telechat.data.samples import share_of
 from megatron_telechat.errors import DataError
 
 STRETCH_SAMPLES = 1 << 16
@@ -228,6 +229,14 @@ class IndexedSamples:
                 return f"{self.dataset.bin_path}, document {self.dataset.document_of(sequence)}"
         return self.origin(sample)
 
+    def summary(self, split: str, drawn: int) -> str:
+        """The line of the banner."""
+        epochs = drawn * self.sequence_length / self.tokens_per_epoch
+        return (
+            f"{split}: {self.dataset.prefix}  {self.dataset.documents:,} documents  {self.tokens_per_epoch:,} tokens "
+            f"in the split  {drawn:,} samples = {epochs:.2f} epochs"
+        )
+
 
 def epoch_generator(seed: int, epoch: int) -> np.random.RandomState:
     """The generator of an epoch; that of the first is Megatron's. numpy promises that its numbers never change."""
@@ -299,18 +308,19 @@ def _build_megatrons(
         blend=([dataset.prefix], None),
         split="1",
         path_to_cache=str(folder),
-        tokenizer=_IndexTokenizer(),
+        tokenizer=_IndexTokenizer(),  # pyright: ignore[reportArgumentType] what is asked of it, it has
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
     indices = np.arange(sequences.start, sequences.stop, dtype=np.int32)
-    built = GPTDataset(dataset, dataset.prefix, indices, stretch.megatron_for, Split[split], config)
+    theirs: Any = dataset  # it has what megatron-core asks of its own class
+    built = GPTDataset(theirs, dataset.prefix, indices, stretch.megatron_for, Split[split], config)
     if built.sample_index.shape[0] - 1 != stretch.samples:
         raise AssertionError(
             f"megatron-core made {built.sample_index.shape[0] - 1} samples, {stretch.samples} were expected"
         )
-    for file, theirs in zip(_FILES, ("document", "sample", "shuffle"), strict=True):
-        (found,) = folder.glob(f"*-{theirs}_index.npy")
+    for file, name in zip(_FILES, ("document", "sample", "shuffle"), strict=True):
+        (found,) = folder.glob(f"*-{name}_index.npy")
         found.rename(folder / f"{file}.npy")

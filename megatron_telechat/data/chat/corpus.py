@@ -1,0 +1,88 @@
+"""Files of dialogs as the training asks for them: encoded into the cache, packed into rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.data.blend import Share
+from megatron_telechat.data.chat.dialogs import dialogs_in
+from megatron_telechat.data.chat.files import ChatDataset, encoded, encoding_of, file_digest
+from megatron_telechat.data.chat.packing import ChatSamples, usable_dialogs
+from megatron_telechat.data.corpus import Corpus, CorpusSamples, DataFile, EncodingFactory, share_of
+from megatron_telechat.data.indexed.corpus import IndexedCorpus
+from megatron_telechat.data.pieces import Say
+from megatron_telechat.errors import DataError
+
+
+class ChatCorpus(IndexedCorpus):
+    """An encoded file of dialogs: an indexed dataset with the role of each token beside it."""
+
+    def __init__(self, folder: Path, name: str, run: RunConfig):
+        self.dialogs = ChatDataset(folder)
+        self.dialogs.source = name  # the same text may have been encoded under another name
+        super().__init__(self.dialogs, run)
+        self._settings = run.data
+
+    def content_key(self) -> str:
+        """The folder in the cache, which is named after the whole text and all that encoded it."""
+        return self.dialogs.bin_path.parent.name
+
+    def size(self, share: Share) -> int:
+        """A copy weighs its tokens; its dialogs where each fills a row alone."""
+        row, overlong = self._length + 1, self._settings.sft_overlong
+        usable = usable_dialogs(self.dialogs, share_of(self.dialogs, share), row, overlong)
+        return int(usable.lengths.sum(dtype=np.int64)) if self._settings.sft_packing else usable.dialogs.size
+
+    def samples(self, split: str, share: Share, once: bool, megatron_for: int | None) -> CorpusSamples:
+        """Dialogs packed into rows, epoch after epoch; there is no order of Megatron's."""
+        return ChatSamples(self.dialogs, share, split, self._length, self._seed, self._settings)
+
+
+class ChatFactory(EncodingFactory):
+    """Encodes jsonl files with one dialog a line, and opens what was encoded."""
+
+    kind = "dialogs"
+    columns = ("file", "dialogs")
+
+    def describe(self, name: str) -> DataFile:
+        """Dialogs by lines, unknown of a compressed file; tokens are unknown before they are encoded."""
+        try:
+            return DataFile(name, None, dialogs_in(name))
+        except OSError as error:
+            raise DataError(
+                f"cannot read {name}: {error.strerror}", name, "correct the path of the jsonl file"
+            ) from error
+
+    def notes(self, run: RunConfig) -> list[str]:
+        """Template and mask."""
+        data = run.data
+        return [f"template {data.sft_template}, loss mask {data.sft_loss_mask}; encoded and packed when the run starts"]
+
+    def open(self, name: str, run: RunConfig, cache: Path, say: Say) -> Corpus:
+        """Encode the file if it is not yet."""
+        return ChatCorpus(encoded(name, run.data, run.model.vocab_size, cache, say), name, run)
+
+    def open_encoded(self, name: str, run: RunConfig, folder: Path) -> Corpus:
+        """Open what rank 0 encoded."""
+        return ChatCorpus(folder, name, run)
+
+    def file_fingerprint(self, name: str) -> dict[str, Any]:
+        """Size and digest of the whole file."""
+        digest = file_digest(name)
+        return {"bytes": Path(name).stat().st_size, "sha256": digest}
+
+    def settings(self, run: RunConfig) -> dict[str, Any]:
+        """What decides the tokens, and what decides mask and rows."""
+        settings = {name: getattr(run.data, name) for name in ("sft_loss_mask", "sft_packing", "sft_overlong")}
+        return {"encoding": encoding_of(run.data, run.model.vocab_size), "settings": settings}
+
+    def index_settings(self, run: RunConfig) -> dict[str, Any]:
+        """What decides the rows."""
+        return {"sft": (run.data.sft_packing, run.data.sft_overlong)}
+
+
+FACTORY = ChatFactory()

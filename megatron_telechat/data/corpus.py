@@ -1,0 +1,214 @@
+"""What the training asks of a dataset, whatever its format; each format answers in a module of its own.
+
+``CorpusFactory`` opens the datasets of one format, ``Corpus`` is an open one, ``CorpusSamples`` are the samples of one
+split of it. Nothing here knows a format. No torch here: --dry-run uses it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.data.blend import Share
+from megatron_telechat.data.pieces import IndexFolder, Say
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a source that knows its borders says of the tokens of a sample.
+
+    Attributes:
+        learned: bool [sequence_length + 1], the tokens that are learned where they are labels.
+        starts: int64, ascending, where documents (dialogs) and the padding begin.
+        used: tokens before the padding.
+    """
+
+    learned: np.ndarray
+    starts: np.ndarray
+    used: int
+
+
+class SampleSource(Protocol):
+    """Samples of ``sequence_length`` + 1 tokens. Which tokens make sample i depends on the data, the seed and the
+    length of a sample, never on how many samples a run reads."""
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, sample: int) -> np.ndarray:
+        """int64 [sequence_length + 1]."""
+        ...
+
+    def marks(self, sample: int) -> Marks | None:
+        """None: every token is learned, and the end-of-document token tells the borders."""
+        ...
+
+    def pieces(self, sample: int) -> list[tuple[int, str]]:
+        """First token, and name, of each document of a sample, and of its padding."""
+        ...
+
+    def origin(self, sample: int) -> str:
+        """Where the tokens of a sample come from, for messages."""
+        ...
+
+    def find_token(self, sample: int, token: int) -> str:
+        """Where the first occurrence of a token of a sample comes from, for messages."""
+        ...
+
+
+class CorpusSamples(SampleSource, Protocol):
+    """The samples of one split of a dataset, epoch after epoch; ``require`` says how many before any is read."""
+
+    def require(self, size: int | None, index: IndexFolder, name: str) -> None:
+        """Make the first ``size`` samples readable.
+
+        Args:
+            size: None: the samples of one epoch.
+            index: the folder of the index.
+            name: of this source there.
+
+        Raises:
+            FileNotFoundError, ResourceError: see :meth:`IndexFolder.piece`.
+        """
+        ...
+
+    def summary(self, split: str, drawn: int) -> str:
+        """The line of the banner about a run that reads ``drawn`` samples."""
+        ...
+
+
+class Corpus(Protocol):
+    """One dataset of a run, open."""
+
+    def content_key(self) -> Any:
+        """Stands for the content in the name of a cached index, JSON. Of encoded data (`EncodingFactory`): its
+        folder in the cache."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Tells this data from other data, whatever its name, JSON."""
+        ...
+
+    def verify(self) -> None:
+        """Check every entry, before an index is built.
+
+        Raises:
+            DataError: the data is damaged.
+        """
+        ...
+
+    def require_vocabulary(self, vocab_size: int) -> None:
+        """Look at the first and last tokens: data of another tokenizer is told before the first step.
+
+        Raises:
+            DataError: a token id outside the vocabulary.
+        """
+        ...
+
+    def tokens_in(self, share: Share) -> int:
+        """Tokens of a share."""
+        ...
+
+    def size(self, share: Share) -> int:
+        """What one copy of a share weighs in a blend whose weights count copies."""
+        ...
+
+    def samples(self, split: str, share: Share, once: bool, megatron_for: int | None) -> CorpusSamples:
+        """The samples of a split.
+
+        Args:
+            once: only the first epoch is read.
+            megatron_for: the number of samples whose Megatron order is read first, where the format has one.
+
+        Raises:
+            DataError: the share has nothing to give.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """What a dataset holds, as far as can be told without opening it.
+
+    Attributes:
+        prefix: its name.
+        tokens, documents: None where they are unknown before the training.
+    """
+
+    prefix: str
+    tokens: int | None
+    documents: int | None
+
+
+class CorpusFactory(ABC):
+    """Opens the datasets of one format. The module that a format names holds one as ``FACTORY``."""
+
+    kind: str
+    """What fingerprints call the format."""
+    columns: tuple[str, str] = ("dataset", "documents")
+    """What --dry-run calls a dataset and its documents."""
+
+    @abstractmethod
+    def describe(self, name: str) -> DataFile:
+        """What the dataset holds, for --dry-run; quick, without torch.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+
+    def notes(self, run: RunConfig) -> list[str]:
+        """Lines of --dry-run below the table of datasets."""
+        return []
+
+    @abstractmethod
+    def open(self, name: str, run: RunConfig, cache: Path, say: Say) -> Corpus:
+        """Open a dataset; one that must be encoded is, if it is not yet.
+
+        Raises:
+            DataError: it is missing or damaged.
+            ResourceError: the cache cannot be written.
+        """
+
+    def settings(self, run: RunConfig) -> dict[str, Any]:
+        """Settings that decide tokens or samples, for the fingerprint of a run, JSON."""
+        return {}
+
+    def index_settings(self, run: RunConfig) -> dict[str, Any]:
+        """Settings that decide the index beside the seed and the length of a sample, JSON."""
+        return {}
+
+
+class EncodingFactory(CorpusFactory):
+    """Of a format whose files rank 0 encodes into the cache, where the other ranks open them."""
+
+    @abstractmethod
+    def open_encoded(self, name: str, run: RunConfig, folder: Path) -> Corpus:
+        """Open what rank 0 encoded into a folder.
+
+        Raises:
+            OSError: it is not to be seen here.
+        """
+
+    @abstractmethod
+    def file_fingerprint(self, name: str) -> dict[str, Any]:
+        """Tells the file from others before it is encoded, by size and digest, JSON.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+
+class Sequences(Protocol):
+    """Anything that counts its sequences."""
+
+    def __len__(self) -> int: ...
+
+
+def share_of(dataset: Sequences, share: Share) -> range:
+    """The sequences of a split: rounded as megatron-core rounds, so that splits neither overlap nor leave gaps."""
+    return range(int(round(share[0] * float(len(dataset)))), int(round(share[1] * float(len(dataset)))))
