@@ -74,7 +74,7 @@ def parameter_shards(chunks: Sequence[nn.Module], run: RunConfig, state: Paralle
             key = global_key(name, numbers)
             if key not in table:
                 fix = f"give the tensor a row in {_TABLE}"
-                problems.append(Problem(f"the model has a parameter {key} that the table of tensors lacks", name, fix))
+                problems.append(Problem(f"the model has a parameter {key} without a row in its table", "model", fix))
                 continue
             piece = piece_at(table[key], state)
             if piece.numel != parameter.numel():

@@ -70,7 +70,7 @@ def test_low_precision(report):
 
 def test_a_missing_layer_is_an_error_on_every_rank(report):
     said = report.check("missing_layer_is_an_error_on_every_rank")
-    assert len(set(said)) == 1 and "layer 1 was not built    (rank 0)" in said[0]
+    assert len(set(said)) == 1 and "layer 1 was not built    (rank 1)" in said[0]
 
 
 def test_weight_decay_follows_the_table(report):
