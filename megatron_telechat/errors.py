@@ -1,4 +1,4 @@
-"""User errors: what is wrong, where it was said, and how to mend it.
+"""User errors: what is wrong, where it was said, and how to fix it.
 
 Every failure that a person can cause ends in one of these classes. A door
 (``pretrain/``, ``tools/``) turns it into one readable message on stderr and the
@@ -47,7 +47,7 @@ class StopAtStart(BaseException):
 
 
 class UserError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base of all errors that the user can fix."""
 
     exit_code = 1
     kind = "error"

@@ -42,7 +42,7 @@ def _read_header(prefix: str, weight: float | None) -> DataFile | Problem:
         with open(index, "rb") as file:
             raw = file.read(_HEADER.size)
     except OSError as error:
-        return Problem(f"cannot read {index}: {error.strerror}", str(index), "mend the permissions of the file")
+        return Problem(f"cannot read {index}: {error.strerror}", str(index), "fix the permissions of the file")
     if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
         return Problem(f"{index} is not the index of an indexed dataset", str(index), fix)
     _, version, code, sequences, boundaries = _HEADER.unpack(raw)

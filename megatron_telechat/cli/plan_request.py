@@ -128,7 +128,7 @@ def _parser() -> _Parser:
     add(
         "--plain-flags",
         action="store_true",
-        help="only what Megatron-LM's flags can say: a layout string, one recompute setting",
+        help="only plans in Megatron-LM's flags: a layout string, one recompute setting",
     )
     add("--sweep", action="store_true", help="rank parallel layouts of --world-size ranks; sizes given as flags stay")
     add("--top", type=natural, default=10, metavar="N", help="rows of the sweep [10]")
@@ -163,7 +163,7 @@ def read_device(name: str | None, run: RunConfig) -> tuple[DeviceSpec, RunConfig
     """
     known = ", ".join(device_spec_names())
     if name is None:
-        raise ConfigError("which device is to be planned for?", "command line", f"--device NAME or FILE: {known}")
+        raise ConfigError("no device is given", "command line", f"--device NAME or FILE: {known}")
     spec = device_spec(name)
     if spec is None:
         if not (name.endswith((".yaml", ".yml")) or Path(name).is_file()):

@@ -38,7 +38,7 @@ def build_parser() -> ToolParser:
     add("--json-keys", nargs="+", default=["text"], help="keys of the texts (default: text)")
     add(
         "--tokenizer-type",
-        help="HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer, NullTokenizer; unset: told by the file",
+        help="HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer, NullTokenizer; default: detected",
     )
     add("--tokenizer-model", help="file or folder of the tokenizer")
     add("--vocab-size", type=positive(int), help="ids of a NullTokenizer")
@@ -79,7 +79,7 @@ def build_parser() -> ToolParser:
 def _shard(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not slash or not index.isdigit() or not count.isdigit() or not int(index) < int(count):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part I/N with 0 <= I < N")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part I/N with 0 <= I < N")
     return int(index), int(count)
 
 
@@ -154,7 +154,7 @@ def _run(argv: list[str]) -> int:
                 stop=lambda: signals.seen,
             )
         except Interrupted:
-            print("stopped by a signal; the same command goes on", file=sys.stderr)
+            print("stopped by a signal; run the same command again to continue", file=sys.stderr)
             return EXIT_SIGNAL
     _print(report, time.monotonic() - begin)
     return EXIT_OK

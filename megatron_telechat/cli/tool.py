@@ -51,7 +51,7 @@ def interrupted() -> int:
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def keep_what_is_there(paths: Iterable[Path], flag: str, overwrite: bool) -> None:
@@ -65,7 +65,7 @@ def keep_what_is_there(paths: Iterable[Path], flag: str, overwrite: bool) -> Non
         raise ConfigError(
             f"{', '.join(there)} {'is' if len(there) == 1 else 'are'} there already",
             flag,
-            f"another {flag}, or --overwrite to replace what is there",
+            f"another {flag}, or --overwrite to replace the existing output",
         )
 
 
@@ -91,7 +91,7 @@ def positive(kind: type) -> Callable[[str], float]:
 
 
 def natural(text: str) -> int:
-    """An argparse type: a whole number from 0."""
+    """An argparse type: an integer from 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")

@@ -59,7 +59,7 @@ class FieldInfo:
         if self.choices:
             one = ", ".join(self.choices)
             return f"any of {one}" if self.many else f"one of {one}"
-        one = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.kind]
+        one = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
         if self.words:
             one += f", or {' or '.join(self.words)}"
         return f"a list of {one}" if self.many else one

@@ -136,7 +136,8 @@ class _Merge:
         self.notes: list[str] = list(line.notes)
         if described:
             flags = (_flag_of(one) for one in line.refused)
-            self.notes += [f"{one} is not modelled, planned without it" for one in flags if one not in TOKENIZER_FILES]
+            flags = [one for one in flags if one not in TOKENIZER_FILES]
+            self.notes += [f"{one} is not modelled and was ignored for the plan" for one in flags]
         self.unreadable: set[str] = set(line.unreadable)
         self.preset: str | None = None
         self.plan: PlanFile | None = None
@@ -244,11 +245,11 @@ class _Merge:
             self.origins[name] = f"tokenizer {source}"
         if size is None:
             tokenizer = " ".join(word for flag in _TOKENIZER for word in self.line.given.get(flag, ()))
-            what = f"the size of the vocabulary is not said, and no file of the tokenizer {tokenizer} is here".replace(
+            what = f"the vocabulary size is not given, and no file of the tokenizer {tokenizer} is here".replace(
                 "  ", " "
             )
             if not tokenizer:
-                what = "neither the size of the vocabulary nor a tokenizer is named"
+                what = "neither a vocabulary size nor a tokenizer is given"
             self.problems.append(Problem(what, "flag", "--vocab-size N, or --tokenizer-model with a file that is here"))
             self.unreadable.add(name)
             return

@@ -160,7 +160,7 @@ def _check(values: Any, key: str, names: tuple[str, ...], where: str) -> None:
     known = fields_by_name()
     for name, value in values.items():
         if name not in names:
-            raise ConfigError(f"{key}.{name} is nothing a plan says", where, _FIX)
+            raise ConfigError(f"{key}.{name} is not a field of a plan", where, _FIX)
         unset = value is None and known[name].optional
         kind = (int, float) if known[name].kind is float else known[name].kind
         if not unset and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):

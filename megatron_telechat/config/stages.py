@@ -47,7 +47,7 @@ def _settle(merging: Merging, layers: int, stages: int) -> None:
     line, said = merging.line, merging.by_person(LAYOUT) and merging.values.get(LAYOUT) is not None
     if line.split and said:
         words = " ".join(line.split_words.values())
-        raise ConfigError(f"{words} and a layout string say two things of one split", f"flag; {LAYOUT}: "
+        raise ConfigError(f"{words} and a layout string both set the split", f"flag; {LAYOUT}: "
                                                                                       f"{merging.origins[LAYOUT]}",
                           "keep one of the two")  # fmt: skip
     if said:
@@ -87,7 +87,7 @@ def _chunks_of_layers(merging: Merging, layers: int, stages: int, each: int) -> 
         chunks = split_chunks(layers, stages, each, split)
     except ConfigError as error:
         what = (
-            f"num_layers={layers} does not split into {each} layers for each chunk of {stages} pipeline ranks: "
+            f"num_layers={layers} does not split into {each} layers per virtual stage of {stages} pipeline ranks: "
             f"{error.problems[0].what}"
         )
         fix = "--num-virtual-stages-per-pipeline-rank V and an uneven --pipeline-model-parallel-layout"

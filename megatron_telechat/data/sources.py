@@ -71,7 +71,7 @@ def _named_twice(run: RunConfig, opened: Opened) -> Iterator[Problem]:
                 groups.setdefault(json.dumps(opened[prefix].fingerprint()), []).append(prefix)
         for names in groups.values():
             if len(names) > 1:
-                yield Problem(f"these are the same data, which would be read twice: {', '.join(names)}", "data",
+                yield Problem(f"these are the same data, and would be read twice: {', '.join(names)}", "data",
                               "name it once; a weight says how often it is read")  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def _named(run: RunConfig) -> dict[str, None]:
 
 
 def _not_shared(error: OSError) -> DataError:
-    return DataError(f"the sample index that rank 0 wrote is not to be seen here: {error.filename}", fix=_NOT_SHARED)
+    return DataError(f"the sample index that rank 0 wrote is not visible here: {error.filename}", fix=_NOT_SHARED)
 
 
 def _check_vocabulary(dataset: IndexedDataset, vocab_size: int) -> None:

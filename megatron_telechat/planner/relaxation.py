@@ -16,7 +16,7 @@ from megatron_telechat.planner.path_cuts import PathCut, Separator
 from megatron_telechat.planner.problem import BalanceProblem
 
 WHOLE = 1e-6
-"""A value this near to a whole number is one."""
+"""A value this near to an integer is one."""
 
 ROOT_ROUNDS, NODE_ROUNDS, PROBE_ROUNDS = 400, 30, 10
 MORE_ROUNDS = 300

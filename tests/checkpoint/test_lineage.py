@@ -209,7 +209,7 @@ def test_load_of_another_folder_is_obeyed_once(tmp_path):
     a.rename(tmp_path / "moved")
     assert begin(b, tmp_path / "moved").root == b, "its checkpoint tells a folder that was moved"
     for load, step in ((tmp_path / "moved", 10), (tmp_path / "none", None)):
-        with pytest.raises(CheckpointError, match="began at step 20 of .*names another beginning"):
+        with pytest.raises(CheckpointError, match="began at step 20 of .*names another starting point"):
             begin(b, load, step)
     assert begin(b).root == b
     shutil.rmtree(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""Configurations that no run can start with: each refused with what, where and how to mend it."""
+"""Configurations that no run can start with: each refused with what, where and how to fix it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ BAD = [
         model=MOE,
     ),
     case("fewer chunks", "--moe-input-chunks -2", "moe_input_chunks=-2 is less than 1", model=MOE),
-    case("chunks in words", "--moe-input-chunks x", "--moe-input-chunks is 'x'", "a whole number, or auto", model=MOE),
+    case("chunks in words", "--moe-input-chunks x", "--moe-input-chunks is 'x'", "an integer, or auto", model=MOE),
     case("more chunks than tokens", "--moe-input-chunks 600", "only 512 tokens", "--moe-input-chunks auto", model=MOE),
     case("chunks of a dense model", "--moe-input-chunks auto", "moe_input_chunks=auto without num_experts"),
     case("trace of a dense model", "--moe-trace 3", "moe_trace=3 without num_experts"),
@@ -319,7 +319,7 @@ BAD = [
     case(
         "layout with a strange letter",
         "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|xtL",
-        "'x' means nothing in a layout",
+        "'x' is not valid in a layout",
         world=2,
     ),
     case(
@@ -496,12 +496,12 @@ BAD = [
         "needs validation data",
         model=("--preset", "telechat2-tiny"),
     ),
-    case("missing tokenizer", "--tokenizer-model /nowhere/t.model", "tokenizer_model /nowhere/t.model is not there"),
+    case("missing tokenizer", "--tokenizer-model /nowhere/t.model", "tokenizer_model /nowhere/t.model does not exist"),
     case("tokenizer type alone", "--tokenizer-type SentencePieceTokenizer", "needs tokenizer_model"),
     case("unknown tokenizer", "--tokenizer-type Tik", "one of HuggingFaceTokenizer"),
     case("documents without a tokenizer", "--eod-mask-loss", "needs the end-of-document token"),
     # checkpoints, evaluation, reports
-    case("checkpoint to load is not there", "--load /nowhere/ckpt", "load /nowhere/ckpt is not a folder"),
+    case("checkpoint to load does not exist", "--load /nowhere/ckpt", "load /nowhere/ckpt is not a folder"),
     case(
         "step without checkpoints",
         "--load-step 10 --run-dir /nowhere/run",
@@ -527,7 +527,7 @@ BAD = [
     case("argument of no flag", "--seed 1 2", "--seed takes one value, not 2: 1 2"),
     case("value missing", "--lr --min-lr 1", "--lr has no value"),
     case("word for a number", "--lr fast", "--lr is 'fast'", "it takes a number"),
-    case("fraction for a count", "--train-iters 1e3", "--train-iters is '1e3'", "it takes a whole number"),
+    case("fraction for a count", "--train-iters 1e3", "--train-iters is '1e3'", "it takes an integer"),
     case(
         "word behind a switch",
         "--sequence-parallel true",
@@ -577,7 +577,7 @@ BAD = [
     case(
         "borders in a stream without documents",
         "--reset-attention-mask --tokenizer-model tests",
-        "reset_attention_mask has no documents to act on in mock_data",
+        "reset_attention_mask has no effect with mock_data, which has no documents",
     ),
     case("capacity", "--moe-expert-capacity-factor 1.25", "the experts are dropless", model=MOE),
     case("samples", "--train-samples 1000000", "use --train-iters"),
@@ -698,7 +698,7 @@ class TestYaml:
             ("paralel:\n  x: 1\n", "unknown section paralel: did you mean parallel?    (run.yaml:1)"),
             (
                 "num_layers: 4\n",
-                "key num_layers stands outside of a section    (run.yaml:1)\n  fix: indent it under model:",
+                "key num_layers is outside of any section    (run.yaml:1)\n  fix: indent it under model:",
             ),
             (
                 "training:\n  lr: 1\n",

@@ -27,7 +27,7 @@ def test_resume_takes_the_number_of_the_checkpoint_and_is_bitwise(report):
     for found in report.check("resume_takes_the_number_of_the_checkpoint"):
         assert found["whole"]["numbers"] == [3]
         again = found["again"]
-        assert again["numbers"] == [3] and again["step"] == 2 and "as the checkpoint has it" in again["message"]
+        assert again["numbers"] == [3] and again["step"] == 2 and "from the checkpoint" in again["message"]
         assert again["rest"] == found["whole"]["rest"]
 
 

@@ -92,6 +92,6 @@ def test_a_run_that_takes_no_step_ends_with_5_and_saves_nothing(tmp_path, more, 
     result = launch(PRETRAIN, 1, *flags, "--run-dir", str(tmp_path / "run"), timeout=120)
     assert result.returncode == 5, result.tails()
     assert said in result.stderr and "Traceback" not in result.stderr
-    assert f"step {logged}/" in result.stdout and "not taken 1 (fp16 overflow)" in result.stdout
+    assert f"step {logged}/" in result.stdout and "skipped 1 (fp16 overflow)" in result.stdout
     assert [record[2] for record in records(tmp_path / "run").values()] == [1e-3] * logged
     assert not list((tmp_path / "run" / "checkpoints").glob("iter_*"))

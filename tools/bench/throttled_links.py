@@ -63,7 +63,7 @@ class LinksError(Exception):
 
 
 def why_not() -> str | None:
-    """What is missing on this machine, with the line that mends it; None if links can be made."""
+    """What is missing on this machine, with the line that fixes it; None if links can be made."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         return f"{' and '.join(missing)} not found: apt-get install iproute2 (or: dnf install iproute iproute-tc)"

@@ -41,7 +41,7 @@ def one_source(check: Check) -> Iterator[Problem]:
         yield check.problem(f"{' and '.join(given)} contradict each other", *given, fix="keep one of them")
     if valid and "train_data_path" not in given:
         yield check.problem(
-            f"valid_data_path goes with train_data_path, not with {given[0]}",
+            f"valid_data_path needs train_data_path and cannot be combined with {given[0]}",
             "valid_data_path",
             given[0],
             fix="--train-data-path, or drop --valid-data-path and let --split cut the validation off",
@@ -120,10 +120,10 @@ def _missing_dialogs(check: Check, name: str, path: str) -> Iterator[Problem]:
             if indexed
             else "correct the path of the jsonl file"
         )
-        yield check.problem(f"sft reads jsonl files, and {path} is none", name, fix=fix)
+        yield check.problem(f"sft reads jsonl files, but {path} is not one", name, fix=fix)
     elif path.endswith((".bin", ".idx", ".parquet")):
         yield check.problem(
-            f"sft reads jsonl files, and {path} is none", name, fix="name a file of dialogs, one a line"
+            f"sft reads jsonl files, but {path} is not one", name, fix="name a file of dialogs, one a line"
         )
 
 
@@ -133,7 +133,7 @@ def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
     if not sft:
         for name in ("sft_template", "sft_loss_mask", "sft_system", "sft_packing", "sft_overlong"):
             if check.said_by_person(name) and check.take(name) != fields_by_name()[name].default:
-                yield check.problem(f"{name} is given without sft, so that it means nothing", name, fix="--sft")
+                yield check.problem(f"{name} is given without sft and has no effect", name, fix="--sft")
         return
     if mock:
         yield check.problem("sft and mock_data contradict each other", "sft", "mock_data", fix="drop one of them")
@@ -151,7 +151,7 @@ def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
     system, template = check.take("sft_system", "sft_template")
     if system is not None and template != "telechat2":
         yield check.problem(
-            f"sft_system is given, and the template {template} has no place for a system text",
+            f"sft_system is given, but the template {template} has no place for a system text",
             "sft_system",
             "sft_template",
             fix="--sft-template telechat2",
@@ -164,7 +164,10 @@ def borders_are_known(check: Check) -> Iterator[Problem]:
     for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         if check.take(name) and mock and not sft and model is not None:
             yield check.problem(
-                f"{name} has no documents to act on in mock_data", name, "mock_data", fix="drop one of them"
+                f"{name} has no effect with mock_data, which has no documents",
+                name,
+                "mock_data",
+                fix="drop one of them",
             )
 
 
@@ -174,7 +177,7 @@ def order_has_documents(check: Check) -> Iterator[Problem]:
     other = "sft" if sft else "mock_data"
     if order == "megatron" and (sft or mock):
         yield check.problem(
-            f"data_order=megatron is for indexed text, and means nothing with {other}",
+            f"data_order=megatron is for indexed text and has no effect with {other}",
             "data_order",
             other,
             fix="drop --data-order",
@@ -218,8 +221,9 @@ def validation_is_not_trained_on(check: Check) -> Iterator[Problem]:
         shared = [name for name in same.names if name in valid]
         if shared and any(name in train for name in same.names):
             yield check.problem(
-                f"{shared[0]} is trained on and validated on ({', '.join(dict.fromkeys(same.names))}: {same.how}), "
-                "so that its loss says nothing about text the model has not seen",
+                f"{shared[0]} is used for both training and validation "
+                f"({', '.join(dict.fromkeys(same.names))}: {same.how}), "
+                "so its loss says nothing about text that the model has not seen",
                 "valid_data_path",
                 "train_data_path",
                 fix="other data for --valid-data-path, or --data-path with --split 99,1, which keeps the two apart",
@@ -281,7 +285,7 @@ def tokenizer_is_there(check: Check) -> Iterator[Problem]:
     model, kind = check.take("tokenizer_model", "tokenizer_type")
     if model is not None and not os.path.exists(model):
         yield check.problem(
-            f"tokenizer_model {model} is not there",
+            f"tokenizer_model {model} does not exist",
             "tokenizer_model",
             fix="the path of a local file or folder (nothing is downloaded)",
         )
@@ -298,7 +302,7 @@ def end_of_document_is_known(check: Check) -> Iterator[Problem]:
     for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         if check.take(name) and model is None and kind != "NullTokenizer" and not sft:
             yield check.problem(
-                f"{name} needs the end-of-document token, which only a tokenizer tells",
+                f"{name} needs the end-of-document token, which only a tokenizer defines",
                 name,
                 fix="--tokenizer-model PATH",
             )

@@ -150,7 +150,7 @@ def record_has_a_place(check: Check) -> Iterator[Problem]:
         return
     if replay is not None and os.path.realpath(path) == os.path.realpath(replay):
         yield check.problem(
-            f"{path} is to be recorded and replayed at once",
+            f"{path} is both the recording to write and the one to replay",
             RECORD,
             REPLAY,
             fix="another folder for --moe-routing-record",

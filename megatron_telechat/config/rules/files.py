@@ -36,7 +36,9 @@ def checkpoint_to_resume_from(check: Check) -> Iterator[Problem]:
     begun = save is not None and os.path.isdir(save) and any(name.startswith("iter_") for name in os.listdir(save))
     if load is not None and not there and not same and not begun:
         yield check.problem(
-            f"load {load} is not a folder", "load", fix="the folder of the checkpoints, or drop --load to start afresh"
+            f"load {load} is not a folder",
+            "load",
+            fix="the folder of the checkpoints, or drop --load to start a new run",
         )
     elif step is not None and not there and not begun:
         yield check.problem(
@@ -61,7 +63,7 @@ def finetune_has_weights(check: Check) -> Iterator[Problem]:
     finetune, path = check.take("finetune", "pretrained_checkpoint")
     if finetune and path is None:
         yield check.problem(
-            "finetune begins with the weights of another run, and none is named",
+            "finetune starts from the weights of another run, but none is given",
             "finetune",
             "load",
             fix="--load FOLDER (other than --save) or --pretrained-checkpoint FOLDER",

@@ -17,7 +17,7 @@ def chunks_need_a_pipeline(check: Check) -> Iterator[Problem]:
     stages, chunks = check.take(PP, CHUNKS)
     if stages == 1 and chunks > 1:
         yield check.problem(
-            f"{CHUNKS}={chunks} interleaves chunks of a pipeline, but {PP}=1",
+            f"{CHUNKS}={chunks} interleaves virtual stages, but {PP}=1",
             CHUNKS,
             PP,
             fix=f"{flag(PP, 2)} or more, or {flag(CHUNKS, 1)}",

@@ -41,7 +41,7 @@ def details_go_with_full(check: Check) -> Iterator[Problem]:
         )
     elif layers is not None and layers > 1 and method == "uniform":
         yield check.problem(
-            f"{METHOD} uniform recomputes every layer by itself; {LAYERS}={layers} would say groups of layers",
+            f"{METHOD} uniform recomputes every layer by itself; {LAYERS}={layers} would mean groups of layers",
             LAYERS,
             METHOD,
             fix=f"drop --recompute-num-layers, or {flag(METHOD, 'block')} to recompute {layers} layers of each virtual "

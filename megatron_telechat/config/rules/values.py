@@ -74,10 +74,12 @@ def shape_given(check: Check) -> Iterator[Problem]:
     if not missing:
         return
     if len(missing) == len(SHAPE):
-        yield Problem("no model: neither a preset nor a shape is given", "", _PRESET_HELP)
+        yield Problem("no model: give a preset or the model's shape", "", _PRESET_HELP)
     else:
         yield Problem(
-            f"the shape of the model lacks {', '.join(missing)}", "", " ".join(flag(name, "N") for name in missing)
+            f"the model's shape is incomplete, missing: {', '.join(missing)}",
+            "",
+            " ".join(flag(name, "N") for name in missing),
         )
     check.bad.update(missing)
     if len(missing) == len(SHAPE):
@@ -85,8 +87,7 @@ def shape_given(check: Check) -> Iterator[Problem]:
 
 
 _PRESET_HELP = (
-    "--preset telechat2-tiny-moe (--list-presets names them all), or --num-layers, --hidden-size, "
-    "--num-attention-heads ..."
+    "--preset telechat2-tiny-moe (--list-presets lists them), or --num-layers, --hidden-size, --num-attention-heads ..."
 )
 
 
@@ -94,9 +95,9 @@ def at_least_one(check: Check) -> Iterator[Problem]:
     for name, value in _present(check, AT_LEAST_ONE):
         if not isinstance(value, str) and value < 1:
             off = (
-                f"a whole number of at least 1; leave it out {OFF_BY_ZERO[name]}"
+                f"an integer of at least 1; leave it out {OFF_BY_ZERO[name]}"
                 if name in OFF_BY_ZERO
-                else "a whole number of at least 1"
+                else "an integer of at least 1"
             )
             yield check.one(f"{name}={value} is less than 1", name, fix=off)
 

@@ -44,7 +44,7 @@ def find_datasets(names: Sequence[str]) -> list[str]:
             continue  # a shell's glob names it beside the .bin and .idx
         if path.suffix == ".partial":
             raise DataError(
-                f"{name} is what an unfinished run left", "command line", "run its command again: it goes on"
+                f"{name} is left over from an unfinished run", "command line", "run its command again to resume"
             )
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.suffix in (".idx", ".bin"))
@@ -83,7 +83,7 @@ def verify_dataset(prefix: str, vocab_size: int | None = None) -> Verdict:
         verdict.problems.extend(error.problems)
     except OSError as error:
         verdict.problems.append(
-            Problem(f"cannot be read: {error}", str(error.filename or prefix), "mend the disk or the permissions")
+            Problem(f"cannot be read: {error}", str(error.filename or prefix), "fix the disk or the permissions")
         )
     verdict.problems.extend(_check_sums(verdict))
     return verdict
@@ -155,7 +155,7 @@ def _check_sums(verdict: Verdict) -> list[Problem]:
             Problem(
                 f"the checksums cannot be read ({error!r})",
                 str(path),
-                "copy the file again, or take it away and run --write-checksums",
+                "copy the file again, or remove it and run --write-checksums",
             )
         ]
     verdict.checksums = True
@@ -197,6 +197,6 @@ def add_checksums(prefix: str) -> Path:
         write_sums(sums_path(prefix), file_sums(Path(f"{prefix}.bin")), file_sums(Path(f"{prefix}.idx")))
     except OSError as error:
         raise ResourceError(
-            f"cannot write {sums_path(prefix)}: {error.strerror}", fix="mend the disk or the permissions"
+            f"cannot write {sums_path(prefix)}: {error.strerror}", fix="fix the disk or the permissions"
         ) from error
     return sums_path(prefix)
