@@ -28,7 +28,9 @@ def case(name: str, argv: str, *expected: str, model: tuple[str, ...] = TINY, wo
 BAD = [
     # the model
     case("no model", "--mock-data", "no model", "--preset telechat2-tiny-moe", model=()),
-    case("half a model", "--num-layers 4 --mock-data", "lacks hidden_size, num_attention_heads", model=()),
+    case(
+        "half a model", "--num-layers 4 --mock-data", "incomplete, missing: hidden_size, num_attention_heads", model=()
+    ),
     case("unknown preset", "--preset telechat2-7", "did you mean telechat2-7b?", "mixtral-8x7b"),
     case("no layers", "--num-layers 0", "num_layers=0 is less than 1    (flag)"),
     case("negative width", "--hidden-size -128", "hidden_size=-128 is less than 1"),
@@ -269,13 +271,13 @@ BAD = [
     case(
         "chunks without a pipeline",
         "--num-virtual-stages-per-pipeline-rank 2",
-        "interleaves chunks of a pipeline",
+        "interleaves virtual stages",
         "--pipeline-model-parallel-size 2",
     ),
     case(
         "layout with too few stages",
         "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*4L",
-        "1 stages, which do not go round",
+        "1 stages, which is not a multiple of",
         '"Et*2|t*2L"',
         world=2,
     ),
@@ -351,7 +353,7 @@ BAD = [
     case(
         "layers for each virtual stage",
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
-        "does not split into 3 layers for each chunk",
+        "does not split into 3 layers per virtual stage",
         "--num-layers-per-virtual-pipeline-stage 2",
         world=2,
     ),
@@ -483,7 +485,7 @@ BAD = [
     case(
         "validation data alone",
         "--data-path /nowhere/x --valid-data-path /nowhere/v",
-        "goes with train_data_path",
+        "needs train_data_path",
         model=("--preset", "telechat2-tiny"),
     ),
     case("split that cannot be read", "--split 9,x", "is not one to three shares"),
@@ -548,8 +550,8 @@ BAD = [
     case("preset given as a file", "--config telechat2-7b", "fix: --preset telechat2-7b"),
     # Megatron-LM's flags that would change the run
     case("layer norm", "--normalization LayerNorm", "--normalization LayerNorm contradicts this framework", "RMSNorm"),
-    case("finetune", "--finetune", "none is named", "--load FOLDER (other than --save)"),
-    case("finetune from its own folder", "--finetune --load a --save ./a", "none is named"),
+    case("finetune", "--finetune", "none is given", "--load FOLDER (other than --save)"),
+    case("finetune from its own folder", "--finetune --load a --save ./a", "none is given"),
     case("chat template", "--chat-template x", "use --sft-template"),
     case("fine-tuning on mock data", "--sft", "sft and mock_data contradict each other"),
     case(
@@ -571,7 +573,7 @@ BAD = [
     case(
         "no file of dialogs",
         "--sft --data-path nowhere.jsonl --tokenizer-model tests",
-        "sft reads jsonl files, and nowhere.jsonl is none",
+        "sft reads jsonl files, but nowhere.jsonl is not one",
         model=("--preset", "telechat2-tiny"),
     ),
     case(
@@ -582,7 +584,7 @@ BAD = [
     case("capacity", "--moe-expert-capacity-factor 1.25", "the experts are dropless", model=MOE),
     case("samples", "--train-samples 1000000", "use --train-iters"),
     case("sinkhorn", "--moe-router-load-balancing-type sinkhorn", "contradicts this framework", model=MOE),
-    case("spec", "--spec a b", "--spec (a Megatron-LM flag) is refused", "leave it out"),
+    case("spec", "--spec a b", "--spec (a Megatron-LM flag) is refused", "omit it"),
 ]
 
 

@@ -307,9 +307,9 @@ def test_other_defaults_are_one_note() -> None:
     "pattern, said",
     [
         ("[0]*1+[1]*2", "is of 3 layers, the model has num_layers=4"),
-        ("[0]*x", "no list of 0 and 1"),
-        ("[2]*4", "no list of 0 and 1"),
-        ("[1]*9999999999", "no list of 0 and 1"),
+        ("[0]*x", "not a list of 0 and 1"),
+        ("[2]*4", "not a list of 0 and 1"),
+        ("[1]*9999999999", "not a list of 0 and 1"),
     ],
 )
 def test_patterns_that_are_none(pattern: str, said: str) -> None:

@@ -199,7 +199,7 @@ def test_the_training_takes_megatrons_split_flags(words: str, layers: int, layou
             "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4 --pipeline-model-parallel-layout "
             "Et*5|t*3L",
             8,
-            "say two things of one split",
+            "both set the split",
         ),
         (
             "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 "
@@ -255,7 +255,7 @@ def test_a_layout_takes_the_place_of_a_presets_chunks() -> None:
     [
         (
             "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*2|tL",
-            "3 stages, which do not go round",
+            "3 stages, which is not a multiple of",
             '"Et*2|t*2L"',
         ),
         ("--pipeline-model-parallel-layout Et*2|t*2L", "the layout has 2 stages", "--pipeline-model-parallel-size 2"),
