@@ -37,6 +37,7 @@ class Problem:
     fix: str = ""
 
     def lines(self) -> list[str]:
+        """The message with its place, and the fix on a second line if there is one."""
         head = self.what if not self.where else f"{self.what}    ({self.where})"
         return [head] if not self.fix else [head, f"fix: {self.fix}"]
 

@@ -14,6 +14,7 @@ TOLERANCE = {"fp16": 1e-4, "fp32": 5e-2}
 
 
 def build_parser() -> ToolParser:
+    """The arguments of tools/check_logits.py."""
     parser = ToolParser(
         prog="tools/check_logits.py",
         description="Compare our forward on a Hugging Face folder with reference logits; exit 0 within the tolerance, "

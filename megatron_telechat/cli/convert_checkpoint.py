@@ -11,6 +11,7 @@ from megatron_telechat.errors import EXIT_OK
 
 
 def build_parser() -> ToolParser:
+    """The arguments of tools/convert_checkpoint.py, with its commands import and export."""
     parser = ToolParser(prog="tools/convert_checkpoint.py", description="Hugging Face folders to checkpoints and back.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ToolParser)
     into = commands.add_parser("import", help="a Hugging Face folder to a checkpoint of weights only")

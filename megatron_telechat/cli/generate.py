@@ -10,6 +10,7 @@ from megatron_telechat.errors import EXIT_OK, ConfigError, DataError
 
 
 def build_parser() -> ToolParser:
+    """The arguments of tools/generate.py."""
     parser = ToolParser(prog="tools/generate.py", description="Continue a prompt with a Hugging Face folder.")
     parser.add_argument("--hf", type=Path, required=True, help="folder with config.json, weights and tokenizer")
     parser.add_argument("--prompt", required=True, help="text to continue")

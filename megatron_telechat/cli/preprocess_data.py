@@ -31,6 +31,7 @@ REFUSED = {
 
 
 def build_parser() -> ToolParser:
+    """The arguments of tools/preprocess_data.py, which are Megatron's and our own."""
     parser = ToolParser(prog="tools/preprocess_data.py", description=__doc__.split(": ", 1)[1])
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="jsonl (also .gz, .zst) and parquet files, globs or folders")

@@ -18,9 +18,11 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
+        """Raise a ConfigError (exit code 2) where argparse would print its usage and exit."""
         raise ConfigError(message, "command line", f"{self.prog} --help")
 
     def parse_args(self, args=None, namespace=None):
+        """Parse after replacing underscores in flag names by hyphens, as the training does."""
         return super().parse_args([_hyphens(word) for word in args], namespace)
 
 
@@ -51,6 +53,7 @@ def interrupted() -> int:
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add ``--overwrite``, which replaces an existing output."""
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 

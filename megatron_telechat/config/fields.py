@@ -48,10 +48,12 @@ class FieldInfo:
 
     @property
     def key(self) -> str:
+        """The name in a YAML file, ``section.name``."""
         return f"{self.section}.{self.name}"
 
     @property
     def flag(self) -> str:
+        """The command-line flag, ``--name`` with hyphens."""
         return "--" + self.name.replace("_", "-")
 
     def expects(self) -> str:

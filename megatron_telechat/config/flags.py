@@ -37,6 +37,7 @@ class Actions:
 
     @property
     def starts_nothing(self) -> bool:
+        """Whether the command only describes a run and starts no ranks."""
         return self.dry_run or self.print_config is not None
 
 

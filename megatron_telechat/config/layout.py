@@ -63,6 +63,7 @@ class PipelineLayout:
 
     @property
     def num_layers(self) -> int:
+        """Decoder layers of all virtual stages."""
         return sum(stage.count("t") for stage in self.stages)
 
     @property
@@ -83,9 +84,11 @@ class PipelineLayout:
         return range(first, first + self.counts[stage])
 
     def has_embedding(self, stage_rank: int, chunk: int = 0) -> bool:
+        """Whether virtual stage ``chunk`` of this pipeline rank holds the embedding."""
         return "E" in self.stages[self.virtual_stage(stage_rank, chunk)]
 
     def has_loss(self, stage_rank: int, chunk: int = 0) -> bool:
+        """Whether virtual stage ``chunk`` of this pipeline rank holds the output layer and the loss."""
         return "L" in self.stages[self.virtual_stage(stage_rank, chunk)]
 
     def problems(self, num_layers: int, num_chunks: int) -> list[str]:

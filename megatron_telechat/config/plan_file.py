@@ -88,6 +88,7 @@ class PlanFile:
 
     @property
     def origin(self) -> str:
+        """Origin of its values in ``--print-config`` and in errors."""
         return f"plan {self.path}"
 
     def differences(self, run: RunConfig) -> list[str]:
@@ -105,6 +106,7 @@ class PlanFile:
         return self.predicted if all(values[name] == value for name, value in self.predicted_for.items()) else None
 
     def to_json(self) -> dict[str, Any]:
+        """The content of a plan file; ``PlanFile`` reads it back unchanged."""
         out: dict[str, Any] = {"format": FORMAT, "sets": dict(self.sets), "made_for": dict(self.made_for)}
         out["predicted_for"] = dict(self.predicted_for)
         out["predicted"] = None if self.predicted is None else {**vars(self.predicted)}

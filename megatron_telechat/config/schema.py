@@ -106,14 +106,17 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def query_groups(self) -> int:
+        """Number of key/value heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def is_moe(self) -> bool:
+        """Whether the model has experts."""
         return self.num_experts is not None
 
     @property
@@ -128,14 +131,17 @@ class ModelConfig:
 
     @property
     def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projection has a bias."""
         return self.add_qkv_bias or self.add_bias_linear
 
     @property
     def has_attention_output_bias(self) -> bool:
+        """Whether the attention output projection has a bias."""
         return self.attention_output_bias or self.add_bias_linear
 
     @property
     def has_mlp_output_bias(self) -> bool:
+        """Whether the down projection has a bias, in experts too."""
         return self.mlp_output_bias or self.add_bias_linear
 
     def layer_is_moe(self, layer: int) -> bool:
@@ -194,12 +200,14 @@ class ParallelConfig:
 
     @property
     def data_parallel_size(self) -> int:
+        """Ranks that hold the same part of the dense model: world size / (TP x PP x CP)."""
         return self.world_size // (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
 
     @property
     def num_virtual_stages(self) -> int:
+        """Virtual stages of the whole pipeline."""
         return self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
 
     @property

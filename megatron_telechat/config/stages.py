@@ -28,7 +28,8 @@ class Merging(Protocol):
     planning: bool
     """Whether a planner is to choose the layout: what is said of it then matters for the number of chunks alone."""
 
-    def by_person(self, name: str) -> bool: ...
+    def by_person(self, name: str) -> bool:
+        """Whether a person gave this value: not derived, not a default."""
 
 
 def settle_stages(merging: Merging) -> None:

@@ -153,6 +153,7 @@ class Space:
         return row, math.fsum([cut.lags * self.p2p, *(visits * self.fixed_times)])
 
     def stage_times(self, x: np.ndarray) -> np.ndarray:
+        """Forward and backward times of each virtual stage at a point of the LP, in units of the program."""
         return self.fixed_times + self.times @ x
 
     def counts(self, x: np.ndarray) -> np.ndarray:
@@ -160,6 +161,7 @@ class Space:
         return x[self.n].sum(axis=1)
 
     def place(self, x: np.ndarray) -> int | None:
+        """Virtual stage that holds the MTP block at this point (the largest part of it); None without one."""
         return max(self.y, key=lambda place: x[self.y[place]]) if self.y else None
 
     def modes(self, x: np.ndarray) -> tuple[tuple[int, ...], ...]:

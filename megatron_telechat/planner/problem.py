@@ -93,6 +93,7 @@ class BalanceProblem:
 
     @property
     def num_layers(self) -> int:
+        """Decoder layers of all groups."""
         return sum(group.count for group in self.groups)
 
     @property

@@ -41,6 +41,7 @@ class Node:
 
     @property
     def empty(self) -> bool:
+        """Whether a range of the box is empty."""
         return bool(np.any(self.lo > self.hi) or np.any(self.row_lo > self.row_hi))
 
     def child(self, number: int) -> Node:
@@ -71,6 +72,7 @@ class Relaxation:
         return (min(nothing_better, best * (1 - self.gap)) if self.gap > 0 else nothing_better) / self.unit
 
     def load(self, node: Node) -> None:
+        """Set the LP to the bounds of this box."""
         self.lp.set_columns(node.lo, node.hi)
         self.lp.set_rows(self.space.first_branch_row, node.row_lo, node.row_hi)
 
@@ -147,6 +149,7 @@ class Relaxation:
         self.lp.delete_rows(slack)
 
     def is_whole(self, x: np.ndarray) -> bool:
+        """Whether all counts of the point are integers up to the tolerance WHOLE."""
         return bool(np.all(np.abs(x[1:] - np.rint(x[1:])) < WHOLE))
 
     def narrow(self, node: Node, duals: np.ndarray) -> None:

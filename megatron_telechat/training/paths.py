@@ -25,6 +25,7 @@ class RunPaths:
 
     @classmethod
     def of(cls, run: RunConfig) -> RunPaths:
+        """The folders of a run, with their defaults where the configuration leaves them open."""
         run_dir = Path(run.logging.run_dir or f"runs/{run.model.name}")
         save_dir = Path(run.checkpoint.save) if run.checkpoint.save else run_dir / "checkpoints"
         return cls(run_dir, save_dir, Path(run.checkpoint.load) if run.checkpoint.load else save_dir)

@@ -57,6 +57,7 @@ class MetricsWriter:
             self._wandb.log({**numbers, "step": record["step"]})
 
     def close(self) -> None:
+        """Close all sinks; Weights & Biases is told that the run ended."""
         for sink in (self._file, self._tensorboard):
             if sink is not None:
                 sink.close()

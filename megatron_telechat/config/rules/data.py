@@ -17,6 +17,7 @@ RAW_TEXT = (".jsonl", ".json", ".jsonl.gz", ".txt", ".parquet")
 
 
 def one_source(check: Check) -> Iterator[Problem]:
+    """Exactly one of mock_data, data_path, data_json and train_data_path names the training data."""
     mock, valid = check.take("mock_data", "valid_data_path")
     given = [name for name in SOURCES if check.take(name)]
     if mock:
@@ -49,6 +50,7 @@ def one_source(check: Check) -> Iterator[Problem]:
 
 
 def blends_can_be_read(check: Check) -> Iterator[Problem]:
+    """Data paths are prefixes alone, or positive weights and prefixes in turn."""
     for name in ("data_path", "train_data_path", "valid_data_path"):
         if name in check.bad:
             continue
@@ -185,6 +187,7 @@ def order_has_documents(check: Check) -> Iterator[Problem]:
 
 
 def data_json_can_be_read(check: Check) -> Iterator[Problem]:
+    """data_json is a readable {prefix: weight} file whose datasets exist."""
     path, dialogs = check.take("data_json", "sft")
     if path is None:
         return
@@ -215,6 +218,7 @@ def datasets_are_named_once(check: Check) -> Iterator[Problem]:
 
 
 def validation_is_not_trained_on(check: Check) -> Iterator[Problem]:
+    """valid_data_path shares no file with train_data_path."""
     dialogs, *given = check.take("sft", "train_data_path", "valid_data_path")
     train, valid = map(_prefixes, given)
     for same in same_data([*train, *valid], dialogs):
@@ -247,6 +251,7 @@ def _weighs(check: Check, name: str) -> bool:
 
 
 def split_can_be_read(check: Check) -> Iterator[Problem]:
+    """split is one to three shares with a positive sum, and leaves training data."""
     split = check.take("split")
     numbers = [_number(part) for part in re.split(r"[,\s]+", split.strip()) if part]
     good = 1 <= len(numbers) <= 3 and all(n is not None and 0 <= n < math.inf for n in numbers)
@@ -259,6 +264,7 @@ def split_can_be_read(check: Check) -> Iterator[Problem]:
 
 
 def evaluation_has_data(check: Check) -> Iterator[Problem]:
+    """eval_interval needs validation data."""
     interval, mock, train, valid, split = check.take(
         "eval_interval", "mock_data", "train_data_path", "valid_data_path", "split"
     )
@@ -282,6 +288,7 @@ def evaluation_has_data(check: Check) -> Iterator[Problem]:
 
 
 def tokenizer_is_there(check: Check) -> Iterator[Problem]:
+    """The tokenizer file exists, and a tokenizer type comes with a file where it needs one."""
     model, kind = check.take("tokenizer_model", "tokenizer_type")
     if model is not None and not os.path.exists(model):
         yield check.problem(
@@ -298,6 +305,7 @@ def tokenizer_is_there(check: Check) -> Iterator[Problem]:
 
 
 def end_of_document_is_known(check: Check) -> Iterator[Problem]:
+    """Options that act on end-of-document tokens need a tokenizer that defines one."""
     model, kind, sft = check.take("tokenizer_model", "tokenizer_type", "sft")
     for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         if check.take(name) and model is None and kind != "NullTokenizer" and not sft:

@@ -92,6 +92,7 @@ _PRESET_HELP = (
 
 
 def at_least_one(check: Check) -> Iterator[Problem]:
+    """Sizes and intervals are at least 1 where they are given."""
     for name, value in _present(check, AT_LEAST_ONE):
         if not isinstance(value, str) and value < 1:
             off = (
@@ -103,24 +104,28 @@ def at_least_one(check: Check) -> Iterator[Problem]:
 
 
 def not_negative(check: Check) -> Iterator[Problem]:
+    """Rates, coefficients and counts are 0 or more."""
     for name, value in _present(check, NOT_NEGATIVE):
         if value < 0:
             yield check.one(f"{name}={value} is negative", name, fix="0 or more")
 
 
 def more_than_zero(check: Check) -> Iterator[Problem]:
+    """Lengths, scales and time limits are above 0."""
     for name, value in _present(check, MORE_THAN_ZERO):
         if value <= 0:
             yield check.one(f"{name}={value} is not more than 0", name, fix="a number above 0")
 
 
 def below_one(check: Check) -> Iterator[Problem]:
+    """Probabilities and decay factors are at least 0 and less than 1."""
     for name, value in _present(check, BELOW_ONE):
         if not 0 <= value < 1:
             yield check.one(f"{name}={value} is out of range", name, fix="at least 0 and less than 1")
 
 
 def level(check: Check) -> Iterator[Problem]:
+    """empty_unused_memory_level is 0 or 1."""
     value = check.take("empty_unused_memory_level")
     if value not in (0, 1):
         yield check.one(f"empty_unused_memory_level={value} is out of range", "empty_unused_memory_level", fix="0 or 1")
