@@ -231,7 +231,7 @@ class Tree(Relaxation):
             result = self.shave(node, time.perf_counter() + 0.4 * (self.deadline - time.perf_counter()))
         else:
             result = self.relax(node, NODE_ROUNDS)
-        if node.bound >= self.cutoff():
+        if result is None or node.bound >= self.cutoff():
             self.closed_bound = min(self.closed_bound, node.bound)
             return None
         if result.bound == INF:

@@ -70,8 +70,9 @@ class Space:
                 group = problem.groups[g]
                 self.times[stage, self.n[stage, at]] = group.f
                 self.times[C + stage, self.n[stage, at]] = group.b + group.modes[j].extra_b
-        for place, column in self.y.items():
-            self.times[place, column], self.times[C + place, column] = problem.mtp.f, problem.mtp.b
+        if (mtp := problem.mtp) is not None:
+            for place, column in self.y.items():
+                self.times[place, column], self.times[C + place, column] = mtp.f, mtp.b
         self.times /= self.time_unit
         self.fixed_times /= self.time_unit
         self.p2p = problem.p2p / self.time_unit
@@ -117,8 +118,8 @@ class Space:
                     for at, (g, j) in enumerate(self.kinds):
                         group = problem.groups[g]
                         entries[int(self.n[stage, at])] = (group.w + held * group.modes[j].act) / unit
-                    if stage in self.y:
-                        entries[self.y[stage]] = (problem.mtp.w + held * problem.mtp.act) / unit
+                    if (mtp := problem.mtp) is not None and stage in self.y:
+                        entries[self.y[stage]] = (mtp.w + held * mtp.act) / unit
                 if moment.backward is not None:
                     below = 0.0
                     for at, level in enumerate(self.levels):

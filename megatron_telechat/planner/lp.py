@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class LinearProgram:
         self.rows = np.zeros((64, len(cost)))
         self.row_lo, self.row_hi = np.zeros(64), np.zeros(64)
         self.num_rows = 0
-        self._h = highspy.Highs()
+        self._h: Any = highspy.Highs()  # its stubs lack changeRowsBounds and getDualRay
         for option, value in (("output_flag", False), ("presolve", "off"), ("solver", "simplex"), ("threads", 1)):
             self._h.setOptionValue(option, value)
         model = highspy.HighsLp()

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_telechat.errors import ConfigError, Problem
 
@@ -209,7 +209,7 @@ def _check_values(problem: BalanceProblem) -> None:
         raise ConfigError(found)
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -283,9 +283,9 @@ class _Reader:
         value = data[key]
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not _is_whole(value) or value < least:
-            raise self._error(f"{prefix}{key} = {value!r}", f"an integer, at least {least}")
-        return value
+        if _is_whole(value) and value >= least:
+            return value
+        raise self._error(f"{prefix}{key} = {value!r}", f"an integer, at least {least}")
 
     def _amount(self, data: Mapping[str, Any], key: str, prefix: str) -> float:
         value = data[key]
