@@ -117,9 +117,9 @@ def _ranks(launch: Launch, flags: Sequence[str]) -> tuple[str, ...]:
     found = {"--world-size": launch.ranks, "--ranks-per-node": launch.per_node}
     for name, number in found.items():
         if number is not None and said[name] not in (None, str(number)):
-            what = f"{name} {said[name]}, but the launcher's words start {launch.ranks} ranks"
+            what = f"{name} {said[name]}, but the launcher starts {launch.ranks} ranks"
             what += f", {number} on a node" if name == "--ranks-per-node" else ""
-            raise ConfigError(what, f"flag; {WHERE}", f"leave {name} out, or change the launcher's words")
+            raise ConfigError(what, f"flag; {WHERE}", f"leave {name} out, or change the launcher's flags")
     return tuple(
         word
         for name, number in found.items()

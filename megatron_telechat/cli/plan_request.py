@@ -17,7 +17,7 @@ from megatron_telechat.errors import ConfigError
 
 DESCRIPTION = """\
 The fastest pipeline layout that fits the memory: which layers each stage holds, and what each recomputes.
-Proved by an exact solver on a model of memory and time; the training takes the answer as it is (--plan FILE).
+An exact solver proves it for a model of memory and time. The training reads the result (--plan FILE).
 
   plan_pipeline.py --preset telechat2-115b --world-size 512 --device ascend-910b-64g
   plan_pipeline.py --config run.yaml --micro-batch-size 2 --device h100-80g --recompute-kinds core_attn+mlp,full
@@ -26,7 +26,7 @@ Proved by an exact solver on a model of memory and time; the training takes the 
   plan_pipeline.py --problem problem.json --json
   torchrun --nproc-per-node 2 tools/plan_pipeline.py --preset telechat2-tiny --calibrate --output mine.yaml
 
-Every other flag is one of the training (pretrain_telechat2.py --help) or of Megatron-LM."""
+All other flags are training flags (pretrain_telechat2.py --help) or Megatron-LM flags."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,14 @@ def _parser() -> _Parser:
         help="what a layer may recompute: full, modules joined by + such as core_attn+mlp, or none [full]",
     )
     add("--memory-gib", type=gib, metavar="X", help="memory of one device [that of the device file]")
-    add("--reserve-gib", type=float, metavar="X", help="of it, held back for context, buffers, fragmentation [3]")
+    add(
+        "--reserve-gib", type=float, metavar="X", help="part of it to keep free for context, buffers, fragmentation [3]"
+    )
     add(
         "--time-limit",
         type=seconds,
         metavar="S",
-        help="seconds of search; then the best so far with its gap [30; of a sweep 60]",
+        help="time limit of the search in seconds, then the best plan found with its gap [30; sweep: 60]",
     )
     add("--gap", type=float, default=0.0, metavar="X", help="stop at this proven relative gap, such as 0.01 [0]")
     add(

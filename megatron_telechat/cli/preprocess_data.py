@@ -19,7 +19,7 @@ from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, ConfigError
 
 # Flags of Megatron's tool that are not taken over, and what to do in their place.
 REFUSED = {
-    "--partitions": "one run reads all files; give --workers, or --shard I/N on several machines",
+    "--partitions": "one run reads all files; use --workers, or --shard I/N on several machines",
     "--split-sentences": "sentence splitting serves BERT; GPT-style training reads documents",
     "--keep-newlines": "newlines are always kept",
     "--lang": "it goes with --split-sentences, which serves BERT",
@@ -43,12 +43,12 @@ def build_parser() -> ToolParser:
     )
     add("--tokenizer-model", help="file or folder of the tokenizer")
     add("--vocab-size", type=positive(int), help="ids of a NullTokenizer")
-    add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--append-eod", action="store_true", help="append the end-of-document token to each document")
     add(
         "--special-tokens-in-text",
         action="store_true",
-        help="the name of a special token in a text (<_end>) becomes that "
-        "token, as in Megatron's tool; unset: it is text",
+        help="turn the name of a special token in a text (<_end>) into that token, as Megatron's tool does; "
+        "default: it stays text",
     )
     add(
         "--workers",
@@ -60,7 +60,7 @@ def build_parser() -> ToolParser:
         "--on-error",
         choices=("fail", "skip", "quarantine"),
         default="fail",
-        help="a bad line ends the run, is left out and listed, or is put aside as well (default: fail)",
+        help="a bad line ends the run, is skipped and listed, or is skipped and also saved (default: fail)",
     )
     add(
         "--engine",
@@ -165,7 +165,9 @@ def _print(report: Any, elapsed: float) -> None:
     for line in report.bad:
         print(f"skipped {line}", file=sys.stderr)
     if report.skipped > len(report.bad):
-        print(f"skipped {report.skipped - len(report.bad):,} more; the list is beside the output", file=sys.stderr)
+        print(
+            f"skipped {report.skipped - len(report.bad):,} more; the full list is next to the output", file=sys.stderr
+        )
     print(f"documents: {report.documents_in:,} in = {report.documents_out:,} out + {report.skipped:,} skipped")
     for output, tokens in zip(report.outputs, report.tokens.values(), strict=True):
         print(f"{output}: {tokens:,} tokens")

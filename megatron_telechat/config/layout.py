@@ -43,7 +43,8 @@ class PipelineLayout:
         stages = parse_stages(text)
         if len(stages) % pipeline_size:
             raise ConfigError(
-                f"the layout has {len(stages)} stages, not a multiple of pipeline_model_parallel_size={pipeline_size}",
+                f"the layout has {len(stages)} stages, which is not a multiple of "
+                f"pipeline_model_parallel_size={pipeline_size}",
                 fix="one entry per virtual stage, separated by |",
             )
         return cls(stages, pipeline_size)

@@ -232,7 +232,7 @@ class _Merge:
             )
         if self.described and taken:
             said_as = ", ".join(f"{name}={value}" for name, value in taken.items())
-            self.notes.append(f"absent flags as Megatron-LM reads them: {said_as}")
+            self.notes.append(f"missing flags as Megatron-LM reads them: {said_as}")
 
     def take_vocabulary(self, meaning: Meaning) -> None:
         """Rows of the embedding: those of --vocab-size or of the tokenizer, padded as Megatron-LM pads them."""

@@ -100,7 +100,7 @@ def _chunks_of_layers(merging: Merging, layers: int, stages: int, each: int) -> 
     if merging.by_person(CHUNKS) and merging.values[CHUNKS] != chunks:
         raise ConfigError(
             f"{CHUNKS}={merging.values[CHUNKS]}, but {layers} layers on {stages} pipeline ranks with {EACH} {each} "
-            f"make {chunks} chunks",
+            f"make {chunks} virtual stages",
             f"{CHUNKS}: {merging.origins[CHUNKS]}; {where}",
             "keep one of the two",
         )

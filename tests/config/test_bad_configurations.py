@@ -78,7 +78,7 @@ BAD = [
     case(
         "unaligned experts on a GPU",
         "--moe-ffn-hidden-size 100 --device cuda --bf16",
-        "moe_ffn_hidden_size=100 is no multiple of 8",
+        "moe_ffn_hidden_size=100 is not a multiple of 8",
         "--moe-ffn-hidden-size 104",
         model=MOE,
     ),

@@ -208,8 +208,8 @@ def datasets_are_named_once(check: Check) -> Iterator[Problem]:
     for name, names in _lists_of_data(check):
         for same in same_data(names, dialogs):
             yield check.problem(
-                f"{name} names the same data more than once: {', '.join(same.names)} ({same.how}), so that it is read "
-                f"twice",
+                f"{name} names the same data more than once: {', '.join(same.names)} ({same.how}); it would "
+                f"be read twice",
                 name,
                 fix="name it once, with the sum of the weights"
                 if _weighs(check, name)

@@ -41,7 +41,8 @@ def grouped_products_are_aligned(check: Check) -> Iterator[Problem]:
     for name, size, unit in (("hidden_size", hidden, multiple), ("moe_ffn_hidden_size", width, multiple * parts)):
         if size % unit:
             yield check.problem(
-                f"{name}={size} is no multiple of {unit}, which the grouped products on {device} need in {precision}",
+                f"{name}={size} is not a multiple of {unit}, which the grouped products on {device} need in "
+                f"{precision}",
                 name,
                 fix=flag(name, -(-size // unit) * unit),
             )
