@@ -2,7 +2,7 @@
 
 A command may be given again (a requeued job gives the same one each time), so ``--load`` and ``--load-step`` say where
 a branch *begins*. They are obeyed once: as soon as the run's folder holds a checkpoint that says it began there, the
-run goes on from its newest one. The manifests say it (``lineage.py``), not a file beside them.
+run resumes from its newest one. The manifests record it (``lineage.py``), not a separate file.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ DERIVATIONS: tuple[tuple[str, Derivation], ...] = (
 
 
 def _finetune_begins_with_load(values: dict[str, Any], check: Check) -> None:
-    """Megatron's way to say pretrained_checkpoint: --finetune --load FOLDER. The run itself goes on from its own
+    """Megatron's form of pretrained_checkpoint: --finetune --load FOLDER. The run itself resumes from its own
     folder."""
     load, save = values["load"], values["save"]
     if not values["finetune"] or values["pretrained_checkpoint"] is not None or load is None:

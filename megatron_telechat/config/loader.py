@@ -25,7 +25,7 @@ from megatron_telechat.errors import ConfigError, Problem
 LAYOUTS = ("pipeline_model_parallel_layout", "recompute_layout")
 
 RECORDINGS = ("moe_routing_record", "moe_routing_replay", "moe_routing_steps")
-"""Files of a run, and what is said of them, outside of the sections of data and checkpoints."""
+"""Settings about files of a run outside of the sections of data and checkpoints."""
 
 PLANNED = (*LAYOUTS, "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 """What a planner chooses."""
@@ -79,7 +79,7 @@ def load_run_config(
     Args:
         argv: arguments behind the program's name.
         environ: environment variables; torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE are read.
-        planning: described, and layout and recompute are still to be chosen: what is said of them is dropped, an even
+        planning: described, and layout and recompute are still open: given ones are dropped, an even
         split
             stands in.
         described: the run is one to be told about, not one of our training: flags of Megatron-LM that our training
@@ -299,14 +299,14 @@ class _Merge:
         return []
 
     def drop_files(self) -> None:
-        """Drop what is said of files, which may be on another machine."""
+        """Drop settings about files, which may be on another machine."""
         for name, info in fields_by_name().items():
             if info.section in ("data", "checkpoint") or name in RECORDINGS:
                 self.values.pop(name, None)
                 self.origins[name] = DEFAULT
 
     def open_layout(self) -> None:
-        """Drop what is said of layout and recompute; an even split, so that the other rules have one to look at."""
+        """Drop layout and recompute, and set an even split for the other rules to check."""
         for name in PLANNED:
             self.values.pop(name, None)
             self.origins[name] = DEFAULT

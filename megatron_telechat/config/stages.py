@@ -26,7 +26,7 @@ class Merging(Protocol):
     notes: list[str]
     unreadable: set[str]
     planning: bool
-    """Whether a planner is to choose the layout: what is said of it then matters for the number of chunks alone."""
+    """Whether a planner chooses the layout; a given layout then only sets the number of virtual stages."""
 
     def by_person(self, name: str) -> bool:
         """Whether a person gave this value: not derived, not a default."""

@@ -65,7 +65,7 @@ def set_chunks(
 
     Args:
         chunks: the wrapped model chunks of this rank, with their optimizer.
-        saved: ``extra`` of the checkpoint that the run goes on from.
+        saved: ``extra`` of the checkpoint that the run resumes from.
 
     Returns:
         None where the number is not to be chosen.

@@ -16,7 +16,7 @@ from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.indexed.format import CHUNK_BYTES, HEADER_BYTES, file_sums, stored, sums_path, write_sums
 from megatron_telechat.errors import DataError, Problem, ResourceError
 
-MEND = "copy the file again from where it was made, or write the dataset again with tools/preprocess_data.py"
+FIX = "copy the file again from where it was made, or write the dataset again with tools/preprocess_data.py"
 
 
 @dataclass
@@ -109,19 +109,17 @@ def _check_entries(data: IndexedDataset) -> None:
     at = number = 0
     for length, offset in zip(lengths, offsets, strict=True):
         if int(length.min()) < 0:
-            raise DataError(f"sequence {number + int(length.argmin())} has a negative length", path, MEND)
+            raise DataError(f"sequence {number + int(length.argmin())} has a negative length", path, FIX)
         ends = np.cumsum(length, dtype=np.int64) * item + at
         wrong = np.flatnonzero(offset != np.concatenate(([at], ends[:-1])))
         if wrong.size:
-            raise DataError(
-                f"sequence {number + int(wrong[0])} does not begin where the one before it ends", path, MEND
-            )
+            raise DataError(f"sequence {number + int(wrong[0])} does not begin where the one before it ends", path, FIX)
         at, number = int(ends[-1]), number + length.size
     before, number = 0, 0
     for boundary in boundaries:
         wrong = np.flatnonzero(np.diff(boundary, prepend=before) < 0)
         if wrong.size:
-            raise DataError(f"the boundary of document {number + int(wrong[0])} runs backwards", path, MEND)
+            raise DataError(f"the boundary of document {number + int(wrong[0])} runs backwards", path, FIX)
         before, number = int(boundary[-1]), number + boundary.size
 
 
@@ -165,7 +163,7 @@ def _check_sums(verdict: Verdict) -> list[Problem]:
         if not file.is_file():
             continue  # named already
         if file.stat().st_size != size:
-            problems.append(Problem(f"has {file.stat().st_size:,} bytes where {size:,} were written", str(file), MEND))
+            problems.append(Problem(f"has {file.stat().st_size:,} bytes where {size:,} were written", str(file), FIX))
             continue
         problems.extend(_compare_chunks(file, digests))
     return problems
@@ -181,7 +179,7 @@ def _compare_chunks(file: Path, digests: Sequence[str]) -> list[Problem]:
                     Problem(
                         f"the bytes from {begin:,} to {begin + CHUNK_BYTES:,} are not those that were written",
                         str(file),
-                        MEND,
+                        FIX,
                     )
                 ]
     return []
