@@ -34,7 +34,7 @@ def test_resume_takes_the_number_of_the_checkpoint_and_is_bitwise(report):
 def test_another_batch_shape_is_measured_anew_and_a_number_is_a_number(report):
     found = report.check("resume_takes_the_number_of_the_checkpoint")[0]
     assert found["other_batch"]["numbers"] == [2] and found["other_batch"]["step"] == 2
-    assert "measured anew, since tokens differs from the checkpoint" in found["other_batch"]["message"]
+    assert "measured again because tokens differs from the checkpoint" in found["other_batch"]["message"]
     assert found["fixed"] == [[4], None]
 
 

@@ -152,7 +152,7 @@ def test_a_second_ctrl_c_ends_at_once(second):
     """Under torchrun the second one comes as SIGTERM."""
     process = child(LISTENS + WAITS)
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "\n" and "once more to end at once" in process.stderr.readline()
+    assert process.stderr.readline() == "\n" and "send it again to exit at once" in process.stderr.readline()
     process.send_signal(second)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == -second and errors == ""
