@@ -64,7 +64,7 @@ run python "${train[@]}" --dry-run --world-size "$nproc"
 stage "7/10 pretrain on $nproc ranks, stopped half-way"
 run torchrun --standalone --nproc-per-node "$nproc" "${train[@]}" --exit-interval "$((steps / 2))"
 
-stage "8/10 the same command goes on where it stopped"
+stage "8/10 the same command resumes where it stopped"
 run torchrun --standalone --nproc-per-node "$nproc" "${train[@]}"
 
 stage "9/10 the loss curve, and the weights in the Hugging Face layout"

@@ -10,8 +10,8 @@
 #   sbatch --nodes 128 launch/slurm.sh --preset telechat2-39b-a12b --run-dir /shared/runs/39b --data-json data.json ...
 #
 # Ten minutes before the time limit (and on scancel --signal=USR1 --batch) the run is asked to save and stop through the file
-# stop-now in its run folder, which every rank obeys at the same step; torchrun would give a signal only 30 s. The job is then
-# put into the queue again and goes on from its checkpoint. RANKS_PER_NODE, MASTER_PORT and VENV may be set.
+# stop-now in its run folder, which all ranks follow at the same step; torchrun would allow only 30 s after a signal. The job is then
+# requeued and resumes from its checkpoint. RANKS_PER_NODE, MASTER_PORT and VENV may be set.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 venv="${VENV:-$PWD/.venv}"

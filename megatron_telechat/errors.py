@@ -1,4 +1,4 @@
-"""User errors: what is wrong, where it was said, and how to mend it.
+"""User errors: what is wrong, where it was said, and how to fix it.
 
 Every failure that a person can cause ends in one of these classes. A door
 (``pretrain/``, ``tools/``) turns it into one readable message on stderr and the
@@ -37,6 +37,7 @@ class Problem:
     fix: str = ""
 
     def lines(self) -> list[str]:
+        """The message with its place, and the fix on a second line if there is one."""
         head = self.what if not self.where else f"{self.what}    ({self.where})"
         return [head] if not self.fix else [head, f"fix: {self.fix}"]
 
@@ -47,7 +48,7 @@ class StopAtStart(BaseException):
 
 
 class UserError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base of all errors that the user can fix."""
 
     exit_code = 1
     kind = "error"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What this machine has, what each thing enables, and the line that mends what is missing."""
+"""What this machine has, what each thing enables, and the line that fixes what is missing."""
 
 import sys
 from pathlib import Path

@@ -187,4 +187,4 @@ def _load_generators(reader: CheckpointReader, state: TrainState, run: RunConfig
         return []
     seed_generators(run.training.seed + 1_000_003 * reader.manifest.step, parallel, state.backend)
     why = "the checkpoint holds no state of them" if same else "the layout has changed"
-    return [f"random generators seeded anew: {why}"]
+    return [f"random generators reseeded: {why}"]

@@ -66,8 +66,8 @@ def diverged_scales(optimizer: Mapping[str, Any] | None) -> Problem | None:
         f"it holds two loss scales, {dense:g} of the dense and {expert:g} of the expert parameters: an older release "
         f"let them part, so the experts have been trained with gradients too {direction}, last by {times:g} times, "
         "and Adam's moments are of these",
-        fix="--load-step N, a step from before they parted; or --no-load-optim, to go on from these weights with fresh "
-        "moments",
+        fix="--load-step N, a step from before they parted; or --no-load-optim, to continue from these weights with "
+        "fresh moments",
     )
 
 

@@ -201,7 +201,7 @@ def _file_name(path: Path, name: Any) -> str:
 
 def _natural(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is not a whole number from 0")
+        raise ValueError(f"{value!r} is not an integer from 0")
     return value
 
 

@@ -124,4 +124,4 @@ def _tokenizer_difference(
         f"tokenizer_model {run.data.tokenizer_model} gives other ids than the tokenizer that the checkpoint was "
         f"trained with"
     )
-    return [(Problem(what, "tokenizer_model", f"name that tokenizer, or {ALLOW} if the change is meant"), True)]
+    return [(Problem(what, "tokenizer_model", f"name that tokenizer, or {ALLOW} if the change is intended"), True)]

@@ -2,7 +2,7 @@
 
 A command may be given again (a requeued job gives the same one each time), so ``--load`` and ``--load-step`` say where
 a branch *begins*. They are obeyed once: as soon as the run's folder holds a checkpoint that says it began there, the
-run goes on from its newest one. The manifests say it (``lineage.py``), not a file beside them.
+run resumes from its newest one. The manifests record it (``lineage.py``), not a separate file.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def find_start(run: RunConfig) -> Start:
     if known is not None and head is not None:
         named = f"--load-step {step}" if _same(source, save) else f"--load {settings.load}"
         note = (
-            f"{named} was obeyed when this branch began, at step {known.step} of {known.folder}; it goes on from "
-            f"its newest checkpoint"
+            f"{named} was applied when this branch began, at step {known.step} of {known.folder}; the run continues "
+            f"from its newest checkpoint"
         )
         return Start(save, began=began, notes=(note,))
     if not _same(source, save) and committed_folders(save):
@@ -165,7 +165,7 @@ def _holds(source: Path, one: Began) -> bool:
 
 def _other_run(save: Path, source: Path, head: Saved | None, step: int | None) -> CheckpointError:
     if head is None or not head.lineage.number:
-        origin = "does not say where it began (an older release saved it, or it is an import)"
+        origin = "does not record where it began (an older release saved it, or it is an import)"
     elif head.lineage.began:
         last = head.lineage.began[-1]
         origin = f"began at step {last.step} of {last.folder}"
@@ -174,9 +174,9 @@ def _other_run(save: Path, source: Path, head: Saved | None, step: int | None) -
     newest = f" of step {head.step}" if head is not None else ""
     wanted = f"--load {source}" + (f" --load-step {step}" if step is not None else "")
     return CheckpointError(
-        f"{save} holds a checkpoint{newest} of a run that {origin}; {wanted} names another beginning",
+        f"{save} holds a checkpoint{newest} of a run that {origin}; {wanted} names another starting point",
         "load",
-        f"leave --load and --load-step out to go on with it, or {_OTHER_FOLDER}",
+        f"leave --load and --load-step out to continue that run, or {_OTHER_FOLDER}",
     )
 
 

@@ -16,7 +16,7 @@ USAGE = """usage: tools/build_index.py [the flags of the training command]
 Encode the dialogs (--sft) and build the sample index and the blend of a run into its cache (--data-cache-path, else
 cache/ in the run folder), as rank 0 would at the start. The order depends on the data, --split, --seed and
 --seq-length; how much of it is built follows from --train-iters, --global-batch-size, the evaluation and the
-checkpoint the run goes on from.
+checkpoint the run resumes from.
 """
 _SECONDS = 1.0
 

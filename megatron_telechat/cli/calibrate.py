@@ -98,13 +98,13 @@ def _summary(device: DeviceSpec, path: Path, ranks_share_cores: bool) -> list[st
     )
     if entry.alone < 1 or entry.jitter:
         lines.append(
-            f"alone on the machine an op takes {entry.alone:.2f} of its time beside the others; it varies by "
+            f"with the other ranks idle an op takes {entry.alone:.2f} of its time under load; op times vary by "
             f"{entry.jitter:.0%}"
         )
     ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.cpu_count() or 1
     if ranks_share_cores and ranks > cores:
         lines.append(
-            f"! {ranks} ranks share {cores} cores: a stage that waits lends its core to another, so that a predicted "
-            f"time is a rough one"
+            f"! {ranks} ranks share {cores} cores: a waiting stage frees its core for another, so "
+            f"predicted times are rough"
         )
     return [*lines, f"written: {path}  (plan with --device {path})"]

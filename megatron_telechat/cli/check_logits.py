@@ -11,10 +11,11 @@ from megatron_telechat.errors import EXIT_CHECKPOINT, EXIT_OK
 
 
 def build_parser() -> ToolParser:
+    """The arguments of tools/check_logits.py."""
     parser = ToolParser(
         prog="tools/check_logits.py",
-        description="Compare our forward on a Hugging Face folder with reference logits; exit 0 within the tolerance, "
-        "else 4.",
+        description="Compare our forward pass on a Hugging Face folder with reference logits; exit 0 within the "
+        "tolerance, else 4.",
     )
     parser.add_argument("--hf", type=Path, required=True, help="folder with config.json and the weights")
     parser.add_argument(
@@ -32,7 +33,7 @@ def build_parser() -> ToolParser:
     parser.add_argument(
         "--tolerance",
         type=positive(float),
-        help="largest error allowed of any logit (default 1e-4 with fp16 tables, 5e-2 with fp32 ones)",
+        help="largest allowed error of a logit (default 1e-4 with fp16 tables, 5e-2 with fp32 ones)",
     )
     parser.add_argument("--device", choices=DEVICE_CHOICES, default=HOST, help="default cpu")
     return parser

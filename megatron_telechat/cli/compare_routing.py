@@ -32,10 +32,10 @@ def _parser() -> ToolParser:
         type=_gap,
         default=TIE,
         metavar="GAP",
-        help="a choice may differ where the last chosen logit and the next one are at most this far apart "
+        help="largest gap between the last chosen logit and the next one that counts as a tie "
         f"[{TIE:g}; with bf16 about 1e-2]",
     )
-    add("--steps", type=_steps, metavar="A-B", help="compare these steps [all that both hold]")
+    add("--steps", type=_steps, metavar="A-B", help="steps to compare [all that both recordings hold]")
     add("--limit", type=natural, default=20, metavar="N", help="lines shown [20]")
     return parser
 

@@ -11,6 +11,7 @@ from megatron_telechat.errors import EXIT_OK
 
 
 def build_parser() -> ToolParser:
+    """The arguments of tools/convert_checkpoint.py, with its commands import and export."""
     parser = ToolParser(prog="tools/convert_checkpoint.py", description="Hugging Face folders to checkpoints and back.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ToolParser)
     into = commands.add_parser("import", help="a Hugging Face folder to a checkpoint of weights only")
@@ -31,15 +32,15 @@ def build_parser() -> ToolParser:
     out.add_argument(
         "--hf-template",
         type=Path,
-        help="folder whose config.json, modelling and tokenizer files are carried over unchanged; "
-        "unset: those that the import kept",
+        help="folder whose config.json, modelling and tokenizer files are copied unchanged; "
+        "default: those that the import kept",
     )
-    out.add_argument("--tokenizer", type=Path, help="tokenizer file or folder to put beside the weights")
+    out.add_argument("--tokenizer", type=Path, help="tokenizer file or folder to copy into the output")
     out.add_argument(
         "--dtype",
         choices=("keep", "bf16", "fp16", "fp32"),
         default="keep",
-        help="keep: as stored (default); fp32 takes the master weights where there are any",
+        help="keep: as stored (default); fp32: the master weights, if there are any",
     )
     out.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default 5GB)")
     return parser

@@ -1,4 +1,4 @@
-"""What this machine has, what each thing enables, and the line that mends what is missing.
+"""What this machine has, what each thing enables, and the line that fixes what is missing.
 
 Standard library only, and nothing heavy is imported: packages are looked up by their metadata, devices
 by what the driver shows, so the answer comes in about a second even where a package is broken.
@@ -33,7 +33,7 @@ class Finding:
     status: str
     found: str
     enables: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -233,16 +233,16 @@ def findings(folder: Path) -> list[Finding]:
 
 
 def render(rows: Sequence[Finding]) -> str:
-    """The table, and under it the lines that mend what is missing."""
+    """The table, and under it the lines that fix what is missing."""
     header = ["", "status", "found", "enables"]
     lines = table([header, *([row.name, row.status, row.found, row.enables] for row in rows)], left=(0, 1, 2, 3))
     required = [row for row in rows if row.status in (MISSING, WRONG)]
-    optional = [row for row in rows if row.status == ABSENT and row.mend]
+    optional = [row for row in rows if row.status == ABSENT and row.fix]
     if required:
-        lines += ["", "to mend:", *(f"  {row.name}: {row.mend}" for row in required if row.mend)]
+        lines += ["", "to fix:", *(f"  {row.name}: {row.fix}" for row in required if row.fix)]
         lines.append("  or all at once: bash launch/setup_env.sh")
     if optional:
-        lines += ["", "optional:", *(f"  {row.name}: {row.mend}" for row in optional)]
+        lines += ["", "optional:", *(f"  {row.name}: {row.fix}" for row in optional)]
     lines += ["", "ready to train" if not required else f"not ready: {', '.join(row.name for row in required)}"]
     return "\n".join(lines)
 
@@ -254,9 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _diagnose(argv: list[str]) -> int:
     parser = ToolParser(
-        prog="doctor.py", description="What this machine has, what it enables, and how to mend what is missing."
+        prog="doctor.py", description="What this machine has, what it enables, and how to fix what is missing."
     )
-    parser.add_argument("--run-dir", default=".", help="folder whose disk is looked at (default: here)")
+    parser.add_argument("--run-dir", default=".", help="folder whose disk is checked (default: here)")
     folder = Path(parser.parse_args(argv).run_dir).absolute()
     while not folder.exists():
         folder = folder.parent

@@ -63,7 +63,8 @@ def report(loaded: LoadedConfig) -> str:
     out = _Report()
     out.lines += _head(run, topology)
     out.section(
-        "pipeline layout  (E embedding, t decoder layer, L output layer and loss; chunks side by side)", _layout(run)
+        "pipeline layout  (E embedding, t decoder layer, L output layer and loss; stages of a rank side by side)",
+        _layout(run),
     )
     out.section("ranks", rank_table(topology, run.model.is_moe))
     out.section("groups", group_table(topology, run.model.is_moe))
@@ -97,7 +98,7 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
     tokens = run.training.global_batch_size * run.training.seq_length
     sizes = [f"TP {topology.tp}", f"PP {topology.pp}", f"DP {topology.dp}"]
     if parallel.num_virtual_stages_per_pipeline_rank > 1:
-        sizes[1] += f" (x {parallel.num_virtual_stages_per_pipeline_rank} chunks)"
+        sizes[1] += f" x VP {parallel.num_virtual_stages_per_pipeline_rank}"
     if topology.cp > 1:
         sizes.insert(2, f"CP {topology.cp}")
     return [
@@ -186,8 +187,8 @@ def _steps(run: RunConfig, out: _Report) -> list[str]:
     tokens = run.training.global_batch_size * run.training.seq_length
     flops = training_flops_per_token(run.model, run.training.seq_length)
     iterations = run.training.train_iters
-    stages, chunks = run.parallel.pipeline_model_parallel_size, run.parallel.num_virtual_stages_per_pipeline_rank
-    bubble = (stages - 1) / (chunks * run.num_microbatches + stages - 1)
+    stages, virtual = run.parallel.pipeline_model_parallel_size, run.parallel.num_virtual_stages_per_pipeline_rank
+    bubble = (stages - 1) / (virtual * run.num_microbatches + stages - 1)
     lines = [
         (f"{iterations:,} steps, {count_text(iterations * tokens)} tokens" if iterations else "train_iters is not set")
         + f"; {flop_text(flops)} a token, {flop_text(flops * tokens)} a step",

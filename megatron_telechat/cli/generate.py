@@ -11,16 +11,17 @@ from megatron_telechat.errors import EXIT_OK, ConfigError
 
 
 def build_parser() -> ToolParser:
+    """The arguments of tools/generate.py."""
     parser = ToolParser(prog="tools/generate.py", description="Continue a prompt with a Hugging Face folder.")
     parser.add_argument("--hf", type=Path, required=True, help="folder with config.json, weights and tokenizer")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=positive(int), default=64, help="default 64")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument("--top-k", type=positive(int), help="choose among the k likeliest tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
+    parser.add_argument("--top-k", type=positive(int), help="sample from the k most likely tokens")
     parser.add_argument(
-        "--top-p", type=positive(float), help="choose among the likeliest tokens that make up this share"
+        "--top-p", type=positive(float), help="sample from the most likely tokens with this total probability"
     )
-    parser.add_argument("--seed", type=natural, default=0, help="seed of the choice (default 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="sampling seed (default 0)")
     parser.add_argument("--device", choices=DEVICE_CHOICES, default="auto", help="default auto")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default fp32 on the CPU, else bf16")
     return parser

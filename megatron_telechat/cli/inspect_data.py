@@ -20,7 +20,7 @@ def _run(argv: list[str]) -> int:
     add("dataset", help="prefix, .idx or .bin file")
     add("--document", nargs="+", type=natural, default=[], metavar="N", help="documents to show, from 0")
     add("--tokenizer-model", help="decodes them")
-    add("--tokenizer-type", help="type of --tokenizer-model; unset: told by the file")
+    add("--tokenizer-type", help="type of --tokenizer-model; default: detected from the file")
     add("--vocab-size", type=positive(int), help="ids of a NullTokenizer")
     add("--tokens", type=positive(int), default=400, help="tokens shown of each document (default: 400)")
     args = parser.parse_args(argv)

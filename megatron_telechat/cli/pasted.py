@@ -112,14 +112,14 @@ def _ranks(launch: Launch, flags: Sequence[str]) -> tuple[str, ...]:
     if launch.ranks is None:
         if said["--world-size"] is None:
             what = f"the number of ranks is not known: {launch.why}"
-            raise ConfigError(what, WHERE, "say it: --world-size N, with --ranks-per-node N where a node has not 8")
+            raise ConfigError(what, WHERE, "give --world-size N (and --ranks-per-node N if a node does not have 8)")
         return ()
     found = {"--world-size": launch.ranks, "--ranks-per-node": launch.per_node}
     for name, number in found.items():
         if number is not None and said[name] not in (None, str(number)):
-            what = f"{name} {said[name]}, but the launcher's words start {launch.ranks} ranks"
+            what = f"{name} {said[name]}, but the launcher starts {launch.ranks} ranks"
             what += f", {number} on a node" if name == "--ranks-per-node" else ""
-            raise ConfigError(what, f"flag; {WHERE}", f"leave {name} out, or change the launcher's words")
+            raise ConfigError(what, f"flag; {WHERE}", f"leave {name} out, or change the launcher's flags")
     return tuple(
         word
         for name, number in found.items()

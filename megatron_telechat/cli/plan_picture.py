@@ -14,7 +14,7 @@ from megatron_telechat.planner.simulate import SimResult, in_flight, simulate, s
 
 FORWARD = ("#2563eb", "#60a5fa", "#93c5fd", "#1d4ed8")
 BACKWARD = ("#ea580c", "#fb923c", "#fdba74", "#c2410c")
-"""Of the chunks in turn."""
+"""One shade per virtual stage of a rank, in turn."""
 WEIGHTS, KEPT, WORKING, HELD = "#64748b", "#059669", "#f59e0b", "#e2e8f0"
 MOST_DRAWN = 24
 """Micro-batches of the Gantt chart; the rest repeats the steady state."""
@@ -150,8 +150,8 @@ def _gantt(axes: Any, figure: Any, problem: BalanceProblem, result: SimResult, d
     for (device, color), spans in bars.items():
         axes.broken_barh(spans, (device - 0.42, 0.84), color=color, edgecolor="white", linewidth=0.4)
     most = "" if drawn == problem.m else f", the first {drawn} of {problem.m} micro-batches"
-    chunks = ", shades are chunks" if problem.V > 1 else ""
-    style(axes, f"Schedule, {unit}: forwards blue, backwards orange{chunks}{most}")
+    shades = ", shades are virtual stages" if problem.V > 1 else ""
+    style(axes, f"Schedule, {unit}: forwards blue, backwards orange{shades}{most}")
     axes.grid(False, axis="y")
     axes.set_yticks(range(problem.P))
     axes.set_ylabel("stage", fontsize=9, color=INK)

@@ -44,7 +44,7 @@ def _run(argv: list[str]) -> int:
         print(f"note: {note}", file=sys.stderr)
     chosen = [name for name in ("problem", "sweep", "calibrate") if getattr(options, name)]
     if len(chosen) > 1:
-        raise ConfigError(f"--{' and --'.join(chosen)} are different jobs", "command line", "give one of them")
+        raise ConfigError(f"--{' and --'.join(chosen)} cannot be combined", "command line", "give one of them")
     if options.reserve_gib is not None and not 0 <= options.reserve_gib < float("inf"):
         raise ConfigError(f"--reserve-gib {options.reserve_gib:g}", "command line", "a number of GiB, at least 0")
     if options.problem:
@@ -53,7 +53,7 @@ def _run(argv: list[str]) -> int:
         from megatron_telechat.cli.tool import quiet_imports
 
         if not options.output:
-            raise ConfigError("--calibrate has no file to write", "command line", "--output FILE.yaml")
+            raise ConfigError("--calibrate needs --output", "command line", "--output FILE.yaml")
         if options.rounds < 1:
             raise ConfigError(f"--rounds {options.rounds}", "command line", "at least 1")
         quiet_imports()
@@ -76,8 +76,8 @@ def _problem(request: Request) -> int:
     if request.words or options.device or options.plain_flags or options.output:
         others = [*request.words[:3], *(f"--{name}" for name in ("device", "output") if getattr(options, name))]
         others += ["--plain-flags"] * options.plain_flags
-        raise ConfigError(f"--problem says all there is to know; {' '.join(others)} does not go with "
-                          f"it", "command line",
+        raise ConfigError(f"--problem needs no other input; {' '.join(others)} cannot be "
+                          f"combined with it", "command line",
                           "leave it out; --time-limit, --gap, --json and --plot do")  # fmt: skip
     try:
         text = sys.stdin.read() if options.problem == "-" else Path(options.problem).read_text(encoding="utf-8")

@@ -36,11 +36,11 @@ NAMES = {
 
 
 def sizes_text(run: RunConfig) -> str:
-    """TP8 x PP8 (3 chunks) x DP8."""
+    """The parallel sizes as TP8 x PP8 x VP3 x DP8."""
     parallel = run.parallel
-    chunks = parallel.num_virtual_stages_per_pipeline_rank
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
     text = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
-    text += f" ({chunks} chunks)" * (chunks > 1)
+    text += f" x VP{virtual}" * (virtual > 1)
     text += f" x CP{parallel.context_parallel_size}" * (parallel.context_parallel_size > 1)
     text += f" x DP{parallel.data_parallel_size}"
     if run.model.is_moe:
@@ -49,6 +49,7 @@ def sizes_text(run: RunConfig) -> str:
 
 
 def head(question: Question, problem: BalanceProblem) -> list[str]:
+    """First lines of a report: sizes, model, micro-batches, and the memory that the plan may use."""
     run, training = question.run, question.run.training
     limit = "memory not limited" if problem.mem_limit >= UNLIMITED_BYTES else (
         f"{problem.mem_limit / 2**30:.1f} GiB a device, {problem.const_mem / 2**30:g} of them held back"
@@ -146,7 +147,7 @@ def _times(plan: Plan) -> list[str]:
         f"measured: {entry.source}" if entry else "estimates from the device file's figures; --calibrate measures them"
     )
     if entry is None and found.iteration < SHORTEST_STEP_S:
-        source += ". A step this short is bound by launches, which they do not know"
+        source += ". A step this short is bound by kernel launches, which they do not model"
     if found.pace != 1:
         source += (
             f". Waiting neighbours and varying ops: {found.pace - 1:+.1%} of the pipeline's time, which the "
@@ -173,9 +174,9 @@ def _comparison(plan: Plan, others: Sequence[Baseline]) -> list[str]:
             why = (
                 "does not fit the memory"
                 if splits.get(other.name, True)
-                else f"{layers} layers do not split so over {stages}"
+                else f"{layers} layers do not split this way over {stages} stages"
             )
-            why = "none splits these layers and fits" if other.name == "best plain flags" else other.why or why
+            why = "none fits" if other.name == "best plain flags" else other.why or why
             rows.append([name, "-", "", why])
             continue
         more = other.makespan / plan.makespan - 1
@@ -194,7 +195,7 @@ def verdict(plan: Plan, others: Sequence[Baseline]) -> str:
     plain = [value for name, value in known.items() if name != "as configured"]
     configured = known.get("as configured")
     if not plain:
-        fits = "none of Megatron's plain splits works here; this plan does"
+        fits = "none of Megatron's plain splits fits here; this plan does"
     else:
         gain = min(plain) / plan.makespan - 1
         if gain < -WORTH:
@@ -202,7 +203,7 @@ def verdict(plan: Plan, others: Sequence[Baseline]) -> str:
         elif gain < WORTH:
             fits = f"no gain over plain flags: they are within {max(gain, 0):.1%} of this plan"
         else:
-            fits = f"{gain:.1%} faster than the best that plain flags give" + _of_the_step(plan, min(plain))
+            fits = f"{gain:.1%} faster than the best plain flags" + _of_the_step(plan, min(plain))
         if "uniform split" in known and known["uniform split"] < plan.makespan * (1 + WORTH):
             fits += "; the uniform split is as good" if gain < WORTH else ""
     if configured is not None:
@@ -221,11 +222,12 @@ def _of_the_step(plan: Plan, other: float) -> str:
 def _proof(plan: Plan) -> str:
     solution, seconds = plan.solution, f"{plan.solution.seconds:.2f} s"
     if solution.status == "optimal" and plan.gap <= 1e-6:
-        return f"proof: optimal; no layout and recompute that fit are faster under this model ({seconds} of search)"
+        faster = "no layout and recompute that fit in memory are faster under this model"
+        return f"proof: optimal; {faster} ({seconds} of search)"
     what = "any recompute per layer" if plan.question.plain else "anything"
     bound = f"{what} that fits is at most {plan.gap:.2%} faster"
     if plan.question.plain and solution.status == "optimal":
-        return f"proof: {bound}, which Megatron-LM's flags cannot say; within them, the best found ({seconds})"
+        return f"proof: {bound}, not expressible in Megatron-LM's flags; within them, the best found ({seconds})"
     return f"proof: not closed after {seconds}; {bound} (a longer --time-limit may close it)"
 
 
@@ -248,7 +250,8 @@ def _flags(plan: Plan) -> list[str]:
     flags, why = _megatron_flags(plan)
     if flags is None:
         lines.append(
-            "Megatron-LM cannot say this: recompute differs between stages; --plain-flags gives the best that it can"
+            "Not expressible in Megatron-LM flags: recompute differs between stages; --plain-flags finds the best plan "
+            "that is"
         )
     elif flags != shlex.join(plan_flags(plan)):
         lines.append(f"Megatron-LM: {flags}")
@@ -302,28 +305,28 @@ def no_plan_text(
     lines = head(question, problem)
     if solution.assignment is not None:
         what = f"without --plain-flags there is a plan of {_seconds(solution.makespan or 0.0)}"
-        return "\n".join([*lines, "", f"nothing that Megatron-LM's flags can say was found to fit; {what}"])
+        return "\n".join([*lines, "", f"no plan in Megatron-LM's flags was found to fit; {what}"])
     if solution.status != "infeasible":
         return "\n".join(
             [
                 *lines,
                 "",
-                f"nothing found in {solution.seconds:.1f} s: {solution.reason}; a longer --time-limit may help",
+                f"no plan found in {solution.seconds:.1f} s: {solution.reason}; a longer --time-limit may help",
             ]
         )
     if lack is None:
         return "\n".join([*lines, "", f"does not fit: {solution.reason}"])
     most = problem.mem_limit - problem.const_mem
     at_least = "" if lack.proved else " (best case found)"
-    lines += ["", f"does not fit: in the best case stage {lack.stage} lacks {gib(lack.lacking_bytes)} GiB{at_least}"]
+    lines += ["", f"does not fit: in the best case, stage {lack.stage} lacks {gib(lack.lacking_bytes)} GiB{at_least}"]
     lines.append(
         "  GiB of each stage then: " + ", ".join(gib(need) for need in lack.needed_bytes) + f"; usable: {gib(most)}"
     )
     if not changes:
         return "\n".join(
-            [*lines, "  no change or pair of changes that was tried fits: a larger device, or more of them"]
+            [*lines, "  none of the changes tried (single or in pairs) fits: use a larger device or more devices"]
         )
-    rows = [["  what fits, smallest change first", "pipeline", "tokens/s", "flags"]]
+    rows = [["  changes that make it fit, smallest first", "pipeline", "tokens/s", "flags"]]
     for change in changes:
         rows.append(
             [f"  {change.text}", _seconds(change.makespan), f"{change.tokens_per_s:,.0f}", " ".join(change.flags)]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the solver's libraries are loaded when there is something t
 _GIB = 2**30
 DESCRIPTION = """\
 The fastest pipeline layout that fits the memory: which layers each stage holds, and what each recomputes.
-Proved by an exact solver on a model of memory and time; the training takes the answer as it is (--plan FILE).
+An exact solver proves it for a model of memory and time. The training reads the result (--plan FILE).
 
   plan_pipeline.py --preset telechat2-115b --world-size 512 --device ascend-910b-64g
   plan_pipeline.py --config run.yaml --micro-batch-size 2 --device h100-80g --recompute-kinds core_attn+mlp,full
@@ -31,7 +31,7 @@ Proved by an exact solver on a model of memory and time; the training takes the 
   plan_pipeline.py --problem problem.json --json
   torchrun --nproc-per-node 2 tools/plan_pipeline.py --preset telechat2-tiny --calibrate --output mine.yaml
 
-Every other flag is one of the training (pretrain_telechat2.py --help) or of Megatron-LM."""
+All other flags are training flags (pretrain_telechat2.py --help) or Megatron-LM flags."""
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,20 @@ def _parser() -> _Parser:
         help="what a layer may recompute: full, modules joined by + such as core_attn+mlp, or none [full]",
     )
     add("--memory-gib", type=gib, metavar="X", help="memory of one device [that of the device file]")
-    add("--reserve-gib", type=float, metavar="X", help="of it, held back for context, buffers, fragmentation [3]")
+    add(
+        "--reserve-gib", type=float, metavar="X", help="part of it to keep free for context, buffers, fragmentation [3]"
+    )
     add(
         "--time-limit",
         type=seconds,
         metavar="S",
-        help="seconds of search; then the best so far with its gap [30; of a sweep 60]",
+        help="time limit of the search in seconds, then the best plan found with its gap [30; sweep: 60]",
     )
     add("--gap", type=float, default=0.0, metavar="X", help="stop at this proven relative gap, such as 0.01 [0]")
     add(
         "--plain-flags",
         action="store_true",
-        help="only what Megatron-LM's flags can say: a layout string, one recompute setting",
+        help="only plans in Megatron-LM's flags: a layout string, one recompute setting",
     )
     add("--sweep", action="store_true", help="rank parallel layouts of --world-size ranks; sizes given as flags stay")
     add("--top", type=natural, default=10, metavar="N", help="rows of the sweep [10]")
@@ -168,7 +170,7 @@ def read_device(name: str | None, run: RunConfig) -> tuple[DeviceSpec, RunConfig
     """
     known = ", ".join(device_spec_names())
     if name is None:
-        raise ConfigError("which device is to be planned for?", "command line", f"--device NAME or FILE: {known}")
+        raise ConfigError("no device is given", "command line", f"--device NAME or FILE: {known}")
     spec = device_spec(name)
     if spec is None:
         if not (name.endswith((".yaml", ".yml")) or Path(name).is_file()):

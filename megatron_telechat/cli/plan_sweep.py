@@ -29,7 +29,7 @@ def sweep_door(request: Request) -> int:
         raise ConfigError(f"--top {options.top}", "command line", "at least 1")
     loaded = request.load()
     if loaded.origins["world_size"] == "derived":
-        raise ConfigError("a sweep has no number of ranks to lay out", "command line", "--world-size N")
+        raise ConfigError("the sweep needs a number of ranks", "command line", "--world-size N")
     device, run = read_device(options.device, loaded.run)
     values = values_of(loaded.run)
     fixed = {name: values[name] for name in FLAGS if loaded.origins[name].startswith("flag") and values[name]}
@@ -37,7 +37,7 @@ def sweep_door(request: Request) -> int:
     found = candidates(question, lambda *flags: request.load(*flags).run, fixed)
     if not found:
         raise ConfigError(
-            f"no parallel layout of {run.parallel.world_size} ranks goes with this run",
+            f"no parallel layout of {run.parallel.world_size} ranks fits this run",
             "--sweep",
             "another --world-size, a --global-batch-size with more divisors, or fewer fixed sizes",
         )
@@ -61,30 +61,30 @@ def sweep_door(request: Request) -> int:
 
 
 def _flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
-    """Sizes of the sweep, and the plan's own flags; the number of chunks is among both."""
-    chunks = flags.index(FLAGS["num_virtual_stages_per_pipeline_rank"])
-    return (*flags[:chunks], *flags[chunks + 2 :], *plan_flags(plan))
+    """Sizes of the sweep, and the plan's own flags; the number of virtual stages is in both."""
+    virtual = flags.index(FLAGS["num_virtual_stages_per_pipeline_rank"])
+    return (*flags[:virtual], *flags[virtual + 2 :], *plan_flags(plan))
 
 
 def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list[str]:
     tried = f"{ranking.tried} parallel layouts solved, {ranking.no_fit} of them do not fit the memory"
     lines = [f"{run.model.name} on {run.parallel.world_size} x {device}: {tried}", f"  {model_text(run.model)}"]
     if ranking.skipped:
-        lines.append(f"  {ranking.skipped} more cannot be among these, by the work they have")
+        lines.append(f"  {ranking.skipped} more were ruled out: their work alone takes longer")
     if ranking.unseen:
         lines.append(
-            f"  ! no time for {ranking.unseen} more, less promising by their work: --time-limit {limit_s * 3:g} sees "
+            f"  ! no time for {ranking.unseen} more, which look less promising: --time-limit {limit_s * 3:g} covers "
             f"more of them"
         )
     if not ranking.plans:
-        return [*lines, "", "no layout was found that fits: more ranks, --recompute-kinds full, or a larger device"]
+        return [*lines, "", "no layout was found that fits: use more ranks, --recompute-kinds full, or a larger device"]
     moe = any(plan.question.run.model.is_moe for _, plan in ranking.plans)
     rows = [
         [
             "",
             "TP",
             "PP",
-            "chunks",
+            "VP",
             *["EP"] * moe,
             "DP",
             "micro-batch",

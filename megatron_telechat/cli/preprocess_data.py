@@ -19,7 +19,7 @@ from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, ConfigError
 
 # Flags of Megatron's tool that are not taken over, and what to do in their place.
 REFUSED = {
-    "--partitions": "one run reads all files; give --workers, or --shard I/N on several machines",
+    "--partitions": "one run reads all files; use --workers, or --shard I/N on several machines",
     "--split-sentences": "sentence splitting serves BERT; GPT-style training reads documents",
     "--keep-newlines": "newlines are always kept",
     "--lang": "it goes with --split-sentences, which serves BERT",
@@ -31,6 +31,7 @@ REFUSED = {
 
 
 def build_parser() -> ToolParser:
+    """The arguments of tools/preprocess_data.py, which are Megatron's and our own."""
     parser = ToolParser(prog="tools/preprocess_data.py", description=purpose(__doc__))
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="jsonl (also .gz, .zst) and parquet files, globs or folders")
@@ -38,16 +39,16 @@ def build_parser() -> ToolParser:
     add("--json-keys", nargs="+", default=["text"], help="keys of the texts (default: text)")
     add(
         "--tokenizer-type",
-        help="HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer, NullTokenizer; unset: told by the file",
+        help="HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer, NullTokenizer; default: detected",
     )
     add("--tokenizer-model", help="file or folder of the tokenizer")
     add("--vocab-size", type=positive(int), help="ids of a NullTokenizer")
-    add("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    add("--append-eod", action="store_true", help="append the end-of-document token to each document")
     add(
         "--special-tokens-in-text",
         action="store_true",
-        help="the name of a special token in a text (<_end>) becomes that "
-        "token, as in Megatron's tool; unset: it is text",
+        help="turn the name of a special token in a text (<_end>) into that token, as Megatron's tool does; "
+        "default: it stays text",
     )
     add(
         "--workers",
@@ -59,7 +60,7 @@ def build_parser() -> ToolParser:
         "--on-error",
         choices=("fail", "skip", "quarantine"),
         default="fail",
-        help="a bad line ends the run, is left out and listed, or is put aside as well (default: fail)",
+        help="a bad line ends the run, is skipped and listed, or is skipped and also saved (default: fail)",
     )
     add(
         "--engine",
@@ -79,7 +80,7 @@ def build_parser() -> ToolParser:
 def _shard(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not slash or not index.isdigit() or not count.isdigit() or not int(index) < int(count):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part I/N with 0 <= I < N")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part I/N with 0 <= I < N")
     return int(index), int(count)
 
 
@@ -153,7 +154,7 @@ def _run(argv: list[str]) -> int:
                 stop=lambda: signals.seen,
             )
         except Interrupted:
-            print("stopped by a signal; the same command goes on", file=sys.stderr)
+            print("stopped by a signal; run the same command again to continue", file=sys.stderr)
             return EXIT_SIGNAL
     _print(report, time.monotonic() - begin)
     return EXIT_OK
@@ -163,7 +164,9 @@ def _print(report: Any, elapsed: float) -> None:
     for line in report.bad:
         print(f"skipped {line}", file=sys.stderr)
     if report.skipped > len(report.bad):
-        print(f"skipped {report.skipped - len(report.bad):,} more; the list is beside the output", file=sys.stderr)
+        print(
+            f"skipped {report.skipped - len(report.bad):,} more; the full list is next to the output", file=sys.stderr
+        )
     print(f"documents: {report.documents_in:,} in = {report.documents_out:,} out + {report.skipped:,} skipped")
     for output, tokens in zip(report.outputs, report.tokens.values(), strict=True):
         print(f"{output}: {tokens:,} tokens")

@@ -30,10 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(error, os.environ)
         return _leave(error.exit_code)
     except StopAtStart:
-        _say_stopped(
-            "stopped before the first step: nothing was trained, nothing had to be saved; the same command starts here "
-            "again"
-        )
+        _say_stopped("stopped before the first step: nothing was trained or saved; run the same command to start again")
         return _leave(EXIT_SIGNAL)
     except KeyboardInterrupt:
         _say_stopped("interrupted while no training was under way")

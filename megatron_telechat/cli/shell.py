@@ -405,7 +405,7 @@ def _calculate(node: ast.expr) -> int:
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         return _OPERATORS[type(node.op)](_calculate(node.left), _calculate(node.right))
-    raise ValueError("not a whole number")
+    raise ValueError("not an integer")
 
 
 def _text(value: Value) -> str:

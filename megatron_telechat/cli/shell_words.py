@@ -31,13 +31,17 @@ Token = str | Raw
 
 
 class Lexer:
+    """Splits a shell script into tokens (words, operators, redirections, here-documents) without evaluating them."""
+
     def __init__(self, text: str, where: str):
         self.text, self.at, self.where = text, 0, where
 
     def fail(self, what: str) -> ConfigError:
+        """The error to raise for text that cannot be read, with the place of the script."""
         return ConfigError(f"cannot read the script: {what}", self.where, "paste the command as it is typed")
 
     def tokens(self) -> Iterator[Token]:
+        """All tokens of the text in order. Raises ConfigError for an unclosed quote, bracket or substitution."""
         heredocs: list[str] = []
         while self.at < len(self.text):
             char = self.text[self.at]
@@ -67,6 +71,7 @@ class Lexer:
                 yield self.word()
 
     def skip_line(self) -> None:
+        """Move to the end of the current line."""
         end = self.text.find("\n", self.at)
         self.at = len(self.text) if end < 0 else end
 
@@ -97,6 +102,7 @@ class Lexer:
         return Raw(tuple(parts))
 
     def array(self) -> tuple[Raw, ...]:
+        """The words of an array literal, after its opening bracket. Raises ConfigError if the bracket is not closed."""
         self.at += 1
         words = []
         while True:

@@ -36,6 +36,7 @@ class ShownToken:
 
 
 def build_parser() -> ToolParser:
+    """The arguments of tools/show_sample.py; all others belong to the training."""
     parser = ToolParser(prog="tools/show_sample.py", description=purpose(__doc__).capitalize(), epilog=EPILOG)
     parser.add_argument("--sample", type=natural, default=0, help="number of the sample, from 0 (default 0)")
     parser.add_argument("--of", choices=("train", "valid", "test"), default="train", help="which split (default train)")

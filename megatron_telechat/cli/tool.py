@@ -18,9 +18,11 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
+        """Raise a ConfigError (exit code 2) where argparse would print its usage and exit."""
         raise ConfigError(message, "command line", f"{self.prog} --help")
 
     def parse_args(self, args=None, namespace=None):
+        """Parse after replacing underscores in flag names by hyphens, as the training does."""
         return super().parse_args([_hyphens(word) for word in (sys.argv[1:] if args is None else args)], namespace)
 
 
@@ -56,7 +58,8 @@ def interrupted() -> int:
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there already")
+    """Add ``--overwrite``, which replaces an existing output."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def keep_what_is_there(paths: Iterable[Path], flag: str, overwrite: bool) -> None:
@@ -70,7 +73,7 @@ def keep_what_is_there(paths: Iterable[Path], flag: str, overwrite: bool) -> Non
         raise ConfigError(
             f"{', '.join(there)} {'is' if len(there) == 1 else 'are'} there already",
             flag,
-            f"another {flag}, or --overwrite to replace what is there",
+            f"another {flag}, or --overwrite to replace the existing output",
         )
 
 
@@ -96,7 +99,7 @@ def positive(kind: type) -> Callable[[str], float]:
 
 
 def natural(text: str) -> int:
-    """An argparse type: a whole number from 0."""
+    """An argparse type: an integer from 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")

@@ -20,7 +20,7 @@ def _run(argv: list[str]) -> int:
     add("datasets", nargs="+", metavar="DATASET", help="prefixes, .idx or .bin files, globs or folders")
     add("--vocab-size", type=positive(int), help="each token id must be below this")
     add("--tokenizer-model", help="each token id must be one of this tokenizer")
-    add("--tokenizer-type", help="type of --tokenizer-model; unset: told by the file")
+    add("--tokenizer-type", help="type of --tokenizer-model; default: detected from the file")
     add("--write-checksums", action="store_true", help="write DATASET.sums for whole datasets that have none")
     args = parser.parse_args(argv)
     from megatron_telechat.data.indexed.verify import add_checksums, find_datasets, verify_dataset

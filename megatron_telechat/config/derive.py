@@ -92,7 +92,7 @@ DERIVATIONS: tuple[tuple[str, Derivation], ...] = (
 
 
 def _finetune_begins_with_load(values: dict[str, Any], check: Check) -> None:
-    """Megatron's way to say pretrained_checkpoint: --finetune --load FOLDER. The run itself goes on from its own
+    """Megatron's form of pretrained_checkpoint: --finetune --load FOLDER. The run itself resumes from its own
     folder."""
     load, save = values["load"], values["save"]
     if not values["finetune"] or values["pretrained_checkpoint"] is not None or load is None:
@@ -109,7 +109,9 @@ def _drop_sequence_parallel_without_tp(values: dict[str, Any], check: Check) -> 
         values["sequence_parallel"] = False
         origin = check.origins.get("sequence_parallel", DEFAULT)
         if not origin.startswith("preset "):
-            check.notes.append(f"sequence_parallel ({origin}) has no effect with tensor_model_parallel_size=1: off")
+            check.notes.append(
+                f"sequence_parallel ({origin}) has no effect with tensor_model_parallel_size=1: turned off"
+            )
         check.origins["sequence_parallel"] = DERIVED
 
 
@@ -136,7 +138,7 @@ def _raise_global_batch(values: dict[str, Any], check: Check) -> None:
         return
     values["global_batch_size"] = -(-given // unit) * unit
     check.notes.append(
-        f"global_batch_size={given} ({check.origins.get('global_batch_size', DEFAULT)}) does not split over these "
-        f"ranks: taken as {values['global_batch_size']}; --global-batch-size sets it"
+        f"global_batch_size={given} ({check.origins.get('global_batch_size', DEFAULT)}) does not divide by these "
+        f"ranks: set to {values['global_batch_size']}; --global-batch-size sets it"
     )
     check.origins["global_batch_size"] = DERIVED

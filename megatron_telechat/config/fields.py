@@ -48,10 +48,12 @@ class FieldInfo:
 
     @property
     def key(self) -> str:
+        """The name in a YAML file, ``section.name``."""
         return f"{self.section}.{self.name}"
 
     @property
     def flag(self) -> str:
+        """The command-line flag, ``--name`` with hyphens."""
         return "--" + self.name.replace("_", "-")
 
     def expects(self) -> str:
@@ -59,7 +61,7 @@ class FieldInfo:
         if self.choices:
             one = ", ".join(self.choices)
             return f"any of {one}" if self.many else f"one of {one}"
-        one = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.kind]
+        one = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
         if self.words:
             one += f", or {' or '.join(self.words)}"
         return f"a list of {one}" if self.many else one

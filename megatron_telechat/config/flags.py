@@ -37,6 +37,7 @@ class Actions:
 
     @property
     def starts_nothing(self) -> bool:
+        """Whether the command only describes a run and starts no ranks."""
         return self.dry_run or self.print_config is not None
 
 
@@ -76,13 +77,13 @@ UNPLANNED = ("data", "checkpoint", "evaluation", "logging")
 """Sections that a planner does not read."""
 
 ACTION_FLAGS = {
-    "config": "YAML file; may be given more than once, a later one wins",
-    "preset": "start from the configuration of a model; --list-presets names them",
-    "print-config": "print every value with its origin (or, with =yaml, the resolved YAML) and stop",
-    "dry-run": "check everything that can be checked without the ranks, describe the run and stop",
-    "list-presets": "name the presets and stop",
+    "config": "YAML file; may be given several times, the last one wins",
+    "preset": "start from the configuration of a model; --list-presets lists them",
+    "print-config": "print every value with its origin (or, with =yaml, the resolved YAML) and exit",
+    "dry-run": "check everything that can be checked without starting the ranks, describe the run and exit",
+    "list-presets": "list the presets and exit",
     "help": "this text",
-    "version": "print the version and stop",
+    "version": "print the version and exit",
 }
 
 
@@ -119,10 +120,11 @@ def _is_value(token: str) -> bool:
 def _stray(token: str, before: str) -> Problem:
     if token.startswith("-") and len(token) > 1:
         word = token.lstrip("-").replace("-", "_")
-        fix = f"write -{token}" if word in fields_by_name() else "flags begin with two hyphens"
+        fix = f"write -{token}" if word in fields_by_name() else "flags start with two hyphens"
         return Problem(f"unknown flag {token}", "flag", fix)
     after = f" after {before}" if before else ""
-    return Problem(f"argument {token!r}{after} belongs to no flag", "flag", "flags are --name value or --name=value")
+    what = f"argument {token!r}{after} does not belong to a flag"
+    return Problem(what, "flag", "flags are --name value or --name=value")
 
 
 class _Flag:
@@ -166,7 +168,8 @@ class _Flag:
         else:
             given = " ".join(self.values)
             self.problem(
-                f"{self.typed} takes one value, not {len(self.values)}: {given}", fix="quote a value that holds blanks"
+                f"{self.typed} takes one value, not {len(self.values)}: {given}",
+                fix="quote a value that contains spaces",
             )
         return None
 
@@ -258,7 +261,7 @@ class _Flag:
             elif answer.fields != ("precision",):
                 ours = " ".join(known[name].flag for name in answer.fields)
                 default = answer.value is not None and known[answer.fields[0]].default == answer.value
-                name = "nothing to do, our default of" if default else "another name of"
+                name = "nothing to do: it is the default of" if default else "another name of"
                 self.line.notes.append(f"{given}: {name} {ours}" + (f" ({answer.value})" if answer.value else ""))
             for name in answer.fields:
                 if answer.value is not None:
@@ -269,7 +272,7 @@ class _Flag:
             self.line.notes.append(f"{given}: ignored, because {answer.because}")
         elif isinstance(answer, Always):
             if not self.values or not answer.values or all(value in answer.values for value in self.values):
-                self.line.notes.append(f"{given}: nothing to do, {answer.because}")
+                self.line.notes.append(f"{given}: nothing to do: {answer.because}")
             else:
                 fix = answer.fix or f"leave it out, or {self.typed} {answer.values[0]}"
                 self.problem(f"{given} contradicts this framework: {answer.because}", fix)
@@ -277,7 +280,7 @@ class _Flag:
         elif isinstance(answer, Refused):
             use = f"use {answer.use}" if answer.use else "leave it out"
             if answer.another_model:
-                use = "leave it out: with it the model is one that neither the training nor the planner knows"
+                use = "omit it: neither the training nor the planner supports such a model"
             what = f"{self.typed} (a Megatron-LM flag) is refused: {answer.because}"
             self.problem(what, use)
             if not answer.another_model:
@@ -288,10 +291,10 @@ class _Flag:
             self.line.layers_per_virtual_stage = self.natural() or self.line.layers_per_virtual_stage
 
     def natural(self) -> int | None:
-        """The one value, a whole number of at least 1; None after a complaint."""
+        """The one value, an integer of at least 1; None after a complaint."""
         value = self.single()
         if value is not None and (not value.isdigit() or int(value) < 1):
-            self.problem(f"{self.typed} is {value!r}", fix="it takes a whole number of at least 1")
+            self.problem(f"{self.typed} is {value!r}", fix="it takes an integer of at least 1")
             return None
         return None if value is None else int(value)
 

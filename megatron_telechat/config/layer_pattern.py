@@ -19,9 +19,9 @@ def moe_layers(text: str) -> tuple[int, ...]:
     try:
         value = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, TypeError, RecursionError, MemoryError):
-        raise ValueError(f"{text!r} is no list of 0 and 1, such as [0]*3+[1]*27") from None
+        raise ValueError(f"{text!r} is not a list of 0 and 1 such as [0]*3+[1]*27") from None
     if not isinstance(value, list) or not set(value) <= {0, 1}:
-        raise ValueError(f"{text!r} is no list of 0 and 1, such as [0]*3+[1]*27")
+        raise ValueError(f"{text!r} is not a list of 0 and 1 such as [0]*3+[1]*27")
     return tuple(value)
 
 
@@ -46,5 +46,5 @@ def _value(node: ast.expr) -> _Value:
 
 def _number(value: _Value) -> int:
     if not isinstance(value, int):
-        raise TypeError("a list stands where a number is meant")
+        raise TypeError("a list is given where a number is expected")
     return value

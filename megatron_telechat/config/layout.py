@@ -43,9 +43,9 @@ class PipelineLayout:
         stages = parse_stages(text)
         if len(stages) % pipeline_size:
             raise ConfigError(
-                f"the layout has {len(stages)} stages, which do not go round "
+                f"the layout has {len(stages)} stages, which is not a multiple of "
                 f"pipeline_model_parallel_size={pipeline_size}",
-                fix="one entry for each pipeline rank and chunk, | between them",
+                fix="one entry per virtual stage, separated by |",
             )
         return cls(stages, pipeline_size)
 
@@ -64,6 +64,7 @@ class PipelineLayout:
 
     @property
     def num_layers(self) -> int:
+        """Decoder layers of all virtual stages."""
         return sum(stage.count("t") for stage in self.stages)
 
     @property
@@ -84,9 +85,11 @@ class PipelineLayout:
         return range(first, first + self.counts[stage])
 
     def has_embedding(self, stage_rank: int, chunk: int = 0) -> bool:
+        """Whether virtual stage ``chunk`` of this pipeline rank holds the embedding."""
         return "E" in self.stages[self.virtual_stage(stage_rank, chunk)]
 
     def has_loss(self, stage_rank: int, chunk: int = 0) -> bool:
+        """Whether virtual stage ``chunk`` of this pipeline rank holds the output layer and the loss."""
         return "L" in self.stages[self.virtual_stage(stage_rank, chunk)]
 
     def problems(self, num_layers: int, num_chunks: int) -> list[str]:
@@ -151,7 +154,7 @@ def _read_lists(text: str) -> list[object]:
         found = None
     if not isinstance(found, list):
         raise ConfigError(
-            "the layout begins with [ and is no list", fix=f"{LISTS}, names quoted; or a string such as {EXAMPLE}"
+            "the layout begins with [ but is not a list", fix=f"{LISTS}, names quoted; or a string such as {EXAMPLE}"
         )
     return found
 
@@ -172,7 +175,7 @@ def _letters(layer: str) -> str:
     name, times, number = layer.partition("*")
     letters = WORDS.get(name.strip().lower(), name.strip())
     if set(letters) - set("EtLm|()*0123456789, "):
-        raise ConfigError(f"{name.strip()!r} means nothing in a layout", fix=f"layers are {', '.join(WORDS)}: {LISTS}")
+        raise ConfigError(f"{name.strip()!r} is not valid in a layout", fix=f"layers are {', '.join(WORDS)}: {LISTS}")
     return letters + times + number.strip()
 
 
@@ -213,7 +216,7 @@ def _bad_letter(char: str) -> str:
         return "the layout asks for a multi-token-prediction layer (m), which these models do not have"
     if char == ")":
         return "a ) without its ( in the layout"
-    return f"{char!r} means nothing in a layout"
+    return f"{char!r} is not valid in a layout"
 
 
 @lru_cache(maxsize=256)

@@ -25,7 +25,7 @@ from megatron_telechat.errors import ConfigError, Problem
 LAYOUTS = ("pipeline_model_parallel_layout", "recompute_layout")
 
 RECORDINGS = ("moe_routing_record", "moe_routing_replay", "moe_routing_steps")
-"""Files of a run, and what is said of them, outside of the sections of data and checkpoints."""
+"""Settings about files of a run outside of the sections of data and checkpoints."""
 
 PLANNED = (*LAYOUTS, "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 """What a planner chooses."""
@@ -79,7 +79,7 @@ def load_run_config(
     Args:
         argv: arguments behind the program's name.
         environ: environment variables; torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE are read.
-        planning: described, and layout and recompute are still to be chosen: what is said of them is dropped, an even
+        planning: described, and layout and recompute are still open: given ones are dropped, an even
         split
             stands in.
         described: the run is one to be told about, not one of our training: flags of Megatron-LM that our training
@@ -136,7 +136,8 @@ class _Merge:
         self.notes: list[str] = list(line.notes)
         if described:
             flags = (_flag_of(one) for one in line.refused)
-            self.notes += [f"{one} is not modelled, planned without it" for one in flags if one not in TOKENIZER_FILES]
+            flags = [one for one in flags if one not in TOKENIZER_FILES]
+            self.notes += [f"{one} is not modelled and was ignored for the plan" for one in flags]
         self.unreadable: set[str] = set(line.unreadable)
         self.preset: str | None = None
         self.plan: PlanFile | None = None
@@ -231,7 +232,7 @@ class _Merge:
             )
         if self.described and taken:
             said_as = ", ".join(f"{name}={value}" for name, value in taken.items())
-            self.notes.append(f"absent flags as Megatron-LM reads them: {said_as}")
+            self.notes.append(f"missing flags as Megatron-LM reads them: {said_as}")
 
     def take_vocabulary(self, meaning: Meaning) -> None:
         """Rows of the embedding: those of --vocab-size or of the tokenizer, padded as Megatron-LM pads them."""
@@ -244,11 +245,11 @@ class _Merge:
             self.origins[name] = f"tokenizer {source}"
         if size is None:
             tokenizer = " ".join(word for flag in _TOKENIZER for word in self.line.given.get(flag, ()))
-            what = f"the size of the vocabulary is not said, and no file of the tokenizer {tokenizer} is here".replace(
+            what = f"the vocabulary size is not given, and no file of the tokenizer {tokenizer} is here".replace(
                 "  ", " "
             )
             if not tokenizer:
-                what = "neither the size of the vocabulary nor a tokenizer is named"
+                what = "neither a vocabulary size nor a tokenizer is given"
             self.problems.append(Problem(what, "flag", "--vocab-size N, or --tokenizer-model with a file that is here"))
             self.unreadable.add(name)
             return
@@ -298,14 +299,14 @@ class _Merge:
         return []
 
     def drop_files(self) -> None:
-        """Drop what is said of files, which may be on another machine."""
+        """Drop settings about files, which may be on another machine."""
         for name, info in fields_by_name().items():
             if info.section in ("data", "checkpoint") or name in RECORDINGS:
                 self.values.pop(name, None)
                 self.origins[name] = DEFAULT
 
     def open_layout(self) -> None:
-        """Drop what is said of layout and recompute; an even split, so that the other rules have one to look at."""
+        """Drop layout and recompute, and set an even split for the other rules to check."""
         for name in PLANNED:
             self.values.pop(name, None)
             self.origins[name] = DEFAULT

@@ -88,6 +88,7 @@ class PlanFile:
 
     @property
     def origin(self) -> str:
+        """Origin of its values in ``--print-config`` and in errors."""
         return f"plan {self.path}"
 
     def differences(self, run: RunConfig) -> list[str]:
@@ -105,6 +106,7 @@ class PlanFile:
         return self.predicted if all(values[name] == value for name, value in self.predicted_for.items()) else None
 
     def to_json(self) -> dict[str, Any]:
+        """The content of a plan file; ``PlanFile`` reads it back unchanged."""
         out: dict[str, Any] = {"format": FORMAT, "sets": dict(self.sets), "made_for": dict(self.made_for)}
         out["predicted_for"] = dict(self.predicted_for)
         out["predicted"] = None if self.predicted is None else {**vars(self.predicted)}
@@ -160,7 +162,7 @@ def _check(values: Any, key: str, names: tuple[str, ...], where: str) -> None:
     known = fields_by_name()
     for name, value in values.items():
         if name not in names:
-            raise ConfigError(f"{key}.{name} is nothing a plan says", where, _FIX)
+            raise ConfigError(f"{key}.{name} is not a field of a plan", where, _FIX)
         unset = value is None and known[name].optional
         kind = (int, float) if known[name].kind is float else known[name].kind
         if not unset and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):

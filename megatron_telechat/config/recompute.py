@@ -58,7 +58,7 @@ def _plan_of_layout(run: RunConfig, text: str) -> list[Modes]:
         problems.append(
             Problem(
                 f"recompute_layout has {len(stages)} entries, the pipeline {len(counts)} virtual stages",
-                fix="one entry for each virtual stage, | between them: "
+                fix="one entry per virtual stage, separated by |: "
                 + "|".join(f"full*{count}" if count else "" for count in counts),
             )
         )

@@ -61,10 +61,12 @@ def shape_of(run: RunConfig) -> dict[str, int]:
 
 
 def step_folder(recording: Path, step: int) -> Path:
+    """Folder of one recorded step, counted from 1."""
     return recording / f"step_{step:08d}"
 
 
 def is_recording(path: Path) -> bool:
+    """Whether the folder holds the manifest of a recording."""
     return (path / MANIFEST).is_file()
 
 

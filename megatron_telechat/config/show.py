@@ -23,8 +23,8 @@ def help_text() -> str:
         "Pretrain a TeleChat2 (or Mixtral) model. Values come from the preset, then the YAML files, then the flags; a "
         "later one wins.",
         "Flags have Megatron-LM's names, with hyphens or underscores; --x-y and --no-x-y switch, --flag none unsets.",
-        "Flags of Megatron-LM that are not listed here are answered one by one: taken as another name, ignored or "
-        "refused, with the reason.",
+        "Every Megatron-LM flag that is not listed here gets an answer: alias of another flag, ignored, or refused, "
+        "with the reason.",
         "",
         "actions",
     ]

@@ -52,17 +52,17 @@ def split_counts(layers: int, stages: int, chunks: int, split: SplitFlags) -> tu
     """
     if split.sets_ends and split.counted:
         raise ConfigError(
-            "a number of layers for the first or last rank does not go with an embedding or loss that counts as one"
+            "a number of layers for the first or last rank cannot be combined with an embedding or loss that "
+            "counts as a layer"
         )
     if None not in (split.first, split.last) and stages == 2 and chunks > 1:
         # Megatron-Core divides by the number of ranks between there.
-        raise ConfigError(
-            "of two pipeline ranks with chunks, one has a number of layers of its own and the other the rest, not both"
-        )
+        raise ConfigError("of two pipeline ranks with virtual stages, only one may have its own number of layers")
     rows = _ends(layers, stages, split) if split.sets_ends else _accounted(layers, stages, split)
     for rank, row in enumerate(rows):
         if row % chunks:
-            raise ConfigError(f"the {_counted(row, split)} of pipeline rank {rank} do not split into {chunks} chunks")
+            what = f"the {_counted(row, split)} of pipeline rank {rank} do not split into {chunks} virtual stages"
+            raise ConfigError(what)
     counts = [row // chunks for row in rows] * chunks
     counts[0] -= split.embedding
     counts[-1] -= split.loss
@@ -107,12 +107,12 @@ def split_chunks(layers: int, stages: int, each: int, split: SplitFlags = SplitF
     """
     if split.sets_ends:
         raise ConfigError(
-            "layers of a chunk do not say how many chunks a rank has where the first or last rank has its own number "
-            "of layers"
+            "the layers of a virtual stage do not determine the number of virtual stages when the first or last rank "
+            "has its own number of layers"
         )
     row = _accounted(layers, stages, split)[0]
     if row % each:
-        raise ConfigError(f"the {_counted(row, split)} of a pipeline rank do not split into chunks of {each}")
+        raise ConfigError(f"the {_counted(row, split)} of a pipeline rank do not split into virtual stages of {each}")
     return row // each
 
 

@@ -26,9 +26,10 @@ class Merging(Protocol):
     notes: list[str]
     unreadable: set[str]
     planning: bool
-    """Whether a planner is to choose the layout: what is said of it then matters for the number of chunks alone."""
+    """Whether a planner chooses the layout; a given layout then only sets the number of virtual stages."""
 
-    def by_person(self, name: str) -> bool: ...
+    def by_person(self, name: str) -> bool:
+        """Whether a person gave this value: not derived, not a default."""
 
 
 def settle_stages(merging: Merging) -> None:
@@ -47,7 +48,7 @@ def _settle(merging: Merging, layers: int, stages: int) -> None:
     line, said = merging.line, merging.by_person(LAYOUT) and merging.values.get(LAYOUT) is not None
     if line.split and said:
         words = " ".join(line.split_words.values())
-        raise ConfigError(f"{words} and a layout string say two things of one split", f"flag; {LAYOUT}: "
+        raise ConfigError(f"{words} and a layout string both set the split", f"flag; {LAYOUT}: "
                                                                                       f"{merging.origins[LAYOUT]}",
                           "keep one of the two")  # fmt: skip
     if said:
@@ -87,7 +88,7 @@ def _chunks_of_layers(merging: Merging, layers: int, stages: int, each: int) -> 
         chunks = split_chunks(layers, stages, each, split)
     except ConfigError as error:
         what = (
-            f"num_layers={layers} does not split into {each} layers for each chunk of {stages} pipeline ranks: "
+            f"num_layers={layers} does not split into {each} layers per virtual stage of {stages} pipeline ranks: "
             f"{error.problems[0].what}"
         )
         fix = "--num-virtual-stages-per-pipeline-rank V and an uneven --pipeline-model-parallel-layout"
@@ -99,7 +100,7 @@ def _chunks_of_layers(merging: Merging, layers: int, stages: int, each: int) -> 
     if merging.by_person(CHUNKS) and merging.values[CHUNKS] != chunks:
         raise ConfigError(
             f"{CHUNKS}={merging.values[CHUNKS]}, but {layers} layers on {stages} pipeline ranks with {EACH} {each} "
-            f"make {chunks} chunks",
+            f"make {chunks} virtual stages",
             f"{CHUNKS}: {merging.origins[CHUNKS]}; {where}",
             "keep one of the two",
         )

@@ -128,7 +128,7 @@ class _Reader:
     def unknown_section(self, key: str, node: Any) -> None:
         field = fields_by_name().get(key.replace("-", "_"))
         if field is not None:
-            self.problem(node, f"key {key} stands outside of a section", fix=f"indent it under {field.section}:")
+            self.problem(node, f"key {key} is outside of any section", fix=f"indent it under {field.section}:")
         else:
             self.problem(node, f"unknown section {key}{did_you_mean(key, sections())}", fix=_SECTIONS_HELP)
 

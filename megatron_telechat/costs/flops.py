@@ -30,6 +30,7 @@ class LayerFlops:
 
     @property
     def total(self) -> float:
+        """Forward FLOPs of the layer for one token."""
         return self.projections + self.core_attention + self.mlp + self.router
 
 

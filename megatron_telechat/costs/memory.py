@@ -48,6 +48,7 @@ class StageMemory:
 
     @property
     def total_bytes(self) -> float:
+        """Bytes of a rank of the stage at the worst moment of the op order."""
         return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 

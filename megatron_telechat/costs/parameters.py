@@ -27,6 +27,7 @@ class LocalCount:
 
     @property
     def total(self) -> int:
+        """Parameters that the rank holds."""
         return self.dense + self.expert
 
     def __add__(self, other: LocalCount) -> LocalCount:

@@ -165,6 +165,7 @@ class TimeModel:
 
     @cached_property
     def links(self) -> Links:
+        """Bandwidths and latencies between the ranks of each group."""
         return Links.of(self.run, self.device)
 
     # ---- what the planner asks --------------------------------------------------------------

@@ -96,7 +96,7 @@ def data_plan(data: DataConfig) -> DataPlan:
         return DataPlan(format, blends, tuple((0.0, 1.0) if blend else None for blend in blends))
     if data.valid_data_path:
         raise ConfigError(
-            f"valid_data_path goes with train_data_path, not with {ways[0]}",
+            f"valid_data_path needs train_data_path and cannot be combined with {ways[0]}",
             fix="give --train-data-path, or drop --valid-data-path and let --split cut the validation off",
         )
     if data.data_json:
@@ -143,7 +143,7 @@ def _weighted(
     for prefix, weight in zip(prefixes, weights, strict=True):
         if not 0 < weight < float("inf"):
             raise ConfigError(
-                f"weight {weight:g} of {prefix} is not a positive number", where, "drop the prefix or mend the weight"
+                f"weight {weight:g} of {prefix} is not a positive number", where, "drop the prefix or fix the weight"
             )
     return Blend(tuple(map(format.prefix, prefixes)), weights, per_token)
 

@@ -104,7 +104,7 @@ def resumed_order(run: RunConfig, extra: Mapping[str, Any], saved: RunConfig | N
                 "the checkpoint does not say in which order its samples were read, and its configuration cannot be "
                 "read",
                 where,
-                "go on with the release that wrote it, or --allow-data-change: some samples are then read twice, "
+                "continue with the release that wrote it, or --allow-data-change: some samples are then read twice, "
                 "others never",
             )
         order = SampleOrder() if saved is None else _megatrons(saved)
@@ -130,6 +130,6 @@ def _read(extra: Mapping[str, Any], where: str) -> SampleOrder | None:
         raise CheckpointError(
             f"the checkpoint names an order of samples that this program does not know ({error})",
             where,
-            "go on with the release that wrote it",
+            "continue with the release that wrote it",
         ) from error
     return SampleOrder(stored["kind"], built_for)

@@ -64,7 +64,7 @@ def _named_twice(run: RunConfig, plan: DataPlan, opened: Opened) -> Iterator[Pro
                 groups.setdefault(json.dumps(opened[prefix].fingerprint()), []).append(prefix)
         for names in groups.values():
             if len(names) > 1:
-                yield Problem(f"these are the same data, which would be read twice: {', '.join(names)}", "data",
+                yield Problem(f"these are the same data, and would be read twice: {', '.join(names)}", "data",
                               "name it once; a weight says how often it is read")  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def open_encoded(run: RunConfig, plan: DataPlan, final: Path) -> Opened:
 
 
 def _not_shared(error: OSError) -> DataError:
-    return DataError(f"the sample index that rank 0 wrote is not to be seen here: {error.filename}", fix=_NOT_SHARED)
+    return DataError(f"the sample index that rank 0 wrote is not visible here: {error.filename}", fix=_NOT_SHARED)
 
 
 def used_splits(run: RunConfig, plan: DataPlan, opened: Opened) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ def _locate(tokenizer_type: str | None, path: Path) -> tuple[str, Path]:
         raise DataError(
             f"the folder {path} holds no tokenizer",
             "tokenizer_model",
-            "a tokenizer.json or a .model file is looked for",
+            "the folder must hold a tokenizer.json or a .model file",
         )
     if tokenizer_type is not None:
         return tokenizer_type, path
@@ -101,7 +101,7 @@ def _locate(tokenizer_type: str | None, path: Path) -> tuple[str, Path]:
     if path.suffix == ".json":
         return ("TikTokenizer" if _first_byte(path) == b"[" else "HuggingFaceTokenizer"), path
     raise ConfigError(
-        f"the kind of tokenizer is not to be told from {path.name}",
+        f"the tokenizer type cannot be detected from {path.name}",
         "tokenizer_model",
         f"give --tokenizer-type, one of {', '.join(TYPES)}",
     )
@@ -309,9 +309,7 @@ def _files_beside(folder: Path) -> Iterator[dict[str, Any]]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DataError(
-                f"{path} is not JSON: {error}", "tokenizer_model", "restore the file or take it away"
-            ) from error
+            raise DataError(f"{path} is not JSON: {error}", "tokenizer_model", "restore or remove the file") from error
         if isinstance(content, dict):
             yield content
 
@@ -322,7 +320,7 @@ def refuse_tokens_made_of_text(file: Path, names: Sequence[str]) -> None:
     if names:
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         raise ConfigError(
-            f"{file} makes a special token of the text {shown}: it would stand in the middle of what somebody wrote",
+            f"{file} makes a special token of the text {shown}: it would appear in the middle of user text",
             "tokenizer_model",
             "another tokenizer; for pretraining data --special-tokens-in-text allows it",
         )

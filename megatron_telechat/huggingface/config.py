@@ -39,7 +39,7 @@ class _Reader:
 
     def whole(self, *names: str, default: Any = None) -> Any:
         """A whole number above 0 under the first of these names that is there and not null."""
-        return self._number(names, default, lambda v: isinstance(v, int) and v > 0, "a whole number above 0")
+        return self._number(names, default, lambda v: isinstance(v, int) and v > 0, "an integer above 0")
 
     def real(self, *names: str, default: Any = None) -> Any:
         value = self._number(names, default, lambda v: isinstance(v, (int, float)) and v >= 0, "a number from 0")
@@ -97,7 +97,7 @@ def _telechat(reader: _Reader, names: Mapping[str, Any]) -> dict[str, Any]:
     config = reader.config
     if config.get("embed_layernorm") or "transformer.word_embeddings_layernorm.weight" in names:
         reader.complain(
-            "embed_layernorm: a norm behind the embedding is not supported",
+            "embed_layernorm: a norm after the embedding is not supported",
             "no published TeleChat2 has one; use one of those",
         )
     if config.get("tie_word_embeddings") or "word_embeddings.weight" in names:

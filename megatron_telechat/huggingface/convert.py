@@ -97,7 +97,7 @@ def _require_free_place(root: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise CheckpointError(
-            f"the output holds an import already: {names}",
+            f"the output already holds an import: {names}",
             where=str(root),
             fix="give another --output, or --overwrite to replace it",
         )
@@ -107,7 +107,7 @@ def _is_import(folder: Path) -> bool:
     try:
         return "hf" in look_at(folder).extra
     except CheckpointError:
-        return True  # of step 0 and damaged: an import, which the next one mends
+        return True  # of step 0 and damaged: an import, which the next one fixes
 
 
 def _make_folder(path: Path) -> None:
@@ -252,9 +252,9 @@ def _check_template(folder: Path, model: ModelConfig, required: bool) -> list[st
 def _stage(output: Path, size: int) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(
-            "the output is there already and not empty",
+            "the output already exists and is not empty",
             where=str(output),
-            fix="give a new folder; nothing is ever overwritten",
+            fix="give a new folder; nothing is overwritten",
         )
     _make_folder(output.parent)
     require_free_space(output.parent, size)

@@ -114,7 +114,7 @@ def end_tokens_of(folder: Path, config: dict[str, Any], tokenizer_end: int | Non
         try:
             sources.append(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
-            raise DataError(f"it is not JSON: {error}", str(path), "restore the file or take it away") from error
+            raise DataError(f"it is not JSON: {error}", str(path), "restore or remove the file") from error
     for source in sources:
         value = source.get("eos_token_id") if isinstance(source, dict) else None
         found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))

@@ -330,7 +330,7 @@ class _Layout:
         slots = self._arriving_slots(starts).gather(1, order)
         rows_of, token_rows_of = rows.flatten(1).gather(1, owner), token_rows.flatten(1).gather(1, owner)
 
-        # Expert rows by token row: each one is the k-th choice for here.
+        # Expert rows by token row: which choice of its token for this rank (k-th) each one is.
         flat_pairs = self.pairs_in.flatten(1)
         rank = (flat_pairs.cumsum(1) - 1).gather(1, order)
         valid = flat_pairs.gather(1, order)

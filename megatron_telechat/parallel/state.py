@@ -161,7 +161,7 @@ def _join(parallel: ParallelConfig, backend: Backend, timeout: timedelta) -> Non
         raise ConfigError(
             f"world_size is {parallel.world_size}, but {dist.get_world_size()} rank(s) were started",
             "torchrun",
-            f"start {parallel.world_size} ranks, or leave --world-size away",
+            f"start {parallel.world_size} ranks, or omit --world-size",
         )
 
 

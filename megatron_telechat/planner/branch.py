@@ -28,6 +28,7 @@ class Tree(Relaxation):
         self.score: dict[tuple[str, int], list] = {}
 
     def root_node(self) -> Node:
+        """The box of all assignments, bounded by the work of its layers spread evenly."""
         space, first = self.space, self.space.first_branch_row
         root = Node(
             _least_work(self.problem) / self.unit, 0, -1, space.lo, space.hi, space.row_lo[first:], space.row_hi[first:]
@@ -78,6 +79,8 @@ class Tree(Relaxation):
         return []
 
     def children(self, node: Node, what: str, number: int, value: float) -> tuple[Node, Node]:
+        """Split a box at a value between two integers: column or branch row ``number`` is rounded down in one child
+        and up in the other."""
         down, up = node.child(next(self.counter)), node.child(next(self.counter))
         if what == "col":
             down.hi[number], up.lo[number] = math.floor(value), math.floor(value) + 1
@@ -228,7 +231,7 @@ class Tree(Relaxation):
             result = self.shave(node, time.perf_counter() + 0.4 * (self.deadline - time.perf_counter()))
         else:
             result = self.relax(node, NODE_ROUNDS)
-        if node.bound >= self.cutoff():
+        if result is None or node.bound >= self.cutoff():
             self.closed_bound = min(self.closed_bound, node.bound)
             return None
         if result.bound == INF:

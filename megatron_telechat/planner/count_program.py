@@ -70,8 +70,9 @@ class Space:
                 group = problem.groups[g]
                 self.times[stage, self.n[stage, at]] = group.f
                 self.times[C + stage, self.n[stage, at]] = group.b + group.modes[j].extra_b
-        for place, column in self.y.items():
-            self.times[place, column], self.times[C + place, column] = problem.mtp.f, problem.mtp.b
+        if (mtp := problem.mtp) is not None:
+            for place, column in self.y.items():
+                self.times[place, column], self.times[C + place, column] = mtp.f, mtp.b
         self.times /= self.time_unit
         self.fixed_times /= self.time_unit
         self.p2p = problem.p2p / self.time_unit
@@ -117,8 +118,8 @@ class Space:
                     for at, (g, j) in enumerate(self.kinds):
                         group = problem.groups[g]
                         entries[int(self.n[stage, at])] = (group.w + held * group.modes[j].act) / unit
-                    if stage in self.y:
-                        entries[self.y[stage]] = (problem.mtp.w + held * problem.mtp.act) / unit
+                    if (mtp := problem.mtp) is not None and stage in self.y:
+                        entries[self.y[stage]] = (mtp.w + held * mtp.act) / unit
                 if moment.backward is not None:
                     below = 0.0
                     for at, level in enumerate(self.levels):
@@ -153,6 +154,7 @@ class Space:
         return row, math.fsum([cut.lags * self.p2p, *(visits * self.fixed_times)])
 
     def stage_times(self, x: np.ndarray) -> np.ndarray:
+        """Forward and backward times of each virtual stage at a point of the LP, in units of the program."""
         return self.fixed_times + self.times @ x
 
     def counts(self, x: np.ndarray) -> np.ndarray:
@@ -160,6 +162,7 @@ class Space:
         return x[self.n].sum(axis=1)
 
     def place(self, x: np.ndarray) -> int | None:
+        """Virtual stage that holds the MTP block at this point (the largest part of it); None without one."""
         return max(self.y, key=lambda place: x[self.y[place]]) if self.y else None
 
     def modes(self, x: np.ndarray) -> tuple[tuple[int, ...], ...]:

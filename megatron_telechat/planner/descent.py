@@ -116,7 +116,9 @@ class Evaluator:
         )
 
 
-def round_counts(problem: BalanceProblem, point: Sequence[float], place: int | None) -> tuple[int, ...] | None:
+def round_counts(
+    problem: BalanceProblem, point: Sequence[float] | np.ndarray, place: int | None
+) -> tuple[int, ...] | None:
     """Whole layer counts near `point` that keep the rules; None if there are none."""
     fewest = problem.fewest_layers(place)
     last = problem.num_stages if place is None else place + 1

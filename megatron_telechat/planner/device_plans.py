@@ -75,7 +75,7 @@ class DevicePlans:
     def least_extra(self, device: int, chunks: Composition, mtp_chunk: int | None = None) -> float:
         """A lower bound of the time that recompute adds on the device; inf if nothing fits."""
         found = self._fitting(device, chunks, mtp_chunk, SLACK)
-        return float(min(sum(found[1]), default=math.inf)) if len(found[0]) else math.inf
+        return float(np.asarray(sum(found[1])).min()) if len(found[0]) else math.inf
 
     def all(self, device: int, chunks: Composition, mtp_chunk: int | None = None) -> list[DevicePlan]:
         """All plans that fit and that no other beats in the time of every chunk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class LinearProgram:
         self.rows = np.zeros((64, len(cost)))
         self.row_lo, self.row_hi = np.zeros(64), np.zeros(64)
         self.num_rows = 0
-        self._h = highspy.Highs()
+        self._h: Any = highspy.Highs()  # its stubs lack changeRowsBounds and getDualRay
         for option, value in (("output_flag", False), ("presolve", "off"), ("solver", "simplex"), ("threads", 1)):
             self._h.setOptionValue(option, value)
         model = highspy.HighsLp()
@@ -50,6 +51,7 @@ class LinearProgram:
         self._columns = np.arange(len(cost), dtype=np.int32)
 
     def add_rows(self, rows: np.ndarray, row_lo: np.ndarray, row_hi: np.ndarray) -> None:
+        """Append rows [count, columns] with their bounds."""
         count = len(rows)
         if not count:
             return
@@ -77,6 +79,7 @@ class LinearProgram:
         self.num_rows = len(keep)
 
     def set_columns(self, lo: np.ndarray, hi: np.ndarray) -> None:
+        """Set the bounds of all columns; only changed ones are passed to HiGHS."""
         changed = np.flatnonzero((lo != self.lo) | (hi != self.hi)).astype(np.int32)
         if len(changed):
             self._h.changeColsBounds(len(changed), changed, lo[changed], hi[changed])
@@ -91,19 +94,24 @@ class LinearProgram:
             self.row_lo[first + changed], self.row_hi[first + changed] = lo[changed], hi[changed]
 
     def set_cost(self, cost: np.ndarray) -> None:
+        """Set the cost of all columns."""
         self._h.changeColsCost(len(cost), self._columns, cost)
         self.cost = cost.copy()
 
     def limit_iterations(self, count: int | None) -> None:
+        """Stop the simplex after this many iterations; None: no limit."""
         self._h.setOptionValue("simplex_iteration_limit", 2**31 - 1 if count is None else count)
 
     def basis(self) -> object:
+        """The current simplex basis, for set_basis."""
         return self._h.getBasis()
 
     def set_basis(self, basis: object) -> None:
+        """Start the next solve from this basis."""
         self._h.setBasis(basis)
 
     def solve(self) -> LpResult:
+        """Solve; an infeasible program returns a ray as proof, see LpResult."""
         self._h.run()
         status = self._h.getModelStatus()
         kinds = self._api.HighsModelStatus
@@ -154,6 +162,7 @@ class RowStore:
         self._rows, self._lows, self._count = np.zeros((64, size)), np.zeros(64), 0
 
     def append(self, row: np.ndarray, low: float) -> None:
+        """Add a row [columns] with its lower bound; the storage doubles when it is full."""
         if self._count == len(self._lows):
             self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
             self._lows = np.concatenate([self._lows, np.zeros_like(self._lows)])
@@ -161,7 +170,9 @@ class RowStore:
         self._count += 1
 
     def rows(self) -> np.ndarray:
+        """The rows so far [count, columns], as a view."""
         return self._rows[: self._count]
 
     def lows(self) -> np.ndarray:
+        """The lower bounds so far [count], as a view."""
         return self._lows[: self._count]

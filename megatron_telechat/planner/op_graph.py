@@ -35,6 +35,7 @@ class OpGraph:
 
     @property
     def num_stages(self) -> int:
+        """Virtual stages, P x V."""
         return self.P * self.V
 
     def last_ops(self) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_telechat.config.schema import RunConfig
@@ -125,9 +124,9 @@ AS_CONFIGURED = "as configured"
 
 def _configured(question: Question, run: RunConfig) -> Baseline:
     """The configured layout and recompute, which may use kinds that the plan may not."""
-    kinds: Sequence[str] = dict.fromkeys([*question.kinds, *kinds_of(run)])
+    kinds = tuple(dict.fromkeys([*question.kinds, *kinds_of(run)]))
     try:
-        wide = replace(question, kinds=tuple(kinds)).problem()
+        wide = replace(question, kinds=kinds).problem()
         assignment = assignment_of(run, wide)
     except ConfigError as error:
         return Baseline(AS_CONFIGURED, None, None, why=error.problems[0].what)

@@ -54,6 +54,7 @@ class Prediction:
 
     @property
     def tokens_per_s_per_device(self) -> float:
+        """Tokens per second and device."""
         return self.tokens / self.iteration / self.ranks
 
     @property

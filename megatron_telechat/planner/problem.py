@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_telechat.errors import ConfigError, Problem
 
@@ -93,11 +93,12 @@ class BalanceProblem:
 
     @property
     def num_layers(self) -> int:
+        """Decoder layers of all groups."""
         return sum(group.count for group in self.groups)
 
     @property
     def integral(self) -> bool:
-        """Whether every time is a whole number, so that every makespan is one too."""
+        """Whether every time is an integer, so that every makespan is one too."""
         times = [self.p2p]
         for block in (self.embed, self.head, self.mtp or Block()):
             times += [block.f, block.b]
@@ -133,7 +134,7 @@ class BalanceProblem:
         """Read a problem from parsed JSON or its text.
 
         Raises:
-            ConfigError: naming each key that is missing, unknown or wrong, and how to mend it.
+            ConfigError: naming each key that is missing, unknown or wrong, and how to fix it.
         """
         if isinstance(data, str):
             try:
@@ -178,16 +179,14 @@ def _check_values(problem: BalanceProblem) -> None:
 
     for key, least in (("P", 1), ("V", 1), ("m", 1), *((key, 0) for key in _MIN_LAYERS)):
         value = getattr(problem, key)
-        check(_is_whole(value) and value >= least, f"{key} = {value!r}", f"a whole number, at least {least}")
+        check(_is_whole(value) and value >= least, f"{key} = {value!r}", f"an integer, at least {least}")
     for key in ("mem_limit", "const_mem", "p2p"):
         value = getattr(problem, key)
         check(_is_amount(value), f"{key} = {value!r}", "a finite number, at least 0")
     check(len(problem.groups) > 0, "groups is empty", "at least one group of layers")
     for number, group in enumerate(problem.groups):
         name = f"groups[{number}]"
-        check(
-            _is_whole(group.count) and group.count >= 1, f"{name}.count = {group.count!r}", "a whole number, at least 1"
-        )
+        check(_is_whole(group.count) and group.count >= 1, f"{name}.count = {group.count!r}", "an integer, at least 1")
         for key in ("f", "b", "w"):
             value = getattr(group, key)
             check(_is_amount(value), f"{name}.{key} = {value!r}", "a finite number, at least 0")
@@ -210,7 +209,7 @@ def _check_values(problem: BalanceProblem) -> None:
         raise ConfigError(found)
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -284,9 +283,9 @@ class _Reader:
         value = data[key]
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not _is_whole(value) or value < least:
-            raise self._error(f"{prefix}{key} = {value!r}", f"a whole number, at least {least}")
-        return value
+        if _is_whole(value) and value >= least:
+            return value
+        raise self._error(f"{prefix}{key} = {value!r}", f"an integer, at least {least}")
 
     def _amount(self, data: Mapping[str, Any], key: str, prefix: str) -> float:
         value = data[key]

@@ -16,7 +16,7 @@ from megatron_telechat.planner.path_cuts import PathCut, Separator
 from megatron_telechat.planner.problem import BalanceProblem
 
 WHOLE = 1e-6
-"""A value this near to a whole number is one."""
+"""A value this near to an integer is one."""
 
 ROOT_ROUNDS, NODE_ROUNDS, PROBE_ROUNDS = 400, 30, 10
 MORE_ROUNDS = 300
@@ -41,6 +41,7 @@ class Node:
 
     @property
     def empty(self) -> bool:
+        """Whether a range of the box is empty."""
         return bool(np.any(self.lo > self.hi) or np.any(self.row_lo > self.row_hi))
 
     def child(self, number: int) -> Node:
@@ -71,6 +72,7 @@ class Relaxation:
         return (min(nothing_better, best * (1 - self.gap)) if self.gap > 0 else nothing_better) / self.unit
 
     def load(self, node: Node) -> None:
+        """Set the LP to the bounds of this box."""
         self.lp.set_columns(node.lo, node.hi)
         self.lp.set_rows(self.space.first_branch_row, node.row_lo, node.row_hi)
 
@@ -147,6 +149,7 @@ class Relaxation:
         self.lp.delete_rows(slack)
 
     def is_whole(self, x: np.ndarray) -> bool:
+        """Whether all counts of the point are integers up to the tolerance WHOLE."""
         return bool(np.all(np.abs(x[1:] - np.rint(x[1:])) < WHOLE))
 
     def narrow(self, node: Node, duals: np.ndarray) -> None:

@@ -114,7 +114,7 @@ def _singles(question: Question, load: Load) -> Iterator[tuple[tuple[str, ...], 
     size = run.training.micro_batch_size
     while size > 1:
         size = max(divisor for divisor in range(1, size) if run.training.micro_batch_size % divisor == 0)
-        yield ("--micro-batch-size", str(size)), f"micro-batches of {size} in place of {run.training.micro_batch_size}"
+        yield ("--micro-batch-size", str(size)), f"micro-batches of {size} instead of {run.training.micro_batch_size}"
     for name, label, factors in (
         ("pipeline", "pipeline stages", (2, 4)),
         ("tensor", "tensor-parallel ranks", (2, 4, 8)),
@@ -122,11 +122,11 @@ def _singles(question: Question, load: Load) -> Iterator[tuple[tuple[str, ...], 
         now = getattr(parallel, f"{name}_model_parallel_size")
         for factor in factors:
             flag = f"--{name}-model-parallel-size"
-            yield (flag, str(now * factor)), f"{now * factor} {label} in place of {now}"
+            yield (flag, str(now * factor)), f"{now * factor} {label} instead of {now}"
     ranks = parallel.world_size
     for factor in (2, 4, 8):
         more = ("--world-size", str(ranks * factor))
-        text = f"{ranks * factor} ranks in place of {ranks}"
+        text = f"{ranks * factor} ranks instead of {ranks}"
         if parallel.use_distributed_optimizer:
             yield more, f"{text}, which share the optimizer state"
         stages = parallel.pipeline_model_parallel_size * factor

@@ -62,7 +62,7 @@ def expert_lines(run: RunConfig) -> Iterator[str]:
     topology = Topology.from_config(run.parallel)
     chunks = run.parallel.moe_input_chunks
     pieces = (
-        "whole" if chunks == 1 else "in chunks, as many as are fastest" if chunks == "auto" else f"in {chunks} chunks"
+        "whole" if chunks == 1 else "in chunks, number measured (auto)" if chunks == "auto" else f"in {chunks} chunks"
     )
     held = (run.model.num_experts or 0) // topology.ep
     yield f"{run.model.num_experts}, top-{run.model.moe_router_topk}: {held} a rank; their input {pieces}"

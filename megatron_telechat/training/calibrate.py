@@ -59,6 +59,7 @@ class ProbeLayer:
 
     @property
     def kind(self) -> str:
+        """Key of the layer type in a device file: moe or dense."""
         return "moe" if self.is_moe else "dense"
 
 

@@ -66,7 +66,7 @@ def set_chunks(
 
     Args:
         chunks: the wrapped model chunks of this rank, with their optimizer.
-        saved: ``extra`` of the checkpoint that the run goes on from.
+        saved: ``extra`` of the checkpoint that the run resumes from.
 
     Returns:
         None where the number is not to be chosen.
@@ -89,9 +89,9 @@ def set_chunks(
         block.num_chunks = number
     pieces = f"{number} chunk{'s' * (number > 1)} of the experts' input"
     if choice is None:
-        message = f"moe_input_chunks auto: {pieces}, as the checkpoint has it"
+        message = f"moe_input_chunks auto: {pieces}, from the checkpoint"
     else:
-        anew = f"; measured anew, since {changed} differs from the checkpoint" if changed else ""
+        anew = f"; measured again because {changed} differs from the checkpoint" if changed else ""
         message = f"moe_input_chunks auto: {pieces}, {choice.reason}{anew}"
     return ChunkSetting(number, message, {KEY: {"num_chunks": number, "conditions": now}}, choice)
 

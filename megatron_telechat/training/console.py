@@ -48,7 +48,7 @@ def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_t
     if record.get("loss_scale") is not None:
         parts.append(f"loss scale {record['loss_scale']:g}")
     if record.get("skipped_steps"):
-        parts.append(f"not taken {record['skipped_steps']} ({', '.join(record['skipped_reasons'])})")
+        parts.append(f"skipped {record['skipped_steps']} ({', '.join(record['skipped_reasons'])})")
     parts.append(f"eta {format_duration(eta_s)}")
     return "  ".join(parts)
 

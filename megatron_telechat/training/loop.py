@@ -149,10 +149,10 @@ class Trainer:
         for key, dataset in (("valid_loss", self.datasets.valid), ("test_loss", self.datasets.test)):
             if dataset is not None and key not in recorded and not self._evaluate(key):
                 self.requests.clear_files()
-                self.console.say("stop request: the final evaluation is made up for by the same command")
+                self.console.say("stop request: run the same command again for the final evaluation")
                 return EXIT_SIGNAL
         not_taken = self.step - self.steps_taken.taken
-        steps = f"{self.step} steps" + (f", {not_taken} of them not taken" if not_taken else "")
+        steps = f"{self.step} steps" + (f", {not_taken} of them skipped" if not_taken else "")
         self.console.say(f"done: {steps}, checkpoints in {self.paths.save_dir}")
         return EXIT_OK
 
@@ -200,7 +200,7 @@ class Trainer:
 
     def _say_skipped(self, reason: str) -> None:
         """A step that was not taken, at once and whatever the log interval."""
-        self.console.say(f"step {self.step} was not taken: {reason}")
+        self.console.say(f"step {self.step} skipped: {reason}")
         self.writer.write({"event": "skipped_step", "step": self.step, "reason": reason})
 
     def _compare(self, line: str | None) -> None:
@@ -256,7 +256,7 @@ class Trainer:
 
     def _leave(self, stop: bool) -> int:
         reason = "stop request" if stop else f"exit_interval {self.run.training.exit_interval}"
-        self.console.say(f"{reason}: stopped after step {self.step}; the same command goes on from here")
+        self.console.say(f"{reason}: stopped after step {self.step}; run the same command again to continue")
         return EXIT_SIGNAL if stop else EXIT_OK
 
     def _due(self, interval: int | None) -> bool:
@@ -337,8 +337,8 @@ class Trainer:
             raise DataError(
                 f"the data is not the data of the checkpoint: {'; '.join(differences[:3])}",
                 where=str(info.path),
-                fix="give the data, seed and seq_length of the run that saved it, or --allow-data-change to go on "
-                "regardless",
+                fix="give the data, seed and seq_length of the run that saved it, or --allow-data-change to "
+                "continue anyway",
             )
 
     def _set_chunks(self) -> ChunkSetting | None:

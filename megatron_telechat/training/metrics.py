@@ -80,6 +80,7 @@ class Meter:
         return sum(clock.take_exposed_s() for clock in self._clocks)
 
     def add(self, result: StepResult) -> None:
+        """Count a finished step into the current logging interval."""
         self._window.steps += 1
         self._window.tokens += self._run.training.global_batch_size * self._run.training.seq_length
         if result.skipped is not None:

@@ -86,7 +86,7 @@ def _take(metrics: Metrics, line: str, where: str, unfinished: bool) -> None:
         if unfinished:
             return
         raise DataError(
-            f"{where} is not a metrics record", where, "a line is one JSON object with a step; mend or drop it"
+            f"{where} is not a metrics record", where, "a line is one JSON object with a step; fix or drop it"
         ) from error
     if record.get("event") == "resume":
         for kept in (metrics.train, metrics.valid, metrics.test):

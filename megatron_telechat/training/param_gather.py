@@ -83,8 +83,8 @@ def every_parameter_awaited(
         if missed:
             more = f" and {len(missed) - _NAMED} more" if len(missed) > _NAMED else ""
             raise ConfigError(
-                f"the overlapped gather would never reach {', '.join(missed[:_NAMED])}{more}: "
+                f"the overlapped parameter gather would never reach {', '.join(missed[:_NAMED])}{more}: "
                 "the module that owns the parameter is not called in the forward",
                 "overlap_param_gather",
-                "--no-overlap-param-gather, and please report this: a module of the model has to be mended",
+                "--no-overlap-param-gather, and please report this: a module of the model has to be fixed",
             )

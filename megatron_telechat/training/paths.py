@@ -25,6 +25,7 @@ class RunPaths:
 
     @classmethod
     def of(cls, run: RunConfig) -> RunPaths:
+        """The folders of a run, with their defaults where the configuration leaves them open."""
         return cls(run.run_dir, run.save_dir, run.load_dir)
 
     def create(self) -> None:

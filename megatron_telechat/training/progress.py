@@ -1,4 +1,4 @@
-"""How far a run has read, told by the checkpoint it goes on from; for the training, and for the tools that look at its
+"""How far a run has read, from the checkpoint it resumes from; for the training, and for the tools that look at its
 data."""
 
 from __future__ import annotations

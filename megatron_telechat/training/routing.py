@@ -172,7 +172,7 @@ class StepRouting:
         ordered = np.sort(experts.astype(np.int64), -1)
         inside = experts.shape[-1] == router.topk and ordered.min() >= 0 and ordered.max() < router.num_experts
         if not inside or (np.diff(ordered) == 0).any():
-            what = f"layer {layer} holds what is no choice of {router.topk} of {router.num_experts} experts"
+            what = f"layer {layer} holds an invalid choice of {router.topk} of {router.num_experts} experts"
             raise DataError(what, str(reader.folder), "record the step again")
         parts = torch.from_numpy(experts).to(router.weight.device).split(self._run.training.micro_batch_size)
         # a router sees [positions, samples] of a micro-batch, flattened

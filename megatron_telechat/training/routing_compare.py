@@ -54,6 +54,7 @@ class LayerDifference:
 
     @property
     def beyond_ties(self) -> int:
+        """Different choices that are not ties."""
         return self.different - self.ties
 
 

@@ -94,10 +94,10 @@ class StopRequests:
     def _say(self, number: int) -> None:
         if not self._speaks:
             return
-        more = "; once more to end at once" if number == signal.SIGINT else ""
+        more = "; send it again to exit at once" if number == signal.SIGINT else ""
         # Not print: the signal may have come in the middle of one.
         with contextlib.suppress(OSError):
-            os.write(2, f"\n{signal.Signals(number).name}: saving, then the run ends{more}\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint, then the run ends{more}\n".encode())
 
     def poll(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them now."""

@@ -103,7 +103,7 @@ def forward_step(
         raise DataError(
             "the samples end before the run",
             "training data",
-            "this is a bug, please report it; the last checkpoint is whole, and the same command goes on from it",
+            "this is a bug, please report it; the last checkpoint is complete, and the same command resumes from it",
         )
     lengths = host.get("segment_lengths")
     segments = None if lengths is None else Segments.of(lengths, host["tokens"].shape[0])
@@ -250,7 +250,7 @@ class TrainStep:
         """
         local = self.forward_backward(iterators)
         loss, tokens, stop, save = self._reduce(local, requests)
-        if not math.isfinite(loss):  # the same sum on every rank; no smaller loss scale would mend it
+        if not math.isfinite(loss):  # the same sum on every rank; no smaller loss scale would fix it
             raise step_error(f"loss {loss}", step, self.shards)
         loss_scale = self.optimizer.loss_scale
         if not tokens:

@@ -43,7 +43,7 @@ class StepsTaken:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row == limit:
             raise NumericsError(
-                f"step {step}: {limit} steps in a row were not taken, the last one because of: {result.skipped}",
+                f"step {step}: {limit} steps in a row were skipped, the last one because of: {result.skipped}",
                 "max_skipped_steps",
                 "resume from the last checkpoint; lower lr, look at the data of these steps, or train in bf16 or fp32",
             ).on_every_rank()
@@ -56,9 +56,9 @@ class StepsTaken:
         """
         if step and not self.taken:
             raise NumericsError(
-                f"none of the {step} steps was taken; nothing was learned, and nothing is saved",
+                f"none of the {step} steps was taken (all were skipped); nothing was learned, and nothing is saved",
                 f"step {step}",
-                "the lines of the steps say why; with fp16, a smaller --initial-loss-scale is found sooner, or train "
+                "the step lines give the reasons; with fp16, start from a smaller --initial-loss-scale, or train "
                 "in bf16",
             ).on_every_rank()
 
@@ -83,6 +83,6 @@ class StepsTaken:
         if info.adam_step is None or info.adam_step >= info.step:
             return cls(info.step), None
         return cls(info.adam_step), (
-            f"{info.adam_step} of its {info.step} steps were taken, by Adam's count; the learning rate, which "
-            "followed all steps, follows these from here on"
+            f"{info.adam_step} of its {info.step} steps were taken, by Adam's count; so far the learning "
+            "rate counted all steps, from here on it counts these only"
         )

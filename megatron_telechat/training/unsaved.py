@@ -25,8 +25,8 @@ def unsaved_note(run: RunConfig, step: int, seconds_a_step: float | None, how: s
         return None
     interval = max(1, _round(ADVISED_S / seconds_a_step))
     return (
-        f"the run takes {format_duration(left)} ({how}) and has no save interval: if it is killed, all since its "
-        f"start is lost. --save-interval {interval} saves about every half an hour, --keep-last 2 keeps the newest two"
+        f"the run takes {format_duration(left)} ({how}) and has no save interval: if it is killed, all progress "
+        f"is lost. --save-interval {interval} saves about every half hour; --keep-last 2 keeps the newest two"
     )
 
 

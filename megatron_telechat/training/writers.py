@@ -58,6 +58,7 @@ class MetricsWriter:
             self._wandb.log({**numbers, "step": record["step"]})
 
     def close(self) -> None:
+        """Close all sinks; Weights & Biases is told that the run ended."""
         for sink in (self._file, self._tensorboard):
             if sink is not None:
                 sink.close()
@@ -114,7 +115,7 @@ def _open_tensorboard(folder: Path, step: int):
             fix='pip install "megatron_telechat[tensorboard]", or leave --tensorboard out',
         ) from error
     used = folder.is_dir() and any(folder.iterdir())
-    # Events of a killed run beyond the step it goes on from would be drawn twice.
+    # Events of a killed run beyond the step it resumes from would be drawn twice.
     return SummaryWriter(str(folder), purge_step=step + 1 if step or used else None)
 
 

@@ -185,7 +185,7 @@ def test_load_step_is_obeyed_once(tmp_path):
     branch = on(tmp_path, 10)
     line(tmp_path, 15, 25, branch=branch)
     again = begin(tmp_path, step=10)
-    assert (again.root, again.step, again.opens) == (tmp_path, None, None) and "obeyed" in again.notes[0]
+    assert (again.root, again.step, again.opens) == (tmp_path, None, None) and "applied" in again.notes[0]
     assert begin(tmp_path).began == again.began != ()
     other = begin(tmp_path, step=15)
     assert (other.step, other.opens) == (15, str(tmp_path))
@@ -211,7 +211,7 @@ def test_load_of_another_folder_is_obeyed_once(tmp_path):
     a.rename(tmp_path / "moved")
     assert begin(b, tmp_path / "moved").root == b, "its checkpoint tells a folder that was moved"
     for load, step in ((tmp_path / "moved", 10), (tmp_path / "none", None)):
-        with pytest.raises(CheckpointError, match="began at step 20 of .*names another beginning"):
+        with pytest.raises(CheckpointError, match="began at step 20 of .*names another starting point"):
             begin(b, load, step)
     assert begin(b).root == b
     shutil.rmtree(tmp_path / "moved")
@@ -225,7 +225,7 @@ def test_a_folder_that_holds_another_run_is_not_joined(tmp_path):
     save(tmp_path / "old", 40)
     with pytest.raises(CheckpointError, match="began with initial or pretrained weights"):
         begin(tmp_path / "scratch", tmp_path / "a")
-    with pytest.raises(CheckpointError, match="does not say where it began"):
+    with pytest.raises(CheckpointError, match="does not record where it began"):
         begin(tmp_path / "old", tmp_path / "a")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         begin(tmp_path / "new", tmp_path / "empty")

@@ -204,7 +204,7 @@ def pair(name: str, model: str, precision: str, saved_in: dict, loaded_in: dict)
     second = Built(run_config(model, precision, loaded_in, seed=2))
     info = load_checkpoint(root, second.state(), second.run, second.parallel)
     assert (info.path, info.step, info.consumed_samples, dict(info.extra)) == (path, 2, 8, {"note": "n"})
-    assert ("seeded anew" in info.message) == (saved_in != loaded_in), info.message
+    assert ("reseeded" in info.message) == (saved_in != loaded_in), info.message
     require_equal(second.full(), wanted)
     second.step()
     require_close(second.full(), third)

@@ -1,4 +1,4 @@
-"""The doctor answers quickly, tells apart what only looks right, and says how to mend it."""
+"""The doctor answers quickly, tells apart what only looks right, and says how to fix it."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_ranks_are_asked_for_and_never_guessed(command: str, why: str) -> None:
 @pytest.mark.parametrize("others", ["--world-size 8", "--world_size=8", "--ranks-per-node 4"])
 def test_flags_and_launcher_that_contradict(others: str) -> None:
     command = f"torchrun --nproc-per-node 8 --nnodes 2 {P}"
-    with pytest.raises(ConfigError, match="but the launcher's words start 16 ranks"):
+    with pytest.raises(ConfigError, match="but the launcher starts 16 ranks"):
         ranks(command, False, *others.split())
     assert ranks(command, False, "--world-size", "16") == (None, "8")
 

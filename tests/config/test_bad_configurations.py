@@ -1,4 +1,4 @@
-"""Configurations that no run can start with: each refused with what, where and how to mend it."""
+"""Configurations that no run can start with: each refused with what, where and how to fix it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def case(name: str, argv: str, *expected: str, model: tuple[str, ...] = TINY, wo
 BAD = [
     # the model
     case("no model", "--mock-data", "no model", "--preset telechat2-tiny-moe", model=()),
-    case("half a model", "--num-layers 4 --mock-data", "lacks hidden_size, num_attention_heads", model=()),
+    case(
+        "half a model", "--num-layers 4 --mock-data", "incomplete, missing: hidden_size, num_attention_heads", model=()
+    ),
     case("unknown preset", "--preset telechat2-7", "did you mean telechat2-7b?", "mixtral-8x7b"),
     case("no layers", "--num-layers 0", "num_layers=0 is less than 1    (flag)"),
     case("negative width", "--hidden-size -128", "hidden_size=-128 is less than 1"),
@@ -76,7 +78,7 @@ BAD = [
     case(
         "unaligned experts on a GPU",
         "--moe-ffn-hidden-size 100 --device cuda --bf16",
-        "moe_ffn_hidden_size=100 is no multiple of 8",
+        "moe_ffn_hidden_size=100 is not a multiple of 8",
         "--moe-ffn-hidden-size 104",
         model=MOE,
     ),
@@ -88,7 +90,7 @@ BAD = [
         model=MOE,
     ),
     case("fewer chunks", "--moe-input-chunks -2", "moe_input_chunks=-2 is less than 1", model=MOE),
-    case("chunks in words", "--moe-input-chunks x", "--moe-input-chunks is 'x'", "a whole number, or auto", model=MOE),
+    case("chunks in words", "--moe-input-chunks x", "--moe-input-chunks is 'x'", "an integer, or auto", model=MOE),
     case("more chunks than tokens", "--moe-input-chunks 600", "only 512 tokens", "--moe-input-chunks auto", model=MOE),
     case("chunks of a dense model", "--moe-input-chunks auto", "moe_input_chunks=auto without num_experts"),
     case("trace of a dense model", "--moe-trace 3", "moe_trace=3 without num_experts"),
@@ -269,13 +271,13 @@ BAD = [
     case(
         "chunks without a pipeline",
         "--num-virtual-stages-per-pipeline-rank 2",
-        "interleaves chunks of a pipeline",
+        "interleaves virtual stages",
         "--pipeline-model-parallel-size 2",
     ),
     case(
         "layout with too few stages",
         "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*4L",
-        "1 stages, which do not go round",
+        "1 stages, which is not a multiple of",
         '"Et*2|t*2L"',
         world=2,
     ),
@@ -319,7 +321,7 @@ BAD = [
     case(
         "layout with a strange letter",
         "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|xtL",
-        "'x' means nothing in a layout",
+        "'x' is not valid in a layout",
         world=2,
     ),
     case(
@@ -351,7 +353,7 @@ BAD = [
     case(
         "layers for each virtual stage",
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
-        "does not split into 3 layers for each chunk",
+        "does not split into 3 layers per virtual stage",
         "--num-layers-per-virtual-pipeline-stage 2",
         world=2,
     ),
@@ -483,7 +485,7 @@ BAD = [
     case(
         "validation data alone",
         "--data-path /nowhere/x --valid-data-path /nowhere/v",
-        "goes with train_data_path",
+        "needs train_data_path",
         model=("--preset", "telechat2-tiny"),
     ),
     case("split that cannot be read", "--split 9,x", "is not one to three shares"),
@@ -496,12 +498,12 @@ BAD = [
         "needs validation data",
         model=("--preset", "telechat2-tiny"),
     ),
-    case("missing tokenizer", "--tokenizer-model /nowhere/t.model", "tokenizer_model /nowhere/t.model is not there"),
+    case("missing tokenizer", "--tokenizer-model /nowhere/t.model", "tokenizer_model /nowhere/t.model does not exist"),
     case("tokenizer type alone", "--tokenizer-type SentencePieceTokenizer", "needs tokenizer_model"),
     case("unknown tokenizer", "--tokenizer-type Tik", "one of HuggingFaceTokenizer"),
     case("documents without a tokenizer", "--eod-mask-loss", "needs the end-of-document token"),
     # checkpoints, evaluation, reports
-    case("checkpoint to load is not there", "--load /nowhere/ckpt", "load /nowhere/ckpt is not a folder"),
+    case("checkpoint to load does not exist", "--load /nowhere/ckpt", "load /nowhere/ckpt is not a folder"),
     case(
         "step without checkpoints",
         "--load-step 10 --run-dir /nowhere/run",
@@ -527,7 +529,7 @@ BAD = [
     case("argument of no flag", "--seed 1 2", "--seed takes one value, not 2: 1 2"),
     case("value missing", "--lr --min-lr 1", "--lr has no value"),
     case("word for a number", "--lr fast", "--lr is 'fast'", "it takes a number"),
-    case("fraction for a count", "--train-iters 1e3", "--train-iters is '1e3'", "it takes a whole number"),
+    case("fraction for a count", "--train-iters 1e3", "--train-iters is '1e3'", "it takes an integer"),
     case(
         "word behind a switch",
         "--sequence-parallel true",
@@ -548,8 +550,8 @@ BAD = [
     case("preset given as a file", "--config telechat2-7b", "fix: --preset telechat2-7b"),
     # Megatron-LM's flags that would change the run
     case("layer norm", "--normalization LayerNorm", "--normalization LayerNorm contradicts this framework", "RMSNorm"),
-    case("finetune", "--finetune", "none is named", "--load FOLDER (other than --save)"),
-    case("finetune from its own folder", "--finetune --load a --save ./a", "none is named"),
+    case("finetune", "--finetune", "none is given", "--load FOLDER (other than --save)"),
+    case("finetune from its own folder", "--finetune --load a --save ./a", "none is given"),
     case("chat template", "--chat-template x", "use --sft-template"),
     case("fine-tuning on mock data", "--sft", "sft and mock_data contradict each other"),
     case(
@@ -571,18 +573,18 @@ BAD = [
     case(
         "no file of dialogs",
         "--sft --data-path nowhere.jsonl --tokenizer-model tests",
-        "sft reads jsonl files, and nowhere.jsonl is none",
+        "sft reads jsonl files, but nowhere.jsonl is not one",
         model=("--preset", "telechat2-tiny"),
     ),
     case(
         "borders in a stream without documents",
         "--reset-attention-mask --tokenizer-model tests",
-        "reset_attention_mask has no documents to act on in mock_data",
+        "reset_attention_mask has no effect with mock_data, which has no documents",
     ),
     case("capacity", "--moe-expert-capacity-factor 1.25", "the experts are dropless", model=MOE),
     case("samples", "--train-samples 1000000", "use --train-iters"),
     case("sinkhorn", "--moe-router-load-balancing-type sinkhorn", "contradicts this framework", model=MOE),
-    case("spec", "--spec a b", "--spec (a Megatron-LM flag) is refused", "leave it out"),
+    case("spec", "--spec a b", "--spec (a Megatron-LM flag) is refused", "omit it"),
 ]
 
 
@@ -699,7 +701,7 @@ class TestYaml:
             ("paralel:\n  x: 1\n", "unknown section paralel: did you mean parallel?    (run.yaml:1)"),
             (
                 "num_layers: 4\n",
-                "key num_layers stands outside of a section    (run.yaml:1)\n  fix: indent it under model:",
+                "key num_layers is outside of any section    (run.yaml:1)\n  fix: indent it under model:",
             ),
             (
                 "training:\n  lr: 1\n",

@@ -130,7 +130,7 @@ def test_absent_flags_are_megatrons() -> None:
         assert getattr(model, name) == value, name
     assert (model.ffn_hidden_size, model.max_position_embeddings, model.vocab_size) == (4000, 512, 1024)
     assert (model.hidden_dropout, loaded.run.training.precision) == (0.1, "fp32")
-    assert any("absent flags as Megatron-LM reads them: activation=gelu" in note for note in loaded.notes)
+    assert any("missing flags as Megatron-LM reads them: activation=gelu" in note for note in loaded.notes)
     swiglu = plan("--swiglu --num-layers 4 --hidden-size 1000 --num-attention-heads 8 --vocab-size 1000").run.model
     assert swiglu.ffn_hidden_size == default_ffn_hidden_size(1000, "swiglu") == 2624 == 41 * 64
     assert not plan(f"{sizes(4, 1024, 8, vocab=1024)} --tensor-model-parallel-size 2").run.parallel.sequence_parallel
@@ -306,9 +306,9 @@ def test_other_defaults_are_one_note() -> None:
     "pattern, said",
     [
         ("[0]*1+[1]*2", "is of 3 layers, the model has num_layers=4"),
-        ("[0]*x", "no list of 0 and 1"),
-        ("[2]*4", "no list of 0 and 1"),
-        ("[1]*9999999999", "no list of 0 and 1"),
+        ("[0]*x", "not a list of 0 and 1"),
+        ("[2]*4", "not a list of 0 and 1"),
+        ("[1]*9999999999", "not a list of 0 and 1"),
     ],
 )
 def test_patterns_that_are_none(pattern: str, said: str) -> None:

@@ -73,7 +73,7 @@ def test_validation_data_that_is_trained_on_is_refused(data, other):
             (data / f"b2{suffix}").write_bytes(b"x" * 10)
         flags = [*TINY, "--train-data-path", "1", "a", "1", "b", "--valid-data-path", *valid]
         text = refusal(flags).render()
-        assert f"{other} is trained on and validated on" in text and "--split 99,1" in text
+        assert f"{other} is used for both training and validation" in text and "--split 99,1" in text
 
 
 def test_a_name_twice_in_data_json_is_refused_and_not_the_last_one_taken(data):
@@ -106,7 +106,7 @@ def test_a_packed_copy_of_dialogs_is_found_when_it_is_encoded(tmp_path):
     plain = write_lines(tmp_path / "d.jsonl", numbered(20))
     with gzip.open(tmp_path / "d.jsonl.gz", "wb") as file:
         file.write(Path(plain).read_bytes())
-    with pytest.raises(DataError, match="same data, which would be read twice: .*d.jsonl, .*d.jsonl.gz"):
+    with pytest.raises(DataError, match="same data, and would be read twice: .*d.jsonl, .*d.jsonl.gz"):
         prepare_index(chat_run(tmp_path, plain, f"{plain}.gz"))
 
 

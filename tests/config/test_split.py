@@ -188,7 +188,7 @@ def test_the_training_takes_megatrons_split_flags(words: str, layers: int, layou
             "the 11 layers that are left of 14",
         ),
         ("--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 9", 8, "-1 of 8 layers are left"),
-        ("--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers x", 8, "it takes a whole number"),
+        ("--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers x", 8, "it takes an integer"),
         (
             "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4 "
             "--num-layers-in-first-pipeline-stage 5",
@@ -199,7 +199,7 @@ def test_the_training_takes_megatrons_split_flags(words: str, layers: int, layou
             "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4 --pipeline-model-parallel-layout "
             "Et*5|t*3L",
             8,
-            "say two things of one split",
+            "both set the split",
         ),
         (
             "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 "
@@ -255,7 +255,7 @@ def test_a_layout_takes_the_place_of_a_presets_chunks() -> None:
     [
         (
             "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*2|tL",
-            "3 stages, which do not go round",
+            "3 stages, which is not a multiple of",
             '"Et*2|t*2L"',
         ),
         ("--pipeline-model-parallel-layout Et*2|t*2L", "the layout has 2 stages", "--pipeline-model-parallel-size 2"),
@@ -303,7 +303,7 @@ def test_layouts_as_lists_in_a_file(tmp_path, text: str) -> None:
     [
         ("[[embedding, decoder], [decoder], [], [decoder, loss]]", "stage 3 of the layout is empty"),
         ("[[embedding, decoder], [mtp], [decoder], [decoder, loss]]", "multi-token-prediction"),
-        ("[[embedding, decodr], [decoder, loss]]", "'decodr' means nothing in a layout"),
+        ("[[embedding, decodr], [decoder, loss]]", "'decodr' is not valid in a layout"),
         ("[[[embedding], decoder], [decoder, loss]]", "is one list of layers for each stage"),
         ("{a: b}", "a mapping"),
     ],

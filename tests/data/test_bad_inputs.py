@@ -98,9 +98,9 @@ BAD_LINES = {
     "an object": (b'{"text": {"a": 1}}\n', "an object"),
     "a list with a number": (b'{"text": ["a", 1]}\n', "a number"),
     "a list with null": (b'{"text": [null]}\n', "is null"),
-    "a string": (b'"text"\n', "this is a text"),
-    "a number": (b"17\n", "this is a number"),
-    "the literal null": (b"null\n", "this is null"),
+    "a string": (b'"text"\n', "expected, not a text"),
+    "a number": (b"17\n", "expected, not a number"),
+    "the literal null": (b"null\n", "expected, not null"),
     "single quotes": (b"{'text': 'a'}\n", "not JSON"),
     "trailing comma": (b'{"text": "a",}\n', "not JSON"),
     "a comment": (b'// {"text": "a"}\n', "not JSON"),
@@ -111,7 +111,7 @@ BAD_LINES = {
     "half a character": ('{"text": "天'.encode()[:-1] + b'"}\n', "not UTF-8"),
     "a markdown fence": (b"```json\n", "not JSON"),
     "form feed alone": (b"\x0c\n", "blank"),
-    "an array of documents": (b'[{"text": "a"}, {"text": "b"}]\n', "this is a list"),
+    "an array of documents": (b'[{"text": "a"}, {"text": "b"}]\n', "expected, not a list"),
     "CR and rubbish": (b'{"text": "a"}\rrubbish\n', "not JSON"),
 }
 
@@ -298,5 +298,5 @@ def test_a_full_disk(tmp_path, model, monkeypatch, capsys):
 def test_bad_shards(tmp_path, model, shard, capsys):
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     assert run(tmp_path, model, f"--shard={shard}") == 2
-    assert "no part I/N" in capsys.readouterr().err
+    assert "not a part I/N" in capsys.readouterr().err
     assert documents.count_lines(str(tmp_path / "in.jsonl")) == 1

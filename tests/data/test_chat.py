@@ -235,9 +235,9 @@ BAD = {
     "content a number": ({"dialog": [USER, {"role": "bot", "content": 4}]}, "is a number"),
     "no content": ({"dialog": [USER, {"role": "bot"}]}, "content is null"),
     "the user last": ({"dialog": [USER, BOT, USER]}, "last turn is not the bot's"),
-    "the bot first": ({"dialog": [BOT]}, "turn 1 is the bot's, the user's is due"),
-    "two questions": ({"dialog": [USER, USER, BOT]}, "turn 2 is the user's, the bot's is due"),
-    "two answers": ({"dialog": [USER, BOT, BOT]}, "turn 3 is the bot's, the user's is due"),
+    "the bot first": ({"dialog": [BOT]}, "turn 1 is the bot's, but the user's turn is expected"),
+    "two questions": ({"dialog": [USER, USER, BOT]}, "turn 2 is the user's, but the bot's turn is expected"),
+    "two answers": ({"dialog": [USER, BOT, BOT]}, "turn 3 is the bot's, but the user's turn is expected"),
     "a late system": ({"dialog": [USER, {"role": "system", "content": "x"}, BOT]}, "does not come first"),
     "two systems": ({"system": "a", "dialog": [{"role": "system", "content": "x"}, USER, BOT]}, "second system"),
     "system a number": ({"system": 3, "dialog": [USER, BOT]}, "system is a number"),
@@ -253,8 +253,8 @@ BAD = {
     "half a surrogate": ({"dialog": [USER, {"role": "bot", "content": "\ud83d"}]}, "surrogate"),
     "input ends with an answer": ({"input": f"{U}a{B}b", "output": "c"}, "turn 1 is not"),
     "input lacks an answer": ({"input": f"{U}a{U}b", "output": "c"}, "turn 1 is not"),
-    "an end in the output": ({"input": "a", "output": f"b{E}"}, "no border of turns"),
-    "a turn in the output": ({"input": "a", "output": f"b{U}c{B}d"}, "no border of turns"),
+    "an end in the output": ({"input": "a", "output": f"b{E}"}, "not a turn border"),
+    "a turn in the output": ({"input": "a", "output": f"b{U}c{B}d"}, "not a turn border"),
     "output null": ({"input": "a", "output": None}, "output is null"),
 }
 

@@ -123,7 +123,7 @@ def test_what_truncation_leaves_nothing_of_is_left_out_and_told(tmp_path):
     lines = [single("q" * 20, "lost"), single("ab", "cdefghij"), single("a", "b")]
     file = write_lines(tmp_path / "d.jsonl", lines)
     datasets = build_datasets(chat_run(tmp_path, file, seq_length=8), Rank())
-    assert "2 dialogs, 1 cut to the row, 1 left out, their answer lies beyond the row" in datasets.summary[0]
+    assert "2 dialogs, 1 cut to the row, 1 left out because their answer lies beyond the row" in datasets.summary[0]
     dropped = build_datasets(chat_run(tmp_path, file, seq_length=8, sft_overlong="drop"), Rank())
     assert "1 dialogs, 2 left out as too long" in dropped.summary[0]
     with pytest.raises(DataError, match="no dialog that can be used: 3 are too long for --seq-length 2"):

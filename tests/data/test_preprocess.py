@@ -84,7 +84,7 @@ BAD = {
     "null": (b'{"text": null}\n', "'text' is null"),
     "number": (b'{"text": 3}\n', "'text' is a number"),
     "nested list": (b'{"text": [["a"]]}\n', "'text' is a list"),
-    "a list": (b'["text"]\n', "a JSON object is meant"),
+    "a list": (b'["text"]\n', "a JSON object is expected"),
     "blank": (b"\n", "blank"),
     "spaces": (b"   \r\n", "blank"),
     "invalid UTF-8": (b'{"text": "\xff\xfe"}\n', "not UTF-8"),

@@ -160,7 +160,7 @@ def test_a_stop_is_taken_up_and_says_so(tmp_path, material):
     _stopped(tmp_path, material)
     said = []
     report = _run(tmp_path, material, log=said.append)
-    assert any("going on from there" in line for line in said) and report.resumed_bytes > 0
+    assert any("continuing from there" in line for line in said) and report.resumed_bytes > 0
     assert report.documents_in == 2700 == report.documents_out + report.skipped and report.skipped == 28
     assert _bytes(tmp_path, "o") == material[2]
 
@@ -223,6 +223,6 @@ def test_sigterm_ends_with_75_and_goes_on(tmp_path, material):
     run.stderr.readline()  # it works
     run.send_signal(signal.SIGTERM)
     error = run.stderr.read()
-    assert run.wait(timeout=60) == 75 and "the same command goes on" in error
+    assert run.wait(timeout=60) == 75 and "run the same command again" in error
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
     assert _bytes(tmp_path, "o") == material[2]

@@ -105,14 +105,14 @@ def test_bad_files(tmp_path, hf):
         (("SentencePieceTokenizer", str(hf)), DataError, "not a sentencepiece model"),
         ((None, str(tmp_path / "nowhere.json")), DataError, "does not exist"),
         ((None, str(tmp_path / "empty")), DataError, "holds no tokenizer"),
-        ((None, str(tmp_path / "x.bin")), ConfigError, "not to be told"),
+        ((None, str(tmp_path / "x.bin")), ConfigError, "cannot be detected"),
         (("GPT2BPETokenizer", str(hf)), ConfigError, "unknown tokenizer_type"),
         (("NullTokenizer", None), ConfigError, "vocabulary size"),
         ((None, None), ConfigError, "no tokenizer"),
     ]:
         with pytest.raises(error, match=message) as caught:
             build_tokenizer(*arguments)
-        assert "fix:" in caught.value.render() or "is looked for" in caught.value.render()
+        assert "fix:" in caught.value.render() or "must hold" in caught.value.render()
 
 
 def test_training_is_deterministic_and_bounded(tmp_path):

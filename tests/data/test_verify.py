@@ -25,7 +25,7 @@ def dataset(tmp_path):
 
 
 def _check(folder, capsys, suffix):
-    """The file is named with its mend, quickly, with exit code 3."""
+    """The file is named with its fix, quickly, with exit code 3."""
     begin = time.perf_counter()
     assert verify_data.main([str(folder / "d")]) == 3
     error = capsys.readouterr().err

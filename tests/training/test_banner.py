@@ -28,7 +28,7 @@ def test_experts_their_groups_and_their_chunks():
     assert second == "the tensor domain folded in, 2 groups of 2: ranks 0-1, 2-3; none crosses nodes of 4"
     (alone,) = expert_lines(load())
     assert alone == "16, top-4: 16 a rank; their input whole"
-    assert "as many as are fastest" in next(iter(expert_lines(load(*TP2, "--moe-input-chunks", "auto"))))
+    assert "number measured (auto)" in next(iter(expert_lines(load(*TP2, "--moe-input-chunks", "auto"))))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_a_roll_back_lasts_and_what_was_saved_last_is_kept(report):
         assert found["there"] == ["iter_0000004", "iter_0000006", "iter_0000006.aside", "iter_0000008.aside"]
         assert found["latest"] == "iter_0000006"
         assert (found["without"]["from"], found["without"]["to"]) == (6, 7)
-        assert (found["again"]["from"], found["again"]["to"]) == (7, 8) and "--load-step 4 was obeyed" in found[
+        assert (found["again"]["from"], found["again"]["to"]) == (7, 8) and "--load-step 4 was applied" in found[
             "again"
         ]["message"]
         assert found["then"] == ["iter_0000006.aside", "iter_0000007", "iter_0000008", "iter_0000008.aside"]

@@ -45,7 +45,7 @@ def test_step_line_leaves_out_what_is_not_known():
     del record["a2a_exposed"]  # experts on one rank
     line = format_step(record, 5000, eta_s=5, memory_total_gib=None)
     assert "MFU" not in line and "experts" not in line and "exposed" not in line
-    assert "gnorm none" in line and "loss scale 512  not taken 2 (fp16 overflow)" in line and "mem 61.2 GiB" in line
+    assert "gnorm none" in line and "loss scale 512  skipped 2 (fp16 overflow)" in line and "mem 61.2 GiB" in line
     nothing = format_step({**record, "loss": None}, 100, 1.0, None)
     assert "loss none" in nothing and "gnorm none" in nothing
 

@@ -159,7 +159,9 @@ def test_flags_of_the_routing_that_mean_nothing_are_refused(tmp_path):
     assert "there is no routing.json" in refused(f"--moe-routing-replay {tmp_path}/none")
     assert "is damaged, or not of the format" in refused(f"--moe-routing-replay {tmp_path}/broken")
     assert "holds no step" in refused(f"--moe-routing-replay {tmp_path}/empty")
-    assert "recorded and replayed at once" in refused(f"--moe-routing-replay {path} --moe-routing-record {path}")
+    assert "both the recording to write and the one to replay" in refused(
+        f"--moe-routing-replay {path} --moe-routing-record {path}"
+    )
     assert "recording of another run: num_experts=16, recorded 8" in refused(f"--moe-routing-record {other}")
     assert "recording of another run: a replay, recorded none" in refused(
         f"--moe-routing-record {write(tmp_path / 'x')} --moe-routing-replay {path}"

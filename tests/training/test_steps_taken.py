@@ -41,7 +41,7 @@ def test_the_limit_ends_the_run_also_over_a_resume():
     first.add(SKIPPED, 2, limit=3)
     resumed, note = StepsTaken.of(loaded(extra=first.extra))
     assert resumed == first and note is None
-    with pytest.raises(NumericsError, match="step 3: 3 steps in a row were not taken.*fp16 overflow") as caught:
+    with pytest.raises(NumericsError, match="step 3: 3 steps in a row were skipped.*fp16 overflow") as caught:
         resumed.add(SKIPPED, 3, limit=3)
     assert caught.value.exit_code == 5 and caught.value.agreed
 
@@ -81,7 +81,7 @@ def test_a_run_without_a_single_taken_step_is_no_run():
 @pytest.mark.parametrize(
     "more,logged,said",
     [
-        (["--max-skipped-steps", "4"], 3, "step 4: 4 steps in a row were not taken"),
+        (["--max-skipped-steps", "4"], 3, "step 4: 4 steps in a row were skipped"),
         (["--train-iters", "5"], 5, "none of the 5 steps was taken"),
     ],
     ids=["limit", "end"],
@@ -92,6 +92,6 @@ def test_a_run_that_takes_no_step_ends_with_5_and_saves_nothing(tmp_path, more, 
     result = launch(PRETRAIN, 1, *flags, "--run-dir", str(tmp_path / "run"), timeout=120)
     assert result.returncode == 5, result.tails()
     assert said in result.stderr and "Traceback" not in result.stderr
-    assert f"step {logged}/" in result.stdout and "not taken 1 (fp16 overflow)" in result.stdout
+    assert f"step {logged}/" in result.stdout and "skipped 1 (fp16 overflow)" in result.stdout
     assert [record[2] for record in records(tmp_path / "run").values()] == [1e-3] * logged
     assert not list((tmp_path / "run" / "checkpoints").glob("iter_*"))

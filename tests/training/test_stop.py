@@ -62,7 +62,7 @@ def test_ctrl_c_under_torchrun_saves_on_all_ranks(tmp_path):
     output = (tmp_path / "out").read_text()
     last = max(json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines())
     assert saved(run) == [f"iter_{last:07d}"], output
-    assert output.count("SIGINT: saving, then the run ends; once more to end at once") == 1
+    assert output.count("SIGINT: saving a checkpoint, then the run ends; send it again to exit at once") == 1
     assert f"stop request: stopped after step {last}" in output and "KeyboardInterrupt" not in output
     assert re.search(r"note: the run takes .* \(measured\) and has no save interval.*--save-interval \d+", output)
 
@@ -155,7 +155,7 @@ def test_a_second_ctrl_c_ends_at_once(second):
     """Under torchrun the second one comes as SIGTERM."""
     process = child(LISTENS + WAITS)
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "\n" and "once more to end at once" in process.stderr.readline()
+    assert process.stderr.readline() == "\n" and "send it again to exit at once" in process.stderr.readline()
     process.send_signal(second)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == -second and errors == ""

@@ -59,7 +59,7 @@ def core_write(folder: Path, count: int) -> Callable[[], None]:
     return work
 
 
-def ours_merge(folder: Path, count: int) -> Callable[[], None]:
+def ours_merge(folder: Path, count: int) -> Callable[[], object]:
     from megatron_telechat.data.indexed.merge import merge_datasets
 
     return lambda: merge_datasets(halves(folder, count), str(folder / "ours-merge"))

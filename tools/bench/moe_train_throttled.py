@@ -106,6 +106,7 @@ class Trainee:
             begin = time.perf_counter()
             loss = self.step(self.iterators, number).loss
             seconds = time.perf_counter() - begin
+        assert loss is not None, "a step of this bench learns from every token"
         return seconds, sum(block.clock.take_exposed_s() for block in self.blocks), loss
 
 
@@ -122,7 +123,8 @@ def put_core_layers(model: Any, state: Any, stand_in: float | None) -> None:
             continue
         layer = core_moe_layer(block.config, state.process_groups, decoder.layer_number)
         with torch.no_grad():
-            layer.router.weight.copy_(block.router.weight)
+            ours: Any = block.router
+            layer.router.weight.copy_(ours.weight)
             fc1, fc2 = block.experts.linear_fc1.weight, block.experts.linear_fc2.weight
             for expert, first, second in zip(layer.experts.local_experts, fc1, fc2, strict=True):
                 expert.linear_fc1.weight.copy_(first.flatten(0, 1))
@@ -261,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(report, indent=1))
         return 0
     command = [sys.executable, "-u", "-W", "ignore", __file__, *argv]
-    arguments = dict(size=RANKS, pin=not options.no_pin, timeout=options.timeout)
+    arguments: dict[str, Any] = dict(size=RANKS, pin=not options.no_pin, timeout=options.timeout)
     if not options.links:
         return run_ranks(command, **arguments)
     try:

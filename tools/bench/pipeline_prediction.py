@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from processes import pipes  # noqa: E402
 
 from megatron_telechat.config.recompute import recompute_plan  # noqa: E402
 from megatron_telechat.config.schema import (  # noqa: E402
@@ -77,7 +79,7 @@ KINDS = ("full", "mlp")
 def make_run(layout: Layout, moe: bool, quick: bool, folder: str) -> RunConfig:
     """The run of one arm; twelve layers whatever the layout."""
     width, length = (128, 128) if quick else (256, 256)
-    experts = dict(num_experts=8, moe_ffn_hidden_size=2 * width, moe_router_topk=2) if moe else {}
+    experts: dict[str, Any] = dict(num_experts=8, moe_ffn_hidden_size=2 * width, moe_router_topk=2) if moe else {}
     stages = list(layout.counts)
     text = "|".join(f"t*{count}" for count in stages)
     recompute = layout.recompute and layout.recompute.replace("block", "moe" if moe else "mlp")
@@ -171,7 +173,10 @@ class Arm:
 
         self.layout = layout
         self.malloc = MALLOC if options.malloc == "keep" else {}
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # Public, and missing in torch's __all__.
+        self.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
         spec = json.dumps({**asdict(layout), "moe": options.moe, "quick": options.quick, "folder": folder})
         self.ranks = [self._start(rank, spec, folder) for rank in range(RANKS)]
 
@@ -196,15 +201,16 @@ class Arm:
             )
 
     def answers(self) -> list[Any]:
-        lines = [rank.stdout.readline() for rank in self.ranks]
+        lines = [pipes(rank)[1].readline() for rank in self.ranks]
         if not all(lines):
             raise SystemExit(f"a rank of the arm '{self.layout.name}' ended; its log is in the bench's folder")
         return [json.loads(line) for line in lines]
 
     def ask(self, what: str) -> list[Any]:
         for rank in self.ranks:
-            rank.stdin.write(what + "\n")
-            rank.stdin.flush()
+            requests, _ = pipes(rank)
+            requests.write(what + "\n")
+            requests.flush()
         return self.answers()
 
     def close(self) -> None:

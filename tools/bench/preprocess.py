@@ -31,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import preprocess_corpus as corpus_of  # noqa: E402
+from processes import output_of  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 OURS = HERE.parent / "preprocess_data.py"
@@ -80,7 +81,7 @@ def run_once(arm: Arm) -> None:
     peak, done = [0.0], threading.Event()
     watcher = threading.Thread(target=_watch, args=(process.pid, peak, done))
     watcher.start()
-    output = process.stdout.read()
+    output = output_of(process)
     _, status, usage = os.wait4(process.pid, 0)
     arm.wall.append(time.monotonic() - begin)
     done.set()
@@ -170,7 +171,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--work", required=True, type=Path, help="folder for the corpus, the tokenizers and the outputs"
     )

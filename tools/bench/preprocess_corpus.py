@@ -126,8 +126,9 @@ def _archive(path: Path) -> Iterator[str]:
     """Source files of a tar file, in its order."""
     with tarfile.open(path) as archive:
         for member in archive:
-            if member.isfile() and member.name.endswith(_CODE):
-                yield _text(archive.extractfile(member).read())
+            content = archive.extractfile(member) if member.isfile() and member.name.endswith(_CODE) else None
+            if content is not None:
+                yield _text(content.read())
 
 
 def _read(path: Path) -> str:

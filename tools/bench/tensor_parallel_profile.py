@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+from processes import output_of  # noqa: E402
 
 COLLECTIVES = (
     "all_reduce",
@@ -185,7 +186,10 @@ def worker(layout: str, steps: int) -> None:
 def launch(layout: str, steps: int, threads: int) -> dict[str, Any]:
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # Public, and missing in torch's __all__.
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
     common = dict(
         WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1",
@@ -210,7 +214,7 @@ def launch(layout: str, steps: int, threads: int) -> dict[str, Any]:
             time.sleep(0.1)
         if any(rank.returncode for rank in ranks):
             raise SystemExit(f"{layout}: a rank failed")
-        output = ranks[0].stdout.read()
+        output = output_of(ranks[0])
     finally:
         for rank in ranks:
             rank.kill()

@@ -63,7 +63,7 @@ class LinksError(Exception):
 
 
 def why_not() -> str | None:
-    """What is missing on this machine, with the line that mends it; None if links can be made."""
+    """What is missing on this machine, with the line that fixes it; None if links can be made."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         return f"{' and '.join(missing)} not found: apt-get install iproute2 (or: dnf install iproute iproute-tc)"
@@ -234,7 +234,10 @@ def run_ranks(
         import torch.distributed as dist
 
         # A store in this process, on a port that is bound at once: no two runs can meet.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # Public, and missing in torch's __all__.
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
                  "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     else:

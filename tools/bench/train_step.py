@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from processes import pipes  # noqa: E402
 from train_step_arms import ARMS, Case  # noqa: E402
 
 CASES = (
@@ -60,18 +61,19 @@ class Server:
         self.parameters = self._read()["parameters"]
 
     def _read(self) -> dict[str, Any]:
-        for line in self.process.stdout:
+        for line in pipes(self.process)[1]:
             if line.startswith("{"):
                 return json.loads(line)
         raise SystemExit(f"the arm {self.arm} ended with code {self.process.wait()}")
 
     def ask(self, command: str, number: int) -> dict[str, Any]:
-        self.process.stdin.write(f"{command} {number}\n")
-        self.process.stdin.flush()
+        requests, _ = pipes(self.process)
+        requests.write(f"{command} {number}\n")
+        requests.flush()
         return self._read()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        pipes(self.process)[0].close()
         self.process.wait()
 
 

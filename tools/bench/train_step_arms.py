@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Case:
 
     name: str
     moe: bool
-    precision: str
+    precision: Literal["fp32", "bf16"]
     hidden: int = 512
     layers: int = 8
     heads: int = 8
@@ -84,7 +85,9 @@ def build_ours(case: Case) -> tuple[torch.nn.Module, Step]:
     backend.install()
     from megatron_telechat.model import build_model
 
-    moe = dict(num_experts=case.experts, moe_ffn_hidden_size=case.expert_width, moe_router_topk=case.topk)
+    moe: dict[str, Any] = dict(
+        num_experts=case.experts, moe_ffn_hidden_size=case.expert_width, moe_router_topk=case.topk
+    )
     run = RunConfig(
         model=ModelConfig(
             architecture="mixtral",
@@ -100,6 +103,7 @@ def build_ours(case: Case) -> tuple[torch.nn.Module, Step]:
         training=TrainingConfig(precision=case.precision, seq_length=case.sequence),
     )
     state = parallel.initialize(run, backend)
+    model: Any
     (model,) = build_model(run, state, backend, initialize=False)
     parts = dict(weights(case))
     with torch.no_grad():
@@ -137,7 +141,7 @@ def build_core(case: Case) -> tuple[torch.nn.Module, Step]:
 
     parallel.initialize(RunConfig(), backend)
     experts = case.experts if case.moe else None
-    moe = dict(
+    moe: dict[str, Any] = dict(
         num_moe_experts=experts,
         moe_ffn_hidden_size=case.expert_width,
         moe_router_topk=case.topk,
@@ -164,7 +168,7 @@ def build_core(case: Case) -> tuple[torch.nn.Module, Step]:
         **(moe if case.moe else {}),
     )
     spec = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, normalization="RMSNorm")
-    model = GPTModel(
+    model: Any = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=case.vocabulary,
@@ -198,7 +202,7 @@ def build_transformers(case: Case) -> tuple[torch.nn.Module, Step]:
     """Hugging Face transformers: sdpa attention, grouped_mm experts."""
     from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=case.vocabulary,
         hidden_size=case.hidden,
         num_hidden_layers=case.layers,
@@ -211,14 +215,17 @@ def build_transformers(case: Case) -> tuple[torch.nn.Module, Step]:
         use_cache=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    options: dict = dict(attn_implementation="sdpa", dtype=case.dtype)
+    options: dict[str, Any] = dict(attn_implementation="sdpa", dtype=case.dtype)
+    config: Any
     if case.moe:
-        moe = dict(num_local_experts=case.experts, num_experts_per_tok=case.topk, intermediate_size=case.expert_width)
+        moe: dict[str, Any] = dict(
+            num_local_experts=case.experts, num_experts_per_tok=case.topk, intermediate_size=case.expert_width
+        )
         config = MixtralConfig(**common, **moe, sliding_window=None, output_router_logits=False)
         config._experts_implementation = "grouped_mm"
     else:
         config = LlamaConfig(**common, intermediate_size=case.dense_width)
-    model = AutoModelForCausalLM.from_config(config, **options)
+    model: Any = AutoModelForCausalLM.from_config(config, **options)
     if case.moe:
         assert model.config._experts_implementation == "grouped_mm"
     parts = dict(weights(case))

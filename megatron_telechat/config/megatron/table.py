@@ -297,9 +297,9 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         output-layer-init-method
         """,
     ),
-    (Always("--activation says it"), "gated-linear-unit"),
+    (Always("--activation sets it"), "gated-linear-unit"),
     (Always("the MLP is a SwiGLU", ("silu", "swiglu"), fix="--activation"), "activation-func"),
-    (Always("--num-query-groups says it"), "group-query-attention"),
+    (Always("--num-query-groups sets it"), "group-query-attention"),
     (
         Ignored("initial weights do not depend on the device or the layout"),
         """
@@ -307,7 +307,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         use-cpu-initialization
         """,
     ),
-    (Always("--position-embedding-type says it"), "no-position-embedding"),
+    (Always("--position-embedding-type sets it"), "no-position-embedding"),
     (
         Refused(
             "long contexts use NTK-aware scaling here", "--rotary-base, --rotary-training-seqlen, --rotary-base-seqlen"
@@ -655,7 +655,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         start-eval-at-iter validation-set-names
         """,
     ),
-    (Refused("no iterations are skipped; a resume goes on with the next sample"), "iterations-to-skip"),
+    (Refused("no iterations are skipped; a resume continues with the next sample"), "iterations-to-skip"),
     (Refused("tokenizers are named by one file or folder", "--tokenizer-model"), "merge-file vocab-file"),
     (Always("the attention is causal; no mask is built in the loader"), "no-create-attention-mask-in-dataloader"),
     (Ignored("only training and validation data are read"), "test-data-path"),
@@ -737,7 +737,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (Ignored("TensorBoard events follow --log-interval"), "tensorboard-log-interval tensorboard-queue-size"),
-    (Ignored("the environment variable WANDB_ENTITY says it"), "wandb-entity"),
+    (Ignored("the environment variable WANDB_ENTITY sets it"), "wandb-entity"),
     (Ignored("it lies in the run folder"), "wandb-save-dir"),
     # health
     (

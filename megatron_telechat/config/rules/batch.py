@@ -14,6 +14,7 @@ MICRO = "micro_batch_size"
 
 
 def batch_splits(check: Check) -> Iterator[Problem]:
+    """Micro-batch size x data-parallel size divides the global batch."""
     batch, micro = check.take(BATCH, MICRO)
     check.take("world_size", TP, PP, CP)
     data = check.run.parallel.data_parallel_size
@@ -47,6 +48,7 @@ def interleaving_fills_the_pipeline(check: Check) -> Iterator[Problem]:
 
 
 def run_has_a_length(check: Check) -> Iterator[Problem]:
+    """A training needs train_iters; a dry run does not."""
     if check.take("train_iters") == 0 and not check.dry_run:
         yield check.problem(
             "train_iters is 0: there is nothing to train",

@@ -22,6 +22,7 @@ def _format(check: Check) -> DataFormat:
 
 
 def one_source(check: Check) -> Iterator[Problem]:
+    """Exactly one of mock_data, data_path, data_json and train_data_path names the training data."""
     mock, valid = check.take("mock_data", "valid_data_path")
     given = [name for name in SOURCES if check.take(name)]
     if mock:
@@ -46,7 +47,7 @@ def one_source(check: Check) -> Iterator[Problem]:
         yield check.problem(f"{' and '.join(given)} contradict each other", *given, fix="keep one of them")
     if valid and "train_data_path" not in given:
         yield check.problem(
-            f"valid_data_path goes with train_data_path, not with {given[0]}",
+            f"valid_data_path needs train_data_path and cannot be combined with {given[0]}",
             "valid_data_path",
             given[0],
             fix="--train-data-path, or drop --valid-data-path and let --split cut the validation off",
@@ -54,6 +55,7 @@ def one_source(check: Check) -> Iterator[Problem]:
 
 
 def blends_can_be_read(check: Check) -> Iterator[Problem]:
+    """Data paths are prefixes alone, or positive weights and prefixes in turn."""
     for name in ("data_path", "train_data_path", "valid_data_path"):
         if name in check.bad:
             continue
@@ -103,7 +105,7 @@ def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
     if not sft:
         for name in ("sft_template", "sft_loss_mask", "sft_system", "sft_packing", "sft_overlong"):
             if check.said_by_person(name) and check.take(name) != fields_by_name()[name].default:
-                yield check.problem(f"{name} is given without sft, so that it means nothing", name, fix="--sft")
+                yield check.problem(f"{name} is given without sft and has no effect", name, fix="--sft")
         return
     if mock:
         yield check.problem("sft and mock_data contradict each other", "sft", "mock_data", fix="drop one of them")
@@ -121,7 +123,7 @@ def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
     system, template = check.take("sft_system", "sft_template")
     if system is not None and template != "telechat2":
         yield check.problem(
-            f"sft_system is given, and the template {template} has no place for a system text",
+            f"sft_system is given, but the template {template} has no place for a system text",
             "sft_system",
             "sft_template",
             fix="--sft-template telechat2",
@@ -134,7 +136,10 @@ def borders_are_known(check: Check) -> Iterator[Problem]:
     for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         if check.take(name) and not format.has_documents and model is not None:
             yield check.problem(
-                f"{name} has no documents to act on in {format.field}", name, format.field, fix="drop one of them"
+                f"{name} has no effect with {format.field}, which has no documents",
+                name,
+                format.field,
+                fix="drop one of them",
             )
 
 
@@ -143,7 +148,7 @@ def order_has_documents(check: Check) -> Iterator[Problem]:
     order, format = check.take("data_order"), _format(check)
     if order == "megatron" and not format.megatrons_order:
         yield check.problem(
-            f"data_order=megatron is for indexed text, and means nothing with {format.field}",
+            f"data_order=megatron is for indexed text, and has no effect with {format.field}",
             "data_order",
             format.field,
             fix="drop --data-order",
@@ -151,6 +156,7 @@ def order_has_documents(check: Check) -> Iterator[Problem]:
 
 
 def data_json_can_be_read(check: Check) -> Iterator[Problem]:
+    """data_json is a readable {prefix: weight} file whose datasets exist."""
     path, format = check.take("data_json"), _format(check)
     if path is None:
         return
@@ -171,8 +177,8 @@ def datasets_are_named_once(check: Check) -> Iterator[Problem]:
     for name, names in _lists_of_data(check):
         for same in same_data(names, format):
             yield check.problem(
-                f"{name} names the same data more than once: {', '.join(same.names)} ({same.how}), so that it is read "
-                f"twice",
+                f"{name} names the same data more than once: {', '.join(same.names)} ({same.how}); it would "
+                f"be read twice",
                 name,
                 fix="name it once, with the sum of the weights"
                 if _weighs(check, name)
@@ -181,13 +187,15 @@ def datasets_are_named_once(check: Check) -> Iterator[Problem]:
 
 
 def validation_is_not_trained_on(check: Check) -> Iterator[Problem]:
+    """valid_data_path shares no file with train_data_path."""
     train, valid = map(_prefixes, check.take("train_data_path", "valid_data_path"))
     for same in same_data([*train, *valid], _format(check)):
         shared = [name for name in same.names if name in valid]
         if shared and any(name in train for name in same.names):
             yield check.problem(
-                f"{shared[0]} is trained on and validated on ({', '.join(dict.fromkeys(same.names))}: {same.how}), "
-                "so that its loss says nothing about text the model has not seen",
+                f"{shared[0]} is used for both training and validation "
+                f"({', '.join(dict.fromkeys(same.names))}: {same.how}), "
+                "so its loss says nothing about text that the model has not seen",
                 "valid_data_path",
                 "train_data_path",
                 fix="other data for --valid-data-path, or --data-path with --split 99,1, which keeps the two apart",
@@ -211,6 +219,7 @@ def _weighs(check: Check, name: str) -> bool:
 
 
 def split_can_be_read(check: Check) -> Iterator[Problem]:
+    """split is one to three shares with a positive sum, and leaves training data."""
     split = check.take("split")
     numbers = [_number(part) for part in re.split(r"[,\s]+", split.strip()) if part]
     shares = [number for number in numbers if number is not None and 0 <= number < math.inf]
@@ -223,6 +232,7 @@ def split_can_be_read(check: Check) -> Iterator[Problem]:
 
 
 def evaluation_has_data(check: Check) -> Iterator[Problem]:
+    """eval_interval needs validation data."""
     interval, mock, train, valid, split = check.take(
         "eval_interval", "mock_data", "train_data_path", "valid_data_path", "split"
     )
@@ -246,10 +256,11 @@ def evaluation_has_data(check: Check) -> Iterator[Problem]:
 
 
 def tokenizer_is_there(check: Check) -> Iterator[Problem]:
+    """The tokenizer file exists, and a tokenizer type comes with a file where it needs one."""
     model, kind = check.take("tokenizer_model", "tokenizer_type")
     if model is not None and not os.path.exists(model):
         yield check.problem(
-            f"tokenizer_model {model} is not there",
+            f"tokenizer_model {model} does not exist",
             "tokenizer_model",
             fix="the path of a local file or folder (nothing is downloaded)",
         )
@@ -262,12 +273,13 @@ def tokenizer_is_there(check: Check) -> Iterator[Problem]:
 
 
 def end_of_document_is_known(check: Check) -> Iterator[Problem]:
+    """Options that act on end-of-document tokens need a tokenizer that defines one."""
     model, kind = check.take("tokenizer_model", "tokenizer_type")
     marked = _format(check).marks_tokens
     for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         if check.take(name) and model is None and kind != "NullTokenizer" and not marked:
             yield check.problem(
-                f"{name} needs the end-of-document token, which only a tokenizer tells",
+                f"{name} needs the end-of-document token, which only a tokenizer defines",
                 name,
                 fix="--tokenizer-model PATH",
             )

@@ -42,13 +42,15 @@ def grouped_products_are_aligned(check: Check) -> Iterator[Problem]:
     for name, size, unit in (("hidden_size", hidden, multiple), ("moe_ffn_hidden_size", width, multiple * parts)):
         if size % unit:
             yield check.problem(
-                f"{name}={size} is no multiple of {unit}, which the grouped products on {device} need in {precision}",
+                f"{name}={size} is not a multiple of {unit}, which the grouped products on {device} need in "
+                f"{precision}",
                 name,
                 fix=flag(name, -(-size // unit) * unit),
             )
 
 
 def chunks_hold_tokens(check: Check) -> Iterator[Problem]:
+    """A rank has at least one token of a micro-batch for each input chunk."""
     chunks, experts = check.take(CHUNKS, "num_experts")
     if experts is None or isinstance(chunks, str):
         return
@@ -64,6 +66,7 @@ def chunks_hold_tokens(check: Check) -> Iterator[Problem]:
 
 
 def names_steps(check: Check) -> Iterator[Problem]:
+    """Step ranges (moe_trace, moe_routing_steps) can be read and begin within the run."""
     for name in (TRACE, STEPS):
         text, last_step = check.take(name, "train_iters")
         if text is None:
@@ -83,6 +86,7 @@ def names_steps(check: Check) -> Iterator[Problem]:
 
 
 def routing_steps_need_routing(check: Check) -> Iterator[Problem]:
+    """moe_routing_steps needs a recording to write or to replay."""
     steps, record, replay = check.take(STEPS, RECORD, REPLAY)
     if steps is not None and record is None and replay is None:
         yield check.problem(
@@ -151,7 +155,7 @@ def record_has_a_place(check: Check) -> Iterator[Problem]:
         return
     if replay is not None and os.path.realpath(path) == os.path.realpath(replay):
         yield check.problem(
-            f"{path} is to be recorded and replayed at once",
+            f"{path} is both the recording to write and the one to replay",
             RECORD,
             REPLAY,
             fix="another folder for --moe-routing-record",
@@ -184,6 +188,7 @@ def _read(path: str) -> Recording | Problem:
 
 
 def one_expert_a_token_learns_nothing(check: Check) -> Iterator[Problem]:
+    """A softmax over one chosen logit is constant: with top-k 1 the loss does not train the router."""
     topk, experts = check.take("moe_router_topk", "num_experts")
     if experts is None or topk != 1:
         return
@@ -199,6 +204,7 @@ def one_expert_a_token_learns_nothing(check: Check) -> Iterator[Problem]:
 
 
 def imbalance_is_a_ratio(check: Check) -> Iterator[Problem]:
+    """moe_memory_imbalance is a maximum over a mean, so at least 1."""
     ratio = check.take(IMBALANCE)
     if ratio < 1:
         yield check.one(f"{IMBALANCE}={ratio:g} is less than 1", IMBALANCE, fix="busiest over mean, 1 or more")

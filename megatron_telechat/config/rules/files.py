@@ -10,6 +10,7 @@ from megatron_telechat.errors import Problem
 
 
 def folders_are_folders(check: Check) -> Iterator[Problem]:
+    """Output folders exist or can be created: no file is in their way."""
     for name in ("run_dir", "save", "load", "data_cache_path", "moe_routing_record"):
         path = check.take(name)
         if not path or not check.said(name):
@@ -36,7 +37,9 @@ def checkpoint_to_resume_from(check: Check) -> Iterator[Problem]:
     begun = save is not None and os.path.isdir(save) and any(name.startswith("iter_") for name in os.listdir(save))
     if load is not None and not there and not same and not begun:
         yield check.problem(
-            f"load {load} is not a folder", "load", fix="the folder of the checkpoints, or drop --load to start afresh"
+            f"load {load} is not a folder",
+            "load",
+            fix="the folder of the checkpoints, or drop --load to start a new run",
         )
     elif step is not None and not there and not begun:
         yield check.problem(
@@ -48,6 +51,7 @@ def checkpoint_to_resume_from(check: Check) -> Iterator[Problem]:
 
 
 def pretrained_weights_are_there(check: Check) -> Iterator[Problem]:
+    """pretrained_checkpoint is an existing folder."""
     path = check.take("pretrained_checkpoint")
     if path is not None and not os.path.isdir(path):
         yield check.problem(
@@ -58,10 +62,11 @@ def pretrained_weights_are_there(check: Check) -> Iterator[Problem]:
 
 
 def finetune_has_weights(check: Check) -> Iterator[Problem]:
+    """finetune needs the weights of another run."""
     finetune, path = check.take("finetune", "pretrained_checkpoint")
     if finetune and path is None:
         yield check.problem(
-            "finetune begins with the weights of another run, and none is named",
+            "finetune starts from the weights of another run, but none is given",
             "finetune",
             "load",
             fix="--load FOLDER (other than --save) or --pretrained-checkpoint FOLDER",
@@ -69,6 +74,7 @@ def finetune_has_weights(check: Check) -> Iterator[Problem]:
 
 
 def wandb_name_needs_project(check: Check) -> Iterator[Problem]:
+    """A Weights & Biases run name needs a project."""
     project, name = check.take("wandb_project", "wandb_exp_name")
     if name is not None and project is None:
         yield check.problem(

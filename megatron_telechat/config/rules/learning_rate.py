@@ -9,6 +9,7 @@ from megatron_telechat.errors import Problem
 
 
 def rates_in_order(check: Check) -> Iterator[Problem]:
+    """min_lr is at most lr."""
     lr, low = check.take("lr", "min_lr")
     if lr < low:
         yield check.problem(
@@ -17,6 +18,7 @@ def rates_in_order(check: Check) -> Iterator[Problem]:
 
 
 def warmup_starts_below(check: Check) -> Iterator[Problem]:
+    """lr_warmup_init is at most lr."""
     lr, start = check.take("lr", "lr_warmup_init")
     if start > lr:
         yield check.problem(
@@ -25,6 +27,7 @@ def warmup_starts_below(check: Check) -> Iterator[Problem]:
 
 
 def one_warmup(check: Check) -> Iterator[Problem]:
+    """The warm-up is given in steps or as a fraction, not both."""
     steps, share = check.take("lr_warmup_iters", "lr_warmup_fraction")
     if steps and share is not None:
         yield check.problem(
@@ -36,6 +39,7 @@ def one_warmup(check: Check) -> Iterator[Problem]:
 
 
 def warmup_before_decay(check: Check) -> Iterator[Problem]:
+    """The warm-up ends before lr_decay_iters."""
     steps, decay = check.take("lr_warmup_iters", "lr_decay_iters")
     if decay and steps >= decay:
         own = check.said("lr_decay_iters")
@@ -48,6 +52,7 @@ def warmup_before_decay(check: Check) -> Iterator[Problem]:
 
 
 def wsd_is_complete(check: Check) -> Iterator[Problem]:
+    """WSD has a final decay that fits into the schedule; other schedules have none."""
     style, tail, decay = check.take("lr_decay_style", "lr_wsd_decay_iters", "lr_decay_iters")
     if style == "WSD" and tail is None:
         yield check.problem(
@@ -72,6 +77,7 @@ def wsd_is_complete(check: Check) -> Iterator[Problem]:
 
 
 def loss_scales_in_order(check: Check) -> Iterator[Problem]:
+    """min_loss_scale is at most initial_loss_scale."""
     first, low = check.take("initial_loss_scale", "min_loss_scale")
     if first < low:
         yield check.problem(
@@ -83,6 +89,7 @@ def loss_scales_in_order(check: Check) -> Iterator[Problem]:
 
 
 def loss_scale_may_fall(check: Check) -> Iterator[Problem]:
+    """With fp16 the loss scale can halve before max_skipped_steps ends the run."""
     precision, limit, tolerated = check.take("precision", "max_skipped_steps", "hysteresis")
     if precision == "fp16" and 0 < limit <= tolerated:
         yield check.problem(

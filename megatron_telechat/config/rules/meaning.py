@@ -32,7 +32,7 @@ def training_builds_it(check: Check) -> Iterator[Problem]:
     if any(word.startswith("--vocab-size") for word in check.meaning.add):
         said.append(f"vocab_size={rows.size} ({rows.source})" if rows else "the vocabulary of its tokenizer")
     yield Problem(
-        f"flags that are not given mean another model in Megatron-LM than here: {', '.join(said)}",
+        f"missing flags mean a different model in Megatron-LM than here: {', '.join(said)}",
         "flags alone describe the model, without --preset, YAML file or --architecture",
         f"add {' '.join(check.meaning.add)}; or --architecture telechat2, if it is a TeleChat2 model, with our "
         f"defaults",
@@ -50,7 +50,7 @@ def defaults_of_megatron(check: Check) -> Iterator[Problem]:
     pairs = [f"{name} {_text(value)} / {_text(values[name])}" for name, value in theirs if values[name] != value]
     if pairs:
         check.notes.append(
-            f"flags that are not given have another default in Megatron-LM (its own / here): {', '.join(pairs)}"
+            f"missing flags have another default in Megatron-LM (its default / ours): {', '.join(pairs)}"
         )
     return iter(())
 

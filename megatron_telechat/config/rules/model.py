@@ -11,6 +11,7 @@ from megatron_telechat.errors import Problem
 
 
 def heads_divide_hidden(check: Check) -> Iterator[Problem]:
+    """num_attention_heads divides hidden_size unless kv_channels gives the width of a head."""
     hidden, heads = check.take("hidden_size", "num_attention_heads")
     check.take("kv_channels")
     if hidden % heads and not check.said("kv_channels"):
@@ -23,6 +24,7 @@ def heads_divide_hidden(check: Check) -> Iterator[Problem]:
 
 
 def groups_divide_heads(check: Check) -> Iterator[Problem]:
+    """num_query_groups divides num_attention_heads."""
     heads, groups = check.take("num_attention_heads", "num_query_groups")
     if groups is not None and heads % groups:
         yield check.problem(
@@ -34,6 +36,7 @@ def groups_divide_heads(check: Check) -> Iterator[Problem]:
 
 
 def head_dim_is_even(check: Check) -> Iterator[Problem]:
+    """The rotary embedding pairs channels, so a head has an even width."""
     head, positions = check.take("kv_channels", "position_embedding_type")
     if head is not None and head % 2 and positions == "rope":
         yield check.problem(
@@ -56,6 +59,7 @@ def ntk_scaling_has_channels(check: Check) -> Iterator[Problem]:
 
 
 def dense_ffn_given(check: Check) -> Iterator[Problem]:
+    """Dense layers need ffn_hidden_size."""
     width = check.take("ffn_hidden_size")
     if width == 0 and has_dense_layers(check):
         yield check.problem(
@@ -64,6 +68,7 @@ def dense_ffn_given(check: Check) -> Iterator[Problem]:
 
 
 def expert_ffn_given(check: Check) -> Iterator[Problem]:
+    """Experts need moe_ffn_hidden_size."""
     width, experts = check.take("moe_ffn_hidden_size", "num_experts")
     check.take("ffn_hidden_size")
     if experts is not None and not width:
@@ -81,6 +86,7 @@ def has_dense_layers(check: Check) -> bool:
 
 
 def pattern_is_one(check: Check) -> Iterator[Problem]:
+    """moe_layer_pattern is a list of 0 and 1 with one number for each layer."""
     pattern, layers = check.take("moe_layer_pattern", "num_layers")
     if pattern is None:
         return
@@ -100,6 +106,7 @@ def pattern_is_one(check: Check) -> Iterator[Problem]:
 
 
 def topk_within_experts(check: Check) -> Iterator[Problem]:
+    """A token is sent to at most num_experts experts."""
     topk, experts = check.take("moe_router_topk", "num_experts")
     if experts is not None and topk > experts:
         yield check.problem(
@@ -113,6 +120,7 @@ def topk_within_experts(check: Check) -> Iterator[Problem]:
 
 
 def freq_within_layers(check: Check) -> Iterator[Problem]:
+    """moe_layer_freq is at most num_layers; else only the first layer would have experts."""
     freq, layers, experts = check.take("moe_layer_freq", "num_layers", "num_experts")
     if experts is not None and freq > layers:
         yield check.problem(
@@ -155,6 +163,7 @@ _NEED_EXPERTS = (
 
 
 def rotary_base_goes_with_training(check: Check) -> Iterator[Problem]:
+    """rotary_base_seqlen has no effect without rotary_training_seqlen."""
     training, base = check.take("rotary_training_seqlen", "rotary_base_seqlen")
     if base is not None and training is None:
         yield check.problem(

@@ -16,6 +16,7 @@ ETP = "expert_tensor_parallel_size"
 
 
 def context_parallel_not_yet(check: Check) -> Iterator[Problem]:
+    """Context parallelism is not supported by this version."""
     size = check.take(CP)
     if size > 1:
         yield check.one(
@@ -26,6 +27,7 @@ def context_parallel_not_yet(check: Check) -> Iterator[Problem]:
 
 
 def tensor_parallel_divides(check: Check) -> Iterator[Problem]:
+    """The tensor-parallel size divides heads, groups, widths and the vocabulary."""
     for name in (
         "num_attention_heads",
         "num_query_groups",
@@ -63,6 +65,7 @@ def _largest_tp(check: Check, size: int) -> int:
 
 
 def sequence_parallel_divides(check: Check) -> Iterator[Problem]:
+    """Sequence parallelism needs a sequence length that the tensor-parallel size divides."""
     tensor, sequence, on = check.take(TP, "seq_length", "sequence_parallel")
     if on and sequence % tensor:
         yield check.problem(
@@ -74,6 +77,7 @@ def sequence_parallel_divides(check: Check) -> Iterator[Problem]:
 
 
 def experts_need_sequence_parallel(check: Check) -> Iterator[Problem]:
+    """Experts with tensor parallelism need sequence parallelism: each token reaches the router once."""
     tensor, experts, on = check.take(TP, "num_experts", "sequence_parallel")
     if experts is not None and tensor > 1 and on is False:
         yield check.problem(
@@ -85,6 +89,7 @@ def experts_need_sequence_parallel(check: Check) -> Iterator[Problem]:
 
 
 def world_divides(check: Check) -> Iterator[Problem]:
+    """TP x PP x CP divides the world size."""
     world, tensor, pipeline, context = check.take("world_size", TP, PP, CP)
     size = tensor * pipeline * context
     if world % size:
@@ -104,6 +109,7 @@ def world_divides(check: Check) -> Iterator[Problem]:
 
 
 def nodes_are_full(check: Check) -> Iterator[Problem]:
+    """ranks_per_node divides the world size."""
     world, node = check.take("world_size", "ranks_per_node")
     if node is not None and world % node:
         more = node > world
@@ -117,6 +123,7 @@ def nodes_are_full(check: Check) -> Iterator[Problem]:
 
 
 def experts_divide(check: Check) -> Iterator[Problem]:
+    """The expert-parallel size divides the number of experts."""
     experts, size = check.take("num_experts", EP)
     if experts is None or size is None or experts % size == 0:
         return
@@ -129,6 +136,7 @@ def experts_divide(check: Check) -> Iterator[Problem]:
 
 
 def fold_is_consistent(check: Check) -> Iterator[Problem]:
+    """A folded tensor domain means ETP 1 and an EP that is a multiple of TP."""
     fold, experts, tensor, size, expert_tensor = check.take("fold_tensor_into_experts", "num_experts", TP, EP, ETP)
     if not fold or experts is None:
         return
@@ -153,6 +161,7 @@ def fold_is_consistent(check: Check) -> Iterator[Problem]:
 
 
 def expert_domain_fits(check: Check) -> Iterator[Problem]:
+    """EP x ETP divides the ranks of a pipeline stage."""
     world, pipeline, size, expert_tensor, experts = check.take("world_size", PP, EP, ETP, "num_experts")
     if experts is None or size is None or expert_tensor is None:
         return
@@ -172,6 +181,7 @@ def expert_domain_fits(check: Check) -> Iterator[Problem]:
 
 
 def expert_tensor_parallel_divides(check: Check) -> Iterator[Problem]:
+    """The expert-tensor-parallel size divides the width of an expert."""
     experts, size, width = check.take("num_experts", ETP, "moe_ffn_hidden_size")
     if experts is not None and size and width and width % size:
         yield check.problem(
@@ -183,6 +193,7 @@ def expert_tensor_parallel_divides(check: Check) -> Iterator[Problem]:
 
 
 def param_gather_needs_distributed_optimizer(check: Check) -> Iterator[Problem]:
+    """overlap_param_gather needs the distributed optimizer and overlap_grad_reduce."""
     gather, distributed, reduce = check.take("overlap_param_gather", "use_distributed_optimizer", "overlap_grad_reduce")
     if gather and not distributed:
         yield check.problem(

@@ -14,10 +14,11 @@ LAYOUT = "pipeline_model_parallel_layout"
 
 
 def chunks_need_a_pipeline(check: Check) -> Iterator[Problem]:
+    """Several virtual stages a rank need more than one pipeline rank."""
     stages, chunks = check.take(PP, CHUNKS)
     if stages == 1 and chunks > 1:
         yield check.problem(
-            f"{CHUNKS}={chunks} interleaves chunks of a pipeline, but {PP}=1",
+            f"{CHUNKS}={chunks} interleaves virtual stages, but {PP}=1",
             CHUNKS,
             PP,
             fix=f"{flag(PP, 2)} or more, or {flag(CHUNKS, 1)}",
@@ -42,6 +43,7 @@ def layers_split(check: Check) -> Iterator[Problem]:
 
 
 def layout_fits(check: Check) -> Iterator[Problem]:
+    """The layout string can be read and fits layers, pipeline ranks and virtual stages."""
     layers, stages, chunks, text = check.take("num_layers", PP, CHUNKS, LAYOUT)
     if text is None:
         return
@@ -82,6 +84,7 @@ def working_layout(layers: int, stages: int, chunks: int) -> PipelineLayout | No
 
 
 def interleaving_over_two_ranks_overlaps(check: Check) -> Iterator[Problem]:
+    """The interleaved schedule over 2 pipeline ranks deadlocks without overlapped messages."""
     stages, chunks, overlap = check.take(PP, CHUNKS, "overlap_p2p_communication")
     if stages == 2 and chunks > 1 and overlap is False:
         yield check.problem(

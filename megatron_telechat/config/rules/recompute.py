@@ -19,6 +19,7 @@ DEFAULT_MODULES = ("core_attn",)
 
 
 def one_way_to_say_it(check: Check) -> Iterator[Problem]:
+    """recompute_layout and recompute_granularity exclude each other."""
     plan, granularity = check.take(PLAN, GRANULARITY)
     if plan is not None and granularity is not None:
         yield check.problem(
@@ -31,6 +32,7 @@ def one_way_to_say_it(check: Check) -> Iterator[Problem]:
 
 
 def details_go_with_full(check: Check) -> Iterator[Problem]:
+    """recompute_method and recompute_num_layers belong to full recompute."""
     granularity, method, layers = check.take(GRANULARITY, METHOD, LAYERS)
     if layers is not None and granularity != "full":
         yield check.problem(
@@ -41,7 +43,7 @@ def details_go_with_full(check: Check) -> Iterator[Problem]:
         )
     elif layers is not None and layers > 1 and method == "uniform":
         yield check.problem(
-            f"{METHOD} uniform recomputes every layer by itself; {LAYERS}={layers} would say groups of layers",
+            f"{METHOD} uniform recomputes every layer by itself; {LAYERS}={layers} would mean groups of layers",
             LAYERS,
             METHOD,
             fix=f"drop --recompute-num-layers, or {flag(METHOD, 'block')} to recompute {layers} layers of each virtual "
@@ -57,6 +59,7 @@ def details_go_with_full(check: Check) -> Iterator[Problem]:
 
 
 def modules_go_with_selective(check: Check) -> Iterator[Problem]:
+    """recompute_modules belongs to selective recompute, and names modules that the model has."""
     granularity, modules, experts = check.take(GRANULARITY, MODULES, "num_experts")
     if granularity != "selective":
         if modules != DEFAULT_MODULES and check.said_by_person(MODULES):
@@ -80,6 +83,7 @@ def modules_go_with_selective(check: Check) -> Iterator[Problem]:
 
 
 def layout_fits_the_stages(check: Check) -> Iterator[Problem]:
+    """recompute_layout can be read and covers each layer of each virtual stage once."""
     text = check.take(PLAN)
     if text is None:
         return

@@ -74,10 +74,12 @@ def shape_given(check: Check) -> Iterator[Problem]:
     if not missing:
         return
     if len(missing) == len(SHAPE):
-        yield Problem("no model: neither a preset nor a shape is given", "", _PRESET_HELP)
+        yield Problem("no model: give a preset or the model's shape", "", _PRESET_HELP)
     else:
         yield Problem(
-            f"the shape of the model lacks {', '.join(missing)}", "", " ".join(flag(name, "N") for name in missing)
+            f"the model's shape is incomplete, missing: {', '.join(missing)}",
+            "",
+            " ".join(flag(name, "N") for name in missing),
         )
     check.bad.update(missing)
     if len(missing) == len(SHAPE):
@@ -85,41 +87,45 @@ def shape_given(check: Check) -> Iterator[Problem]:
 
 
 _PRESET_HELP = (
-    "--preset telechat2-tiny-moe (--list-presets names them all), or --num-layers, --hidden-size, "
-    "--num-attention-heads ..."
+    "--preset telechat2-tiny-moe (--list-presets lists them), or --num-layers, --hidden-size, --num-attention-heads ..."
 )
 
 
 def at_least_one(check: Check) -> Iterator[Problem]:
+    """Sizes and intervals are at least 1 where they are given."""
     for name, value in _present(check, AT_LEAST_ONE):
         if not isinstance(value, str) and value < 1:
             off = (
-                f"a whole number of at least 1; leave it out {OFF_BY_ZERO[name]}"
+                f"an integer of at least 1; leave it out {OFF_BY_ZERO[name]}"
                 if name in OFF_BY_ZERO
-                else "a whole number of at least 1"
+                else "an integer of at least 1"
             )
             yield check.one(f"{name}={value} is less than 1", name, fix=off)
 
 
 def not_negative(check: Check) -> Iterator[Problem]:
+    """Rates, coefficients and counts are 0 or more."""
     for name, value in _present(check, NOT_NEGATIVE):
         if value < 0:
             yield check.one(f"{name}={value} is negative", name, fix="0 or more")
 
 
 def more_than_zero(check: Check) -> Iterator[Problem]:
+    """Lengths, scales and time limits are above 0."""
     for name, value in _present(check, MORE_THAN_ZERO):
         if value <= 0:
             yield check.one(f"{name}={value} is not more than 0", name, fix="a number above 0")
 
 
 def below_one(check: Check) -> Iterator[Problem]:
+    """Probabilities and decay factors are at least 0 and less than 1."""
     for name, value in _present(check, BELOW_ONE):
         if not 0 <= value < 1:
             yield check.one(f"{name}={value} is out of range", name, fix="at least 0 and less than 1")
 
 
 def level(check: Check) -> Iterator[Problem]:
+    """empty_unused_memory_level is 0 or 1."""
     value = check.take("empty_unused_memory_level")
     if value not in (0, 1):
         yield check.one(f"empty_unused_memory_level={value} is out of range", "empty_unused_memory_level", fix="0 or 1")

@@ -143,11 +143,11 @@ def _alternating(spoken: list[tuple[str, str]], key: str) -> tuple[Turn, ...]:
         else:
             expected = "bot" if turns and turns[-1].role == "user" else "user"
             if role != expected:
-                raise BadDialog(f"{key}: turn {number + 1} is the {role}'s, the {expected}'s is due")
+                raise BadDialog(f"{key}: turn {number + 1} is the {role}'s, but the {expected}'s turn is expected")
             turns.append(Turn(role, text))
         previous = role
     if not turns or turns[-1].role != "bot":
-        raise BadDialog(f"{key}: the last turn is not the bot's, so that there is nothing to learn from it")
+        raise BadDialog(f"{key}: the last turn is not the bot's: there is nothing to learn from it")
     return tuple(turns)
 
 
@@ -169,7 +169,7 @@ def _from_input_output(line: dict) -> Dialog:
     turns.append(Turn("bot", answer))
     for turn in turns:
         if re.search("<_user>|<_bot>|<_end>", turn.text):
-            raise BadDialog("input and output hold <_user>, <_bot> or <_end> in a place that is no border of turns")
+            raise BadDialog("input and output hold <_user>, <_bot> or <_end> in a place that is not a turn border")
     return Dialog(tuple(turns), system)
 
 

@@ -156,7 +156,7 @@ def _refuse(path: str, problems: list[Problem], bad: int, good: int) -> None:
     if bad:
         rest = f"; {bad - len(problems):,} more like these" if bad > len(problems) else ""
         last = problems[-1]
-        fix = f"mend or remove these lines ({bad:,} of {bad + good:,}{rest}); docs/finetuning.md shows the shapes"
+        fix = f"fix or remove these lines ({bad:,} of {bad + good:,}{rest}); docs/finetuning.md shows the shapes"
         raise DataError([*problems[:-1], Problem(last.what, last.where, fix)])
     if not good:
         raise DataError(f"{path} holds no dialog", path, "a jsonl file with one dialog a line")

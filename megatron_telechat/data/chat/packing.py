@@ -229,7 +229,7 @@ class ChatSamples:
         left = {
             "cut to the row": self.usable.cut,
             "left out as too long": self.usable.too_long,
-            "left out, their answer lies beyond the row": self.usable.without_answer,
+            "left out because their answer lies beyond the row": self.usable.without_answer,
         }
         notes = "".join(f", {count:,} {what}" for what, count in left.items() if count)
         return (

@@ -176,9 +176,7 @@ def _added_tokens(path: Path) -> dict[str, int]:
         entries = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
         return {entry["content"]: int(number) for number, entry in entries.items()}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{file} cannot be read: {error!r}", "tokenizer_model", "restore the file or take it away"
-        ) from error
+        raise DataError(f"{file} cannot be read: {error!r}", "tokenizer_model", "restore or remove the file") from error
 
 
 def tokenizer_files(tokenizer_model: str | None) -> list[Path]:

@@ -71,7 +71,7 @@ class IndexedFactory(CorpusFactory):
             count, rest = divmod(tokens.stat().st_size, header.item_bytes)
         except OSError as error:
             raise DataError(
-                f"cannot read {index}: {error.strerror}", str(index), "mend the permissions of the file"
+                f"cannot read {index}: {error.strerror}", str(index), "fix the permissions of the file"
             ) from error
         if rest:
             raise DataError(

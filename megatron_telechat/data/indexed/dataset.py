@@ -208,7 +208,7 @@ class IndexedDataset:
         if int(self.document_indices[0]) != 0 or int(self.document_indices[-1]) != sequences:
             raise damaged(
                 f"document boundaries run from {int(self.document_indices[0])} to {int(self.document_indices[-1])} "
-                f"where 0 to {sequences} is meant",
+                f"where 0 to {sequences} is expected",
                 self.idx_path,
             )
         expected = 0

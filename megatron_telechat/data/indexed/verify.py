@@ -17,7 +17,7 @@ from megatron_telechat.data.indexed.format import CHUNK_BYTES, file_sums, stored
 from megatron_telechat.data.indexed.header import HEADER_BYTES
 from megatron_telechat.errors import DataError, Problem, ResourceError
 
-MEND = "copy the file again from where it was made, or write the dataset again with tools/preprocess_data.py"
+FIX = "copy the file again from where it was made, or write the dataset again with tools/preprocess_data.py"
 
 
 @dataclass
@@ -45,7 +45,7 @@ def find_datasets(names: Sequence[str]) -> list[str]:
             continue  # a shell's glob names it beside the .bin and .idx
         if path.suffix == ".partial":
             raise DataError(
-                f"{name} is what an unfinished run left", "command line", "run its command again: it goes on"
+                f"{name} is left over from an unfinished run", "command line", "run its command again to resume"
             )
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.suffix in (".idx", ".bin"))
@@ -84,7 +84,7 @@ def verify_dataset(prefix: str, vocab_size: int | None = None) -> Verdict:
         verdict.problems.extend(error.problems)
     except OSError as error:
         verdict.problems.append(
-            Problem(f"cannot be read: {error}", str(error.filename or prefix), "mend the disk or the permissions")
+            Problem(f"cannot be read: {error}", str(error.filename or prefix), "fix the disk or the permissions")
         )
     verdict.problems.extend(_check_sums(verdict))
     return verdict
@@ -110,19 +110,17 @@ def _check_entries(data: IndexedDataset) -> None:
     at = number = 0
     for length, offset in zip(lengths, offsets, strict=True):
         if int(length.min()) < 0:
-            raise DataError(f"sequence {number + int(length.argmin())} has a negative length", path, MEND)
+            raise DataError(f"sequence {number + int(length.argmin())} has a negative length", path, FIX)
         ends = np.cumsum(length, dtype=np.int64) * item + at
         wrong = np.flatnonzero(offset != np.concatenate(([at], ends[:-1])))
         if wrong.size:
-            raise DataError(
-                f"sequence {number + int(wrong[0])} does not begin where the one before it ends", path, MEND
-            )
+            raise DataError(f"sequence {number + int(wrong[0])} does not begin where the one before it ends", path, FIX)
         at, number = int(ends[-1]), number + length.size
     before, number = 0, 0
     for boundary in boundaries:
         wrong = np.flatnonzero(np.diff(boundary, prepend=before) < 0)
         if wrong.size:
-            raise DataError(f"the boundary of document {number + int(wrong[0])} runs backwards", path, MEND)
+            raise DataError(f"the boundary of document {number + int(wrong[0])} runs backwards", path, FIX)
         before, number = int(boundary[-1]), number + boundary.size
 
 
@@ -156,7 +154,7 @@ def _check_sums(verdict: Verdict) -> list[Problem]:
             Problem(
                 f"the checksums cannot be read ({error!r})",
                 str(path),
-                "copy the file again, or take it away and run --write-checksums",
+                "copy the file again, or remove it and run --write-checksums",
             )
         ]
     verdict.checksums = True
@@ -166,7 +164,7 @@ def _check_sums(verdict: Verdict) -> list[Problem]:
         if not file.is_file():
             continue  # named already
         if file.stat().st_size != size:
-            problems.append(Problem(f"has {file.stat().st_size:,} bytes where {size:,} were written", str(file), MEND))
+            problems.append(Problem(f"has {file.stat().st_size:,} bytes where {size:,} were written", str(file), FIX))
             continue
         problems.extend(_compare_chunks(file, digests))
     return problems
@@ -182,7 +180,7 @@ def _compare_chunks(file: Path, digests: Sequence[str]) -> list[Problem]:
                     Problem(
                         f"the bytes from {begin:,} to {begin + CHUNK_BYTES:,} are not those that were written",
                         str(file),
-                        MEND,
+                        FIX,
                     )
                 ]
     return []
@@ -198,6 +196,6 @@ def add_checksums(prefix: str) -> Path:
         write_sums(sums_path(prefix), file_sums(Path(f"{prefix}.bin")), file_sums(Path(f"{prefix}.idx")))
     except OSError as error:
         raise ResourceError(
-            f"cannot write {sums_path(prefix)}: {error.strerror}", fix="mend the disk or the permissions"
+            f"cannot write {sums_path(prefix)}: {error.strerror}", fix="fix the disk or the permissions"
         ) from error
     return sums_path(prefix)

@@ -91,7 +91,7 @@ def _refuse_copies(files: Sequence[Path]) -> None:
             raise DataError(
                 f"{seen[name]} and {path} look like one text, plain and packed",
                 "--input",
-                "name the files one by one, or move one of the two away",
+                "name the files one by one, or move one of the two elsewhere",
             )
         seen[name] = path
 
@@ -158,7 +158,7 @@ def parse_document(line: Line, keys: Sequence[str]) -> dict[str, list[str]]:
 
 def _check(document: Any, keys: Sequence[str]) -> tuple:
     if not isinstance(document, dict):
-        raise BadLine(f"a JSON object is meant, this is {_name(document)}")
+        raise BadLine(f"a JSON object is expected, not {_name(document)}")
     out = []
     for key in keys:
         if key not in document:
@@ -177,7 +177,7 @@ def _parse_json(content: bytes) -> Any:
     except orjson.JSONDecodeError as error:
         reason = str(error)
     if content.startswith(_BOM):
-        raise BadLine("the line begins with a UTF-8 byte-order mark; take it away: sed -i '1s/^\\xEF\\xBB\\xBF//' FILE")
+        raise BadLine("the line begins with a UTF-8 byte-order mark; remove it: sed -i '1s/^\\xEF\\xBB\\xBF//' FILE")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BadLine("the file is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE")
     if not content.strip():
@@ -190,7 +190,7 @@ def _parse_json(content: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadLine(f"the line is not UTF-8 (byte {error.start})") from None
     except UnicodeEncodeError:
-        raise BadLine("a text holds half of a surrogate pair (\\ud800 to \\udfff)") from None
+        raise BadLine("a text contains half of a surrogate pair (\\ud800 to \\udfff)") from None
     except (ValueError, RecursionError):
         raise BadLine(f"the line is not JSON: {reason}") from None
     return document

@@ -213,11 +213,9 @@ def _with_engines(job: Job, work: Workspace, names: Sequence[str], opened: list[
             return _run(job, work, engine, resume)
         except (EngineUnfit, EngineDiffers) as error:
             if following is None:
-                raise ConfigError(
-                    f"--engine {name} cannot be used: {error}", "--engine", "leave --engine away"
-                ) from error
+                raise ConfigError(f"--engine {name} cannot be used: {error}", "--engine", "omit --engine") from error
             resume = resume and not isinstance(error, EngineDiffers)
-            again = "" if isinstance(error, EngineUnfit) else "; what it wrote is thrown away"
+            again = "" if isinstance(error, EngineUnfit) else "; its output is discarded"
             job.log(f"engine {name} is not used ({error}){again}; next: {following}")
     raise AssertionError("engine_names gives at least one name")
 
@@ -227,7 +225,7 @@ def _run(job: Job, work: Workspace, engine: Engine, resume: bool) -> Report:
     position = work.load() if resume else None
     report = Report(**(position or {}).get("report", {}))
     if position and position.get("renamed"):
-        job.log("an earlier run of this command had all but renamed its files: done now")
+        job.log("an earlier run of this command had only the renaming left: done now")
         return _reported(work, report)
     work.open(fresh=position is None)
     parts, first_part = job.parts, 0
@@ -235,7 +233,7 @@ def _run(job: Job, work: Workspace, engine: Engine, resume: bool) -> Report:
         first_part, begin = position["span"], position["skip"]
         parts = [replace(job.parts[first_part], skip=begin, line=position["line"]), *job.parts[first_part + 1 :]]
         report.resumed_bytes = report.input_bytes
-        job.log(f"an earlier run of this command left {report.documents_in:,} documents: going on from there")
+        job.log(f"an earlier run of this command left {report.documents_in:,} documents: continuing from there")
     report.engine = engine.name
     if not isinstance(engine, Reference):
         engine = guarded(engine, job.tokenizer, job.log)
@@ -278,7 +276,7 @@ def _take(work: Workspace, job: Job, report: Report, block: Block, encoded: Enco
     """Write one block and count it."""
     if encoded.bad and job.on_error == "fail":
         number, reason = encoded.bad[0]
-        raise DataError(reason, block.place(number), "mend the line, or give --on-error skip; nothing was written")
+        raise DataError(reason, block.place(number), "fix the line, or give --on-error skip; nothing was written")
     for number, reason in encoded.bad:
         place = block.place(number)
         if len(report.bad) < REMEMBERED:

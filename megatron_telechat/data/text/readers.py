@@ -82,14 +82,14 @@ def _kind(path: Path) -> str:
             head = file.read(4)
     except OSError as error:
         raise DataError(
-            f"cannot read {path}: {error.strerror}", "--input", "mend the permissions of the file"
+            f"cannot read {path}: {error.strerror}", "--input", "fix the permissions of the file"
         ) from error
     if head.startswith(_PARQUET):
         return "parquet"
     kind = "gzip" if head.startswith(_GZIP) else "zstd" if head.startswith(_ZSTD) else "plain"
     named = {".gz": "gzip", ".zst": "zstd", ".parquet": "parquet"}.get(path.suffix)
     if kind == "plain" and named:
-        what = "is empty" if not head else f"does not begin as a {named} file does"
+        what = "is empty" if not head else f"does not begin like a {named} file"
         raise DataError(f"{path} {what}", str(path), "copy the file again, or give it the name of what it is")
     return kind
 
@@ -285,7 +285,7 @@ def _parquet(path: str) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no whole parquet file: {error}", path, "copy the file again") from error
+        raise DataError(f"{path} is not a complete parquet file: {error}", path, "copy the file again") from error
 
 
 def _row_blocks(part: Span, number: int, keys: Sequence[str] | None) -> Iterator[Block]:
@@ -323,7 +323,7 @@ def _row_blocks(part: Span, number: int, keys: Sequence[str] | None) -> Iterator
             f"cannot read on: {error}", f"{part.path}:{before + done + 1}", "copy the file again"
         ) from error
     if done != rows:
-        raise DataError(f"{done:,} rows come out where the file promises {rows:,}", part.path, "copy the file again")
+        raise DataError(f"{done:,} rows were read where the file promises {rows:,}", part.path, "copy the file again")
 
 
 def _column(column: Any) -> list:

@@ -96,4 +96,4 @@ def _texts(inputs: Sequence[str], key: str) -> Iterator[str]:
         try:
             yield from parse_document(line, (key,))[key]
         except BadLine as reason:
-            raise DataError(str(reason), line.place, "mend the line") from reason
+            raise DataError(str(reason), line.place, "fix the line") from reason

@@ -115,8 +115,8 @@ class Guarded:
         self._tell_at = 10 * self._differing
         names = ", ".join(f"U+{code:04X}" for code in codes[:4]) + (", ..." if self._differing > len(codes[:4]) else "")
         self._log(
-            f"engine {self.name} splits texts at {names} as the tokenizer does not: texts with such a character are "
-            "encoded by the tokenizer itself"
+            f"engine {self.name} splits text at {names} differently from the tokenizer: texts with such a character "
+            "are encoded by the tokenizer itself"
         )
 
 

@@ -245,7 +245,7 @@ class Workspace:
         """What to tell a person about an error of the disk."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self.folder.parent).free
-            kept = "the same command goes on from what is written" if self.journalled else "nothing is left behind"
+            kept = "the same command resumes from what is written" if self.journalled else "nothing is left behind"
             return ResourceError(
                 f"no space left: the output needs about {needed:,} bytes, {self.output_bytes:,} of them are written, "
                 f"{free:,} are free",
@@ -255,5 +255,5 @@ class Workspace:
         return ResourceError(
             f"cannot write in {self.folder}: {error.strerror or error}",
             str(self.folder.parent),
-            "mend the disk or choose another --output-prefix",
+            "fix the disk or choose another --output-prefix",
         )

@@ -172,6 +172,7 @@ class Arms:
         """Output and gradients of one step."""
         arm.run(keep=True)
         output, input_gradient = arm.last
+        assert output is not None and input_gradient is not None, "run(keep=True) keeps both"
         arm.last = (None, None)
         found = core_gradients(self.layer) if arm.layer is self.layer else block_gradients(self.block)
         return Results(output, {"input": input_gradient, **found})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ class Shape:
     ffn: int = 768
     experts: int = 16
     topk: int = 4
-    dtype: str = "fp32"
+    dtype: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -79,7 +79,7 @@ def build_block(shape: Shape, config: Any, groups: Any, weights: dict[str, Tenso
     """Our block."""
     from megatron_telechat.moe import MoEBlock
 
-    block = MoEBlock(config, pg_collection=groups)
+    block: Any = MoEBlock(config, pg_collection=groups)
     block.set_layer_number(1)
     mine = _local_experts(shape, groups)
     with torch.no_grad():

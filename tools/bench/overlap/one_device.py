@@ -52,6 +52,11 @@ class StandInGroup(NamedTuple):
         return self.number
 
 
+def stand_in(ranks: int) -> Any:
+    """A process group of this size without processes; its type is open, because torch's own cannot be derived from."""
+    return StandInGroup(ranks)
+
+
 @contextmanager
 def ranks_alike() -> Iterator[None]:
     """Within, an all-gather answers as if every rank held what this one holds: equal routings, equal sizes."""
@@ -170,7 +175,7 @@ class OneDevice:
         best = logits.topk(shape.topk)
         counts = torch.bincount(best.indices.flatten(), minlength=shape.experts)
         self.routing = Routing(best.values.softmax(-1), best.indices, counts)
-        self.groups = ExpertGroups(StandInGroup(2), StandInGroup(1), StandInGroup(2))
+        self.groups = ExpertGroups(stand_in(2), stand_in(1), stand_in(2))
 
     def dispatch(self, k: int) -> Any:
         """Which rows go where; every rank holds what this one holds."""
@@ -230,8 +235,9 @@ class OneDevice:
             return None
         import warnings
 
-        counts, state = [], None
-        self.backward(*self.forward(k, channel))
+        counts = []
+        state = self.forward(k, channel)
+        self.backward(*state)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             for part in ("forward", "backward"):

@@ -3,7 +3,7 @@ part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,9 @@ class OneRouting:
         if number != self._step:
             self._step, self._chosen = number, {}
         first = not self._chosen
-        routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+        routers: list[Any] = [
+            module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)
+        ]
         tapes = [RoutingTape(self._chosen.get(router.layer_number), notes=first) for router in routers]
         for router, tape in zip(routers, tapes, strict=True):
             if isinstance(router, Router):
@@ -54,7 +56,16 @@ class _CoreTape:
     def __init__(self, tape: Any):
         self.tape = tape
 
-    def get_replay_topk(self, scores: Tensor, topk: int, num_groups=None, group_topk=None, default_compute_topk=None):
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """megatron-core's call: the scores [tokens, top-k] and experts of the tape's choice."""
+        assert default_compute_topk is not None
         _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         experts = self.tape.choose(scores, own)
         return scores.gather(1, experts), experts
