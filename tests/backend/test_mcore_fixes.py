@@ -58,12 +58,12 @@ def test_every_fix_says_why_and_for_which_version():
 
 def test_cuda_with_transformer_engine_gets_almost_none():
     assert [fix.name for fix in mcore_fixes.FIXES if fix.applies("cuda", te_present=True)] == ["quiet"]
-    assert [fix.name for fix in mcore_fixes.FIXES if fix.applies("cuda", te_present=False)] == ["quiet", "router_gemm"]
+    assert [fix.name for fix in mcore_fixes.FIXES if fix.applies("cuda", te_present=False)] == ["quiet", "router_gemm", "clipping"]
 
 
 def test_npu_relies_on_torch_npu_for_the_rest():
     names = [fix.name for fix in mcore_fixes.FIXES if fix.applies("npu", te_present=False)]
-    expected = ["quiet", "router_gemm", "hide_gpu_packages", "eager_jit", "rng_restore", "tensor_type", "split_sizes"]
+    expected = ["quiet", "router_gemm", "clipping", "hide_gpu_packages", "eager_jit", "rng_restore", "tensor_type", "split_sizes"]
     assert names == expected
 
 
