@@ -10,7 +10,9 @@ from accelerator.section import Options, Results
 
 SHAPE = "--preset telechat2-3b --num-layers 2 --vocab-size 32768 --seq-length 512"
 QUICK = "--preset telechat2-tiny --num-layers 2 --seq-length 64"
-COMMON = "--mock-data --bf16 --micro-batch-size 1 --global-batch-size 1 --train-iters 2 --lr-warmup-iters 0 --no-progress"
+COMMON = (
+    "--mock-data --bf16 --micro-batch-size 1 --global-batch-size 1 --train-iters 2 --lr-warmup-iters 0 --no-progress"
+)
 
 
 def run(options: Options) -> Results:
@@ -20,7 +22,14 @@ def run(options: Options) -> Results:
     from megatron_telechat.training.loop import Trainer
 
     folder = options.work / "checkpoint"
-    line = [*(QUICK if options.quick else SHAPE).split(), *COMMON.split(), "--device", options.device, "--run-dir", str(folder)]
+    line = [
+        *(QUICK if options.quick else SHAPE).split(),
+        *COMMON.split(),
+        "--device",
+        options.device,
+        "--run-dir",
+        str(folder),
+    ]
     run_config = load_run_config(line, os.environ).run
     trainer = Trainer(run_config)
     trainer.take_step(trainer.training_iterators())

@@ -40,8 +40,11 @@ def run(options: Options) -> Results:
     yield "capability", f"{properties.major}.{properties.minor}"
     yield "multiprocessors", properties.multi_processor_count
     yield "tf32 in products", cuda.matmul.allow_tf32
-    yield "attention kernels", {
-        "flash": cuda.flash_sdp_enabled(),
-        "efficient": cuda.mem_efficient_sdp_enabled(),
-        "cudnn": cuda.cudnn_sdp_enabled(),
-    }
+    yield (
+        "attention kernels",
+        {
+            "flash": cuda.flash_sdp_enabled(),
+            "efficient": cuda.mem_efficient_sdp_enabled(),
+            "cudnn": cuda.cudnn_sdp_enabled(),
+        },
+    )

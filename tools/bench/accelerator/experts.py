@@ -18,7 +18,10 @@ def run(options: Options) -> Results:
         path = options.work / f"{name.replace(' ', '-')}.json"
         command = [sys.executable, str(BENCH / "moe_gpu.py"), "--device", options.device, "--json", str(path), *flags]
         done = subprocess.run(
-            [*command, *(["--quick"] if options.quick else [])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, *(["--quick"] if options.quick else [])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         path.with_suffix(".log").write_text(done.stdout, encoding="utf-8")
         if done.returncode:

@@ -22,7 +22,7 @@ CASES = {
     "bf16": ("--bf16", *LONG, *PLAIN),
     "bf16 dropout": ("--bf16", "--seq-length", "512"),
     "fp32": ("--fp32", "--seq-length", "1024", *PLAIN),
-    "fp16": ("--fp16", *LONG, *PLAIN, "--initial-loss-scale", "65536"),
+    "fp16": ("--fp16", *LONG, *PLAIN, "--initial-loss-scale", "16"),
 }
 
 

@@ -69,13 +69,16 @@ def _measure(run: Any, options: Options) -> Results:
     backend = trainer.backend
     backend.synchronize()
     tokens = run.training.global_batch_size * run.training.seq_length
-    yield "shape", {
-        "layers": run.model.num_layers,
-        "parameters": count_parameters(run.model).total,
-        "sequence": run.training.seq_length,
-        "samples a step": run.training.global_batch_size,
-        "start, s": round(time.perf_counter() - begin, 1),
-    }
+    yield (
+        "shape",
+        {
+            "layers": run.model.num_layers,
+            "parameters": count_parameters(run.model).total,
+            "sequence": run.training.seq_length,
+            "samples a step": run.training.global_batch_size,
+            "start, s": round(time.perf_counter() - begin, 1),
+        },
+    )
     iterators = trainer.training_iterators()
     times, losses = [], []
     for number in range(WARM_UP + STEPS):
@@ -90,15 +93,18 @@ def _measure(run: Any, options: Options) -> Results:
     seconds = statistics.median(times[WARM_UP:])
     peak = peak_tflops(run, backend)
     rate = tokens / seconds * training_flops_per_token(run.model, run.training.seq_length) / 1e12
-    yield "speed", {
-        "s a step": seconds,
-        "predicted s a step": trainer.forecast.iteration_s,
-        "all steps, s": times,
-        "tokens/s": tokens / seconds,
-        "model TFLOP/s": rate,
-        "MFU": rate / peak if peak else None,
-        "losses": losses,
-    }
+    yield (
+        "speed",
+        {
+            "s a step": seconds,
+            "predicted s a step": trainer.forecast.iteration_s,
+            "all steps, s": times,
+            "tokens/s": tokens / seconds,
+            "model TFLOP/s": rate,
+            "MFU": rate / peak if peak else None,
+            "losses": losses,
+        },
+    )
     yield "memory", _memory(trainer, options)
     if options.device == "cuda":
         yield "host waits of a step", _host_waits(trainer, iterators)

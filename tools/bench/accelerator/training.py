@@ -53,7 +53,9 @@ def pretrain(flags: Sequence[str], run_dir: Path, device: str) -> Finished:
         output, error = done.stdout, None if done.returncode == 0 else f"exit code {done.returncode}"
     except subprocess.TimeoutExpired as late:
         output, error = (late.stdout or b"").decode(errors="replace"), f"not done after {TIMEOUT_S} s"
-    (run_dir.parent / f"{run_dir.name}.log").write_text(f"{' '.join(command)}\n{output}\n{error or ''}", encoding="utf-8")
+    (run_dir.parent / f"{run_dir.name}.log").write_text(
+        f"{' '.join(command)}\n{output}\n{error or ''}", encoding="utf-8"
+    )
     if error is not None:
         error = f"{error}: {output[-1500:]}"
     return Finished(run_dir, time.perf_counter() - begin, tuple(_steps(run_dir / "metrics.jsonl")), output, error)
