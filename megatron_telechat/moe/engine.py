@@ -16,9 +16,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_telechat.moe.bag_sums import fast_sums, torch_sums
+from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.moe.gradients import WeightGradient
 from megatron_telechat.moe.te_products import Accumulate
 
@@ -102,9 +103,11 @@ def sum_bags(rows: Tensor, bags: Tensor, starts: Tensor) -> Tensor:
     """
     if not bags.numel():
         return rows.new_zeros(starts.numel(), rows.shape[1])
+    fused = kernels("sums", rows)
+    if fused is not None:
+        return fused.sum_bags(rows, bags, starts)
     if rows.device.type in ("cpu", "cuda") and rows.dtype != torch.float64:
-        sums = fast_sums(rows.device.index) if rows.device.type == "cuda" else torch_sums
-        return sums(rows, bags, starts)
+        return F.embedding_bag(bags, rows, starts, mode="sum")
     ends = torch.cat((starts[1:], starts.new_tensor([bags.numel()])))
     owner = torch.repeat_interleave(torch.arange(starts.numel(), device=rows.device), (ends - starts).long(),
                                     output_size=bags.numel())  # fmt: skip

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_telechat.moe import engine_grouped, engine_loop
-from megatron_telechat.moe.bag_sums import check_sums, fast_sums, torch_sums
 from megatron_telechat.moe.engine import ExpertWeights, Gradients, sum_bags
 from megatron_telechat.moe.pipeline import ChunkPipeline
 from megatron_telechat.moe.plan import Dispatch, ExpertGroups, RowFormat
@@ -122,37 +118,3 @@ def test_sum_of_groups_some_of_them_empty(dtype):
     assert torch.equal(sum_bags(rows, bags, starts), expected)
     none = sum_bags(rows, bags[:0], starts[:2] * 0)
     assert torch.equal(none, torch.zeros(2, 3, dtype=dtype))
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-def test_the_check_of_a_kernel_for_sums_passes_torch_and_fails_others(dtype):
-    check_sums(torch_sums, torch.device("cpu"), dtype)
-    with pytest.raises(ArithmeticError, match="wrong sums"):
-        check_sums(lambda rows, bags, starts: torch_sums(rows, bags.flip(0), starts), torch.device("cpu"), dtype)
-
-
-def test_without_triton_torch_sums(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert fast_sums.__wrapped__(0) is torch_sums
-
-
-def test_a_kernel_that_cannot_be_built_is_left_out_with_a_warning(monkeypatch):
-    broken = types.ModuleType("megatron_telechat.moe.bag_sums_triton")
-    monkeypatch.setitem(sys.modules, broken.__name__, broken)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    with pytest.warns(UserWarning, match="not used .ImportError"):
-        assert fast_sums.__wrapped__(0) is torch_sums
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-def test_sums_of_groups_on_a_gpu(dtype):
-    generator = torch.Generator().manual_seed(2)
-    rows = torch.randn(300, 4104, generator=generator).to("cuda", dtype)
-    bags = torch.randint(0, 300, (900,), generator=generator, dtype=torch.int32).cuda()
-    starts = torch.randint(0, 900, (400,), generator=generator, dtype=torch.int32).sort().values.cuda()
-    starts[0] = 0
-    kernel = fast_sums(0)
-    assert kernel is not torch_sums
-    assert torch.equal(kernel(rows, bags, starts), torch_sums(rows, bags, starts))

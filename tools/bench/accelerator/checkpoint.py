@@ -49,4 +49,5 @@ def run(options: Options) -> Results:
     seconds = time.perf_counter() - begin
     yield "start with the load", {"s": seconds, "ok": again.step == 2}
     again.release()
+    parallel.destroy()
     shutil.rmtree(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerator.section import Options, Results
 
 BENCH = Path(__file__).resolve().parents[1]
-SHAPES = {"experts of 1536": (), "experts of 6144": ("--ffn", "6144", "--rounds", "10")}
+SHAPES = {"experts of 1536": ("--rounds", "8"), "experts of 6144": ("--ffn", "6144", "--rounds", "4")}
 
 
 def run(options: Options) -> Results:

@@ -51,6 +51,7 @@ MOE_CASES = {
 ROUNDED_CASES = {
     "bf16": ("--bf16",),
     "bf16 without determinism": ("--bf16", "--no-deterministic"),
+    "bf16 dropout": ("--bf16", "--hidden-dropout", "0.02", "--attention-dropout", "0.02"),
     "fp16": ("--fp16", "--initial-loss-scale", "16"),
 }
 

@@ -60,6 +60,7 @@ def _largest(load: Callable[[int], Any], most: int, budget: float) -> Any:
 
 
 def _measure(run: Any, options: Options) -> Results:
+    from megatron_telechat import parallel
     from megatron_telechat.costs import count_parameters, training_flops_per_token
     from megatron_telechat.training.loop import Trainer
     from megatron_telechat.training.metrics import peak_tflops
@@ -110,6 +111,7 @@ def _measure(run: Any, options: Options) -> Results:
         yield "host waits of a step", _host_waits(trainer, iterators)
     yield "kernels of a step", _profile(trainer, iterators, options)
     trainer.release()
+    parallel.destroy()
 
 
 def _memory(trainer: Any, options: Options) -> dict[str, float]:
