@@ -293,7 +293,7 @@ FIXES: tuple[Fix, ...] = (
     ),
     Fix(
         "clipping",
-        "without Transformer Engine or apex the gradient norm waits for the device once a parameter, and clipping copies every gradient",
+        "without apex or Transformer Engine the gradient norm waits once a parameter, and clipping copies each gradient",
         "te_absent",
         _clipping,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -34,22 +35,27 @@ def test_sections_are_run_once(tmp_path):
     assert "## A training step, mixture of experts" in page.read_text()
 
 
-def test_a_section_that_is_cut_off_keeps_what_it_found(tmp_path):
-    sys.path.insert(0, str(BENCH))
-    try:
-        import accelerator as package  # the folder: the program of this name is run, never imported
-        from accelerator.page import failed_checks, page
-        from accelerator.section import SECTIONS
-    finally:
-        sys.path.remove(str(BENCH))
-    assert Path(package.__file__).name == "__init__.py"
-    done = bench("--sections", "parity", "--limit", "11", "--work", str(tmp_path), "--json", str(tmp_path / "r.json"))
-    entry = json.loads((tmp_path / "r.json").read_text())["sections"]["parity"]
-    assert done.returncode == int(entry["status"] != "done")
+@pytest.fixture
+def program(monkeypatch):
+    """The program as a module. Its folder of sections has its name, and that is what an import finds."""
+    monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
+    spec = importlib.util.spec_from_file_location("accelerator_program", BENCH / "accelerator.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_section_that_is_cut_off_says_so(program, tmp_path):
+    section, options = program.SECTIONS[0], program.Options("cpu", True, tmp_path)
+    entry = program.run_section(section, options, 0.05)
+    assert entry["status"] == "cut off after 0 s" and entry["results"] == {}
+
+
+def test_the_page_names_what_failed(program):
     results = {"a": {"ok": False, "error": "two\nlines"}, "b": {"ok": True}, "c": 1.5}
     entry = {"status": "cut off after 9 s", "seconds": 9, "results": results, "error": "the end of the log"}
-    assert failed_checks(entry) == ["a"]
-    text = page({"device": "X", "command": "c", "sections": {SECTIONS[0].name: entry}})
+    assert program.failed_checks(entry) == ["a"]
+    text = program.page({"device": "X", "command": "c", "sections": {program.NAMES[0]: entry}})
     assert "**NOT OK**: a: error two lines" in text and "ok: b" in text and "the end of the log" in text
 
 

@@ -3,9 +3,9 @@
 
     python tools/bench/accelerator.py --json FILE [--page FILE] [--sections parity,resume] [--device cpu --quick]
 
-Each section runs in a process of its own with a time limit of its own; the JSON is written after every result. Started again with
-the same file, sections that are done with the same code are skipped: it goes on where it was cut off. Exit code 1 if a check
-failed or a section did not end. ``--device cpu --quick`` shows that the bench runs, and nothing else.
+Each section runs in a process of its own with a time limit of its own; the JSON is written after every section. Started
+again with the same file, sections that are done with the same code are skipped: it goes on where it was cut off. Exit
+code 1 if a check failed or a section did not end. ``--device cpu --quick`` shows that the bench runs, and nothing else.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def run_all(options: Options, names: Sequence[str], args: argparse.Namespace) ->
             continue
         entry = report["sections"][section.name] = run_section(section, options, min(section.limit_s, left))
         bad = failed_checks(entry)
-        print(f"{section.name}: {entry['status']} in {entry['seconds']:.0f} s" + (f"; NOT OK: {', '.join(bad)}" if bad else ""),
-              flush=True)  # fmt: skip
+        wrong = f"; NOT OK: {', '.join(bad)}" if bad else ""
+        print(f"{section.name}: {entry['status']} in {entry['seconds']:.0f} s{wrong}", flush=True)
         if args.json:
             _replace(args.json, json.dumps(report, indent=1))
         if args.page:

@@ -1,7 +1,7 @@
 """Triton kernels for CUDA, in the place of chains of torch's element-wise ones: `sums`, `rotary`, `swiglu`, `adding`.
 
-Each module is imported on a CUDA device only, and has a ``check(device)`` that compares the kernel with torch. Where Triton is not
-installed, cannot compile or is wrong, :func:`usable` says no, and whoever asked does the same with torch.
+Each module is imported on a CUDA device only, and has a ``check(device)`` that compares the kernel with torch. Where
+Triton is not installed, cannot compile or is wrong, :func:`usable` says no, and whoever asked does the same with torch.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ def kernels(name: str, like: torch.Tensor) -> Optional[Any]:
 
 @lru_cache
 def usable(name: str, index: Optional[int]) -> bool:
-    """Whether Triton is here and the kernels pass their check on this CUDA device. Asked once a process; a warning says why not."""
+    """Whether Triton is here and the kernels pass their check on this CUDA device; a warning says why not."""
     if os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
         return False
     try:
         importlib.import_module(f"{__name__}.{name}").check(torch.device("cuda", index))
     except Exception as error:  # whatever a compiler raises: the run goes on without it
-        warnings.warn(f"the Triton kernel '{name}' is not used ({type(error).__name__}: {error}); torch's kernels take its place")
+        warnings.warn(
+            f"the Triton kernel '{name}' is not used ({type(error).__name__}: {error}); torch's kernels take its place"
+        )
         return False
     return True
 

@@ -1,4 +1,7 @@
-"""16-bit numbers added into fp32 ones, such as a gradient into its buffer. torch's addition of two types reaches half of the memory's rate."""
+"""16-bit numbers added into fp32 ones, such as a gradient into its buffer.
+
+torch's addition of two types reached 2.2 TB/s where a copy reached 3.9 (H200, torch 2.11).
+"""
 
 from __future__ import annotations
 

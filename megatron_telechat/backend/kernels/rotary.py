@@ -1,4 +1,4 @@
-"""The fused projection split into query, key and value, the first two rotated, in one pass; and the way back of the gradients."""
+"""The fused projection split into query, key and value, the first two rotated, in one pass; and the same back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def _split_and_rotate(
     if BACK:
         x1, x2 = tl.load(q, of_query, 0.0), tl.load(q + half, of_query, 0.0)
         x1, x2 = tl.where(of_key, tl.load(k, of_key, 0.0), x1), tl.where(of_key, tl.load(k + half, of_key, 0.0), x2)
-        x1, x2 = tl.where(of_value, tl.load(v, of_value, 0.0), x1), tl.where(of_value, tl.load(v + half, of_value, 0.0), x2)
+        x1, x2 = (
+            tl.where(of_value, tl.load(v, of_value, 0.0), x1),
+            tl.where(of_value, tl.load(v + half, of_value, 0.0), x2),
+        )
     else:
         x1, x2 = tl.load(first, inside, 0.0), tl.load(first + half, inside, 0.0)
     table = s * table_s + b * table_b + column
@@ -114,4 +117,6 @@ def check(device: torch.device) -> None:
                 for one, wanted in zip(found, expected):
                     wanted = wanted.flatten(2, 3)
                     require_close(one, wanted.permute(1, 2, 0, 3) if heads_first else wanted, "rotary")
-                require_close(mixed_gradient(found, table.cos(), table.sin(), heads_first), mixed.float(), "rotary, back")
+                require_close(
+                    mixed_gradient(found, table.cos(), table.sin(), heads_first), mixed.float(), "rotary, back"
+                )

@@ -1,4 +1,7 @@
-"""Sums of groups of rows. torch's ``embedding_bag`` moved bf16 rows of 4096 at a tenth of the rate of a copy (H200, torch 2.11)."""
+"""Sums of groups of rows.
+
+torch's ``embedding_bag`` moved bf16 rows of 4096 at 0.4 TB/s where a copy reached 3.9 (H200, torch 2.11).
+"""
 
 from __future__ import annotations
 

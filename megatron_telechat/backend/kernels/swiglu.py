@@ -82,7 +82,7 @@ def swiglu_gradients(
         out: [N, 2 f] for the gradient of `gate_up`, which it may be itself; None: a new one.
 
     Returns:
-        The gradient of `gate_up`; and with `factors`, the result of :func:`swiglu` once more and the [N] gradient of the factors.
+        The gradient of `gate_up`; with `factors` also what :func:`swiglu` gave, and the [N] gradient of the factors.
     """
     rows, width = grad.shape
     scaled = factors is not None

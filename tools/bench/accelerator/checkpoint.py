@@ -16,7 +16,7 @@ COMMON = (
 
 
 def run(options: Options) -> Results:
-    """Seconds and GB/s of a save (and the one step before it), and of a start that resumes; the files lie in the page cache then."""
+    """Seconds of a save and the step before it, and of a start that resumes; the files lie in the page cache then."""
     from megatron_telechat import parallel
     from megatron_telechat.config import load_run_config
     from megatron_telechat.training.loop import Trainer

@@ -1,8 +1,8 @@
 """The tiny models on the CPU and on the device, from the same weights, on the same samples.
 
-The generators of CPU and device differ, and so do initial weights. The CPU therefore takes one step and saves; all other runs go
-on from that checkpoint. Where a mixture routes, the device takes the experts that the CPU chose (a near tie may fall the other
-way), and what it would have chosen itself is recorded and compared.
+The generators of CPU and device differ, and so do initial weights. The CPU therefore takes one step and saves; all other
+runs go on from that checkpoint. Where a mixture routes, the device takes the experts that the CPU chose (a near tie may
+fall the other way), and what it would have chosen itself is recorded and compared.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ COMMON = (
 DENSE = ("--preset", "telechat2-tiny", *COMMON)
 MOE = ("--preset", "telechat2-tiny-moe", *COMMON)
 LOSS, NORM = 1e-5, 5e-4
-"""Largest relative difference of fp32 losses and gradient norms of ten steps: other order of sums, other kernels. The norm is the wider
-one because torch's on the CPU is: it adds the squares of a tensor in fp32, and loses 1e-5 of a million, 6e-4 of 16 million."""
+"""Largest relative difference of fp32 losses and gradient norms of ten steps: other order of sums, other kernels. The
+norm gets more because the CPU's adds the squares of a tensor in fp32: it is off by 1e-5 for a million, 6e-4 for 16."""
 ROUNDED = 0.02
 """The same for losses of 16-bit runs against the fp32 ones."""
 

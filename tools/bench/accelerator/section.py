@@ -60,23 +60,27 @@ DENSE_3B = ("--preset", "telechat2-3b")
 MOE_39B = (
     *("--preset", "telechat2-39b-a12b", "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
     *("--expert-model-parallel-size", "1", "--no-fold-tensor-into-experts", "--no-use-distributed-optimizer"),
-    *("--no-sequence-parallel", "--recompute-layout", "none", "--moe-input-chunks", "1"),
+    "--no-sequence-parallel",
 )
-FULL = ("--recompute-granularity", "full")
+KEPT, FULL = ("--recompute-layout", "none"), ("--recompute-granularity", "full")
+ONE, FOUR = ("--moe-input-chunks", "1"), ("--moe-input-chunks", "4")
+
+
+def _step(name: str, title: str, *flags: str) -> Section:
+    return Section(name, title, 120, "step", {"flags": flags})
+
 
 SECTIONS = (
     Section("environment", "Environment", 60, "environment"),
     Section("parity", "The same run on the CPU and on the device", 240, "parity"),
     Section("resume", "A resumed run against an uninterrupted one", 180, "resume"),
     Section("experts", "The expert block", 120, "experts"),
-    Section("step-3b", "A training step, dense", 120, "step", {"flags": DENSE_3B}),
-    Section("step-3b-fast", "The same without --deterministic", 120, "step",
-            {"flags": (*DENSE_3B, "--no-deterministic")}),
-    Section("step-39b", "A training step, mixture of experts, fewer layers", 120, "step", {"flags": MOE_39B}),
-    Section("step-39b-chunks", "The same in four chunks", 120, "step",
-            {"flags": (*MOE_39B, "--moe-input-chunks", "4")}),
-    Section("step-39b-full", "The same with full recompute", 120, "step", {"flags": (*MOE_39B[:-4], *FULL, *MOE_39B[-2:])}),
+    _step("step-3b", "A training step, dense", *DENSE_3B),
+    _step("step-3b-fast", "The same with --no-deterministic", *DENSE_3B, "--no-deterministic"),
+    _step("step-39b", "A training step, mixture of experts, fewer layers", *MOE_39B, *KEPT, *ONE),
+    _step("step-39b-chunks", "The same in four chunks", *MOE_39B, *KEPT, *FOUR),
+    _step("step-39b-full", "The same with full recompute", *MOE_39B, *FULL, *ONE),
     Section("attention", "Core attention", 90, "attention"),
     Section("checkpoint", "Saving and loading", 120, "checkpoint"),
-)  # fmt: skip
+)
 """In order of worth."""

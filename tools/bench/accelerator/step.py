@@ -1,4 +1,4 @@
-"""Training steps at the width of a published model, with as many layers as fit: speed, memory against the model of memory, profile."""
+"""Training steps at the width of a published model, with as many layers as fit: speed, memory, where the time goes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from typing import Any, Callable, Iterator, Sequence
 from accelerator.section import Options, Results
 
 COMMON = (
-    "--mock-data --bf16 --micro-batch-size 1 --train-iters 1000 --no-progress --lr-warmup-iters 0 --lr-decay-style constant"
+    "--mock-data --bf16 --micro-batch-size 1 --train-iters 1000 --no-progress "
+    "--lr-warmup-iters 0 --lr-decay-style constant"
 ).split()
 SPARE_BYTES = 7 << 30
 """Left to the context, to fragmentation and to what the memory model leaves out."""
 WARM_UP, STEPS = 3, 8
-CPU_SHAPE = "--hidden-size 64 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 4 --kv-channels 16 --vocab-size 256"
+CPU_SHAPE = (
+    "--hidden-size 64 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 4 --kv-channels 16 "
+    "--vocab-size 256"
+)
 
 
 def run(options: Options, flags: Sequence[str], length: int = 4096, batch: int = 4) -> Results:
