@@ -1,6 +1,6 @@
 """16-bit numbers added into fp32 ones, such as a gradient into its buffer.
 
-torch's addition of two types reached 2.2 TB/s where a copy reached 3.9 (H200, torch 2.11).
+torch's addition of two types reached 2.7 TB/s, this 4.3 (H200, torch 2.11).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tiny models on the CPU and on the device, from the same weights, on the same samples.
 
-The generators of CPU and device differ, and so do initial weights. The CPU therefore takes one step and saves; all other
-runs go on from that checkpoint. Where a mixture routes, the device takes the experts that the CPU chose (a near tie may
+The generators of CPU and device differ, and so do initial weights. The CPU therefore takes one step and saves; all
+other runs go on from that checkpoint. Where a mixture routes, the device takes the experts that the CPU chose (a near tie may
 fall the other way), and what it would have chosen itself is recorded and compared.
 """
 
