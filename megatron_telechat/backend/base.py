@@ -89,6 +89,12 @@ class Backend(ABC):
         self._select_device()
         return apply_fixes(self.name, self.device)
 
+    def use_deterministic_algorithms(self) -> None:  # noqa: B027 (nothing to do on the CPU)
+        """From now on this process takes kernels that give the same bits in every run; before the first product.
+
+        Nothing to do on the CPU: all of its kernels do.
+        """
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until the device has done its work."""
@@ -135,8 +141,12 @@ class Backend(ABC):
             "tracker": {name: state.clone() for name, state in _rng_tracker().get_states().items()},
         }
 
+    def can_restore(self, state: dict[str, Any]) -> bool:
+        """Whether `set_rng_state` takes this state: those of the CPU and of an accelerator have nothing in common."""
+        return (state["device"] is None) == (self._device_rng_state() is None)
+
     def set_rng_state(self, state: dict[str, Any]) -> None:
-        """Restore what `rng_state` gave; tuples may come back as lists (JSON)."""
+        """Restore what `rng_state` gave on a device of this kind; tuples may come back as lists (JSON)."""
         import numpy
         import torch
 

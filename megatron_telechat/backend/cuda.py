@@ -64,6 +64,17 @@ class CudaBackend(Backend):
             "--moe-input-chunks gains: unset it"
         )
 
+    def use_deterministic_algorithms(self) -> None:
+        import torch
+
+        # cuBLAS splits a sum by the work space it finds; torch refuses products without a fixed one. This is the size
+        # that torch takes on Hopper anyway; read at the first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # The backward of torch's attention sums its blocks in any order unless this is set, and not only as a warning.
+        torch.use_deterministic_algorithms(True)
+        # Finds reads of memory that nobody wrote; costs a pass over every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
     def synchronize(self) -> None:
         import torch
 
@@ -105,6 +116,4 @@ class CudaBackend(Backend):
     def _set_device_rng_state(self, state: Any) -> None:
         import torch
 
-        # A checkpoint of a CPU run has no state of a device.
-        if state is not None:
-            torch.cuda.set_rng_state(state, self.device)
+        torch.cuda.set_rng_state(state, self.device)

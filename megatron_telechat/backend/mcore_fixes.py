@@ -249,6 +249,27 @@ def _router_gemm(patch: CorePatch, device: Any) -> None:
     )
 
 
+def _clipping(patch: CorePatch, device: Any) -> None:
+    import torch
+
+    def l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list], per_tensor: bool) -> tuple[Any, None]:
+        """[1] fp32 on the device: the norm of all tensors together."""
+        norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+        return torch.linalg.vector_norm(torch.stack(norms).float()).reshape(1), None
+
+    def scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list], factor: float) -> None:
+        """Clipping writes where it reads."""
+        sources, targets = tensor_lists
+        assert sources is targets
+        torch._foreach_mul_(targets, factor)
+
+    def replace(module: Any) -> None:
+        if hasattr(module, "local_multi_tensor_l2_norm"):  # else it has apex's kernels
+            module.l2_norm_impl, module.multi_tensor_scale_impl = l2_norm, scale
+
+    patch.after_import("megatron.core.optimizer.clip_grads", replace)
+
+
 QUIET = (
     # Optional packages, said by five modules at import; the console line at the start names what is used.
     "Transformer Engine and Apex are not installed",
@@ -299,6 +320,12 @@ FIXES: tuple[Fix, ...] = (
         "Transformer Engine and apex, where installed, are used off CUDA",
         NOT_CUDA,
         _hide_gpu_packages,
+    ),
+    Fix(
+        "clipping",
+        "without apex or Transformer Engine the norm waits once a parameter, and clipping copies each gradient",
+        "te_absent",
+        _clipping,
     ),
     Fix("eager_jit", "torch.compile starts a C++ compiler for tiny functions on every rank", NOT_CUDA, _eager_jit),
     Fix(

@@ -73,8 +73,7 @@ class NpuBackend(Backend):
         return _torch_npu().npu.get_rng_state(self.local_rank)
 
     def _set_device_rng_state(self, state: Any) -> None:
-        if state is not None:
-            _torch_npu().npu.set_rng_state(state, self.local_rank)
+        _torch_npu().npu.set_rng_state(state, self.local_rank)
 
 
 def _torch_npu() -> Any:

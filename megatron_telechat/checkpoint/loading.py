@@ -176,15 +176,18 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
 
 
 def _load_generators(reader: CheckpointReader, state: TrainState, run: RunConfig, parallel: ParallelState) -> list[str]:
-    """Restore this rank's random generators; in another layout seed them by the step, so that dropout does not
-    repeat."""
+    """Restore this rank's random generators; in another layout or on another kind of device seed them by the step, so
+    that dropout does not repeat."""
     if state.backend is None:
         return []
     same = dict(reader.manifest.topology) == topology(run, parallel)
     saved = reader.read_rng(parallel.rank) if same else None
-    if saved is not None:
-        state.backend.set_rng_state(rng_tree.unflatten(*saved))
+    generators = rng_tree.unflatten(*saved) if saved is not None else None
+    if generators is not None and state.backend.can_restore(generators):
+        state.backend.set_rng_state(generators)
         return []
     seed_generators(run.training.seed + 1_000_003 * reader.manifest.step, parallel, state.backend)
-    why = "the checkpoint holds no state of them" if same else "the layout has changed"
-    return [f"random generators reseeded: {why}"]
+    why = "the checkpoint is of another kind of device"
+    if generators is None:
+        why = "the checkpoint holds no state of them" if same else "the layout has changed"
+    return [f"random generators seeded anew: {why}"]

@@ -12,6 +12,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_telechat.backend.kernels import kernels
+
 
 class _SwiGLUFunction(torch.autograd.Function):
     """silu(gate) * up that keeps only its input; the backward writes both halves of one buffer."""
@@ -19,12 +21,19 @@ class _SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        fused = kernels("swiglu", gate_up)
+        if fused is not None:
+            return fused.swiglu(gate_up.flatten(0, -2).contiguous()).unflatten(0, gate_up.shape[:-1])
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        fused = kernels("swiglu", gate_up)
+        if fused is not None:
+            flat, grad = gate_up.flatten(0, -2).contiguous(), grad.flatten(0, -2).contiguous()
+            return fused.swiglu_gradients(grad, flat)[0].view(gate_up.shape)
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)

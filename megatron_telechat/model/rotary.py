@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.config.schema import ModelConfig
 
 Tables = tuple[Tensor, Tensor]
@@ -103,6 +104,9 @@ class SplitAndRotate(torch.autograd.Function):
         s, b, groups, heads, dim = mixed.shape
         ctx.save_for_backward(cos, sin)
         ctx.heads_first = heads_first
+        fused = kernels("rotary", mixed)
+        if fused is not None:
+            return fused.split_and_rotate(mixed, cos, sin, heads_first)
         rep = heads - 2
         outs = []
         for count in (rep, 1, 1):
@@ -117,6 +121,9 @@ class SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
+        fused = kernels("rotary", grads[0])
+        if fused is not None:
+            return fused.mixed_gradient(grads, cos, sin, ctx.heads_first), None, None, None
         groups = grads[1].shape[1 if ctx.heads_first else 2]
         query, key, value = (_group_view(grad, groups, ctx.heads_first) for grad in grads)
         s, b, _, rep, dim = query.shape

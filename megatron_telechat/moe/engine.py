@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_telechat.backend import traits_of
+from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.gradients import WeightGradient
 from megatron_telechat.moe.te_products import Accumulate
@@ -186,6 +187,9 @@ def sum_bags(rows: Tensor, bags: Tensor, starts: Tensor) -> Tensor:
     """
     if not bags.numel():
         return rows.new_zeros(starts.numel(), rows.shape[1])
+    fused = kernels("sums", rows)
+    if fused is not None:
+        return fused.sum_bags(rows, bags, starts)
     if traits_of(rows.device).sums_by_embedding_bag and rows.dtype != torch.float64:
         return F.embedding_bag(bags, rows, starts, mode="sum")
     ends = torch.cat((starts[1:], starts.new_tensor([bags.numel()])))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.engine import ExpertWeights, Gradients
 
@@ -31,8 +32,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted outputs [N, h] of the expert rows, and gate and up if `keep`."""
     gate_up = first_product(rows, plan, weights)
-    hidden = F.silu(gate_up[:, : weights.width]).mul_(gate_up[:, weights.width :]).mul_(scale.unsqueeze(1))
-    output = F.grouped_mm(hidden, weights.fc2.transpose(1, 2), offs=plan.offsets)
+    output = F.grouped_mm(_activated(gate_up, scale), weights.fc2.transpose(1, 2), offs=plan.offsets)
     if weights.bias is not None and weights.adds_bias:
         output = output.addmm_(_row_scales(scale.to(output.dtype), plan.offsets), weights.bias)
     return output, gate_up if keep else None
@@ -46,23 +46,43 @@ def input_gradients(
     Returns:
         [N, h], [N] in the type of `scale`, and the weighted activations [N, f] for :func:`weight_gradients`.
     """
-    gate, up = gate_up[:, : weights.width], gate_up[:, weights.width :]
-    factor = scale.unsqueeze(1)
     g = grad.index_select(0, plan.token_rows)
     grad_hidden = F.grouped_mm(g, weights.fc2, offs=plan.offsets)
-    silu = F.silu(gate)
-    hidden = silu * up
-    grad_scale = (grad_hidden * hidden).sum(1, dtype=scale.dtype)
+    hidden, grad_scale = _activation_gradients(grad_hidden, scale, gate_up)
     if weights.bias is not None and weights.adds_bias:
         dots = (g @ weights.bias.t()).gather(1, _expert_of_row(scale, plan.offsets).unsqueeze(1))
         grad_scale += dots.squeeze(1).to(scale.dtype)
+    return F.grouped_mm(gate_up, weights.flat_fc1, offs=plan.offsets), grad_scale, hidden
+
+
+def _activated(gate_up: Tensor, scale: Tensor) -> Tensor:
+    """[N, f]: SwiGLU of every row, times its probability."""
+    fused = kernels("swiglu", gate_up)
+    if fused is not None:
+        return fused.swiglu(gate_up, scale)
+    gate, up = gate_up.chunk(2, 1)
+    return F.silu(gate).mul_(up).mul_(scale.unsqueeze(1))
+
+
+def _activation_gradients(grad_hidden: Tensor, scale: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`_activated` gave, once more, and the gradient of the probabilities; `gate_up` becomes its own
+    gradient, `grad_hidden` is used up."""
+    fused = kernels("swiglu", gate_up)
+    if fused is not None:
+        _, hidden, grad_scale = fused.swiglu_gradients(grad_hidden, gate_up, scale, out=gate_up)
+        return hidden, grad_scale
+    gate, up = gate_up.chunk(2, 1)
+    factor = scale.unsqueeze(1)
+    silu = F.silu(gate)
+    hidden = silu * up
+    grad_scale = (grad_hidden * hidden).sum(1, dtype=scale.dtype)
     hidden.mul_(factor)
     grad_hidden.mul_(factor)
     grad_up = silu.mul_(grad_hidden)
     grad_hidden.mul_(up)
     up.copy_(grad_up)
     gate.copy_(torch.ops.aten.silu_backward(grad_hidden, gate))
-    return F.grouped_mm(gate_up, weights.flat_fc1, offs=plan.offsets), grad_scale, hidden
+    return hidden, grad_scale
 
 
 def weight_gradients(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.te_products import Accumulate
 
@@ -77,6 +78,10 @@ class WeightGradient:
     def _put(self, target: Tensor, value: Tensor) -> None:
         if self.fresh:
             target.copy_(value)
+            return
+        fused = kernels("adding", value) if target.dtype != value.dtype and value.is_contiguous() else None
+        if fused is not None and target.is_contiguous() and target.dtype == torch.float32:
+            fused.add(target, value)
         else:
             target.add_(value)
 

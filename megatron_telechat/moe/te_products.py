@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ Accumulate = Callable[[Tensor, Tensor, Tensor, Sequence[int], bool], None]
 rows by expert."""
 
 
+@lru_cache
 def accumulating_product(device: torch.device, dtype: torch.dtype) -> Accumulate | None:
-    """The product, if TransformerEngine is installed, the types suit it, and it passes a test on this device.
+    """The product, if TransformerEngine is installed, the types suit it, and it passes a test on this device:
+    once a process.
 
     Its function is not a public interface and has changed its arguments between releases: it is tried on a small
     case, and left out with a warning when it fails or is wrong.
@@ -82,7 +85,8 @@ def _product() -> Accumulate:
 def _check(product: Accumulate, device: torch.device, dtype: torch.dtype) -> None:
     """Two experts and one without rows, added to and replaced."""
     counts, generator = (32, 0, 16), torch.Generator().manual_seed(0)
-    a, b = (torch.randn(sum(counts), width, generator=generator).to(device, dtype) for width in (64, 32))
+    # Drawn on the CPU, whose generator this is: the model is built with another default device.
+    a, b = (torch.randn(sum(counts), width, generator=generator, device="cpu").to(device, dtype) for width in (64, 32))
     expected = torch.stack([x.float().t() @ y.float() for x, y in zip(a.split(counts), b.split(counts), strict=True)])
     for fresh in (True, False):
         buffer = torch.ones(expected.shape, device=device)

@@ -59,6 +59,8 @@ class Trainer:
         self.run = run
         self.backend = get_backend(run.training.device)
         self.backend.install()
+        if run.training.deterministic:
+            self.backend.use_deterministic_algorithms()
         self.state = initialize(run, self.backend)
 
         self.paths = RunPaths.of(run)

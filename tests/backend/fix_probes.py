@@ -164,6 +164,23 @@ def triton() -> None:
     import megatron.core.pipeline_parallel  # noqa: F401
 
 
+def clipping() -> None:
+    import torch
+    from megatron.core.optimizer import clip_grads
+
+    def norm(device: str) -> torch.Tensor:
+        grads = [torch.full((count,), 2.0, device=device) for count in (9, 16)]
+        return clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, None, [grads], False)[0]
+
+    assert norm("cpu").tolist() == [10.0]
+    # A tensor without values: whoever asks for one raises.
+    assert norm("meta").shape == (1,)
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.full((4,), 3.0)
+    clip_grads.clip_grad_by_total_norm_fp32([parameter], max_norm=1.5, total_norm=6.0)
+    assert torch.allclose(parameter.grad, torch.full((4,), 0.75))
+
+
 def hide_gpu_packages() -> None:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "transformer_engine"
@@ -194,6 +211,7 @@ PROBES: dict[str, tuple[Callable[[], None], int]] = {
         (quiet, 1),
         (router_gemm, 1),
         (triton, 1),
+        (clipping, 1),
         (hide_gpu_packages, 1),
         (eager_jit, 1),
         (current_device, 1),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
 
 from megatron_telechat.backend import get_backend
+from megatron_telechat.backend.cuda import CudaBackend
 from megatron_telechat.errors import ConfigError, ResourceError
 
 
@@ -53,6 +55,31 @@ def test_cpu_reports_itself():
     assert 0 < memory.allocated_bytes <= memory.peak_bytes < memory.total_bytes
     assert backend.device_name()
     backend.synchronize(), backend.empty_cache(), backend.reset_peak_memory()
+
+
+def test_deterministic_kernels_on_cuda_are_asked_for_in_full(monkeypatch):
+    """As a warning only, or without a work space of a fixed size, torch's attention or its products would stay as
+    they are."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        CudaBackend(0).use_deterministic_algorithms()
+        assert (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_state_of_another_kind_of_device_is_told():
+    backend = get_backend("cpu")
+    backend.install()
+    state = backend.rng_state()
+    assert backend.can_restore(state)
+    assert not backend.can_restore({**state, "device": torch.zeros(16, dtype=torch.uint8)})
 
 
 def test_rng_state_restores_every_generator():

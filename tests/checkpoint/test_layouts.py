@@ -48,6 +48,11 @@ def test_random_generators_go_on_in_the_same_layout(report):
     report.check("generators_go_on_in_the_same_layout")
 
 
+def test_random_generators_of_another_kind_of_device_are_seeded_anew(report):
+    for notes in report.check("generators_of_another_device_are_not_restored"):
+        assert "another kind of device" in notes[0]
+
+
 def test_a_rank_that_cannot_write_fails_the_save_on_all(report):
     messages = report.check("an_error_on_one_rank_is_an_error_on_all")
     assert len(set(messages)) == 1 and "rank 1" in messages[0] and "No space left" in messages[0]

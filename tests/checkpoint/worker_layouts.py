@@ -298,6 +298,31 @@ def generators_go_on_in_the_same_layout() -> None:
 
 
 @cases.case
+def generators_of_another_device_are_not_restored() -> list[str]:
+    """As from a GPU: its generators' states, 16 bytes each, mean nothing to those of the CPU, and are refused by
+    them."""
+    import torch
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from megatron_telechat.checkpoint import load_checkpoint, save_checkpoint
+
+    built = Built(run_config("dense", "fp32", TP2, seed=1))
+    state, backend = built.state(1, 4), built.backend
+    here = backend.rng_state
+    there = torch.zeros(16, dtype=torch.uint8)
+    backend.rng_state = lambda: {**here(), "device": there, "tracker": dict.fromkeys(here()["tracker"], there)}
+    save_checkpoint(SHARED / "rng_of_a_gpu", state, built.run, built.parallel)
+    del backend.rng_state
+    notes = []
+    for _ in range(2):
+        notes.append(load_checkpoint(SHARED / "rng_of_a_gpu", built.state(), built.run, built.parallel).message)
+        with get_cuda_rng_tracker().fork():
+            notes.append(str(torch.rand(3).tolist()))
+    assert notes[:2] == notes[2:], "seeded by the step, not left as they were"
+    return notes
+
+
+@cases.case
 def an_error_on_one_rank_is_an_error_on_all() -> str:
     """One rank cannot write; nothing is committed and the older checkpoint still loads."""
     from megatron_telechat.checkpoint import format as form

@@ -69,3 +69,4 @@ def test_a_parameter_that_no_hook_awaits_is_named(report):
 def test_clean_step_goes_through(report):
     for found in report.check("clean"):
         assert not found["raised"] and not found["unchanged"]
+        assert found["asked"] == ["cpu"], "the device is asked for deterministic kernels, once"

@@ -57,7 +57,15 @@ def put_nan(trainer, rank: int, key: str) -> None:
 
 @cases.case
 def clean():
-    return step_with(lambda trainer, sums: None)
+    from megatron_telechat.backend.cpu import CpuBackend
+
+    asked = []
+    CpuBackend.use_deterministic_algorithms = lambda backend: asked.append(backend.name)
+    try:
+        found = step_with(lambda trainer, sums: None)
+    finally:
+        del CpuBackend.use_deterministic_algorithms
+    return {**found, "asked": asked}
 
 
 @cases.case

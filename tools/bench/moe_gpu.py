@@ -65,8 +65,9 @@ def products(rank: Any, rounds: int) -> dict[str, float]:
 
 
 def gathers(rank: Any, rounds: int) -> dict[str, float]:
-    """GB/s, read and written, of the block's data movement and of a copy."""
+    """GB/s, read and written, of the block's data movement, of a copy, and of torch's kernel for sums."""
     import torch
+    import torch.nn.functional as F
 
     from megatron_telechat.moe.engine import sum_bags
 
@@ -79,6 +80,10 @@ def gathers(rank: Any, rounds: int) -> dict[str, float]:
     moved = {
         "copy": (lambda: other.copy_(rows), 2 * len(rows)),
         "index_select": (lambda: source.index_select(0, plan.token_rows), 2 * len(rows)),
+        "embedding_bag": (
+            lambda: F.embedding_bag(plan.bags, rows, plan.bag_starts, mode="sum"),
+            len(rows) + len(source),
+        ),
         "sum_bags": (lambda: sum_bags(rows, plan.bags, plan.bag_starts), len(rows) + len(source)),
     }
     return {name: count * row_bytes / device.time_ms(run, rounds) / 1e6 for name, (run, count) in moved.items()}

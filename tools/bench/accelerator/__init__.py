@@ -1,0 +1,1 @@
+"""Sections of accelerator.py: what is run on one accelerator, one file a subject."""
