@@ -12,6 +12,11 @@ from megatron_telechat.cli.draw_architecture import Room
 from megatron_telechat.errors import ConfigError
 
 
+@pytest.fixture(scope="module")
+def source() -> dict[str, Room]:
+    return drawing.read_rooms(drawing.PACKAGE)
+
+
 def package(folder: Path, files: dict[str, str]) -> Path:
     for name, text in {"__init__.py": "", **files}.items():
         path = folder / "house" / name
@@ -20,8 +25,8 @@ def package(folder: Path, files: dict[str, str]) -> Path:
     return folder / "house"
 
 
-def test_the_picture_in_docs_is_that_of_the_source():
-    drawn = drawing.picture(drawing.read_rooms(drawing.PACKAGE))
+def test_the_picture_in_docs_is_that_of_the_source(source):
+    drawn = drawing.picture(source)
     there = drawing.DEFAULT_OUTPUT.read_text(encoding="utf-8")
     assert there == drawn, "rooms or arrows have changed: python tools/draw_architecture.py"
 
@@ -55,8 +60,8 @@ def test_a_circle_is_named():
         drawing.arrows(rooms)
 
 
-def test_no_room_covers_another_and_every_arrow_goes_down():
-    drawn = drawing.arrows(drawing.read_rooms(drawing.PACKAGE))
+def test_no_room_covers_another_and_every_arrow_goes_down(source):
+    drawn = drawing.arrows(source)
     middle, paths, width, tall = drawing.places(drawn)
     for one, other in combinations(drawn, 2):
         (x, y), (other_x, other_y) = middle[one], middle[other]
@@ -69,7 +74,8 @@ def test_no_room_covers_another_and_every_arrow_goes_down():
         assert drawing.MARGIN <= x <= width - drawing.MARGIN and drawing.MARGIN <= y <= tall - drawing.MARGIN
 
 
-def test_the_tool_writes_where_it_is_told(tmp_path, capsys):
+def test_the_tool_writes_where_it_is_told(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(drawing, "read_rooms", lambda package: source)
     assert drawing.main(["--output", str(tmp_path / "a.svg")]) == 0
     assert (tmp_path / "a.svg").read_text(encoding="utf-8").startswith("<svg ")
     assert "rooms" in capsys.readouterr().out

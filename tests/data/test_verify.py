@@ -11,7 +11,7 @@ import pytest
 
 from megatron_telechat.cli import inspect_data, merge_data, preprocess_data, verify_data
 from megatron_telechat.data.indexed.dataset import IndexedDataset
-from megatron_telechat.data.indexed.format import HEADER_BYTES
+from megatron_telechat.data.indexed.header import HEADER_BYTES
 from megatron_telechat.data.indexed.merge import merge_datasets
 from megatron_telechat.data.indexed.verify import add_checksums
 from tests.data.material import TEXTS, huggingface_tokenizer, write_dataset
