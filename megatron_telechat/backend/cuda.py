@@ -73,7 +73,7 @@ class CudaBackend(Backend):
         # The backward of torch's attention sums its blocks in any order unless this is set, and not only as a warning.
         torch.use_deterministic_algorithms(True)
         # Finds reads of memory that nobody wrote; costs a pass over every new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] (a property of the module)
 
     def synchronize(self) -> None:
         import torch

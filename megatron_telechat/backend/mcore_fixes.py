@@ -251,17 +251,19 @@ def _router_gemm(patch: CorePatch, device: Any) -> None:
 
 def _clipping(patch: CorePatch, device: Any) -> None:
     import torch
+    from torch import _foreach_mul_ as foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+    from torch import _foreach_norm as foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 
     def l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list], per_tensor: bool) -> tuple[Any, None]:
         """[1] fp32 on the device: the norm of all tensors together."""
-        norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+        norms = foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
         return torch.linalg.vector_norm(torch.stack(norms).float()).reshape(1), None
 
     def scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list], factor: float) -> None:
         """Clipping writes where it reads."""
         sources, targets = tensor_lists
         assert sources is targets
-        torch._foreach_mul_(targets, factor)
+        foreach_mul_(targets, factor)
 
     def replace(module: Any) -> None:
         if hasattr(module, "local_multi_tensor_l2_norm"):  # else it has apex's kernels

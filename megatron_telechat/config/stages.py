@@ -30,6 +30,7 @@ class Merging(Protocol):
 
     def by_person(self, name: str) -> bool:
         """Whether a person gave this value: not derived, not a default."""
+        ...
 
 
 def settle_stages(merging: Merging) -> None:

@@ -107,6 +107,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], run: RunConfig, s
     """
     from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+    from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
     from megatron_telechat.training.chain import ModelOptimizer
 
@@ -135,7 +136,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], run: RunConfig, s
     made = get_megatron_optimizer(
         config,
         [*chunks],
-        config_overrides={ParamKey(predicate=no_decay): {"wd_mult": 0.0}},
+        config_overrides={ParamKey(predicate=no_decay): ParamGroupOverride(wd_mult=0.0)},
         use_gloo_process_groups=False,
         pg_collection=state.process_groups,
     )

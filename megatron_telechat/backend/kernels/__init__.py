@@ -34,7 +34,7 @@ def usable(name: str, index: int | None) -> bool:
     if os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
         return False
     try:
-        importlib.import_module(f"{__name__}.{name}").check(torch.device("cuda", index))
+        importlib.import_module(f"{__name__}.{name}").check(torch.device("cuda" if index is None else f"cuda:{index}"))
     except Exception as error:  # whatever a compiler raises: the run goes on without it
         warnings.warn(
             f"the Triton kernel '{name}' is not used ({type(error).__name__}: {error}); torch's kernels take its place",

@@ -34,7 +34,7 @@ def run(options: Options) -> Results:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

@@ -33,10 +33,11 @@ def run(options: Options) -> Results:
     if options.device != "cuda":
         return
     import torch.backends.cuda as cuda
+    from torch.cuda import nccl
 
     properties = torch.cuda.get_device_properties(0)
     yield "CUDA of torch", torch.version.cuda
-    yield "NCCL", ".".join(map(str, torch.cuda.nccl.version()))
+    yield "NCCL", ".".join(map(str, nccl.version()))
     yield "capability", f"{properties.major}.{properties.minor}"
     yield "multiprocessors", properties.multi_processor_count
     yield "tf32 in products", cuda.matmul.allow_tf32
