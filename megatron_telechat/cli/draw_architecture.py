@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 DEFAULT_OUTPUT = PACKAGE.parent / "docs" / "images" / "architecture.svg"
 HEAVY = {"torch", "megatron", "transformer_engine"}
 
-BOX, HEIGHT, GAP, RISE, MARGIN = 196, 62, 34, 112, 24
+BOX, HEIGHT, GAP, RISE, MARGIN = 212, 62, 34, 112, 24
 """Width and height of a room, the gap beside it, the distance of two levels, the margin; pixels."""
 LIGHT, DARK = ("#ecfdf5", "#059669"), ("#eff6ff", "#2563eb")
 """Fill and border of a room without torch, and of one with it."""
