@@ -29,7 +29,9 @@ class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(fullname, _StandIn()) if fullname == KERNELS else None
+        if fullname != KERNELS or triton_present():
+            return None
+        return importlib.machinery.ModuleSpec(fullname, _StandIn())
 
     def exec_module(self, module: types.ModuleType) -> None:
         names = {"paged_stash_copy_kernel": _Kernel(), "paged_stash_pop_kernel": _Kernel(), "GLOBAL_BLOCK_SIZE": 1024}
@@ -44,7 +46,8 @@ def triton_present() -> bool:
 def let_core_import_without_triton() -> None:
     """Make ``import megatron.core`` work where triton is absent; nothing where it is there. Idempotent.
 
-    For code that reads megatron-core without a `Backend`: the data tools, and tests. `Backend.install` does the same.
+    For code that reads megatron-core before a `Backend` is installed, or without one: the rooms moe and model when they
+    are imported, the data tools, tests. `Backend.install` does the same.
     """
-    if not triton_present() and not any(isinstance(finder, _StandIn) for finder in sys.meta_path):
+    if not any(isinstance(finder, _StandIn) for finder in sys.meta_path):
         sys.meta_path.insert(0, _StandIn())
