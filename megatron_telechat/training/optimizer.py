@@ -7,7 +7,7 @@ torch's own, switched to its fused kernel (megatron-core builds it unfused).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -136,7 +136,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], run: RunConfig, s
     made = get_megatron_optimizer(
         config,
         [*chunks],
-        config_overrides={ParamKey(predicate=no_decay): ParamGroupOverride(wd_mult=0.0)},
+        config_overrides={ParamKey(predicate=no_decay): cast(ParamGroupOverride, {"wd_mult": 0.0})},
         use_gloo_process_groups=False,
         pg_collection=state.process_groups,
     )
