@@ -101,12 +101,31 @@ def anchors(text: str) -> set[str]:
 
 
 def public_definitions(tree: ast.Module) -> Iterator[tuple[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, str]]:
-    """Public classes, functions, and methods of public classes, with their dotted names."""
+    """Public classes, functions, and methods of public classes, with their dotted names.
+
+    A method that overrides one of a class of the same file is left out: the class above says what it does.
+    """
+    methods = {
+        node.name: {child.name for child in node.body if isinstance(child, ast.FunctionDef)}
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def inherited(node: ast.Module | ast.ClassDef) -> set[str]:
+        found: set[str] = set()
+        for base in node.bases if isinstance(node, ast.ClassDef) else []:
+            if isinstance(base, ast.Name) and base.id in methods:
+                found |= methods[base.id]
+        return found
+
     waiting: list[tuple[ast.Module | ast.ClassDef, str]] = [(tree, "")]
     while waiting:
         node, prefix = waiting.pop()
+        overridden = inherited(node)
         for child in node.body:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name[0] != "_":
+                if child.name in overridden:
+                    continue
                 yield child, prefix + child.name
                 if isinstance(child, ast.ClassDef):
                     waiting.append((child, f"{prefix}{child.name}."))

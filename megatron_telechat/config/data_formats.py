@@ -121,7 +121,7 @@ class ChatFormat(DataFormat):
         return data.sft
 
     def complaint(self, name: str) -> Complaint | None:
-        what = f"sft reads jsonl files, and {name} is none"
+        what = f"sft reads jsonl files, but {name} is not one"
         if not os.path.isfile(name):
             indexed = os.path.isfile(f"{name}.idx") or name.endswith((".bin", ".idx"))
             other = "drop --sft to train on indexed text, or name a jsonl file"

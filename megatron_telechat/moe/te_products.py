@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_telechat.backend import traits_of
+from megatron_telechat.device_kinds import HOST
 
 Accumulate = Callable[[Tensor, Tensor, Tensor, Sequence[int], bool], None]
 """``f(buffer, a, b, counts, fresh)``: buffer[e] (+)= a_e^T b_e; buffer [experts, p, q] fp32, a [rows, p], b [rows, q],
@@ -86,7 +87,7 @@ def _check(product: Accumulate, device: torch.device, dtype: torch.dtype) -> Non
     """Two experts and one without rows, added to and replaced."""
     counts, generator = (32, 0, 16), torch.Generator().manual_seed(0)
     # Drawn on the CPU, whose generator this is: the model is built with another default device.
-    a, b = (torch.randn(sum(counts), width, generator=generator, device="cpu").to(device, dtype) for width in (64, 32))
+    a, b = (torch.randn(sum(counts), width, generator=generator, device=HOST).to(device, dtype) for width in (64, 32))
     expected = torch.stack([x.float().t() @ y.float() for x, y in zip(a.split(counts), b.split(counts), strict=True)])
     for fresh in (True, False):
         buffer = torch.ones(expected.shape, device=device)

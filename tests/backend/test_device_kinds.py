@@ -68,7 +68,7 @@ def test_narrow_experts_are_refused_where_the_products_need_wide_ones(device, to
         found = ""
     except ConfigError as error:
         found = str(error)
-    assert ("is no multiple of 4, which the grouped products" in found) == told
+    assert ("is not a multiple of 4, which the grouped products" in found) == told
 
 
 def test_device_files_say_their_kind():

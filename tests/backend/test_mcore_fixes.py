@@ -76,7 +76,7 @@ def test_cuda_with_transformer_engine_gets_almost_none(monkeypatch):
 
 def test_npu_relies_on_torch_npu_for_the_rest(monkeypatch):
     monkeypatch.setattr(mcore_fixes, "triton_present", lambda: False)
-    expected = ["hide_gpu_packages", "eager_jit", "rng_restore", "tensor_type", "split_sizes"]
+    expected = ["hide_gpu_packages", "clipping", "eager_jit", "rng_restore", "tensor_type", "split_sizes"]
     assert applied("npu", False, "0.16") == ["quiet", "router_gemm", *expected]
     assert applied("npu", False, "0.19") == ["quiet", "triton", *expected]
 

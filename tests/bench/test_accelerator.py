@@ -20,6 +20,7 @@ def bench(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
+@pytest.mark.heavy
 def test_sections_are_run_once(tmp_path):
     report, page = tmp_path / "report.json", tmp_path / "page.md"
     files = ("--json", str(report), "--page", str(page))
@@ -45,6 +46,7 @@ def program(monkeypatch):
     return module
 
 
+@pytest.mark.heavy
 def test_a_section_that_is_cut_off_says_so(program, tmp_path):
     section, options = program.SECTIONS[0], program.Options("cpu", True, tmp_path)
     entry = program.run_section(section, options, 0.05)
@@ -59,6 +61,7 @@ def test_the_page_names_what_failed(program):
     assert "**NOT OK**: a: error two lines" in text and "ok: b" in text and "the end of the log" in text
 
 
+@pytest.mark.heavy
 def test_an_unknown_section_is_refused():
     done = bench("--sections", "parity,speed")
     assert done.returncode == 2 and "no section speed" in done.stderr

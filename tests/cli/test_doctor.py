@@ -82,6 +82,7 @@ def test_an_old_version_is_not_enough(tmp_path):
     assert f"0.17.0, needs {condition_here()}" in row(done.stdout, "megatron-core")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("version", ["0.16.1", "0.19.2", "0.19.7"])
 def test_both_lines_of_megatron_core_are_good(tmp_path, version):
     distribution(tmp_path, "megatron_core", version)
