@@ -5,7 +5,7 @@
 #   bash tests/lint.sh --fix       let ruff fix and format first
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash launch/setup_env.sh lint
+bash launch/setup_env.sh test  # types of all optional packages, too
 venv="${VENV:-$PWD/.venv}"
 if [ "${1:-}" = "--fix" ]; then
     "$venv/bin/ruff" check --fix --quiet . || true
