@@ -190,4 +190,4 @@ def _load_generators(reader: CheckpointReader, state: TrainState, run: RunConfig
     why = "the checkpoint is of another kind of device"
     if generators is None:
         why = "the checkpoint holds no state of them" if same else "the layout has changed"
-    return [f"random generators seeded anew: {why}"]
+    return [f"random generators reseeded: {why}"]
