@@ -20,7 +20,7 @@ def bench(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_sections_are_run_once(tmp_path):
     report, page = tmp_path / "report.json", tmp_path / "page.md"
     files = ("--json", str(report), "--page", str(page))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.huggingface import import_hf
-from tests.checkpoint.worker_layouts import HF_LAYOUTS, PAIRS, PRECISION_CHANGES
+from tests.checkpoint.worker_layouts import HF_LAYOUTS, PAIRS, PRECISION_CHANGES, SLOW
 from tests.harness import run_cases
 from tests.huggingface.folders import PRESET_HEADS, telechat_config, telechat_shapes, write_folder
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gloo
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("layouts")
     configs = {f"heads_{heads}_{groups}": telechat_config(heads, groups) for heads, groups in PRESET_HEADS}
     configs["moe"] = telechat_config(8, 8, num_experts=4, num_experts_per_tok=2)
@@ -23,10 +23,12 @@ def report(tmp_path_factory):
         write_folder(folder / "hf" / name, config, telechat_shapes(config))
         import_hf(folder / "hf" / name, folder / "imported" / name)
     worker = Path(__file__).with_name("worker_layouts.py")
-    return run_cases(worker, 4, timeout=300, env={"CHECKPOINT_TEST_FOLDER": str(folder)})
+    slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
+    environment = {"CHECKPOINT_TEST_FOLDER": str(folder), "CHECKPOINT_TEST_SLOW": "1" if slow else ""}
+    return run_cases(worker, 4, timeout=300, env=environment)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PAIRS])
 def test_another_layout_loads_the_same_tensors_and_goes_on_alike(report, name):
     assert report.check(name)[0]["tensors"] > 40
 

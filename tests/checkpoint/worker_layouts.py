@@ -48,6 +48,9 @@ PAIRS: dict[str, tuple[str, str, dict, dict]] = {
     "fp16_with_loss_scale": ("moe", "fp16", expert(2), {**FOLDED, **DISTRIBUTED}),
 }
 
+SLOW = {"tp2_to_pp2", "interleaved_to_tp2", "uneven_to_tp4", "ep2_to_ep1", "ep1_distributed_to_ep2"}
+"""Pairs whose parts others hold too: with the tests marked slow."""
+
 PRECISION_CHANGES = {
     "bf16_to_fp32": ("bf16", "fp32"),
     "fp32_to_bf16": ("fp32", "bf16"),
@@ -216,7 +219,8 @@ def pair(name: str, model: str, precision: str, saved_in: dict, loaded_in: dict)
 
 
 for _name, _pair in PAIRS.items():
-    cases.add(_name, lambda name=_name, about=_pair: pair(name, *about))
+    if _name not in SLOW or os.environ.get("CHECKPOINT_TEST_SLOW"):
+        cases.add(_name, lambda name=_name, about=_pair: pair(name, *about))
 
 
 def precision_change(name: str, saved_in: str, loaded_in: str) -> None:

@@ -105,6 +105,12 @@ SLOW = {
     "moe_ep4",
     "moe_ep2_dp2_distributed",
     "moe_tp2_ep2_etp2_chunks3",
+    "dense_recompute_selective",
+    "dense_pp2_uneven",
+    "moe_dp2",
+    "moe_ep2_distributed_overlap",
+    "moe_tp2_pp2_ep2",
+    "moe_ep2_etp2",
 }
 """Layouts whose parts others hold too: with the tests marked slow."""
 
