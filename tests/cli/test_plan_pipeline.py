@@ -165,6 +165,7 @@ def test_no_gain_is_said_to_be_none(ask):
     assert code == 0 and "no gain over plain flags" in text and "the uniform split is as good" in text
 
 
+@pytest.mark.heavy
 def test_plain_flags_are_plain_and_cost_something(ask):
     free, plain = answer(ask, *RUN_35B, *ON_910B), answer(ask, *RUN_35B, *ON_910B, "--plain-flags")
     assert free["plan"]["megatron_flags"] is None
@@ -173,6 +174,7 @@ def test_plain_flags_are_plain_and_cost_something(ask):
     assert plain["gap"] == pytest.approx(1 - free["makespan"] / plain["makespan"], abs=1e-6)
 
 
+@pytest.mark.heavy
 def test_infeasible_names_the_stage_and_changes_that_fit(ask):
     tight = [*RUN_35B, *ON_910B, "--memory-gib", "45", "--recompute-kinds", "none"]
     code, text = ask(*tight)
@@ -210,6 +212,7 @@ def test_two_changes_where_none_is_enough_alone(ask):
     assert answer(ask, *tight, "15", *first["flags"], "--time-limit", "1")["makespan"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kinds", ["core_attn", "core_attn+mlp", "core_attn+mlp,full", "layernorm,full"])
 def test_plain_answers_can_be_said_in_megatron_flags(ask, kinds):
     words = [*RUN_35B, *ON_910B, "--recompute-kinds", kinds, "--plain-flags", "--time-limit", "1", "--memory-gib", "58"]
@@ -276,6 +279,7 @@ torchrun --nproc_per_node 8 --nnodes 16 pretrain_gpt.py --num-layers 96 --hidden
 """
 
 
+@pytest.mark.heavy
 def test_gpt3_pasted_is_gpt3(ask, tmp_path):
     script = tmp_path / "gpt3.sh"
     script.write_text(GPT3)
@@ -325,6 +329,7 @@ def test_a_tied_model_is_planned_with_the_bytes_of_its_stages(ask, stages):
     )
 
 
+@pytest.mark.heavy
 def test_sweep_ranks_layouts_that_train(ask):
     words = [
         "--preset",

@@ -109,6 +109,7 @@ def test_binding_memory_is_proved_and_costs_time():
     assert answer.makespan > solve(loose, 60).makespan
 
 
+@pytest.mark.heavy
 def test_time_limit_gives_the_best_so_far_with_its_gap():
     problem = large_problem(16, 2)
     started = time.process_time()
@@ -125,6 +126,7 @@ def test_gap_stops_early():
     assert answer.gap <= 0.2 and answer.nodes <= 5
 
 
+@pytest.mark.heavy
 def test_a_gap_leaves_the_bound_true():
     for seed in range(40):
         problem = small_problem(seed)
