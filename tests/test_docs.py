@@ -83,7 +83,8 @@ def facts_of(table: list[list[str]]) -> list[list[list[str]]]:
 
 @functools.cache
 def known_flags() -> set[str]:
-    """Flags of the schema, of the command line, of Megatron-LM, and of every parser in the package and the tools."""
+    """Flags of the schema, of the command line, of Megatron-LM, of every parser in the package and the tools, and of
+    tests/run.sh."""
     known = {f"--{name.replace('_', '-')}" for name in (*fields_by_name(), *ACTION_FLAGS, *ANSWERS)}
     for folder in (PACKAGE, ROOT / "tools"):
         for source in folder.rglob("*.py"):
@@ -91,6 +92,7 @@ def known_flags() -> set[str]:
                 if isinstance(node, ast.Call):
                     values = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
                     known |= {value for value in values if isinstance(value, str) and value.startswith("--")}
+    known |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "tests" / "run.sh").read_text(encoding="utf-8")))
     return known | {f"--no-{flag[2:]}" for flag in known} | FOREIGN_FLAGS | EXAMPLE_FLAGS
 
 
