@@ -5,8 +5,7 @@ Every name is loaded at its first use, so that ``tools/`` answer ``--help`` with
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from megatron_telechat.lazy import lazy_names
 
 _HOME = {
     "CheckpointReader": "format",
@@ -20,9 +19,4 @@ _HOME = {
 }
 
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _HOME)

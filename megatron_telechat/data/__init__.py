@@ -5,7 +5,7 @@ The doors into training are loaded on first use: the tools that only write or in
 
 from __future__ import annotations
 
-import importlib
+from megatron_telechat.lazy import lazy_names
 
 _DOORS = {
     "Datasets": "datasets",
@@ -26,9 +26,4 @@ _DOORS = {
     "IndexedWriter": "indexed.dataset",
 }
 __all__ = sorted(_DOORS)
-
-
-def __getattr__(name: str):
-    if name not in _DOORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_DOORS[name]}"), name)
+__getattr__ = lazy_names(__name__, _DOORS)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from megatron_telechat.lazy import lazy_names
 
 if TYPE_CHECKING:
     from megatron_telechat.parallel.agreement import agree, all_ranks_ok, lost_ranks_reported, together
@@ -22,11 +24,4 @@ _DOORS = {
 }
 
 __all__ = ["ParallelState", "agree", "all_ranks_ok", "destroy", "initialize", "lost_ranks_reported", "together"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_DOORS[name]}"), name)
+__getattr__ = lazy_names(__name__, _DOORS)
