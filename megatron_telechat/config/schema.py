@@ -241,11 +241,6 @@ class ParallelConfig:
         return max((size for size in range(1, 9) if self.world_size % size == 0), default=1)
 
     @property
-    def num_virtual_stages(self) -> int:
-        """Virtual stages of the whole pipeline."""
-        return self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
-
-    @property
     def expert_sizes(self) -> tuple[int, int]:
         """(expert, expert-tensor) parallel size, with their defaults where they are unset."""
         tensor, folded = self.tensor_model_parallel_size, self.fold_tensor_into_experts

@@ -17,7 +17,6 @@ from megatron_telechat.data.samples import TokenDataset
 from megatron_telechat.data.sources import (
     Opened,
     build_index,
-    cache_root,
     index_key,
     open_encoded,
     open_sources,
@@ -95,7 +94,7 @@ def prepare_index(
     plan = plan or data_plan(run.data)
     _end_of_document(run, plan)
     opened = open_sources(run, plan, say)
-    folder = cache_root(run) / index_key(run, plan, opened)
+    folder = run.cache_dir / index_key(run, plan, opened)
     return PreparedIndex(plan, folder, build_index(run, plan, opened, folder, say, progress), opened)
 
 
@@ -152,10 +151,10 @@ def _index_of_rank_0(run: RunConfig, plan: DataPlan, word: WordOfRankZero) -> Pr
     """The index as the other ranks open it. What was encoded is named after its bytes, which one rank reads, not all;
     else each rank looks at the files and knows the name."""
     if isinstance(corpus_factory(plan.format), EncodingFactory):
-        folder = cache_root(run) / word.hear()
+        folder = run.cache_dir / word.hear()
         return PreparedIndex(plan, folder, False, open_encoded(run, plan, folder))
     opened = open_sources(run, plan)
-    return PreparedIndex(plan, cache_root(run) / index_key(run, plan, opened), False, opened)
+    return PreparedIndex(plan, run.cache_dir / index_key(run, plan, opened), False, opened)
 
 
 def read_sources(

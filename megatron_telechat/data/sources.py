@@ -27,11 +27,6 @@ Opened = dict[str, Corpus]
 """The datasets of a run by the names it gives them."""
 
 
-def cache_root(run: RunConfig) -> Path:
-    """The folder of all indices of a run."""
-    return run.cache_dir
-
-
 def open_sources(run: RunConfig, plan: DataPlan, say: Say = quiet) -> Opened:
     """Every dataset the run names, once; files that are to be encoded are, if they are not yet.
 
@@ -44,7 +39,7 @@ def open_sources(run: RunConfig, plan: DataPlan, say: Say = quiet) -> Opened:
     problems: list[Problem] = []
     for name in plan.names:
         try:
-            opened[name] = factory.open(name, run, cache_root(run), say)
+            opened[name] = factory.open(name, run, run.cache_dir, say)
             opened[name].require_vocabulary(run.model.vocab_size)
         except DataError as error:
             problems.extend(error.problems)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -32,9 +32,13 @@ class Transform(Protocol):
         """Shapes of the Hugging Face tensors of a box with this shape."""
         ...
 
-    def join(self, tensors: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor: ...
+    def join(self, tensors: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+        """The box of the global tensor, of this shape, from its Hugging Face tensors."""
+        ...
 
-    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]: ...
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The Hugging Face tensors of a box of the global tensor."""
+        ...
 
 
 class Same:
@@ -170,7 +174,7 @@ class Link:
     box: Box
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    transform: Any
+    transform: Transform
     per_expert: bool
     optional: bool
 
@@ -214,7 +218,7 @@ def _link(
     return Link(key, shape, box, names, tuple(transform.shapes(inner)), transform, expert is not None, rule.optional)
 
 
-def _transform(how: str, model: ModelConfig) -> Any:
+def _transform(how: str, model: ModelConfig) -> Transform:
     groups = model.query_groups
     rep = model.num_attention_heads // groups
     return {

@@ -17,16 +17,6 @@ from megatron_telechat.errors import ConfigError
 ATTENTION_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("etp", "ep", "edp", "pp")
 
-GROUP_MEANING = {
-    "tp": "tensor parallel",
-    "cp": "context parallel",
-    "dp": "data parallel",
-    "pp": "pipeline parallel",
-    "ep": "expert parallel",
-    "etp": "expert tensor parallel",
-    "edp": "expert data parallel",
-}
-
 
 @dataclass(frozen=True)
 class Coordinates:

@@ -13,10 +13,7 @@ from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import in_flight
 
 MAX_COMBINATIONS = 400_000
-"""Choices of a device that are looked at; with more, the search for a start takes a sample, and no bound is drawn."""
-
-SLACK = 1e-9
-"""Relative slack of the memory limit where a bound is drawn, so that rounding never shuts out a plan that fits."""
+"""Choices of a device that are looked at; with more, the search for a start takes a sample. No bound rests on them."""
 
 Composition = tuple[tuple[int, ...], ...]
 """For each chunk of a device, its layers of each group."""
@@ -53,7 +50,6 @@ class DevicePlans:
         self.backward = [[moment.backward for moment in row] for row in moments]
         self._stage: dict[tuple[int, ...], StageChoices] = {}
         self._best: dict[tuple, DevicePlan | None] = {}
-        self.thinned = False
 
     def stage_choices(self, in_group: tuple[int, ...]) -> StageChoices:
         """Choices of a stage with these layers of each group."""
@@ -65,21 +61,16 @@ class DevicePlans:
         """The plan that fits and adds the least time; None if none fits. `mtp_chunk`: its chunk with the MTP block."""
         key = (device, chunks, mtp_chunk)
         if key not in self._best:
-            found = self._fitting(device, chunks, mtp_chunk, 0.0)
+            found = self._fitting(device, chunks, mtp_chunk)
             self._best[key] = None
             if len(found[0]):
                 total = sum(found[1])
                 self._best[key] = self._plan(chunks, found, int(np.argmin(total)))
         return self._best[key]
 
-    def least_extra(self, device: int, chunks: Composition, mtp_chunk: int | None = None) -> float:
-        """A lower bound of the time that recompute adds on the device; inf if nothing fits."""
-        found = self._fitting(device, chunks, mtp_chunk, SLACK)
-        return float(np.asarray(sum(found[1])).min()) if len(found[0]) else math.inf
-
     def all(self, device: int, chunks: Composition, mtp_chunk: int | None = None) -> list[DevicePlan]:
         """All plans that fit and that no other beats in the time of every chunk."""
-        found = self._fitting(device, chunks, mtp_chunk, 0.0)
+        found = self._fitting(device, chunks, mtp_chunk)
         if not len(found[0]):
             return []
         times = np.stack(found[1], axis=1)
@@ -96,7 +87,7 @@ class DevicePlans:
         modes = tuple(self.stage_choices(one).modes[int(picked[chunk][at])] for chunk, one in enumerate(chunks))
         return DevicePlan(tuple(float(part[at]) for part in extra), modes)
 
-    def _fitting(self, device: int, chunks: Composition, mtp_chunk: int | None, slack: float) -> tuple[list, list]:
+    def _fitting(self, device: int, chunks: Composition, mtp_chunk: int | None) -> tuple[list, list]:
         """(index of the choice of each chunk, time added to each chunk) of all combinations that fit."""
         problem = self.problem
         choices = [self.stage_choices(one) for one in chunks]
@@ -109,13 +100,12 @@ class DevicePlans:
             weights += block.w + math.fsum(count * group.w for count, group in zip(one, problem.groups, strict=True))
             fixed_act.append(block.act)
         act = [choice.act[at] + fixed for choice, at, fixed in zip(choices, picked, fixed_act, strict=True)]
-        limit = problem.mem_limit * (1 + slack)
-        fits = np.full(len(picked[0]), weights <= limit)
+        fits = np.full(len(picked[0]), weights <= problem.mem_limit)
         for held, backward in zip(self.held[device], self.backward[device], strict=True):
             most = sum(count * size for count, size in zip(held, act, strict=True))
             if backward is not None:
                 most = most + choices[backward].ws[picked[backward]]
-            fits &= weights + most <= limit
+            fits &= weights + most <= problem.mem_limit
         where = np.flatnonzero(fits)
         picked = [at[where] for at in picked]
         return (
@@ -128,7 +118,6 @@ class DevicePlans:
         most = max(2, int(MAX_COMBINATIONS ** (1 / len(sizes))))
         if math.prod(sizes) <= MAX_COMBINATIONS:
             return [np.arange(size) for size in sizes]
-        self.thinned = True
         return [np.unique(np.linspace(0, size - 1, min(size, most)).astype(int)) for size in sizes]
 
 

@@ -139,16 +139,7 @@ class IndexedSamples:
         self._opened: dict[int, tuple[np.ndarray, ...]] = {}
 
     def require(self, size: int | None, index: IndexFolder, name: str) -> None:
-        """Make the first ``size`` samples readable.
-
-        Args:
-            size: None: the samples of one epoch.
-            index: the folder of the index.
-            name: of this source there.
-
-        Raises:
-            FileNotFoundError, ResourceError: see :meth:`IndexFolder.piece`.
-        """
+        """See `data.corpus.CorpusSamples`."""
         self._size = size = self._shape.samples_in(1) if size is None else size
         at = 0
         for stretch in self._shape.stretches():

@@ -34,7 +34,6 @@ from megatron_telechat.errors import ConfigError, DataError, UserError
 # Bad lines that are remembered word for word; all are counted and written to a list.
 REMEMBERED = 20
 JOURNAL_SECONDS = 5.0
-ON_ERROR = ("fail", "skip", "quarantine")
 _LISTS = {"fail": (), "skip": ("skipped.txt",), "quarantine": ("skipped.txt", "quarantine.jsonl")}
 
 
