@@ -48,8 +48,11 @@ class ParallelState:
     pp_group: ProcessGroup = field(repr=False)
     dp_group: ProcessGroup = field(repr=False)
     dp_cp_group: ProcessGroup = field(repr=False)
+    cp_group: ProcessGroup = field(repr=False)
+    ep_group: ProcessGroup = field(repr=False)
     etp_group: ProcessGroup = field(repr=False)
     edp_group: ProcessGroup = field(repr=False)
+    mp_group: ProcessGroup = field(repr=False)
     process_groups: ProcessGroups = field(repr=False)
     """What model, DDP, optimizer and schedules take as pg_collection."""
 
@@ -218,6 +221,7 @@ def _read_state(parallel: ParallelConfig, timeout: timedelta) -> ParallelState:
         vpp_size=parallel.num_virtual_stages_per_pipeline_rank,
         **fields,
         dp_cp_group=groups.dp_cp,
+        mp_group=groups.mp,
         process_groups=groups,
     )
 
