@@ -78,7 +78,7 @@ def commit(attempt: Attempt, manifest: Manifest, keep_replaced: bool = True) -> 
 
     Args:
         keep_replaced: a folder of the same step is kept under another name; else it is removed once the new one is in
-        place.
+            place.
     """
     try:
         write_bytes(attempt.temporary / MANIFEST, manifest.to_bytes())

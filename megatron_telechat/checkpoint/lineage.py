@@ -45,8 +45,8 @@ class Lineage:
 
     Attributes:
         number: of the save in its folder; 0 for those of older releases and imports.
-        parent: (step, digest) of the checkpoint it continues; None at the first save of a run that began with
-        initial weights.
+        parent: (step, digest) of the checkpoint it continues; None at the first save of a run that began with initial
+            weights.
         began: every place that a command named as a beginning, oldest first.
     """
 

@@ -24,8 +24,7 @@ class Start:
     Attributes:
         name: of the launcher.
         agent: whether it is started once a node and starts the ranks of that node itself (torchrun, deepspeed,
-        accelerate);
-            else it starts all processes (srun, mpirun).
+            accelerate); else it starts all processes (srun, mpirun).
         ranks: processes over all nodes.
         nodes, per_node: nodes, and processes of each.
         devices: accelerators of a node.

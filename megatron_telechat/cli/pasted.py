@@ -55,8 +55,7 @@ def read_pasted(script: str | None, command: Sequence[str], others: Sequence[str
 
     Raises:
         ConfigError: no training in it, several, or one of no GPT model; variables whose value it does not say; ranks
-        that it does not say, or
-            that `others` contradict.
+            that it does not say, or that `others` contradict.
     """
     notes: tuple[str, ...] = ()
     if script is None:

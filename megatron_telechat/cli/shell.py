@@ -112,7 +112,7 @@ class _Block:
         branch: whether the present branch is taken; None: the script does not decide it. Until it begins: False.
         decided: whether one of the branches up to here is taken for sure.
         tests: whether what stands here is the condition of an if; conditions: its tests, each with the operator before
-        it.
+            it.
         results: variables at the end of each branch that is or may be taken.
     """
 

@@ -52,7 +52,7 @@ class CommandLine:
         layers_per_virtual_stage: Megatron's way to give the number of chunks; resolved when num_layers is known.
         split: Megatron's ways to say an uneven split, and split_words as they were typed.
         refused: of the problems, flags of Megatron-LM that ask for what our training does not have and a planner can
-        leave out.
+            leave out.
         unplanned: of the problems, those of fields that a planner does not read: data, checkpoints, logging.
         given: every flag without its hyphens, with hyphens inside → its values; the last of equal ones.
         unreadable: fields whose value could not be read.

@@ -79,15 +79,12 @@ def load_run_config(
     Args:
         argv: arguments behind the program's name.
         environ: environment variables; torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE are read.
-        planning: described, and layout and recompute are still open: given ones are dropped, an even
-        split
-            stands in.
+        planning: described, and layout and recompute are still open: given ones are dropped, an even split stands in.
         described: the run is one to be told about, not one of our training: flags of Megatron-LM that our training
-        refuses
-            are noted as not modelled, models that it does not build are taken, data and checkpoints are not looked at.
+            refuses are noted as not modelled, models that it does not build are taken, data and checkpoints are not
+            looked at.
         changes: flags of ours that a planner tries in place of what `argv` says; with a number of chunks among them,
-        what
-            `argv` says of chunks and split is dropped, which was said of other sizes.
+            what `argv` says of chunks and split is dropped, which was said of other sizes.
 
     Raises:
         ConfigError: with all problems.

@@ -34,7 +34,7 @@ class Recording:
         path: the folder.
         shape: field of `SHAPE` → its value in the recorded run.
         replayed: the recorded run was a replay itself: the recording holds what its routers would have chosen, not what
-        was used.
+            was used.
         data: fingerprint of the data, None where it was not known.
     """
 

@@ -46,7 +46,7 @@ class Software:
 
     Attributes:
         tensor_overlap: share of the tensor-parallel communication of the layers that compute hides; 0 for plain
-        Megatron-Core.
+            Megatron-Core.
         moe_chunks: pieces of a micro-batch whose dispatch, experts and way back overlap; 1: one after the other.
         moe_imbalance: rows of the busiest rank's experts over the mean.
         expert_overlap: share of the expert exchange that the compute of another micro-batch hides.

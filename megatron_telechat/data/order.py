@@ -87,7 +87,7 @@ def resumed_order(run: RunConfig, extra: Mapping[str, Any], saved: RunConfig | N
     Args:
         run: the run that goes on.
         extra: the extras of the checkpoint. One without an order was read in Megatron's, for the number of samples of
-        its run.
+            its run.
         saved: the configuration of that run; None where this program cannot read it.
         where: the checkpoint, for messages.
 

@@ -52,8 +52,7 @@ def build_tokenizer(
         vocab_size: ids of a NullTokenizer, its end-of-document token included.
         huggingface: what opens a tokenizer.json in place of ``HuggingFaceTokenizer``.
         special_tokens_in_text: the name of a special token that stands in a text becomes that token, as in Megatron
-        (where
-            the package does that: sentencepiece never does); False: it is text like any other.
+            (where the package does that: sentencepiece never does); False: it is text like any other.
 
     Raises:
         ConfigError: unknown type, no file given, or a tokenizer that cannot leave such names text.

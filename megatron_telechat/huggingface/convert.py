@@ -65,7 +65,7 @@ def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
 
     Args:
         overwrite: an earlier import in ``root`` is replaced, once the new one is whole. Checkpoints of a training never
-        are.
+            are.
     """
     _require_free_place(Path(root), overwrite)
     source = HfWeights(Path(hf))

@@ -48,7 +48,7 @@ class DecoderLayer(MegatronModule):
         layer_number: position in the chunk, counted from 1; megatron-core's block passes it.
         global_layer: zero-based number in the whole model.
         recompute: ``("full",)``, or modules of `megatron_telechat.config.recompute.MODULES`; ``moe`` is the block's own
-        matter.
+            matter.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class DecoderLayer(MegatronModule):
         Args:
             rotary_pos_emb: the tables of `model.rotary.RotaryEmbedding`.
             packed_seq_params: stretches that attend to themselves only; megatron-core's block hands it on under this
-            name.
+                name.
             padding_mask: which tokens count in the losses of the routers; None: all. The name is megatron-core's, too.
         """
         run = partial(self._forward, rotary_tables=rotary_pos_emb, segments=packed_seq_params, counted=padding_mask)

@@ -50,7 +50,7 @@ class StepResult:
         tokens: how many tokens counted.
         grad_norm: global gradient norm before clipping; None where the step was not taken.
         skipped: why the step was not taken (parameters and optimizer are as before), such as :data:`OVERFLOW`; None
-        where it was.
+            where it was.
         stop, save: some rank was asked to stop, or to save.
         loss_scale: what the loss was multiplied by (fp16); None elsewhere.
     """

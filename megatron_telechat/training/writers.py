@@ -24,7 +24,7 @@ class MetricsWriter:
 
     Args:
         step: where the run goes on. What a killed run has written beyond it is taken back, also where it begins anew at
-        0.
+            0.
     """
 
     def __init__(self, run: RunConfig, run_dir: Path, enabled: bool, step: int = 0):

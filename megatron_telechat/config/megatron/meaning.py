@@ -121,7 +121,7 @@ class Meaning:
     Attributes:
         model: field → value, of what makes another model and is not given.
         values: field → Megatron-LM's default, of what makes another run of the same model and is not given; None: no
-        default.
+            default.
         add: flags that a command has to say, so that Megatron-LM and our training build the same model.
         vocabulary: rows of the embedding as the command's tokenizer gives them; None where nothing says them.
         asked: what cannot be told from the command, each with the flag that would say it.

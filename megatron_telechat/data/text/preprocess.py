@@ -97,7 +97,7 @@ def preprocess(
         append_eod: end each document that has a token with the tokenizer's end-of-document id.
         workers: threads that encode.
         on_error: a bad line ends the run (``fail``), is left out and listed (``skip``), or is put aside
-        (``quarantine``).
+            (``quarantine``).
         log_interval: documents between two progress lines.
         engine: ``auto``, or one of ``engines.ENGINES``.
         shard: (i, n): only part i of n, 0 <= i < n, written under ``{output_prefix}.shard-i-of-n``.
