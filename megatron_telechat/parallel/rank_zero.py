@@ -17,7 +17,7 @@ _STORE_PREFIX = "megatron_telechat/data"
 
 
 class WordOfRankZero:
-    """Rank 0 says ``done`` or what went wrong; the others wait for it and fail with it.
+    """Rank 0 says a word (the name of the index it made) or what went wrong; the others wait for it and fail with it.
 
     The word goes through the process group's store rather than a collective: waiting has its own time limit,
     says what it waits for, and an error of rank 0 reaches everyone at once.

@@ -44,7 +44,8 @@ class Block:
     """Whole lines (bytes, their ends included) or rows (dicts) of one file.
 
     Attributes:
-        first: number of the first item, 1 at the span's begin, which is byte ``counted_from`` of the file.
+        first: number of the first item. Lines count from 1 at the span's begin, which is byte ``counted_from`` of the
+            file; rows from 1 at the begin of the file.
         span: index of the span in the list that is read; ``done``: its ``skip`` after this block.
         source_bytes: bytes of the (compressed) file that this block stands for.
     """
