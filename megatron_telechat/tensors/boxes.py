@@ -25,10 +25,12 @@ class Box:
 
     @property
     def stop(self) -> Shape:
+        """The first index beyond it, axis by axis."""
         return tuple(o + s for o, s in zip(self.offset, self.shape, strict=True))
 
     @property
     def numel(self) -> int:
+        """Number of elements; 1 where there are no axes."""
         return math.prod(self.shape)
 
     def slices(self, origin: Shape | None = None) -> tuple[slice, ...]:
@@ -37,15 +39,18 @@ class Box:
         return tuple(slice(o - g, o - g + s) for o, s, g in zip(self.offset, self.shape, origin, strict=True))
 
     def shifted(self, by: Sequence[int]) -> Box:
+        """A box of the same shape, moved by this many elements on each axis."""
         return Box(tuple(o + b for o, b in zip(self.offset, by, strict=True)), self.shape)
 
     def inside(self, shape: Sequence[int]) -> bool:
+        """Whether it is not empty and lies in a tensor of this shape; false for another number of axes."""
         return len(self.shape) == len(self.offset) == len(shape) and all(
             0 <= o and s > 0 and o + s <= g for o, s, g in zip(self.offset, self.shape, shape, strict=True)
         )
 
 
 def whole(shape: Sequence[int]) -> Box:
+    """The box of a whole tensor of this shape."""
     return Box((0,) * len(shape), tuple(shape))
 
 

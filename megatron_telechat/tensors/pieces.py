@@ -22,23 +22,49 @@ class Place(Protocol):
     """Where a rank stands in the domains that cut or copy tensors; `parallel.state.ParallelState` is one."""
 
     @property
-    def tp_rank(self) -> int: ...
+    def tp_rank(self) -> int:
+        """Which piece of a dense tensor that is cut along its `tensor_axis`."""
+        ...
+
     @property
-    def tp_size(self) -> int: ...
+    def tp_size(self) -> int:
+        """Pieces of such a tensor."""
+        ...
+
     @property
-    def cp_rank(self) -> int: ...
+    def cp_rank(self) -> int:
+        """Among the ranks that differ in the part of a sequence they read; they hold the same pieces."""
+        ...
+
     @property
-    def dp_rank(self) -> int: ...
+    def dp_rank(self) -> int:
+        """Among the ranks that differ in the samples they read; they hold the same dense pieces."""
+        ...
+
     @property
-    def ep_rank(self) -> int: ...
+    def ep_rank(self) -> int:
+        """Which part of the routed experts."""
+        ...
+
     @property
-    def ep_size(self) -> int: ...
+    def ep_size(self) -> int:
+        """Parts of the routed experts."""
+        ...
+
     @property
-    def etp_rank(self) -> int: ...
+    def etp_rank(self) -> int:
+        """Which piece of an expert's tensor that is cut along its `tensor_axis`."""
+        ...
+
     @property
-    def etp_size(self) -> int: ...
+    def etp_size(self) -> int:
+        """Pieces of such a tensor."""
+        ...
+
     @property
-    def edp_rank(self) -> int: ...
+    def edp_rank(self) -> int:
+        """Among the ranks that hold the same pieces of the experts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,10 +80,12 @@ class Piece:
 
     @property
     def key(self) -> str:
+        """Global key of its tensor."""
         return self.spec.key
 
     @property
     def numel(self) -> int:
+        """Elements that the local parameter has."""
         return self.box.numel
 
 
