@@ -35,7 +35,7 @@ FOREIGN_FLAGS = {
 EXAMPLE_FLAGS = {"--flag", "--x", "--no-x", "--micro-batch"}
 """Placeholders, and the misspelt flag of the example of an error."""
 
-DOCUMENTED = ("errors.py", "lazy.py", "device_kinds.py", "config", "tensors", "costs", "planner", "cli")
+DOCUMENTED = ("errors.py", "lazy.py", "device_kinds.py", "config", "tensors", "costs", "planner", "backend", "cli")
 """Rooms whose public classes and functions all have a docstring."""
 
 

@@ -77,6 +77,8 @@ class CorePatch(importlib.abc.MetaPathFinder):
                 self._treat(module)
 
     def find_spec(self, fullname, path=None, target=None):
+        """The spec of a module of megatron.core as the other finders give it, its loader changed so that the module is
+        treated as soon as it is executed; None for every other module, which is left to them."""
         if not _is_core(fullname):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)

@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
 
 class CpuBackend(Backend):
+    """The processor of this machine, whose cores its ranks share."""
+
     name = "cpu"
     distributed_backend = "gloo"
 
     @staticmethod
     def present() -> bool:
+        """True: every machine has one."""
         return True
 
     @property
     def device(self) -> torch.device:
+        """``cpu`` without a number, the same for all ranks of a machine."""
         import torch
 
         return torch.device("cpu")
@@ -41,9 +45,11 @@ class CpuBackend(Backend):
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
     def synchronize(self) -> None:
+        """Nothing to wait for: work on the CPU is done when the call returns."""
         pass
 
     def memory(self) -> DeviceMemory:
+        """Resident bytes of the process, now and at most since its start (getrusage), and the machine's memory."""
         import psutil
 
         allocated = psutil.Process().memory_info().rss
@@ -53,9 +59,11 @@ class CpuBackend(Backend):
         return DeviceMemory(allocated, max(allocated, peak), psutil.virtual_memory().total)
 
     def reset_peak_memory(self) -> None:
+        """Does nothing: the peak that getrusage gives is counted from the start of the process."""
         pass
 
     def device_name(self) -> str:
+        """``model name`` of /proc/cpuinfo; where there is no such line (macOS, ARM), what ``platform`` says."""
         info = Path("/proc/cpuinfo")
         if info.exists():
             for line in info.read_text(errors="replace").splitlines():
@@ -64,4 +72,5 @@ class CpuBackend(Backend):
         return platform.processor() or platform.machine()
 
     def empty_cache(self) -> None:
+        """Does nothing: torch has no cache of freed memory on the CPU."""
         pass

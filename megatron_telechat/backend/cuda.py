@@ -16,17 +16,21 @@ _QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 class CudaBackend(Backend):
+    """The GPU whose number is the local rank."""
+
     name = "cuda"
     distributed_backend = "nccl"
 
     @staticmethod
     def present() -> bool:
+        """Whether torch was built for CUDA and the driver shows a device."""
         import torch
 
         return torch.cuda.is_available()
 
     @property
     def device(self) -> torch.device:
+        """``cuda:N``, where N is the local rank; `install` says whether there are so many."""
         import torch
 
         return torch.device("cuda", self.local_rank)
@@ -53,10 +57,12 @@ class CudaBackend(Backend):
         torch.cuda.set_device(self.local_rank)
 
     def open_queues(self) -> None:
+        """Set CUDA_DEVICE_MAX_CONNECTIONS to 8, unless it is set; CUDA reads it when it makes its context."""
         # CUDA's usual number. With the one queue of `_select_device` the exchange would stand behind the kernels.
         os.environ.setdefault(_QUEUES, "8")
 
     def overlap_warning(self) -> str | None:
+        """A warning where CUDA_DEVICE_MAX_CONNECTIONS is 1, so that all kernels stand in one queue."""
         if os.environ.get(_QUEUES) != "1":
             return None
         return (
@@ -65,6 +71,10 @@ class CudaBackend(Backend):
         )
 
     def use_deterministic_algorithms(self) -> None:
+        """Turn torch's deterministic algorithms on; give cuBLAS a fixed work space, unless the environment names one.
+
+        An operation that has no deterministic kernel is an error of torch from now on.
+        """
         import torch
 
         # cuBLAS splits a sum by the work space it finds; torch refuses products without a fixed one. This is the size
@@ -76,11 +86,16 @@ class CudaBackend(Backend):
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] (a property of the module)
 
     def synchronize(self) -> None:
+        """Wait for all streams of the device."""
         import torch
 
         torch.cuda.synchronize(self.device)
 
     def memory(self) -> DeviceMemory:
+        """Bytes of tensors in torch's allocator, now and at most since `reset_peak_memory`, and the memory of the GPU.
+
+        The CUDA context and NCCL's buffers are not in the first two.
+        """
         import torch
 
         total = torch.cuda.get_device_properties(self.device).total_memory
@@ -89,16 +104,19 @@ class CudaBackend(Backend):
         )
 
     def reset_peak_memory(self) -> None:
+        """The peak begins anew at what is allocated now."""
         import torch
 
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def device_name(self) -> str:
+        """What the driver calls the product, such as ``NVIDIA H200``."""
         import torch
 
         return torch.cuda.get_device_name(self.device)
 
     def empty_cache(self) -> None:
+        """Return the allocator's unused blocks to the driver, which other libraries take memory from."""
         import torch
 
         torch.cuda.empty_cache()

@@ -72,12 +72,15 @@ class InertStream:
     wait = wait_stream = wait_event = synchronize = record = _nothing
 
     def record_event(self, event: Any = None) -> InertStream:
+        """The given event, or a new one: it has happened as soon as it is recorded."""
         return InertStream() if event is None else event
 
     def query(self) -> bool:
+        """True: no work is ever under way."""
         return True
 
     def elapsed_time(self, _: Any) -> float:
+        """0 milliseconds: an event keeps no time."""
         return 0.0
 
 

@@ -15,11 +15,14 @@ INSTALL = "pip install torch-npu (the release that matches your torch and CANN),
 
 
 class NpuBackend(Backend):
+    """The Ascend NPU whose number is the local rank."""
+
     name = "npu"
     distributed_backend = "hccl"
 
     @staticmethod
     def present() -> bool:
+        """Whether torch_npu can be imported and shows a device."""
         if importlib.util.find_spec("torch_npu") is None:
             return False
         try:
@@ -29,6 +32,11 @@ class NpuBackend(Backend):
 
     @property
     def device(self) -> torch.device:
+        """``npu:N``, where N is the local rank. torch knows this name once torch_npu is imported.
+
+        Raises:
+            ResourceError: torch_npu cannot be imported.
+        """
         import torch
 
         _torch_npu()
@@ -50,20 +58,25 @@ class NpuBackend(Backend):
         npu.set_device(self.local_rank)
 
     def synchronize(self) -> None:
+        """Wait for all streams of the current device, which `install` has chosen."""
         _torch_npu().npu.synchronize()
 
     def memory(self) -> DeviceMemory:
+        """Bytes of tensors in torch_npu's allocator, now and at most since the last reset, and the device's memory."""
         npu = _torch_npu().npu
         total = npu.get_device_properties(self.local_rank).total_memory
         return DeviceMemory(npu.memory_allocated(), npu.max_memory_allocated(), total)
 
     def reset_peak_memory(self) -> None:
+        """The peak begins anew at what is allocated now."""
         _torch_npu().npu.reset_peak_memory_stats()
 
     def device_name(self) -> str:
+        """What torch_npu calls the product."""
         return _torch_npu().npu.get_device_name(self.local_rank)
 
     def empty_cache(self) -> None:
+        """Return the allocator's unused blocks to the device."""
         _torch_npu().npu.empty_cache()
 
     def _seed_device(self, value: int) -> None:
