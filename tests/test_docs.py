@@ -35,7 +35,18 @@ FOREIGN_FLAGS = {
 EXAMPLE_FLAGS = {"--flag", "--x", "--no-x", "--micro-batch"}
 """Placeholders, and the misspelt flag of the example of an error."""
 
-DOCUMENTED = ("errors.py", "lazy.py", "device_kinds.py", "config", "tensors", "costs", "planner", "backend", "cli")
+DOCUMENTED = (
+    "errors.py",
+    "lazy.py",
+    "device_kinds.py",
+    "config",
+    "tensors",
+    "costs",
+    "planner",
+    "backend",
+    "parallel",
+    "cli",
+)
 """Rooms whose public classes and functions all have a docstring."""
 
 

@@ -37,6 +37,7 @@ class WordOfRankZero:
         self.key = f"{_STORE_PREFIX}/{self.store.add(f'{_STORE_PREFIX}/calls/{self.rank}', 1)}"
 
     def say(self, word: str) -> None:
+        """Rank 0 gives the word to those who `hear`; does nothing where it is alone."""
         if not self.alone:
             self.store.set(self.key, word)
 

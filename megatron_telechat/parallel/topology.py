@@ -75,20 +75,25 @@ class Topology:
 
     @property
     def dp(self) -> int:
+        """Data-parallel size outside the experts, context parallelism left out."""
         return self.world_size // (self.tp * self.cp * self.pp)
 
     @property
     def edp(self) -> int:
+        """Data-parallel size of the experts."""
         return self.world_size // (self.etp * self.ep * self.pp)
 
     @property
     def num_nodes(self) -> int:
+        """Nodes that the ranks stand on; the last one may be partly used."""
         return math.ceil(self.world_size / self.ranks_per_node)
 
     def size(self, axis: str) -> int:
+        """Size of one of ATTENTION_AXES or EXPERT_AXES."""
         return getattr(self, axis)
 
     def node_of(self, rank: int) -> int:
+        """Node of a rank: nodes are filled one after the other."""
         return rank // self.ranks_per_node
 
     def coordinates(self, rank: int) -> Coordinates:
