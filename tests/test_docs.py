@@ -45,6 +45,8 @@ DOCUMENTED = (
     "planner",
     "backend",
     "parallel",
+    "moe",
+    "model",
     "cli",
 )
 """Rooms whose public classes and functions all have a docstring."""

@@ -17,6 +17,7 @@ class CpuRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`rms_norm`; keeps x, the weight and r = 1 / sqrt(mean(x^2) + eps), fp32 [..., 1]."""
         x32 = x.float()
         norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -25,6 +26,10 @@ class CpuRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With n = x * r and w the weight: dx = r * (dy * w - n * mean(dy * w * n)), dw = sum over the rows of dy * n.
+
+        Computed in fp32.
+        """
         x, weight, rstd = ctx.saved_tensors
         hidden = x.shape[-1]
         grad32 = grad.float()
@@ -43,12 +48,15 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`rms_norm`; keeps x and the weight."""
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return torch.nn.functional.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Runs the kernel again and takes its gradient by autograd. That of the weight is the sum over the rows of
+        dy * n, where n is what the kernel returns."""
         x, weight = ctx.saved_tensors
         x = x.detach().requires_grad_()
         with torch.enable_grad():

@@ -120,6 +120,10 @@ class SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """Gradient of `mixed`, [s, b, groups, rep + 2, head_dim], from those of query, key and value in any strides.
+
+        The transpose of a rotation by an angle, scaled or not, is that by its negative: sin changes its sign.
+        """
         cos, sin = ctx.saved_tensors
         fused = kernels("rotary", grads[0])
         if fused is not None:

@@ -101,7 +101,9 @@ class ModelChunk(Protocol):
 
     decoder: Any
 
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """(name, parameter) of each; layers are numbered from 0 in the chunk."""
+        ...
 
 
 def unwrap(chunk: nn.Module) -> ModelChunk:

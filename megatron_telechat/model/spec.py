@@ -96,6 +96,7 @@ def layer_spec(run: RunConfig, layer: int, recompute: tuple[str, ...], classes: 
 
 
 def dense_spec(model: ModelConfig, classes: Implementation) -> ModuleSpec:
+    """A dense MLP. Tensor parallelism cuts fc1 by columns and fc2 by rows; a bias, if any, is on the output."""
     return ModuleSpec(
         module=MLP,
         params={"output_bias": model.mlp_output_bias},
