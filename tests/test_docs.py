@@ -47,6 +47,7 @@ DOCUMENTED = (
     "parallel",
     "moe",
     "model",
+    "data",
     "cli",
 )
 """Rooms whose public classes and functions all have a docstring."""

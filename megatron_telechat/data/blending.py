@@ -81,18 +81,22 @@ class BlendedSamples:
         return self.sources[source].tokens(inner)
 
     def marks(self, sample: int) -> Marks | None:
+        """What the sample's source says of its tokens; None where sources of this format say nothing."""
         source, inner = self.order.place(sample)
         return self.sources[source].marks(inner)
 
     def pieces(self, sample: int) -> list[tuple[int, str]]:
+        """First token, and name, of each document of a sample and of its padding."""
         source, inner = self.order.place(sample)
         return self.sources[source].pieces(inner)
 
     def origin(self, sample: int) -> str:
+        """Where the tokens of a sample come from, for messages; the source names its file."""
         source, inner = self.order.place(sample)
         return self.sources[source].origin(inner)
 
     def find_token(self, sample: int, token: int) -> str:
+        """Where the first occurrence of a token of a sample comes from, for messages."""
         source, inner = self.order.place(sample)
         return self.sources[source].find_token(inner, token)
 

@@ -34,13 +34,19 @@ class Ranks(Protocol):
     """What this room asks of the parallel state. ``dp_rank`` and ``dp_size`` leave context parallelism out."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """Number of this process among all of the run."""
+        ...
 
     @property
-    def dp_rank(self) -> int: ...
+    def dp_rank(self) -> int:
+        """Which micro-batches of a global batch this rank reads (`loader.micro_batch_samples`)."""
+        ...
 
     @property
-    def dp_size(self) -> int: ...
+    def dp_size(self) -> int:
+        """Number of ranks that read different ones."""
+        ...
 
 
 @dataclass(frozen=True)

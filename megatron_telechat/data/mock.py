@@ -43,10 +43,13 @@ class MockSamples:
         """Every token is learned."""
 
     def pieces(self, sample: int) -> list[tuple[int, str]]:
+        """The whole sample as one document: the stream has no borders."""
         return [(0, self.origin(sample))]
 
     def origin(self, sample: int) -> str:
+        """The number of the sample: there is no file to name."""
         return f"mock sample {sample}"
 
     def find_token(self, sample: int, token: int) -> str:
+        """As `origin`."""
         return self.origin(sample)

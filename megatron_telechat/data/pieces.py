@@ -83,6 +83,7 @@ def _sync(path: Path) -> None:
 
 
 def cannot_write(error: OSError, folder: Path) -> ResourceError:
+    """The ResourceError of an index folder that cannot be written: names the cache it lies in."""
     return ResourceError(
         f"cannot write the sample index: {error}",
         str(folder.parent),

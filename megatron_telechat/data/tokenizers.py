@@ -29,11 +29,17 @@ class Tokenizer(Protocol):
     bos: int | None
     pad: int | None
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with those that the tokenizer puts around every text (BOS, EOS)."""
+        ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, as `encode` gives them."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """A text of these ids, for people: it need not be the text that gave them."""
+        ...
 
 
 def build_tokenizer(
@@ -107,6 +113,7 @@ def _locate(tokenizer_type: str | None, path: Path) -> tuple[str, Path]:
 
 
 def digest_of(file: Path, special_tokens_in_text: bool = True) -> str:
+    """SHA-256 of a tokenizer's file, and whether special tokens in a text stay text: the two decide the ids."""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return digest if special_tokens_in_text else f"{digest}, special tokens in a text are text"
 
@@ -244,15 +251,19 @@ class HuggingFaceTokenizer:
 
     @property
     def added_tokens(self) -> list[str]:
+        """Names of the added tokens, special ones among them."""
         return [token.content for token in self.backend.get_added_tokens_decoder().values()]
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text, after the post-processor."""
         return self.backend.encode(text).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on the package's threads; without the offsets that nobody reads."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids; special tokens are written by their names."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
@@ -361,12 +372,15 @@ class SentencePieceTokenizer:
         return next((i for i in found if i != self.backend.unk_id()), None)
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text; no BOS or EOS is put around it."""
         return self.backend.EncodeAsIds(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, one after the other; `text.engines.Reference` has threads."""
         return [self.backend.EncodeAsIds(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids; control pieces leave no trace."""
         return self.backend.DecodeIds([int(i) for i in ids])
 
 
@@ -426,6 +440,7 @@ class TikTokenizer:
         return ranks
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text; nothing is put around it."""
         return (
             self.backend.encode(text, allowed_special="all")
             if self.special_tokens_in_text
@@ -433,9 +448,11 @@ class TikTokenizer:
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, one after the other."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode([int(i) for i in ids])
 
 
@@ -450,6 +467,11 @@ class NullTokenizer:
         self.pad: int | None = None
 
     def encode(self, text: str) -> list[int]:
+        """The numbers of a text; they are not held to ``vocab_size``.
+
+        Raises:
+            DataError: a word is no number.
+        """
         try:
             return [int(word) for word in text.split()]
         except ValueError as error:
@@ -458,7 +480,9 @@ class NullTokenizer:
             ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The numbers of each text; see `encode`."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The numbers, a space between two."""
         return " ".join(str(int(i)) for i in ids)

@@ -55,6 +55,7 @@ class ChatDataset(IndexedDataset):
         return self.roles[begin : begin + int(self.sequence_lengths[dialog])]
 
     def origin(self, dialog: int) -> str:
+        """``file:line`` of a dialog in its jsonl file."""
         return f"{self.source}:{int(self.lines[dialog])}"
 
 

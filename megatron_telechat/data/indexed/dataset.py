@@ -263,10 +263,12 @@ class IndexedDataset:
 
     @property
     def documents(self) -> int:
+        """Number of documents, those without a sequence included."""
         return self.document_indices.size - 1
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all documents, end-of-document tokens included."""
         return self.tokens.size
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:

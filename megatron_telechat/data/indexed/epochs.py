@@ -47,6 +47,7 @@ class Stretch:
 
     @property
     def name(self) -> str:
+        """End of its folder's name in the index: ``megatron-<samples>``, or ``epochs-<first>-<last>``."""
         if self.megatron_for is not None:
             return f"megatron-{self.megatron_for}"
         return f"epochs-{self.first_epoch}-{self.first_epoch + self.epochs - 1}"

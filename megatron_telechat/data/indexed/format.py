@@ -36,6 +36,7 @@ class ChunkSums:
         self._hash = hashlib.sha256()
 
     def update(self, data: Any) -> None:
+        """Take the next bytes of the stream: any contiguous buffer."""
         view = memoryview(data).cast("B")
         while len(view):
             room = CHUNK_BYTES - self.size % CHUNK_BYTES
@@ -52,6 +53,7 @@ class ChunkSums:
         return {"bytes": self.size, "sha256": [*self.done, *tail]}
 
     def whole_chunks(self) -> list[str]:
+        """SHA-256 of each full chunk so far: with the size, what `resumed` goes on from."""
         return list(self.done)
 
     @classmethod
@@ -66,10 +68,12 @@ class ChunkSums:
 
 
 def sums_path(prefix: str) -> Path:
+    """The side file of a dataset: ``PREFIX.sums``."""
     return Path(f"{prefix}.sums")
 
 
 def write_sums(path: Path, bin_sums: dict[str, Any], idx_sums: dict[str, Any]) -> None:
+    """Write a side file and fsync it; ``bin_sums`` and ``idx_sums`` are of :meth:`ChunkSums.result`. Raises OSError."""
     content = {"format": 1, "chunk_bytes": CHUNK_BYTES, "bin": bin_sums, "idx": idx_sums}
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=1) + "\n")
@@ -78,6 +82,7 @@ def write_sums(path: Path, bin_sums: dict[str, Any], idx_sums: dict[str, Any]) -
 
 
 def file_sums(path: Path) -> dict[str, Any]:
+    """What the side file of a dataset should say of this file: reads all of it. Raises OSError."""
     sums = ChunkSums()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):

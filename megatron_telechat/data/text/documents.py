@@ -48,6 +48,7 @@ class Line:
 
     @property
     def place(self) -> str:
+        """``file:line``, for messages."""
         return f"{self.file}:{self.number}"
 
 

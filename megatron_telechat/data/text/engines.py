@@ -103,6 +103,7 @@ class Reference:
         )
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine`. Raises what the package raises for a text that it refuses."""
         if self.sentencepiece is not None and texts:
             return flatten(self.sentencepiece.EncodeAsIds(list(texts), num_threads=self.workers))
         return flatten(self.tokenizer.encode_batch(texts))
@@ -118,6 +119,15 @@ def affixes(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
 def add_affixes(
     flat: np.ndarray, lengths: np.ndarray, head: list[int], tail: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of texts with ``head`` before and ``tail`` after each of them, empty texts included.
+
+    Args:
+        flat: ids of all texts.
+        lengths: int64, number of ids of each.
+
+    Returns:
+        Both anew.
+    """
     ends = np.cumsum(lengths)
     if head:
         flat = np.insert(flat, np.repeat(ends - lengths, len(head)), np.tile(head, lengths.size))
@@ -161,6 +171,7 @@ class Gigatoken:
         return load_hf_json(content)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine`; may be called by several threads. Raises RuntimeError where the package panics."""
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         if self.space:
@@ -281,6 +292,7 @@ class Tiktoken:
         )
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine`. Added tokens are cut out of a text; special ones if `special_tokens_in_text`."""
         flat, lengths = flatten(
             self.backend.encode_batch(list(texts), num_threads=self.workers, allowed_special=self.known)
         )

@@ -345,6 +345,7 @@ class Progress:
         self.next = (report.documents_in // max(self.interval, 1) + 1) * self.interval
 
     def step(self) -> None:
+        """Print the line if it is due; to be called after each block. With an interval of 0 there is none."""
         report = self.report
         if not self.interval or report.documents_in < self.next:
             return

@@ -60,6 +60,7 @@ class Block:
 
     @property
     def end_line(self) -> int:
+        """Number of the item that follows the block, counted as ``first``."""
         return self.first + len(self.items)
 
     def place(self, number: int) -> str:
@@ -246,9 +247,16 @@ class ZstdStream(io.RawIOBase):
         self._rest = b""
 
     def readable(self) -> bool:
+        """True; asked by ``io.BufferedReader``."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with text, as far as one chunk of the file gives it; 0 at the end of the file.
+
+        Raises:
+            OSError: damaged data.
+            EOFError: the file ends inside a frame.
+        """
         while not self._ready and self._fill():
             pass
         size = min(len(buffer), len(self._ready))

@@ -61,9 +61,11 @@ class TokenizerBeside(HuggingFaceTokenizer):
                 pass  # no more processes here: the file is opened when it is asked for
 
     def encode(self, text: str) -> list[int]:
+        """Ids of one text; see `encode_batch`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, from the helper; from here where it is lost or says nothing for ``LIMIT_S`` seconds."""
         answer = None
         _ = self._facts  # its first word, before the lock: others ask for it too
         with self._lock:
@@ -101,6 +103,7 @@ class TokenizerBeside(HuggingFaceTokenizer):
 
     @property
     def backend(self) -> Any:
+        """The package's tokenizer in this process; the first who asks opens the file."""
         return self.here.backend
 
 

@@ -53,6 +53,7 @@ class Guarded:
         self._differing, self._tell_at = 0, 1
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine`. Texts with a character that the engine takes for another kind go to the reference, too."""
         flat, lengths = self._engine.encode_batch(texts)
         wrong = self._wrong(texts)
         if not wrong:
@@ -191,6 +192,7 @@ class Splits(HuggingFaceTokenizer):
         self.backend = Backend.from_str(self._content)
 
     def content(self) -> bytes:
+        """Its tokenizer.json, which lies in no file."""
         return self._content.encode()
 
 

@@ -83,6 +83,7 @@ class Workspace:
         return self.folder / f"{key}.{part}"
 
     def final(self, key: str) -> str:
+        """Prefix of a key's dataset, as `IndexedDataset` takes it."""
         return f"{self.prefix}_{key}_document"
 
     def _names(self) -> list[str]:
@@ -137,6 +138,7 @@ class Workspace:
             self.totals[key][place] += size
 
     def add_line(self, name: str, line: bytes) -> None:
+        """Append a line, given without its end, to a file of ``extra``."""
         self._files[name].write(line + b"\n")
 
     @property
