@@ -48,6 +48,7 @@ DOCUMENTED = (
     "moe",
     "model",
     "data",
+    "checkpoint",
     "cli",
 )
 """Rooms whose public classes and functions all have a docstring."""

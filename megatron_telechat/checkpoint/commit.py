@@ -38,10 +38,12 @@ class Attempt:
 
     @property
     def temporary(self) -> Path:
+        """Where the files are written; never a checkpoint."""
         return self.root / temporary_name(self.step, self.identifier)
 
     @property
     def final(self) -> Path:
+        """Where `commit` renames it to; a checkpoint of the same step may lie there until then."""
         return self.root / folder_name(self.step)
 
 
@@ -109,4 +111,5 @@ def _point_latest(attempt: Attempt) -> None:
 
 
 def abandon(attempt: Attempt) -> None:
+    """Remove the temporary folder of a save that failed. Raises nothing: `begin` of the next save removes the rest."""
     shutil.rmtree(attempt.temporary, ignore_errors=True)

@@ -30,10 +30,12 @@ _NAME_OF_SAFETENSORS = {tag: name for name, (_, tag) in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype in a manifest. Raises KeyError for one that the format does not store."""
     return _NAME_OF[dtype]
 
 
 def dtype_named(name: str) -> torch.dtype:
+    """The torch dtype of a name in a manifest. Raises KeyError for others; `read_manifest` has refused those."""
     return DTYPES[name][0]
 
 
@@ -54,6 +56,7 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its values in the file; known without loading them."""
         size = self.dtype.itemsize
         for extent in self.shape:
             size *= extent
@@ -61,6 +64,7 @@ class LazyTensor:
 
 
 def lazy(name: str, tensor: torch.Tensor) -> LazyTensor:
+    """A tensor that is in memory already. It is kept by reference: it must not change before it is written."""
     return LazyTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
@@ -109,6 +113,7 @@ def _bytes_of(tensor: LazyTensor) -> memoryview:
 
 
 def disk_error(path: Path, error: OSError) -> ResourceError:
+    """The ResourceError of a write that failed: names ``path`` and the system's reason."""
     return ResourceError(
         f"cannot write: {error.strerror or error}",
         where=str(path),
@@ -117,6 +122,7 @@ def disk_error(path: Path, error: OSError) -> ResourceError:
 
 
 def crc32_of(path: Path) -> str:
+    """CRC-32 of a whole file, 8 hex digits, as `FileEntry` keeps it; holds 16 MiB at a time. Raises OSError."""
     checksum = 0
     with open(path, "rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -165,4 +171,5 @@ RESTORE_OR_OTHER = "restore the file from a copy, or use another checkpoint (--l
 
 
 def read_file_error(path: Path, error: Exception, fix: str = RESTORE_OR_OTHER) -> CheckpointError:
+    """The CheckpointError of a file that cannot be opened or read; ``fix`` where no checkpoint is meant."""
     return CheckpointError(f"cannot read the file: {error}", where=str(path), fix=fix)

@@ -83,6 +83,7 @@ def _candidates(root: Path) -> list[Path]:
 
 
 def saved_config(reader: CheckpointReader) -> RunConfig | None:
+    """Configuration of the run that saved a checkpoint; None where this version cannot read it."""
     try:
         return run_config_from_yaml(reader.config, str(reader.path))
     except ConfigError:

@@ -80,6 +80,7 @@ class PartWriter:
         self._part.rng = {"rank": rank, "file": files.pop(), "state": state}
 
     def close(self) -> Part:
+        """Write what is pending and return all that this rank has written. Raises ResourceError."""
         self._flush()
         return self._part
 
@@ -128,6 +129,7 @@ def merge_parts(parts: Iterable[Part]) -> Part:
 
 
 def versions() -> dict[str, str]:
+    """Versions of python, torch, this package and megatron-core, for the manifest; "unknown" if not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "torch": torch.__version__}
@@ -174,6 +176,7 @@ class CheckpointWriter:
         return self._attempt.temporary
 
     def add(self, key: str, global_shape: Sequence[int], offset: Sequence[int], tensor: torch.Tensor) -> None:
+        """See :meth:`PartWriter.add`; here this process adds every element."""
         self._writer.add(key, global_shape, offset, tensor)
 
     def __enter__(self) -> CheckpointWriter:
@@ -220,6 +223,7 @@ class CheckpointReader:
 
     @property
     def entries(self) -> Mapping[str, TensorEntry]:
+        """What is stored, by key: ``model/`` or ``optimizer/<name>/``, then the key of the tensor."""
         return self.manifest.tensors
 
     @property
@@ -238,9 +242,11 @@ class CheckpointReader:
             raise CheckpointError(problems)
 
     def close(self) -> None:
+        """Close the files; a later read opens what it needs again."""
         self._open.clear()
 
     def dtype(self, key: str) -> torch.dtype:
+        """The dtype that ``key`` is stored in. Raises KeyError where there is no such tensor."""
         return dtype_named(self.entries[key].dtype)
 
     def read(self, key: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:

@@ -55,6 +55,7 @@ class Lineage:
     began: tuple[Began, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """What a manifest keeps of it; `from_json` is the inverse."""
         parent = None if self.parent is None else {"step": self.parent[0], "digest": self.parent[1]}
         return {"number": self.number, "parent": parent, "began": [vars(one) for one in self.began]}
 

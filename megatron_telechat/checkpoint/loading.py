@@ -32,7 +32,9 @@ from megatron_telechat.parallel.state import ParallelState, seed_generators
 class WeightSource(Protocol):
     """Where global tensors can be read box by box: a checkpoint, or a Hugging Face folder."""
 
-    def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor: ...
+    def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        """The box of tensor ``key`` at ``offset``, of this shape, on the CPU, in the dtype of the source."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ class Manifest:
     """Of a manifest that was read; to_bytes takes it anew."""
 
     def to_bytes(self) -> bytes:
+        """Content of manifest.json.
+
+        Its first entry is the digest of all others: BLAKE2b, 16 bytes, over their JSON with sorted keys. The lists that
+        grow with ranks and tensors come last, so that `lineage.look_at` need not read them.
+        """
         body = {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,

@@ -39,6 +39,7 @@ class FileEntry:
 
 
 def folder_name(step: int) -> str:
+    """``iter_0001000``; a step of more than 7 digits keeps them all."""
     return f"iter_{step:07d}"
 
 
@@ -58,10 +59,12 @@ def aside_name(step: int, identifier: str) -> str:
 
 
 def is_leftover(path: Path) -> bool:
+    """Whether the name is one of `temporary_name`: a save or a deletion under way, or what a killed one left."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def is_replaced(path: Path) -> bool:
+    """Whether the name is one of `replaced_name`."""
     return _REPLACED.fullmatch(path.name) is not None
 
 

@@ -131,6 +131,10 @@ def adam_steps(optimizer: Any) -> set[int]:
 
 
 def set_adam_step(optimizer: Any, step: int) -> None:
+    """Set the number of steps that Adam has counted (its bias correction reads it) for all parameters.
+
+    torch's Adam needs its state for that: see ``create_state`` of `optimizer_slices`.
+    """
     for part in leaf_optimizers(optimizer):
         inner = part.optimizer
         if _steps_per_parameter(inner):
