@@ -49,6 +49,7 @@ DOCUMENTED = (
     "model",
     "data",
     "checkpoint",
+    "huggingface",
     "cli",
 )
 """Rooms whose public classes and functions all have a docstring."""

@@ -30,6 +30,7 @@ class Comparison:
     largest: float
 
     def within(self, tolerance: float) -> bool:
+        """Whether every logit is as near as that; false where one is NaN."""
         return self.error <= tolerance  # false for NaN
 
 

@@ -45,12 +45,15 @@ class Same:
     """The tensor itself."""
 
     def shapes(self, shape: Shape) -> list[Shape]:
+        """The shape of the box."""
         return [shape]
 
     def join(self, tensors: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+        """The tensor; of one expert with a first axis of 1."""
         return tensors[0].reshape(shape)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The values of the box, not copied."""
         return [tensor]
 
 
@@ -58,12 +61,15 @@ class Stacked:
     """Gate and up projection, stacked on a new first axis."""
 
     def shapes(self, shape: Shape) -> list[Shape]:
+        """[ffn, hidden], twice."""
         return [shape[1:]] * shape[0]
 
     def join(self, tensors: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+        """[2, ffn, hidden], gate first; of one expert [1, 2, ffn, hidden]."""
         return torch.stack(list(tensors)).reshape(shape)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Gate and up, as views."""
         return list(tensor.unbind(0))
 
 
@@ -80,13 +86,16 @@ class FusedAttention:
     heads: tuple[int, ...]
 
     def shapes(self, shape: Shape) -> list[Shape]:
+        """[groups * count * head_dim, hidden] for each count of ``heads``."""
         return [(self.groups * count * self.head_dim, shape[1]) for count in self.heads]
 
     def join(self, tensors: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+        """Rows group by group, of each group those of every tensor: [groups * sum(heads) * head_dim, hidden]."""
         grouped = [t.reshape(self.groups, -1, shape[1]) for t in tensors]
         return torch.cat(grouped, dim=1).reshape(shape)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The rows of each tensor again, over all groups."""
         rows = [count * self.head_dim for count in self.heads]
         grouped = tensor.reshape(self.groups, sum(rows), tensor.shape[1])
         return [part.reshape(-1, tensor.shape[1]) for part in grouped.split(rows, dim=1)]
@@ -179,6 +188,7 @@ class Link:
     optional: bool
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The values of ``box`` from its Hugging Face tensors, in the order of ``names``."""
         return self.transform.join(tensors, self.box.shape)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -269,6 +279,7 @@ class HfWeights:
         return self._joined(link.names[0], link)
 
     def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        """The box of ``key``, which must lie inside the tensor, on the CPU and in the dtype of :meth:`dtype`."""
         box = Box(tuple(offset), tuple(shape))
         out = torch.empty(box.shape, dtype=self.dtype(key))
         for link in self._by_key[key]:
