@@ -50,6 +50,7 @@ DOCUMENTED = (
     "data",
     "checkpoint",
     "huggingface",
+    "training",
     "cli",
 )
 """Rooms whose public classes and functions all have a docstring."""

@@ -24,8 +24,7 @@ class StopRequests:
 
     SIGTERM, SIGUSR1, SIGUSR2, SIGINT (Ctrl-C) and SIGHUP (the terminal was closed) ask for a checkpoint and an end; so
     does a file ``stop-now`` in the run folder. A file ``save-now`` asks for a checkpoint only. A signal may reach one
-    rank
-    alone: the loop reduces :meth:`poll` over the ranks before it acts.
+    rank alone: the loop reduces :meth:`poll` over the ranks before it acts.
 
     A person who has pressed Ctrl-C and asks again does not want to wait: the process ends at once, by that signal.
     Ctrl-C of a terminal reaches torchrun alone, which passes it on as SIGINT and a second one as SIGTERM.
