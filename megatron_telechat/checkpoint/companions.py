@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_telechat.checkpoint.files import crc32_of
+from megatron_telechat.checkpoint.files import crc32_of, disk_error
 from megatron_telechat.checkpoint.manifest import FileEntry
 
 _WEIGHT_SUFFIXES = frozenset(
@@ -32,16 +32,22 @@ def carry_companions(source: Path | None, target: Path) -> dict[str, FileEntry]:
     """Copy the files that are not weights, unchanged, into ``target`` (a folder of a checkpoint under way).
 
     Returns them as files of the manifest, named from the checkpoint's folder.
+
+    Raises:
+        ResourceError: a file cannot be read or written.
     """
     entries: dict[str, FileEntry] = {}
     if source is None:
         return entries
     for relative in companions(source):
         copied = target / relative
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / relative, copied)
-        with open(copied, "rb+") as stream:
-            os.fsync(stream.fileno())
-        name = f"{target.name}/{relative.as_posix()}"
-        entries[name] = FileEntry(copied.stat().st_size, crc32_of(copied))
+        try:
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, copied)
+            with open(copied, "rb+") as stream:
+                os.fsync(stream.fileno())
+            entry = FileEntry(copied.stat().st_size, crc32_of(copied))
+        except OSError as error:
+            raise disk_error(Path(error.filename or copied), error) from error
+        entries[f"{target.name}/{relative.as_posix()}"] = entry
     return entries

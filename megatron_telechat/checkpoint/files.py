@@ -117,7 +117,8 @@ def disk_error(path: Path, error: OSError) -> ResourceError:
     return ResourceError(
         f"cannot write: {error.strerror or error}",
         where=str(path),
-        fix="free some space, or give another folder with --save; committed checkpoints are untouched",
+        fix="free some space, or give another folder (--save of a run, --output of a conversion); committed "
+        "checkpoints are untouched",
     )
 
 

@@ -7,12 +7,12 @@ from datetime import timedelta
 
 import torch
 
-from megatron_telechat.errors import DataError, ResourceError, StopAtStart
+from megatron_telechat.errors import DataError, ResourceError, StopAtStart, UserError
 
 _WAIT_MESSAGE_S = 30.0
 # A signal is not taken while the store waits: how long it may take to be heard.
 _TURN_S = 1.0
-_STOPPED = "stopped"
+_STOPPED, _ERROR = "stopped", "error "
 _STORE_PREFIX = "megatron_telechat/data"
 
 
@@ -43,7 +43,8 @@ class WordOfRankZero:
 
     def say_failed(self, error: BaseException) -> None:
         """What went wrong, or that rank 0 was asked to stop."""
-        self.say(_STOPPED if isinstance(error, (StopAtStart, KeyboardInterrupt)) else f"error: {error}")
+        stopped = isinstance(error, (StopAtStart, KeyboardInterrupt))
+        self.say(_STOPPED if stopped else f"{_ERROR}{type(error).__name__}: {error}")
 
     def progress(self, text: str) -> None:
         """What rank 0 is at: printed every half minute, and told to those who wait."""
@@ -62,15 +63,18 @@ class WordOfRankZero:
             expected: what this rank found itself; another word is an error.
 
         Raises:
-            DataError: rank 0 failed, or it has other data than this rank.
-            ResourceError: the time is up.
+            UserError: rank 0 failed; of the class of its error, so that all ranks end with one exit code.
+            DataError: rank 0 met an error that is not the user's, or it has other data than this rank.
+            ResourceError: the time is up, or whoever keeps the store is gone.
             StopAtStart: rank 0 was asked to stop.
         """
         said = self._wait()
         if said == _STOPPED:
             raise StopAtStart
-        if said.startswith("error: "):
-            raise DataError(f"rank 0 could not build the sample index: {said[len('error: ') :]}")
+        if said.startswith(_ERROR):
+            kind, _, text = said.removeprefix(_ERROR).partition(": ")
+            known = {cls.__name__: cls for cls in UserError.__subclasses__()}
+            raise known.get(kind, DataError)(f"rank 0 could not build the sample index: {text}")
         if expected is not None and said != expected:
             raise DataError(
                 f"rank {self.rank} sees other data files than rank 0",
@@ -97,6 +101,12 @@ class WordOfRankZero:
             try:
                 self.store.wait([self.key], timedelta(seconds=min(self.limit_s - waited, _TURN_S, _WAIT_MESSAGE_S)))
                 return self.store.get(self.key).decode()
+            except torch.distributed.DistNetworkError as error:
+                raise ResourceError(
+                    f"rank {self.rank} lost rank 0 while it waited for the sample index",
+                    "torch.distributed",
+                    "look at the output of rank 0, which ended first",
+                ) from error
             except RuntimeError:  # torch's DistStoreError: this turn's time was up
                 if self.rank == 1 and time.monotonic() - told >= _WAIT_MESSAGE_S:
                     told = time.monotonic()

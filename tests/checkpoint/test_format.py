@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_telechat.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
+from megatron_telechat.checkpoint.companions import carry_companions
 from megatron_telechat.checkpoint.find import find_checkpoint
 from megatron_telechat.checkpoint.manifest import _digest
 from megatron_telechat.errors import CheckpointError, ResourceError
@@ -257,3 +258,11 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(tmp_path, scenario):
         assert not any(".tmp-" in name for name in found), line
     assert lines[0]["newest"] == [1.0] and lines[-1]["newest"] == [2.0]
     assert any(line["leftovers"] for line in lines)
+
+
+def test_files_beside_the_weights_that_cannot_be_written_are_a_resource_error(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    (tmp_path / "occupied").write_text("")
+    with pytest.raises(ResourceError, match="cannot write"):
+        carry_companions(tmp_path / "hf", tmp_path / "occupied")

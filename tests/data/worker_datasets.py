@@ -77,6 +77,16 @@ def failure_before_building():
 
 
 @cases.case
+def cache_is_a_file():
+    path = folder("file")
+    if dist.get_rank() == 0:
+        (path / "occupied").write_text("")
+    dist.barrier()
+    run = make_run(path, data_path=(str(path / "en"),))
+    return outcome(replace(run, data=replace(run.data, data_cache_path=str(path / "occupied"))))
+
+
+@cases.case
 def other_files():
     path = folder("other")
     return outcome(make_run(path, data_path=(str(path / ("en" if dist.get_rank() == 0 else "zh")),)))
