@@ -99,6 +99,10 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
 
         if _speaks(environ):
             _say(report(loaded))
+            if loaded.actions.executes:
+                from megatron_telechat.cli.execute import execute_report
+
+                _say(execute_report(loaded))
         return EXIT_OK
     from megatron_telechat.checkpoint.start import require_start
     from megatron_telechat.training import train

@@ -26,11 +26,19 @@ class Actions:
     Attributes:
         print_config: ``table`` (every value with its origin) or ``yaml``; unset: neither.
         dry_run: check and describe the run, start nothing.
+        execute: with dry_run, also execute one rank of every pipeline stage on tensors without numbers.
+        execute_ranks: these ranks instead.
+        execute_all: every rank, and compare what they exchange.
+        execute_json: file for what was executed.
         help, version, list_presets: print that and stop.
     """
 
     print_config: str | None = None
     dry_run: bool = False
+    execute: bool = False
+    execute_ranks: tuple[int, ...] = ()
+    execute_all: bool = False
+    execute_json: str | None = None
     help: bool = False
     version: bool = False
     list_presets: bool = False
@@ -39,6 +47,11 @@ class Actions:
     def starts_nothing(self) -> bool:
         """Whether the command only describes a run and starts no ranks."""
         return self.dry_run or self.print_config is not None
+
+    @property
+    def executes(self) -> bool:
+        """Whether virtual ranks are asked for."""
+        return self.execute or self.execute_all or bool(self.execute_ranks)
 
 
 @dataclass
@@ -81,6 +94,11 @@ ACTION_FLAGS = {
     "preset": "start from the configuration of a model; --list-presets lists them",
     "print-config": "print every value with its origin (or, with =yaml, the resolved YAML) and exit",
     "dry-run": "check everything that can be checked without starting the ranks, describe the run and exit",
+    "execute": "with --dry-run: also execute one rank of every pipeline stage, on tensors without numbers (no GPU is "
+    "needed), and report memory, exchanges and waits of the host",
+    "execute-ranks": "with --dry-run: execute these ranks, such as 0,512",
+    "execute-all": "with --dry-run: execute every rank (64 at most) and check that their exchanges meet",
+    "execute-json": "with --execute: file for everything that was recorded",
     "list-presets": "list the presets and exit",
     "help": "this text",
     "version": "print the version and exit",
@@ -110,6 +128,10 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
                 at += 1
         _Flag(line, name, values, bool(equals)).read()
     _check_spellings(line)
+    if (line.actions.executes or line.actions.execute_json) and not line.actions.dry_run:
+        line.problems.append(
+            Problem("--execute plays ranks without a device, beside --dry-run", "flag", "add --dry-run, or leave it out")
+        )
     return line
 
 
@@ -187,10 +209,23 @@ class _Flag:
             if form not in ("table", "yaml") or len(self.values) > 1:
                 self.problem(f"{self.typed} takes nothing or yaml, not {' '.join(self.values)!r}")
             line.actions = replace(actions, print_config=form)
+        elif self.name == "execute-json":
+            line.actions = replace(actions, execute_json=self.single())
+        elif self.name == "execute-ranks":
+            line.actions = replace(actions, execute_ranks=self.ranks())
         elif self.values:
             self.problem(f"{self.typed} takes no value, not {' '.join(self.values)!r}")
         else:
             line.actions = replace(actions, **{attribute: True})
+
+    def ranks(self) -> tuple[int, ...]:
+        """Numbers with commas or spaces between them; empty after a complaint."""
+        words = [word for value in self.values for word in value.split(",") if word]
+        if not words or not all(word.isdigit() for word in words):
+            given = " ".join(self.values)
+            self.problem(f"{self.typed} is {given!r}", fix="it takes numbers of ranks, such as 0,512")
+            return ()
+        return tuple(dict.fromkeys(map(int, words)))
 
     def field(self, info: FieldInfo, origin: str) -> None:
         if info.kind is bool and not self.values:

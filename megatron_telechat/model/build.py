@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
@@ -43,8 +45,17 @@ def build_model(run: RunConfig, state: ParallelState, backend: Backend, initiali
                 post_process=layout.has_loss(state.pp_rank, chunk),
                 vp_stage=vp_stage,
             )
-        chunks.append(model.to(device))
+        _require_device(model, device)
+        chunks.append(model)
     shards = parameter_shards(chunks, run, state)
     if initialize:
         initialize_weights(shards, run)
     return chunks
+
+
+def _require_device(model: torch.nn.Module, device: torch.device) -> None:
+    """Everything was made on the device, and nothing has to be moved there: a second copy would be the peak."""
+    elsewhere = [
+        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.device != device
+    ]
+    assert not elsewhere, f"made on another device than {device}: {', '.join(elsewhere[:5])}"

@@ -19,6 +19,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError, Problem
 from megatron_telechat.parallel.agreement import gather_objects
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.parallel.topology import Topology
 from megatron_telechat.tensors.pieces import Piece, chunk_table, is_writer, piece_at, tiling_problems
 from megatron_telechat.tensors.table import layer_key, layer_of, layer_table, tensor_table
 
@@ -126,24 +127,33 @@ def global_key(name: str, layer_numbers: Sequence[int]) -> str:
 def verify_tiling(shards: Iterable[LocalParameter], run: RunConfig, state: ParallelState) -> None:
     """Check that the writers of all ranks together hold every tensor exactly once; collective.
 
-    By arithmetic, the pieces of all places tile the table. So it is enough that the ranks fill all places, and that
-    each has built exactly the pieces of its place; what is exchanged does not grow with the model.
+    By arithmetic, the pieces of all places tile the table, and the topology gives each rank a place of its own. So it
+    is enough that each rank stands at its place and has built exactly the pieces of that place; what is exchanged is
+    what is wrong, which does not grow with the model.
 
     Raises:
         ConfigError: on every rank, naming the tensors that are missing or held twice and the ranks, or what the layout
             of the pipeline leaves out.
     """
-    mine = _differences(shards, run, state)
-    places: list[tuple[dict[str, int], list[str]]] = gather_objects((state.coordinates(), mine))
+    mine = [*_misplaced(run, state), *_differences(shards, run, state)]
     ranks_of: dict[str, list[int]] = defaultdict(list)
-    for rank, (_, found) in enumerate(places):
+    for rank, found in enumerate(gather_objects(mine)):
         for what in found:
             ranks_of[what].append(rank)
     problems = tiling_problems(run)
     problems += [Problem(what, _rank_names(ranks), _REPORT) for what, ranks in ranks_of.items()]
-    problems += _place_problems([place for place, _ in places])
     if problems:
         raise ConfigError(problems).on_every_rank()
+
+
+def _misplaced(run: RunConfig, state: ParallelState) -> list[str]:
+    """Where the groups of this rank put it beside its place in the topology, on which pieces and plans rest."""
+    meant = vars(Topology.from_config(run.parallel).coordinates(state.rank))
+    return [
+        f"the groups put this rank at {name} {number}, its place is {name} {meant[name]}"
+        for name, number in state.coordinates().items()
+        if number != meant[name]
+    ]
 
 
 def _differences(shards: Iterable[LocalParameter], run: RunConfig, state: ParallelState) -> list[str]:
@@ -169,17 +179,3 @@ def _differences(shards: Iterable[LocalParameter], run: RunConfig, state: Parall
 def _rank_names(ranks: Sequence[int]) -> str:
     more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_SHOWN]))}{more}"
-
-
-def _place_problems(places: Sequence[dict[str, int]]) -> list[Problem]:
-    """Two ranks at one place of a domain, so that another place is empty."""
-    problems = []
-    for names in (("tp", "cp", "dp", "pp"), ("etp", "ep", "edp", "pp")):
-        rank_of: dict[tuple[int, ...], int] = {}
-        for rank, place in enumerate(places):
-            at = tuple(place[name] for name in names)
-            other = rank_of.setdefault(at, rank)
-            if other != rank:
-                text = ", ".join(f"{name} {number}" for name, number in zip(names, at, strict=True))
-                problems.append(Problem(f"two ranks stand at {text}", _rank_names((other, rank)), _REPORT))
-    return problems

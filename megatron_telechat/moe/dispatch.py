@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -162,8 +163,10 @@ class Dispatch:
         self.ranges = chunk_ranges(self.num_tokens, num_chunks)
         self.outgoing: tuple[Outgoing, ...] = ()
         self.arrivals: tuple[Arrivals, ...] = ()
-        layout = _Layout(routing, groups, self.ranges, rows, waiting)
-        self._layout: _Layout | None = layout
+        num_experts = routing.tokens_per_expert.numel()
+        choices = _gather_choices(routing.experts, num_experts, num_chunks, groups.all, waiting)
+        layout = Layout(choices, groups, self.ranges, rows)
+        self._layout: Layout | None = layout
         self._incoming = tuple(map(tuple, layout.host_in_sizes))
         self.local = layout.group_size == 1
         if not self.local:
@@ -180,27 +183,55 @@ class Dispatch:
         self._layout = None
 
 
-class _Layout:
-    """Index arithmetic of a dispatch, for all chunks at once. Shapes: c chunks, s ranks of the group, e expert-parallel
-    ranks, m tokens of a chunk, k choices of a token."""
+class Choices(NamedTuple):
+    """What the ranks of an expert group tell each other.
 
-    def __init__(
-        self,
-        routing: Routing,
-        groups: ExpertGroups,
-        ranges: tuple[ChunkRange, ...],
-        rows: RowFormat,
-        waiting: Callable[[], AbstractContextManager],
-    ):
-        self.topk = routing.experts.shape[1]
-        self.num_experts = routing.tokens_per_expert.numel()
+    Attributes:
+        experts: [ranks, n, k] uint8 or int32, the choices of all ranks.
+        chunks: [ranks] int32, how many pieces each rank cuts its input into.
+        num_experts: experts of the layer.
+    """
+
+    experts: Tensor
+    chunks: Tensor
+    num_experts: int
+
+
+def sizes_on_host(sizes: Tensor, layout: Layout) -> list[int]:
+    """The sizes of all messages and products of a call, as numbers: the one place where a forward waits for the device.
+
+    Args:
+        sizes: int64, flat, on the device.
+        layout: whose sizes these are; a virtual rank, whose tensors hold no numbers, works them out from it.
+    """
+    return sizes.tolist()
+
+
+class Layout:
+    """Index arithmetic of a dispatch, for all chunks at once. Shapes: c chunks, s ranks of the group, e expert-parallel
+    ranks, m tokens of a chunk, k choices of a token.
+
+    Args:
+        choices: of all ranks of the group.
+        groups: the ranks that share the experts.
+        ranges: the tokens of every chunk.
+        rows: how the rows are sent.
+
+    Raises:
+        ConfigError: the ranks do not hold one number of chunks.
+    """
+
+    def __init__(self, choices: Choices, groups: ExpertGroups, ranges: tuple[ChunkRange, ...], rows: RowFormat):
+        self.choices, self.groups, self.row_format = choices, groups, rows
+        self.topk = choices.experts.shape[2]
+        self.num_experts = choices.num_experts
         self.ep, self.etp = groups.ep.size(), groups.etp.size()
         self.group_size = self.ep * self.etp
         self.ep_rank, me = groups.ep.rank(), groups.all.rank()
         self.local_experts = self.num_experts // self.ep
         self.ranges, self.chunks = ranges, len(ranges)
         self.per_row = rows.weights_per_row
-        self.device = routing.experts.device
+        self.device = choices.experts.device
         edges = torch.tensor(ranges)  # [c, 2]
         if traits_of(self.device).pins_uploads:
             edges = edges.pin_memory().to(self.device, non_blocking=True)
@@ -209,10 +240,7 @@ class _Layout:
         self.tokens = self.starts.unsqueeze(1) + torch.arange(max(b - a for a, b in ranges), device=self.device)
         self.filled = self.tokens < edges[:, 1:]
 
-        gathered, self.chunks_of_ranks = _gather_choices(
-            routing.experts, self.num_experts, self.chunks, groups.all, waiting
-        )
-        ids = self._padded(gathered)  # [s, c, m, k]
+        ids = self._padded(choices.experts)  # [s, c, m, k]
         destination = ids // self.local_experts
         # Which of my tokens and choices go to each expert-parallel rank: [c, e, m], [c, e, m, k].
         ranks = torch.arange(self.ep, device=self.device, dtype=ids.dtype).view(-1, 1, 1)
@@ -245,12 +273,12 @@ class _Layout:
         parts = (self.out_rows, self.out_sizes, self.in_rows, self.in_sizes, per_expert)
         widths = [part.shape[1] for part in parts]
         width = sum(widths)
-        told = self.chunks_of_ranks.long()
-        host, told = torch.cat((torch.cat(parts, 1).flatten(), told)).cpu().split((self.chunks * width, len(told)))
-        _same_everywhere(told.tolist())
-        host = host.view(self.chunks, width).split(widths, 1)
+        numbers = sizes_on_host(torch.cat((torch.cat(parts, 1).flatten(), self.choices.chunks.long())), self)
+        _same_everywhere(numbers[self.chunks * width :])
+        edges = [0, *accumulate(widths)]
         self.host_out_rows, self.host_out_sizes, self.host_in_rows, self.host_in_sizes, self.host_experts = (
-            part.tolist() for part in host
+            [numbers[c * width + begin : c * width + end] for c in range(self.chunks)]
+            for begin, end in pairwise(edges)
         )
 
     def _weight_rows(self, pairs: Tensor) -> Tensor:
@@ -392,20 +420,20 @@ def _gather_choices(
     num_chunks: int,
     group: dist.ProcessGroup,
     waiting: Callable[[], AbstractContextManager],
-) -> tuple[Tensor, Tensor]:
-    """[n, k] of this rank → [ranks, n, k] of all, one byte a choice where that is enough; and every rank's number of
-    chunks, which rides along: ranks that cut differently would wait for each other's transfers for ever."""
+) -> Choices:
+    """The choices of this rank, [n, k], to those of all, one byte a choice where that is enough. Every rank's number of
+    chunks rides along: ranks that cut differently would wait for each other's transfers for ever."""
     ids = experts.to(torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int32)
     chunks = torch.full((1,), num_chunks, dtype=torch.int32, device=ids.device)
     if group.size() == 1:
-        return ids.unsqueeze(0), chunks
+        return Choices(ids.unsqueeze(0), chunks, num_experts)
     message = torch.cat((ids.flatten(), chunks.view(ids.dtype)))
     gathered = message.new_empty(group.size() * message.numel())
     with waiting():
         dist.all_gather_into_tensor(gathered, message, group=group)
     gathered = gathered.view(group.size(), -1)
     choices, chunks = gathered[:, : ids.numel()], gathered[:, ids.numel() :].contiguous()
-    return choices.reshape(group.size(), *ids.shape), chunks.view(torch.int32).flatten()
+    return Choices(choices.reshape(group.size(), *ids.shape), chunks.view(torch.int32).flatten(), num_experts)
 
 
 def _same_everywhere(chunks: list[int]) -> None:

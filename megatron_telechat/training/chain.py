@@ -7,7 +7,8 @@ times. Imported after the backend is installed, as everything that imports megat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,6 +88,33 @@ class ModelOptimizer(ChainedOptimizer):
         agreed = bool(flag.item())
         self.grad_scaler.settle(agreed)
         return agreed
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Take the step of every part; where parameters are not gathered in the next forward, gather them once.
+
+        Each of megatron-core's distributed optimizers gathers the parameters of all chunks after its own step: with
+        experts the whole model twice, of which the first time sends experts that have not moved yet.
+        """
+        *others, last = self.parts
+        for part in others:
+            with _gathers_nothing(part):
+                part.step_with_ready_grads()
+        return last.step_with_ready_grads()
+
+
+@contextmanager
+def _gathers_nothing(part: Any) -> Iterator[None]:
+    """Inside, a distributed optimizer knows of no chunk to gather; it asks for them in no other place of a step."""
+    chunks = getattr(part, "model_chunks", None)
+    if chunks is None:
+        yield
+        return
+    part.model_chunks = []
+    try:
+        yield
+    finally:
+        part.model_chunks = chunks
 
 
 def _loss_scale(config: OptimizerConfig) -> LossScale:

@@ -23,22 +23,22 @@ from megatron_telechat.data import (
     fingerprint_differences,
 )
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, DataError
-from megatron_telechat.model import build_model, parameter_shards, verify_tiling
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
 from megatron_telechat.training.banner import banner, resume_differences
+from megatron_telechat.training.build import build_trained
 from megatron_telechat.training.chunks import ChunkSetting, set_chunks
 from megatron_telechat.training.console import Console
 from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.numerics import require_finite_weights
-from megatron_telechat.training.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from megatron_telechat.training.optimizer import set_learning_rate
 from megatron_telechat.training.param_gather import gathered_parameters
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.progress import progress_at
 from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.signals import StopRequests
-from megatron_telechat.training.step import StepResult, TrainStep, chunk_iterators, close_iterators, evaluate
+from megatron_telechat.training.step import StepResult, chunk_iterators, close_iterators, evaluate
 from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.trace import ExchangeTrace
 from megatron_telechat.training.unsaved import unsaved_note
@@ -69,13 +69,9 @@ class Trainer:
         with together(self.state):
             self.paths.create()
 
-        with together(self.state):
-            models = build_model(run, self.state, self.backend)
-            self.shards = parameter_shards(models, run, self.state)
-        verify_tiling(self.shards, run, self.state)
-        self.chunks = wrap_data_parallel(models, run, self.state)
-        self.optimizer = build_optimizer(self.chunks, run, self.state)
-        self.train_step = TrainStep(self.chunks, self.optimizer, self.shards, run, self.state, self.backend)
+        built = build_trained(run, self.state, self.backend)
+        self.chunks, self.shards = built.chunks, built.shards
+        self.optimizer, self.train_step = built.optimizer, built.train_step
 
         with together(self.state):
             self.data_plan = data_plan(run.data)

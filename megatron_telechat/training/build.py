@@ -1,0 +1,57 @@
+"""From a run and its ranks to what takes a step: model, optimizer, step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_telechat.backend import Backend
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.model import build_model, parameter_shards, verify_tiling
+from megatron_telechat.parallel.agreement import together
+from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_telechat.training.step import TrainStep
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+
+    from megatron_telechat.model.shards import LocalParameter
+    from megatron_telechat.training.chain import ModelOptimizer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank trains, and what trains it.
+
+    Attributes:
+        chunks: the virtual stages of this rank, wrapped for data parallelism.
+        shards: their parameters, and which piece of which tensor each holds.
+        optimizer: over all of them.
+        train_step: takes a step.
+    """
+
+    chunks: Sequence[DistributedDataParallel]
+    shards: Sequence[LocalParameter]
+    optimizer: ModelOptimizer
+    train_step: TrainStep
+
+
+def build_trained(run: RunConfig, state: ParallelState, backend: Backend, initialize: bool = True) -> Trained:
+    """Build model, optimizer and step; collective.
+
+    Args:
+        initialize: fill the weights.
+
+    Raises:
+        ConfigError: the ranks together do not hold the model.
+        UserError: what one rank meets alone, on all of them.
+    """
+    with together(state):
+        models = build_model(run, state, backend, initialize)
+        shards = parameter_shards(models, run, state)
+    verify_tiling(shards, run, state)
+    chunks = wrap_data_parallel(models, run, state)
+    optimizer = build_optimizer(chunks, run, state)
+    return Trained(chunks, shards, optimizer, TrainStep(chunks, optimizer, shards, run, state, backend))

@@ -1,0 +1,206 @@
+"""Starts virtual ranks, each in a process of its own, and collects what they report; needs no torch itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import IO
+
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
+from megatron_telechat.costs import DeviceSpec
+from megatron_telechat.device_kinds import planned_device
+from megatron_telechat.errors import ConfigError, ResourceError, UserError
+from megatron_telechat.parallel.topology import Topology
+from megatron_telechat.virtual.records import GIB, RankRecord
+
+DEVICE = ("NVIDIA H100 80GB HBM3", 80 * GIB)
+"""Name and memory of the device that is played where no device file says another one."""
+RANK_LIMIT_S = 600.0
+PROGRAM = "megatron_telechat.virtual.rank"
+MOST_MATCHED = 64
+"""Ranks of a world that are all executed, to compare them."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one virtual rank is to do.
+
+    Attributes:
+        config: the run, as YAML.
+        rank: its number.
+        record, error: files for what it did, and for what went wrong.
+        device_name, device_bytes: the device that is played.
+        steps: optimizer steps; the last one is recorded.
+        skew: of the routing (`routing.VirtualRouting`).
+        limit_s: seconds after which the rank is given up.
+    """
+
+    config: str
+    rank: int
+    record: str
+    error: str
+    device_name: str
+    device_bytes: int
+    steps: int = 1
+    skew: float = 1.0
+    limit_s: float = RANK_LIMIT_S
+
+    @cached_property
+    def run(self) -> RunConfig:
+        """The run of :attr:`config`."""
+        return run_config_from_yaml(self.config)
+
+    @classmethod
+    def read(cls, path: Path) -> Order:
+        """From the file that :func:`execute` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def executable(run: RunConfig) -> RunConfig:
+    """The run as virtual ranks execute it: made-up data, and as many micro-batches as fill the pipeline.
+
+    Raises:
+        ConfigError: a run that is not for CUDA.
+    """
+    kind = planned_device(run.training.device)
+    if kind.torch_cuda != "native":
+        raise ConfigError(
+            f"virtual ranks play CUDA devices, the run is for {kind.name}",
+            "--execute",
+            "add --device cuda" if kind.torch_cuda != "absent" else "a CPU run needs no virtual rank: start it",
+        )
+    parallel = run.parallel
+    stages = parallel.pipeline_model_parallel_size
+    enough = stages + 1 if parallel.num_virtual_stages_per_pipeline_rank == 1 else 2 * stages
+    count = min(run.num_microbatches, enough)
+    batch = run.training.global_batch_size // run.num_microbatches * count
+    chunks = 1 if parallel.moe_input_chunks == "auto" else parallel.moe_input_chunks
+    return replace(
+        run,
+        training=replace(run.training, global_batch_size=batch, train_iters=8, device=kind.name),
+        parallel=replace(parallel, moe_input_chunks=chunks),
+        data=replace(
+            run.data,
+            mock_data=True, data_path=(), data_json=None, train_data_path=(), valid_data_path=(), num_workers=0,
+        ),
+    )  # fmt: skip
+
+
+def one_of_each_stage(run: RunConfig) -> list[int]:
+    """A rank of every pipeline stage: the first of each."""
+    topology = Topology.from_config(run.parallel)
+    return [stage * (topology.world_size // topology.pp) for stage in range(topology.pp)]
+
+
+def execute(
+    run: RunConfig,
+    ranks: Sequence[int],
+    device: DeviceSpec | None = None,
+    steps: int = 1,
+    skew: float = 1.0,
+    limit_s: float = RANK_LIMIT_S,
+    done: Callable[[RankRecord], None] = lambda record: None,
+    program: str = PROGRAM,
+) -> list[RankRecord]:
+    """Execute these ranks of a run, as many at a time as the machine has processors.
+
+    Args:
+        run: as :func:`executable` gives it.
+        ranks: which ones.
+        device: the device that is played.
+        steps: steps of each; the last one is reported.
+        skew: of the routing.
+        limit_s: seconds of one rank.
+        done: called with each record as soon as it is there.
+        program: module that plays the ranks; tests break one on purpose.
+
+    Raises:
+        ConfigError: a rank outside of the world.
+        UserError: what a rank refused, or that it failed.
+    """
+    world = run.parallel.world_size
+    outside = [rank for rank in ranks if not 0 <= rank < world]
+    if outside:
+        raise ConfigError(f"rank {outside[0]} of {world}", "--execute-ranks", f"ranks from 0 to {world - 1}")
+    name, size = DEVICE
+    if device is not None and device.memory_gib:
+        name, size = device.name, int(device.memory_gib * GIB)
+    with tempfile.TemporaryDirectory(prefix="megatron_telechat-virtual-") as folder:
+        config = dump_run_config(replace(run, logging=replace(run.logging, run_dir=folder)))
+        orders: list[Order] = []
+        for rank in ranks:
+            place = str(Path(folder) / str(rank))
+            orders.append(
+                Order(config, rank, f"{place}.json", f"{place}.error", name, size, steps, skew, limit_s)
+            )
+            Path(f"{place}.order").write_text(json.dumps(asdict(orders[-1])), encoding="utf-8")
+        workers = max(1, min(len(ranks), os.cpu_count() or 1))
+        with ThreadPoolExecutor(workers) as pool:
+            shares = [orders[number::workers] for number in range(workers)]
+            found = [record for share in pool.map(lambda share: _run(share, done, program), shares) for record in share]
+    place_of = {rank: number for number, rank in enumerate(ranks)}
+    return sorted(found, key=lambda record: place_of[record.rank])
+
+
+def _run(orders: Sequence[Order], done: Callable[[RankRecord], None], program: str) -> list[RankRecord]:
+    """Play some ranks in one process after another."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    files = [str(Path(order.record).with_suffix(".order")) for order in orders]
+    records: list[RankRecord] = []
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", program, *files],
+            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                order = next((order for order in orders if str(order.rank) == line.strip()), None)
+                if order is None:
+                    continue
+                if not Path(order.record).exists():
+                    raise _failure(order, said)
+                records.append(RankRecord.read(Path(order.record)))
+                done(records[-1])
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if len(records) < len(orders):
+            raise _failure(orders[len(records)], said)
+    return records
+
+
+def _failure(order: Order, said: IO[str]) -> UserError:
+    """What the rank said, or the end of its output where it said nothing."""
+    error = Path(order.error)
+    if error.exists():
+        told = json.loads(error.read_text(encoding="utf-8"))
+        last = told["text"].splitlines()[0 if told["user"] else -1]
+        return VirtualRankError(f"virtual rank {order.rank}: {last}", details=told["text"])
+    said.seek(0)
+    lines = said.read().strip().splitlines()
+    return VirtualRankError(f"virtual rank {order.rank}: {lines[-1] if lines else 'no word'}", "\n".join(lines))
+
+
+class VirtualRankError(ResourceError):
+    """A virtual rank did not come to its end.
+
+    Attributes:
+        details: its traceback.
+    """
+
+    def __init__(self, what: str, details: str):
+        super().__init__(what, "--execute", "see its traceback above")
+        self.details = details
