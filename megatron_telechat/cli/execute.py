@@ -132,14 +132,16 @@ def exchanged(whole: RunConfig, executed: RunConfig, record: RankRecord) -> list
         total[0] += factor
         total[1] += factor * call.bytes
     modelled: Mapping[tuple[str, str], Volume] = stage_volumes(whole, record.stage)
-    return [
-        Exchanged(
-            *key,
-            *(found[key] if key in found else (0.0, 0.0)),
-            modelled[key].of_step(whole.num_microbatches) if key in modelled else None,
+    entries = []
+    for group, kind in sorted({*found, *modelled}):
+        calls, executed_bytes = found.get((group, kind), (0.0, 0.0))
+        volume = modelled.get((group, kind))
+        entries.append(
+            Exchanged(
+                group, kind, calls, executed_bytes, None if volume is None else volume.of_step(whole.num_microbatches)
+            )
         )
-        for key in sorted({*found, *modelled})
-    ]
+    return entries
 
 
 def group_of(call: Call) -> str:
@@ -174,7 +176,9 @@ def _one_a_stage(records: Sequence[RankRecord]) -> list[RankRecord]:
 
 def _memory(run: RunConfig, records: Sequence[RankRecord]) -> list[str]:
     stages = stage_memory(run)
-    rows = [["rank", "stage", "resident", "forward, backward", "optimizer", "peak GiB", "modelled", "executed/modelled"]]
+    rows = [
+        ["rank", "stage", "resident", "forward, backward", "optimizer", "peak GiB", "modelled", "executed/modelled"]
+    ]
     for record in records[:32]:
         modelled = stages[record.stage].total_bytes
         rows.append(
@@ -229,9 +233,7 @@ def _work_row(work: ScopeWork, microbatches: int, run: RunConfig, device: Device
     ]  # fmt: skip
 
 
-def kernel_seconds(
-    launches: float, flops: float, moved: float, precision: str, device: DeviceSpec
-) -> dict[str, float]:
+def kernel_seconds(launches: float, flops: float, moved: float, precision: str, device: DeviceSpec) -> dict[str, float]:
     """Seconds by each of the three limits of a device: its arithmetic, its memory, and the host that launches."""
     peak = (device.peak(precision) or float("inf")) * 1e12 * device.efficiency.get("gemm", 1.0)
     bandwidth = (device.hbm_bandwidth_gb_s or float("inf")) * 1e9 * device.efficiency.get("hbm", 1.0)
@@ -253,9 +255,7 @@ def _waits(records: Sequence[RankRecord]) -> list[str]:
     return table(rows, left=(0, 1, 3))
 
 
-def write_json(
-    path: Path, whole: RunConfig, run: RunConfig, records: Sequence[RankRecord], met: Match | None
-) -> None:
+def write_json(path: Path, whole: RunConfig, run: RunConfig, records: Sequence[RankRecord], met: Match | None) -> None:
     """Everything that was recorded.
 
     Raises:

@@ -130,7 +130,9 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     _check_spellings(line)
     if (line.actions.executes or line.actions.execute_json) and not line.actions.dry_run:
         line.problems.append(
-            Problem("--execute plays ranks without a device, beside --dry-run", "flag", "add --dry-run, or leave it out")
+            Problem(
+                "--execute plays ranks without a device, beside --dry-run", "flag", "add --dry-run, or leave it out"
+            )
         )
     return line
 

@@ -96,9 +96,7 @@ def stage_volumes(run: RunConfig, stage: int) -> dict[tuple[str, str], Volume]:
     return out.result()
 
 
-def _layer(
-    out: _Volumes, run: RunConfig, layer: int, modes: Iterable[str], whole: float, tokens: Tokens
-) -> None:
+def _layer(out: _Volumes, run: RunConfig, layer: int, modes: Iterable[str], whole: float, tokens: Tokens) -> None:
     routed = run.model.layer_is_moe(layer)
     regions = 1 if routed else 2  # attention, and the dense MLP
     regions += bool(routed and run.model.moe_shared_expert_intermediate_size)

@@ -277,8 +277,7 @@ class Layout:
         _same_everywhere(numbers[self.chunks * width :])
         edges = [0, *accumulate(widths)]
         self.host_out_rows, self.host_out_sizes, self.host_in_rows, self.host_in_sizes, self.host_experts = (
-            [numbers[c * width + begin : c * width + end] for c in range(self.chunks)]
-            for begin, end in pairwise(edges)
+            [numbers[c * width + begin : c * width + end] for c in range(self.chunks)] for begin, end in pairwise(edges)
         )
 
     def _weight_rows(self, pairs: Tensor) -> Tensor:

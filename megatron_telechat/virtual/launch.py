@@ -139,9 +139,7 @@ def execute(
         orders: list[Order] = []
         for rank in ranks:
             place = str(Path(folder) / str(rank))
-            orders.append(
-                Order(config, rank, f"{place}.json", f"{place}.error", name, size, steps, skew, limit_s)
-            )
+            orders.append(Order(config, rank, f"{place}.json", f"{place}.error", name, size, steps, skew, limit_s))
             Path(f"{place}.order").write_text(json.dumps(asdict(orders[-1])), encoding="utf-8")
         workers = max(1, min(len(ranks), os.cpu_count() or 1))
         with ThreadPoolExecutor(workers) as pool:

@@ -47,7 +47,8 @@ def match(records: Iterable[RankRecord]) -> Match:
     compared = 0
     for _, ranks in sorted(members.items()):
         first = next(iter(ranks.values()))[1][0]
-        name = f"{first.description or 'group'} of ranks {', '.join(str(rank) for rank, _ in sorted(ranks.values(), key=lambda found: found[0]))}"
+        numbers = ", ".join(map(str, sorted(rank for rank, _ in ranks.values())))
+        name = f"{first.description or 'group'} of ranks {numbers}"
         if len(ranks) < first.size:
             problems.append(f"{name}: {first.size - len(ranks)} of its {first.size} ranks start nothing in it")
             continue

@@ -17,7 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_telechat.device_kinds import HOST
 from megatron_telechat.virtual.records import Call
+
+HOST_DEVICE = torch.device(HOST)
 
 GRANULE = 512
 """Bytes that CUDA's caching allocator rounds a block up to."""
@@ -50,7 +53,7 @@ class Memory:
 
     def see(self, tensor: Any) -> None:
         """Count the storage of this tensor, if it is on the device and was not counted yet."""
-        if not isinstance(tensor, FakeTensor) or tensor.fake_device.type == "cpu":
+        if not isinstance(tensor, FakeTensor) or tensor.fake_device == HOST_DEVICE:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -153,13 +156,13 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _kernel(self, name: str, args: Any, kwargs: Any, inputs: list, outputs: list) -> None:
-        devices = {tensor.device.type for tensor in (*inputs, *outputs)}
-        if devices <= {"cpu"}:
+        devices = {tensor.device for tensor in (*inputs, *outputs)}
+        if devices <= {HOST_DEVICE}:
             return
-        if name in ("_to_copy", "copy_") and "cpu" in devices:
+        if name in ("_to_copy", "copy_") and HOST_DEVICE in devices:
             waits = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
             if waits:
-                self.record.wait_of_host("copy from the device" if inputs[-1].device.type != "cpu" else "copy to it")
+                self.record.wait_of_host("copy to it" if inputs[-1].device == HOST_DEVICE else "copy from the device")
         moved = sum(_bytes(tensor) for tensor in {id(t): t for t in (*inputs, *outputs)}.values())
         launches = len(args[0]) if name.startswith("_foreach") and isinstance(args[0], (list, tuple)) else 1
         # A multi-tensor kernel takes some hundred tensors at a time.

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from megatron_telechat.backend import DeviceMemory
 from megatron_telechat.backend.cuda import CudaBackend
-from megatron_telechat.virtual.record import Memory, Record
+from megatron_telechat.virtual.record import HOST_DEVICE, Memory, Record
 
 aten = torch.ops.aten
 # As torch has them: a rank is played inside of the context that its program was loaded in.
@@ -247,7 +247,7 @@ def _number(tensor: torch.Tensor) -> Any:
 
 def _scalar(record: Record) -> Callable[..., Any]:
     def item(fake_mode: Any, func: Any, tensor: FakeTensor) -> Any:
-        if tensor.fake_device.type != "cpu":
+        if tensor.fake_device != HOST_DEVICE:
             record.wait_of_host("item")
         return _number(tensor)
 
@@ -259,7 +259,7 @@ def _tolist(record: Record) -> Callable[..., Any]:
         return _number(tensor) if not shape else [numbers(tensor, shape[1:]) for _ in range(shape[0])]
 
     def tolist(self: FakeTensor) -> Any:
-        if self.fake_device.type != "cpu":
+        if self.fake_device != HOST_DEVICE:
             record.wait_of_host("tolist")
         return numbers(self, tuple(self.shape))
 

@@ -29,8 +29,8 @@ LAYOUTS = {
     ),
     "dense_uneven": (
         DENSE,
-        "--num-layers 3 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*2L --overlap-grad-reduce "
-        "--tensor-model-parallel-size 2",
+        "--num-layers 3 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*2L "
+        "--tensor-model-parallel-size 2 --overlap-grad-reduce",
     ),
     "moe_folded_pp2": (
         MOE,
