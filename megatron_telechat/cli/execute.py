@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.flags import Actions
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import DeviceSpec, device_spec
+from megatron_telechat.costs.communication import Links
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.costs.volumes import Volume, stage_volumes
 from megatron_telechat.errors import ConfigError, ResourceError
@@ -88,7 +90,7 @@ def execute_report(loaded: LoadedConfig) -> str:
         raise ResourceError(
             f"the ranks do not meet: {met.problems[0]}", "--execute-all", "this is a bug, please report it"
         )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def chosen_ranks(run: RunConfig, actions: Actions) -> list[int]:
@@ -159,7 +161,7 @@ def _sections(
     lines = _memory(run, records)
     for record in _one_a_stage(records):
         lines += ["", *_exchanges(whole, run, record)]
-    lines += ["", *_layers(run, records, device)]
+    lines += ["", *_layers(run, records, device), "", *_times(whole, run, records, device)]
     lines += ["", *_waits(records)]
     if met is not None:
         found = f"{len(met.problems)} problems" if met.problems else "all meet"
@@ -209,19 +211,65 @@ def _exchanges(whole: RunConfig, run: RunConfig, record: RankRecord) -> list[str
 def _layers(run: RunConfig, records: Sequence[RankRecord], device: DeviceSpec) -> list[str]:
     """Launches, FLOPs and bytes of a layer of each kind, of one micro-batch, and a time under a simple model."""
     rows = [["a micro-batch of", "launches", "FLOP", "GiB moved", "bound by", "ms"]]
-    seen: set[str] = set()
-    for record in _one_a_stage(records):
-        for layer in sorted({int(scope.split()[1]) for scope in record.work if scope.startswith("layer ")}):
-            for way in ("forward", "backward"):
-                kind = f"{'MoE' if run.model.layer_is_moe(layer) else 'dense'} layer, {way}"
-                if kind in seen or f"layer {layer} {way}" not in record.work:
-                    continue
-                seen.add(kind)
+    for moe in (False, True):
+        for way in ("forward", "backward"):
+            found = [
+                (layer, record)
+                for record in _one_a_stage(records)
+                for layer in range(run.model.num_layers)
+                if run.model.layer_is_moe(layer) == moe and f"layer {layer} {way}" in record.work
+            ]
+            if found:
+                # One in the middle: the first and the last share their scope with the ends of a stage.
+                layer, record = found[len(found) // 2]
+                name = f"{'MoE' if moe else 'dense'} layer, {way} ({layer})"
                 work = record.work[f"layer {layer} {way}"]
-                rows.append([f"{kind} ({layer})", *_work_row(work, record.microbatches, run, device)])
-    if not seen:
-        return ["no layer was executed"]
+                rows.append([name, *_work_row(work, record.microbatches, run, device)])
+    return table(rows) if len(rows) > 1 else ["no layer was executed"]
+
+
+def _times(whole: RunConfig, run: RunConfig, records: Sequence[RankRecord], device: DeviceSpec) -> list[str]:
+    """Seconds of a step of a rank of each stage, if nothing waited and nothing overlapped."""
+    rows = [["a step by these limits", "kernels s", "exchanges s"]]
+    for record in _one_a_stage(records):
+        kernels = 0.0
+        for scope, work in record.work.items():
+            factor = 1.0 if scope in _STEP_SCOPES else whole.num_microbatches / run.num_microbatches
+            times = kernel_seconds(work.launches, work.flops, work.bytes, run.training.precision, device)
+            kernels += factor * max(times.values())
+        entries = exchanged(whole, run, record)
+        seconds = sum(exchange_seconds(whole, entry, device) for entry in entries)
+        rows.append([f"rank {record.rank}, stage {record.stage}", f"{kernels:.3f}", f"{seconds:.3f}"])
     return table(rows)
+
+
+def exchange_seconds(run: RunConfig, entry: Exchanged, device: DeviceSpec) -> float:
+    """Seconds of these exchanges on the links of the device, as `costs.communication` takes them.
+
+    Args:
+        run: for the sizes of the groups.
+        entry: of one group and kind, for a step.
+        device: its links.
+    """
+    links, parallel = Links.of(run, device), run.parallel
+    stage = parallel.world_size // parallel.pipeline_model_parallel_size
+    tensor, experts = parallel.tensor_model_parallel_size, math.prod(parallel.expert_sizes)
+    places = {
+        "tp": (tensor, 1),
+        "ep": (experts, 1),
+        "dp": (stage // tensor, tensor),
+        "edp": (stage // experts, experts),
+    }
+    if not entry.calls:
+        return 0.0
+    if entry.kind in ("send", "receive"):
+        # A message is counted where it is sent.
+        return (entry.kind == "send") * (entry.bytes / links.between(stage) + entry.calls * links.latency)
+    size, stride = places.get(entry.group, (run.parallel.world_size, 1))
+    each = entry.bytes / entry.calls
+    if entry.kind == "all-to-all":
+        return entry.calls * links.all_to_all(each, size)
+    return entry.calls * links.gather(each, size, stride) * (2 if entry.kind == "all-reduce" else 1)
 
 
 def _work_row(work: ScopeWork, microbatches: int, run: RunConfig, device: DeviceSpec) -> list[str]:
