@@ -72,7 +72,9 @@ class DeviceTraits:
     """The output of a pipeline stage may be freed as soon as its send was issued, because sends and kernels are ordered
     on the device. Otherwise the host may still be reading that memory."""
     binds_communicators: bool
-    """Process groups are told the device of the rank, so that their communicators open on it at once."""
+    """The group of all ranks is told the device of the rank: its communicator opens at once, and torch then splits that
+    of every other group off it, in which all ranks take part. Otherwise a communicator opens among its own ranks when
+    it is first used."""
     high_priority_streams: bool
     """The exchange of the experts can have a stream of high priority, so that it does not queue behind kernels."""
     ranks_share_cores: bool
@@ -101,7 +103,7 @@ _CUDA = DeviceTraits(
     host_waits_for_transfers=False,
     pins_uploads=True,
     frees_sent_outputs=True,
-    binds_communicators=True,
+    binds_communicators=False,  # 1,024 ranks would split that of all ranks some thousands of times
     high_priority_streams=True,
     ranks_share_cores=False,
     memory_is_of_process=False,

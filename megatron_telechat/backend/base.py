@@ -89,6 +89,10 @@ class Backend(ABC):
         self._select_device()
         return apply_fixes(self.name, self.device)
 
+    def process_group_options(self) -> dict[str, Any]:
+        """Arguments of torch's init_process_group beside backend and timeout."""
+        return {"device_id": self.device} if self.traits.binds_communicators else {}
+
     def use_deterministic_algorithms(self) -> None:  # noqa: B027 (nothing to do on the CPU)
         """From now on this process takes kernels that give the same bits in every run; before the first product.
 
