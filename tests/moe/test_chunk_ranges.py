@@ -10,7 +10,7 @@ import torch
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.moe.autotune import max_chunks
 from megatron_telechat.moe.chunks import chunk_ranges
-from megatron_telechat.moe.overlap_model import PassCosts, backward_ms, forward_ms, ideal_ms, predicted_ms
+from megatron_telechat.moe.overlap_model import PassCosts, backward_ms, fillings, forward_ms, ideal_ms, predicted_ms
 
 
 @pytest.mark.parametrize("tokens", (0, 1, 2, 5, 37, 1000, 1024))
@@ -47,6 +47,19 @@ def test_model_comes_to_the_ideal_without_fixed_costs():
         assert predicted_ms(forward, backward, 400) == pytest.approx(ideal, rel=0.01)
         times = [predicted_ms(forward, backward, k) for k in (1, 2, 4, 8, 16)]
         assert times[0] == max(times) and all(ideal * (1 - 1e-9) <= time for time in times)
+
+
+@pytest.mark.parametrize(
+    "compute, link, filled",
+    (
+        (12.0, 1.0, (0, 0, 0, 0)),  # no chunk has to be waited for but the first, before which there is nothing
+        (12.0, 8.0, (0, 0, 0, 0)),  # a chunk is a little late: the gradients of weights would make it later
+        (12.0, 24.0, (0, 1, 1, 0)),
+        (12.0, 400.0, (0, 1, 1, 1)),
+    ),
+)
+def test_weight_gradients_fill_waits_that_are_long_enough(compute, link, filled):
+    assert fillings(PassCosts(compute, 0.0, link, 0.0), 4) == filled
 
 
 def test_fixed_costs_end_the_gain():
