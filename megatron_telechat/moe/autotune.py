@@ -67,6 +67,9 @@ class _Here:
     def when_done(self, report: Callable[[], None]) -> None:
         report()
 
+    def wait_beside(self) -> None:
+        """There is nothing to wait for."""
+
 
 class _NoLink:
     """A :class:`Link` whose transfers take no time: the computation alone."""

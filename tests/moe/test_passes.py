@@ -51,6 +51,9 @@ class Arrival:
     def when_done(self, report: Callable[[], None]) -> None:
         report()
 
+    def wait_beside(self) -> None:
+        self.link.events.append(f"beside {self.number}")
+
 
 class ScriptedLink:
     """Writes down starts and waits; the transfers have one count over both passes."""
