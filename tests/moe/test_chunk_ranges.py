@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.moe import autotune
 from megatron_telechat.moe.autotune import max_chunks
 from megatron_telechat.moe.chunks import chunk_ranges
 from megatron_telechat.moe.overlap_model import PassCosts, backward_ms, fillings, forward_ms, ideal_ms, predicted_ms
@@ -92,3 +94,12 @@ def test_auto_leaves_the_smallest_chunk_enough_rows(tokens, expected):
     if expected > 1:
         sizes = [stop - start for start, stop in chunk_ranges(tokens, expected)]
         assert min(sizes) * 4 * 2 / 16 >= 16
+
+
+@pytest.mark.parametrize("kind, dtype", [("npu", torch.float32), ("cuda", torch.float64), ("cpu", torch.float64)])
+def test_times_are_compared_in_a_type_that_the_device_reduces(monkeypatch, kind, dtype):
+    reduced = []
+    monkeypatch.setattr(autotune, "traits_of", lambda device: DEVICE_KINDS[kind])
+    monkeypatch.setattr(autotune, "_reduce", reduced.append)
+    autotune._measure(None, [("block", 1), ("block", 2)], torch.device("cpu"))
+    assert reduced and {values.dtype for values in reduced} == {dtype}
