@@ -47,8 +47,13 @@ class DeviceTraits:
     fused_rms_norm: bool
     """RMSNorm by torch's fused kernel, which keeps only its input. Otherwise by single operations, which also keep one
     fp32 number a row."""
+    heads_first_attention: bool
+    """Attention is given its heads one after another in memory; otherwise token by token, as the projections around it
+    have them, so that its output needs no copy."""
     copies_attention_output: bool
     """Attention returns its output head by head: the projection reads a copy, and both are kept for the backward."""
+    varlen_attention: bool
+    """torch's varlen_attn is there: attention within many documents in one call."""
     byte_dropout_masks: bool
     """Dropout keeps one byte an element; otherwise one number of the compute type."""
 
@@ -72,7 +77,9 @@ class DeviceTraits:
     """The output of a pipeline stage may be freed as soon as its send was issued, because sends and kernels are ordered
     on the device. Otherwise the host may still be reading that memory."""
     binds_communicators: bool
-    """Process groups are told the device of the rank, so that their communicators open on it at once."""
+    """The group of all ranks is told the device of the rank: its communicator opens at once, and torch then splits that
+    of every other group off it, in which all ranks take part. Otherwise a communicator opens among its own ranks when
+    it is first used."""
     high_priority_streams: bool
     """The exchange of the experts can have a stream of high priority, so that it does not queue behind kernels."""
     ranks_share_cores: bool
@@ -92,7 +99,9 @@ _CUDA = DeviceTraits(
     fuses_weight_gradients=True,
     needs_deterministic_mode=True,
     fused_rms_norm=True,
+    heads_first_attention=False,  # FlashAttention's own order
     copies_attention_output=False,
+    varlen_attention=True,
     byte_dropout_masks=True,
     expert_engine="grouped",
     grouped_alignment_bytes=16,  # the row strides that torch's grouped_mm takes
@@ -101,7 +110,7 @@ _CUDA = DeviceTraits(
     host_waits_for_transfers=False,
     pins_uploads=True,
     frees_sent_outputs=True,
-    binds_communicators=True,
+    binds_communicators=False,  # 1,024 ranks would split that of all ranks some thousands of times
     high_priority_streams=True,
     ranks_share_cores=False,
     memory_is_of_process=False,
@@ -118,7 +127,9 @@ _NPU = DeviceTraits(
     fuses_weight_gradients=False,
     needs_deterministic_mode=False,
     fused_rms_norm=True,
+    heads_first_attention=True,  # as the kernels of scaled_dot_product_attention have them
     copies_attention_output=False,
+    varlen_attention=False,
     byte_dropout_masks=True,
     expert_engine="grouped",
     grouped_alignment_bytes=16,
@@ -144,7 +155,9 @@ _CPU = DeviceTraits(
     fuses_weight_gradients=False,
     needs_deterministic_mode=False,  # the plain kernel is deterministic here, and faster
     fused_rms_norm=False,
+    heads_first_attention=True,
     copies_attention_output=True,
+    varlen_attention=False,
     byte_dropout_masks=False,
     expert_engine="loop",
     grouped_alignment_bytes=1,  # products one by one take any width

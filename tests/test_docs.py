@@ -26,7 +26,14 @@ PAGES = [ROOT / "README.md", CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 COLUMNS = 120
 
 FOREIGN_FLAGS = {
-    *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--standalone"),  # torchrun
+    *(
+        "--nnodes",
+        "--nproc-per-node",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--standalone",
+        "--max-restarts",
+    ),  # torchrun
     *("--nodes", "--ntasks-per-node", "--ntasks", "--gpus-per-node", "--gres", "--map-by"),  # srun, sbatch, mpirun
     *("--use-gigatoken", "--padded-vocab-size"),  # Megatron-LM's tools and its tokenizer options
 }

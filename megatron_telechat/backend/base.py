@@ -89,6 +89,10 @@ class Backend(ABC):
         self._select_device()
         return apply_fixes(self.name, self.device)
 
+    def process_group_options(self) -> dict[str, Any]:
+        """Arguments of torch's init_process_group beside backend and timeout."""
+        return {"device_id": self.device} if self.traits.binds_communicators else {}
+
     def use_deterministic_algorithms(self) -> None:  # noqa: B027 (nothing to do on the CPU)
         """From now on this process takes kernels that give the same bits in every run; before the first product.
 
@@ -98,6 +102,20 @@ class Backend(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until the device has done its work."""
+
+    def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor of the host in memory that the device reads by itself, so that the host need not wait for
+        an upload with ``non_blocking``; the tensor itself where the device has no such memory. Any thread may ask.
+
+        torch's allocator of this memory notes each such upload, and gives the memory to nobody else before it is over:
+        the tensor may be let go at once.
+        """
+        if not self.traits.pins_uploads:
+            return tensor
+        import torch
+
+        with getattr(torch, self.name).device(self.device):  # a new thread begins on device 0
+            return tensor.pin_memory()
 
     @abstractmethod
     def memory(self) -> DeviceMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from megatron_telechat.backend.base import Backend, DeviceMemory
@@ -13,6 +14,25 @@ if TYPE_CHECKING:
 
 _QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 """Environment variable: hardware queues of a process. Read when the CUDA context is made."""
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables with settings of torch's allocator: the name since torch 2.9, and the one before."""
+_SEGMENTS = "expandable_segments:True"
+"""One range of addresses that grows, in place of many blocks: the experts' buffers have another size in every step,
+and blocks of fixed sizes fill up with holes."""
+_FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+_WATCHDOG = {
+    # A collective that fails or takes too long ends the process, whose thread cannot be stopped inside of a kernel.
+    # Its communicators are left as they are: aborting them can hang.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    # Before that, every rank writes its last collectives to disk: which rank did not come, and to which of them.
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    # The watchdog itself may hang in a call of the driver: after so many seconds without a sign, the process ends.
+    "TORCH_NCCL_ENABLE_MONITORING": "1",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "480",
+}
+"""What happens when a rank is lost. torch's defaults today, which have changed before."""
+_REDIRECTION = "torch_npu.contrib.transfer_to_npu"
+"""Module that, once imported, has put torch_npu in the place of torch.cuda for the whole process."""
 
 
 class CudaBackend(Backend):
@@ -24,9 +44,8 @@ class CudaBackend(Backend):
     @staticmethod
     def present() -> bool:
         """Whether torch was built for CUDA and the driver shows a device."""
-        import torch
-
-        return torch.cuda.is_available()
+        # After torch_npu has redirected torch.cuda to its devices, torch.cuda answers for those.
+        return _REDIRECTION not in sys.modules and _is_available()
 
     @property
     def device(self) -> torch.device:
@@ -38,7 +57,10 @@ class CudaBackend(Backend):
     def _select_device(self) -> None:
         import torch
 
-        if not torch.cuda.is_available():
+        # Sequence parallelism overlaps its collectives with the GEMMs only where kernels are
+        # queued in the order they were issued; before the first question to CUDA.
+        os.environ.setdefault(_QUEUES, "1")
+        if not _is_available():
             raise ResourceError(
                 "no CUDA device: torch.cuda.is_available() is false",
                 "--device cuda",
@@ -51,9 +73,8 @@ class CudaBackend(Backend):
                 "torchrun --nproc-per-node",
                 f"start at most {count} rank(s) on this node, or use --device cpu",
             )
-        # Sequence parallelism overlaps its collectives with the GEMMs only where kernels are
-        # queued in the order they were issued; read when the CUDA context is made, so before it.
-        os.environ.setdefault(_QUEUES, "1")
+        _set_allocator()
+        _set_watchdog()
         torch.cuda.set_device(self.local_rank)
 
     def open_queues(self) -> None:
@@ -135,3 +156,35 @@ class CudaBackend(Backend):
         import torch
 
         torch.cuda.set_rng_state(state, self.device)
+
+
+def _is_available() -> bool:
+    """torch.cuda.is_available(), by a look at NVML: CUDA's own answer starts the driver, and what the environment says
+    of its queues must be there before that."""
+    import torch
+
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return torch.cuda.is_available()
+
+
+def _set_allocator() -> None:
+    """Let torch's allocator grow its segments, unless the environment has settings of its own; before the first
+    tensor."""
+    import torch
+
+    if any(name in os.environ for name in _ALLOCATOR):
+        return
+    os.environ[_ALLOCATOR[0]] = _SEGMENTS
+    # torch may have read the environment when it was imported.
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if tell is not None:
+        tell(_SEGMENTS)
+
+
+def _set_watchdog() -> None:
+    """What torch's NCCL groups do when a collective does not end, and what they write down of it; before the first
+    group. What the environment says is left as it is."""
+    for name, value in _WATCHDOG.items():
+        os.environ.setdefault(name, value)
+    if not any(name in os.environ for name in _FLIGHT_RECORDER):
+        os.environ[_FLIGHT_RECORDER[0]] = "2000"

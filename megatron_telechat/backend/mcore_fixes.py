@@ -289,6 +289,8 @@ QUIET = (
     "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
     # The optimizers look at .grad of their fp32 shards, which are views: None is the right answer.
     "The .grad attribute of a Tensor that is not a leaf Tensor",
+    # A group that was not told its device takes the current one, which is the rank's.
+    r"barrier\(\): using the device under current context",
     # Names of collectives that the pinned release uses and newer torch renames.
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "`torch.distributed.all_gather_into_tensor` is deprecated",

@@ -377,6 +377,9 @@ class _Merge:
             if self.by_person(name) and self.values.get(name) is not None:
                 for other in replaced:
                     self.drop(other, name)
+        for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+            if self.by_person(name) and self.values.get(name) is False:
+                self.drop("overlap_param_gather", name)
         if self.values.get("eval_iters") == 0:
             self.notes.append(f"eval_iters=0 ({self.origins['eval_iters']}): no evaluation")
             for name in ("eval_iters", "eval_interval", "valid_data_path"):

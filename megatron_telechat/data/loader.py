@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -38,6 +39,7 @@ class BatchIterator:
         steps = max(0, len(dataset) - consumed_samples) // run.training.global_batch_size
         self._count = steps * (run.training.global_batch_size // (self._micro_batch_size * self._dp_size))
         self._next = 0
+        self._finish: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._ahead = 2 * run.data.num_workers
         if run.routers_read_masks:
             # The training looks through all micro-batches of a step before the first: let them be there.
@@ -54,7 +56,17 @@ class BatchIterator:
     def __iter__(self) -> BatchIterator:
         return self
 
+    def finish_with(self, finish: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """From the next batch that is begun: hand its tensors to this function, in the thread that prepares it, and
+        give out what it returns."""
+        self._finish = finish
+
     def _make(self, number: int) -> dict[str, torch.Tensor]:
+        batch = self._read(number)
+        finish = self._finish
+        return batch if finish is None else {name: finish(tensor) for name, tensor in batch.items()}
+
+    def _read(self, number: int) -> dict[str, torch.Tensor]:
         samples = micro_batch_samples(number, self._dp_rank, self._dp_size, self._micro_batch_size, self._consumed)
         try:
             return self._dataset.batch(samples)

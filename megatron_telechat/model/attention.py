@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_telechat.backend import traits_of, varlen
 from megatron_telechat.model.norm import RMSNorm
 from megatron_telechat.model.rotary import SplitAndRotate, Tables
 
@@ -40,6 +42,22 @@ class Segments:
     """
 
     rows: tuple[tuple[int, ...], ...]
+    _bounds: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest stretch."""
+        return max(map(max, self.rows))
+
+    def bounds(self, device: torch.device) -> Tensor:
+        """int32 [stretches + 1] on the device: 0, and where each stretch ends, counted over all rows. Made once, with
+        no wait of the host."""
+        if device not in self._bounds:
+            ends = torch.tensor([0, *accumulate(length for row in self.rows for length in row)], dtype=torch.int32)
+            if traits_of(device).pins_uploads:
+                ends = ends.pin_memory()
+            self._bounds[device] = ends.to(device, non_blocking=True)
+        return self._bounds[device]
 
     @classmethod
     def of(cls, lengths: Tensor, batch: int) -> Segments:
@@ -75,9 +93,13 @@ class TorchCoreAttention(torch.nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None = None) -> Tensor:
         """query [b, heads, s, head_dim], key and value [b, groups, s, head_dim] -> [s, b, heads*head_dim].
 
+        FlashAttention's output lies in memory as the query does: where the heads of a token lie side by side, the
+        result is a view of it.
+
         Args:
-            segments: attend within these stretches only (block-diagonal causal). Each is a call of its own: the blocks
-                off the diagonal are not computed, and no mask of s x s is held.
+            segments: attend within these stretches only (block-diagonal causal). All in one call where the device has
+                one for that, else each is a call of its own: the blocks off the diagonal are not computed, and no mask
+                of s x s is held.
         """
         dropout = self.dropout if self.training else 0.0
         fork = dropout > 0.0 and self.fork_rng
@@ -90,6 +112,8 @@ class TorchCoreAttention(torch.nn.Module):
         with model_parallel_generator() if fork else nullcontext():
             if segments is None or all(len(row) == 1 for row in segments.rows):
                 out = attend(query, key, value)
+            elif not dropout and varlen.takes(query):
+                out = within_segments_at_once(varlen.attend, (query, key, value), segments)
             else:
                 out = _within_segments(attend, (query, key, value), segments)
         return out.permute(2, 0, 1, 3).flatten(2)
@@ -107,6 +131,19 @@ def _within_segments(attend: Callable[..., Tensor], heads: tuple[Tensor, ...], s
         for row, lengths in zip(rows, segments.rows, strict=True)
     ]
     return torch.cat(out)
+
+
+def within_segments_at_once(attend: Callable[..., Tensor], heads: tuple[Tensor, ...], segments: Segments) -> Tensor:
+    """The same, [b, heads, s, head_dim], by one call over the tokens of all rows.
+
+    Args:
+        attend: as `backend.varlen.attend`.
+    """
+    batch, length = heads[0].shape[0], heads[0].shape[2]
+    # With one row, as in the large models, these are views.
+    tokens = (part.transpose(1, 2).flatten(0, 1) for part in heads)
+    out = attend(*tokens, segments.bounds(heads[0].device), segments.longest)
+    return out.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 class TransformerEngineCoreAttention(torch.nn.Module):
@@ -209,9 +246,17 @@ class SelfAttention(MegatronModule):
         mixed = mixed.unflatten(-1, (self.groups, -1, self.head_dim))
         if self.q_layernorm is not None and self.k_layernorm is not None:
             mixed = normalise_heads(mixed, self.q_layernorm, self.k_layernorm)
-        heads = SplitAndRotate.apply(mixed, *rotary_tables, self.core_attention.heads_first)
+        heads = self._heads(mixed, rotary_tables)
         if self.recompute_core and self.training and torch.is_grad_enabled():
             context = tensor_parallel.checkpoint(partial(self.core_attention, segments=segments), False, *heads)
         else:
             context = self.core_attention(*heads, segments=segments)
         return self.linear_proj(context)
+
+    def _heads(self, mixed: Tensor, rotary_tables: Tables) -> tuple[Tensor, ...]:
+        """Query, key and value, rotated, in the shape that the core attention takes and the order in memory that the
+        device likes."""
+        heads_first = self.core_attention.heads_first
+        if not heads_first or traits_of(mixed.device).heads_first_attention:
+            return SplitAndRotate.apply(mixed, *rotary_tables, heads_first)
+        return tuple(part.permute(1, 2, 0, 3) for part in SplitAndRotate.apply(mixed, *rotary_tables, False))

@@ -114,6 +114,8 @@ def _parallel_fields(run: RunConfig, state: ParallelState, dtype: torch.dtype, d
         # With two ranks the previous and the next one are the same peer, and batched messages of the
         # interleaved schedule get mixed up silently.
         batch_p2p_comm=not interleaved,
+        # a wait of the host after every batch of messages, for a fault of old versions of torch
+        batch_p2p_sync=False,
     )
     return fields
 

@@ -67,6 +67,9 @@ class _Here:
     def when_done(self, report: Callable[[], None]) -> None:
         report()
 
+    def wait_beside(self) -> None:
+        """There is nothing to wait for."""
+
 
 class _NoLink:
     """A :class:`Link` whose transfers take no time: the computation alone."""
@@ -223,7 +226,8 @@ def _measure(
     A round is over all arms, so that drift hits all alike; and what disturbs a round only adds to its time.
     """
     rounds: list[list[tuple[float, float]]] = []
-    spent = torch.zeros(1, dtype=torch.float64, device=device)
+    wide = getattr(torch, traits_of(device).widest_float)
+    spent = torch.zeros(1, dtype=wide, device=device)
     for number in range(ROUNDS + 1):
         begin = time.perf_counter()
         times = [probe.run(k, arm) if probe else (0.0, 0.0) for arm, k in arms]
@@ -234,7 +238,7 @@ def _measure(
         _reduce(total)  # ranks must stop together
         if number >= 2 and float(total) * (number + 2) / (number + 1) > BUDGET_S:
             break
-    slowest = torch.tensor(rounds, dtype=torch.float64, device=device)  # [rounds, arms, 2]
+    slowest = torch.tensor(rounds, dtype=wide, device=device)  # [rounds, arms, 2]
     _reduce(slowest)
     fastest = slowest.sum(-1).min(0).indices.tolist()
     return {arm: tuple(slowest[fastest[number], number].tolist()) for number, arm in enumerate(arms)}

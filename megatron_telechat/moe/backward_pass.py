@@ -4,13 +4,15 @@ probabilities, D' their way back, W gradients of weights, R the first product on
     issue C'0 .. C'k-1;  then for each chunk: (R,) wait C', compute B, issue D';  then wait for the D's and sum
 
 and W of an earlier chunk wherever the computation would wait, the rest at the end, beside the last D'. Only the place
-of W depends on how fast the link is here, and no other rank sees that.
+of W depends on how fast the link is here, and no other rank sees that. On the CPU the host looks whether a C' has
+arrived. An accelerator's host is far ahead of its queues: there a plan from measured times says where W goes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +46,14 @@ class BackwardTransport(ABC):
         """Start C' of all chunks."""
 
     @abstractmethod
-    def is_gap(self, chunk: int) -> bool:
+    def is_gap(self, chunk: int, filled: int) -> bool:
         """Whether now is the time for weight gradients of earlier chunks: this chunk's C' is still on its way, or
-        nothing is gained by leaving them for later."""
+        nothing is gained by leaving them for later.
+
+        Args:
+            chunk: the one to wait for next.
+            filled: how many chunks' weight gradients were put before this wait already.
+        """
 
     @abstractmethod
     def receive(self, chunk: int) -> Tensor:
@@ -116,8 +123,10 @@ class BackwardPass:
         for chunk, arrivals in enumerate(self.dispatch.arrivals):
             saved = kept.pop(0)
             gate_up = self._gate_up(chunk, arrivals, saved)  # R
-            while self._pending and self.transport.is_gap(chunk):
+            filled = 0
+            while self._pending and self.transport.is_gap(chunk, filled):
                 self._weight_gradients()  # W
+                filled += 1
             grad = self.transport.receive(chunk)
             with self.clock.computing("B", chunk):
                 sums, grad_scale = self._input_gradients(chunk, arrivals, grad, saved, gate_up)
@@ -169,10 +178,14 @@ class BackwardOverLink(BackwardTransport):
         link: among the ranks that share the experts.
         clock: of the pass.
         grad: [n, h] of the output, contiguous.
+        plan: for each chunk, how many weight gradients go before the wait for it (`overlap_model.fillings`), where the
+            host cannot see what has arrived; None: by what has arrived.
     """
 
-    def __init__(self, dispatch: Dispatch, link: Link, clock: PassClock, grad: Tensor):
-        self._dispatch, self._clock, self._grad = dispatch, clock, grad
+    def __init__(
+        self, dispatch: Dispatch, link: Link, clock: PassClock, grad: Tensor, plan: Sequence[int] | None = None
+    ):
+        self._dispatch, self._clock, self._grad, self._plan = dispatch, clock, grad, plan
         self._form = RowFormat(grad.shape[1], grad.dtype)
         self._outputs, self._inputs = Exchange("C'", link, clock), Exchange("D'", link, clock)
 
@@ -182,8 +195,8 @@ class BackwardOverLink(BackwardTransport):
                 rows = self._grad.index_select(0, out.output_tokens)
             self._outputs.start(rows, out.send_tokens, arrivals.receive_tokens)
 
-    def is_gap(self, chunk: int) -> bool:
-        return not self._outputs.arrived(chunk)
+    def is_gap(self, chunk: int, filled: int) -> bool:
+        return not self._outputs.arrived(chunk) if self._plan is None else filled < self._plan[chunk]
 
     def receive(self, chunk: int) -> Tensor:
         return self._outputs.wait(chunk)
@@ -227,7 +240,7 @@ class BackwardInPlace(BackwardTransport):
     def send_all(self) -> None:
         """There is nobody to send to."""
 
-    def is_gap(self, chunk: int) -> bool:
+    def is_gap(self, chunk: int, filled: int) -> bool:
         return True  # no wait will come, and each chunk's activations are let go the sooner
 
     def receive(self, chunk: int) -> Tensor:

@@ -23,6 +23,7 @@ from megatron_telechat.moe.engine import Engine
 from megatron_telechat.moe.engines import engine_for
 from megatron_telechat.moe.experts import GroupedExperts
 from megatron_telechat.moe.link import Link
+from megatron_telechat.moe.overlap_model import PassCosts
 from megatron_telechat.moe.pipeline import ChunkPipeline
 from megatron_telechat.moe.router import Router, Routing
 
@@ -58,6 +59,7 @@ class MoEBlock(BaseMoELayer):
 
     Attributes:
         num_chunks, recompute_experts: may be changed between steps.
+        backward_costs: of a backward, where they were measured; may be set between steps.
         clock: how long the computation waited for the exchange.
         link: carries the exchanges. Measurements and tests put another in its place.
         engine: multiplies the local experts. Measurements put another in its place.
@@ -88,6 +90,7 @@ class MoEBlock(BaseMoELayer):
         self.clock = ExchangeClock()
         self.num_chunks = num_chunks
         self.recompute_experts = recompute_experts
+        self.backward_costs: PassCosts | None = None
         self.router = Router(config, groups)
         self.experts = GroupedExperts(self.num_local_experts, config, groups, output_bias)
         self.engine = engine_for(self.experts.device)
@@ -143,4 +146,6 @@ class MoEBlock(BaseMoELayer):
         with clock.computing("plan"):
             form = RowFormat(self.config.hidden_size, dtype)
             dispatch = Dispatch(routing, self.groups, num_chunks or self.num_chunks, form, clock.waiting)
-        return ChunkPipeline(dispatch, self.link, self.engine, self.clock, layer, self.recompute_experts)
+        return ChunkPipeline(
+            dispatch, self.link, self.engine, self.clock, layer, self.recompute_experts, self.backward_costs
+        )

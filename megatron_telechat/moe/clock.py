@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,6 +39,57 @@ EVENTS = 4096
 """Pairs of events that may wait to be read: beyond, those that have passed are read at once."""
 
 
+class DeviceSpans:
+    """Spans on the streams of a device, between two events each: the host issues work and goes on.
+
+    Args:
+        module: the device's part of torch, such as ``torch.cuda``: Event, Stream, stream, synchronize.
+    """
+
+    def __init__(self, module: Any):
+        self._module = module
+        self._spans: list[tuple[Span, Any, Any]] = []
+        self._beside: Any = None
+
+    @contextmanager
+    def around(self, span: Span) -> Iterator[None]:
+        """What the current stream does inside is this span; its times are left open."""
+        begin = self._event()
+        yield
+        self._spans.append((span, begin, self._event()))
+
+    def until_arrival(self, span: Span, transfer: Transfer) -> None:
+        """From now to the arrival of a transfer, which a stream of its own waits for."""
+        begin = self._event()
+        if self._beside is None:
+            self._beside = self._module.Stream()
+        with self._module.stream(self._beside):
+            transfer.wait_beside()
+            self._spans.append((span, begin, self._event()))
+
+    def take(self, now_us: Callable[[], float]) -> list[Span]:
+        """The spans with their times on the host's clock, which `now_us` reads. Waits for the device."""
+        if not self._spans:
+            return []
+        # One event whose time the host knows too: it has been waited for, and nothing comes after it.
+        self._module.synchronize()
+        last = self._event()
+        last.synchronize()
+        end_us = now_us()
+
+        def of(event: Any) -> float:
+            return end_us - event.elapsed_time(last) * 1e3
+
+        taken = [span._replace(start_us=of(begin), end_us=of(end)) for span, begin, end in self._spans]
+        self._spans.clear()
+        return taken
+
+    def _event(self) -> Any:
+        event = self._module.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 @dataclass
 class ExchangeClock:
     """Measures waits for transfers, and, while tracing, everything.
@@ -47,13 +98,14 @@ class ExchangeClock:
     the computing stream around the wait, read when :meth:`take_exposed_s` is called.
 
     Attributes:
-        tracing: record every span. Host time: on an accelerator, work is only issued in these spans.
+        tracing: record every span: host time on the CPU, on an accelerator time of its streams.
     """
 
     tracing: bool = False
     spans: list[Span] = field(default_factory=list)
     _exposed_s: float = 0.0
     _events: list[tuple[Any, Any]] = field(default_factory=list)
+    _device_spans: DeviceSpans | None = None
     _origin: float = field(default_factory=time.perf_counter)
 
     def now_us(self) -> float:
@@ -73,32 +125,57 @@ class ExchangeClock:
                 begin = (start - self._origin) * 1e6
                 self.spans.append(Span("compute", f"wait {name}", chunk, layer, backward, begin, self.now_us()))
             return
+        on_device = self._on_device(device)
         module = getattr(torch, device.type)
         begin, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
         begin.record()
-        yield
+        if on_device is not None and name is not None:
+            with on_device.around(Span("compute", f"wait {name}", chunk, layer, backward, 0.0, 0.0)):
+                yield
+        else:
+            yield
         end.record()
         self._events.append((begin, end))
         if len(self._events) >= EVENTS:
             self._drain()
 
     @contextmanager
-    def computing(self, name: str, chunk: int | None, layer: int | None, backward: bool) -> Iterator[None]:
+    def computing(
+        self, name: str, chunk: int | None, layer: int | None, backward: bool, device: torch.device
+    ) -> Iterator[None]:
         """Around a piece of computation; free unless tracing."""
         if not self.tracing:
             yield
+            return
+        on_device = self._on_device(device)
+        if on_device is not None:
+            with on_device.around(Span("compute", name, chunk, layer, backward, 0.0, 0.0)):
+                yield
             return
         start = self.now_us()
         yield
         self.spans.append(Span("compute", name, chunk, layer, backward, start, self.now_us()))
 
-    def transfer(self, transfer: Transfer, name: str, chunk: int, layer: int | None, backward: bool) -> None:
-        """A transfer was started; while tracing, record when it arrives (host transfers only)."""
-        if self.tracing:
-            start = self.now_us()
-            transfer.when_done(
-                lambda: self.spans.append(Span("link", name, chunk, layer, backward, start, self.now_us()))
-            )
+    def transfer(
+        self, transfer: Transfer, name: str, chunk: int, layer: int | None, backward: bool, device: torch.device
+    ) -> None:
+        """A transfer was started; while tracing, record when it arrives."""
+        if not self.tracing:
+            return
+        on_device = self._on_device(device)
+        if on_device is not None:
+            on_device.until_arrival(Span("link", name, chunk, layer, backward, 0.0, 0.0), transfer)
+            return
+        start = self.now_us()
+        transfer.when_done(lambda: self.spans.append(Span("link", name, chunk, layer, backward, start, self.now_us())))
+
+    def _on_device(self, device: torch.device) -> DeviceSpans | None:
+        """Where spans are recorded on a device that works by itself; None while nothing is traced, or on the CPU."""
+        if not self.tracing or traits_of(device).host_waits_for_transfers:
+            return None
+        if self._device_spans is None:
+            self._device_spans = DeviceSpans(getattr(torch, device.type))
+        return self._device_spans
 
     def take_exposed_s(self) -> float:
         """Seconds of waiting since the last call. On an accelerator: call it once the device is synchronised."""
@@ -114,9 +191,11 @@ class ExchangeClock:
         del self._events[:passed]
 
     def take_spans(self) -> list[Span]:
-        """The recorded spans, in order of their start; the clock goes on."""
-        spans, self.spans = sorted(self.spans, key=lambda span: span.start_us), []
-        return spans
+        """The recorded spans, in order of their start; the clock goes on. On an accelerator: waits for it, once."""
+        spans, self.spans = self.spans, []
+        if self._device_spans is not None:
+            spans += self._device_spans.take(self.now_us)
+        return sorted(spans, key=lambda span: span.start_us)
 
 
 @dataclass(frozen=True)
@@ -137,7 +216,7 @@ class PassClock:
 
     def computing(self, name: str, chunk: int | None = None) -> AbstractContextManager[None]:
         """Around a piece of computation; see :meth:`ExchangeClock.computing`."""
-        return self.clock.computing(name, chunk, self.layer, self.backward)
+        return self.clock.computing(name, chunk, self.layer, self.backward, self.device)
 
     def waiting(self, name: str | None = None, chunk: int | None = None) -> AbstractContextManager[None]:
         """Around a wait for other ranks; see :meth:`ExchangeClock.waiting`."""
@@ -145,4 +224,4 @@ class PassClock:
 
     def started(self, transfer: Transfer, name: str, chunk: int) -> None:
         """A transfer was started; see :meth:`ExchangeClock.transfer`."""
-        self.clock.transfer(transfer, name, chunk, self.layer, self.backward)
+        self.clock.transfer(transfer, name, chunk, self.layer, self.backward, self.device)

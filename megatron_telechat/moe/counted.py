@@ -44,7 +44,7 @@ class CountedTokens:
         total = real_tokens(tokens, padding)
         real = None
         if padding is not None and total < tokens.numel():
-            real = (~padding).to(learned_share.device, non_blocking=True)
+            real = ~padding.to(learned_share.device, non_blocking=True)
         return cls(total, learned_share * total, real)
 
     def rows(self, part: int, parts: int) -> CountedTokens:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +22,15 @@ def main_grad_of(parameter: Tensor) -> Tensor | None:
 def set_added_to_main_grad(parameter: Tensor, added: bool) -> None:
     """Tell that DistributedDataParallel whether ``main_grad`` holds the gradient of this backward already."""
     parameter.grad_added_to_main_grad = added  # pyright: ignore[reportAttributeAccessIssue] - Megatron-Core's mark
+
+
+def _runs(counts: Sequence[int]) -> Iterator[tuple[bool, tuple[int, int]]]:
+    """Experts [start, stop) that all have rows, or all have none, in order: few slices, and no index on the device."""
+    start = 0
+    for some, run in groupby(counts, bool):
+        stop = start + len(list(run))
+        yield some, (start, stop)
+        start = stop
 
 
 class WeightGradient:
@@ -65,11 +77,29 @@ class WeightGradient:
             self.buffer[part].zero_()
 
     def add_grouped_product(self, a: Tensor, b: Tensor, plan: Arrivals) -> None:
-        """``buffer[e] += a_e^T @ b_e`` for the rows of every expert e of `plan`."""
-        if self._accumulate is None:
-            self.add(F.grouped_mm(a.t(), b, offs=plan.offsets))
-        else:
-            self._accumulate(self.buffer.view(-1, a.shape[1], b.shape[1]), a, b, plan.counts, self.fresh)
+        """``buffer[e] += a_e^T @ b_e`` for the rows of every expert e of `plan`.
+
+        An expert without rows takes no part in torch's product: CUDA's kernel has left its matrix unwritten, written
+        NaN into it or hung, depending on card and release (pytorch issues 172439, 193633, 152668).
+        """
+        buffer = self.buffer.view(-1, a.shape[1], b.shape[1])
+        if self._accumulate is not None:
+            self._accumulate(buffer, a, b, plan.counts, self.fresh)
+            return
+        runs = list(_runs(plan.counts))
+        if self.fresh:
+            for some, (start, stop) in runs:
+                if not some:
+                    buffer[start:stop].zero_()
+        filled = [run for some, run in runs if some]
+        if not filled:
+            return
+        # Where an expert begins, the one with rows before it ends: the ends of those with rows are all that is needed.
+        ends = [plan.offsets[start:stop] for start, stop in filled]
+        products = F.grouped_mm(a.t(), b, offs=ends[0] if len(ends) == 1 else torch.cat(ends))
+        parts = products.split([stop - start for start, stop in filled])
+        for (start, stop), part in zip(filled, parts, strict=True):
+            self._put(buffer[start:stop], part)
 
     def add(self, value: Tensor) -> None:
         """``buffer += value``, whole."""

@@ -28,7 +28,13 @@ class Transfer(Protocol):
         ...
 
     def when_done(self, report: Callable[[], None]) -> None:
-        """Call `report` when the rows have arrived, perhaps from another thread; only the trace asks for it."""
+        """Call `report` when the rows have arrived, perhaps from another thread. Only the trace asks for it, and only
+        on the CPU."""
+        ...
+
+    def wait_beside(self) -> None:
+        """Let the current stream of an accelerator wait as :meth:`wait` does, and keep both buffers; before
+        :meth:`wait`. Only the trace asks for it, on a stream of its own."""
         ...
 
 

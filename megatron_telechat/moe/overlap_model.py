@@ -94,6 +94,28 @@ def backward_ms(costs: PassCosts, k: int, weight_share: float = 0.5) -> float:
     return max(now + sum(waiting), _returned(computed, transfers))
 
 
+def fillings(costs: PassCosts, k: int, weight_share: float = 0.5) -> tuple[int, ...]:
+    """For each chunk of a backward, how many chunks' gradients of weights fit before its arrival.
+
+    For devices whose host cannot see what has arrived. Those that fit by less than half wait for a larger gap, or for
+    the end, where they run beside the way back.
+
+    Args:
+        weight_share: part of the computation that is gradients of weights.
+    """
+    counts, waiting = [], []
+    now = 0.0
+    for chunk, arrival in zip(costs.chunks_ms(k), accumulate(costs.transfers_ms(k)), strict=True):
+        count = 0
+        while waiting and arrival - now > waiting[0] / 2:
+            now += waiting.pop(0)
+            count += 1
+        counts.append(count)
+        now = max(now, arrival) + chunk * (1 - weight_share)
+        waiting.append(chunk * weight_share)
+    return tuple(counts)
+
+
 def _returned(computed: list[float], transfers: list[float]) -> float:
     """When the last chunk is back: the way back of each begins when it is computed and the link is free."""
     link = sum(transfers)

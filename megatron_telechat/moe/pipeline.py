@@ -14,17 +14,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_telechat.backend import traits_of
 from megatron_telechat.moe.backward_pass import BackwardInPlace, BackwardOverLink, BackwardPass
 from megatron_telechat.moe.clock import ExchangeClock, PassClock
 from megatron_telechat.moe.dispatch import Dispatch
 from megatron_telechat.moe.engine import Engine, ExpertWeights, Gradients
 from megatron_telechat.moe.forward_pass import ForwardInPlace, ForwardOverLink, ForwardPass, Saved
 from megatron_telechat.moe.link import Link
+from megatron_telechat.moe.overlap_model import PassCosts, fillings
 
 MAX_PENDING = 8
 """How many chunks' weight gradients may wait for a gap; each keeps its activations alive."""
 MAX_PENDING_RECOMPUTED = 1
 """The same where activations are recomputed to save their memory."""
+WEIGHT_SHARE = 3 / 6
+"""Part of a backward's products that is gradients of weights: of three matrices, gate, up and down, beside as many for
+gradients of inputs."""
+WEIGHT_SHARE_RECOMPUTED = 3 / 8
+"""The same where gate and up are computed once more."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class ChunkPipeline:
         clock: of the block; measures what was not hidden.
         layer: zero-based number of the layer, for traces.
         recompute: keep no output of the first product, and repeat it in the backward.
+        backward_costs: of a backward of such a block, measured; says where gradients of weights fill the waits on a
+            device whose host does not wait. None: they come last there.
     """
 
     dispatch: Dispatch
@@ -46,6 +55,7 @@ class ChunkPipeline:
     clock: ExchangeClock = field(default_factory=ExchangeClock)
     layer: int | None = None
     recompute: bool = False
+    backward_costs: PassCosts | None = None
 
     def forward(
         self, tokens: Tensor, probabilities: Tensor, weights: ExpertWeights, keep: bool
@@ -87,10 +97,18 @@ class ChunkPipeline:
         if self.dispatch.local:
             transport = BackwardInPlace(self.dispatch, grad)
         else:
-            transport = BackwardOverLink(self.dispatch, self.link, clock, grad)
+            transport = BackwardOverLink(self.dispatch, self.link, clock, grad, self._plan(grad.device))
         max_pending = MAX_PENDING_RECOMPUTED if self.recompute else MAX_PENDING
         backward = BackwardPass(self.dispatch, transport, self.engine, weights, gradients, clock, max_pending)
         return backward.run(kept)
+
+    def _plan(self, device: torch.device) -> tuple[int, ...] | None:
+        """How many weight gradients go before each wait; None where the host sees what has arrived, or where nothing
+        was measured."""
+        if self.backward_costs is None or traits_of(device).host_waits_for_transfers:
+            return None
+        share = WEIGHT_SHARE_RECOMPUTED if self.recompute else WEIGHT_SHARE
+        return fillings(self.backward_costs, len(self.dispatch.arrivals), share)
 
     def _pass_clock(self, backward: bool, device: torch.device) -> PassClock:
         return PassClock(self.clock, self.layer, backward, device)

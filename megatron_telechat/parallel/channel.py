@@ -46,6 +46,11 @@ class AllToAll:
         _, _, work = self._parts()
         work.get_future().add_done_callback(lambda _: report())
 
+    def wait_beside(self) -> None:
+        """Let the current stream wait too, before :meth:`wait`; transfers by the device only."""
+        _, _, work = self._parts()
+        work.wait()
+
     def _parts(self) -> tuple[Tensor, Tensor, dist.Work]:
         assert self._under_way is not None, "this transfer was awaited before"
         return self._under_way

@@ -147,8 +147,7 @@ def _join(parallel: ParallelConfig, backend: Backend, timeout: timedelta) -> Non
 
     if not dist.is_initialized():
         options: dict[str, Any] = {"backend": backend.distributed_backend, "timeout": timeout}
-        if backend.traits.binds_communicators:
-            options["device_id"] = backend.device
+        options.update(backend.process_group_options())
         if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
             names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
             missing = [name for name in names if not os.environ.get(name)]

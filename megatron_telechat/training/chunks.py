@@ -4,7 +4,7 @@ run."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from megatron_telechat.backend import Backend
@@ -13,6 +13,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model import compute_dtype
 from megatron_telechat.moe import moe_blocks
 from megatron_telechat.moe.autotune import ChunkChoice, choose_num_chunks
+from megatron_telechat.moe.overlap_model import PassCosts
 from megatron_telechat.parallel.agreement import agree, from_rank_0
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.param_gather import gathered_parameters
@@ -81,19 +82,20 @@ def set_chunks(
     kept, changed = from_rank_0(_kept(saved, now))
     if kept is None:
         choice: ChunkChoice | None = _measure(chunks, run, backend)
-        number = choice.num_chunks
+        number, costs = choice.num_chunks, choice.backward
     else:
-        choice, number = None, kept
+        choice, number, costs = None, kept, _kept_costs(saved)
     agree("the number of input chunks of the experts", number, state)
     for block in moe_blocks(chunks):
-        block.num_chunks = number
+        block.num_chunks, block.backward_costs = number, costs
     pieces = f"{number} chunk{'s' * (number > 1)} of the experts' input"
     if choice is None:
         message = f"moe_input_chunks auto: {pieces}, from the checkpoint"
     else:
         anew = f"; measured again because {changed} differs from the checkpoint" if changed else ""
         message = f"moe_input_chunks auto: {pieces}, {choice.reason}{anew}"
-    return ChunkSetting(number, message, {KEY: {"num_chunks": number, "conditions": now}}, choice)
+    entry = {"num_chunks": number, "conditions": now, "backward_costs": None if costs is None else asdict(costs)}
+    return ChunkSetting(number, message, {KEY: entry}, choice)
 
 
 def tokens_of_a_rank(run: RunConfig) -> int:
@@ -124,6 +126,18 @@ def _kept(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[int 
         return None, ""
     different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     return (None, ", ".join(different)) if different else (number, "")
+
+
+def _kept_costs(saved: Mapping[str, Any] | None) -> PassCosts | None:
+    """The measured costs of a checkpoint whose number holds; None where it has none. They place work of this rank only,
+    so the ranks need not agree on them."""
+    costs = (saved or {})[KEY].get("backward_costs")
+    names = {each.name for each in fields(PassCosts)}
+    if not isinstance(costs, Mapping) or costs.keys() != names:
+        return None
+    if not all(isinstance(ms, int | float) and 0 <= ms < float("inf") for ms in costs.values()):
+        return None
+    return PassCosts(**costs)
 
 
 def _measure(chunks: Sequence[DistributedDataParallel], run: RunConfig, backend: Backend) -> ChunkChoice:

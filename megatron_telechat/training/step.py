@@ -134,6 +134,13 @@ def chunk_iterators(
     ]
 
 
+def read_by_device(iterators: MicroBatches, backend: Backend) -> None:
+    """Let the threads that prepare batches put them where the device copies them from while the host goes on."""
+    for iterator in iterators:
+        if isinstance(iterator, BatchIterator) and backend.traits.pins_uploads:
+            iterator.finish_with(backend.pinned)
+
+
 def close_iterators(iterators: Sequence[BatchIterator | None]) -> None:
     """Stop the threads that prepare batches."""
     for iterator in iterators:
@@ -202,6 +209,7 @@ class TrainStep:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        read_by_device(iterators, self.backend)
         learned_share = None
         if self.run.routers_read_masks:
             iterators, learned_share = self._look_ahead(iterators)
@@ -321,6 +329,7 @@ def evaluate(
         NumericsError: on every rank, where the loss is not finite: such weights are not worth a checkpoint.
     """
     total = torch.zeros(2, dtype=backend.widest_float, device=backend.device)
+    read_by_device(iterators, backend)
     for chunk in chunks:
         chunk.eval()
     try:

@@ -9,12 +9,20 @@ import pytest
 import torch
 
 from megatron_telechat.backend import get_backend
+from megatron_telechat.backend.core_patch import CorePatch
 from megatron_telechat.backend.cuda import CudaBackend
 from megatron_telechat.errors import ConfigError, ResourceError
 
 
-def test_auto_takes_the_first_that_is_present():
+def test_auto_takes_the_first_that_is_present(monkeypatch):
+    monkeypatch.setattr(CorePatch, "installed", staticmethod(lambda: None))  # tests before this one install backends
     assert get_backend("auto").name == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_auto_is_what_the_process_runs_on(monkeypatch):
+    monkeypatch.setattr(CudaBackend, "present", staticmethod(lambda: True))
+    get_backend("cpu").install()
+    assert get_backend("auto").name == "cpu"
 
 
 def test_unknown_device_is_refused():

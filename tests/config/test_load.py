@@ -204,6 +204,12 @@ class TestPresetsGiveWay:
         assert loaded.run.parallel.pipeline_model_parallel_layout is None
         assert any("pipeline_model_parallel_layout" in note for note in loaded.notes)
 
+    @pytest.mark.parametrize("flag", ["--no-use-distributed-optimizer", "--no-overlap-grad-reduce"])
+    def test_overlap_of_a_gather_that_is_not_there(self, flag: str) -> None:
+        loaded = load_run_config(["--preset", "telechat2-39b-a12b", "--dry-run", flag], {})
+        assert not loaded.run.parallel.overlap_param_gather
+        assert any("overlap_param_gather=True of preset" in note for note in loaded.notes)
+
     def test_warmup_of_another_kind(self) -> None:
         loaded = load(*TINY, "--lr-warmup-fraction", "0.1")
         assert loaded.run.optimizer.lr_warmup_iters == 0

@@ -59,6 +59,12 @@ def test_published_pipelines() -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_a_published_model_hides_its_reductions_and_gathers(name: str) -> None:
+    parallel = load_run_config(["--preset", name, "--dry-run"], {}).run.parallel
+    assert parallel.use_distributed_optimizer and parallel.overlap_grad_reduce and parallel.overlap_param_gather
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_every_value_of_a_published_model_names_its_source(name: str) -> None:
     lines = preset_text(name).splitlines()
     for number, line in enumerate(lines):

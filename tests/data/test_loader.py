@@ -121,3 +121,17 @@ def test_the_mock_stream_runs_through_the_same_loader(tmp_path):
     assert sum(batch["tokens"].shape[0] for batch in batches(data, run, Rank(), 0)) == GBS * STEPS
     longer = with_training(run, train_iters=2 * STEPS)
     assert torch.equal(build_datasets(longer, Rank()).train[7]["tokens"], data[7]["tokens"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tensors_are_finished_by_the_thread_that_read_them(tmp_path, workers):
+    seen = set()
+
+    def finish(tensor):
+        seen.add(threading.current_thread().name)
+        return tensor + 1
+
+    with batches(numbered(), loader_run(tmp_path, 2, workers), Rank(), 0) as iterator:
+        iterator.finish_with(finish)
+        assert [next(iterator)["tokens"][0, 0].item() for _ in range(3)] == [1, 3, 5]
+    assert all(name.startswith("batches") == bool(workers) for name in seen)

@@ -91,3 +91,12 @@ def test_what_is_accepted_can_be_built(experts):
 def test_every_other_number_of_experts_a_token_is_built(topk):
     flags = ["--preset", "telechat2-tiny-moe", "--mock-data", "--dry-run", "--moe-router-topk", str(topk)]
     assert built(flags)[0].moe_router_topk == topk
+
+
+@pytest.mark.parametrize("chunks", (1, 2))
+def test_the_host_waits_for_no_batch_of_messages(chunks):
+    """megatron-core's default is a synchronize after every one, on every device that has one."""
+    flags = ["--preset", "telechat2-tiny", "--mock-data", "--dry-run", "--world-size", "2"]
+    flags += ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", str(chunks)]
+    configs = built(flags)
+    assert len(configs) == chunks and not any(config.batch_p2p_sync for config in configs)

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.moe import autotune
 from megatron_telechat.moe.autotune import max_chunks
 from megatron_telechat.moe.chunks import chunk_ranges
-from megatron_telechat.moe.overlap_model import PassCosts, backward_ms, forward_ms, ideal_ms, predicted_ms
+from megatron_telechat.moe.overlap_model import PassCosts, backward_ms, fillings, forward_ms, ideal_ms, predicted_ms
 
 
 @pytest.mark.parametrize("tokens", (0, 1, 2, 5, 37, 1000, 1024))
@@ -49,6 +51,19 @@ def test_model_comes_to_the_ideal_without_fixed_costs():
         assert times[0] == max(times) and all(ideal * (1 - 1e-9) <= time for time in times)
 
 
+@pytest.mark.parametrize(
+    "compute, link, filled",
+    (
+        (12.0, 1.0, (0, 0, 0, 0)),  # no chunk has to be waited for but the first, before which there is nothing
+        (12.0, 8.0, (0, 0, 0, 0)),  # a chunk is a little late: the gradients of weights would make it later
+        (12.0, 24.0, (0, 1, 1, 0)),
+        (12.0, 400.0, (0, 1, 1, 1)),
+    ),
+)
+def test_weight_gradients_fill_waits_that_are_long_enough(compute, link, filled):
+    assert fillings(PassCosts(compute, 0.0, link, 0.0), 4) == filled
+
+
 def test_fixed_costs_end_the_gain():
     slow_start = PassCosts(10.0, 2.0, 4.0, 0.3)
     times = {k: predicted_ms(slow_start, slow_start, k) for k in (1, 2, 4, 8, 16)}
@@ -79,3 +94,12 @@ def test_auto_leaves_the_smallest_chunk_enough_rows(tokens, expected):
     if expected > 1:
         sizes = [stop - start for start, stop in chunk_ranges(tokens, expected)]
         assert min(sizes) * 4 * 2 / 16 >= 16
+
+
+@pytest.mark.parametrize("kind, dtype", [("npu", torch.float32), ("cuda", torch.float64), ("cpu", torch.float64)])
+def test_times_are_compared_in_a_type_that_the_device_reduces(monkeypatch, kind, dtype):
+    reduced = []
+    monkeypatch.setattr(autotune, "traits_of", lambda device: DEVICE_KINDS[kind])
+    monkeypatch.setattr(autotune, "_reduce", reduced.append)
+    autotune._measure(None, [("block", 1), ("block", 2)], torch.device("cpu"))
+    assert reduced and {values.dtype for values in reduced} == {dtype}

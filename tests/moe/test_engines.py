@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_telechat.moe import engine_grouped, engine_loop
 from megatron_telechat.moe.dispatch import Dispatch, ExpertGroups, RowFormat
 from megatron_telechat.moe.engine import ExpertWeights, Gradients, sum_bags
+from megatron_telechat.moe.gradients import WeightGradient
 from megatron_telechat.moe.pipeline import ChunkPipeline
 from megatron_telechat.moe.router import Routing
 from tests.moe.reference import relative_error
@@ -117,6 +120,36 @@ def test_weight_gradients_go_into_main_grad(groups, engine, dtype):
     for part, wanted in zip((weights.fc1, weights.fc2, weights.bias), expected, strict=True):
         assert part.grad_added_to_main_grad
         assert relative_error(part.main_grad - 1, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "counts",
+    ((3, 2, 4, 1), (0, 3, 2, 1), (3, 0, 0, 2), (2, 1, 3, 0), (0, 5, 0, 1), (0, 0, 4, 0), (0, 0, 0, 0)),
+    ids=str,
+)
+@pytest.mark.parametrize("into_main", (False, True))
+def test_experts_without_rows_take_no_part_in_the_grouped_product(monkeypatch, counts, into_main):
+    """A product that ruins the matrices of groups without rows, as CUDA's has done: nobody may ask it for one."""
+    real = F.grouped_mm
+
+    def careless(a, b, offs):
+        product, sizes = real(a, b, offs=offs), offs.diff(prepend=offs.new_zeros(1))
+        product[sizes == 0] = torch.nan
+        return product
+
+    monkeypatch.setattr(F, "grouped_mm", careless)
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(sum(counts), width, generator=generator) for width in (8, 12))
+    parameter = torch.nn.Parameter(torch.ones(4, 8, 12))
+    if into_main:
+        parameter.main_grad, parameter.grad_added_to_main_grad = torch.ones(4, 8, 12), False
+    gradient = WeightGradient(parameter, 2)
+    plan = SimpleNamespace(counts=counts, offsets=torch.tensor(counts).cumsum(0).to(torch.int32))
+    for _ in range(2):
+        gradient.add_grouped_product(a, b, plan)
+        gradient.end_chunk()
+    once = torch.stack([x.t() @ y for x, y in zip(a.split(counts), b.split(counts), strict=True)])
+    torch.testing.assert_close(gradient.buffer, 2 * once + into_main)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.moe import engine_loop
 from megatron_telechat.moe.dispatch import Dispatch, ExpertGroups, RowFormat
 from megatron_telechat.moe.engine import ExpertWeights, Gradients
+from megatron_telechat.moe.overlap_model import PassCosts
 from megatron_telechat.moe.pipeline import MAX_PENDING, ChunkPipeline
 from megatron_telechat.moe.router import Routing
 
@@ -48,6 +50,9 @@ class Arrival:
 
     def when_done(self, report: Callable[[], None]) -> None:
         report()
+
+    def wait_beside(self) -> None:
+        self.link.events.append(f"beside {self.number}")
 
 
 class ScriptedLink:
@@ -95,7 +100,9 @@ def run(monkeypatch) -> Callable[..., tuple[list[str], list[str]]]:
 
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
 
-    def events(chunks: int, arrives_at_once: bool = False, recompute: bool = False) -> tuple[list[str], list[str]]:
+    def events(
+        chunks: int, arrives_at_once: bool = False, recompute: bool = False, costs: PassCosts | None = None
+    ) -> tuple[list[str], list[str]]:
         generator = torch.Generator().manual_seed(3)
         tokens = torch.randn(TOKENS, HIDDEN, generator=generator)
         best = torch.rand(TOKENS, EXPERTS, generator=generator).topk(TOPK)
@@ -106,7 +113,7 @@ def run(monkeypatch) -> Callable[..., tuple[list[str], list[str]]]:
         seen: list[str] = []
         dispatch = Dispatch(routing, groups, chunks, RowFormat(HIDDEN, tokens.dtype))
         link, engine = ScriptedLink(seen, arrives_at_once), LoggedEngine(seen)
-        pipeline = ChunkPipeline(dispatch, link, engine, recompute=recompute)
+        pipeline = ChunkPipeline(dispatch, link, engine, recompute=recompute, backward_costs=costs)
         _, kept = pipeline.forward(tokens, routing.weights, weights, True)
         forward = seen.copy()
         seen.clear()
@@ -143,6 +150,21 @@ def test_weight_gradients_come_last_where_nothing_has_to_be_waited_for(run):
         "start 6, start 7, start 8, wait 6, B, start 9, wait 7, B, start 10, wait 8, B, start 11, W, W, W, "
         "wait 9, wait 10, wait 11"
     )
+
+
+FAST, SLOW = PassCosts(12.0, 0.0, 1.0, 0.0), PassCosts(12.0, 0.0, 60.0, 0.0)
+"""A backward whose link is faster than its computation, and one whose link is slower."""
+
+
+def test_where_the_host_sees_no_arrival_the_measured_times_place_the_weight_gradients(run, monkeypatch):
+    filling, last = run(3)[1], run(3, arrives_at_once=True)[1]
+    assert run(3, costs=FAST)[1] == filling, "the CPU goes by what has arrived"
+    monkeypatch.setattr("megatron_telechat.moe.pipeline.traits_of", lambda device: DEVICE_KINDS["cuda"])
+    assert run(3, arrives_at_once=True, costs=SLOW)[1] == filling
+    assert run(3, arrives_at_once=True, costs=FAST)[1] == last
+    assert run(3, arrives_at_once=True)[1] == last, "nothing was measured"
+    recomputed = run(3, arrives_at_once=True, recompute=True, costs=SLOW)[1]
+    assert recomputed == run(3, recompute=True)[1]
 
 
 def test_recompute_repeats_the_first_product_before_the_wait_and_keeps_one_chunk_pending(run):

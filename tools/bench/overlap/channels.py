@@ -38,6 +38,9 @@ class _Here:
     def when_done(self, report: Callable[[], None]) -> None:
         report()
 
+    def wait_beside(self) -> None:
+        """There is nothing to wait for."""
+
 
 class _Substitute:
     """A :class:`megatron_telechat.moe.link.Link` over a `Channel`, with its group."""

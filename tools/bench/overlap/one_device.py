@@ -91,6 +91,9 @@ class _Arriving:
     def when_done(self, report: Callable[[], None]) -> None:
         """Transfers of a stand-in are not traced by the block's clock; the profiler sees the copies."""
 
+    def wait_beside(self) -> None:
+        """As for :meth:`when_done`."""
+
 
 class StandInChannel:
     """A :class:`megatron_telechat.moe.link.Link` without ranks: a transfer takes its rows' share of a given time, one
