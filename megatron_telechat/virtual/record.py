@@ -151,7 +151,7 @@ class Recorder(TorchDispatchMode):
             self.memory.see(tensor)
         if space == "c10d":
             self._exchange(name, args, kwargs, inputs)
-        elif space == "aten" and name not in _NOTHING_TO_LAUNCH:
+        elif space != "prim" and name not in _NOTHING_TO_LAUNCH:
             self._kernel(name, args, kwargs, inputs, outputs)
         return out
 
