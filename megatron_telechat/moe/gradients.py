@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_telechat.backend.grouped import add_grouped_sum_product, grouped_sum_product
 from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.te_products import Accumulate
@@ -66,10 +66,22 @@ class WeightGradient:
 
     def add_grouped_product(self, a: Tensor, b: Tensor, plan: Arrivals) -> None:
         """``buffer[e] += a_e^T @ b_e`` for the rows of every expert e of `plan`."""
-        if self._accumulate is None:
-            self.add(F.grouped_mm(a.t(), b, offs=plan.offsets))
-        else:
-            self._accumulate(self.buffer.view(-1, a.shape[1], b.shape[1]), a, b, plan.counts, self.fresh)
+        target = self.buffer.view(-1, a.shape[1], b.shape[1])
+        if self._accumulate is not None:
+            self._accumulate(target, a, b, plan.counts, self.fresh)
+            return
+        if add_grouped_sum_product(target, a, b, plan.offsets, self.fresh):
+            return
+        products = grouped_sum_product(a, b, plan.offsets, plan.counts)
+        if products is not None:
+            self.add(products)
+            return
+        counts = list(plan.counts)
+        for part, (left, right) in enumerate(zip(a.split(counts), b.split(counts), strict=True)):
+            if counts[part]:
+                self.add_product(part, left.t(), right)
+            else:
+                self.add_nothing(part)
 
     def add(self, value: Tensor) -> None:
         """``buffer += value``, whole."""
