@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.model.norm import RMSNorm
 from megatron_telechat.model.rotary import SplitAndRotate, Tables
 
@@ -62,7 +63,8 @@ def model_parallel_generator() -> AbstractContextManager[None]:
 
 
 class TorchCoreAttention(torch.nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention, query groups included."""
+    """Causal attention by torch's scaled_dot_product_attention, or by the fused kernel of the device where it has one;
+    query groups included."""
 
     heads_first = True
 
@@ -75,12 +77,21 @@ class TorchCoreAttention(torch.nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None = None) -> Tensor:
         """query [b, heads, s, head_dim], key and value [b, groups, s, head_dim] -> [s, b, heads*head_dim].
 
+        A fused kernel of the device takes them as [s, b, heads or groups, head_dim] (:func:`heads_first`).
+
         Args:
-            segments: attend within these stretches only (block-diagonal causal). Each is a call of its own: the blocks
-                off the diagonal are not computed, and no mask of s x s is held.
+            segments: attend within these stretches only (block-diagonal causal). With torch each is a call of its own:
+                the blocks off the diagonal are not computed, and no mask of s x s is held.
         """
         dropout = self.dropout if self.training else 0.0
         fork = dropout > 0.0 and self.fork_rng
+        apart = None if segments is None or all(len(row) == 1 for row in segments.rows) else segments
+        fused = kernels("attention", query)
+        if fused is not None:
+            with model_parallel_generator() if fork else nullcontext():
+                if apart is None:
+                    return fused.causal(query, key, value, dropout)
+                return fused.causal_within(query, key, value, dropout, apart.rows)
         attend = partial(
             torch.nn.functional.scaled_dot_product_attention,
             dropout_p=dropout,
@@ -88,11 +99,17 @@ class TorchCoreAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         with model_parallel_generator() if fork else nullcontext():
-            if segments is None or all(len(row) == 1 for row in segments.rows):
+            if apart is None:
                 out = attend(query, key, value)
             else:
-                out = _within_segments(attend, (query, key, value), segments)
+                out = _within_segments(attend, (query, key, value), apart)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def heads_first(core_attention: Any, like: Tensor) -> bool:
+    """Whether the core attention takes [b, heads, s, head_dim] for such a tensor, else [s, b, heads, head_dim]: torch's
+    does, and the fused kernel of a device does not."""
+    return core_attention.heads_first and kernels("attention", like) is None
 
 
 def _within_segments(attend: Callable[..., Tensor], heads: tuple[Tensor, ...], segments: Segments) -> Tensor:
@@ -209,7 +226,7 @@ class SelfAttention(MegatronModule):
         mixed = mixed.unflatten(-1, (self.groups, -1, self.head_dim))
         if self.q_layernorm is not None and self.k_layernorm is not None:
             mixed = normalise_heads(mixed, self.q_layernorm, self.k_layernorm)
-        heads = SplitAndRotate.apply(mixed, *rotary_tables, self.core_attention.heads_first)
+        heads = SplitAndRotate.apply(mixed, *rotary_tables, heads_first(self.core_attention, mixed))
         if self.recompute_core and self.training and torch.is_grad_enabled():
             context = tensor_parallel.checkpoint(partial(self.core_attention, segments=segments), False, *heads)
         else:
