@@ -162,13 +162,15 @@ def _memory(run: RunConfig, out: _Report) -> list[str]:
 def _buffers(run: RunConfig) -> list[str]:
     """What the column of buffers is made of."""
     opened, pairs, device = communicators(run), sending_pairs(run), planned_device(run.training.device)
-    kinds = ((len(opened), device.communicator_buffer, "communicator"), (pairs, device.pair_buffer, "sending pair"))
-    parts = [
-        f"{buffer.count} buffers of {buffer.variable} for each of {count} {what}{'s' * (count > 1)}"
-        for count, buffer, what in kinds
-        if count and buffer is not None
-    ]
-    return [f"buffers: {'; '.join(parts)} ({', '.join(opened)})"]
+    lines = []
+    if device.communicator_buffer is not None:
+        each = f"{device.communicator_buffer.count} of {device.communicator_buffer.variable}"
+        count = f"{len(opened)} communicator{'s' * (len(opened) > 1)}"
+        lines.append(f"buffers: {each} for each of {count} ({', '.join(opened)})")
+    if device.pair_buffer is not None and pairs:
+        each = f"{device.pair_buffer.count} of {device.pair_buffer.variable}"
+        lines.append(f"         {each} for each of {pairs} pipeline neighbour{'s' * (pairs > 1)}")
+    return lines
 
 
 def _warn_of_uneven(

@@ -273,5 +273,7 @@ def test_buffers_of_the_communicators_stand_beside_what_is_allocated(monkeypatch
     assert len(buffers) == 2 and min(buffers) > 1
     parts = [column(text, title) for title in ("weights", "gradients", "optimizer", "activations", "buffers")]
     assert all(abs(sum(row) - total) < 0.3 for *row, total in zip(*parts, column(text, "total"), strict=True))
-    assert "2 buffers of HCCL_BUFFSIZE for each of" in text and "experts' exchange" in text
+    assert (
+        "buffers: 2 of HCCL_BUFFSIZE for each of 8 communicators (all ranks, " in text and "experts' exchange" in text
+    )
     assert "HCCL_BUFFSIZE" not in plain and "buffers" not in plain.split("memory of a rank")[1].split("steps")[0]
