@@ -18,6 +18,21 @@ HOST: Final = "cpu"
 """torch's name for the memory of the host: a place to put tensors, whatever device the ranks run on."""
 
 
+@dataclass(frozen=True)
+class CommunicatorBuffer:
+    """Device memory that a communication library takes for every communicator, beside the allocator of torch.
+
+    Attributes:
+        variable: environment variable with the size of one buffer, in MiB.
+        mib: size where the variable is not set.
+        count: buffers of a communicator.
+    """
+
+    variable: str
+    mib: int
+    count: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceTraits:
     """What is true of every device of one kind. No answer has a default: a new kind answers every question."""
@@ -41,6 +56,9 @@ class DeviceTraits:
     """Transformer Engine has kernels for it."""
     fuses_weight_gradients: bool
     """apex has a kernel that adds the gradient of a weight straight into the fp32 sum."""
+    fused_kernels: Literal["triton", "torch_npu"] | None
+    """What kernels of our own choice are written in (``backend/kernels/``), which take the place of chains of torch's;
+    None: torch's alone."""
     needs_deterministic_mode: bool
     """Megatron-Core's deterministic mode is needed for gradients of the embedding that are the same in every run. It
     selects a slower kernel."""
@@ -54,12 +72,17 @@ class DeviceTraits:
     """Attention returns its output head by head: the projection reads a copy, and both are kept for the backward."""
     varlen_attention: bool
     """torch's varlen_attn is there: attention within many documents in one call."""
+    attention_statistics_bytes: int
+    """What the attention keeps of the softmax for its backward, for each head of a token."""
     byte_dropout_masks: bool
     """Dropout keeps one byte an element; otherwise one number of the compute type."""
 
     # ---- experts
     expert_engine: Literal["loop", "grouped"]
-    """Products of the experts: one expert after another (``loop``), or all in one ``grouped_mm`` (``grouped``)."""
+    """The experts: one after another (``loop``), or all of them step by step (``grouped``)."""
+    grouped_mm_types: frozenset[str]
+    """Types that torch's ``grouped_mm`` multiplies in one kernel. For the others it copies the group sizes to the host
+    in every product; the grouped engine then takes one product an expert, by the sizes that the host has already."""
     grouped_alignment_bytes: int
     """Every row of an operand of the experts' products must be a multiple of this."""
     min_rows_per_expert_chunk: int
@@ -80,6 +103,10 @@ class DeviceTraits:
     """The group of all ranks is told the device of the rank: its communicator opens at once, and torch then splits that
     of every other group off it, in which all ranks take part. Otherwise a communicator opens among its own ranks when
     it is first used."""
+    communicator_buffer: CommunicatorBuffer | None
+    """Buffers of every communicator of this rank; None: not modelled."""
+    pair_buffer: CommunicatorBuffer | None
+    """Buffers of every pair of ranks that sends point to point; None: not modelled."""
     high_priority_streams: bool
     """The exchange of the experts can have a stream of high priority, so that it does not queue behind kernels."""
     ranks_share_cores: bool
@@ -97,13 +124,16 @@ _CUDA = DeviceTraits(
     generation_precision="bf16",
     transformer_engine=True,
     fuses_weight_gradients=True,
+    fused_kernels="triton",
     needs_deterministic_mode=True,
     fused_rms_norm=True,
     heads_first_attention=False,  # FlashAttention's own order
     copies_attention_output=False,
     varlen_attention=True,
+    attention_statistics_bytes=4,  # the log-sum-exp, fp32
     byte_dropout_masks=True,
     expert_engine="grouped",
+    grouped_mm_types=frozenset({"bfloat16"}),
     grouped_alignment_bytes=16,  # the row strides that torch's grouped_mm takes
     min_rows_per_expert_chunk=128,
     sums_by_embedding_bag=True,
@@ -111,6 +141,8 @@ _CUDA = DeviceTraits(
     pins_uploads=True,
     frees_sent_outputs=True,
     binds_communicators=False,  # 1,024 ranks would split that of all ranks some thousands of times
+    communicator_buffer=None,
+    pair_buffer=None,
     high_priority_streams=True,
     ranks_share_cores=False,
     memory_is_of_process=False,
@@ -125,13 +157,16 @@ _NPU = DeviceTraits(
     generation_precision="bf16",
     transformer_engine=False,
     fuses_weight_gradients=False,
+    fused_kernels="torch_npu",
     needs_deterministic_mode=False,
     fused_rms_norm=True,
     heads_first_attention=True,  # as the kernels of scaled_dot_product_attention have them
     copies_attention_output=False,
     varlen_attention=False,
+    attention_statistics_bytes=64,  # maximum and sum of the softmax, 8 fp32 numbers each
     byte_dropout_masks=True,
     expert_engine="grouped",
+    grouped_mm_types=frozenset(),  # torch_npu has no aten::_grouped_mm of its own; see backend/kernels/ascend
     grouped_alignment_bytes=16,
     min_rows_per_expert_chunk=128,
     sums_by_embedding_bag=False,  # its order of additions is not documented
@@ -139,6 +174,10 @@ _NPU = DeviceTraits(
     pins_uploads=True,
     frees_sent_outputs=True,
     binds_communicators=True,
+    # One buffer to send from and one to receive in: HCCL_BUFFSIZE in the manual of CANN's environment variables, and
+    # P2P_HCCL_BUFFSIZE in that of torch_npu (docs/ascend.md).
+    communicator_buffer=CommunicatorBuffer("HCCL_BUFFSIZE", 200, 2),
+    pair_buffer=CommunicatorBuffer("P2P_HCCL_BUFFSIZE", 20, 2),
     high_priority_streams=False,  # an option of ProcessGroupNCCL
     ranks_share_cores=False,
     memory_is_of_process=False,
@@ -153,13 +192,16 @@ _CPU = DeviceTraits(
     generation_precision="fp32",
     transformer_engine=False,
     fuses_weight_gradients=False,
+    fused_kernels=None,
     needs_deterministic_mode=False,  # the plain kernel is deterministic here, and faster
     fused_rms_norm=False,
     heads_first_attention=True,
     copies_attention_output=True,
     varlen_attention=False,
+    attention_statistics_bytes=4,
     byte_dropout_masks=False,
     expert_engine="loop",
+    grouped_mm_types=frozenset({"float32", "bfloat16", "float16"}),
     grouped_alignment_bytes=1,  # products one by one take any width
     min_rows_per_expert_chunk=16,
     sums_by_embedding_bag=True,
@@ -167,6 +209,8 @@ _CPU = DeviceTraits(
     pins_uploads=False,
     frees_sent_outputs=False,  # an asynchronous gloo send reads the tensor after it was issued
     binds_communicators=False,
+    communicator_buffer=None,
+    pair_buffer=None,
     high_priority_streams=False,
     ranks_share_cores=True,
     memory_is_of_process=True,

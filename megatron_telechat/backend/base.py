@@ -6,6 +6,7 @@ import os
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megatron_telechat.device_kinds import DEVICE_KINDS, DeviceTraits
@@ -64,6 +65,10 @@ class Backend(ABC):
     def open_queues(self) -> None:  # noqa: B027 (most devices have nothing to open)
         """Let the exchange of the experts run beside their kernels. To be called before `install`; what the environment
         says is left as it is."""
+
+    def limit_waits(self, timeout: timedelta) -> None:  # noqa: B027 (most libraries take it from the process group)
+        """Let the communication library wait no longer for another rank than the process groups do. To be called before
+        ranks are joined; what the environment says is left as it is."""
 
     def overlap_warning(self) -> str | None:
         """What in the environment makes the exchange of the experts wait for their kernels, and the remedy; None where

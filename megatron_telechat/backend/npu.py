@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megatron_telechat.backend.base import Backend, DeviceMemory
@@ -12,6 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 INSTALL = "pip install torch-npu (the release that matches your torch and CANN), or use --device cpu"
+
+CONNECT_SECONDS = (120, 7200)
+"""Range of HCCL_CONNECT_TIMEOUT: how long a rank waits for others to open a communicator."""
+MOST_EXEC_SECONDS = 2**31 - 1
+"""Largest HCCL_EXEC_TIMEOUT; 0 would mean for ever."""
 
 
 class NpuBackend(Backend):
@@ -56,6 +64,22 @@ class NpuBackend(Backend):
         from torch_npu.contrib import transfer_to_npu  # noqa: F401 # pyright: ignore[reportMissingImports] (Ascend only)
 
         npu.set_device(self.local_rank)
+
+    def limit_waits(self, timeout: timedelta) -> None:
+        # HCCL looks at its environment when it opens a communicator. Its own limits (120 s to connect, 1836 s in an
+        # operation) know nothing of the run's.
+        seconds = max(1, math.ceil(timeout.total_seconds()))
+        least, most = CONNECT_SECONDS
+        os.environ.setdefault("HCCL_CONNECT_TIMEOUT", str(min(max(seconds, least), most)))
+        os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(min(seconds, MOST_EXEC_SECONDS)))
+
+    def use_deterministic_algorithms(self) -> None:
+        import torch
+
+        os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+        torch.use_deterministic_algorithms(True)
+        # Finds reads of memory that nobody wrote; costs a pass over every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] (a property of the module)
 
     def synchronize(self) -> None:
         """Wait for all streams of the current device, which `install` has chosen."""

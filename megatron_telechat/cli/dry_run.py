@@ -25,11 +25,13 @@ from megatron_telechat.costs import (
     device_spec_names,
     training_flops_per_token,
 )
+from megatron_telechat.costs.communicators import communicators, sending_pairs
 from megatron_telechat.costs.imbalance import uneven_rows
 from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
 from megatron_telechat.data.blend import DataPlan, data_plan
 from megatron_telechat.data.formats import corpus_factory, data_files, require_enough
 from megatron_telechat.data.order import Progress
+from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.layout_text import layout_picture
 from megatron_telechat.planner.predict import predict
@@ -126,21 +128,19 @@ def _devices(run: RunConfig) -> list[DeviceSpec]:
     return [spec for spec in specs if run.training.device in ("auto", spec.kind)]
 
 
-_TOTAL = 7
-"""Column of the whole memory in the table."""
-
-
 def _memory(run: RunConfig, out: _Report) -> list[str]:
     stages, devices, imbalance = stage_memory(run), _devices(run), uneven_rows(run)
-    rows = [["stage", "parameters", "weights", "gradients", "optimizer", "activations", "in flight", "total"]]
+    buffers = max(stage.buffers_bytes for stage in stages) > 0
+    rows = [["stage", "parameters", "weights", "gradients", "optimizer", "activations", "in flight"]]
+    rows[0] += [*["buffers"] * buffers, "total"]
     uneven = stage_memory(run, imbalance) if imbalance > 1 else []
     rows[0] += [f"at {imbalance:g}x"] * bool(uneven) + [f"of {spec.name}" for spec in devices]
     for number, stage in enumerate(stages):
-        row = _memory_row(stage, devices)
-        row[_TOTAL + 1 : _TOTAL + 1] = [gib(other.total_bytes) for other in uneven[number : number + 1]]
-        rows.append(row)
-    worst = max(stages, key=lambda stage: stage.total_bytes)
-    need = worst.total_bytes / 2**30
+        row = [*_memory_row(stage), *[gib(stage.buffers_bytes)] * buffers, gib(stage.device_bytes)]
+        row += [gib(other.device_bytes) for other in uneven[number : number + 1]]
+        rows.append(row + [f"{stage.device_bytes / 2**30 / (spec.memory_gib or 1):.0%}" for spec in devices])
+    worst = max(stages, key=lambda stage: stage.device_bytes)
+    need = worst.device_bytes / 2**30
     too_small = [f"{spec.name} ({spec.memory_gib:g} GiB)" for spec in devices if need > (spec.memory_gib or 0)]
     if too_small:
         out.warnings.append(
@@ -148,12 +148,28 @@ def _memory(run: RunConfig, out: _Report) -> list[str]:
             "More tensor or pipeline stages, recompute, or --use-distributed-optimizer lower it"
         )
     lines = table(rows)
+    if buffers:
+        lines += _buffers(run)
     if uneven:
         lines.append(
             f"at {imbalance:g}x: the total of a rank whose experts get {imbalance:g} times the mean of rows in every "
             "layer, since no token is dropped (--moe-memory-imbalance)"
         )
-        _warn_of_uneven(max(uneven, key=lambda stage: stage.total_bytes), need, imbalance, devices, out)
+        _warn_of_uneven(max(uneven, key=lambda stage: stage.device_bytes), need, imbalance, devices, out)
+    return lines
+
+
+def _buffers(run: RunConfig) -> list[str]:
+    """What the column of buffers is made of."""
+    opened, pairs, device = communicators(run), sending_pairs(run), planned_device(run.training.device)
+    lines = []
+    if device.communicator_buffer is not None:
+        each = f"{device.communicator_buffer.count} of {device.communicator_buffer.variable}"
+        count = f"{len(opened)} communicator{'s' * (len(opened) > 1)}"
+        lines.append(f"buffers: {each} for each of {count} ({', '.join(opened)})")
+    if device.pair_buffer is not None and pairs:
+        each = f"{device.pair_buffer.count} of {device.pair_buffer.variable}"
+        lines.append(f"         {each} for each of {pairs} pipeline neighbour{'s' * (pairs > 1)}")
     return lines
 
 
@@ -161,7 +177,7 @@ def _warn_of_uneven(
     stage: StageMemory, balanced_gib: float, imbalance: float, devices: list[DeviceSpec], out: _Report
 ) -> None:
     """Devices that the run fits while the routing is even, and no longer when it is not."""
-    need = stage.total_bytes / 2**30
+    need = stage.device_bytes / 2**30
     tight = [
         f"{spec.name} ({spec.memory_gib:g} GiB)" for spec in devices if balanced_gib <= (spec.memory_gib or 0) < need
     ]
@@ -173,13 +189,11 @@ def _warn_of_uneven(
         )
 
 
-def _memory_row(stage: StageMemory, devices: list[DeviceSpec]) -> list[str]:
+def _memory_row(stage: StageMemory) -> list[str]:
     parts = (stage.parameters_bytes, stage.gradients_bytes, stage.optimizer_bytes, stage.activations_bytes)
-    share = [f"{stage.total_bytes / 2**30 / (spec.memory_gib or 1):.0%}" for spec in devices]
     in_flight = "+".join(str(count) for count in stage.in_flight)
     return [
         str(stage.pipeline_rank), count_text(stage.parameters.total), *(gib(part) for part in parts), in_flight,
-        gib(stage.total_bytes), *share,
     ]  # fmt: skip
 
 

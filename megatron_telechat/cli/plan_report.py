@@ -52,7 +52,7 @@ def head(question: Question, problem: BalanceProblem) -> list[str]:
     """First lines of a report: sizes, model, micro-batches, and the memory that the plan may use."""
     run, training = question.run, question.run.training
     limit = "memory not limited" if problem.mem_limit >= UNLIMITED_BYTES else (
-        f"{problem.mem_limit / 2**30:.1f} GiB a device, {problem.const_mem / 2**30:g} of them held back"
+        f"{problem.mem_limit / 2**30:.1f} GiB a device, {problem.const_mem / 2**30:.3g} of them held back"
     )  # fmt: skip
     return [
         f"{run.model.name} on {question.device.name}: {sizes_text(run)}, {run.parallel.world_size} ranks",

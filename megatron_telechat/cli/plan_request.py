@@ -123,7 +123,10 @@ def _parser() -> _Parser:
     )
     add("--memory-gib", type=gib, metavar="X", help="memory of one device [that of the device file]")
     add(
-        "--reserve-gib", type=float, metavar="X", help="part of it to keep free for context, buffers, fragmentation [3]"
+        "--reserve-gib",
+        type=float,
+        metavar="X",
+        help="part of it to keep free for context, buffers, fragmentation [3, and known buffers]",
     )
     add(
         "--time-limit",

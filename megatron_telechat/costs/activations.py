@@ -94,9 +94,8 @@ def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...], imbala
         heads = model.num_attention_heads + model.query_groups
         attention += (size * (query + 2 * key) + 4 * heads * (not device.fused_rms_norm)) * tokens.whole / tokens.tensor
     masks = 2 * _mask_bytes(run)
-    core = (
-        (4 * model.num_attention_heads + size * query * device.copies_attention_output) * tokens.whole / tokens.tensor
-    )
+    statistics = device.attention_statistics_bytes * model.num_attention_heads
+    core = (statistics + size * query * device.copies_attention_output) * tokens.whole / tokens.tensor
     block, block_dropped = _block_activations(model, layer, size, tokens)
     everything = layer_input + norms + residual + attention + core + block + masks
 

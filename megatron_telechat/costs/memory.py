@@ -1,7 +1,8 @@
 """Bytes that each pipeline rank holds: parameters, gradients, optimizer state, activations in flight.
 
-Counted is what the training keeps on purpose. Not counted: the device's context and communication
-buffers, the allocator's fragmentation, work space inside a kernel. ``docs/costs.md`` has the equations.
+Counted is what the training keeps on purpose, and apart from it the buffers of a communication library that are known
+(`costs.communicators`). Not counted: the device's context, other buffers, the allocator's fragmentation, work space
+inside a kernel. ``docs/costs.md`` has the equations.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron_telechat.costs.activations import (
     output_layer_bytes,
 )
 from megatron_telechat.costs.communication import GRADIENT_BYTES
+from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.op_order import Op, peak_in_flight
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.tensors.pieces import chunk_table
@@ -45,11 +47,18 @@ class StageMemory:
     """Of activations_bytes: the largest working set of a recompute."""
     in_flight: tuple[int, ...]
     """Micro-batches in flight in each chunk at that moment."""
+    buffers_bytes: float = 0.0
+    """Taken by the communication library, beside torch's allocator."""
 
     @property
     def total_bytes(self) -> float:
-        """Bytes of a rank of the stage at the worst moment of the op order."""
+        """Bytes that a rank of the stage allocates, at the worst moment of the op order."""
         return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+
+    @property
+    def device_bytes(self) -> float:
+        """The same with what the communication library takes: what the device must have."""
+        return self.total_bytes + self.buffers_bytes
 
 
 def optimizer_shards(run: RunConfig) -> tuple[int, int]:
@@ -135,6 +144,7 @@ def _stage(run: RunConfig, layout: PipelineLayout, rank: int, layers: list[Layer
         activations_bytes=activations,
         transient_bytes=activations - held,
         in_flight=in_flight,
+        buffers_bytes=buffer_bytes(run),
     )
 
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_telechat.backend import traits_of, varlen
+from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.model.norm import RMSNorm
 from megatron_telechat.model.rotary import SplitAndRotate, Tables
 
@@ -80,7 +81,8 @@ def model_parallel_generator() -> AbstractContextManager[None]:
 
 
 class TorchCoreAttention(torch.nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention, query groups included."""
+    """Causal attention by torch's scaled_dot_product_attention, or by the fused kernel of the device where it has one;
+    query groups included."""
 
     heads_first = True
 
@@ -94,7 +96,8 @@ class TorchCoreAttention(torch.nn.Module):
         """query [b, heads, s, head_dim], key and value [b, groups, s, head_dim] -> [s, b, heads*head_dim].
 
         FlashAttention's output lies in memory as the query does: where the heads of a token lie side by side, the
-        result is a view of it.
+        result is a view of it. A fused kernel of the device takes its heads as [s, b, heads or groups, head_dim]
+        (:func:`heads_first`).
 
         Args:
             segments: attend within these stretches only (block-diagonal causal). All in one call where the device has
@@ -103,6 +106,13 @@ class TorchCoreAttention(torch.nn.Module):
         """
         dropout = self.dropout if self.training else 0.0
         fork = dropout > 0.0 and self.fork_rng
+        apart = None if segments is None or all(len(row) == 1 for row in segments.rows) else segments
+        fused = kernels("attention", query)
+        if fused is not None:
+            with model_parallel_generator() if fork else nullcontext():
+                if apart is None:
+                    return fused.causal(query, key, value, dropout)
+                return fused.causal_within(query, key, value, dropout, apart.rows)
         attend = partial(
             torch.nn.functional.scaled_dot_product_attention,
             dropout_p=dropout,
@@ -110,13 +120,19 @@ class TorchCoreAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         with model_parallel_generator() if fork else nullcontext():
-            if segments is None or all(len(row) == 1 for row in segments.rows):
+            if apart is None:
                 out = attend(query, key, value)
             elif not dropout and varlen.takes(query):
-                out = within_segments_at_once(varlen.attend, (query, key, value), segments)
+                out = within_segments_at_once(varlen.attend, (query, key, value), apart)
             else:
-                out = _within_segments(attend, (query, key, value), segments)
+                out = _within_segments(attend, (query, key, value), apart)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def heads_first(core_attention: Any, like: Tensor) -> bool:
+    """Whether the core attention takes [b, heads, s, head_dim] for such a tensor, else [s, b, heads, head_dim]: torch's
+    does, and the fused kernel of a device does not."""
+    return core_attention.heads_first and kernels("attention", like) is None
 
 
 def _within_segments(attend: Callable[..., Tensor], heads: tuple[Tensor, ...], segments: Segments) -> Tensor:
@@ -256,7 +272,7 @@ class SelfAttention(MegatronModule):
     def _heads(self, mixed: Tensor, rotary_tables: Tables) -> tuple[Tensor, ...]:
         """Query, key and value, rotated, in the shape that the core attention takes and the order in memory that the
         device likes."""
-        heads_first = self.core_attention.heads_first
-        if not heads_first or traits_of(mixed.device).heads_first_attention:
-            return SplitAndRotate.apply(mixed, *rotary_tables, heads_first)
+        first = heads_first(self.core_attention, mixed)
+        if not first or traits_of(mixed.device).heads_first_attention:
+            return SplitAndRotate.apply(mixed, *rotary_tables, first)
         return tuple(part.permute(1, 2, 0, 3) for part in SplitAndRotate.apply(mixed, *rotary_tables, False))

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_telechat.backend import traits_of
+from megatron_telechat.backend.kernels import kernels
 
 
 class CpuRMSNorm(torch.autograd.Function):
@@ -43,14 +44,17 @@ class CpuRMSNorm(torch.autograd.Function):
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm by torch's fused kernel, which normalises in fp32 and rounds; the weight stays outside of it to keep
-    the order. Keeps only its input: the kernel is cheap to repeat."""
+    """RMSNorm by a fused kernel, torch's or the device's own, which normalises in fp32 and rounds; the weight stays
+    outside of it to keep the order. Keeps only its input: the kernel is cheap to repeat."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`rms_norm`; keeps x and the weight."""
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
+        fused = kernels("norm", x)
+        if fused is not None:
+            return fused.rms_norm(x.contiguous(), eps).mul_(weight)
         return torch.nn.functional.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
     @staticmethod
@@ -58,6 +62,10 @@ class FusedRMSNorm(torch.autograd.Function):
         """Runs the kernel again and takes its gradient by autograd. That of the weight is the sum over the rows of
         dy * n, where n is what the kernel returns."""
         x, weight = ctx.saved_tensors
+        fused = kernels("norm", x)
+        if fused is not None:
+            grad_x, grad_weight = fused.rms_norm_gradients(grad, x.contiguous(), weight, ctx.eps)
+            return grad_x, grad_weight.to(weight.dtype), None
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             normalised = torch.nn.functional.rms_norm(x, x.shape[-1:], None, ctx.eps)

@@ -1,4 +1,4 @@
-"""The experts on an accelerator: ``torch.nn.functional.grouped_mm`` over all rows, no device-to-host copy."""
+"""The experts on an accelerator: every step over the rows of all experts, no device-to-host copy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_telechat.backend.grouped import grouped_product
 from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.engine import ExpertWeights, Gradients
@@ -24,7 +25,8 @@ def _expert_of_row(scale: Tensor, offsets: Tensor) -> Tensor:
 
 def first_product(rows: Tensor, plan: Arrivals, weights: ExpertWeights) -> Tensor:
     """[N, 2 f]: gate and up of every expert row."""
-    return F.grouped_mm(rows.index_select(0, plan.rows), weights.flat_fc1.transpose(1, 2), offs=plan.offsets)
+    x = rows.index_select(0, plan.rows)
+    return grouped_product(x, weights.flat_fc1.transpose(1, 2), plan.offsets, plan.counts)
 
 
 def forward(
@@ -32,7 +34,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted outputs [N, h] of the expert rows, and gate and up if `keep`."""
     gate_up = first_product(rows, plan, weights)
-    output = F.grouped_mm(_activated(gate_up, scale), weights.fc2.transpose(1, 2), offs=plan.offsets)
+    output = grouped_product(_activated(gate_up, scale), weights.fc2.transpose(1, 2), plan.offsets, plan.counts)
     if weights.bias is not None and weights.adds_bias:
         output = output.addmm_(_row_scales(scale.to(output.dtype), plan.offsets), weights.bias)
     return output, gate_up if keep else None
@@ -47,12 +49,12 @@ def input_gradients(
         [N, h], [N] in the type of `scale`, and the weighted activations [N, f] for :func:`weight_gradients`.
     """
     g = grad.index_select(0, plan.token_rows)
-    grad_hidden = F.grouped_mm(g, weights.fc2, offs=plan.offsets)
+    grad_hidden = grouped_product(g, weights.fc2, plan.offsets, plan.counts)
     hidden, grad_scale = _activation_gradients(grad_hidden, scale, gate_up)
     if weights.bias is not None and weights.adds_bias:
         dots = (g @ weights.bias.t()).gather(1, _expert_of_row(scale, plan.offsets).unsqueeze(1))
         grad_scale += dots.squeeze(1).to(scale.dtype)
-    return F.grouped_mm(gate_up, weights.flat_fc1, offs=plan.offsets), grad_scale, hidden
+    return grouped_product(gate_up, weights.flat_fc1, plan.offsets, plan.counts), grad_scale, hidden
 
 
 def _activated(gate_up: Tensor, scale: Tensor) -> Tensor:

@@ -10,5 +10,5 @@ from megatron_telechat.moe.engine import Engine
 
 
 def engine_for(device: torch.device) -> Engine:
-    """One expert after another, or all in one ``grouped_mm``, as suits the device."""
+    """One expert after another, or all of them step by step, as suits the device."""
     return engine_loop if traits_of(device).expert_engine == "loop" else engine_grouped

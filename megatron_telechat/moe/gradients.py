@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_telechat.backend.grouped import add_grouped_sum_product, grouped_sum_product
 from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.te_products import Accumulate
@@ -86,6 +86,8 @@ class WeightGradient:
         if self._accumulate is not None:
             self._accumulate(buffer, a, b, plan.counts, self.fresh)
             return
+        if add_grouped_sum_product(buffer, a, b, plan.offsets, self.fresh):
+            return
         runs = list(_runs(plan.counts))
         if self.fresh:
             for some, (start, stop) in runs:
@@ -96,7 +98,13 @@ class WeightGradient:
             return
         # Where an expert begins, the one with rows before it ends: the ends of those with rows are all that is needed.
         ends = [plan.offsets[start:stop] for start, stop in filled]
-        products = F.grouped_mm(a.t(), b, offs=ends[0] if len(ends) == 1 else torch.cat(ends))
+        counts = [count for count in plan.counts if count]
+        products = grouped_sum_product(a, b, ends[0] if len(ends) == 1 else torch.cat(ends), counts)
+        if products is None:
+            experts = [expert for start, stop in filled for expert in range(start, stop)]
+            for expert, left, right in zip(experts, a.split(counts), b.split(counts), strict=True):
+                self.add_product(expert, left.t(), right)
+            return
         parts = products.split([stop - start for start, stop in filled])
         for (start, stop), part in zip(filled, parts, strict=True):
             self._put(buffer[start:stop], part)

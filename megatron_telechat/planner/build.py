@@ -10,6 +10,7 @@ from megatron_telechat.config.layout import PipelineLayout, pipeline_layout
 from megatron_telechat.config.recompute import MODULES, Modes, recompute_plan
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import embedding_bytes, layer_activations, output_layer_bytes
+from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.devices import DeviceSpec
 from megatron_telechat.costs.memory import resident_bytes
 from megatron_telechat.costs.parameters import local_count
@@ -20,7 +21,7 @@ from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup,
 from megatron_telechat.tensors.table import Table, layer_table, stage_table
 
 RESERVE_GIB = 3.0
-"""Memory left to the device's context, communication buffers and fragmentation."""
+"""Memory left to the device's context, to buffers that `costs.communicators` does not know, and to fragmentation."""
 UNLIMITED_BYTES = float(2**60)
 """Stands for the memory of a device whose file names none."""
 DEFAULT_KINDS = ("full",)
@@ -68,7 +69,8 @@ def balance_problem(
     Args:
         kinds: recompute kinds a layer may have, next to none: see `parse_kind`.
         mem_limit_bytes: memory of one device; unset: that of the device file, unlimited where it names none.
-        reserve_bytes: of it, never planned with; unset: RESERVE_GIB, nothing where the memory is unlimited.
+        reserve_bytes: of it, never planned with; unset: RESERVE_GIB and the buffers of the communicators, nothing where
+            the memory is unlimited.
         mtp: a multi-token-prediction block beside the model's own layers.
 
     Raises:
@@ -77,7 +79,7 @@ def balance_problem(
     times = TimeModel(run, device, software)
     limit = mem_limit_bytes if mem_limit_bytes is not None else device.memory_gib and device.memory_gib * 2**30
     if reserve_bytes is None:
-        reserve_bytes = RESERVE_GIB * 2**30 if limit else 0.0
+        reserve_bytes = RESERVE_GIB * 2**30 + buffer_bytes(run) if limit else 0.0
     wanted = [parse_kind(kind) for kind in kinds]
     layers = range(run.model.num_layers)
     groups = []

@@ -98,7 +98,7 @@ def parallel_sizes(run: RunConfig) -> str:
 def _memory_lines(run: RunConfig, backend: Backend) -> Iterator[str]:
     total = backend.memory().total_bytes
     limit = f" of {total / 2**30:.0f} GiB" if total else ""
-    figures = ", ".join(f"{stage.total_bytes / 2**30:.2f}" for stage in stage_memory(run))
+    figures = ", ".join(f"{stage.device_bytes / 2**30:.2f}" for stage in stage_memory(run))
     yield f"  memory    estimated GiB a rank of each stage: {figures}{limit}"
 
 

@@ -263,3 +263,17 @@ def test_a_run_of_hours_without_a_save_interval_is_warned_of():
     text = dry(*long, preset="telechat2-115b")
     assert "(as predicted for ascend-910b-64g) and has no save interval" in text and "--save-interval" in text
     assert "no save interval" not in dry(*long, "--save-interval", "100", preset="telechat2-115b")
+
+
+def test_buffers_of_the_communicators_stand_beside_what_is_allocated(monkeypatch):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "100")
+    argv = ("--world-size", "1024")
+    text, plain = (dry(*argv, "--device", device, preset="telechat2-39b-a12b") for device in ("npu", "cuda"))
+    buffers = column(text, "buffers")
+    assert len(buffers) == 2 and min(buffers) > 1
+    parts = [column(text, title) for title in ("weights", "gradients", "optimizer", "activations", "buffers")]
+    assert all(abs(sum(row) - total) < 0.3 for *row, total in zip(*parts, column(text, "total"), strict=True))
+    assert (
+        "buffers: 2 of HCCL_BUFFSIZE for each of 8 communicators (all ranks, " in text and "experts' exchange" in text
+    )
+    assert "HCCL_BUFFSIZE" not in plain and "buffers" not in plain.split("memory of a rank")[1].split("steps")[0]
