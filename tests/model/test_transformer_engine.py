@@ -145,3 +145,29 @@ def test_the_model_on_the_wrappers_is_the_model_on_torch(report):
     for model in ("dense", "moe"):
         assert report[model]["loss"] < 1e-5 and report[model]["gradient"] < 1e-4, (model, report[model])
     assert report["quiet"], "FP8 without being asked"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_is_in_every_product_of_the_wrappers_and_in_every_pass(report, recipe):
+    """Also in the second pass of a recomputed layer, which the backward runs outside of megatron-core's block; and no
+    longer than the block."""
+    found = report["fp8"][recipe]
+    # two micro-batches; a dense layer has four products, one with experts two, those of the attention
+    assert found["products"] == 2 * (4 + 2)
+    assert found["outside"] == [] and found["left"] is False
+    assert found["different"] == [], "a recomputed layer gives other gradients"
+    assert 0 < found["bf16"] < 0.05, "FP8 rounds"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_a_step_in_fp8_sees_the_weights_of_this_step(report, recipe):
+    assert report["fp8"][recipe]["steps"] == [True, True]
+
+
+@pytest.mark.heavy
+def test_what_the_delayed_recipe_ignores_is_known(report):
+    """megatron-core hands these on; Transformer Engine 2 drops them without a word (`--no-fp8-wgrad` is refused)."""
+    assert report["ignored"] == ["device", "override_linear_precision", "params_dtype"]
+    assert {"DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"} <= set(report["calls"])

@@ -108,6 +108,53 @@ def optimizer(ranks: Ranks) -> list[str]:
     return [type(part.optimizer).__name__ for part in made.chained_optimizers]
 
 
+def fp8(ranks: Ranks, log: te_stand_in.Log, recipe: str) -> dict[str, Any]:
+    """A step in FP8 without recompute and with each kind that is allowed; then one after the weights have moved."""
+    import torch
+
+    found: dict[str, Any] = {"different": [], "outside": []}
+    settings = dict(precision="bf16", fp8_format="hybrid", fp8_recipe=recipe, fp8_margin=1, fp8_amax_history_len=4)
+    expected = None
+    for layout in ("none,none", "full,full", "core_attn+moe,core_attn+mlp", "full,none"):
+        run = ranks.run_of(MOE, recompute_layout=layout, **settings)
+        chunks = ranks.build(run, ranks.te)
+        log.products.clear()
+        loss = ranks.step(run, chunks)
+        if not all(fp8 for _, fp8 in log.products):
+            found["outside"].append(layout)
+        gradients = ranks.gradients(chunks)
+        if expected is None:
+            expected = (loss, gradients)
+            found["products"] = len(log.products)
+            found["steps"] = moved(ranks, run, chunks)
+        elif loss != expected[0] or any(not torch.equal(expected[1][name], grad) for name, grad in gradients.items()):
+            found["different"].append(layout)
+        found["left"] = te_stand_in.Quantisation.enabled
+    found["recipe"] = [name for name, made in log.calls.items() if name in te_stand_in.RECIPES and made]
+    found["bf16"] = abs(ranks.step(*plain(ranks)) / expected[0] - 1)
+    return found
+
+
+def plain(ranks: Ranks) -> tuple[Any, Any]:
+    run = ranks.run_of(MOE, precision="bf16")
+    return run, ranks.build(run, ranks.te)
+
+
+def moved(ranks: Ranks, run: Any, chunks: Any) -> list[bool]:
+    """Whether a step sees the weights as they are: the same loss for the same ones, another for others. FP8 keeps the
+    weights of a step's first micro-batch, which the schedules have to say."""
+    import torch
+
+    losses = []
+    for factor in (1.0, 2.0, 0.5):
+        with torch.no_grad():
+            for name, parameter in chunks[0].module.named_parameters():
+                if "linear_" in name and name.endswith("weight"):
+                    parameter.mul_(factor)
+        losses.append(ranks.step(run, chunks))
+    return [losses[0] != losses[1], losses[0] == losses[2]]
+
+
 def main() -> None:
     log = te_stand_in.install(sys.argv[1])
     ranks = Ranks()
@@ -120,6 +167,7 @@ def main() -> None:
         "optimizer": optimizer(ranks),
     }
     answer["quiet"] = not any(fp8 for _, fp8 in log.products)
+    answer["fp8"] = {recipe: fp8(ranks, log, recipe) for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")}
     answer["calls"] = {name: sorted(set(calls)) for name, calls in log.calls.items()}
     answer["ignored"] = sorted(log.ignored)
     print(json.dumps(answer))
