@@ -36,7 +36,7 @@ FOREIGN_FLAGS = {
     ),  # torchrun
     *("--nodes", "--ntasks-per-node", "--ntasks", "--gpus-per-node", "--gres", "--map-by"),  # srun, sbatch, mpirun
     *("--use-gigatoken", "--padded-vocab-size"),  # Megatron-LM's tools and its tokenizer options
-    "--no-deps",  # pip
+    *("--no-build-isolation", "--no-deps"),  # pip
 }
 """Flags of other programs that the pages name."""
 

@@ -1,4 +1,5 @@
-"""The releases of megatron-core that this package runs on. Standard library only: the doctor asks it too.
+"""The releases of megatron-core that this package runs on, and of Transformer Engine that it was read against. Standard
+library only: the doctor asks it too.
 
 Upstream's newer releases want Python 3.12; 0.16.1 is the last one for older Pythons. Both are served from one tree.
 What differs between them is asked of `installed_line`, here and in the named fixes, and nowhere else.
@@ -17,6 +18,9 @@ LINES: dict[str, str] = {"0.16": "==0.16.1", "0.19": ">=0.19.2,<0.20"}
 
 PYTHON_OF_NEWEST = (3, 12)
 """The oldest Python that pip installs the newest line on."""
+
+TRANSFORMER_ENGINE = ">=2.4,<2.21"
+"""The releases whose signatures tests/model/te_facts.py has; the condition of the extra `te` in pyproject.toml."""
 
 
 def numbers(version: str) -> tuple[int, ...]:

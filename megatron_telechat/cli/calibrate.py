@@ -28,7 +28,7 @@ def calibrate_door(request: Request) -> int:
     An entry for the same shapes is replaced, others stay: one file serves several runs.
 
     Raises:
-        ConfigError: the ranks do not hold one stage of the run.
+        ConfigError: the ranks do not hold one stage of the run; FP8 was asked for.
         ResourceError: the file cannot be written.
     """
     import torch.distributed as dist
@@ -38,6 +38,8 @@ def calibrate_door(request: Request) -> int:
 
     options = request.options
     run = request.load().run
+    if run.training.fp8_format is not None:
+        raise ConfigError("calibration measures bf16 products, not FP8", "fp8_format", "drop --fp8-format")
     named = None if options.device is None else _named(options.device)
     if named is not None:
         run = on_device(run, named)

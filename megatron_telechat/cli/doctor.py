@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_telechat.backend.core_versions import condition_here, line_of, satisfies
+from megatron_telechat.backend.core_versions import TRANSFORMER_ENGINE, condition_here, line_of, satisfies
 from megatron_telechat.cli.text import gib, table
 from megatron_telechat.cli.tool import ToolParser, run_tool
 
@@ -199,6 +199,12 @@ def _transformer_engine(has_gpu: bool) -> Finding:
         return Finding("transformer-engine", WRONG, f"{version} without its torch part: importing megatron-core "
                                                     f"fails", enables,
                        "pip uninstall -y transformer-engine")  # fmt: skip
+    if not satisfies(version, TRANSFORMER_ENGINE):
+        # It may work: its interface changes between releases, and nobody has read this one.
+        return Finding(
+            "transformer-engine", ABSENT, f"{version}, read were {TRANSFORMER_ENGINE}", enables,
+            f'pip install "transformer-engine[pytorch]{TRANSFORMER_ENGINE}"',
+        )  # fmt: skip
     return Finding("transformer-engine", OK, version, enables)
 
 

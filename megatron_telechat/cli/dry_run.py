@@ -112,7 +112,7 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
         f"{topology.ranks_per_node}: "
         + " x ".join(sizes)
         + ("  sequence parallel" if parallel.sequence_parallel_size > 1 else ""),
-        f"  type    {run.training.precision}"
+        f"  type    {run.training.precision_text}"
         + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
     ]
 

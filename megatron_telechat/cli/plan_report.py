@@ -58,7 +58,7 @@ def head(question: Question, problem: BalanceProblem) -> list[str]:
         f"{run.model.name} on {question.device.name}: {sizes_text(run)}, {run.parallel.world_size} ranks",
         f"  {model_text(run.model)}",
         f"  {problem.m} micro-batches of {training.micro_batch_size} x {training.seq_length} tokens, "
-        f"{training.precision}; {limit}; recompute allowed: {', '.join(question.kinds)}",
+        f"{training.precision_text}; {limit}; recompute allowed: {', '.join(question.kinds)}",
     ]
 
 

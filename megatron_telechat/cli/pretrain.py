@@ -109,6 +109,11 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
 
     # Every rank looks for itself: all come to one answer, before a process group in which one would wait for another.
     require_start(loaded.run)
+    if loaded.run.training.fp8_format is not None:
+        from megatron_telechat.backend import get_backend
+        from megatron_telechat.backend.transformer_engine import require_for_fp8
+
+        require_for_fp8(get_backend(loaded.run.training.device).traits)
     return train(loaded.run, loaded.origins)
 
 

@@ -259,6 +259,18 @@ class TrainingConfig:
     precision: Precision = "bf16"
     """Compute type: bf16, fp16 or fp32 (short: --bf16, --fp16, --fp32). Master weights, gradients, optimizer state are
     fp32."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """FP8 in the products of the attention projections and of the dense MLPs, by Transformer Engine: e4m3, or hybrid
+    (e5m2 for gradients). Everything else stays bf16, the experts too. Unset: no FP8."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """Scales of FP8: delayed (of earlier micro-batches), tensorwise (one a tensor, of its own values), blockwise (one a
+    block; Hopper and newer) or mxfp8 (one for 32 values; Blackwell)."""
+    fp8_margin: int = 0
+    """Bits of room that delayed scaling leaves above the largest value it has seen."""
+    fp8_amax_history_len: int = 1
+    """Micro-batches whose largest values delayed scaling remembers."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """Which of the remembered values delayed scaling takes: most_recent or max."""
     seq_length: int = 8192
     """Tokens of a training sample."""
     micro_batch_size: int = 1
@@ -287,6 +299,11 @@ class TrainingConfig:
     """Use deterministic algorithms only; a resume is then bitwise equal to an uninterrupted run."""
     empty_unused_memory_level: int = 0
     """Release cached device memory: 0 never, 1 after each step."""
+
+    @property
+    def precision_text(self) -> str:
+        """The types of the compute for people: ``bf16``, or ``bf16, FP8 hybrid (delayed)``."""
+        return self.precision + (f", FP8 {self.fp8_format} ({self.fp8_recipe})" if self.fp8_format else "")
 
 
 @dataclass(frozen=True)

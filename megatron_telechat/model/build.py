@@ -7,6 +7,7 @@ import os
 import torch
 
 from megatron_telechat.backend import Backend
+from megatron_telechat.backend.transformer_engine import require_recipe
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model.gpt import TeleChatModel
@@ -24,12 +25,15 @@ def build_model(run: RunConfig, state: ParallelState, backend: Backend, initiali
         initialize: fill the weights; they do not depend on the layout. Without it, they are undefined.
 
     Raises:
-        ConfigError: a parameter that the table of tensors does not have; on the ranks that build it.
+        ConfigError: a parameter that the table of tensors does not have; on the ranks that build it. FP8 of a recipe
+            that the device has not.
     """
     device = backend.device
     transformer_engine = has_transformer_engine(backend.traits)
     if transformer_engine and run.training.deterministic:
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    if transformer_engine and run.training.fp8_format is not None:
+        require_recipe(run.training.fp8_recipe)
     classes = implementation(transformer_engine, run.data.reset_attention_mask)
     layout = pipeline_layout(run)
     chunks: list[TeleChatModel] = []

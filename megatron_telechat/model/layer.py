@@ -63,6 +63,7 @@ class DecoderLayer(MegatronModule):
     ):
         super().__init__(config=config)
         self.layer_number = global_layer + 1
+        self.tp_group = pg_collection.tp
         self.dropout = config.hidden_dropout
         self.recompute_layer = "full" in recompute
         self.recompute_norms = "layernorm" in recompute
@@ -101,7 +102,7 @@ class DecoderLayer(MegatronModule):
         if self.recompute_layer and self._recomputes():
             if self.routes:  # both passes of this call, and of no other, share it
                 run = partial(run, first_pass=FirstPass())
-            return tensor_parallel.checkpoint(run, False, hidden_states), None
+            return self._checkpoint(run, hidden_states), None
         # pipeline schedules free a stage's output, which must not be a view for that
         return make_viewless_tensor(run(hidden_states), requires_grad=True, keep_graph=True), None
 
@@ -124,11 +125,20 @@ class DecoderLayer(MegatronModule):
         normed, release = self._norm(self.pre_mlp_layernorm, hidden_states)
         if self.recompute_mlp and self._recomputes():
             # the bias is added inside: a checkpoint must not hand a parameter out
-            out, bias = tensor_parallel.checkpoint(partial(self._mlp_with_bias, counted=counted), False, normed), None
+            out, bias = self._checkpoint(partial(self._mlp_with_bias, counted=counted), normed), None
         else:
             out, bias = self.mlp(normed, counted=counted, first_pass=first_pass)
         release(out)
         return bias_dropout_add(out, bias, hidden_states, self.dropout, self.training)
+
+    def _checkpoint(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``run(x)``, computed again in the backward. FP8 needs Transformer Engine's own way: the backward is outside
+        of the recipe that megatron-core's block entered, and delayed scales have moved on since."""
+        if self.config.fp8 is None:
+            return tensor_parallel.checkpoint(run, False, x)
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        return te_checkpoint(run, False, tensor_parallel.get_cuda_rng_tracker, self.tp_group, x)
 
     def _mlp_with_bias(self, normed: Tensor, counted: CountedTokens | None) -> Tensor:
         out, bias = self.mlp(normed, counted=counted)

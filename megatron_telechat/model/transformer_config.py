@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_telechat.backend.transformer_engine import require_for_fp8
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.device_kinds import DeviceTraits
@@ -41,7 +42,7 @@ def transformer_config(
             because the schedules hang functions on it.
 
     Raises:
-        ConfigError: a model that only the planner knows.
+        ConfigError: a model that only the planner knows; FP8 without Transformer Engine.
     """
     model, training = run.model, run.training
     if model.not_built:
@@ -80,8 +81,25 @@ def transformer_config(
         gradient_accumulation_fusion=device.fuses_weight_gradients and _has_wgrad_kernel(),
         deterministic_mode=training.deterministic and device.needs_deterministic_mode,
         transformer_impl="transformer_engine" if transformer_engine else "local",
+        **_fp8_fields(run, device),
         **_parallel_fields(run, state, dtype, device),
         **(_moe_fields(run) if model.is_moe else {}),
+    )
+
+
+def _fp8_fields(run: RunConfig, device: DeviceTraits) -> dict[str, Any]:
+    """The products of Transformer Engine's modules in FP8. megatron-core's `TransformerBlock` enters the recipe, around
+    each layer or (delayed) around all of them; parameters stay as they are."""
+    training = run.training
+    if training.fp8_format is None:
+        return {}
+    require_for_fp8(device)
+    return dict(
+        fp8=training.fp8_format,
+        fp8_recipe=training.fp8_recipe,
+        fp8_margin=training.fp8_margin,
+        fp8_amax_history_len=training.fp8_amax_history_len,
+        fp8_amax_compute_algo=training.fp8_amax_compute_algo,
     )
 
 

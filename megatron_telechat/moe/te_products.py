@@ -56,7 +56,7 @@ def _product() -> Accumulate:
 
     known = inspect.signature(general_grouped_gemm).parameters
     version_options: dict[str, Any] = {}
-    if "workspaces" in known:  # before 2.9
+    if "workspaces" in known:  # before 2.10
         from transformer_engine.pytorch.module.base import (  # pyright: ignore[reportMissingImports] - optional
             get_multi_stream_cublas_workspace,
         )
@@ -65,7 +65,7 @@ def _product() -> Accumulate:
 
     def accumulate(buffer: Tensor, a: Tensor, b: Tensor, counts: Sequence[int], fresh: bool) -> None:
         options = dict(version_options)
-        if "quantization_params" in known:
+        if "quantization_params" in known:  # since 2.11
             options["quantization_params"] = [None] * len(counts)
         general_grouped_gemm(
             list(b.split(list(counts))),

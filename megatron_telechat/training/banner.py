@@ -38,7 +38,8 @@ def banner(
     lines = [
         f"megatron_telechat {__version__}  {run.model.name}: {format_count(count.total)} parameters{active}",
         f"  batch     {run.training.global_batch_size} x {run.training.seq_length} = {format_count(tokens)} tokens a "
-        f"step, {run.num_microbatches} micro-batches of {run.training.micro_batch_size}, {run.training.precision}",
+        f"step, {run.num_microbatches} micro-batches of {run.training.micro_batch_size}, "
+        f"{run.training.precision_text}",
         f"  ranks     {state.world_size} on {backend.device_name()}: {parallel_sizes(run)}",
         *(f"  experts   {line}" for line in expert_lines(run)),
         f"  layout    {layout}",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_telechat.backend.core_versions import LINES, PYTHON_OF_NEWEST, condition_here
+from megatron_telechat.backend.core_versions import LINES, PYTHON_OF_NEWEST, TRANSFORMER_ENGINE, condition_here
 from megatron_telechat.cli.doctor import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +106,18 @@ def test_transformer_engine_without_its_torch_part_would_break_megatron(tmp_path
     assert done.returncode == 2
     assert "importing megatron-core fails" in row(done.stdout, "transformer-engine")
     assert "pip uninstall -y transformer-engine" in done.stdout
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("version, read", [("2.4.0", True), ("2.20.2", True), ("2.21.0", False), ("2.3.0", False)])
+def test_a_transformer_engine_that_nobody_has_read_is_told(tmp_path, version, read):
+    distribution(tmp_path, "transformer_engine", version)
+    (tmp_path / "transformer_engine_torch.py").write_text("raise RuntimeError('must not be imported')")
+    done = doctor(path=tmp_path)
+    assert done.returncode == 0
+    line = row(done.stdout, "transformer-engine")
+    assert version in line and (f"read were {TRANSFORMER_ENGINE}" in line) != read
+    assert (f'"transformer-engine[pytorch]{TRANSFORMER_ENGINE}"' in done.stdout) != read
 
 
 @pytest.mark.heavy

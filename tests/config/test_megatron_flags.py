@@ -63,7 +63,7 @@ DENSE = """
 
 MOE_REFUSED = """
     --preset telechat2-tiny-moe --mock-data --moe-router-score-function sigmoid --moe-router-enable-expert-bias
-    --moe-router-num-groups 8 --multi-latent-attention --mtp-num-layers 1 --fp8-format hybrid --optimizer muon
+    --moe-router-num-groups 8 --multi-latent-attention --mtp-num-layers 1 --fp8-param-gather --optimizer muon
     --moe-token-dispatcher-type flex --moe-router-dtype fp32 --moe-permute-fusion --moe-shared-expert-overlap
 """
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_is_refused_one_by_one() -> None:
         "--moe-router-num-groups",
         "--multi-latent-attention",
         "--mtp-num-layers",
-        "--fp8-format",
+        "--fp8-param-gather",
         "--optimizer",
     ):
         assert flag in text

@@ -210,16 +210,44 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("there is no 8-bit or 4-bit training here", "--bf16"),
+        Refused("parameters are bf16 and their gradients fp32, with FP8 products too", "--fp8-format"),
         """
-        activation-func-fp8-input-store disable-fp8-wgrad disable-parameter-transpose-cache
-        first-last-layers-bf16 fp4 fp4-format fp4-param fp4-param-gather fp4-quantizer-factory fp4-recipe fp8
-        fp8-amax-compute-algo fp8-amax-history-len fp8-dot-product-attention fp8-format fp8-interval
-        fp8-margin fp8-multi-head-attention fp8-output-proj fp8-param fp8-param-gather fp8-quantizer-factory
-        fp8-recipe fp8-wgrad keep-fp8-transpose-cache keep-fp8-transpose-cache-when-using-custom-fsdp
-        moe-router-padding-for-fp8 moe-router-padding-for-quantization no-fp8-wgrad num-layers-at-end-in-bf16
-        num-layers-at-start-in-bf16 reuse-grad-buf-for-mxfp8-param-ag tp-only-amax-red
+        fp8-param fp8-param-gather keep-fp8-transpose-cache keep-fp8-transpose-cache-when-using-custom-fsdp
+        reuse-grad-buf-for-mxfp8-param-ag
         """,
+    ),
+    (
+        Refused("FP8 is in all layers or in none", "--fp8-format"),
+        "first-last-layers-bf16 num-layers-at-end-in-bf16 num-layers-at-start-in-bf16",
+    ),
+    (
+        Refused(
+            "FP8 is in the products of the attention projections and of the dense MLPs, and nowhere else",
+            "--fp8-format",
+        ),
+        """
+        activation-func-fp8-input-store fp8-dot-product-attention fp8-multi-head-attention fp8-output-proj
+        fp8-quantizer-factory
+        """,
+    ),
+    (
+        Refused("Transformer Engine 2 computes the gradients of weights in FP8, and ignores what says otherwise"),
+        "disable-fp8-wgrad no-fp8-wgrad",
+    ),
+    (Always("Transformer Engine 2 computes the gradients of weights in FP8, too"), "fp8-wgrad"),
+    (Ignored("the scales of FP8 are computed for every micro-batch"), "fp8-interval"),
+    (
+        Refused("the largest values of delayed scaling are those of all ranks of a pipeline stage"),
+        "tp-only-amax-red",
+    ),
+    (
+        Ignored("the experts stay bf16, with FP8 products too"),
+        "moe-router-padding-for-fp8 moe-router-padding-for-quantization",
+    ),
+    (Ignored("Transformer Engine keeps the weights of a step in FP8"), "disable-parameter-transpose-cache"),
+    (
+        Refused("4-bit training is not here, and 8-bit training has another flag", "--fp8-format"),
+        "fp4 fp4-format fp4-param fp4-param-gather fp4-quantizer-factory fp4-recipe fp8",
     ),
     (
         Refused(

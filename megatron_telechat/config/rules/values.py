@@ -26,6 +26,7 @@ AT_LEAST_ONE = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
     *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("seq_length", "micro_batch_size", "global_batch_size", "exit_interval", "recompute_num_layers"),
+    "fp8_amax_history_len",
     *("lr_decay_iters", "lr_wsd_decay_iters", "loss_scale_window", "hysteresis"),
     *("save_interval", "eval_interval", "eval_iters", "log_interval", "num_workers", "moe_input_chunks"),
 )
@@ -41,7 +42,7 @@ NOT_NEGATIVE = (
         "clip_grad",
         "max_skipped_steps",
     ),
-    *("load_step", "keep_last"),
+    *("load_step", "keep_last", "fp8_margin"),
 )
 MORE_THAN_ZERO = (
     *("norm_epsilon", "rotary_base", "distributed_timeout_minutes", "lr", "adam_eps"),

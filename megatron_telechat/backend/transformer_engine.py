@@ -1,0 +1,51 @@
+"""Whether Transformer Engine can do what a run asks of it, told before it is asked."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megatron_telechat.backend.core_versions import TRANSFORMER_ENGINE
+from megatron_telechat.device_kinds import DeviceTraits
+from megatron_telechat.errors import ConfigError
+
+_OFF = "drop --fp8-format"
+
+
+def require_for_fp8(device: DeviceTraits) -> None:
+    """That Transformer Engine is here and has kernels for this kind of device. Nothing is imported.
+
+    Raises:
+        ConfigError: it has not, or is not.
+    """
+    if not device.transformer_engine:
+        raise ConfigError(
+            f"FP8 is computed by Transformer Engine, which has no kernels for {device.name}", "fp8_format", _OFF
+        )
+    # The meta package alone has neither kernels nor this module.
+    if importlib.util.find_spec("transformer_engine_torch") is None:
+        raise ConfigError(
+            "FP8 is computed by Transformer Engine, which is not installed",
+            "fp8_format",
+            f'pip install --no-build-isolation "transformer-engine[pytorch]{TRANSFORMER_ENGINE}", or {_OFF}',
+        )
+
+
+def require_recipe(recipe: str) -> None:
+    """That the device of this rank, and the CUDA that Transformer Engine was built for, have this recipe.
+
+    Args:
+        recipe: a value of ``fp8_recipe``.
+
+    Raises:
+        ConfigError: they have not; with Transformer Engine's reason.
+    """
+    from transformer_engine.pytorch.fp8 import (  # pyright: ignore[reportMissingImports] - optional
+        check_fp8_block_scaling_support,
+        check_fp8_support,
+        check_mxfp8_support,
+    )
+
+    checks = {"blockwise": check_fp8_block_scaling_support, "mxfp8": check_mxfp8_support}
+    there, reason = checks.get(recipe, check_fp8_support)()
+    if not there:
+        raise ConfigError(f"this device has no FP8 of fp8_recipe={recipe}: {reason}", "fp8_recipe", _OFF)
