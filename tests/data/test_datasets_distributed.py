@@ -31,7 +31,11 @@ def test_all_ranks_read_the_same_samples_from_one_index(report):
             "DataError: rank 0 could not build the sample index: data error: sequence",
         ),
         ("failure_before_building", "DataError: ", "DataError: rank 0 could not build the sample index: data error: "),
-        ("cache_is_a_file", "ResourceError: ", "ResourceError: rank 0 could not build the sample index: resource error: "),
+        (
+            "cache_is_a_file",
+            "ResourceError: ",
+            "ResourceError: rank 0 could not build the sample index: resource error: ",
+        ),
         ("other_files", "built", "DataError: rank 1 sees other data files"),
         ("cache_not_shared", "built", "DataError: the sample index that rank 0 wrote is not visible here"),
         (
