@@ -204,7 +204,7 @@ def sizes_on_host(sizes: Tensor, layout: Layout) -> list[int]:
         sizes: int64, flat, on the device.
         layout: whose sizes these are; a virtual rank, whose tensors hold no numbers, works them out from it.
     """
-    return sizes.tolist()
+    return sizes.cpu().tolist()
 
 
 class Layout:
