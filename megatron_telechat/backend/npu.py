@@ -66,6 +66,7 @@ class NpuBackend(Backend):
         npu.set_device(self.local_rank)
 
     def limit_waits(self, timeout: timedelta) -> None:
+        """HCCL_CONNECT_TIMEOUT and HCCL_EXEC_TIMEOUT, in seconds, within what CANN takes."""
         # HCCL looks at its environment when it opens a communicator. Its own limits (120 s to connect, 1836 s in an
         # operation) know nothing of the run's.
         seconds = max(1, math.ceil(timeout.total_seconds()))
@@ -74,6 +75,7 @@ class NpuBackend(Backend):
         os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(min(seconds, MOST_EXEC_SECONDS)))
 
     def use_deterministic_algorithms(self) -> None:
+        """torch's switch, which torch_npu passes on to its kernels, and HCCL_DETERMINISTIC for the reductions."""
         import torch
 
         os.environ.setdefault("HCCL_DETERMINISTIC", "true")
