@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 
 from megatron_telechat.backend.transformer_engine import require_for_fp8, require_recipe
@@ -79,9 +82,6 @@ def test_a_run_without_transformer_engine_is_refused_before_it_starts(monkeypatc
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_a_device_without_the_recipe_gives_transformer_engines_reason(recipe, monkeypatch):
-    import sys
-    from types import ModuleType
-
     asked = {"blockwise": "check_fp8_block_scaling_support", "mxfp8": "check_mxfp8_support"}.get(
         recipe, "check_fp8_support"
     )
@@ -91,3 +91,27 @@ def test_a_device_without_the_recipe_gives_transformer_engines_reason(recipe, mo
         setattr(sys.modules["transformer_engine.pytorch.fp8"], check, lambda own=check: (own != asked, "too old"))
     with pytest.raises(ConfigError, match=f"no FP8 of fp8_recipe={recipe}: too old"):
         require_recipe(recipe)
+
+
+@pytest.mark.heavy
+def test_a_run_ends_before_any_process_group(tmp_path, capsys):
+    import torch.distributed as dist
+
+    from megatron_telechat.cli.pretrain import main
+    from megatron_telechat.errors import EXIT_CONFIG
+
+    command = ["--preset", DENSE, "--bf16", "--mock-data", "--train-iters", "1000", "--run-dir", str(tmp_path / "run")]
+    assert main([*command, "--fp8-format", "hybrid"]) == EXIT_CONFIG
+    assert "FP8 is computed by Transformer Engine" in capsys.readouterr().err
+    assert not dist.is_initialized() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.heavy
+def test_calibration_measures_no_fp8(tmp_path, capsys):
+    from megatron_telechat.cli.plan_pipeline import main
+    from megatron_telechat.errors import EXIT_CONFIG
+
+    output = tmp_path / "mine.yaml"
+    command = ["--preset", DENSE, "--bf16", "--calibrate", "--output", str(output), "--fp8-format", "hybrid"]
+    assert main(command) == EXIT_CONFIG
+    assert "calibration measures bf16 products" in capsys.readouterr().err and not output.exists()
