@@ -20,7 +20,7 @@ from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.costs.volumes import Volume, stage_volumes
 from megatron_telechat.errors import ConfigError, ResourceError
 from megatron_telechat.virtual.launch import MOST_MATCHED, VirtualRankError, executable, execute, one_of_each_stage
-from megatron_telechat.virtual.match import Match, match
+from megatron_telechat.virtual.match import MESSAGES, Match, match
 from megatron_telechat.virtual.records import Call, RankRecord, ScopeWork
 
 PLAYED = "h100-80g"
@@ -148,6 +148,8 @@ def exchanged(whole: RunConfig, executed: RunConfig, record: RankRecord) -> list
 
 def group_of(call: Call) -> str:
     """Short name of the call's group."""
+    if call.kind in MESSAGES:  # between two stages megatron-core sends one direction through the group of all ranks
+        return "pp"
     return GROUPS.get(call.description, call.description.lower() or "world")
 
 
@@ -262,7 +264,7 @@ def exchange_seconds(run: RunConfig, entry: Exchanged, device: DeviceSpec) -> fl
     }
     if not entry.calls:
         return 0.0
-    if entry.kind in ("send", "receive"):
+    if entry.kind in MESSAGES:
         # A message is counted where it is sent.
         return (entry.kind == "send") * (entry.bytes / links.between(stage) + entry.calls * links.latency)
     size, stride = places.get(entry.group, (run.parallel.world_size, 1))

@@ -50,7 +50,8 @@ def match(records: Iterable[RankRecord]) -> Match:
         numbers = ", ".join(map(str, sorted(rank for rank, _ in ranks.values())))
         name = f"{first.description or 'group'} of ranks {numbers}"
         if len(ranks) < first.size:
-            problems.append(f"{name}: {first.size - len(ranks)} of its {first.size} ranks start nothing in it")
+            missing = first.size - len(ranks)
+            problems.append(f"{name}: {_text(first)} is started, and {missing} of its {first.size} ranks start nothing")
             continue
         ordered = [ranks[place] for place in range(first.size)]
         compared += _collectives(name, ordered, problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ GRANULE = 512
 """Bytes that CUDA's caching allocator rounds a block up to."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 _NOTHING_TO_LAUNCH = frozenset(
     "alias as_strided chunk detach diagonal empty empty_like empty_strided expand is_same_size lift_fresh movedim "
@@ -268,16 +270,18 @@ def _is_causal(args: Any) -> bool:
 
 
 def _place() -> str:
-    """file:line of the innermost frame that is neither torch's nor of this folder."""
+    """file:line of the innermost frame that is not torch's, Python's own, or of this folder."""
     frame = sys._getframe(1)
     here = Path(__file__).parent
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if here not in path.parents and "/site-packages/torch/" not in str(path) and path.suffix == ".py":
-            if _PACKAGE in path.parents:
-                return f"{path.relative_to(_PACKAGE.parent)}:{frame.f_lineno}"
-            if "site-packages" in path.parts:
-                after = path.parts[path.parts.index("site-packages") + 1 :]
+        if _PACKAGE in path.parents and here not in path.parents:
+            return f"{path.relative_to(_PACKAGE.parent)}:{frame.f_lineno}"
+        if "site-packages" in path.parts:
+            after = path.parts[path.parts.index("site-packages") + 1 :]
+            if after[0] != "torch":
                 return f"{'/'.join(after)}:{frame.f_lineno}"
+        elif here not in path.parents and path.is_absolute() and _LIBRARY not in path.parents:
+            return f"{path.name}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

@@ -40,6 +40,7 @@ LAYOUTS = {
     "moe_etp2_recompute": (
         MOE,
         "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 2 "
+        "--no-fold-tensor-into-experts "
         f"--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 {SHARDED}",
     ),
 }
@@ -106,9 +107,8 @@ HOST_WAITS = {
     # Uploads of a few numbers from pageable memory.
     "megatron_telechat/training/step.py copy to it": 2,
     "megatron_telechat/training/numerics.py copy to it": 1,
-    # megatron-core: the tokens of the step, for the division of the gradients.
-    "megatron/core/distributed/finalize_model_grads.py item": 1,
-    "megatron/core/pipeline_parallel/p2p_communication.py torch.cuda.synchronize": None,
+    # megatron-core: the tokens of the step, for the division of the gradients of each virtual stage.
+    "megatron/core/distributed/finalize_model_grads.py item": 2,
 }
 """Where the host waits for the device in a step, and at most how often. A new place in the hot path belongs here only
 with a reason."""
@@ -165,13 +165,13 @@ def test_a_tensor_on_the_wrong_device_ends_the_rank(monkeypatch):
 
 
 def test_a_misaligned_grouped_product_ends_the_rank(monkeypatch):
-    with pytest.raises(VirtualRankError, match="(?i)stride|multiple of 16|align"):
+    with pytest.raises(VirtualRankError, match="(?i)stride|align"):
         broken(monkeypatch, "misaligned")
 
 
 def test_a_collective_that_one_rank_leaves_out_is_named(monkeypatch):
     problems = match(broken(monkeypatch, "dropped", (0, 1))).problems
-    assert problems and "rank 1" in problems[0] and "all-reduce" in problems[0]
+    assert problems and "all-reduce" in problems[0] and "1 of its 2 ranks start nothing" in problems[0]
 
 
 def test_a_new_wait_of_the_host_is_found_with_its_line(monkeypatch):
