@@ -87,8 +87,9 @@ def initialize(run: RunConfig, backend: Backend) -> ParallelState:
         ConfigError: the environment does not fit the configuration, or the ranks do not hold the same one.
         ResourceError: a rank cannot be reached.
     """
-    backend.install()
     timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
+    backend.limit_waits(timeout)
+    backend.install()
     try:
         _join(run.parallel, backend, timeout)
         agree("configuration", run)

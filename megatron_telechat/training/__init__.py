@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from datetime import timedelta
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.training.paths import RunPaths
@@ -28,7 +27,6 @@ def train(run: RunConfig, origins: Mapping[str, str] | None = None) -> int:
         from megatron_telechat.backend import get_backend
 
         backend = get_backend(run.training.device)
-        backend.limit_waits(timedelta(minutes=run.parallel.distributed_timeout_minutes))
         if _exchange_overlaps(run):
             backend.open_queues()
         # The fixes for megatron.core hook its import: they come before the first module that needs it.
