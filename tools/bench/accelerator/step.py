@@ -117,6 +117,8 @@ def _measure(run: Any, options: Options) -> Results:
     yield "kernels of a step", _profile(trainer, iterators, options)
     trainer.release()
     parallel.destroy()
+    if options.device == "cuda":
+        yield "virtual rank of the same run", _virtual(run)
 
 
 def _memory(trainer: Any, options: Options) -> dict[str, float]:
@@ -130,6 +132,19 @@ def _memory(trainer: Any, options: Options) -> dict[str, float]:
         found["reserved"] = torch.cuda.max_memory_reserved() / gib
         found["between steps"] = torch.cuda.memory_allocated() / gib
     return found
+
+
+def _virtual(run: Any) -> dict[str, Any]:
+    """Memory and waits of the host as a virtual rank has them, to be held beside what was measured."""
+    from megatron_telechat.virtual.launch import executable, execute
+
+    (record,) = execute(executable(run), [0])
+    return {
+        "peak": record.peak_bytes / 2**30,
+        "between steps": record.resident_bytes / 2**30,
+        "host waits": {f"{place} {what}": count for what, place, count in record.syncs},
+        "launches": sum(work.launches for work in record.work.values()),
+    }
 
 
 def _host_waits(trainer: Any, iterators: Any) -> dict[str, int]:
