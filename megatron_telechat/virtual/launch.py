@@ -59,6 +59,11 @@ class Order:
         """The run of :attr:`config`."""
         return run_config_from_yaml(self.config)
 
+    @property
+    def name(self) -> str:
+        """What tells it from the other orders of a process."""
+        return Path(self.record).stem
+
     @classmethod
     def read(cls, path: Path) -> Order:
         """From the file that :func:`execute` wrote."""
@@ -127,26 +132,58 @@ def execute(
         ConfigError: a rank outside of the world.
         UserError: what a rank refused, or that it failed.
     """
-    world = run.parallel.world_size
-    outside = [rank for rank in ranks if not 0 <= rank < world]
-    if outside:
-        raise ConfigError(f"rank {outside[0]} of {world}", "--execute-ranks", f"ranks from 0 to {world - 1}")
     name, size = DEVICE
     if device is not None and device.memory_gib:
         name, size = device.name, int(device.memory_gib * GIB)
+    (records,) = execute_several([(run, ranks)], name, size, steps, skew, limit_s, done, program)
+    return records
+
+
+def execute_several(
+    runs: Sequence[tuple[RunConfig, Sequence[int]]],
+    device_name: str = DEVICE[0],
+    device_bytes: int = DEVICE[1],
+    steps: int = 1,
+    skew: float = 1.0,
+    limit_s: float = RANK_LIMIT_S,
+    done: Callable[[RankRecord], None] = lambda record: None,
+    program: str = PROGRAM,
+) -> list[list[RankRecord]]:
+    """Execute ranks of several runs. The program is loaded once a processor, which takes longer than a small run.
+
+    Args:
+        runs: runs and which ranks of each.
+        device_name, device_bytes: the device that is played.
+        steps, skew, limit_s, done, program: as in :func:`execute`.
+
+    Returns:
+        The records of each run, in the order of its ranks.
+
+    Raises:
+        ConfigError: a rank outside of a world.
+        UserError: what a rank refused, or that it failed.
+    """
     with tempfile.TemporaryDirectory(prefix="megatron_telechat-virtual-") as folder:
-        config = dump_run_config(replace(run, logging=replace(run.logging, run_dir=folder)))
         orders: list[Order] = []
-        for rank in ranks:
-            place = str(Path(folder) / str(rank))
-            orders.append(Order(config, rank, f"{place}.json", f"{place}.error", name, size, steps, skew, limit_s))
-            Path(f"{place}.order").write_text(json.dumps(asdict(orders[-1])), encoding="utf-8")
-        workers = max(1, min(len(ranks), os.cpu_count() or 1))
+        for number, (run, ranks) in enumerate(runs):
+            world = run.parallel.world_size
+            outside = [rank for rank in ranks if not 0 <= rank < world]
+            if outside:
+                raise ConfigError(f"rank {outside[0]} of {world}", "--execute-ranks", f"ranks from 0 to {world - 1}")
+            config = dump_run_config(replace(run, logging=replace(run.logging, run_dir=folder)))
+            for rank in ranks:
+                place = str(Path(folder) / f"run{number}-rank{rank}")
+                files = f"{place}.json", f"{place}.error"
+                orders.append(Order(config, rank, *files, device_name, device_bytes, steps, skew, limit_s))
+                Path(f"{place}.order").write_text(json.dumps(asdict(orders[-1])), encoding="utf-8")
+        workers = max(1, min(len(orders), os.cpu_count() or 1))
+        shares = [orders[number::workers] for number in range(workers)]
         with ThreadPoolExecutor(workers) as pool:
-            shares = [orders[number::workers] for number in range(workers)]
-            found = [record for share in pool.map(lambda share: _run(share, done, program), shares) for record in share]
-    place_of = {rank: number for number, rank in enumerate(ranks)}
-    return sorted(found, key=lambda record: place_of[record.rank])
+            played = list(pool.map(lambda share: _run(share, done, program), shares))
+        found = {order.record: record for share, records in zip(shares, played, strict=True)
+                 for order, record in zip(share, records, strict=True)}  # fmt: skip
+    records = iter([found[order.record] for order in orders])
+    return [[next(records) for _ in ranks] for _, ranks in runs]
 
 
 def _run(orders: Sequence[Order], done: Callable[[RankRecord], None], program: str) -> list[RankRecord]:
@@ -164,7 +201,7 @@ def _run(orders: Sequence[Order], done: Callable[[RankRecord], None], program: s
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                order = next((order for order in orders if str(order.rank) == line.strip()), None)
+                order = next((order for order in orders if order.name == line.strip()), None)
                 if order is None:
                     continue
                 if not Path(order.record).exists():

@@ -32,7 +32,7 @@ END_OF_DOCUMENT = 200
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Play the ranks that the orders describe, one after another, each in a fork of this process, which has torch
-    loaded. Prints the number of each rank when it has ended, well or not. Returns the exit code.
+    loaded. Prints the name of each order when its rank has ended, well or not. Returns the exit code.
 
     Args:
         argv: the files of the orders.
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_BUG
         for order in orders:
             _await(order, _fork(order, memory, record))
-            print(order.rank, flush=True)
+            print(order.name, flush=True)
     return EXIT_OK
 
 

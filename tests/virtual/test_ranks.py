@@ -11,7 +11,7 @@ from megatron_telechat.cli.execute import exchanged, group_of
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.memory import stage_memory
-from megatron_telechat.virtual.launch import VirtualRankError, executable, execute
+from megatron_telechat.virtual.launch import VirtualRankError, executable, execute, execute_several
 from megatron_telechat.virtual.match import match
 from megatron_telechat.virtual.records import RankRecord
 
@@ -21,10 +21,13 @@ DENSE, MOE = "telechat2-tiny", "telechat2-tiny-moe"
 SHARDED = "--use-distributed-optimizer"
 OVERLAPPED = f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"
 LAYOUTS = {
-    "dense_tp2_pp2": (DENSE, f"--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 {OVERLAPPED}"),
+    "dense_tp2_pp2": (
+        DENSE,
+        f"--num-layers 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 {OVERLAPPED}",
+    ),
     "dense_interleaved": (
         DENSE,
-        "--num-layers 8 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
+        "--num-layers 4 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
     "dense_uneven": (
@@ -34,12 +37,12 @@ LAYOUTS = {
     ),
     "moe_folded_pp2": (
         MOE,
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 4 "
+        "--num-layers 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 4 "
         f"--moe-input-chunks 2 {OVERLAPPED}",
     ),
     "moe_etp2_recompute": (
         MOE,
-        "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 2 "
+        "--num-layers 2 --tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 2 "
         "--no-fold-tensor-into-experts "
         f"--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 {SHARDED}",
     ),
@@ -52,11 +55,31 @@ def run_of(preset: str, flags: str, world: int = WORLD) -> RunConfig:
     return load_run_config([*argv, "--train-iters", "100", *flags.split()], {}).run
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def world(request) -> tuple[RunConfig, list[RankRecord]]:
+OPTIMIZERS = {
+    "plain": "",
+    "sharded": SHARDED,
+    "reduce overlapped": f"{SHARDED} --overlap-grad-reduce",
+    "both overlapped": OVERLAPPED,
+}
+
+
+@pytest.fixture(scope="module")
+def played() -> dict[str, tuple[RunConfig, list[RankRecord]]]:
+    """All ranks of every layout, and one rank of every setting of the optimizer."""
+    runs = {name: (executable(run_of(*layout)), range(WORLD)) for name, layout in LAYOUTS.items()}
+    for name, flags in OPTIMIZERS.items():
+        runs[name] = (
+            executable(run_of(MOE, f"--num-layers 2 --expert-model-parallel-size 2 {flags}", world=4)),
+            range(1, 2),
+        )
+    records = execute_several(list(runs.values()))
+    return {name: (run, found) for (name, (run, _)), found in zip(runs.items(), records, strict=True)}
+
+
+@pytest.fixture(params=LAYOUTS)
+def world(request, played) -> tuple[RunConfig, list[RankRecord]]:
     """A layout, and all of its ranks."""
-    run = executable(run_of(*LAYOUTS[request.param]))
-    return run, execute(run, range(WORLD))
+    return played[request.param]
 
 
 def test_all_ranks_meet(world):
@@ -130,10 +153,9 @@ def test_the_host_waits_where_it_is_known_to(world):
                 assert waits[name] <= most, places[name]
 
 
-@pytest.mark.parametrize("flags", ["", SHARDED, f"{SHARDED} --overlap-grad-reduce", OVERLAPPED])
-def test_every_gradient_is_reduced_and_every_parameter_gathered_once(flags):
-    run = executable(run_of(MOE, f"--expert-model-parallel-size 2 {flags}", world=4))
-    (record,) = execute(run, [1])
+@pytest.mark.parametrize("setting", OPTIMIZERS)
+def test_every_gradient_is_reduced_and_every_parameter_gathered_once(played, setting):
+    run, (record,) = played[setting]
     count = stage_memory(run)[0].parameters
     found: dict[tuple[str, str], int] = defaultdict(int)
     for call in record.calls:
@@ -142,20 +164,22 @@ def test_every_gradient_is_reduced_and_every_parameter_gathered_once(flags):
         reduced = found[group, "reduce-scatter"] + found[group, "all-reduce"]
         # Shares of a buffer begin at whole multiples; a few hundred numbers are added.
         assert reduced == pytest.approx(4 * parameters, rel=0.005), group
-        assert found[group, "all-gather"] == (pytest.approx(2 * parameters, rel=0.005) if flags else 0), group
+        gathered = found[group, "all-gather"]
+        assert gathered == (pytest.approx(2 * parameters, rel=0.005) if setting != "plain" else 0), group
 
 
-def test_launches_of_a_layer_of_experts_stay_under_a_ceiling():
-    run = executable(run_of(MOE, "--expert-model-parallel-size 2", world=2))
-    (record,) = execute(run, [0])
+def test_launches_of_a_layer_of_experts_stay_under_a_ceiling(played):
+    _, (record,) = played["plain"]
     for way, most in (("forward", 230), ("backward", 120)):
-        work = record.work[f"layer 0 {way}"]
+        work = record.work[f"layer 1 {way}"]  # the first one checks kernels for the first time
         assert work.launches / record.microbatches <= most, way
 
 
 def broken(monkeypatch, how: str, ranks=(0,)) -> list[RankRecord]:
     monkeypatch.setenv("BREAK", how)
-    run = executable(run_of(MOE, "--tensor-model-parallel-size 2 --expert-model-parallel-size 2", world=2))
+    run = executable(
+        run_of(MOE, "--num-layers 1 --tensor-model-parallel-size 2 --expert-model-parallel-size 2", world=2)
+    )
     return execute(run, ranks, program="tests.virtual.broken_rank")
 
 
