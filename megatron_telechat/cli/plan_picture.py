@@ -61,11 +61,18 @@ def _times(axes: Any, problem: BalanceProblem, assignment: Assignment, real: boo
     stages = range(problem.P)
     bottom = [0.0] * problem.P
     for offset, colors, name in ((0, FORWARD, "forward"), (problem.num_stages, BACKWARD, "backward")):
-        for chunk in range(problem.V):
-            heights = [times[offset + chunk * problem.P + stage] * scale for stage in stages]
-            label = name if chunk == 0 else None
+        for virtual_stage in range(problem.V):
+            heights = [times[offset + virtual_stage * problem.P + stage] * scale for stage in stages]
+            label = name if virtual_stage == 0 else None
             axes.bar(
-                stages, heights, 0.72, bottom, color=colors[chunk % 4], edgecolor="white", linewidth=0.6, label=label
+                stages,
+                heights,
+                0.72,
+                bottom,
+                color=colors[virtual_stage % 4],
+                edgecolor="white",
+                linewidth=0.6,
+                label=label,
             )
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     mean = sum(bottom) / len(bottom)
@@ -135,7 +142,7 @@ def _gantt(axes: Any, figure: Any, problem: BalanceProblem, result: SimResult, d
     width = figure.get_size_inches()[0] * 72 * 0.9
     bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for op in result.ops:
-        color = (FORWARD if op.kind == "F" else BACKWARD)[op.chunk % 4]
+        color = (FORWARD if op.kind == "F" else BACKWARD)[op.virtual_stage % 4]
         bars.setdefault((op.device, color), []).append((op.start * scale, (op.end - op.start) * scale))
         if (op.end - op.start) / result.makespan * width > 11:
             axes.text(

@@ -233,8 +233,8 @@ def _proof(plan: Plan) -> str:
 
 def plan_flags(plan: Plan) -> tuple[str, ...]:
     """Flags of our training that ask for the plan."""
-    chunks = plan.problem.V
-    more = ("--num-virtual-stages-per-pipeline-rank", str(chunks)) if chunks > 1 else ()
+    virtual_stages = plan.problem.V
+    more = ("--num-virtual-stages-per-pipeline-rank", str(virtual_stages)) if virtual_stages > 1 else ()
     return (*more, *plan.planned.flags) if plan.problem.P > 1 else plan.planned.flags[2:]
 
 

@@ -62,7 +62,8 @@ class CommandLine:
         said: values given to fields; the last counts.
         preset: the preset named, if any.
         configs: YAML files named, in order.
-        layers_per_virtual_stage: Megatron's way to give the number of chunks; resolved when num_layers is known.
+        layers_per_virtual_stage: Megatron's way to give the number of virtual stages; resolved when num_layers is
+            known.
         split: Megatron's ways to say an uneven split, and split_words as they were typed.
         refused: of the problems, flags of Megatron-LM that ask for what our training does not have and a planner can
             leave out.

@@ -3,8 +3,8 @@
 A layout lists the virtual stages in the order a token passes them, ``|`` between
 them, each with its layers: ``E`` embedding, ``t`` decoder layer, ``L`` output layer
 and loss. ``x*n`` repeats a letter, ``(...)*n`` a group. The same may be written as lists, one a stage, of
-Megatron-Core's names of layers. Virtual stage ``c`` is chunk
-``c // P`` of pipeline rank ``c % P``, as in megatron-core.
+Megatron-Core's names of layers. Stage ``c`` of the layout is virtual
+stage ``c // P`` of pipeline rank ``c % P``, as in megatron-core.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PipelineLayout:
         return cls(tuple(letters), pipeline_size)
 
     @property
-    def num_chunks(self) -> int:
+    def num_virtual_stages(self) -> int:
         """Virtual stages on each pipeline rank."""
         return len(self.stages) // self.pipeline_size
 
@@ -72,35 +72,35 @@ class PipelineLayout:
         """Decoder layers of each virtual stage, in the order a token passes them."""
         return tuple(stage.count("t") for stage in self.stages)
 
-    def virtual_stage(self, stage_rank: int, chunk: int) -> int:
-        """Number of the virtual stage that is this chunk of this pipeline rank."""
-        if not (0 <= stage_rank < self.pipeline_size and 0 <= chunk < self.num_chunks):
-            raise IndexError(f"no chunk {chunk} on pipeline rank {stage_rank} in {self}")
-        return chunk * self.pipeline_size + stage_rank
+    def stage_index(self, stage_rank: int, virtual_stage: int) -> int:
+        """Where this virtual stage of this pipeline rank is in `stages`."""
+        if not (0 <= stage_rank < self.pipeline_size and 0 <= virtual_stage < self.num_virtual_stages):
+            raise IndexError(f"no virtual stage {virtual_stage} on pipeline rank {stage_rank} in {self}")
+        return virtual_stage * self.pipeline_size + stage_rank
 
-    def layers_of(self, stage_rank: int, chunk: int = 0) -> range:
-        """Global zero-based numbers of the decoder layers of a chunk of a pipeline rank."""
-        stage = self.virtual_stage(stage_rank, chunk)
+    def layers_of(self, stage_rank: int, virtual_stage: int = 0) -> range:
+        """Global zero-based numbers of the decoder layers of a virtual stage of a pipeline rank."""
+        stage = self.stage_index(stage_rank, virtual_stage)
         first = sum(self.counts[:stage])
         return range(first, first + self.counts[stage])
 
-    def has_embedding(self, stage_rank: int, chunk: int = 0) -> bool:
-        """Whether virtual stage ``chunk`` of this pipeline rank holds the embedding."""
-        return "E" in self.stages[self.virtual_stage(stage_rank, chunk)]
+    def has_embedding(self, stage_rank: int, virtual_stage: int = 0) -> bool:
+        """Whether this virtual stage of this pipeline rank holds the embedding."""
+        return "E" in self.stages[self.stage_index(stage_rank, virtual_stage)]
 
-    def has_loss(self, stage_rank: int, chunk: int = 0) -> bool:
-        """Whether virtual stage ``chunk`` of this pipeline rank holds the output layer and the loss."""
-        return "L" in self.stages[self.virtual_stage(stage_rank, chunk)]
+    def has_loss(self, stage_rank: int, virtual_stage: int = 0) -> bool:
+        """Whether this virtual stage of this pipeline rank holds the output layer and the loss."""
+        return "L" in self.stages[self.stage_index(stage_rank, virtual_stage)]
 
-    def problems(self, num_layers: int, num_chunks: int) -> list[str]:
-        """What is wrong with the layout for this many layers and chunks a rank; empty if nothing."""
+    def problems(self, num_layers: int, num_virtual_stages: int) -> list[str]:
+        """What is wrong with the layout for this many layers and virtual stages a rank; empty if nothing."""
         out = []
-        expected = self.pipeline_size * num_chunks
+        expected = self.pipeline_size * num_virtual_stages
         if len(self.stages) != expected:
             out.append(
                 f"the layout has {len(self.stages)} stages, not {expected} "
                 f"(pipeline_model_parallel_size={self.pipeline_size} x "
-                f"num_virtual_stages_per_pipeline_rank={num_chunks})"
+                f"num_virtual_stages_per_pipeline_rank={num_virtual_stages})"
             )
         text = "".join(self.stages)
         for letter, what, place, at in (("E", "embedding", "first", 0), ("L", "loss", "last", -1)):
@@ -220,7 +220,7 @@ def _bad_letter(char: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def default_layout(num_layers: int, pipeline_size: int, num_chunks: int) -> PipelineLayout:
+def default_layout(num_layers: int, pipeline_size: int, num_virtual_stages: int) -> PipelineLayout:
     """The layers split as evenly as they go.
 
     Layers left over go to the later middle stages first (in 1F1B a later stage holds
@@ -230,7 +230,7 @@ def default_layout(num_layers: int, pipeline_size: int, num_chunks: int) -> Pipe
     Raises:
         ConfigError: if there are so many stages that one would be empty.
     """
-    stages = pipeline_size * num_chunks
+    stages = pipeline_size * num_virtual_stages
     share, left_over = divmod(num_layers, stages)
     counts = [share] * stages
     for stage in [*range(stages - 2, 0, -1), 0][:left_over]:
@@ -239,7 +239,8 @@ def default_layout(num_layers: int, pipeline_size: int, num_chunks: int) -> Pipe
     if not all(layout.stages):
         raise ConfigError(
             f"num_layers={num_layers} cannot fill {stages} pipeline stages "
-            f"(pipeline_model_parallel_size={pipeline_size} x num_virtual_stages_per_pipeline_rank={num_chunks})",
+            f"(pipeline_model_parallel_size={pipeline_size} x "
+            f"num_virtual_stages_per_pipeline_rank={num_virtual_stages})",
             fix="fewer stages: an empty one would deadlock",
         )
     return layout

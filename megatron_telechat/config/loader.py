@@ -83,8 +83,8 @@ def load_run_config(
         described: the run is one to be told about, not one of our training: flags of Megatron-LM that our training
             refuses are noted as not modelled, models that it does not build are taken, data and checkpoints are not
             looked at.
-        changes: flags of ours that a planner tries in place of what `argv` says; with a number of chunks among them,
-            what `argv` says of chunks and split is dropped, which was said of other sizes.
+        changes: flags of ours that a planner tries in place of what `argv` says; with a number of virtual stages
+            among them, what `argv` says of virtual stages and split is dropped, which was said of other sizes.
 
     Raises:
         ConfigError: with all problems.
@@ -309,9 +309,9 @@ class _Merge:
             self.origins[name] = DEFAULT
         self.unreadable -= set(PLANNED)
         stages = self.values.get("pipeline_model_parallel_size", 1)
-        chunks = self.values.get("num_virtual_stages_per_pipeline_rank", 1)
+        virtual_stages = self.values.get("num_virtual_stages_per_pipeline_rank", 1)
         layers = self.values.get("num_layers", 0)
-        layout = working_layout(layers, stages, chunks) if min(layers, stages, chunks) >= 1 else None
+        layout = working_layout(layers, stages, virtual_stages) if min(layers, stages, virtual_stages) >= 1 else None
         if layout is not None:
             self.values["pipeline_model_parallel_layout"] = str(layout)
 

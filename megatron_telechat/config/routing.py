@@ -23,7 +23,7 @@ from megatron_telechat.errors import ConfigError
 FORMAT = "megatron_telechat routing 1"
 MANIFEST, INDEX = "routing.json", "index.json"
 SHAPE = ("num_layers", "moe_layer_freq", "num_experts", "moe_router_topk", "global_batch_size", "seq_length")
-"""Fields that must be equal; the layout, the micro-batch size and the number of chunks may differ."""
+"""Fields that must be equal; the layout, the micro-batch size and the number of input chunks may differ."""
 
 
 @dataclass(frozen=True)

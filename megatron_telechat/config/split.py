@@ -16,7 +16,7 @@ class SplitFlags:
     """What Megatron's flags say of an uneven split.
 
     Attributes:
-        first, last: decoder layers of the first and of the last pipeline rank, all its chunks together
+        first, last: decoder layers of the first and of the last pipeline rank, all its virtual stages together
             (--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers).
         embedding, loss: count as one layer each, in the first and in the last virtual stage
             (--account-for-embedding-in-pipeline-split, --account-for-loss-in-pipeline-split).
@@ -41,11 +41,11 @@ class SplitFlags:
         return self.embedding + self.loss
 
 
-def split_counts(layers: int, stages: int, chunks: int, split: SplitFlags) -> tuple[int, ...]:
+def split_counts(layers: int, stages: int, virtual_stages: int, split: SplitFlags) -> tuple[int, ...]:
     """Decoder layers of every virtual stage, in the order a token passes them.
 
     Args:
-        stages, chunks: pipeline ranks, and virtual stages on each.
+        stages, virtual_stages: pipeline ranks, and virtual stages on each.
 
     Raises:
         ConfigError: the layers do not split so; says which number does not divide.
@@ -55,20 +55,21 @@ def split_counts(layers: int, stages: int, chunks: int, split: SplitFlags) -> tu
             "a number of layers for the first or last rank cannot be combined with an embedding or loss that "
             "counts as a layer"
         )
-    if None not in (split.first, split.last) and stages == 2 and chunks > 1:
+    if None not in (split.first, split.last) and stages == 2 and virtual_stages > 1:
         # Megatron-Core divides by the number of ranks between there.
         raise ConfigError("of two pipeline ranks with virtual stages, only one may have its own number of layers")
     rows = _ends(layers, stages, split) if split.sets_ends else _accounted(layers, stages, split)
     for rank, row in enumerate(rows):
-        if row % chunks:
-            what = f"the {_counted(row, split)} of pipeline rank {rank} do not split into {chunks} virtual stages"
-            raise ConfigError(what)
-    counts = [row // chunks for row in rows] * chunks
+        if row % virtual_stages:
+            whole = f"the {_counted(row, split)} of pipeline rank {rank}"
+            raise ConfigError(f"{whole} do not split into {virtual_stages} virtual stages")
+    counts = [row // virtual_stages for row in rows] * virtual_stages
     counts[0] -= split.embedding
     counts[-1] -= split.loss
     if min(counts) < 0:
         raise ConfigError(
-            f"{layers} layers are too few for {stages * chunks} virtual stages with embedding and loss as layers"
+            f"{layers} layers are too few for {stages * virtual_stages} virtual stages with embedding and loss as "
+            "layers"
         )
     return tuple(counts)
 
@@ -99,8 +100,8 @@ def _ends(layers: int, stages: int, split: SplitFlags) -> list[int]:
     return [*first, *([rest // middle] * middle if middle else []), *last]
 
 
-def split_chunks(layers: int, stages: int, each: int, split: SplitFlags = SplitFlags()) -> int:
-    """Chunks of a pipeline rank where a chunk has `each` layers (--num-layers-per-virtual-pipeline-stage).
+def num_virtual_stages(layers: int, stages: int, each: int, split: SplitFlags = SplitFlags()) -> int:
+    """Virtual stages of a pipeline rank where each has `each` layers (--num-layers-per-virtual-pipeline-stage).
 
     Raises:
         ConfigError: the layers do not split so.

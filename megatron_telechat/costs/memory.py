@@ -23,7 +23,7 @@ from megatron_telechat.costs.communication import GRADIENT_BYTES
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.op_order import Op, peak_in_flight
 from megatron_telechat.costs.parameters import LocalCount, local_count
-from megatron_telechat.tensors.pieces import chunk_table
+from megatron_telechat.tensors.pieces import virtual_stage_table
 
 MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""
@@ -46,7 +46,7 @@ class StageMemory:
     transient_bytes: float
     """Of activations_bytes: the largest working set of a recompute."""
     in_flight: tuple[int, ...]
-    """Micro-batches in flight in each chunk at that moment."""
+    """Micro-batches in flight in each virtual stage at that moment."""
     buffers_bytes: float = 0.0
     """Taken by the communication library, beside torch's allocator."""
 
@@ -88,8 +88,8 @@ def stage_parameters(run: RunConfig) -> list[LocalCount]:
 
 def _stage_count(run: RunConfig, layout: PipelineLayout, rank: int) -> LocalCount:
     count = LocalCount(0, 0)
-    for chunk in range(layout.num_chunks):
-        count += local_count(chunk_table(run.model, layout, rank, chunk), run.parallel)
+    for virtual_stage in range(layout.num_virtual_stages):
+        count += local_count(virtual_stage_table(run.model, layout, rank, virtual_stage), run.parallel)
     return count
 
 
@@ -98,9 +98,9 @@ def stage_memory(run: RunConfig, imbalance: float = 1.0) -> list[StageMemory]:
     experts over the mean.
 
     The rules are those of a balance problem (docs/planner.md), so the planner's figures are these: what a layer, the
-    embedding or the output layer keeps is held from the start of its forward to the end of the chunk's backward, and a
-    backward is charged the largest working set of its layers once. On the last stage that is a little more than there
-    is, since the logits are freed before the layers are recomputed.
+    embedding or the output layer keeps is held from the start of its forward to the end of the virtual stage's
+    backward, and a backward is charged the largest working set of its layers once. On the last stage that is a little
+    more than there is, since the logits are freed before the layers are recomputed.
 
     Raises:
         ConfigError: the layout or the recompute plan of the run does not fit the model.
@@ -118,19 +118,19 @@ def stage_memory(run: RunConfig, imbalance: float = 1.0) -> list[StageMemory]:
 
 def _stage(run: RunConfig, layout: PipelineLayout, rank: int, layers: list[LayerActivations]) -> StageMemory:
     kept, repeated = [], []
-    for chunk in range(layout.num_chunks):
-        own = [layers[layer] for layer in layout.layers_of(rank, chunk)]
-        fixed = embedding_bytes(run) if layout.has_embedding(rank, chunk) else 0.0
-        fixed += output_layer_bytes(run) if layout.has_loss(rank, chunk) else 0.0
+    for virtual_stage in range(layout.num_virtual_stages):
+        own = [layers[layer] for layer in layout.layers_of(rank, virtual_stage)]
+        fixed = embedding_bytes(run) if layout.has_embedding(rank, virtual_stage) else 0.0
+        fixed += output_layer_bytes(run) if layout.has_loss(rank, virtual_stage) else 0.0
         kept.append(fixed + sum(layer.kept for layer in own))
         repeated.append(max((layer.working_set for layer in own), default=0.0))
 
     def transient(op: Op) -> float:
-        return 0.0 if op.forward else repeated[op.chunk]
+        return 0.0 if op.forward else repeated[op.virtual_stage]
 
     num_microbatches = max(run.num_microbatches, 1)
     activations, in_flight = peak_in_flight(
-        rank, layout.pipeline_size, layout.num_chunks, num_microbatches, kept, transient
+        rank, layout.pipeline_size, layout.num_virtual_stages, num_microbatches, kept, transient
     )
     count = _stage_count(run, layout, rank)
     parameters, gradients, optimizer = resident_bytes(run, count)

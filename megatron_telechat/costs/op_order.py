@@ -10,55 +10,56 @@ from megatron_telechat.errors import ConfigError
 
 @dataclass(frozen=True)
 class Op:
-    """One forward or backward of one micro-batch through one chunk of layers."""
+    """One forward or backward of one micro-batch through one virtual stage of a pipeline rank."""
 
     forward: bool
-    chunk: int
+    virtual_stage: int
     microbatch: int
 
 
-def _forward_order(num_stages: int, num_chunks: int, num_microbatches: int) -> list[tuple[int, int]]:
-    """(micro-batch, chunk) in the order of the forwards: groups of `num_stages` micro-batches, chunk by chunk."""
-    group = num_stages if num_chunks > 1 else max(num_microbatches, 1)
+def _forward_order(num_stages: int, num_virtual_stages: int, num_microbatches: int) -> list[tuple[int, int]]:
+    """(micro-batch, virtual stage) in the order of the forwards: groups of `num_stages` micro-batches, virtual stage by
+    virtual stage."""
+    group = num_stages if num_virtual_stages > 1 else max(num_microbatches, 1)
     return [
-        (microbatch, chunk)
+        (microbatch, virtual_stage)
         for start in range(0, num_microbatches, group)
-        for chunk in range(num_chunks)
+        for virtual_stage in range(num_virtual_stages)
         for microbatch in range(start, min(start + group, num_microbatches))
     ]
 
 
-def num_warmup_forwards(rank: int, num_stages: int, num_chunks: int, num_microbatches: int) -> int:
+def num_warmup_forwards(rank: int, num_stages: int, num_virtual_stages: int, num_microbatches: int) -> int:
     """Forwards that pipeline rank `rank` runs before its first backward turn.
 
     1F1B: P - 1 - p. Interleaved: 2 (P - 1 - p) + (V - 1) P (megatron-core 0.16.1,
     pipeline_parallel/schedules.py, get_pp_rank_microbatches). Never more than there are.
     """
-    if num_chunks == 1:
+    if num_virtual_stages == 1:
         warmup = num_stages - 1 - rank
     elif num_stages == 1:
         warmup = 0
     else:
-        warmup = 2 * (num_stages - 1 - rank) + (num_chunks - 1) * num_stages
-    return min(warmup, num_microbatches * num_chunks)
+        warmup = 2 * (num_stages - 1 - rank) + (num_virtual_stages - 1) * num_stages
+    return min(warmup, num_microbatches * num_virtual_stages)
 
 
-def rank_ops(rank: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Op]:
+def rank_ops(rank: int, num_stages: int, num_virtual_stages: int, num_microbatches: int) -> list[Op]:
     """The ops of one pipeline rank in Megatron-Core's order: warm-up forwards, then one of each in turn, then
     backwards.
 
     Raises:
-        ConfigError: more than one chunk without a pipeline, which no schedule runs.
+        ConfigError: more than one virtual stage without a pipeline, which no schedule runs.
     """
-    if num_chunks > 1 and num_stages == 1:
+    if num_virtual_stages > 1 and num_stages == 1:
         raise ConfigError(
             "virtual stages need more than one pipeline stage",
             fix="--num-virtual-stages-per-pipeline-rank 1, or a larger --pipeline-model-parallel-size",
         )
-    order = _forward_order(num_stages, num_chunks, num_microbatches)
-    forwards = [Op(True, chunk, microbatch) for microbatch, chunk in order]
-    backwards = [Op(False, num_chunks - 1 - chunk, microbatch) for microbatch, chunk in order]
-    warmup = num_warmup_forwards(rank, num_stages, num_chunks, num_microbatches)
+    order = _forward_order(num_stages, num_virtual_stages, num_microbatches)
+    forwards = [Op(True, virtual_stage, microbatch) for microbatch, virtual_stage in order]
+    backwards = [Op(False, num_virtual_stages - 1 - virtual_stage, microbatch) for microbatch, virtual_stage in order]
+    warmup = num_warmup_forwards(rank, num_stages, num_virtual_stages, num_microbatches)
     ops = forwards[:warmup]
     for forward, backward in zip(forwards[warmup:], backwards, strict=False):
         ops += [forward, backward]
@@ -68,26 +69,27 @@ def rank_ops(rank: int, num_stages: int, num_chunks: int, num_microbatches: int)
 def peak_in_flight(
     rank: int,
     num_stages: int,
-    num_chunks: int,
+    num_virtual_stages: int,
     num_microbatches: int,
     kept_bytes: Sequence[float],
     transient_bytes: Callable[[Op], float] | None = None,
 ) -> tuple[float, tuple[int, ...]]:
-    """Most bytes of activations that pipeline rank `rank` holds at once, and the micro-batches of each chunk then.
+    """Most bytes of activations that pipeline rank `rank` holds at once, and the micro-batches of each virtual stage
+    then.
 
     Args:
-        kept_bytes: what one micro-batch keeps for each chunk from its forward to the end of its backward.
+        kept_bytes: what one micro-batch keeps for each virtual stage from its forward to the end of its backward.
         transient_bytes: what an op needs on top while it runs.
     """
     # The order repeats itself after the warm-up, so a few groups of micro-batches show the peak.
     num_microbatches = min(num_microbatches, 4 * num_stages)
-    in_flight = [0] * num_chunks
+    in_flight = [0] * num_virtual_stages
     peak, at_peak = 0.0, tuple(in_flight)
-    for op in rank_ops(rank, num_stages, num_chunks, num_microbatches):
-        in_flight[op.chunk] += op.forward
+    for op in rank_ops(rank, num_stages, num_virtual_stages, num_microbatches):
+        in_flight[op.virtual_stage] += op.forward
         held = sum(count * size for count, size in zip(in_flight, kept_bytes, strict=True))
         held += transient_bytes(op) if transient_bytes else 0.0
         if held > peak:
             peak, at_peak = held, tuple(in_flight)
-        in_flight[op.chunk] -= not op.forward
+        in_flight[op.virtual_stage] -= not op.forward
     return peak, at_peak

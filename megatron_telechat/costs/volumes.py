@@ -17,7 +17,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import BYTES, Tokens, arriving_rows, tokens_of
 from megatron_telechat.costs.communication import GRADIENT_BYTES
 from megatron_telechat.costs.memory import stage_parameters
-from megatron_telechat.tensors.pieces import chunk_table
+from megatron_telechat.tensors.pieces import virtual_stage_table
 
 GATHER, SCATTER, REDUCE, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
 SEND, RECEIVE = "send", "receive"
@@ -82,12 +82,12 @@ def stage_volumes(run: RunConfig, stage: int) -> dict[tuple[str, str], Volume]:
     layout, plan, tokens = pipeline_layout(run), recompute_plan(run), tokens_of(run)
     out = _Volumes()
     whole = BYTES[run.training.precision] * run.model.hidden_size * tokens.whole
-    for chunk in range(layout.num_chunks):
-        for layer in layout.layers_of(stage, chunk):
+    for virtual_stage in range(layout.num_virtual_stages):
+        for layer in layout.layers_of(stage, virtual_stage):
             _layer(out, run, layer, plan[layer], whole, tokens)
-        if layout.has_embedding(stage, chunk):
+        if layout.has_embedding(stage, virtual_stage):
             _embedding(out, tokens, run, whole)
-        if layout.has_loss(stage, chunk):
+        if layout.has_loss(stage, virtual_stage):
             _head(out, tokens, run, whole)
     _pipeline(out, run, layout, stage, whole / run.parallel.sequence_parallel_size)
     _gradients(out, run, stage)
@@ -139,13 +139,13 @@ def _head(out: _Volumes, tokens: Tokens, run: RunConfig, whole: float) -> None:
 
 
 def _pipeline(out: _Volumes, run: RunConfig, layout: PipelineLayout, stage: int, message: float) -> None:
-    """Hidden states to the next chunk of layers and their gradients back; the first one gets none, the last sends
+    """Hidden states to the next virtual stage and their gradients back; the first one gets none, the last sends
     none."""
     if layout.pipeline_size == 1:
         return
-    chunks = layout.num_chunks
-    entering = chunks - (stage == 0)
-    leaving = chunks - (stage == layout.pipeline_size - 1)
+    virtual_stages = layout.num_virtual_stages
+    entering = virtual_stages - (stage == 0)
+    leaving = virtual_stages - (stage == layout.pipeline_size - 1)
     # Forward in and backward in; forward out and backward out.
     out.each("pp", {RECEIVE: entering + leaving, SEND: leaving + entering}, message)
 
@@ -172,7 +172,7 @@ def _replicated(run: RunConfig, layout: PipelineLayout, stage: int) -> int:
     norms, biases behind a row-parallel product, routers."""
     return sum(
         spec.numel
-        for chunk in range(layout.num_chunks)
-        for spec in chunk_table(run.model, layout, stage, chunk).values()
+        for virtual_stage in range(layout.num_virtual_stages)
+        for spec in virtual_stage_table(run.model, layout, stage, virtual_stage).values()
         if spec.tensor_axis is None and not spec.expert
     )

@@ -111,7 +111,7 @@ def batches(dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_sample
     """Micro-batches from sample ``consumed_samples`` on: dicts of CPU tensors tokens, labels, loss_mask, position_ids,
     each [micro_batch_size, seq_length], and where they have a meaning segment_lengths and padding (`TokenDataset`).
 
-    Each pipeline chunk that reads data takes an iterator of its own; close it at the end.
+    Each virtual stage that reads data takes an iterator of its own; close it at the end.
 
     Raises:
         DataError: from ``next``, when a sample cannot be read or holds a token outside the vocabulary.

@@ -1,4 +1,4 @@
-"""From a run to the model chunks of this rank."""
+"""From a run to the virtual stages of this rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_telechat.parallel.state import ParallelState
 
 
 def build_model(run: RunConfig, state: ParallelState, backend: Backend, initialize: bool = True) -> list[TeleChatModel]:
-    """The chunks of this rank, in the order of the interleaved schedule: on the device, in the compute type.
+    """The virtual stages of this rank, in the order of the interleaved schedule: on the device, in the compute type.
 
     Args:
         initialize: fill the weights; they do not depend on the layout. Without it, they are undefined.
@@ -36,25 +36,25 @@ def build_model(run: RunConfig, state: ParallelState, backend: Backend, initiali
         require_recipe(run.training.fp8_recipe)
     classes = implementation(transformer_engine, run.data.reset_attention_mask)
     layout = pipeline_layout(run)
-    chunks: list[TeleChatModel] = []
-    for chunk in range(layout.num_chunks):
-        vp_stage = chunk if layout.num_chunks > 1 else None
+    virtual_stages: list[TeleChatModel] = []
+    for virtual_stage in range(layout.num_virtual_stages):
+        vp_stage = virtual_stage if layout.num_virtual_stages > 1 else None
         with device:
             model = TeleChatModel(
                 run,
                 transformer_config(run, state, backend.traits, vp_stage),
-                block_spec(run, layout.layers_of(state.pp_rank, chunk), classes),
+                block_spec(run, layout.layers_of(state.pp_rank, virtual_stage), classes),
                 state.process_groups,
-                pre_process=layout.has_embedding(state.pp_rank, chunk),
-                post_process=layout.has_loss(state.pp_rank, chunk),
+                pre_process=layout.has_embedding(state.pp_rank, virtual_stage),
+                post_process=layout.has_loss(state.pp_rank, virtual_stage),
                 vp_stage=vp_stage,
             )
         _require_device(model, device)
-        chunks.append(model)
-    shards = parameter_shards(chunks, run, state)
+        virtual_stages.append(model)
+    shards = parameter_shards(virtual_stages, run, state)
     if initialize:
         initialize_weights(shards, run)
-    return chunks
+    return virtual_stages
 
 
 def _require_device(model: torch.nn.Module, device: torch.device) -> None:

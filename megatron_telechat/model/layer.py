@@ -45,7 +45,7 @@ class DecoderLayer(MegatronModule):
     """``a = x + drop(attention(norm(x)))``, ``out = a + drop(mlp(norm(a)))``; the MLP dense or of experts.
 
     Args:
-        layer_number: position in the chunk, counted from 1; megatron-core's block passes it.
+        layer_number: position in the virtual stage, counted from 1; megatron-core's block passes it.
         global_layer: zero-based number in the whole model.
         recompute: ``("full",)``, or modules of `megatron_telechat.config.recompute.MODULES`; ``moe`` is the block's own
             matter.

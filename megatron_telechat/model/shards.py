@@ -20,7 +20,7 @@ from megatron_telechat.errors import ConfigError, Problem
 from megatron_telechat.parallel.agreement import gather_objects
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.parallel.topology import Topology
-from megatron_telechat.tensors.pieces import Piece, chunk_table, is_writer, piece_at, tiling_problems
+from megatron_telechat.tensors.pieces import Piece, is_writer, piece_at, tiling_problems, virtual_stage_table
 from megatron_telechat.tensors.table import layer_key, layer_of, layer_table, tensor_table
 
 _TABLE = "megatron_telechat/tensors/table.py"
@@ -33,13 +33,13 @@ class LocalParameter:
     """One local parameter and the piece it holds.
 
     Attributes:
-        chunk: number of the virtual chunk on this rank.
-        name: name of the parameter in that chunk.
+        virtual_stage: number of the virtual stage on this rank.
+        name: name of the parameter in that virtual stage.
         writer: of all ranks that hold this piece, this is the one that counts; the pieces of all writers tile every
             tensor exactly once.
     """
 
-    chunk: int
+    virtual_stage: int
     name: str
     parameter: nn.Parameter
     piece: Piece
@@ -55,11 +55,11 @@ _FUSED_NORMS = {
 }
 
 
-def parameter_shards(chunks: Sequence[nn.Module], run: RunConfig, state: ParallelState) -> list[LocalParameter]:
-    """The parameters of this rank with their pieces, in chunk and model order.
+def parameter_shards(virtual_stages: Sequence[nn.Module], run: RunConfig, state: ParallelState) -> list[LocalParameter]:
+    """The parameters of this rank with their pieces, in the order of virtual stages and model.
 
     Args:
-        chunks: model chunks of this rank, bare or wrapped (``.module``).
+        virtual_stages: those of this rank, bare or wrapped (``.module``).
 
     Raises:
         ConfigError: naming every parameter that has no row in the table, not the size of its piece, or the gradient
@@ -68,10 +68,10 @@ def parameter_shards(chunks: Sequence[nn.Module], run: RunConfig, state: Paralle
     table = tensor_table(run.model)
     found: list[LocalParameter] = []
     problems: list[Problem] = []
-    for number, wrapped in enumerate(chunks):
-        chunk = unwrap(wrapped)
-        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        for name, parameter in chunk.named_parameters():
+    for number, wrapped in enumerate(virtual_stages):
+        virtual_stage = unwrap(wrapped)
+        numbers = [layer.layer_number - 1 for layer in virtual_stage.decoder.layers]
+        for name, parameter in virtual_stage.named_parameters():
             key = global_key(name, numbers)
             if key not in table:
                 fix = f"give the tensor a row in {_TABLE}"
@@ -97,26 +97,26 @@ def _wrong_domain(piece: Piece, name: str) -> Problem:
     return Problem(what, name, "set the parameter's attribute allreduce to False for the experts only")
 
 
-class ModelChunk(Protocol):
-    """What is asked of a chunk here: its parameters, and which layers it holds."""
+class VirtualStage(Protocol):
+    """What is asked of a virtual stage here: its parameters, and which layers it holds."""
 
     decoder: Any
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """(name, parameter) of each; layers are numbered from 0 in the chunk."""
+        """(name, parameter) of each; layers are numbered from 0 in the virtual stage."""
         ...
 
 
-def unwrap(chunk: nn.Module) -> ModelChunk:
-    """The model chunk inside its data-parallel wrapper."""
-    inner: Any = chunk
+def unwrap(virtual_stage: nn.Module) -> VirtualStage:
+    """The virtual stage inside its data-parallel wrapper."""
+    inner: Any = virtual_stage
     while not hasattr(inner, "decoder"):
         inner = inner.module
     return inner
 
 
 def global_key(name: str, layer_numbers: Sequence[int]) -> str:
-    """Key of a parameter of a chunk whose layers have these global numbers."""
+    """Key of a parameter of a virtual stage whose layers have these global numbers."""
     match = _LOCAL_LAYER.fullmatch(name)
     if match is None:
         return name
@@ -160,11 +160,11 @@ def _differences(shards: Iterable[LocalParameter], run: RunConfig, state: Parall
     """What this rank has built beside, or in place of, the tensors that the layout gives to it."""
     layout = pipeline_layout(run)
     wanted = {
-        (chunk, key)
-        for chunk in range(layout.num_chunks)
-        for key in chunk_table(run.model, layout, state.pp_rank, chunk)
+        (virtual_stage, key)
+        for virtual_stage in range(layout.num_virtual_stages)
+        for key in virtual_stage_table(run.model, layout, state.pp_rank, virtual_stage)
     }
-    built = Counter((shard.chunk, shard.piece.key) for shard in shards)
+    built = Counter((shard.virtual_stage, shard.piece.key) for shard in shards)
     missing = {key for _, key in wanted - set(built)}
     layers = sorted({layer for layer in map(layer_of, missing) if layer is not None})
     whole = [layer for layer in layers if set(layer_table(run.model, layer)) <= missing]

@@ -1,4 +1,4 @@
-"""What a chunk is made of, as megatron-core module specs."""
+"""What a virtual stage is made of, as megatron-core module specs."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def transformer_config(
 
     Args:
         device: the kind that the ranks run on; turns on what only some have.
-        vp_stage: chunk of this rank; the configuration is the same for all of them, but each gets its own object,
-            because the schedules hang functions on it.
+        vp_stage: virtual stage of this rank; the configuration is the same for all of them, but each gets its own
+            object, because the schedules hang functions on it.
 
     Raises:
         ConfigError: a model that only the planner knows; FP8 without Transformer Engine.

@@ -33,13 +33,13 @@ SHARED_EXPERTS = ModuleSpec(
 )
 
 
-def moe_blocks(stages: Sequence[torch.nn.Module]) -> list[MoEBlock]:
+def moe_blocks(virtual_stages: Sequence[torch.nn.Module]) -> list[MoEBlock]:
     """The blocks in these modules, in the order of the layers.
 
     Args:
-        stages: the virtual stages of this rank.
+        virtual_stages: those of this rank.
     """
-    return [module for stage in stages for module in stage.modules() if isinstance(module, MoEBlock)]
+    return [module for stage in virtual_stages for module in stage.modules() if isinstance(module, MoEBlock)]
 
 
 class MoEBlock(BaseMoELayer):

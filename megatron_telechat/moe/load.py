@@ -32,18 +32,18 @@ class ExpertLoad:
     aux_loss: float | None
 
 
-def collect_expert_load(stages: Sequence[nn.Module], state: ParallelState) -> ExpertLoad | None:
+def collect_expert_load(virtual_stages: Sequence[nn.Module], state: ParallelState) -> ExpertLoad | None:
     """Sum the counters over all ranks and start them anew. Collective over the whole world.
 
     Args:
-        stages: the virtual stages of this rank.
+        virtual_stages: those of this rank.
         state: the process groups.
 
     Returns:
         The load, the same on every rank; None for a model without MoE layers.
     """
-    routers = [module for stage in stages for module in stage.modules() if isinstance(module, Router)]
-    device = next((p.device for stage in stages for p in stage.parameters()), torch.device(HOST))
+    routers = [module for stage in virtual_stages for module in stage.modules() if isinstance(module, Router)]
+    device = next((p.device for stage in virtual_stages for p in stage.parameters()), torch.device(HOST))
     shape = torch.tensor(
         [max((r.layer_number for r in routers), default=0), max((r.num_experts for r in routers), default=0)],
         device=device,

@@ -56,14 +56,14 @@ class ParallelState:
     process_groups: ProcessGroups = field(repr=False)
     """What model, DDP, optimizer and schedules take as pg_collection."""
 
-    def is_first_stage(self, chunk: int = 0) -> bool:
-        """Whether this virtual chunk of this rank holds the embedding."""
-        return self.pp_rank == 0 and chunk == 0
+    def is_first_stage(self, virtual_stage: int = 0) -> bool:
+        """Whether this virtual stage of this rank holds the embedding."""
+        return self.pp_rank == 0 and virtual_stage == 0
 
-    def is_last_stage(self, chunk: int | None = None) -> bool:
-        """Whether this virtual chunk (the last one by default) of this rank holds the output layer."""
+    def is_last_stage(self, virtual_stage: int | None = None) -> bool:
+        """Whether this virtual stage (the last one by default) of this rank holds the output layer."""
         last = self.vpp_size - 1
-        return self.pp_rank == self.pp_size - 1 and (last if chunk is None else chunk) == last
+        return self.pp_rank == self.pp_size - 1 and (last if virtual_stage is None else virtual_stage) == last
 
     def coordinates(self) -> dict[str, int]:
         """Rank numbers by dimension."""

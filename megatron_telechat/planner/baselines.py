@@ -18,7 +18,7 @@ from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import peak_bytes, simulate, stage_times
 
 NEAR = 5
-"""Layers a chunk by which a plain split's first and last stages are tried away from the even share."""
+"""Layers a virtual stage by which a plain split's first and last stages are tried away from the even share."""
 
 
 LAYOUT_STARTS = 6

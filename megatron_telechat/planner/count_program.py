@@ -112,8 +112,8 @@ class Space:
             for moment in moments:
                 entries: dict[int, float] = {}
                 used = problem.const_mem
-                for chunk, stage in enumerate(stages):
-                    held, block = moment.held[chunk], problem.fixed_block(stage, None)
+                for virtual_stage, stage in enumerate(stages):
+                    held, block = moment.held[virtual_stage], problem.fixed_block(stage, None)
                     used += block.w + held * block.act
                     for at, (g, j) in enumerate(self.kinds):
                         group = problem.groups[g]

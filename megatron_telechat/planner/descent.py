@@ -64,17 +64,17 @@ class Evaluator:
         for device in range(problem.P):
             stages = slice(device, None, problem.P)
             most = act[:, stages] @ plans.held[device].T
-            for at, chunk in enumerate(plans.backward[device]):
-                if chunk is not None:
-                    most[:, at] += transient[:, chunk * problem.P + device]
+            for at, virtual_stage in enumerate(plans.backward[device]):
+                if virtual_stage is not None:
+                    most[:, at] += transient[:, virtual_stage * problem.P + device]
             tight = problem.const_mem + weight[:, stages].sum(axis=1) + most.max(axis=1) > problem.mem_limit * (
                 1 - 1e-12
             )
             if not self.mode0_is_fastest:
                 tight[:] = True
-            mtp_chunk = None if place is None or place % problem.P != device else place // problem.P
+            mtp_virtual_stage = None if place is None or place % problem.P != device else place // problem.P
             for row in np.flatnonzero(tight & fits):
-                plan = plans.best(device, tuple(map(tuple, inside[row, stages].tolist())), mtp_chunk)
+                plan = plans.best(device, tuple(map(tuple, inside[row, stages].tolist())), mtp_virtual_stage)
                 if plan is None:
                     fits[row] = False
                 else:
@@ -87,8 +87,8 @@ class Evaluator:
         inside = self.compositions(np.array([counts]))[0]
         chosen, options = [], []
         for device in range(problem.P):
-            mtp_chunk = None if place is None or place % problem.P != device else place // problem.P
-            key = (device, tuple(map(tuple, inside[device :: problem.P].tolist())), mtp_chunk)
+            mtp_virtual_stage = None if place is None or place % problem.P != device else place // problem.P
+            key = (device, tuple(map(tuple, inside[device :: problem.P].tolist())), mtp_virtual_stage)
             chosen.append(plans.best(*key))
             options.append([chosen[-1]] if problem.V == 1 or not any(chosen[-1].extra) else plans.all(*key))
         blocks = [problem.fixed_block(stage, place) for stage in range(problem.num_stages)]

@@ -16,7 +16,7 @@ MAX_COMBINATIONS = 400_000
 """Choices of a device that are looked at; with more, the search for a start takes a sample. No bound rests on them."""
 
 Composition = tuple[tuple[int, ...], ...]
-"""For each chunk of a device, its layers of each group."""
+"""For each virtual stage of a device, its layers of each group."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StageChoices:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """A choice for each chunk of a device: time added to each backward, and the modes."""
+    """A choice for each virtual stage of a device: time added to each backward, and the modes."""
 
     extra: tuple[float, ...]
     modes: tuple[tuple[int, ...], ...]
@@ -57,20 +57,21 @@ class DevicePlans:
             self._stage[in_group] = _stage_choices(self.problem, in_group)
         return self._stage[in_group]
 
-    def best(self, device: int, chunks: Composition, mtp_chunk: int | None = None) -> DevicePlan | None:
-        """The plan that fits and adds the least time; None if none fits. `mtp_chunk`: its chunk with the MTP block."""
-        key = (device, chunks, mtp_chunk)
+    def best(self, device: int, virtual_stages: Composition, mtp_virtual_stage: int | None = None) -> DevicePlan | None:
+        """The plan that fits and adds the least time; None if none fits. `mtp_virtual_stage`: the one of this device
+        with the MTP block."""
+        key = (device, virtual_stages, mtp_virtual_stage)
         if key not in self._best:
-            found = self._fitting(device, chunks, mtp_chunk)
+            found = self._fitting(device, virtual_stages, mtp_virtual_stage)
             self._best[key] = None
             if len(found[0]):
                 total = sum(found[1])
-                self._best[key] = self._plan(chunks, found, int(np.argmin(total)))
+                self._best[key] = self._plan(virtual_stages, found, int(np.argmin(total)))
         return self._best[key]
 
-    def all(self, device: int, chunks: Composition, mtp_chunk: int | None = None) -> list[DevicePlan]:
-        """All plans that fit and that no other beats in the time of every chunk."""
-        found = self._fitting(device, chunks, mtp_chunk)
+    def all(self, device: int, virtual_stages: Composition, mtp_virtual_stage: int | None = None) -> list[DevicePlan]:
+        """All plans that fit and that no other beats in the time of every virtual stage."""
+        found = self._fitting(device, virtual_stages, mtp_virtual_stage)
         if not len(found[0]):
             return []
         times = np.stack(found[1], axis=1)
@@ -80,23 +81,26 @@ class DevicePlans:
             for at in range(len(times))
             if not (np.all(times <= times[at], axis=1) & np.any(times < times[at], axis=1)).any()
         ]
-        return [self._plan(chunks, found, int(first[at])) for at in kept]
+        return [self._plan(virtual_stages, found, int(first[at])) for at in kept]
 
-    def _plan(self, chunks: Composition, found: tuple[list, list], at: int) -> DevicePlan:
+    def _plan(self, virtual_stages: Composition, found: tuple[list, list], at: int) -> DevicePlan:
         picked, extra = found
-        modes = tuple(self.stage_choices(one).modes[int(picked[chunk][at])] for chunk, one in enumerate(chunks))
+        modes = tuple(
+            self.stage_choices(one).modes[int(picked[virtual_stage][at])]
+            for virtual_stage, one in enumerate(virtual_stages)
+        )
         return DevicePlan(tuple(float(part[at]) for part in extra), modes)
 
-    def _fitting(self, device: int, chunks: Composition, mtp_chunk: int | None) -> tuple[list, list]:
-        """(index of the choice of each chunk, time added to each chunk) of all combinations that fit."""
+    def _fitting(self, device: int, virtual_stages: Composition, mtp_virtual_stage: int | None) -> tuple[list, list]:
+        """(index of the choice of each virtual stage, time added to each of them) of all combinations that fit."""
         problem = self.problem
-        choices = [self.stage_choices(one) for one in chunks]
+        choices = [self.stage_choices(one) for one in virtual_stages]
         sizes = self._thin([len(one.modes) for one in choices])
         picked = [grid.ravel() for grid in np.meshgrid(*(size for size in sizes), indexing="ij")]
         weights, fixed_act = problem.const_mem, []
-        for chunk, one in enumerate(chunks):
-            stage = chunk * problem.P + device
-            block = problem.fixed_block(stage, stage if chunk == mtp_chunk else None)
+        for virtual_stage, one in enumerate(virtual_stages):
+            stage = virtual_stage * problem.P + device
+            block = problem.fixed_block(stage, stage if virtual_stage == mtp_virtual_stage else None)
             weights += block.w + math.fsum(count * group.w for count, group in zip(one, problem.groups, strict=True))
             fixed_act.append(block.act)
         act = [choice.act[at] + fixed for choice, at, fixed in zip(choices, picked, fixed_act, strict=True)]

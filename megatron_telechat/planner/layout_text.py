@@ -1,4 +1,4 @@
-"""The pipeline layout as a picture: a row a stage, a cell a chunk, a letter a layer."""
+"""The pipeline layout as a picture: a row a stage, a cell a virtual stage, a letter a layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LONGEST_RUN = 24
 
 
 def layout_picture(run: RunConfig) -> str:
-    """Stages x chunks with the layers of each.
+    """Stages x virtual stages with the layers of each.
 
         stage 0   E tttt  0-3    tttt  8-11
         stage 1     RRtt  4-7    tttt  12-15 L
@@ -25,10 +25,10 @@ def layout_picture(run: RunConfig) -> str:
     layout, plan = pipeline_layout(run), recompute_plan(run)
     letters = ["R" if "full" in modes else "r" if modes else "t" for modes in plan]
     rows = [
-        [_cell(layout, rank, chunk, letters) for chunk in range(layout.num_chunks)]
+        [_cell(layout, rank, virtual_stage, letters) for virtual_stage in range(layout.num_virtual_stages)]
         for rank in range(layout.pipeline_size)
     ]
-    columns = [max(len(row[chunk]) for row in rows) for chunk in range(layout.num_chunks)]
+    columns = [max(len(row[virtual_stage]) for row in rows) for virtual_stage in range(layout.num_virtual_stages)]
     digits = len(str(layout.pipeline_size - 1))
     lines = []
     for rank, row in enumerate(rows):
@@ -42,14 +42,14 @@ def layout_picture(run: RunConfig) -> str:
     return "\n".join(lines + ["  ".join(legend)] * bool(legend))
 
 
-def _cell(layout: PipelineLayout, rank: int, chunk: int, letters: list[str]) -> str:
-    layers = layout.layers_of(rank, chunk)
+def _cell(layout: PipelineLayout, rank: int, virtual_stage: int, letters: list[str]) -> str:
+    layers = layout.layers_of(rank, virtual_stage)
     drawn = "".join(letters[layer] for layer in layers)
     if len(drawn) > LONGEST_RUN:
         drawn = " ".join(f"{letter}*{count}" for letter, count in _runs(drawn))
     numbers = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}" if layers else "no layers"
-    head = "E " if layout.has_embedding(rank, chunk) else "  "
-    tail = " L" if layout.has_loss(rank, chunk) else ""
+    head = "E " if layout.has_embedding(rank, virtual_stage) else "  "
+    tail = " L" if layout.has_loss(rank, virtual_stage) else ""
     return f"{head}{drawn}  {numbers}{tail}"
 
 

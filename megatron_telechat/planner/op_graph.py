@@ -48,13 +48,16 @@ class OpGraph:
 
 @lru_cache(maxsize=64)
 def op_graph(P: int, V: int, m: int) -> OpGraph:
-    """The graph of Megatron-Core's order on every rank (costs/schedule.rank_ops).
+    """The graph of Megatron-Core's order on every rank (costs/op_order.rank_ops).
 
     Raises:
         ConfigError: the ranks would wait for each other for ever, or a pipeline of one rank with virtual stages.
     """
     stages = P * V
-    queues = [[(op.forward, op.chunk * P + rank, op.microbatch) for op in rank_ops(rank, P, V, m)] for rank in range(P)]
+    queues = [
+        [(op.forward, op.virtual_stage * P + rank, op.microbatch) for op in rank_ops(rank, P, V, m)]
+        for rank in range(P)
+    ]
     number: dict[tuple[bool, int, int], int] = {}
     kind, before, needs, lags, microbatch = [-1], [0], [0], [False], [-1]
     at, last = [0] * P, [0] * P

@@ -55,13 +55,13 @@ class Block:
 class BalanceProblem:
     """Which virtual stage holds which layers, and what each recomputes, for the shortest iteration that fits.
 
-    Times are in any one unit, bytes in any one unit. Virtual stage c is chunk c // P of device c % P. The embedding is
-    on virtual stage 0, the head on the last; `mtp` (if any) goes where the solver puts it: in the last chunk, not on
-    virtual stage 0, with no decoder layer after it.
+    Times are in any one unit, bytes in any one unit. Virtual stage c of all is number c // P of device c % P. The
+    embedding is on virtual stage 0, the head on the last; `mtp` (if any) goes where the solver puts it: on the last
+    virtual stage of a device, not on virtual stage 0, with no decoder layer after it.
 
     Attributes:
         P: devices of the pipeline.
-        V: virtual stages (chunks) of a device.
+        V: virtual stages of a device.
         m: micro-batches.
         mem_limit: bytes of each device; `const_mem` of them are always in use.
         p2p: latency between two different devices; it occupies neither.

@@ -14,10 +14,10 @@ from megatron_telechat.planner.problem import BalanceProblem
 
 @dataclass(frozen=True)
 class TimedOp:
-    """One op of the timeline. `chunk` is the chunk on its device; `kind` is "F" or "B"."""
+    """One op of the timeline. `virtual_stage` is counted on its device; `kind` is "F" or "B"."""
 
     device: int
-    chunk: int
+    virtual_stage: int
     kind: str
     microbatch: int
     start: float
@@ -52,7 +52,7 @@ def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
     ops = [
         TimedOp(
             device=kind % problem.num_stages % problem.P,
-            chunk=kind % problem.num_stages // problem.P,
+            virtual_stage=kind % problem.num_stages // problem.P,
             kind="F" if kind < problem.num_stages else "B",
             microbatch=graph.microbatch[op],
             start=ends[op] - times[kind],
@@ -84,7 +84,8 @@ def stage_times(problem: BalanceProblem, assignment: Assignment) -> list[float]:
 
 @dataclass(frozen=True)
 class InFlight:
-    """One moment of a device that can be its peak: micro-batches held of each chunk, and the chunk in its backward."""
+    """One moment of a device that can be its peak: micro-batches held of each of its virtual stages, and the one in its
+    backward."""
 
     held: tuple[int, ...]
     backward: int | None
@@ -92,7 +93,8 @@ class InFlight:
 
 @lru_cache(maxsize=64)
 def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
-    """For each device the moments that no other moment covers (at least as many of each chunk, and the same backward).
+    """For each device the moments that no other moment covers (at least as many of each virtual stage, and the same
+    backward).
 
     An op's own micro-batch counts from the start of its forward to the end of its backward.
     """
@@ -101,9 +103,9 @@ def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
         held = [0] * V
         seen: dict[tuple[int | None, tuple[int, ...]], None] = {}
         for op in rank_ops(rank, P, V, m):
-            held[op.chunk] += op.forward
-            seen[None if op.forward else op.chunk, tuple(held)] = None
-            held[op.chunk] -= not op.forward
+            held[op.virtual_stage] += op.forward
+            seen[None if op.forward else op.virtual_stage, tuple(held)] = None
+            held[op.virtual_stage] -= not op.forward
         moments = [InFlight(counts, backward) for backward, counts in seen]
         out.append(tuple(one for one in moments if not any(_covers(other, one) for other in moments if other != one)))
     return tuple(out)

@@ -13,7 +13,7 @@ from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.plan import Plan, Question, make_plan
 from megatron_telechat.planner.problem import BalanceProblem
 
-MOST_CHUNKS = 4
+MOST_VIRTUAL_STAGES = 4
 FIRST_LOOK_S, FIRST_LOOK_GAP = 0.15, 0.02
 """Search for one candidate; the best few get the time that is left."""
 FIRST_LOOK_SHARE = 0.6
@@ -93,18 +93,20 @@ def _sizes(run: RunConfig, fixed: Mapping[str, int]) -> Iterator[dict[str, int]]
         "tensor_model_parallel_size", [size for size in _divisors(node) if model.num_attention_heads % size == 0]
     )
     stages = choices("pipeline_model_parallel_size", [size for size in _divisors(ranks) if size <= model.num_layers])
-    chunks = choices("num_virtual_stages_per_pipeline_rank", range(1, MOST_CHUNKS + 1))
+    virtual_stages = choices("num_virtual_stages_per_pipeline_rank", range(1, MOST_VIRTUAL_STAGES + 1))
     experts = choices("expert_model_parallel_size", _divisors(model.num_experts)) if model.num_experts else [0]
     micro = choices("micro_batch_size", [size for size in (1, 2, 4, 8) if batch % size == 0])
-    for tensor, stage, chunk, expert, size in itertools.product(tensors, stages, chunks, experts, micro):
-        if ranks % (tensor * stage) or (stage == 1 and chunk > 1) or stage * chunk > model.num_layers:
+    for tensor, stage, virtual_stage, expert, size in itertools.product(
+        tensors, stages, virtual_stages, experts, micro
+    ):
+        if ranks % (tensor * stage) or (stage == 1 and virtual_stage > 1) or stage * virtual_stage > model.num_layers:
             continue
         data = ranks // (tensor * stage)
-        if batch % (data * size) or (chunk > 1 and batch // (data * size) % stage):
+        if batch % (data * size) or (virtual_stage > 1 and batch // (data * size) % stage):
             continue
         sizes = {
             "tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": stage,
-            "num_virtual_stages_per_pipeline_rank": chunk, "micro_batch_size": size,
+            "num_virtual_stages_per_pipeline_rank": virtual_stage, "micro_batch_size": size,
         }  # fmt: skip
         yield sizes | ({"expert_model_parallel_size": expert} if expert else {})
 
@@ -124,7 +126,7 @@ def work_bound(problem: BalanceProblem) -> float:
 def guess(problem: BalanceProblem) -> float:
     """Seconds that an even split may take, to order candidates by: work, bubble, and the recompute that makes stage 0
     fit."""
-    layers, chunks = problem.num_layers, problem.P * problem.V
+    layers, stages = problem.num_layers, problem.P * problem.V
     in_flight = min(problem.m, problem.P + (problem.P - 1) / problem.V)
     leanest = [min(group.modes, key=lambda mode: mode.act) for group in problem.groups]
     kept = sum(group.count * group.modes[0].act for group in problem.groups) / problem.P * in_flight
@@ -143,7 +145,7 @@ def guess(problem: BalanceProblem) -> float:
         * sum(group.count * mode.extra_b for group, mode in zip(problem.groups, leanest, strict=True))
     )
     bubble = (problem.P - 1) / (problem.V * problem.m)
-    uneven = -(-layers // chunks) * chunks / layers
+    uneven = -(-layers // stages) * stages / layers
     return (work_bound(problem) + extra * share) * (1 + bubble) * uneven * (1 if share <= 1 else 1e3)
 
 

@@ -152,13 +152,13 @@ def is_writer(spec: TensorSpec, place: Place) -> bool:
     return first_replica and is_first_over_tensor(spec, place)
 
 
-def chunk_table(model: ModelConfig, layout: PipelineLayout, pp_rank: int, chunk: int) -> Table:
-    """The rows that a chunk (virtual stage) of a pipeline rank holds."""
+def virtual_stage_table(model: ModelConfig, layout: PipelineLayout, pp_rank: int, virtual_stage: int) -> Table:
+    """The rows that a virtual stage of a pipeline rank holds."""
     return stage_table(
         model,
-        layout.layers_of(pp_rank, chunk),
-        has_embedding=layout.has_embedding(pp_rank, chunk),
-        has_loss=layout.has_loss(pp_rank, chunk),
+        layout.layers_of(pp_rank, virtual_stage),
+        has_embedding=layout.has_embedding(pp_rank, virtual_stage),
+        has_loss=layout.has_loss(pp_rank, virtual_stage),
     )
 
 
@@ -174,8 +174,8 @@ def tiling_problems(run: RunConfig) -> list[Problem]:
     places = list(_first_replicas(run.parallel))
     boxes: dict[str, list[Box]] = defaultdict(list)
     for pp_rank in range(layout.pipeline_size):
-        for chunk in range(layout.num_chunks):
-            for spec in chunk_table(run.model, layout, pp_rank, chunk).values():
+        for virtual_stage in range(layout.num_virtual_stages):
+            for spec in virtual_stage_table(run.model, layout, pp_rank, virtual_stage).values():
                 boxes[spec.key] += _written(spec, places)
     missing = [key for key in table if key not in boxes]
     problems = _missing_problems(missing, run)

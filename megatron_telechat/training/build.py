@@ -26,13 +26,13 @@ class Trained:
     """What a rank trains, and what trains it.
 
     Attributes:
-        chunks: the virtual stages of this rank, wrapped for data parallelism.
+        virtual_stages: those of this rank, wrapped for data parallelism.
         shards: their parameters, and which piece of which tensor each holds.
         optimizer: over all of them.
         train_step: takes a step.
     """
 
-    chunks: Sequence[DistributedDataParallel]
+    virtual_stages: Sequence[DistributedDataParallel]
     shards: Sequence[LocalParameter]
     optimizer: ModelOptimizer
     train_step: TrainStep
@@ -52,6 +52,6 @@ def build_trained(run: RunConfig, state: ParallelState, backend: Backend, initia
         models = build_model(run, state, backend, initialize)
         shards = parameter_shards(models, run, state)
     verify_tiling(shards, run, state)
-    chunks = wrap_data_parallel(models, run, state)
-    optimizer = build_optimizer(chunks, run, state)
-    return Trained(chunks, shards, optimizer, TrainStep(chunks, optimizer, shards, run, state, backend))
+    virtual_stages = wrap_data_parallel(models, run, state)
+    optimizer = build_optimizer(virtual_stages, run, state)
+    return Trained(virtual_stages, shards, optimizer, TrainStep(virtual_stages, optimizer, shards, run, state, backend))

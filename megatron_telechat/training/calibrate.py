@@ -156,10 +156,10 @@ class Calibration:
         self.probe = probe_run(run, kinds, _world_size())
         self.state = parallel.initialize(self.probe, self.backend)
         models = build_model(self.probe, self.state, self.backend)
-        self.chunks = wrap_data_parallel(models, self.probe, self.state)
-        self.optimizer = build_optimizer(self.chunks, self.probe, self.state)
+        self.virtual_stages = wrap_data_parallel(models, self.probe, self.state)
+        self.optimizer = build_optimizer(self.virtual_stages, self.probe, self.state)
         shards = parameter_shards(models, self.probe, self.state)
-        self.step = TrainStep(self.chunks, self.optimizer, shards, self.probe, self.state, self.backend)
+        self.step = TrainStep(self.virtual_stages, self.optimizer, shards, self.probe, self.state, self.backend)
         self._watch = _Stopwatch(models[0], self.backend.synchronize)
         self._records: list[Times] = []
         self._batch = self._make_batch()
@@ -229,7 +229,7 @@ class Calibration:
     def _micro_batch(self) -> Times:
         self._watch.clear()
         start = self._watch.now()
-        output, loss_of = forward_step(self.backend.device, iter([self._batch]), self.chunks[0])
+        output, loss_of = forward_step(self.backend.device, iter([self._batch]), self.virtual_stages[0])
         assert loss_of is not None, "there was a batch"
         loss = loss_of(output)[0]
         middle = self._watch.now()
@@ -254,8 +254,8 @@ class Calibration:
         self.optimizer.prepare_grads()
         self.step._clip(float(self.optimizer.get_grad_norm()))
         self.optimizer.step_with_ready_grads()
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+        for stage in self.virtual_stages:
+            stage.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._watch.now() - start
 

@@ -93,8 +93,8 @@ class ModelOptimizer(ChainedOptimizer):
     def step_with_ready_grads(self) -> bool:
         """Take the step of every part; where parameters are not gathered in the next forward, gather them once.
 
-        Each of megatron-core's distributed optimizers gathers the parameters of all chunks after its own step: with
-        experts the whole model twice, of which the first time sends experts that have not moved yet.
+        Each of megatron-core's distributed optimizers gathers the parameters of all virtual stages after its own step:
+        with experts the whole model twice, of which the first time sends experts that have not moved yet.
         """
         *others, last = self.parts
         for part in others:
@@ -105,16 +105,17 @@ class ModelOptimizer(ChainedOptimizer):
 
 @contextmanager
 def _gathers_nothing(part: Any) -> Iterator[None]:
-    """Inside, a distributed optimizer knows of no chunk to gather; it asks for them in no other place of a step."""
-    chunks = getattr(part, "model_chunks", None)
-    if chunks is None:
+    """Inside, a distributed optimizer knows of no virtual stage to gather; it asks for them in no other place of a
+    step."""
+    virtual_stages = getattr(part, "model_chunks", None)
+    if virtual_stages is None:
         yield
         return
     part.model_chunks = []
     try:
         yield
     finally:
-        part.model_chunks = chunks
+        part.model_chunks = virtual_stages
 
 
 def _loss_scale(config: OptimizerConfig) -> LossScale:

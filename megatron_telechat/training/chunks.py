@@ -53,7 +53,7 @@ class ChunkSetting:
 
 
 def set_chunks(
-    chunks: Sequence[DistributedDataParallel],
+    virtual_stages: Sequence[DistributedDataParallel],
     run: RunConfig,
     state: ParallelState,
     backend: Backend,
@@ -66,7 +66,7 @@ def set_chunks(
     measured with.
 
     Args:
-        chunks: the wrapped model chunks of this rank, with their optimizer.
+        virtual_stages: those of this rank, wrapped, with their optimizer.
         saved: ``extra`` of the checkpoint that the run resumes from.
 
     Returns:
@@ -81,12 +81,12 @@ def set_chunks(
     # One rank decides whether to measure: a device of another name would send some ranks into a collective alone.
     kept, changed = from_rank_0(_kept(saved, now))
     if kept is None:
-        choice: ChunkChoice | None = _measure(chunks, run, backend)
+        choice: ChunkChoice | None = _measure(virtual_stages, run, backend)
         number, costs = choice.num_chunks, choice.backward
     else:
         choice, number, costs = None, kept, _kept_costs(saved)
     agree("the number of input chunks of the experts", number, state)
-    for block in moe_blocks(chunks):
+    for block in moe_blocks(virtual_stages):
         block.num_chunks, block.backward_costs = number, costs
     pieces = f"{number} chunk{'s' * (number > 1)} of the experts' input"
     if choice is None:
@@ -140,11 +140,11 @@ def _kept_costs(saved: Mapping[str, Any] | None) -> PassCosts | None:
     return PassCosts(**costs)
 
 
-def _measure(chunks: Sequence[DistributedDataParallel], run: RunConfig, backend: Backend) -> ChunkChoice:
-    blocks = moe_blocks(chunks)
+def _measure(virtual_stages: Sequence[DistributedDataParallel], run: RunConfig, backend: Backend) -> ChunkChoice:
+    blocks = moe_blocks(virtual_stages)
     generators = backend.rng_state()
     try:
-        with gathered_parameters(chunks):
+        with gathered_parameters(virtual_stages):
             choice = choose_num_chunks(
                 blocks[0] if blocks else None,
                 tokens_of_a_rank(run),
@@ -154,8 +154,8 @@ def _measure(chunks: Sequence[DistributedDataParallel], run: RunConfig, backend:
             )
     finally:
         backend.set_rng_state(generators)
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
+    for stage in virtual_stages:
+        stage.zero_grad_buffer()
     for block in blocks:
         block.router.statistics.reset()
         block.clock.take_exposed_s()

@@ -38,7 +38,7 @@ from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.progress import progress_at
 from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.signals import StopRequests
-from megatron_telechat.training.step import StepResult, chunk_iterators, close_iterators, evaluate
+from megatron_telechat.training.step import StepResult, close_iterators, data_iterators, evaluate
 from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.trace import ExchangeTrace
 from megatron_telechat.training.unsaved import unsaved_note
@@ -70,7 +70,7 @@ class Trainer:
             self.paths.create()
 
         built = build_trained(run, self.state, self.backend)
-        self.chunks, self.shards = built.chunks, built.shards
+        self.virtual_stages, self.shards = built.virtual_stages, built.shards
         self.optimizer, self.train_step = built.optimizer, built.train_step
 
         with together(self.state):
@@ -89,8 +89,8 @@ class Trainer:
         self._iterators_open: list = []
         self._introduce(origins or {})
         self.chunk_setting = self._set_chunks()
-        self.trace = ExchangeTrace(self.chunks, run, self.state, self.paths.run_dir)
-        self.routing = StepRouting(self.chunks, run, self.state, self.fingerprint, self.step + 1)
+        self.trace = ExchangeTrace(self.virtual_stages, run, self.state, self.paths.run_dir)
+        self.routing = StepRouting(self.virtual_stages, run, self.state, self.fingerprint, self.step + 1)
         for line in self.routing.about():
             self.console.say(line)
         with together(self.state):
@@ -98,7 +98,7 @@ class Trainer:
         self._reported = self.step
         self._warned = False
         self._warn_if_unsaved(self.forecast.iteration_s, "predicted")
-        self.meter = Meter(run, self.state, self.backend, self.chunks)
+        self.meter = Meter(run, self.state, self.backend, self.virtual_stages)
 
     # ---- the run ----------------------------------------------------------------------------
 
@@ -155,12 +155,15 @@ class Trainer:
         return EXIT_OK
 
     def training_iterators(self):
-        """Micro-batches from the first sample that was not consumed yet, for each chunk that reads data."""
+        """Micro-batches from the first sample that was not consumed yet, for each virtual stage that reads data."""
         return self._iterators(self.datasets.train, self.consumed_samples)
 
     def _iterators(self, dataset, consumed_samples: int):
-        return chunk_iterators(
-            lambda: batches(dataset, self.run, self.state, consumed_samples), len(self.chunks), self.run, self.state
+        return data_iterators(
+            lambda: batches(dataset, self.run, self.state, consumed_samples),
+            len(self.virtual_stages),
+            self.run,
+            self.state,
         )
 
     def take_step(self, iterators) -> tuple[StepResult, float]:
@@ -212,9 +215,9 @@ class Trainer:
         dataset, name = (self.datasets.valid, "validation") if key == "valid_loss" else (self.datasets.test, "test")
         with self.meter.excluded():
             iterators = self._iterators(dataset, 0)
-            with gathered_parameters(self.chunks):
+            with gathered_parameters(self.virtual_stages):
                 evaluation = evaluate(
-                    self.chunks,
+                    self.virtual_stages,
                     iterators,
                     self.run.evaluation.eval_iters,
                     self.run,
@@ -243,7 +246,7 @@ class Trainer:
     def _save(self) -> None:
         started = time.perf_counter()
         with self.meter.excluded():
-            with gathered_parameters(self.chunks):
+            with gathered_parameters(self.virtual_stages):
                 require_finite_weights(self.step, self.shards)
                 chosen = self.chunk_setting.extra if self.chunk_setting is not None else {}
                 extra = {**chosen, **self.steps_taken.extra, **self.datasets.order.saved()}
@@ -344,7 +347,7 @@ class Trainer:
         if self._is_last():
             return None
         saved = self.resumed.extra if self.resumed else None
-        setting = set_chunks(self.chunks, self.run, self.state, self.backend, saved)
+        setting = set_chunks(self.virtual_stages, self.run, self.state, self.backend, saved)
         if setting is not None:
             self.console.say(setting.message)
             event = setting.event(self.step)

@@ -53,13 +53,15 @@ class Meter:
     over ranks.
     """
 
-    def __init__(self, run: RunConfig, state: ParallelState, backend: Backend, chunks: Sequence[torch.nn.Module]):
-        self._run, self._state, self._backend, self._chunks = run, state, backend, chunks
+    def __init__(
+        self, run: RunConfig, state: ParallelState, backend: Backend, virtual_stages: Sequence[torch.nn.Module]
+    ):
+        self._run, self._state, self._backend, self._virtual_stages = run, state, backend, virtual_stages
         self._flops_per_token = training_flops_per_token(run.model, run.training.seq_length)
         self._peak = peak_tflops(run, backend)
         expert, expert_tensor = run.parallel.expert_sizes
         self._exchanges = run.model.is_moe and expert * expert_tensor > 1
-        self._clocks = [block.clock for block in moe_blocks(chunks)] if self._exchanges else []
+        self._clocks = [block.clock for block in moe_blocks(virtual_stages)] if self._exchanges else []
         self._take_exposed_s()
         self._window = Window(time.perf_counter())
 
@@ -109,7 +111,7 @@ class Meter:
         if self._window.skipped:
             record["skipped_steps"] = self._window.skipped.total()
             record["skipped_reasons"] = dict(self._window.skipped)
-        load = collect_expert_load(self._chunks, self._state) if self._run.model.is_moe else None
+        load = collect_expert_load(self._virtual_stages, self._state) if self._run.model.is_moe else None
         if load is not None:
             record["expert_load_max_over_mean"] = load.max_over_mean.max().item()
             record["aux_loss"] = load.aux_loss

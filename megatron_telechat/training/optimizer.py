@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 def wrap_data_parallel(
-    chunks: Sequence[MegatronModule], run: RunConfig, state: ParallelState
+    virtual_stages: Sequence[MegatronModule], run: RunConfig, state: ParallelState
 ) -> list[DistributedDataParallel]:
-    """Wrap every model chunk in megatron-core's DistributedDataParallel.
+    """Wrap every virtual stage in megatron-core's DistributedDataParallel.
 
     Gradients are kept and reduced in fp32 whatever the compute type. Only the first
-    chunk of a rank is bucketed: the later ones reduce outside the critical path.
+    virtual stage of a rank is bucketed: the later ones reduce outside the critical path.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     parallel = run.parallel
     wrapped: list[DistributedDataParallel] = []
-    for number, chunk in enumerate(chunks):
+    for number, stage in enumerate(virtual_stages):
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             bucket_size=_bucket_size(state),
@@ -47,16 +47,16 @@ def wrap_data_parallel(
         )
         wrapped.append(
             DistributedDataParallel(
-                config=chunk.config,
+                config=stage.config,
                 ddp_config=ddp_config,
-                module=chunk,
+                module=stage,
                 disable_bucketing=number > 0,
                 pg_collection=state.process_groups,
-                **_parameter_layout(chunk, ddp_config, bucketed=number == 0 and state.pp_rank == 0, state=state),
+                **_parameter_layout(stage, ddp_config, bucketed=number == 0 and state.pp_rank == 0, state=state),
             )
         )
-    for chunk in wrapped:
-        _install_schedule_hooks(chunk.config, wrapped, run)
+    for stage in wrapped:
+        _install_schedule_hooks(stage.config, wrapped, run)
     return wrapped
 
 
@@ -66,7 +66,7 @@ def _bucket_size(state: ParallelState) -> int:
 
 
 def _parameter_layout(
-    chunk: torch.nn.Module, ddp_config: DistributedDataParallelConfig, bucketed: bool, state: ParallelState
+    virtual_stage: torch.nn.Module, ddp_config: DistributedDataParallelConfig, bucketed: bool, state: ParallelState
 ) -> dict[str, Any]:
     """Where each parameter lies in the gradient buffers; megatron-core 0.19 wants to be told, 0.16 cannot be.
 
@@ -77,7 +77,7 @@ def _parameter_layout(
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     layout = DistributedOptimizer.compute_full_param_layout(  # pyright: ignore[reportAttributeAccessIssue] (0.19's)
-        [parameter for parameter in chunk.parameters() if parameter.requires_grad],
+        [parameter for parameter in virtual_stage.parameters() if parameter.requires_grad],
         ddp_config.bucket_size if bucketed and ddp_config.overlap_grad_reduce else None,
         state.process_groups.dp_cp.size(),
         ddp_config,
@@ -87,21 +87,23 @@ def _parameter_layout(
 
 
 def _install_schedule_hooks(
-    config: TransformerConfig, chunks: Sequence[DistributedDataParallel], run: RunConfig
+    config: TransformerConfig, virtual_stages: Sequence[DistributedDataParallel], run: RunConfig
 ) -> None:
     """Tell the pipeline schedules how to hold back and to finish the gradient reduction."""
     from megatron.core.distributed import finalize_model_grads
 
     config.finalize_model_grads_func = finalize_model_grads
     if run.parallel.overlap_grad_reduce:
-        no_sync = [chunk.no_sync for chunk in chunks]
-        # The interleaved schedule takes one a chunk; megatron-core's annotation knows one function only.
+        no_sync = [stage.no_sync for stage in virtual_stages]
+        # The interleaved schedule takes one a virtual stage; megatron-core's annotation knows one function only.
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def build_optimizer(chunks: Sequence[DistributedDataParallel], run: RunConfig, state: ParallelState) -> ModelOptimizer:
-    """AdamW over the wrapped chunks: megatron-core's optimizers of dense and expert parameters, chained to one
-    (`training.chain`).
+def build_optimizer(
+    virtual_stages: Sequence[DistributedDataParallel], run: RunConfig, state: ParallelState
+) -> ModelOptimizer:
+    """AdamW over the wrapped virtual stages: megatron-core's optimizers of dense and expert parameters, chained to
+    one (`training.chain`).
 
     Weight decay acts where the table of tensors says so: not on biases and norms (megatron-core's standard rule).
     """
@@ -131,11 +133,12 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], run: RunConfig, s
         loss_scale_window=settings.loss_scale_window,
         hysteresis=settings.hysteresis,
     )
-    undecayed = {id(shard.parameter) for shard in parameter_shards(chunks, run, state) if not shard.piece.spec.decays}
+    shards = parameter_shards(virtual_stages, run, state)
+    undecayed = {id(shard.parameter) for shard in shards if not shard.piece.spec.decays}
     no_decay = ParamPredicate("no weight decay", lambda parameter: id(parameter) in undecayed)
     made = get_megatron_optimizer(
         config,
-        [*chunks],
+        [*virtual_stages],
         config_overrides={ParamKey(predicate=no_decay): cast(ParamGroupOverride, {"wd_mult": 0.0})},
         use_gloo_process_groups=False,
         pg_collection=state.process_groups,
@@ -143,8 +146,8 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], run: RunConfig, s
     assert isinstance(made, ChainedOptimizer), "also of one optimizer"
     optimizer = ModelOptimizer(made.chained_optimizers, config, state.process_groups.expt_tp)
     _use_fused_kernel(optimizer)
-    for chunk in chunks:
-        chunk.config.grad_scale_func = optimizer.scale_loss if run.training.precision == "fp16" else None
+    for stage in virtual_stages:
+        stage.config.grad_scale_func = optimizer.scale_loss if run.training.precision == "fp16" else None
     return optimizer
 
 

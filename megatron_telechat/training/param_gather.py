@@ -24,31 +24,31 @@ _NAMED = 5
 """Parameters that the error names; their number is said besides."""
 
 
-def is_overlapped(chunks: Sequence[torch.nn.Module]) -> bool:
-    """Whether these wrapped chunks gather their parameters during the forward."""
-    return any(getattr(chunk, "use_forward_hook", False) for chunk in chunks)
+def is_overlapped(virtual_stages: Sequence[torch.nn.Module]) -> bool:
+    """Whether these wrapped virtual stages gather their parameters during the forward."""
+    return any(getattr(stage, "use_forward_hook", False) for stage in virtual_stages)
 
 
 @contextmanager
-def gathered_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+def gathered_parameters(virtual_stages: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Hold the overlapped parameter gather back and complete it, so that every rank sees whole, current weights.
 
     With overlap_param_gather the gather of an optimizer step runs at the next forward;
     evaluation and saving come before that forward.
     """
-    hooked = [chunk for chunk in chunks if getattr(chunk, "use_forward_hook", False)]
-    for chunk in hooked:
-        chunk.disable_forward_pre_hook(param_sync=True)
+    hooked = [stage for stage in virtual_stages if getattr(stage, "use_forward_hook", False)]
+    for stage in hooked:
+        stage.disable_forward_pre_hook(param_sync=True)
     try:
         yield
     finally:
-        for chunk in hooked:
-            chunk.enable_forward_pre_hook()
+        for stage in hooked:
+            stage.enable_forward_pre_hook()
 
 
 @contextmanager
 def every_parameter_awaited(
-    chunks: Sequence[torch.nn.Module], shards: Sequence[LocalParameter], state: ParallelState
+    virtual_stages: Sequence[torch.nn.Module], shards: Sequence[LocalParameter], state: ParallelState
 ) -> Iterator[None]:
     """Watch the forward that runs inside: each parameter must belong to a module that is called.
 
@@ -61,8 +61,8 @@ def every_parameter_awaited(
         ConfigError: on every rank, naming the parameters.
     """
     owners: dict[int, list[torch.nn.Module]] = {}
-    for chunk in chunks:
-        for module in chunk.modules():
+    for stage in virtual_stages:
+        for module in stage.modules():
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad:
                     owners.setdefault(id(parameter), []).append(module)

@@ -38,7 +38,7 @@ class StepRouting:
     recorded or replayed.
 
     Args:
-        chunks: the model chunks of this rank.
+        virtual_stages: those of this rank.
         fingerprint: of the data, on rank 0.
         first_step: number of the first step to be taken, from 1.
 
@@ -48,14 +48,14 @@ class StepRouting:
 
     def __init__(
         self,
-        chunks: Sequence[nn.Module],
+        virtual_stages: Sequence[nn.Module],
         run: RunConfig,
         state: ParallelState,
         fingerprint: Mapping[str, Any] | None,
         first_step: int,
     ):
         logging = run.logging
-        self._routers = {_layer(block): block.router for block in moe_blocks(chunks)}
+        self._routers = {_layer(block): block.router for block in moe_blocks(virtual_stages)}
         self._run, self._state = run, state
         self._record = Path(logging.moe_routing_record) if logging.moe_routing_record and run.model.is_moe else None
         self._replay = Path(logging.moe_routing_replay) if logging.moe_routing_replay and run.model.is_moe else None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, torch.Tensor]
 MicroBatches = Sequence[Iterator[Batch] | None]
-"""Of each model chunk of this rank; None where it reads no data."""
+"""Of each virtual stage of this rank; None where it reads no data."""
 
 OVERFLOW = "fp16 overflow"
 """Why a step was not taken: a gradient was too large for fp16 at this loss scale."""
@@ -89,7 +89,7 @@ def forward_step(
     model: torch.nn.Module,
     learned_share: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None]:
-    """The schedules' forward function: one micro-batch through one model chunk.
+    """The schedules' forward function: one micro-batch through one virtual stage.
 
     Stages between the first and the last need no batch; their iterator is None.
 
@@ -119,18 +119,18 @@ def forward_step(
     return output, partial(masked_loss, batch["loss_mask"])
 
 
-def chunk_iterators(
-    make_iterator: Callable[[], BatchIterator], chunks: int, run: RunConfig, state: ParallelState
+def data_iterators(
+    make_iterator: Callable[[], BatchIterator], num_virtual_stages: int, run: RunConfig, state: ParallelState
 ) -> list[BatchIterator | None]:
-    """One iterator of micro-batches for each model chunk of this rank that reads data, else None.
+    """One iterator of micro-batches for each virtual stage of this rank that reads data, else None.
 
     The first stage reads tokens and the last one labels; every stage reads the borders of documents where
     positions or attention are reset there, and the masks where routers must know of them.
     """
     every = run.data.reset_position_ids or run.data.reset_attention_mask or run.routers_read_masks
     return [
-        make_iterator() if state.is_first_stage(chunk) or state.is_last_stage(chunk) or every else None
-        for chunk in range(chunks)
+        make_iterator() if state.is_first_stage(number) or state.is_last_stage(number) or every else None
+        for number in range(num_virtual_stages)
     ]
 
 
@@ -149,7 +149,7 @@ def close_iterators(iterators: Sequence[BatchIterator | None]) -> None:
 
 
 def run_schedule(
-    chunks: Sequence[torch.nn.Module],
+    virtual_stages: Sequence[torch.nn.Module],
     iterators: MicroBatches,
     run: RunConfig,
     backend: Backend,
@@ -167,13 +167,13 @@ def run_schedule(
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    single = len(chunks) == 1
-    # megatron-core takes None where a chunk reads no data; its annotation does not say so.
+    single = len(virtual_stages) == 1
+    # megatron-core takes None where a virtual stage reads no data; its annotation does not say so.
     data: Any = iterators[0] if single else iterators
     reports = get_forward_backward_func()(
         forward_step_func=partial(forward_step, backend.device, learned_share=learned_share),
         data_iterator=data,
-        model=chunks[0] if single else list(chunks),
+        model=virtual_stages[0] if single else list(virtual_stages),
         num_microbatches=num_microbatches,
         seq_length=run.training.seq_length,
         micro_batch_size=run.training.micro_batch_size,
@@ -185,40 +185,42 @@ def run_schedule(
 
 
 class TrainStep:
-    """Takes optimizer steps on a set of wrapped chunks."""
+    """Takes optimizer steps on the wrapped virtual stages of this rank."""
 
     def __init__(
         self,
-        chunks: Sequence[DistributedDataParallel],
+        virtual_stages: Sequence[DistributedDataParallel],
         optimizer: ModelOptimizer,
         shards: Sequence[LocalParameter],
         run: RunConfig,
         state: ParallelState,
         backend: Backend,
     ):
-        self.chunks = chunks
+        self.virtual_stages = virtual_stages
         self.optimizer = optimizer
         self.shards = shards
         self.run = run
         self.state = state
         self.backend = backend
-        self._gather_unproved = is_overlapped(chunks)
+        self._gather_unproved = is_overlapped(virtual_stages)
 
     def forward_backward(self, iterators: MicroBatches) -> torch.Tensor:
         """Fill the gradient buffers from one global batch; returns this rank's [loss sum, tokens]."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+        for stage in self.virtual_stages:
+            stage.zero_grad_buffer()
         self.optimizer.zero_grad()
         read_by_device(iterators, self.backend)
         learned_share = None
         if self.run.routers_read_masks:
             iterators, learned_share = self._look_ahead(iterators)
         watch = (
-            every_parameter_awaited(self.chunks, self.shards, self.state) if self._gather_unproved else nullcontext()
+            every_parameter_awaited(self.virtual_stages, self.shards, self.state)
+            if self._gather_unproved
+            else nullcontext()
         )
         with watch:
             sums = run_schedule(
-                self.chunks,
+                self.virtual_stages,
                 iterators,
                 self.run,
                 self.backend,
@@ -238,7 +240,7 @@ class TrainStep:
         and before the first backward. One all-reduce of two numbers, which the host does not wait for.
         """
         readers = [iterator for iterator in iterators if iterator is not None]
-        assert len(readers) == len(iterators), "every chunk reads the masks (`chunk_iterators`)"
+        assert len(readers) == len(iterators), "every virtual stage reads the masks (`data_iterators`)"
         ahead = [list(islice(iterator, self.run.num_microbatches)) for iterator in readers]
         learned = sum(float(batch["loss_mask"].sum()) for batch in ahead[0])
         real = sum(real_tokens(batch["tokens"], batch.get("padding")) for batch in ahead[0])
@@ -312,7 +314,7 @@ class Evaluation:
 
 
 def evaluate(
-    chunks,
+    virtual_stages,
     iterators,
     batches: int,
     run: RunConfig,
@@ -330,17 +332,17 @@ def evaluate(
     """
     total = torch.zeros(2, dtype=backend.widest_float, device=backend.device)
     read_by_device(iterators, backend)
-    for chunk in chunks:
-        chunk.eval()
+    for stage in virtual_stages:
+        stage.eval()
     try:
         with torch.no_grad():
             for _ in range(batches):
                 if stop():
                     return Evaluation(None, complete=False)
-                total += run_schedule(chunks, iterators, run, backend, run.num_microbatches, forward_only=True)
+                total += run_schedule(virtual_stages, iterators, run, backend, run.num_microbatches, forward_only=True)
     finally:
-        for chunk in chunks:
-            chunk.train()
+        for stage in virtual_stages:
+            stage.train()
     if state.tp_rank != 0:
         total.zero_()
     dist.all_reduce(total)

@@ -30,9 +30,9 @@ class ExchangeTrace:
     use one process number a rank and start at one moment, so that their events can be put into one file.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], run: RunConfig, state: ParallelState, run_dir: Path):
+    def __init__(self, virtual_stages: Sequence[nn.Module], run: RunConfig, state: ParallelState, run_dir: Path):
         self._steps = trace_steps(run.logging.moe_trace) if run.logging.moe_trace and run.model.is_moe else range(0)
-        self._blocks = moe_blocks(chunks) if self._steps else []
+        self._blocks = moe_blocks(virtual_stages) if self._steps else []
         self._state = state
         self._file = run_dir / "moe_trace" / f"rank_{state.rank}.json"
         self._start_s: float | None = None

@@ -133,7 +133,7 @@ def _play(order: Order, memory: Memory, record: Record) -> None:
         from megatron_telechat.parallel.state import initialize
         from megatron_telechat.training.build import build_trained
         from megatron_telechat.training.optimizer import set_learning_rate
-        from megatron_telechat.training.step import chunk_iterators, close_iterators
+        from megatron_telechat.training.step import close_iterators, data_iterators
 
         backend = VirtualBackend(order.rank % run.parallel.node_size, device, memory)
         backend.install()
@@ -148,7 +148,7 @@ def _play(order: Order, memory: Memory, record: Record) -> None:
             with unset_fake_temporarily():
                 yield
 
-        iterators = chunk_iterators(
+        iterators = data_iterators(
             lambda: batches(dataset, run, state, 0), run.parallel.num_virtual_stages_per_pipeline_rank, run, state
         )
         read = [None if iterator is None else _outside(on_host, iterator) for iterator in iterators]
@@ -163,7 +163,7 @@ def _play(order: Order, memory: Memory, record: Record) -> None:
                 set_learning_rate(trained.optimizer, run, 0)
                 trained.optimizer.step_with_ready_grads()
             step = _virtual_step(trained, run, state, backend, record)
-            _mark_scopes(trained.chunks, record)
+            _mark_scopes(trained.virtual_stages, record)
             for number in range(order.steps):
                 record.clear()
                 memory.peaks.clear()
@@ -239,10 +239,10 @@ def _virtual_step(trained: Any, run: Any, state: Any, backend: Any, record: Any)
             with self.memory.during("optimizer"):
                 return super().__call__(iterators, step, requests)
 
-    return VirtualStep(trained.chunks, trained.optimizer, trained.shards, run, state, backend)
+    return VirtualStep(trained.virtual_stages, trained.optimizer, trained.shards, run, state, backend)
 
 
-def _mark_scopes(chunks: Sequence[Any], record: Any) -> None:
+def _mark_scopes(virtual_stages: Sequence[Any], record: Any) -> None:
     """Say in the record which layer is at work. In the backward a layer begins where the gradient of its output is
     complete."""
     from megatron_telechat.model.layer import DecoderLayer
@@ -256,19 +256,19 @@ def _mark_scopes(chunks: Sequence[Any], record: Any) -> None:
             hidden.register_hook(partial(enter, f"layer {number} backward"))
         record.scope = "between layers"
 
-    for chunk in chunks:
-        for module in chunk.modules():
+    for stage in virtual_stages:
+        for module in stage.modules():
             if isinstance(module, DecoderLayer):
                 number = module.layer_number - 1
                 module.register_forward_pre_hook(partial(enter, f"layer {number} forward"))
                 module.register_forward_hook(partial(leave, number))
-        finalize = chunk.config.finalize_model_grads_func
+        finalize = stage.config.finalize_model_grads_func
 
         def finalize_in_scope(*args: Any, finalize: Any = finalize, **kwargs: Any) -> Any:
             record.scope = "end of the step"
             return finalize(*args, **kwargs)
 
-        chunk.config.finalize_model_grads_func = finalize_in_scope
+        stage.config.finalize_model_grads_func = finalize_in_scope
 
 
 def _write(order: Order, memory: Any, record: Any, resident: int, seconds: float) -> None:

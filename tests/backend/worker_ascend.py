@@ -34,9 +34,9 @@ def loss_and_gradients(run, chosen: dict, here: AbstractContextManager) -> tuple
     from megatron_telechat import parallel
 
     with here:
-        state, chunks, shards = build(run)
-        with one_routing(chosen, chunks, state):
-            loss = forward_backward(run, chunks)
+        state, virtual_stages, shards = build(run)
+        with one_routing(chosen, virtual_stages, state):
+            loss = forward_backward(run, virtual_stages)
     parallel.destroy(keep_world=True)
     return loss, {shard.piece.key: shard.parameter.grad.float() for shard in shards}
 

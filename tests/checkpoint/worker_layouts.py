@@ -97,8 +97,8 @@ class Built:
         self.parallel = parallel.initialize(run, self.backend)
         models = build_model(run, self.parallel, self.backend)
         self.shards = parameter_shards(models, run, self.parallel)
-        self.chunks = wrap_data_parallel(models, run, self.parallel)
-        self.optimizer = build_optimizer(self.chunks, run, self.parallel)
+        self.virtual_stages = wrap_data_parallel(models, run, self.parallel)
+        self.optimizer = build_optimizer(self.virtual_stages, run, self.parallel)
 
     def state(self, step: int = 0, samples: int = 0, **more: Any) -> Any:
         from megatron_telechat.checkpoint import TrainState

@@ -570,7 +570,7 @@ DENSE = [
 @pytest.mark.parametrize(
     "words, layers, configured",
     [
-        # the number of chunks follows from the string
+        # the number of virtual stages follows from the string
         (
             "--num-layers 14 --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout "
             "Et|t*2|t*2|t*2|t*2|t*2|t*2|tL",

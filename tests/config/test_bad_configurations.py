@@ -255,7 +255,7 @@ BAD = [
         world=4,
     ),
     case(
-        "layers do not split over chunks",
+        "layers do not split over virtual stages",
         "--num-layers 6 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
         "x num_virtual_stages_per_pipeline_rank=2",
         '"Et|t*2|t*2|tL"',
@@ -269,7 +269,7 @@ BAD = [
         world=4,
     ),
     case(
-        "chunks without a pipeline",
+        "virtual stages without a pipeline",
         "--num-virtual-stages-per-pipeline-rank 2",
         "interleaves virtual stages",
         "--pipeline-model-parallel-size 2",
@@ -288,7 +288,7 @@ BAD = [
         world=2,
     ),
     case(
-        "layout with too many chunks",
+        "layout with too many virtual stages",
         "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 1 --pipeline-model-parallel-layout "
         "Et|t|t|tL",
         "the layout has 4 stages, not 2",

@@ -37,44 +37,49 @@ def test_layers_of_agrees_with_megatron_core(pipeline_size: int, text: str) -> N
     ours = PipelineLayout.parse(text, pipeline_size)
     theirs = PipelineParallelLayerLayout(text, pipeline_size)
     for rank in range(pipeline_size):
-        for chunk in range(ours.num_chunks):
-            names = [kind.name for kind in theirs.layout[rank][chunk]]
-            assert len(ours.layers_of(rank, chunk)) == names.count("decoder")
-            assert ours.has_embedding(rank, chunk) == ("embedding" in names)
-            assert ours.has_loss(rank, chunk) == ("loss" in names)
+        for virtual_stage in range(ours.num_virtual_stages):
+            names = [kind.name for kind in theirs.layout[rank][virtual_stage]]
+            assert len(ours.layers_of(rank, virtual_stage)) == names.count("decoder")
+            assert ours.has_embedding(rank, virtual_stage) == ("embedding" in names)
+            assert ours.has_loss(rank, virtual_stage) == ("loss" in names)
 
 
 def test_random_layouts_survive_writing_and_tile_the_layers() -> None:
     dice = random.Random(7)
     for _ in range(200):
-        ranks, chunks = dice.randint(1, 8), dice.randint(1, 4)
-        counts = tuple(dice.randint(1, 9) for _ in range(ranks * chunks))
+        ranks, virtual_stages = dice.randint(1, 8), dice.randint(1, 4)
+        counts = tuple(dice.randint(1, 9) for _ in range(ranks * virtual_stages))
         layout = PipelineLayout.from_counts(counts, ranks)
         assert PipelineLayout.parse(str(layout), ranks) == layout
-        assert layout.problems(sum(counts), chunks) == []
-        seen = [layer for chunk in range(chunks) for rank in range(ranks) for layer in layout.layers_of(rank, chunk)]
-        assert seen == list(range(sum(counts)))  # virtual stage c is chunk c // P of rank c % P, in layer order
-        assert layout.has_embedding(0, 0) and layout.has_loss(ranks - 1, chunks - 1)
+        assert layout.problems(sum(counts), virtual_stages) == []
+        seen = [
+            layer
+            for virtual_stage in range(virtual_stages)
+            for rank in range(ranks)
+            for layer in layout.layers_of(rank, virtual_stage)
+        ]
+        assert seen == list(range(sum(counts)))  # stage c is virtual stage c // P of rank c % P, in layer order
+        assert layout.has_embedding(0, 0) and layout.has_loss(ranks - 1, virtual_stages - 1)
         assert layout.counts == counts
 
 
 def test_default_layout_is_as_even_as_it_goes() -> None:
     for layers in range(1, 65):
         for ranks in (1, 2, 3, 4, 8):
-            for chunks in (1, 2, 3):
-                stages = ranks * chunks
+            for virtual_stages in (1, 2, 3):
+                stages = ranks * virtual_stages
                 try:
-                    layout = default_layout(layers, ranks, chunks)
+                    layout = default_layout(layers, ranks, virtual_stages)
                 except ConfigError:
                     assert layers < stages  # only then can a stage be empty
                     continue
-                assert layout.problems(layers, chunks) == []
+                assert layout.problems(layers, virtual_stages) == []
                 assert max(layout.counts) - min(layout.counts) <= 1
                 assert layout.counts[-1] == layers // stages  # the loss is work enough for the last stage
 
 
 @pytest.mark.parametrize(
-    "layers, ranks, chunks, expected",
+    "layers, ranks, virtual_stages, expected",
     [
         (30, 4, 1, "Et*7|t*8|t*8|t*7L"),
         (30, 2, 1, "Et*15|t*15L"),
@@ -84,8 +89,8 @@ def test_default_layout_is_as_even_as_it_goes() -> None:
         (9, 2, 2, "Et*2|t*2|t*3|t*2L"),
     ],
 )
-def test_default_layouts(layers: int, ranks: int, chunks: int, expected: str) -> None:
-    assert str(default_layout(layers, ranks, chunks)) == expected
+def test_default_layouts(layers: int, ranks: int, virtual_stages: int, expected: str) -> None:
+    assert str(default_layout(layers, ranks, virtual_stages)) == expected
 
 
 def test_no_layout_leaves_a_stage_empty() -> None:

@@ -49,7 +49,7 @@ def test_published_pipelines() -> None:
     def counts(name: str) -> list[int]:
         layout = pipeline_layout(load_run_config(["--preset", name, "--dry-run"], {}).run)
         return [
-            sum(len(layout.layers_of(rank, chunk)) for chunk in range(layout.num_chunks))
+            sum(len(layout.layers_of(rank, virtual_stage)) for virtual_stage in range(layout.num_virtual_stages))
             for rank in range(layout.pipeline_size)
         ]
 

@@ -38,8 +38,8 @@ def test_full_of_the_first_layers_of_each_virtual_stage() -> None:
         "1",
     )
     assert plan(*flags, world=2) == (FULL, (), (), (), FULL, (), (), ())
-    chunks = ("--num-virtual-stages-per-pipeline-rank", "2")
-    assert plan(*flags, *chunks, world=2) == (FULL, ()) * 4
+    virtual_stages = ("--num-virtual-stages-per-pipeline-rank", "2")
+    assert plan(*flags, *virtual_stages, world=2) == (FULL, ()) * 4
 
 
 def test_selective_keeps_to_what_a_layer_has() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.layout import PipelineLayout, pipeline_layout
-from megatron_telechat.config.split import SplitFlags, split_chunks, split_counts
+from megatron_telechat.config.split import SplitFlags, num_virtual_stages, split_counts
 from megatron_telechat.errors import ConfigError
 
 MODEL = [
@@ -34,7 +34,7 @@ MODEL = [
 ]
 
 
-def cores_counts(layers: int, stages: int, chunks: int, split: SplitFlags) -> tuple[int, ...] | None:
+def cores_counts(layers: int, stages: int, virtual_stages: int, split: SplitFlags) -> tuple[int, ...] | None:
     """Layers of every virtual stage as megatron-core builds them; None where it refuses, or builds another model."""
     import torch
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -47,7 +47,7 @@ def cores_counts(layers: int, stages: int, chunks: int, split: SplitFlags) -> tu
             hidden_size=8,
             num_attention_heads=1,
             pipeline_model_parallel_size=stages,
-            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
             pipeline_dtype=torch.float32,
             num_layers_in_first_pipeline_stage=split.first,
             num_layers_in_last_pipeline_stage=split.last,
@@ -55,8 +55,11 @@ def cores_counts(layers: int, stages: int, chunks: int, split: SplitFlags) -> tu
             account_for_loss_in_pipeline_split=split.loss,
         )
         built = [
-            (get_transformer_layer_offset(config, chunk, rank), get_num_layers_to_build(config, chunk, rank))
-            for chunk, rank in itertools.product(range(chunks), range(stages))
+            (
+                get_transformer_layer_offset(config, virtual_stage, rank),
+                get_num_layers_to_build(config, virtual_stage, rank),
+            )
+            for virtual_stage, rank in itertools.product(range(virtual_stages), range(stages))
         ]
     except (ValueError, AssertionError, ZeroDivisionError):
         return None
@@ -73,32 +76,32 @@ def combinations() -> Iterator[tuple[int, int, int, SplitFlags]]:
     counted = [
         SplitFlags(embedding=embedding, loss=loss) for embedding, loss in itertools.product([False, True], repeat=2)
     ]
-    for layers, stages, chunks in itertools.product(range(1, 15), range(1, 6), range(1, 4)):
-        if stages == 1 and chunks > 1:
+    for layers, stages, virtual_stages in itertools.product(range(1, 15), range(1, 6), range(1, 4)):
+        if stages == 1 and virtual_stages > 1:
             continue  # no schedule of either runs it
         for split in [*ends, *counted, SplitFlags(2, None, True), SplitFlags(None, 2, False, True)]:
             if stages > 1 or None in (
                 split.first,
                 split.last,
             ):  # one rank is both ends, and core looks at the last alone
-                yield layers, stages, chunks, split
+                yield layers, stages, virtual_stages, split
 
 
 def test_splits_are_megatron_cores() -> None:
     """Some 9,000 combinations: the same layers on the same stages, or the same refusal."""
     accepted = 0
-    for layers, stages, chunks, split in combinations():
+    for layers, stages, virtual_stages, split in combinations():
         try:
-            ours = split_counts(layers, stages, chunks, split)
+            ours = split_counts(layers, stages, virtual_stages, split)
         except ConfigError:
             ours = None
-        assert ours == cores_counts(layers, stages, chunks, split), (layers, stages, chunks, split)
+        assert ours == cores_counts(layers, stages, virtual_stages, split), (layers, stages, virtual_stages, split)
         accepted += ours is not None
     assert accepted > 900
 
 
-def test_chunks_of_so_many_layers_are_megatron_cores() -> None:
-    """V from layers a chunk, where the embedding and the loss may count: the only V whose virtual stages are so
+def test_virtual_stages_of_so_many_layers_are_megatron_cores() -> None:
+    """V from layers a virtual stage, where the embedding and the loss may count: the only V whose virtual stages are so
     large."""
     for layers, stages, each in itertools.product(range(1, 27), range(2, 6), range(1, 6)):
         for split in (
@@ -106,11 +109,11 @@ def test_chunks_of_so_many_layers_are_megatron_cores() -> None:
         ):
             total = layers + split.counted
             try:
-                chunks = split_chunks(layers, stages, each, split)
+                virtual_stages = num_virtual_stages(layers, stages, each, split)
             except ConfigError:
                 assert total % (stages * each), (layers, stages, each, split)
                 continue
-            assert chunks * stages * each == total
+            assert virtual_stages * stages * each == total
 
 
 def loaded(words: str, layers: int, world: int):
@@ -120,7 +123,7 @@ def loaded(words: str, layers: int, world: int):
 @pytest.mark.parametrize(
     "words, layers, layout",
     [
-        # 14 layers and both ends are 16 = 4 ranks x 2 chunks x 2
+        # 14 layers and both ends are 16 = 4 ranks x 2 virtual stages x 2
         (
             "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 2 "
             "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
@@ -154,7 +157,7 @@ def loaded(words: str, layers: int, world: int):
 def test_the_training_takes_megatrons_split_flags(words: str, layers: int, layout: str) -> None:
     found = loaded(words, layers, 8)
     assert str(pipeline_layout(found.run)) == layout
-    assert pipeline_layout(found.run).num_chunks == found.run.parallel.num_virtual_stages_per_pipeline_rank
+    assert pipeline_layout(found.run).num_virtual_stages == found.run.parallel.num_virtual_stages_per_pipeline_rank
     if "per-virtual" not in words or "account" in words:
         assert (
             any(f'taken as --pipeline-model-parallel-layout "{layout}"' in note for note in found.notes)
@@ -216,27 +219,27 @@ def test_what_does_not_split_is_a_problem(words: str, layers: int, said: str) ->
     assert caught.value.problems[0].fix
 
 
-# ---- chunks from a layout string -----------------------------------------------------------------
+# ---- virtual stages from a layout string ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("stages, chunks", [(2, 1), (2, 2), (2, 3), (4, 2), (4, 3)])
-def test_a_layout_says_how_many_chunks(stages: int, chunks: int) -> None:
-    layout = PipelineLayout.from_counts(tuple(1 + number % 2 for number in range(stages * chunks)), stages)
+@pytest.mark.parametrize("stages, virtual_stages", [(2, 1), (2, 2), (2, 3), (4, 2), (4, 3)])
+def test_a_layout_says_how_many_virtual_stages(stages: int, virtual_stages: int) -> None:
+    layout = PipelineLayout.from_counts(tuple(1 + number % 2 for number in range(stages * virtual_stages)), stages)
     found = loaded(
         f"--pipeline-model-parallel-size {stages} --pipeline-model-parallel-layout {layout}", layout.num_layers, 8
     )
-    assert found.run.parallel.num_virtual_stages_per_pipeline_rank == chunks
-    assert found.run.parallel.overlap_p2p_communication == (chunks > 1)
+    assert found.run.parallel.num_virtual_stages_per_pipeline_rank == virtual_stages
+    assert found.run.parallel.overlap_p2p_communication == (virtual_stages > 1)
     same = loaded(
         f"--pipeline-model-parallel-size {stages} --pipeline-model-parallel-layout {layout} "
-        f"--num-virtual-stages-per-pipeline-rank {chunks}",
+        f"--num-virtual-stages-per-pipeline-rank {virtual_stages}",
         layout.num_layers,
         8,
     )
     assert same.run == found.run
 
 
-def test_a_layout_takes_the_place_of_a_presets_chunks() -> None:
+def test_a_layout_takes_the_place_of_a_presets_virtual_stages() -> None:
     layout = "Et*12|" + "t*12|" * 6 + "t*12L"
     words = [
         "--preset",

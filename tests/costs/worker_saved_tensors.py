@@ -110,10 +110,10 @@ def resident(moe: bool, precision: str, **parallel_sizes) -> list[list[float]]:
     parallel.destroy(keep_world=True)
     state = parallel.initialize(run, backend)
     models = build_model(run, state, backend)
-    chunks = wrap_data_parallel(models, run, state)
-    optimizer = build_optimizer(chunks, run, state)
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
+    virtual_stages = wrap_data_parallel(models, run, state)
+    optimizer = build_optimizer(virtual_stages, run, state)
+    for stage in virtual_stages:
+        stage.zero_grad_buffer()
     optimizer.step()
     parameters = {id(parameter): parameter for model in models for parameter in model.parameters()}
     gradients = sum(parameter.main_grad.nbytes for parameter in parameters.values())

@@ -55,7 +55,7 @@ def drawn(rng: random.Random, experts: bool) -> list[str]:
 
 
 def built(flags: list[str]) -> Any:
-    """megatron-core's configuration of every chunk; None where the run is refused."""
+    """megatron-core's configuration of every virtual stage; None where the run is refused."""
     try:
         run = load_run_config(flags, {}).run
     except ConfigError:
@@ -68,9 +68,10 @@ def built(flags: list[str]) -> Any:
         ep_size=expert,
         etp_size=expert_tensor,
     )
-    chunks = pipeline_layout(run).num_chunks
+    virtual_stages = pipeline_layout(run).num_virtual_stages
     return [
-        transformer_config(run, state, DEVICE_KINDS["cpu"], chunk if chunks > 1 else None) for chunk in range(chunks)
+        transformer_config(run, state, DEVICE_KINDS["cpu"], virtual_stage if virtual_stages > 1 else None)
+        for virtual_stage in range(virtual_stages)
     ]
 
 
@@ -93,10 +94,10 @@ def test_every_other_number_of_experts_a_token_is_built(topk):
     assert built(flags)[0].moe_router_topk == topk
 
 
-@pytest.mark.parametrize("chunks", (1, 2))
-def test_the_host_waits_for_no_batch_of_messages(chunks):
+@pytest.mark.parametrize("virtual_stages", (1, 2))
+def test_the_host_waits_for_no_batch_of_messages(virtual_stages):
     """megatron-core's default is a synchronize after every one, on every device that has one."""
     flags = ["--preset", "telechat2-tiny", "--mock-data", "--dry-run", "--world-size", "2"]
-    flags += ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", str(chunks)]
+    flags += ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", str(virtual_stages)]
     configs = built(flags)
-    assert len(configs) == chunks and not any(config.batch_p2p_sync for config in configs)
+    assert len(configs) == virtual_stages and not any(config.batch_p2p_sync for config in configs)

@@ -25,8 +25,8 @@ def test_keys_of_both_implementations():
     assert global_key("decoder.final_layernorm.weight", []) == "decoder.final_layernorm.weight"
 
 
-def chunk_of(**parameters: torch.Tensor) -> torch.nn.Module:
-    """A chunk of layer 1 of MOE (a dense one) with these parameters."""
+def virtual_stage_of(**parameters: torch.Tensor) -> torch.nn.Module:
+    """A virtual stage of layer 1 of MOE (a dense one) with these parameters."""
     layer = torch.nn.Module()
     layer.layer_number = 2
     for name, value in parameters.items():
@@ -37,26 +37,26 @@ def chunk_of(**parameters: torch.Tensor) -> torch.nn.Module:
                 owner.add_module(part, torch.nn.Module())
             owner = getattr(owner, part)
         owner.register_parameter(last, torch.nn.Parameter(value))
-    chunk = torch.nn.Module()
-    chunk.decoder = torch.nn.Module()
-    chunk.decoder.layers = torch.nn.ModuleList([layer])
-    return chunk
+    stage = torch.nn.Module()
+    stage.decoder = torch.nn.Module()
+    stage.decoder.layers = torch.nn.ModuleList([layer])
+    return stage
 
 
-def shards_of(chunk: torch.nn.Module):
-    return parameter_shards([chunk], RunConfig(model=MOE), place_of(Topology(1, 1), 0))
+def shards_of(stage: torch.nn.Module):
+    return parameter_shards([stage], RunConfig(model=MOE), place_of(Topology(1, 1), 0))
 
 
 def test_a_parameter_without_a_row_is_an_error():
-    chunk = chunk_of(input_layernorm__weight=torch.ones(16), self_attention__q_norm__weight=torch.ones(4))
+    stage = virtual_stage_of(input_layernorm__weight=torch.ones(16), self_attention__q_norm__weight=torch.ones(4))
     with pytest.raises(ConfigError) as caught:
-        shards_of(chunk)
+        shards_of(stage)
     (problem,) = caught.value.problems
     assert "decoder.layers.1.self_attention.q_norm.weight" in problem.what and "tensors/table.py" in problem.fix
 
 
 def test_a_parameter_of_another_size_or_domain_is_an_error():
-    marked = chunk_of(pre_mlp_layernorm__weight=torch.ones(16), input_layernorm__weight=torch.ones(15))
+    marked = virtual_stage_of(pre_mlp_layernorm__weight=torch.ones(16), input_layernorm__weight=torch.ones(15))
     next(marked.parameters()).allreduce = False
     with pytest.raises(ConfigError) as caught:
         shards_of(marked)

@@ -110,13 +110,13 @@ def build(run):
 
     backend = get_backend("cpu")
     state = initialize(run, backend)
-    chunks = build_model(run, state, backend)
-    shards = parameter_shards(chunks, run, state)
+    virtual_stages = build_model(run, state, backend)
+    shards = parameter_shards(virtual_stages, run, state)
     verify_tiling(shards, run, state)
-    return state, chunks, shards
+    return state, virtual_stages, shards
 
 
-def forward_backward(run, chunks) -> float:
+def forward_backward(run, virtual_stages) -> float:
     """One batch, the same on every data-parallel rank, through megatron-core's schedules; the loss sum
     (of the last stage; zero elsewhere). Gradients are left on the parameters."""
     import torch
@@ -138,12 +138,12 @@ def forward_backward(run, chunks) -> float:
 
         return out, loss
 
-    several = len(chunks) > 1
-    iterators = [iter(range(MICRO_BATCHES)) for _ in chunks]
+    several = len(virtual_stages) > 1
+    iterators = [iter(range(MICRO_BATCHES)) for _ in virtual_stages]
     get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iterators if several else iterators[0],
-        model=chunks if several else chunks[0],
+        model=virtual_stages if several else virtual_stages[0],
         num_microbatches=MICRO_BATCHES,
         seq_length=SEQ,
         micro_batch_size=MICRO_BATCH,
@@ -169,11 +169,11 @@ def reduced_gradient(shard, state):
 class one_routing:
     """Routes as the first run with this dictionary did, and counts what the routers would have done otherwise."""
 
-    def __init__(self, chosen: dict, chunks, state):
+    def __init__(self, chosen: dict, virtual_stages, state):
         from megatron_telechat.moe import moe_blocks
 
         self.chosen, self.state, self.unlike, self.clearest = chosen, state, 0, 0.0
-        self.routers = {block.layer_number: block.router for block in moe_blocks(chunks)}
+        self.routers = {block.layer_number: block.router for block in moe_blocks(virtual_stages)}
         self.first = not chosen
 
     def part(self, choices):
@@ -208,9 +208,9 @@ def compare(name: str) -> dict[str, Any]:
     model, parallel = LAYOUTS[name]
     kind = name.split("_")[0]
     run = run_of(model, parallel)
-    state, chunks, shards = build(run)
-    with one_routing(choices.setdefault(kind, {}), chunks, state) as routing:
-        loss = forward_backward(run, chunks)
+    state, virtual_stages, shards = build(run)
+    with one_routing(choices.setdefault(kind, {}), virtual_stages, state) as routing:
+        loss = forward_backward(run, virtual_stages)
     grads = {id(shard): reduced_gradient(shard, state) for shard in shards}
     if kind not in references:
         references[kind] = {
@@ -246,8 +246,8 @@ def trained(run) -> tuple[float, dict, int]:
     """Loss and gradients of a batch with dropout; then the bytes that autograd keeps of one forward."""
     import torch
 
-    _, chunks, shards = build(run)
-    loss = forward_backward(run, chunks)
+    _, virtual_stages, shards = build(run)
+    loss = forward_backward(run, virtual_stages)
     kept: dict[int, int] = {}
 
     def pack(tensor):
@@ -257,7 +257,7 @@ def trained(run) -> tuple[float, dict, int]:
 
     tokens = torch.zeros(MICRO_BATCH, SEQ, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = chunks[0](tokens, None, labels=tokens)
+        output = virtual_stages[0](tokens, None, labels=tokens)
     del output
     return loss, {s.piece.key: s.parameter.grad for s in shards}, sum(kept.values())
 
@@ -326,11 +326,11 @@ def repeated_choices(parallel: dict) -> dict[str, Any]:
 
     def gradients(**training):
         run = run_of(dict(MOE, moe_layer_freq=1, moe_z_loss_coeff=0.01), parallel, **training)
-        state, chunks, shards = build(run)
+        state, virtual_stages, shards = build(run)
         with near_ties() as ties:
-            if len(chunks) == 1 and state.pp_size == 1:
-                chunks[0].register_forward_pre_hook(evaluate_first)
-            forward_backward(run, chunks)
+            if len(virtual_stages) == 1 and state.pp_size == 1:
+                virtual_stages[0].register_forward_pre_hook(evaluate_first)
+            forward_backward(run, virtual_stages)
         found = {s.piece.key: s.parameter.grad for s in shards}
         ranks.destroy(keep_world=True)
         return found, ties.flipped
@@ -457,8 +457,8 @@ def low_precision() -> dict[str, Any]:
     out = {}
     for precision in ("fp32", "bf16", "fp16"):
         run = run_of(MOE, LAYOUTS["moe_tp2_pp2"][1], precision=precision)
-        state, chunks, shards = build(run)
-        loss = forward_backward(run, chunks)
+        state, virtual_stages, shards = build(run)
+        loss = forward_backward(run, virtual_stages)
         out[precision] = loss if state.is_last_stage() else None
         out[f"{precision}_types"] = sorted({str(s.parameter.dtype) for s in shards})
         parallel.destroy(keep_world=True)
@@ -487,8 +487,8 @@ def weight_decay_follows_the_table() -> dict[str, Any]:
     from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
 
     run = run_of(MOE, LAYOUTS["moe_etp2_ep2"][1])
-    state, chunks, _ = build(run)
-    wrapped = wrap_data_parallel(chunks, run, state)
+    state, virtual_stages, _ = build(run)
+    wrapped = wrap_data_parallel(virtual_stages, run, state)
     optimizer = build_optimizer(wrapped, run, state)
     factors = {id(p): group["wd_mult"] for group in optimizer.param_groups for p in group["params"]}
     shards = parameter_shards(wrapped, run, state)

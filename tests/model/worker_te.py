@@ -49,7 +49,7 @@ class Ranks:
 
         return wrap_data_parallel(build_model(run, self.state, backend), run, self.state)
 
-    def step(self, run: Any, chunks: Any) -> float:
+    def step(self, run: Any, virtual_stages: Any) -> float:
         """Forward and backward of a batch on megatron-core's schedule; the sum of the losses."""
         import torch
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -70,11 +70,11 @@ class Ranks:
 
             return out, loss
 
-        chunks[0].zero_grad_buffer()
+        virtual_stages[0].zero_grad_buffer()
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(range(MICRO_BATCHES)),
-            model=chunks[0],
+            model=virtual_stages[0],
             num_microbatches=MICRO_BATCHES,
             seq_length=SEQ,
             micro_batch_size=1,
@@ -82,8 +82,8 @@ class Ranks:
         )
         return sum(losses)
 
-    def gradients(self, chunks: Any) -> dict[str, Any]:
-        return {name: parameter.main_grad.clone() for name, parameter in chunks[0].module.named_parameters()}
+    def gradients(self, virtual_stages: Any) -> dict[str, Any]:
+        return {name: parameter.main_grad.clone() for name, parameter in virtual_stages[0].module.named_parameters()}
 
 
 def as_torch_computes(ranks: Ranks, model: dict[str, Any]) -> dict[str, float]:
@@ -91,8 +91,8 @@ def as_torch_computes(ranks: Ranks, model: dict[str, Any]) -> dict[str, float]:
     run = ranks.run_of(model)
     found = []
     for backend in (ranks.cpu, ranks.te):
-        chunks = ranks.build(run, backend)
-        found.append((ranks.step(run, chunks), ranks.gradients(chunks)))
+        virtual_stages = ranks.build(run, backend)
+        found.append((ranks.step(run, virtual_stages), ranks.gradients(virtual_stages)))
     (loss, expected), (te_loss, gradients) = found
     assert set(expected) == set(gradients)
     errors = [((gradients[name] - grad).norm() / (grad.norm() + 1e-12)).item() for name, grad in expected.items()]
@@ -117,16 +117,16 @@ def fp8(ranks: Ranks, log: te_stand_in.Log, recipe: str) -> dict[str, Any]:
     expected = None
     for layout in ("none,none", "full,full", "core_attn+moe,core_attn+mlp", "full,none"):
         run = ranks.run_of(MOE, recompute_layout=layout, **settings)
-        chunks = ranks.build(run, ranks.te)
+        virtual_stages = ranks.build(run, ranks.te)
         log.products.clear()
-        loss = ranks.step(run, chunks)
+        loss = ranks.step(run, virtual_stages)
         if not all(fp8 for _, fp8 in log.products):
             found["outside"].append(layout)
-        gradients = ranks.gradients(chunks)
+        gradients = ranks.gradients(virtual_stages)
         if expected is None:
             expected = (loss, gradients)
             found["products"] = len(log.products)
-            found["steps"] = moved(ranks, run, chunks)
+            found["steps"] = moved(ranks, run, virtual_stages)
         elif loss != expected[0] or any(not torch.equal(expected[1][name], grad) for name, grad in gradients.items()):
             found["different"].append(layout)
         found["left"] = te_stand_in.Quantisation.enabled
@@ -140,7 +140,7 @@ def plain(ranks: Ranks) -> tuple[Any, Any]:
     return run, ranks.build(run, ranks.te)
 
 
-def moved(ranks: Ranks, run: Any, chunks: Any) -> list[bool]:
+def moved(ranks: Ranks, run: Any, virtual_stages: Any) -> list[bool]:
     """Whether a step sees the weights as they are: the same loss for the same ones, another for others. FP8 keeps the
     weights of a step's first micro-batch, which the schedules have to say."""
     import torch
@@ -148,10 +148,10 @@ def moved(ranks: Ranks, run: Any, chunks: Any) -> list[bool]:
     losses = []
     for factor in (1.0, 2.0, 0.5):
         with torch.no_grad():
-            for name, parameter in chunks[0].module.named_parameters():
+            for name, parameter in virtual_stages[0].module.named_parameters():
                 if "linear_" in name and name.endswith("weight"):
                     parameter.mul_(factor)
-        losses.append(ranks.step(run, chunks))
+        losses.append(ranks.step(run, virtual_stages))
     return [losses[0] != losses[1], losses[0] == losses[2]]
 
 

@@ -63,7 +63,7 @@ def test_stages_know_their_ends(report):
     assert [rank["ends"] for rank in report.check("layout_pp2")] == [[True, False, False]] * 2 + [
         [False, True, True]
     ] * 2
-    # Two chunks a rank: the output layer is on the last chunk of the last stage only.
+    # Two virtual stages a rank: the output layer is on the last virtual stage of the last rank only.
     interleaved = [rank["ends"] for rank in report.check("layout_pp2_interleaved")]
     assert interleaved == [[True, False, False]] * 2 + [[False, False, True]] * 2
 

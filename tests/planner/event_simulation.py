@@ -9,8 +9,15 @@ from megatron_telechat.planner.problem import BalanceProblem
 def device_queue(P: int, V: int, m: int, device: int) -> list[tuple[str, int, int]]:
     """Ops of a device as the paper on interleaved schedules tells them: (kind, virtual stage, micro-batch)."""
     groups = [range(0, m)] if V == 1 else [range(at, min(at + P, m)) for at in range(0, m, P)]
-    forwards = [("F", chunk * P + device, item) for group in groups for chunk in range(V) for item in group]
-    backwards = [("B", (V - 1 - chunk) * P + device, item) for group in groups for chunk in range(V) for item in group]
+    forwards = [
+        ("F", virtual_stage * P + device, item) for group in groups for virtual_stage in range(V) for item in group
+    ]
+    backwards = [
+        ("B", (V - 1 - virtual_stage) * P + device, item)
+        for group in groups
+        for virtual_stage in range(V)
+        for item in group
+    ]
     warmup = P - 1 - device if V == 1 else 2 * (P - device - 1) + (V - 1) * P
     warmup = min(warmup, m * V)
     queue = forwards[:warmup]

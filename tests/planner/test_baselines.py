@@ -43,20 +43,20 @@ def test_no_baseline_beats_the_solver():
                 assert max(result.peak_bytes) <= problem.mem_limit
 
 
-# forward 1 2 | 3 4, backward 10 20 | 30 40: chunks 0 and 1 of two devices
+# forward 1 2 | 3 4, backward 10 20 | 30 40: virtual stages 0 and 1 of two devices
 TIMES = [1, 2, 3, 4, 10, 20, 30, 40]
 
 
 def test_surrogates_by_hand():
     assert largest_stage(PROBLEM).value(TIMES) == 110 + (4 - 1) * 2 * (4 + 40)
     assert all_pairs(PROBLEM).value(TIMES) == 110 + (4 - 2) * (4 + 40)
-    one_chunk = dataclasses.replace(PROBLEM, P=4, V=1)
-    assert all_pairs(one_chunk).value(TIMES) == 110 + (4 - 2) * (4 + 40)
+    one_virtual_stage = dataclasses.replace(PROBLEM, P=4, V=1)
+    assert all_pairs(one_virtual_stage).value(TIMES) == 110 + (4 - 2) * (4 + 40)
     assert largest_stage(dataclasses.replace(PROBLEM, m=1)).value(TIMES) == 110
 
 
 def test_the_surrogate_of_as_many_microbatches_as_stages_by_hand():
-    # before the last chunk: 10 + 1 (forward of the embedding) and 20; the last chunk: 30 and
+    # before the last virtual stage: 10 + 1 (forward of the embedding) and 20; the last one: 30 and
     # 40 + 9 (forward of the output layer) + half of the 4 - 9 that its layers take
     two = dataclasses.replace(PROBLEM, m=2)
     assert all_pairs(two).value(TIMES) == 20 + (40 + 9 + (4 - 9) / 2)

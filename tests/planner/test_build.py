@@ -35,7 +35,7 @@ RUNS = {
         512,
         ("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp"),
     ),
-    "39b chunks": (
+    "39b virtual stages": (
         "telechat2-39b-a12b",
         1024,
         (
@@ -185,10 +185,10 @@ def test_a_plan_that_would_deadlock_is_refused():
         planned_run(run, problem, Assignment(((0,) * 32, (), (0,) * 16, (0,) * 16)))
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_many_micro_batches_are_carried_on_exactly(monkeypatch, chunks):
+@pytest.mark.parametrize("virtual_stages", [1, 3])
+def test_many_micro_batches_are_carried_on_exactly(monkeypatch, virtual_stages):
     run = load("115b")
-    if chunks == 1:
+    if virtual_stages == 1:
         parallel = replace(run.parallel, num_virtual_stages_per_pipeline_rank=1, pipeline_model_parallel_layout=None)
         run = replace(run, parallel=parallel)
     run = replace(run, training=replace(run.training, global_batch_size=8 * 8 * 12))

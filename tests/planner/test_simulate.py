@@ -58,8 +58,10 @@ def test_timeline_keeps_the_order_and_never_overlaps():
     ops = simulate(problem, assignment).ops
     for device in range(problem.P):
         mine = [op for op in ops if op.device == device]
-        order = [(op.forward, op.chunk, op.microbatch) for op in rank_ops(device, problem.P, problem.V, problem.m)]
-        assert [(op.kind == "F", op.chunk, op.microbatch) for op in mine] == order
+        order = [
+            (op.forward, op.virtual_stage, op.microbatch) for op in rank_ops(device, problem.P, problem.V, problem.m)
+        ]
+        assert [(op.kind == "F", op.virtual_stage, op.microbatch) for op in mine] == order
         assert all(one.end <= other.start + 1e-9 for one, other in zip(mine, mine[1:], strict=False))
 
 

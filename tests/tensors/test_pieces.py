@@ -14,7 +14,7 @@ from megatron_telechat.costs.parameters import local_count
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.parallel.topology import Topology
 from megatron_telechat.tensors.boxes import Box, tiling_fault
-from megatron_telechat.tensors.pieces import chunk_table, is_writer, piece_at, tiling_problems
+from megatron_telechat.tensors.pieces import is_writer, piece_at, tiling_problems, virtual_stage_table
 from megatron_telechat.tensors.table import tensor_table
 
 DENSE = ModelConfig(
@@ -59,8 +59,8 @@ def test_the_writers_of_a_world_tile_the_model(layout):
     boxes: dict[str, list[Box]] = defaultdict(list)
     for rank in range(topology.world_size):
         place = place_of(topology, rank)
-        for chunk in range(stages.num_chunks):
-            table = chunk_table(run.model, stages, place.pp_rank, chunk)
+        for virtual_stage in range(stages.num_virtual_stages):
+            table = virtual_stage_table(run.model, stages, place.pp_rank, virtual_stage)
             pieces = [piece_at(spec, place) for spec in table.values()]
             for piece in pieces:
                 if is_writer(piece.spec, place):

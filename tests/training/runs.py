@@ -53,7 +53,7 @@ def weight_boxes(trainer) -> dict[str, torch.Tensor]:
     """Boxes of the weights that this rank, and no other, writes; names are ``key@offset``. Collective."""
     from megatron_telechat.training.param_gather import gathered_parameters
 
-    with gathered_parameters(trainer.chunks):
+    with gathered_parameters(trainer.virtual_stages):
         return {
             f"{piece.key}@{','.join(map(str, piece.box.offset))}": parameter.detach().view(piece.box.shape).clone()
             for piece, parameter in ((shard.piece, shard.parameter) for shard in trainer.shards if shard.writer)

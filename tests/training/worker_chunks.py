@@ -27,7 +27,7 @@ def steps(trainer, count: int) -> list[list[float]]:
 def numbers(trainer) -> list[int]:
     from megatron_telechat.moe import moe_blocks
 
-    return sorted({block.num_chunks for block in moe_blocks(trainer.chunks)})
+    return sorted({block.num_chunks for block in moe_blocks(trainer.virtual_stages)})
 
 
 def with_trainer(flags, name: str, use):
@@ -93,11 +93,11 @@ def measuring_leaves_no_trace():
     noisy = [*AUTO, "--hidden-dropout", "0.1", "--overlap-grad-reduce", "--overlap-param-gather", "--seq-length", "64"]
 
     def run(trainer):
-        blocks = [module for chunk in trainer.chunks for module in chunk.modules() if hasattr(module, "clock")]
+        blocks = [module for stage in trainer.virtual_stages for module in stage.modules() if hasattr(module, "clock")]
         gradients = sum(
             float(buffer.grad_data.abs().sum())
-            for c in trainer.chunks
-            for buffer in c.buffers + c.expert_parallel_buffers
+            for stage in trainer.virtual_stages
+            for buffer in stage.buffers + stage.expert_parallel_buffers
         )
         counted = sum(block.router.statistics.tokens for block in blocks)
         state = trainer.backend.rng_state()

@@ -85,7 +85,7 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
 
         trainer = make_trainer(flags_of(RESETS), Path(os.environ["FINETUNE_DIR"]) / "row")
         try:
-            model = trainer.chunks[0]
+            model = trainer.virtual_stages[0]
             model.eval()
             rows = (trainer.datasets.train.batch([sample]) for sample in range(20))
             batch = next(row for row in rows if row["segment_lengths"].numel() > 3)

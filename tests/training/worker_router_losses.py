@@ -47,7 +47,7 @@ def trainer_of(name: str, flags: str):
 def routers_of(trainer) -> list:
     from megatron_telechat.moe import moe_blocks
 
-    return [block.router for block in moe_blocks(trainer.chunks)]
+    return [block.router for block in moe_blocks(trainer.virtual_stages)]
 
 
 def router_gradients(trainer, iterators) -> dict:
@@ -74,9 +74,9 @@ def run_layout(name: str, flags: str) -> dict:
 
     trainer = trainer_of(name, flags)
     try:
-        collect_expert_load(trainer.chunks, trainer.state)
+        collect_expert_load(trainer.virtual_stages, trainer.state)
         found = router_gradients(trainer, trainer.training_iterators())
-        load = collect_expert_load(trainer.chunks, trainer.state)
+        load = collect_expert_load(trainer.virtual_stages, trainer.state)
         alone = losses_alone(trainer, trainer.training_iterators)
         assert found.keys() == alone.keys()
         save_file(alone, Path(os.environ["ROUTER_DIR"]) / f"{name}.rank{trainer.state.rank}.safetensors")
@@ -160,11 +160,11 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
             short = {name: value[:, :used] for name, value in row.items() if name != "padding"}
             found = []
             for batch in (row, short):
-                collect_expert_load(trainer.chunks, trainer.state)
+                collect_expert_load(trainer.virtual_stages, trainer.state)
                 router_gradients(trainer, [iter([batch] * 4)])
                 found.append(
                     (
-                        collect_expert_load(trainer.chunks, trainer.state),
+                        collect_expert_load(trainer.virtual_stages, trainer.state),
                         losses_alone(trainer, lambda: [iter([batch] * 4)]),
                     )
                 )
@@ -181,7 +181,7 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
     def evaluation_of(trainer, batches):
         from megatron_telechat.training.step import evaluate
 
-        return evaluate(trainer.chunks, [iter(batches)], 1, trainer.run, trainer.state, trainer.backend).loss
+        return evaluate(trainer.virtual_stages, [iter(batches)], 1, trainer.run, trainer.state, trainer.backend).loss
 
     @cases.case
     def nothing_to_learn() -> dict:

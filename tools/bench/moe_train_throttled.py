@@ -69,7 +69,7 @@ class Trainee:
         from megatron_telechat.model import build_model, parameter_shards
         from megatron_telechat.moe import moe_blocks
         from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
-        from megatron_telechat.training.step import TrainStep, chunk_iterators
+        from megatron_telechat.training.step import TrainStep, data_iterators
 
         self.arm, self.state, self.backend = arm, state, backend
         self.run = replace(run, parallel=replace(run.parallel, moe_input_chunks="auto" if arm == "auto" else 1))
@@ -79,22 +79,22 @@ class Trainee:
             for model in models:
                 put_core_layers(model, state, stand_in)
             shards = []  # only for the names in a message about non-finite gradients
-        self.chunks = wrap_data_parallel(models, self.run, state)
+        self.virtual_stages = wrap_data_parallel(models, self.run, state)
         if stand_in and arm != "megatron-core":
-            for block in moe_blocks(self.chunks):
+            for block in moe_blocks(self.virtual_stages):
                 use_stand_in(block, stand_in)
-        self.optimizer = build_optimizer(self.chunks, self.run, state)
-        self.step = TrainStep(self.chunks, self.optimizer, shards, self.run, state, backend)
-        self.blocks = moe_blocks(self.chunks)
-        self.iterators = chunk_iterators(
-            lambda: batches(datasets.train, self.run, state, 0), len(self.chunks), self.run, state
+        self.optimizer = build_optimizer(self.virtual_stages, self.run, state)
+        self.step = TrainStep(self.virtual_stages, self.optimizer, shards, self.run, state, backend)
+        self.blocks = moe_blocks(self.virtual_stages)
+        self.iterators = data_iterators(
+            lambda: batches(datasets.train, self.run, state, 0), len(self.virtual_stages), self.run, state
         )
 
     def choose(self) -> str | None:
         """Set the number of chunks for the link as it is now; what was chosen, for a person."""
         from megatron_telechat.training.chunks import set_chunks
 
-        setting = set_chunks(self.chunks, self.run, self.state, self.backend)
+        setting = set_chunks(self.virtual_stages, self.run, self.state, self.backend)
         return None if setting is None else setting.message
 
     def take_step(self, number: int, routing: Any) -> tuple[float, float, float]:
@@ -102,7 +102,7 @@ class Trainee:
         from megatron_telechat.training.optimizer import set_learning_rate
 
         set_learning_rate(self.optimizer, self.run, number)
-        with routing.step(self.chunks, number):
+        with routing.step(self.virtual_stages, number):
             begin = time.perf_counter()
             loss = self.step(self.iterators, number).loss
             seconds = time.perf_counter() - begin

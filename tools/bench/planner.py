@@ -63,7 +63,7 @@ class Case:
     name: str
     flags: str
     pipeline: int
-    chunks: int
+    virtual_stages: int
     microbatches: int
     data_parallel: int
     model_parallel: int
@@ -78,7 +78,7 @@ class Case:
             "world-size": self.pipeline * self.data_parallel * self.model_parallel,
             "global-batch-size": self.microbatches * self.data_parallel,
             "pipeline-model-parallel-size": self.pipeline,
-            "num-virtual-stages-per-pipeline-rank": self.chunks,
+            "num-virtual-stages-per-pipeline-rank": self.virtual_stages,
         }
         return [*flags.split(), *(word for name, size in sizes.items() for word in (f"--{name}", str(size)))]
 
@@ -99,14 +99,16 @@ class Case:
 
 
 def telechat_115b(
-    name: str, pipeline: int, chunks: int, microbatches: int, memory_gib: float | None = None, **more
+    name: str, pipeline: int, virtual_stages: int, microbatches: int, memory_gib: float | None = None, **more
 ) -> Case:
     dp = 512 // (8 * pipeline)
-    return Case(f"115B {name}", "--preset telechat2-115b", pipeline, chunks, microbatches, dp, 8, memory_gib, **more)
+    return Case(
+        f"115B {name}", "--preset telechat2-115b", pipeline, virtual_stages, microbatches, dp, 8, memory_gib, **more
+    )
 
 
-def telechat_39b(name: str, pipeline: int, chunks: int, memory_gib: float | None = None) -> Case:
-    return Case(f"39B-A12B {name}", "--preset telechat2-39b-a12b", pipeline, chunks, 32, 16, 4, memory_gib)
+def telechat_39b(name: str, pipeline: int, virtual_stages: int, memory_gib: float | None = None) -> Case:
+    return Case(f"39B-A12B {name}", "--preset telechat2-39b-a12b", pipeline, virtual_stages, 32, 16, 4, memory_gib)
 
 
 CASES = (

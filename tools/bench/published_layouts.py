@@ -81,7 +81,7 @@ def _row(problem: BalanceProblem, assignment: Assignment) -> dict[str, Any]:
         "makespan_s": result.makespan,
         "peak_gb": max(result.peak_bytes) / 1e9,
         "recomputed": [
-            sum(mode > 0 for chunk in assignment.modes[rank :: problem.P] for mode in chunk)
+            sum(mode > 0 for stage in assignment.modes[rank :: problem.P] for mode in stage)
             for rank in range(problem.P)
         ],
     }

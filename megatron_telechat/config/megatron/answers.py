@@ -52,7 +52,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class LayersPerVirtualStage:
-    """Megatron's way to say the number of chunks; resolved when num_layers is known."""
+    """Megatron's way to say the number of virtual stages; resolved when num_layers is known."""
 
 
 @dataclass(frozen=True)

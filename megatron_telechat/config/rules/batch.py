@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.rules.parallel import CP, PP, TP
-from megatron_telechat.config.rules.pipeline import CHUNKS
+from megatron_telechat.config.rules.pipeline import VIRTUAL_STAGES
 from megatron_telechat.errors import Problem
 
 BATCH = "global_batch_size"
@@ -31,17 +31,17 @@ def batch_splits(check: Check) -> Iterator[Problem]:
 
 def interleaving_fills_the_pipeline(check: Check) -> Iterator[Problem]:
     """megatron-core's interleaved schedule works through micro-batches in groups of the pipeline size."""
-    batch, micro, stages, chunks = check.take(BATCH, MICRO, PP, CHUNKS)
+    batch, micro, stages, virtual_stages = check.take(BATCH, MICRO, PP, VIRTUAL_STAGES)
     check.take("world_size", TP, CP)
     data = check.run.parallel.data_parallel_size
     count = batch // (micro * data)
-    if chunks > 1 and count % stages:
+    if virtual_stages > 1 and count % stages:
         unit = micro * data * stages
         yield check.problem(
-            f"the interleaved schedule ({CHUNKS}={chunks}) needs a number of micro-batches that {PP}={stages} divides; "
-            f"{BATCH}={batch} gives {count}",
+            f"the interleaved schedule ({VIRTUAL_STAGES}={virtual_stages}) needs a number of micro-batches that "
+            f"{PP}={stages} divides; {BATCH}={batch} gives {count}",
             BATCH,
-            CHUNKS,
+            VIRTUAL_STAGES,
             PP,
             fix=flag(BATCH, -(-batch // unit) * unit),
         )

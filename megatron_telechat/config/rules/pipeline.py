@@ -1,4 +1,4 @@
-"""Rules of the pipeline: stages, chunks, layouts."""
+"""Rules of the pipeline: stages, virtual stages, layouts."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.errors import ConfigError, Problem
 
 PP = "pipeline_model_parallel_size"
-CHUNKS = "num_virtual_stages_per_pipeline_rank"
+VIRTUAL_STAGES = "num_virtual_stages_per_pipeline_rank"
 LAYOUT = "pipeline_model_parallel_layout"
 
 
-def chunks_need_a_pipeline(check: Check) -> Iterator[Problem]:
+def virtual_stages_need_a_pipeline(check: Check) -> Iterator[Problem]:
     """Several virtual stages a rank need more than one pipeline rank."""
-    stages, chunks = check.take(PP, CHUNKS)
-    if stages == 1 and chunks > 1:
+    stages, virtual_stages = check.take(PP, VIRTUAL_STAGES)
+    if stages == 1 and virtual_stages > 1:
         yield check.problem(
-            f"{CHUNKS}={chunks} interleaves virtual stages, but {PP}=1",
-            CHUNKS,
+            f"{VIRTUAL_STAGES}={virtual_stages} interleaves virtual stages, but {PP}=1",
+            VIRTUAL_STAGES,
             PP,
-            fix=f"{flag(PP, 2)} or more, or {flag(CHUNKS, 1)}",
+            fix=f"{flag(PP, 2)} or more, or {flag(VIRTUAL_STAGES, 1)}",
         )
-        check.bad.add(CHUNKS)
+        check.bad.add(VIRTUAL_STAGES)
 
 
 def layers_split(check: Check) -> Iterator[Problem]:
     """30 layers on 4 stages built 28 elsewhere, without a word."""
-    layers, stages, chunks, layout = check.take("num_layers", PP, CHUNKS, LAYOUT)
-    if layout is not None or layers % (stages * chunks) == 0:
+    layers, stages, virtual_stages, layout = check.take("num_layers", PP, VIRTUAL_STAGES, LAYOUT)
+    if layout is not None or layers % (stages * virtual_stages) == 0:
         return
-    named = f"{PP}={stages}" + (f" x {CHUNKS}={chunks}" if chunks > 1 else "")
-    names = ("num_layers", PP, CHUNKS) if chunks > 1 else ("num_layers", PP)
-    works = working_layout(layers, stages, chunks)
+    named = f"{PP}={stages}" + (f" x {VIRTUAL_STAGES}={virtual_stages}" if virtual_stages > 1 else "")
+    names = ("num_layers", PP, VIRTUAL_STAGES) if virtual_stages > 1 else ("num_layers", PP)
+    works = working_layout(layers, stages, virtual_stages)
     if works is None:
         fix = f"at most {layers + 2} stages: an empty one would deadlock"
     else:
@@ -44,25 +44,29 @@ def layers_split(check: Check) -> Iterator[Problem]:
 
 def layout_fits(check: Check) -> Iterator[Problem]:
     """The layout string can be read and fits layers, pipeline ranks and virtual stages."""
-    layers, stages, chunks, text = check.take("num_layers", PP, CHUNKS, LAYOUT)
+    layers, stages, virtual_stages, text = check.take("num_layers", PP, VIRTUAL_STAGES, LAYOUT)
     if text is None:
         return
-    works = working_layout(layers, stages, chunks)
+    works = working_layout(layers, stages, virtual_stages)
     fix = proposal(works) if works else ""
     try:
         layout = PipelineLayout.parse(text, stages)
-        complaints = layout.problems(layers, chunks)
+        complaints = layout.problems(layers, virtual_stages)
     except ConfigError as error:
         yield check.problem(error.problems[0].what, LAYOUT, fix=fix or error.problems[0].fix)
         check.bad.add(LAYOUT)
         return
-    if stages == 1 and layout.num_chunks > 1:
-        fix = f"{flag(PP, layout.num_chunks)}, or a divisor of it" + (f"; or {fix}" if fix else "")
-    elif layout.num_chunks != chunks:
-        fix = f"{flag(CHUNKS, layout.num_chunks)}, or {fix}" if fix else flag(CHUNKS, layout.num_chunks)
+    if stages == 1 and layout.num_virtual_stages > 1:
+        fix = f"{flag(PP, layout.num_virtual_stages)}, or a divisor of it" + (f"; or {fix}" if fix else "")
+    elif layout.num_virtual_stages != virtual_stages:
+        fix = (
+            f"{flag(VIRTUAL_STAGES, layout.num_virtual_stages)}, or {fix}"
+            if fix
+            else flag(VIRTUAL_STAGES, layout.num_virtual_stages)
+        )
     for complaint in complaints:
         yield check.problem(
-            complaint, LAYOUT, PP, *([CHUNKS] if "stages, not" in complaint else ["num_layers"]), fix=fix
+            complaint, LAYOUT, PP, *([VIRTUAL_STAGES] if "stages, not" in complaint else ["num_layers"]), fix=fix
         )
     if complaints:
         check.bad.add(LAYOUT)
@@ -73,20 +77,20 @@ def proposal(layout: PipelineLayout) -> str:
     return f"{flag(LAYOUT, layout)}  (tools/plan_pipeline.py prints the best one)"
 
 
-def working_layout(layers: int, stages: int, chunks: int) -> PipelineLayout | None:
+def working_layout(layers: int, stages: int, virtual_stages: int) -> PipelineLayout | None:
     """A layout to propose, or None where no layout can work."""
-    if stages * chunks > 4096:
+    if stages * virtual_stages > 4096:
         return None
     try:
-        return default_layout(layers, stages, chunks)
+        return default_layout(layers, stages, virtual_stages)
     except ConfigError:
         return None
 
 
 def interleaving_over_two_ranks_overlaps(check: Check) -> Iterator[Problem]:
     """The interleaved schedule over 2 pipeline ranks deadlocks without overlapped messages."""
-    stages, chunks, overlap = check.take(PP, CHUNKS, "overlap_p2p_communication")
-    if stages == 2 and chunks > 1 and overlap is False:
+    stages, virtual_stages, overlap = check.take(PP, VIRTUAL_STAGES, "overlap_p2p_communication")
+    if stages == 2 and virtual_stages > 1 and overlap is False:
         yield check.problem(
             "the interleaved schedule over 2 pipeline ranks deadlocks without overlap_p2p_communication",
             "overlap_p2p_communication",
@@ -95,4 +99,9 @@ def interleaving_over_two_ranks_overlaps(check: Check) -> Iterator[Problem]:
         )
 
 
-RULES: tuple[Rule, ...] = (chunks_need_a_pipeline, layers_split, layout_fits, interleaving_over_two_ranks_overlaps)
+RULES: tuple[Rule, ...] = (
+    virtual_stages_need_a_pipeline,
+    layers_split,
+    layout_fits,
+    interleaving_over_two_ranks_overlaps,
+)

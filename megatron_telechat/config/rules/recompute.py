@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.recompute import parse_recompute_layout, recompute_plan
 from megatron_telechat.config.rules.model import has_dense_layers
-from megatron_telechat.config.rules.pipeline import CHUNKS, LAYOUT, PP
+from megatron_telechat.config.rules.pipeline import LAYOUT, PP, VIRTUAL_STAGES
 from megatron_telechat.errors import ConfigError, Problem
 
 GRANULARITY = "recompute_granularity"
@@ -89,7 +89,7 @@ def layout_fits_the_stages(check: Check) -> Iterator[Problem]:
         return
     try:
         parse_recompute_layout(text)
-        check.take("num_layers", PP, CHUNKS, LAYOUT, "moe_layer_freq", "moe_layer_pattern")
+        check.take("num_layers", PP, VIRTUAL_STAGES, LAYOUT, "moe_layer_freq", "moe_layer_pattern")
         recompute_plan(check.run)
     except ConfigError as error:
         for problem in error.problems:

@@ -19,7 +19,7 @@ class OneRouting:
         self._chosen: dict[int, list[Tensor]] = {}
 
     @contextmanager
-    def step(self, chunks: Sequence[nn.Module], number: int) -> Iterator[None]:
+    def step(self, virtual_stages: Sequence[nn.Module], number: int) -> Iterator[None]:
         """Around one arm's step with this number; its MoE layers are ours or megatron-core's."""
         from megatron.core.transformer.moe.router import TopKRouter
 
@@ -30,7 +30,7 @@ class OneRouting:
             self._step, self._chosen = number, {}
         first = not self._chosen
         routers: list[Any] = [
-            module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)
+            module for stage in virtual_stages for module in stage.modules() if isinstance(module, TopKRouter)
         ]
         tapes = [RoutingTape(self._chosen.get(router.layer_number), notes=first) for router in routers]
         for router, tape in zip(routers, tapes, strict=True):

@@ -103,7 +103,8 @@ def _assignments(problem: BalanceProblem) -> Iterator[tuple[float, Assignment | 
 def _device_plans(
     problem: BalanceProblem, device: int, in_stage: list[list[int]], place: int | None
 ) -> tuple[float, list[tuple[tuple[int, ...], ...]]]:
-    """(least bytes over the limit, choices of modes of the device's chunks that fit and that no other beats)."""
+    """(least bytes over the limit, choices of modes of the device's virtual stages that fit and that no other
+    beats)."""
     stages = range(device, problem.num_stages, problem.P)
     choices = [_stage_choices(problem, in_stage[stage]) for stage in stages]
     least = math.inf

@@ -51,25 +51,26 @@ def largest_stage(problem: BalanceProblem) -> Objective:
     """Sum of all stage times + (m - 1) x the largest stage time: the latency of a pipeline in Alpa (Zheng et al.,
     OSDI 2022, equation 2), whose second term is PipeDream's objective.
 
-    They know no chunks. With several, every virtual stage is a stage here and its device's time is V times its own:
-    sums over a device would leave open how its chunks share the layers.
+    They know no virtual stages. With several, each of them is a stage here and its device's time is V times its own:
+    sums over a device would leave open how its virtual stages share the layers.
     """
     stages = np.array([_row(problem, [stage]) for stage in range(problem.num_stages)])
     return Objective(1.0, (Peak((problem.m - 1.0) * problem.V, stages, np.zeros(len(stages))),))
 
 
 def all_pairs(problem: BalanceProblem) -> Objective:
-    """Sum of all stage times + (m - 2) x the largest forward of a chunk plus backward of a chunk of one device, over
-    all pairs of its chunks: MindSpore's SAPP-PPB (mindformers, toolkit/pipeline_balance/sapp/sapp_solver.py).
+    """Sum of all stage times + (m - 2) x the largest forward of a virtual stage plus backward of one of the same
+    device, over all pairs of its virtual stages: MindSpore's SAPP-PPB (mindformers,
+    toolkit/pipeline_balance/sapp/sapp_solver.py).
 
-    For m = P and several chunks it has another one (its default level of optimisation): the largest backward of any
-    chunk, plus the largest when forwards of the last chunk count in part as well (the share that runs between
-    backwards, none in the first half of the stages). Embedding and output layer count whole in both.
+    For m = P and several virtual stages it has another one (its default level of optimisation): the largest backward
+    of any of them, plus the largest when forwards of a device's last virtual stage count in part as well (the share
+    that runs between backwards, none in the first half of the devices). Embedding and output layer count whole in both.
     """
     P, V, m = problem.P, problem.V, problem.m
-    chunks = [range(device, problem.num_stages, P) for device in range(P)]
+    by_device = [range(device, problem.num_stages, P) for device in range(P)]
     if V == 1 or m != P:
-        pairs = np.array([_row(problem, [one], [other]) for stages in chunks for one in stages for other in stages])
+        pairs = np.array([_row(problem, [one], [other]) for stages in by_device for one in stages for other in stages])
         return Objective(1.0, (Peak(max(m - 2.0, 0.0), pairs, np.zeros(len(pairs))),))
     shares, constants = [], []
     for stage in range(problem.num_stages):
