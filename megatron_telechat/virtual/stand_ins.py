@@ -29,6 +29,21 @@ from megatron_telechat.virtual.record import HOST_DEVICE, Memory, Record
 aten = torch.ops.aten
 # As torch has them: a rank is played inside of the context that its program was loaded in.
 _join, _make_group, _make_tensor = dist.init_process_group, dist.new_group, torch.tensor
+_TorchGenerator = torch.Generator
+
+
+class _AnyGenerator(type):
+    """Of a class whose instances are all of torch's generators."""
+
+    def __instancecheck__(cls, one: Any) -> bool:
+        return isinstance(one, _TorchGenerator)
+
+
+class VirtualGenerator(_TorchGenerator, metaclass=_AnyGenerator):
+    """A generator of the host, whatever device is asked for: nothing is drawn."""
+
+    def __new__(cls, device: Any = None) -> Any:
+        return _TorchGenerator()
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ def virtual_cuda(rank: int, world: int, device: VirtualDevice, memory: Memory, r
             (torch.cuda, _cuda(local, device, memory, record)),
             (torch.cuda.random, _generators()),
             (dist, _process_groups(rank, world)),
-            (torch, {"tensor": _tensor(record)}),
+            (torch, {"tensor": _tensor(record), "Generator": VirtualGenerator}),
             (FakeTensor, {"tolist": _tolist(record)}),
             (torch.Tensor, {"pin_memory": lambda self, *_: self}),
             (torch.nn.functional, {"scaled_dot_product_attention": _attention}),
