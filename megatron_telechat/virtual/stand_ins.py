@@ -32,7 +32,7 @@ _join, _make_group, _make_tensor = dist.init_process_group, dist.new_group, torc
 _TorchGenerator = torch.Generator
 
 
-class _AnyGenerator(type):
+class _AnyGenerator(type(_TorchGenerator)):
     """Of a class whose instances are all of torch's generators."""
 
     def __instancecheck__(cls, one: Any) -> bool:
