@@ -1,17 +1,15 @@
 // What autograd asks of a CUDA device, answered without one: a device guard and the hooks of the accelerator.
 //
 // torch's fake tensors can say that they live on "cuda:3" in a build that knows no CUDA, but autograd then asks for a
-// guard of that device type, and Python for the accelerator. A build with CUDA brings its own hooks, and a guard that
-// would call the driver: there only the guard is replaced.
+// guard of that device type, and Python for the accelerator. A build with CUDA brings its own, which would call the
+// driver: the guard that is registered last counts, and the hooks of the highest priority.
 
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/FakeGuardImpl.h>
 
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>);
-
-#ifdef WITH_HOOKS
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/detail/CUDAHooksInterface.h>
 
 namespace {
 
@@ -40,6 +38,5 @@ class CUDAHooks final : public at::CUDAHooksInterface {
 
 namespace at {
 using ::CUDAHooks;
-REGISTER_CUDA_HOOKS(CUDAHooks);
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks);
 }  // namespace at
-#endif

@@ -29,14 +29,10 @@ def load_shim() -> None:
     """
     assert "torch" not in sys.modules, "the hooks are asked for while torch is imported"
     torch = _torch_folder()
-    with_cuda = any((torch / "lib").glob("libtorch_cuda*"))
-    library = _built(torch, hooks=not with_cuda)
-    if with_cuda:
-        # torch's own guard is registered by its import; the one that is registered last counts.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        importlib.import_module("torch")
-    else:
-        for name in ("libc10.so", "libtorch_cpu.so"):
+    library = _built(torch)
+    # A torch that was built for CUDA registers its own guard and hooks first; ours take their place.
+    for name in ("libc10.so", "libtorch_cpu.so", "libtorch_cuda.so"):
+        if (torch / "lib" / name).exists():
             ctypes.CDLL(str(torch / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
@@ -48,10 +44,10 @@ def _torch_folder() -> Path:
     return Path(found.origin).parent
 
 
-def _built(torch: Path, hooks: bool) -> Path:
+def _built(torch: Path) -> Path:
     """The library for this torch, compiled where it is not there yet."""
     version = (torch / "version.py").read_text(encoding="utf-8")
-    key = hashlib.sha256(f"{version}{torch}{hooks}{_SOURCE.read_text(encoding='utf-8')}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{version}{torch}{_SOURCE.read_text(encoding='utf-8')}".encode()).hexdigest()[:16]
     folder = _cache_folder()
     library = folder / f"virtual-device-{key}.so"
     if library.exists():
@@ -62,7 +58,7 @@ def _built(torch: Path, hooks: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = Path(temporary) / library.name
         command = [
-            compiler, "-std=c++20", "-O1", "-shared", "-fPIC", *(["-DWITH_HOOKS"] if hooks else []),
+            compiler, "-std=c++20", "-O1", "-shared", "-fPIC",
             f"-D_GLIBCXX_USE_CXX11_ABI={_new_strings(torch)}",
             f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}",
             f"-I{sysconfig.get_path('include')}", str(_SOURCE), "-o", str(made),
