@@ -298,7 +298,13 @@ QUIET = (
 QUIET_OFF_CUDA = ("When using sequence parallelism it is recommended to set the environment variable CUDA",)
 
 
+QUIET_LOG = ("torch.utils.cpp_extension", "No CUDA runtime is found, using CUDA_HOME")
+"""Logger and begin of what torch says off CUDA where a CUDA compiler is installed: 0.19 imports that module."""
+
+
 def _quiet(patch: CorePatch, device: Any) -> None:
+    name, begin = QUIET_LOG
+    logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(begin))
     for message in QUIET if device.type == "cuda" else QUIET + QUIET_OFF_CUDA:
         warnings.filterwarnings("ignore", message=message, category=Warning)
 

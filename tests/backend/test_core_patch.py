@@ -77,6 +77,9 @@ def test_modules_that_another_finder_brings_are_found():
 
 def test_the_stand_in_for_triton_kernels_says_what_is_missing():
     spec = triton_guard._StandIn().find_spec(triton_guard.KERNELS, None)
+    if triton_guard.triton_present():
+        assert spec is None
+        return
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(RuntimeError, match="needs triton"):
