@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-DeviceChoice = Literal["auto", "cuda", "npu", "xpu", "cpu"]
+DeviceChoice = Literal["auto", "cuda", "npu", "cpu"]
 """What a person may ask for. ``auto`` takes the first kind that is present, in this order."""
 DEVICE_CHOICES: tuple[str, ...] = get_args(DeviceChoice)
 
@@ -183,39 +183,6 @@ _NPU = DeviceTraits(
     memory_is_of_process=False,
 )
 
-_XPU = DeviceTraits(
-    name="xpu",
-    backend="megatron_telechat.backend.xpu:XpuBackend",
-    torch_cuda="absent",
-    device_file=None,
-    widest_float="float64",
-    generation_precision="bf16",
-    transformer_engine=False,
-    fuses_weight_gradients=False,
-    fused_kernels=None,
-    needs_deterministic_mode=False,  # the plain kernel is deterministic here, and faster
-    fused_rms_norm=False,
-    heads_first_attention=True,
-    copies_attention_output=True,
-    varlen_attention=False,
-    attention_statistics_bytes=4,
-    byte_dropout_masks=True,
-    expert_engine="grouped",
-    grouped_mm_types=frozenset({"float32", "bfloat16", "float16"}),
-    grouped_alignment_bytes=1,  # products one by one take any width
-    min_rows_per_expert_chunk=16,
-    sums_by_embedding_bag=True,
-    host_waits_for_transfers=False,
-    pins_uploads=True,
-    frees_sent_outputs=False,  # an asynchronous gloo send reads the tensor after it was issued
-    binds_communicators=False,
-    communicator_buffer=None,
-    pair_buffer=None,
-    high_priority_streams=False,
-    ranks_share_cores=False,
-    memory_is_of_process=False,
-)
-
 _CPU = DeviceTraits(
     name="cpu",
     backend="megatron_telechat.backend.cpu:CpuBackend",
@@ -249,7 +216,7 @@ _CPU = DeviceTraits(
     memory_is_of_process=True,
 )
 
-DEVICE_KINDS: Mapping[str, DeviceTraits] = {traits.name: traits for traits in (_CUDA, _NPU, _XPU, _CPU)}
+DEVICE_KINDS: Mapping[str, DeviceTraits] = {traits.name: traits for traits in (_CUDA, _NPU, _CPU)}
 """Name → answers, in the order in which ``auto`` looks for them."""
 
 
