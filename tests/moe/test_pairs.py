@@ -23,7 +23,7 @@ def test_pairs(report, name):
     report.check(name)
 
 
-@pytest.mark.parametrize("how", ("killed", "stopped"))
+@pytest.mark.parametrize("how", ("killed", pytest.param("stopped", marks=pytest.mark.slow)))
 def test_lost_rank_ends_the_other(how):
     """A killed rank closes its connections; one that stands still is met by the timeout of the transfers."""
     found = launch(Path(__file__).with_name("worker_lost.py"), WORLD, how, timeout=90, grace=2)

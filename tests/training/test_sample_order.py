@@ -50,6 +50,7 @@ def test_a_run_made_longer_reads_what_the_long_run_reads_and_then_takes_another_
     assert [records(tmp_path / "run")[step][3] for step in (12, 13, 14)] == [96, 100, 104]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_names_no_order_goes_on_in_megatrons(flags, tmp_path, capsys):
     """Written by the release before: the order follows from its own length and batch, whatever those of the run are
     now."""
