@@ -40,7 +40,9 @@ MAY_IMPORT = {
 """What a room imports; what those import in turn is allowed too."""
 
 WITHOUT_TORCH = ("errors", "lazy", "device_kinds", "config", "tensors", "costs", "planner")
-WITHOUT_TORCH_IN_VIRTUAL = tuple(f"{PACKAGE}.virtual.{name}" for name in ("launch", "match", "records", "shim"))
+WITHOUT_TORCH_IN_VIRTUAL = tuple(
+    f"{PACKAGE}.virtual.{name}" for name in ("compare", "launch", "match", "records", "shim")
+)
 HEAVY = {"torch", "megatron", "transformer_engine", "torch_npu", "apex", "transformers", "safetensors", "matplotlib"}
 OPTIONAL = {
     "transformer_engine",

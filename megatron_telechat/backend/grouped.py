@@ -42,18 +42,18 @@ def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, counts: Sequence[int]
     return out
 
 
-def grouped_sum_product(a: Tensor, b: Tensor, offsets: Tensor, counts: Sequence[int]) -> Tensor | None:
+def grouped_sum_product(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor | None:
     """[groups, p, q]: ``a_g^T b_g`` of every group; None where no kernel does it.
 
     Args:
         a: [N, p], rows by group; every group has some: torch's kernel has left the matrix of an empty one unwritten,
             written NaN into it or hung, depending on card and release (pytorch issues 172439, 193633, 152668).
         b: [N, q].
-        offsets, counts: as in :func:`grouped_product`.
+        offsets: as in :func:`grouped_product`.
     """
     fused = kernels("grouped", a)
     if fused is not None:
-        return fused.sum_product(a, b, offsets, counts)
+        return fused.sum_product(a, b, offsets)
     if not _one_kernel(a.device, a.dtype):
         return None
     return F.grouped_mm(a.t(), b, offs=offsets)

@@ -51,7 +51,7 @@ class Actions:
     @property
     def executes(self) -> bool:
         """Whether virtual ranks are asked for."""
-        return self.execute or self.execute_all or bool(self.execute_ranks)
+        return self.execute or self.execute_all or bool(self.execute_ranks) or self.execute_json is not None
 
 
 @dataclass
@@ -99,7 +99,7 @@ ACTION_FLAGS = {
     "needed), and report memory, exchanges and waits of the host",
     "execute-ranks": "with --dry-run: execute these ranks, such as 0,512",
     "execute-all": "with --dry-run: execute every rank (64 at most) and check that their exchanges meet",
-    "execute-json": "with --execute: file for everything that was recorded",
+    "execute-json": "with --dry-run: execute, and write everything that was recorded to this file",
     "list-presets": "list the presets and exit",
     "help": "this text",
     "version": "print the version and exit",
@@ -129,7 +129,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
                 at += 1
         _Flag(line, name, values, bool(equals)).read()
     _check_spellings(line)
-    if (line.actions.executes or line.actions.execute_json) and not line.actions.dry_run:
+    if line.actions.executes and not line.actions.dry_run:
         line.problems.append(
             Problem(
                 "--execute plays ranks without a device, beside --dry-run", "flag", "add --dry-run, or leave it out"

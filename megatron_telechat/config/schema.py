@@ -221,6 +221,18 @@ class ParallelConfig:
         )
 
     @property
+    def ranks_per_stage(self) -> int:
+        """Ranks of one pipeline stage."""
+        return max(self.world_size // self.pipeline_model_parallel_size, 1)
+
+    @property
+    def gradient_ranks(self) -> tuple[int, int]:
+        """Ranks that sum the gradients of a dense parameter, and of an expert's; context-parallel ranks among them."""
+        expert, expert_tensor = self.expert_sizes
+        stage = self.ranks_per_stage
+        return max(stage // self.tensor_model_parallel_size, 1), max(stage // (expert * expert_tensor), 1)
+
+    @property
     def sequence_parallel_size(self) -> int:
         """Ranks that the sequence is split over between the tensor-parallel regions; 1: sequence parallelism is off.
 

@@ -127,7 +127,7 @@ def tied_embedding_seconds(run: RunConfig, links: Links) -> float:
         return 0.0
     table = run.model.vocab_size * run.model.hidden_size / parallel.tensor_model_parallel_size
     stages = parallel.pipeline_model_parallel_size
-    apart = max(parallel.world_size // stages, 1) * (stages - 1)
+    apart = parallel.ranks_per_stage * (stages - 1)
     # an all-reduce of two ranks: each sends half of the sum, then half of the result
     return GRADIENT_BYTES * table / links.between(apart) + 2 * links.latency
 
@@ -135,5 +135,4 @@ def tied_embedding_seconds(run: RunConfig, links: Links) -> float:
 def p2p_seconds(run: RunConfig, links: Links) -> float:
     """One micro-batch's hidden states from a pipeline stage to the next."""
     tokens, size = tokens_of(run), BYTES[run.training.precision]
-    stride = max(run.parallel.world_size // run.parallel.pipeline_model_parallel_size, 1)
-    return size * run.model.hidden_size * tokens.split / links.between(stride) + links.latency
+    return size * run.model.hidden_size * tokens.split / links.between(run.parallel.ranks_per_stage) + links.latency

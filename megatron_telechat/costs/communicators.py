@@ -27,19 +27,20 @@ def communicators(run: RunConfig) -> dict[str, int]:
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pipeline, world = parallel.pipeline_model_parallel_size, parallel.world_size
     expert, expert_tensor = parallel.expert_sizes
+    dense, routed = parallel.gradient_ranks
     sharded = parallel.use_distributed_optimizer
     found = {
         "all ranks": world,
         "tensor-parallel activations": tensor,
         "token counts of the pipeline": pipeline,
-        "gradients": max(world // (tensor * pipeline), 1),
+        "gradients": dense,
         "gradient norm": world if sharded else tensor * pipeline,
     }
     if pipeline > 1 and not run.model.untie_embeddings_and_output_weights:
         found["tied embedding"] = 2
     if run.model.is_moe:
         found["experts' exchange"] = expert * expert_tensor
-        found["experts' gradients"] = max(world // (expert * expert_tensor * pipeline), 1)
+        found["experts' gradients"] = routed
         found["experts' gradient norm"] = 1 if sharded else expert * expert_tensor * pipeline
         found["losses of the router"] = tensor * context if run.model.moe_aux_loss_coeff > 0 else 1
     return {purpose: ranks for purpose, ranks in found.items() if ranks > 1}

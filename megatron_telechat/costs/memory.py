@@ -63,12 +63,7 @@ class StageMemory:
 
 def optimizer_shards(run: RunConfig) -> tuple[int, int]:
     """Ranks that share the optimizer state of a dense parameter, and of an expert's."""
-    parallel = run.parallel
-    if not parallel.use_distributed_optimizer:
-        return 1, 1
-    expert, expert_tensor = parallel.expert_sizes
-    per_stage = max(parallel.world_size // parallel.pipeline_model_parallel_size, 1)
-    return max(per_stage // parallel.tensor_model_parallel_size, 1), max(per_stage // (expert * expert_tensor), 1)
+    return run.parallel.gradient_ranks if run.parallel.use_distributed_optimizer else (1, 1)
 
 
 def resident_bytes(run: RunConfig, count: LocalCount) -> tuple[float, float, float]:

@@ -233,9 +233,7 @@ class TimeModel:
         (`exposed_reduction`)."""
         parallel = self.run.parallel
         expert, expert_tensor = parallel.expert_sizes
-        per_stage = max(parallel.world_size // parallel.pipeline_model_parallel_size, 1)
-        dense = max(per_stage // parallel.tensor_model_parallel_size, 1)
-        routed = max(per_stage // (expert * expert_tensor), 1)
+        dense, routed = parallel.gradient_ranks
         back = self._size if parallel.use_distributed_optimizer else GRADIENT_BYTES
         return sum(
             self.links.gather((GRADIENT_BYTES + back) * number, size, stride)

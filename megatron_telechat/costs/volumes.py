@@ -152,11 +152,8 @@ def _pipeline(out: _Volumes, run: RunConfig, layout: PipelineLayout, stage: int,
 
 def _gradients(out: _Volumes, run: RunConfig, stage: int) -> None:
     count, parallel = stage_parameters(run)[stage], run.parallel
-    expert, expert_tensor = parallel.expert_sizes
-    ranks = parallel.world_size // parallel.pipeline_model_parallel_size
-    for group, parameters, size in (
-        ("dp", count.dense, ranks // parallel.tensor_model_parallel_size),
-        ("edp", count.expert, ranks // (expert * expert_tensor)),
+    for group, parameters, size in zip(
+        ("dp", "edp"), (count.dense, count.expert), parallel.gradient_ranks, strict=True
     ):
         if size == 1 or not parameters:
             continue

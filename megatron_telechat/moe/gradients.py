@@ -98,9 +98,9 @@ class WeightGradient:
             return
         # Where an expert begins, the one with rows before it ends: the ends of those with rows are all that is needed.
         ends = [plan.offsets[start:stop] for start, stop in filled]
-        counts = [count for count in plan.counts if count]
-        products = grouped_sum_product(a, b, ends[0] if len(ends) == 1 else torch.cat(ends), counts)
+        products = grouped_sum_product(a, b, ends[0] if len(ends) == 1 else torch.cat(ends))
         if products is None:
+            counts = [count for count in plan.counts if count]
             experts = [expert for start, stop in filled for expert in range(start, stop)]
             for expert, left, right in zip(experts, a.split(counts), b.split(counts), strict=True):
                 self.add_product(expert, left.t(), right)

@@ -92,7 +92,7 @@ def _pace(
     ops = max(op.microbatch for op in simulation.ops) + 1
     on_one_node = run.parallel.world_size <= run.parallel.node_size
     alone = times.measured.alone if on_one_node else 1.0
-    together = max(run.parallel.world_size // problem.P, 1)
+    together = run.parallel.ranks_per_stage
     expected = expected_makespan(
         replace(problem, m=ops), stage_times(problem, assignment), alone, times.measured.jitter, together
     )

@@ -29,12 +29,12 @@ from megatron_telechat.costs.memory import optimizer_shards
 from megatron_telechat.costs.parameters import local_count
 from megatron_telechat.costs.time import conditions, mode_name
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.model import build_model, compute_dtype, parameter_shards
+from megatron_telechat.model import compute_dtype
 from megatron_telechat.model.gpt import TeleChatModel
 from megatron_telechat.planner.build import DEFAULT_KINDS, of_layer, parse_kind
 from megatron_telechat.tensors.table import tensor_table
-from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_telechat.training.step import Batch, TrainStep, forward_step
+from megatron_telechat.training.build import build_trained
+from megatron_telechat.training.step import Batch, forward_step
 
 ROUNDS = 15
 WARM_UP = 3
@@ -155,12 +155,11 @@ class Calibration:
         self.layers = probe_layers(run, kinds)
         self.probe = probe_run(run, kinds, _world_size())
         self.state = parallel.initialize(self.probe, self.backend)
-        models = build_model(self.probe, self.state, self.backend)
-        self.virtual_stages = wrap_data_parallel(models, self.probe, self.state)
-        self.optimizer = build_optimizer(self.virtual_stages, self.probe, self.state)
-        shards = parameter_shards(models, self.probe, self.state)
-        self.step = TrainStep(self.virtual_stages, self.optimizer, shards, self.probe, self.state, self.backend)
-        self._watch = _Stopwatch(models[0], self.backend.synchronize)
+        built = build_trained(self.probe, self.state, self.backend)
+        self.virtual_stages, self.optimizer, self.step = built.virtual_stages, built.optimizer, built.train_step
+        model = self.virtual_stages[0].module
+        assert isinstance(model, TeleChatModel), "what build_trained wrapped"
+        self._watch = _Stopwatch(model, self.backend.synchronize)
         self._records: list[Times] = []
         self._batch = self._make_batch()
 

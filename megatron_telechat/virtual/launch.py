@@ -16,18 +16,22 @@ from typing import IO
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
-from megatron_telechat.costs import DeviceSpec
+from megatron_telechat.costs import DeviceSpec, device_spec
 from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.errors import ConfigError, ResourceError, UserError
 from megatron_telechat.parallel.topology import Topology
-from megatron_telechat.virtual.records import GIB, RankRecord
+from megatron_telechat.virtual.records import RankRecord
 
-DEVICE = ("NVIDIA H100 80GB HBM3", 80 * GIB)
-"""Name and memory of the device that is played where no device file says another one."""
 RANK_LIMIT_S = 600.0
+"""Seconds after which a rank is given up."""
 PROGRAM = "megatron_telechat.virtual.rank"
-MOST_MATCHED = 64
-"""Ranks of a world that are all executed, to compare them."""
+
+
+def played_device() -> DeviceSpec:
+    """The device that virtual ranks play."""
+    spec = device_spec("h100-80g")
+    assert spec is not None, "a device file of the package"
+    return spec
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,12 @@ class Order:
         config: the run, as YAML.
         rank: its number.
         record, error: files for what it did, and for what went wrong.
-        device_name, device_bytes: the device that is played.
-        steps: optimizer steps; the last one is recorded.
-        skew: of the routing (`routing.VirtualRouting`).
-        limit_s: seconds after which the rank is given up.
     """
 
     config: str
     rank: int
     record: str
     error: str
-    device_name: str
-    device_bytes: int
-    steps: int = 1
-    skew: float = 1.0
-    limit_s: float = RANK_LIMIT_S
 
     @cached_property
     def run(self) -> RunConfig:
@@ -74,7 +69,7 @@ def executable(run: RunConfig) -> RunConfig:
     """The run as virtual ranks execute it: made-up data, and as many micro-batches as fill the pipeline.
 
     Raises:
-        ConfigError: a run that is not for CUDA.
+        ConfigError: a run that is not for CUDA, or one in FP8.
     """
     kind = planned_device(run.training.device)
     if kind.torch_cuda != "native":
@@ -82,6 +77,10 @@ def executable(run: RunConfig) -> RunConfig:
             f"virtual ranks play CUDA devices, the run is for {kind.name}",
             "--execute",
             "add --device cuda" if kind.torch_cuda != "absent" else "a CPU run needs no virtual rank: start it",
+        )
+    if run.training.fp8_format is not None:
+        raise ConfigError(
+            "virtual ranks play no Transformer Engine, which computes FP8", "--execute", "--no-fp8-format"
         )
     parallel = run.parallel
     stages = parallel.pipeline_model_parallel_size
@@ -93,59 +92,35 @@ def executable(run: RunConfig) -> RunConfig:
         run,
         training=replace(run.training, global_batch_size=batch, train_iters=8, device=kind.name),
         parallel=replace(parallel, moe_input_chunks=chunks),
-        data=replace(
-            run.data,
-            mock_data=True, data_path=(), data_json=None, train_data_path=(), valid_data_path=(), num_workers=0,
-        ),
-    )  # fmt: skip
+        data=replace(run.data, num_workers=0),
+    )
 
 
 def one_of_each_stage(run: RunConfig) -> list[int]:
     """A rank of every pipeline stage: the first of each."""
-    topology = Topology.from_config(run.parallel)
-    return [stage * (topology.world_size // topology.pp) for stage in range(topology.pp)]
+    return [group[0] for group in Topology.from_config(run.parallel).groups("tp-cp-dp")]
 
 
 def execute(
-    run: RunConfig,
-    ranks: Sequence[int],
-    device: DeviceSpec | None = None,
-    steps: int = 1,
-    skew: float = 1.0,
-    limit_s: float = RANK_LIMIT_S,
-    done: Callable[[RankRecord], None] = lambda record: None,
-    program: str = PROGRAM,
+    run: RunConfig, ranks: Sequence[int], done: Callable[[RankRecord], None] = lambda record: None
 ) -> list[RankRecord]:
     """Execute these ranks of a run, as many at a time as the machine has processors.
 
     Args:
         run: as :func:`executable` gives it.
         ranks: which ones.
-        device: the device that is played.
-        steps: steps of each; the last one is reported.
-        skew: of the routing.
-        limit_s: seconds of one rank.
         done: called with each record as soon as it is there.
-        program: module that plays the ranks; tests break one on purpose.
 
     Raises:
         ConfigError: a rank outside of the world.
-        UserError: what a rank refused, or that it failed.
+        VirtualRankError: a rank failed.
     """
-    name, size = DEVICE
-    if device is not None and device.memory_gib:
-        name, size = device.name, int(device.memory_gib * GIB)
-    (records,) = execute_several([(run, ranks)], name, size, steps, skew, limit_s, done, program)
+    (records,) = execute_several([(run, ranks)], done)
     return records
 
 
 def execute_several(
     runs: Sequence[tuple[RunConfig, Sequence[int]]],
-    device_name: str = DEVICE[0],
-    device_bytes: int = DEVICE[1],
-    steps: int = 1,
-    skew: float = 1.0,
-    limit_s: float = RANK_LIMIT_S,
     done: Callable[[RankRecord], None] = lambda record: None,
     program: str = PROGRAM,
 ) -> list[list[RankRecord]]:
@@ -153,46 +128,44 @@ def execute_several(
 
     Args:
         runs: runs and which ranks of each.
-        device_name, device_bytes: the device that is played.
-        steps, skew, limit_s, done, program: as in :func:`execute`.
+        done: called with each record as soon as it is there.
+        program: module that plays the ranks; tests break one on purpose.
 
     Returns:
         The records of each run, in the order of its ranks.
 
     Raises:
         ConfigError: a rank outside of a world.
-        UserError: what a rank refused, or that it failed.
+        VirtualRankError: a rank failed.
     """
+    for run, ranks in runs:
+        world = run.parallel.world_size
+        outside = [rank for rank in ranks if not 0 <= rank < world]
+        if outside:
+            raise ConfigError(f"rank {outside[0]} of {world}", "--execute-ranks", f"ranks from 0 to {world - 1}")
     with tempfile.TemporaryDirectory(prefix="megatron_telechat-virtual-") as folder:
         orders: list[Order] = []
         for number, (run, ranks) in enumerate(runs):
-            world = run.parallel.world_size
-            outside = [rank for rank in ranks if not 0 <= rank < world]
-            if outside:
-                raise ConfigError(f"rank {outside[0]} of {world}", "--execute-ranks", f"ranks from 0 to {world - 1}")
             config = dump_run_config(replace(run, logging=replace(run.logging, run_dir=folder)))
             for rank in ranks:
                 place = str(Path(folder) / f"run{number}-rank{rank}")
-                files = f"{place}.json", f"{place}.error"
-                orders.append(Order(config, rank, *files, device_name, device_bytes, steps, skew, limit_s))
+                orders.append(Order(config, rank, f"{place}.json", f"{place}.error"))
                 Path(f"{place}.order").write_text(json.dumps(asdict(orders[-1])), encoding="utf-8")
         workers = max(1, min(len(orders), os.cpu_count() or 1))
         shares = [orders[number::workers] for number in range(workers)]
         with ThreadPoolExecutor(workers) as pool:
-            played = list(pool.map(lambda share: _run(share, done, program), shares))
-        found = {order.record: record for share, records in zip(shares, played, strict=True)
-                 for order, record in zip(share, records, strict=True)}  # fmt: skip
-    records = iter([found[order.record] for order in orders])
+            played = pool.map(lambda share: _run(share, done, program), shares)
+            found = {name: record for share in played for name, record in share.items()}
+    records = iter([found[order.name] for order in orders])
     return [[next(records) for _ in ranks] for _, ranks in runs]
 
 
-def _run(orders: Sequence[Order], done: Callable[[RankRecord], None], program: str) -> list[RankRecord]:
-    """Play some ranks in one process after another."""
+def _run(orders: Sequence[Order], done: Callable[[RankRecord], None], program: str) -> dict[str, RankRecord]:
+    """Play some ranks in one process, one after another: name of the order → record."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
     files = [str(Path(order.record).with_suffix(".order")) for order in orders]
-    records: list[RankRecord] = []
+    waiting = {order.name: order for order in orders}
+    records: dict[str, RankRecord] = {}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", program, *files],
@@ -201,19 +174,18 @@ def _run(orders: Sequence[Order], done: Callable[[RankRecord], None], program: s
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                order = next((order for order in orders if order.name == line.strip()), None)
+                order = waiting.pop(line.strip(), None)
                 if order is None:
                     continue
                 if not Path(order.record).exists():
                     raise _failure(order, said)
-                records.append(RankRecord.read(Path(order.record)))
-                done(records[-1])
-            process.wait()
+                records[order.name] = RankRecord.read(Path(order.record))
+                done(records[order.name])
         finally:
             process.kill()
             process.wait()
-        if len(records) < len(orders):
-            raise _failure(orders[len(records)], said)
+        for order in waiting.values():
+            raise _failure(order, said)
     return records
 
 

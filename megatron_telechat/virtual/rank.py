@@ -10,22 +10,26 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from megatron_telechat.errors import EXIT_BUG, EXIT_OK, UserError
-from megatron_telechat.virtual.launch import Order
+from megatron_telechat.parallel.topology import Topology
+from megatron_telechat.virtual.launch import RANK_LIMIT_S, Order
+from megatron_telechat.virtual.records import RankRecord
 from megatron_telechat.virtual.shim import load_shim
 
 if TYPE_CHECKING:
     from megatron_telechat.config.schema import RunConfig
     from megatron_telechat.data.samples import TokenDataset
     from megatron_telechat.virtual.record import Memory, Record
-    from megatron_telechat.virtual.stand_ins import VirtualDevice
 
+_NOT_PLAYED = ("transformer_engine", "apex")
+"""Packages whose kernels would be started on tensors without memory; to Python they are not installed."""
 END_OF_DOCUMENT = 200
 """Token that ends a document: of the made-up ones, about one in a thousand."""
 
@@ -40,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = sys.argv[1:] if argv is None else argv
     orders = [Order.read(Path(file)) for file in files]
     warnings.filterwarnings("ignore")
+    for name in _NOT_PLAYED:
+        sys.modules[name] = None  # type: ignore[assignment]
     with ExitStack() as stack:
         try:
             load_shim()
@@ -60,18 +66,11 @@ def _load_program(order: Order, stack: ExitStack) -> tuple[Memory, Record]:
     from megatron_telechat.virtual.stand_ins import VirtualBackend, virtual_cuda
 
     memory, record = Memory(), Record()
-    device = _device(order)
-    stack.enter_context(virtual_cuda(order.rank, order.run.parallel.world_size, device, memory, record))
-    VirtualBackend(order.rank % device.per_node, device, memory).install()
+    stack.enter_context(virtual_cuda(order.rank, order.run.parallel, memory, record))
+    VirtualBackend(memory).install()
     import megatron_telechat.training.build  # noqa: F401 - megatron-core comes with it
 
     return memory, record
-
-
-def _device(order: Order) -> VirtualDevice:
-    from megatron_telechat.virtual.stand_ins import VirtualDevice
-
-    return VirtualDevice(order.device_name, order.device_bytes, order.run.parallel.node_size)
 
 
 def _fork(order: Order, memory: Memory, record: Record) -> int:
@@ -93,7 +92,7 @@ def _fork(order: Order, memory: Memory, record: Record) -> int:
 
 def _await(order: Order, child: int) -> None:
     """Wait for a rank to end, for as long as it may take; one that was killed has told nothing itself."""
-    limit = time.monotonic() + order.limit_s
+    limit = time.monotonic() + RANK_LIMIT_S
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -101,7 +100,7 @@ def _await(order: Order, child: int) -> None:
         if time.monotonic() > limit:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            _tell(order, TimeoutError(f"not done after {order.limit_s:g} s"))
+            _tell(order, TimeoutError(f"not done after {RANK_LIMIT_S:g} s"))
             return
         time.sleep(0.02)
     if not Path(order.record).exists() and not Path(order.error).exists():
@@ -117,63 +116,44 @@ def _tell(order: Order, error: BaseException) -> None:
 
 
 def _play(order: Order, memory: Memory, record: Record) -> None:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from megatron_telechat.data.loader import batches
+    from megatron_telechat.model.attention import Segments
+    from megatron_telechat.parallel.state import initialize
+    from megatron_telechat.training.build import build_trained
+    from megatron_telechat.training.optimizer import set_learning_rate
+    from megatron_telechat.training.step import data_iterators
     from megatron_telechat.virtual.record import Recorder
-    from megatron_telechat.virtual.routing import VirtualRouting
-    from megatron_telechat.virtual.stand_ins import VirtualBackend, virtual_cuda
+    from megatron_telechat.virtual.routing import virtual_routing
+    from megatron_telechat.virtual.stand_ins import VirtualBackend, numbers_of_host, on_host, virtual_cuda
 
     run = order.run
-    device = _device(order)
     begin = time.perf_counter()
-    with virtual_cuda(order.rank, run.parallel.world_size, device, memory, record):
-        from megatron_telechat.data.loader import batches
-        from megatron_telechat.model.attention import Segments
-        from megatron_telechat.parallel.state import initialize
-        from megatron_telechat.training.build import build_trained
-        from megatron_telechat.training.optimizer import set_learning_rate
-        from megatron_telechat.training.step import close_iterators, data_iterators
-
-        backend = VirtualBackend(order.rank % run.parallel.node_size, device, memory)
+    with virtual_cuda(order.rank, run.parallel, memory, record):
+        backend = VirtualBackend(memory)
         backend.install()
         if run.training.deterministic:
             backend.use_deterministic_algorithms()
-        torch.distributed.init_process_group()  # the stand-in: no other rank has to be met
         state = initialize(run, backend)
         dataset = _documents(run)
-
-        @contextmanager
-        def on_host() -> Iterator[None]:
-            with unset_fake_temporarily():
-                yield
-
         iterators = data_iterators(
             lambda: batches(dataset, run, state, 0), run.parallel.num_virtual_stages_per_pipeline_rank, run, state
         )
-        read = [None if iterator is None else _outside(on_host, iterator) for iterator in iterators]
-        segments_of = Segments.of
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with VirtualRouting(order.skew).installed(), mode, Recorder(memory, record):
-            Segments.of = staticmethod(_called(on_host, segments_of))  # pyright: ignore[reportAttributeAccessIssue]
-            with memory.during("build"):
-                trained = build_trained(run, state, backend)
-                # The moments and master weights are made by the first step; it needs no forward.
-                trained.optimizer.prepare_grads()
-                set_learning_rate(trained.optimizer, run, 0)
-                trained.optimizer.step_with_ready_grads()
-            step = _virtual_step(trained, run, state, backend, record)
+        read = [None if iterator is None else numbers_of_host(iterator) for iterator in iterators]
+        borders = patch.object(Segments, "of", staticmethod(on_host(Segments.of)))
+        with borders, virtual_routing(), FakeTensorMode(allow_non_fake_inputs=True), Recorder(memory, record):
+            trained = build_trained(run, state, backend)
+            set_learning_rate(trained.optimizer, run, 0)
+            # The moments and master weights are made by the first step; it needs no forward.
+            trained.optimizer.prepare_grads()
+            trained.optimizer.step_with_ready_grads()
+            step = _virtual_step(trained, run, state, backend, memory, record)
             _mark_scopes(trained.virtual_stages, record)
-            for number in range(order.steps):
-                record.clear()
-                memory.peaks.clear()
-                memory.peak = memory.now
-                set_learning_rate(trained.optimizer, run, number)
-                step.memory = memory
-                step(read, number)
-            resident = memory.now
-        close_iterators(iterators)
-    _write(order, memory, record, resident, time.perf_counter() - begin)
+            record.clear()
+            memory.restart()
+            step(read, 0)
+    _write(order, memory, record, time.perf_counter() - begin)
 
 
 def _documents(run: RunConfig) -> TokenDataset:
@@ -195,36 +175,14 @@ def _documents(run: RunConfig) -> TokenDataset:
     )
 
 
-def _outside(context: Callable[[], Any], iterator: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, made of tensors that hold their numbers."""
-    while True:
-        with context():
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-        yield batch
-
-
-def _called(context: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with context():
-            return function(*args, **kwargs)
-
-    return call
-
-
-def _virtual_step(trained: Any, run: Any, state: Any, backend: Any, record: Any) -> Any:
+def _virtual_step(trained: Any, run: Any, state: Any, backend: Any, memory: Any, record: Any) -> Any:
     """The step of the training; where the host would decide by a number, a common one is put in its place."""
     from megatron_telechat.training.step import TrainStep
 
     class VirtualStep(TrainStep):
-        memory: Any
-
         def forward_backward(self, iterators: Any) -> Any:
             record.scope = "between layers"
-            with self.memory.during("forward and backward"):
+            with memory.during("forward and backward"):
                 return super().forward_backward(iterators)
 
         def _reduce(self, local: Any, requests: Any) -> Any:
@@ -236,7 +194,7 @@ def _virtual_step(trained: Any, run: Any, state: Any, backend: Any, record: Any)
             super()._clip(2 * run.optimizer.clip_grad)  # a norm that has to be cut
 
         def __call__(self, iterators: Any, step: int, requests: Any = (False, False)) -> Any:
-            with self.memory.during("optimizer"):
+            with memory.during("optimizer"):
                 return super().__call__(iterators, step, requests)
 
     return VirtualStep(trained.virtual_stages, trained.optimizer, trained.shards, run, state, backend)
@@ -271,21 +229,17 @@ def _mark_scopes(virtual_stages: Sequence[Any], record: Any) -> None:
         stage.config.finalize_model_grads_func = finalize_in_scope
 
 
-def _write(order: Order, memory: Any, record: Any, resident: int, seconds: float) -> None:
-    from megatron_telechat.parallel.topology import Topology
-    from megatron_telechat.virtual.records import RankRecord, ScopeWork
-
+def _write(order: Order, memory: Memory, record: Record, seconds: float) -> None:
     place = Topology.from_config(order.run.parallel).coordinates(order.rank)
     RankRecord(
         rank=order.rank,
         stage=place.pp,
         microbatches=order.run.num_microbatches,
-        resident_bytes=resident,
+        resident_bytes=memory.now,
         peaks=dict(memory.peaks),
-        work={scope: ScopeWork(work.launches, work.flops, work.bytes) for scope, work in record.work.items()},
+        work=dict(record.work),
         calls=tuple(call for call in record.calls if call.size > 1),
         syncs=tuple((what, place, count) for (what, place), count in sorted(record.syncs.items())),
-        groups=len({call.group for call in record.calls if call.size > 1}),
         seconds=seconds,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     ).write(Path(order.record))

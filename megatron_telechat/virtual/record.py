@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_telechat.device_kinds import HOST
-from megatron_telechat.virtual.records import Call
+from megatron_telechat.virtual.records import Call, ScopeWork
 
 HOST_DEVICE = torch.device(HOST)
 
@@ -70,6 +70,11 @@ class Memory:
         self.peak = max(self.peak, self.now)
         self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
 
+    def restart(self) -> None:
+        """Forget the peaks, not what is alive."""
+        self.peak = self.now
+        self.peaks.clear()
+
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
 
@@ -85,27 +90,6 @@ class Memory:
 
 
 @dataclass
-class Work:
-    """Kernels of one scope.
-
-    Attributes:
-        launches: kernels started.
-        flops: of matrix products and attention; a multiplication and an addition are two.
-        bytes: read and written by all kernels, each operand once.
-    """
-
-    launches: int = 0
-    flops: float = 0.0
-    bytes: float = 0.0
-
-    def add(self, launches: int, flops: float, moved: float) -> None:
-        """Count some more."""
-        self.launches += launches
-        self.flops += flops
-        self.bytes += moved
-
-
-@dataclass
 class Record:
     """Everything recorded since :meth:`clear`.
 
@@ -115,7 +99,7 @@ class Record:
         syncs: waits of the host: (what, file:line) → how often.
     """
 
-    work: dict[str, Work] = field(default_factory=lambda: defaultdict(Work))
+    work: dict[str, ScopeWork] = field(default_factory=lambda: defaultdict(ScopeWork))
     calls: list[Call] = field(default_factory=list)
     syncs: Counter[tuple[str, str]] = field(default_factory=Counter)
     scope: str = "other"

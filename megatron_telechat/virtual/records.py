@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,25 @@ class Call:
     scope: str = "other"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScopeWork:
-    """Kernels of one scope of a step: launches, FLOPs, and bytes that they read and write."""
+    """Kernels of one scope of a step.
 
-    launches: int
-    flops: float
-    bytes: float
+    Attributes:
+        launches: kernels started.
+        flops: of matrix products and attention; a multiplication and an addition are two.
+        bytes: read and written by all kernels, each operand once.
+    """
+
+    launches: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def add(self, launches: int, flops: float, moved: float) -> None:
+        """Count some more."""
+        self.launches += launches
+        self.flops += flops
+        self.bytes += moved
 
 
 @dataclass(frozen=True)
@@ -55,13 +67,12 @@ class RankRecord:
     Attributes:
         rank, stage: number of the rank, and its pipeline stage.
         microbatches: executed.
-        parameters_bytes, gradients_bytes, optimizer_bytes: on the device after the step.
-        peaks: bytes of each phase: build, forward and backward, optimizer.
+        resident_bytes: on the device after the step.
+        peaks: most bytes in each phase of the step: forward and backward, optimizer.
         work: kernels by scope.
         calls: exchanges in order.
         syncs: [what the host waits for, file:line, how often], of one step.
-        groups: process groups that this rank is in, those of one rank left out.
-        seconds: that building and the step took here.
+        seconds, host_bytes: that building and the step took here, and the most memory of this machine.
     """
 
     rank: int
@@ -72,10 +83,8 @@ class RankRecord:
     work: Mapping[str, ScopeWork]
     calls: tuple[Call, ...]
     syncs: tuple[tuple[str, str, int], ...]
-    groups: int
     seconds: float
-    host_bytes: int = 0
-    notes: tuple[str, ...] = field(default=())
+    host_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -95,5 +104,4 @@ class RankRecord:
             Call(**{**call, "splits": tuple(map(tuple, call["splits"]))}) for call in values["calls"]
         )
         values["syncs"] = tuple(map(tuple, values["syncs"]))
-        values["notes"] = tuple(values["notes"])
         return cls(**values)

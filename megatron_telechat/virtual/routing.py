@@ -16,48 +16,43 @@ from megatron_telechat.moe.dispatch import Choices, Layout
 SEED = 20_260
 
 
-class VirtualRouting:
-    """The sizes of messages and products under a random routing that all virtual ranks of a group agree on.
+@contextmanager
+def virtual_routing() -> Iterator[None]:
+    """Inside, the dispatch reads the sizes of messages and products of a random routing, every expert with equal
+    chance.
 
-    Every token chooses k different experts, each with equal chance, or with a chance that is skewed. All calls of one
-    shape get the same choices, so that the ranks of a group, each a process of its own, see one routing.
-
-    Args:
-        skew: the busiest expert is chosen so many times as often as the mean; 1 is even.
+    All calls of one shape get the same choices, so that the ranks of a group, each a process of its own, see one
+    routing.
     """
+    known: dict[Any, list[int]] = {}
 
-    def __init__(self, skew: float = 1.0):
-        self.skew = skew
-        self._sizes: dict[Any, list[int]] = {}
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Inside, the dispatch reads its sizes here."""
-        with patch.object(dispatch, "sizes_on_host", self._of):
-            yield
-
-    def _of(self, sizes: torch.Tensor, layout: Layout) -> list[int]:
+    def sizes_on_host(sizes: torch.Tensor, layout: Layout) -> list[int]:
         if not isinstance(sizes, FakeTensor):
             return sizes.tolist()
         sizes.tolist()  # the wait of the host is written down
-        ranks, tokens, topk = layout.choices.experts.shape
-        key = (ranks, tokens, topk, layout.num_experts, layout.ranges, layout.ep_rank, layout.etp, layout.per_row)
-        if key not in self._sizes:
+        shape, ranges, form = layout.choices.experts.shape, layout.ranges, layout.row_format
+        key = (shape, layout.num_experts, ranges, layout.ep_rank, layout.etp, form)
+        if key not in known:
             with unset_fake_temporarily():
-                self._sizes[key] = self._laid_out(layout, ranks, tokens, topk)
-        return self._sizes[key]
+                known[key] = _laid_out(layout)
+        return known[key]
 
-    def _laid_out(self, layout: Layout, ranks: int, tokens: int, topk: int) -> list[int]:
-        """The layout once more, of real choices on the host."""
-        generator = torch.Generator().manual_seed(SEED)
-        weights = torch.ones(layout.num_experts)
-        weights[0] = self.skew
-        # The k largest of E exponential clocks: a draw without replacement in proportion to the weights.
-        clocks = torch.empty(ranks, tokens, layout.num_experts).exponential_(generator=generator) / weights
-        experts = clocks.topk(topk, dim=-1, largest=False).indices
-        chunks = torch.full((ranks,), layout.chunks, dtype=torch.int32)
-        choices = Choices(experts.to(layout.choices.experts.dtype), chunks, layout.num_experts)
-        read: list[int] = []
-        with patch.object(dispatch, "sizes_on_host", lambda sizes, _: read.extend(sizes.tolist()) or read):
-            Layout(choices, layout.groups, layout.ranges, layout.row_format)
+    with patch.object(dispatch, "sizes_on_host", sizes_on_host):
+        yield
+
+
+def _laid_out(layout: Layout) -> list[int]:
+    """The sizes of the layout, of real choices on the host."""
+    ranks, tokens, topk = layout.choices.experts.shape
+    draws = torch.rand(ranks, tokens, layout.num_experts, generator=torch.Generator().manual_seed(SEED))
+    experts = draws.topk(topk, dim=-1).indices.to(layout.choices.experts.dtype)
+    chunks = torch.full((ranks,), layout.chunks, dtype=torch.int32)
+    read: list[int] = []
+
+    def sizes_on_host(sizes: torch.Tensor, _: Layout) -> list[int]:
+        read[:] = sizes.tolist()
         return read
+
+    with patch.object(dispatch, "sizes_on_host", sizes_on_host):
+        Layout(Choices(experts, chunks, layout.num_experts), layout.groups, layout.ranges, layout.row_format)
+    return read

@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -20,10 +19,13 @@ import torch.distributed as dist
 from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from megatron_telechat.backend import DeviceMemory
+from megatron_telechat.backend.base import local_rank_of_environment
 from megatron_telechat.backend.cuda import CudaBackend
+from megatron_telechat.config.schema import ParallelConfig
+from megatron_telechat.virtual.launch import played_device
 from megatron_telechat.virtual.record import HOST_DEVICE, Memory, Record
 
 aten = torch.ops.aten
@@ -46,34 +48,26 @@ class VirtualGenerator(_TorchGenerator, metaclass=_AnyGenerator):
         return _TorchGenerator()
 
 
-@dataclass(frozen=True)
-class VirtualDevice:
-    """The device that is played.
+CAPABILITY = (9, 0)
+"""Compute capability of the device that is played."""
 
-    Attributes:
-        name: product name.
-        total_bytes: its memory.
-        per_node: devices of a node.
-        capability: compute capability.
-    """
 
-    name: str
-    total_bytes: int
-    per_node: int
-    capability: tuple[int, int] = (9, 0)
+def _total_bytes() -> int:
+    return int((played_device().memory_gib or 0) * 2**30)
 
 
 class VirtualBackend(CudaBackend):
-    """CUDA's backend, whose device is played."""
+    """CUDA's backend, whose device is played; inside of :func:`virtual_cuda`."""
 
     distributed_backend = "fake"
 
-    def __init__(self, local_rank: int, device: VirtualDevice, memory: Memory):
-        super().__init__(local_rank)
-        self._played, self._memory = device, memory
+    def __init__(self, memory: Memory):
+        super().__init__(local_rank_of_environment())
+        self._memory = memory
 
     def memory(self) -> DeviceMemory:
-        return DeviceMemory(self._memory.now, self._memory.peak, self._played.total_bytes)
+        """Bytes that are alive, and those of the device that is played."""
+        return DeviceMemory(self._memory.now, self._memory.peak, _total_bytes())
 
 
 class _Stream:
@@ -106,24 +100,28 @@ class _Stream:
 
 
 @contextmanager
-def virtual_cuda(rank: int, world: int, device: VirtualDevice, memory: Memory, record: Record) -> Iterator[None]:
+def virtual_cuda(rank: int, parallel: ParallelConfig, memory: Memory, record: Record) -> Iterator[None]:
     """Inside, this process is one rank of a CUDA world; torch is as before afterwards."""
-    local = rank % device.per_node
+    per_node = parallel.node_size
+    local = rank % per_node
     environment = {
         "RANK": str(rank),
-        "WORLD_SIZE": str(world),
+        "WORLD_SIZE": str(parallel.world_size),
         "LOCAL_RANK": str(local),
-        "LOCAL_WORLD_SIZE": str(device.per_node),
+        "LOCAL_WORLD_SIZE": str(per_node),
+        # Of no machine: nobody is met.
+        "MASTER_ADDR": "virtual",
+        "MASTER_PORT": "1",
         # The kernels of Triton would be started on tensors without memory.
         "MEGATRON_TELECHAT_KERNELS": "0",
     }
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, environment))
         for place, names in (
-            (torch.cuda, _cuda(local, device, memory, record)),
+            (torch.cuda, _cuda(local, per_node, memory, record)),
             (torch.cuda.random, _generators()),
-            (dist, _process_groups(rank, world)),
-            (torch, {"tensor": _tensor(record), "Generator": VirtualGenerator}),
+            (dist, _process_groups(rank, parallel.world_size)),
+            (torch, {"tensor": _tensor, "Generator": VirtualGenerator}),
             (FakeTensor, {"tolist": _tolist(record)}),
             (torch.Tensor, {"pin_memory": lambda self, *_: self}),
             (torch.nn.functional, {"scaled_dot_product_attention": _attention}),
@@ -161,7 +159,8 @@ def _whole_kernels() -> Iterator[None]:
         library._destroy()
 
 
-def _cuda(local: int, device: VirtualDevice, memory: Memory, record: Record) -> Mapping[str, Any]:
+def _cuda(local: int, per_node: int, memory: Memory, record: Record) -> Mapping[str, Any]:
+    name = played_device().device_names[0]
     stream = _Stream()
     current = [local]
 
@@ -181,16 +180,16 @@ def _cuda(local: int, device: VirtualDevice, memory: Memory, record: Record) -> 
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: device.per_node,
+        "device_count": lambda: per_node,
         "current_device": lambda: current[0],
         "set_device": set_device,
-        "get_device_name": lambda *_: device.name,
-        "get_device_capability": lambda *_: device.capability,
+        "get_device_name": lambda *_: name,
+        "get_device_capability": lambda *_: CAPABILITY,
         "get_device_properties": lambda *_: SimpleNamespace(
-            name=device.name,
-            total_memory=device.total_bytes,
-            major=device.capability[0],
-            minor=device.capability[1],
+            name=name,
+            total_memory=_total_bytes(),
+            major=CAPABILITY[0],
+            minor=CAPABILITY[1],
             multi_processor_count=132,
         ),
         "memory_allocated": lambda *_: memory.now,
@@ -206,7 +205,7 @@ def _cuda(local: int, device: VirtualDevice, memory: Memory, record: Record) -> 
         "stream": lambda _: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: False,
         "is_bf16_supported": lambda *_, **__: True,
-        "default_generators": tuple(torch.Generator() for _ in range(device.per_node)),
+        "default_generators": tuple(torch.Generator() for _ in range(per_node)),
         "_lazy_init": lambda: None,
         "_lazy_call": lambda call, **_: call(),
         **_generators(),
@@ -281,16 +280,31 @@ def _tolist(record: Record) -> Callable[..., Any]:
     return tolist
 
 
-def _tensor(record: Record) -> Callable[..., torch.Tensor]:
-    def read(leaf: Any) -> Any:
-        return leaf.item() if isinstance(leaf, FakeTensor) else leaf
+def _tensor(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """torch.tensor, of tensors without numbers among numbers too."""
+    if isinstance(data, (list, tuple)):
+        data = tree_map(lambda leaf: leaf.item() if isinstance(leaf, FakeTensor) else leaf, data)
+    return _make_tensor(data, *args, **kwargs)
 
-    def tensor(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if isinstance(data, (list, tuple)) and any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(data)):
-            data = tree_map(read, data)
-        return _make_tensor(data, *args, **kwargs)
 
-    return tensor
+def numbers_of_host(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, read where tensors hold numbers."""
+    while True:
+        with unset_fake_temporarily():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, of tensors that hold numbers."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _attention(

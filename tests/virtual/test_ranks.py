@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_telechat.cli.execute import exchanged, group_of
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.communicators import communicators
 from megatron_telechat.costs.memory import stage_memory
-from megatron_telechat.virtual.launch import VirtualRankError, executable, execute, execute_several
-from megatron_telechat.virtual.match import match
+from megatron_telechat.virtual.compare import exchanged, group_of
+from megatron_telechat.virtual.launch import VirtualRankError, executable, execute_several
+from megatron_telechat.virtual.match import MESSAGES, match
 from megatron_telechat.virtual.records import RankRecord
 
 pytestmark = pytest.mark.heavy
@@ -91,7 +92,7 @@ def test_all_ranks_meet(world):
 
 def test_a_call_that_one_rank_leaves_out_is_found(world):
     _, records = world
-    number = next(place for place, call in enumerate(records[1].calls) if call.kind not in ("send", "receive"))
+    number = next(place for place, call in enumerate(records[1].calls) if call.kind not in MESSAGES)
     calls = [call for place, call in enumerate(records[1].calls) if place != number]
     assert match([records[0], replace(records[1], calls=tuple(calls)), *records[2:]]).problems
 
@@ -100,7 +101,7 @@ def test_exchanges_are_those_of_the_cost_model(world):
     run, records = world
     per_stage: dict[tuple[int, str, str], list[tuple[float, float]]] = defaultdict(list)
     for record in records:
-        for entry in exchanged(run, run, record):
+        for entry in exchanged(run, record):
             if entry.modelled is not None:
                 per_stage[record.stage, entry.group, entry.kind].append((entry.bytes, entry.modelled))
     assert per_stage
@@ -118,6 +119,13 @@ def test_resident_memory_is_that_of_the_cost_model(world):
         stage = stages[record.stage]
         modelled = stage.parameters_bytes + stage.gradients_bytes + stage.optimizer_bytes
         assert record.resident_bytes == pytest.approx(modelled, rel=0.06)
+
+
+def test_communicators_are_those_that_the_memory_model_counts(world):
+    run, records = world
+    for record in records:
+        used = {call.group for call in record.calls if call.kind not in MESSAGES}
+        assert len(used) == len(communicators(run)), sorted({call.description for call in record.calls})
 
 
 HOST_WAITS = {
@@ -180,7 +188,8 @@ def broken(monkeypatch, how: str, ranks=(0,)) -> list[RankRecord]:
     run = executable(
         run_of(MOE, "--num-layers 1 --tensor-model-parallel-size 2 --expert-model-parallel-size 2", world=2)
     )
-    return execute(run, ranks, program="tests.virtual.broken_rank")
+    (records,) = execute_several([(run, ranks)], program="tests.virtual.broken_rank")
+    return records
 
 
 def test_a_tensor_on_the_wrong_device_ends_the_rank(monkeypatch):

@@ -19,12 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_telechat.cli.execute import PLAYED, exchanged  # noqa: E402
 from megatron_telechat.cli.text import gib, table  # noqa: E402
 from megatron_telechat.config import load_run_config  # noqa: E402
 from megatron_telechat.config.schema import RunConfig  # noqa: E402
-from megatron_telechat.costs import device_spec  # noqa: E402
 from megatron_telechat.costs.memory import stage_memory  # noqa: E402
+from megatron_telechat.virtual.compare import exchanged  # noqa: E402
 from megatron_telechat.virtual.launch import executable, execute, one_of_each_stage  # noqa: E402
 
 WORLDS = {
@@ -91,10 +90,10 @@ def execute_preset(name: str) -> list[Row]:
     run = executable(whole)
     stages = stage_memory(run)
     rows: list[Row] = []
-    for record in execute(run, one_of_each_stage(run), device_spec(PLAYED)):
+    for record in execute(run, one_of_each_stage(run)):
         shares = [
             entry.bytes / entry.modelled
-            for entry in exchanged(whole, run, record)
+            for entry in exchanged(whole, record)
             if entry.modelled is not None and entry.modelled >= SMALLEST_EXCHANGE
         ]
         rows.append(
