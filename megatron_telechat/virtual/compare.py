@@ -66,7 +66,11 @@ def exchanged(whole: RunConfig, record: RankRecord) -> list[Exchanged]:
         total[0] += factor
         total[1] += factor * call.bytes
     modelled = {key: each.of_step(whole.num_microbatches) for key, each in stage_volumes(whole, record.stage).items()}
-    return [Exchanged(*key, *found.get(key, (0.0, 0.0)), modelled.get(key)) for key in sorted({*found, *modelled})]
+    entries = []
+    for key in sorted({*found, *modelled}):
+        (group, kind), (calls, total_bytes) = key, found.get(key, (0.0, 0.0))
+        entries.append(Exchanged(group, kind, calls, total_bytes, modelled.get(key)))
+    return entries
 
 
 def _once_a_step(call: Call) -> bool:
