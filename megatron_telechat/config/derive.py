@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from megatron_telechat.config.context import least_traffic
 from megatron_telechat.config.fields import make_run, values_of
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
 
@@ -17,7 +18,7 @@ def derive(check: Check) -> None:
     values = values_of(check.run)
     _finetune_begins_with_load(values, check)
     for name, derivation in DERIVATIONS:
-        if values[name] is not None or name in check.bad:
+        if values[name] not in (None, ()) or name in check.bad:
             continue
         try:
             value = derivation(values, check)
@@ -63,6 +64,13 @@ def _tokenizer_type(values: dict[str, Any], check: Check) -> str | None:
     return "HuggingFaceTokenizer"
 
 
+def _context_sizes(values: dict[str, Any], check: Check) -> tuple[int, int] | None:
+    if values["hierarchical_context_parallel_sizes"] or values["context_parallel_size"] == 1:
+        return None
+    run = make_run(values)
+    return least_traffic(run) if values["cp_comm_type"] == "auto" else run.parallel.context_sizes
+
+
 def _copy_of(name: str) -> Derivation:
     return lambda values, check: values[name]
 
@@ -81,6 +89,7 @@ DERIVATIONS: tuple[tuple[str, Derivation], ...] = (
     ("expert_model_parallel_size", _expert_model_parallel_size),
     ("expert_tensor_parallel_size", _expert_tensor_parallel_size),
     ("sequence_parallel", lambda values, check: make_run(values).parallel.sequence_parallel_size > 1),
+    ("hierarchical_context_parallel_sizes", _context_sizes),
     ("overlap_p2p_communication", lambda values, check: make_run(values).parallel.overlaps_p2p),
     ("lr_decay_iters", _copy_of("train_iters")),
     ("tokenizer_type", _tokenizer_type),

@@ -22,6 +22,8 @@ SETS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
+    "hierarchical_context_parallel_sizes",
+    "cp_keep_received",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "micro_batch_size",
@@ -151,9 +153,8 @@ def read_plan(path: str) -> PlanFile:
         raise ConfigError(f"not a plan file: its format is not {FORMAT!r}", where, _FIX)
     for key, names in (("sets", SETS), ("made_for", (*MADE_FOR, *PLANNED_ONLY)), ("predicted_for", PREDICTED_FOR)):
         _check(data.get(key), key, names, where)
-    return PlanFile(
-        path, data["sets"], data["made_for"], data["predicted_for"], _predicted(data.get("predicted"), where)
-    )
+    sets = {name: tuple(value) if isinstance(value, list) else value for name, value in data["sets"].items()}
+    return PlanFile(path, sets, data["made_for"], data["predicted_for"], _predicted(data.get("predicted"), where))
 
 
 def _check(values: Any, key: str, names: tuple[str, ...], where: str) -> None:
@@ -165,7 +166,8 @@ def _check(values: Any, key: str, names: tuple[str, ...], where: str) -> None:
             raise ConfigError(f"{key}.{name} is not a field of a plan", where, _FIX)
         unset = value is None and known[name].optional
         kind = (int, float) if known[name].kind is float else known[name].kind
-        if not unset and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+        items = value if known[name].many and isinstance(value, list) else [value]
+        if not unset and any(not isinstance(item, kind) or isinstance(item, bool) != (kind is bool) for item in items):
             raise ConfigError(f"{key}.{name} = {value!r}, not {known[name].expects()}", where, _FIX)
     if key == "sets" and "pipeline_model_parallel_layout" not in values:
         raise ConfigError("sets.pipeline_model_parallel_layout is missing", where, _FIX)

@@ -188,6 +188,22 @@ class ParallelConfig:
     would."""
     context_parallel_size: int = 1
     """Context-parallel size: ranks that share one sequence."""
+    cp_comm_type: Literal["auto", "p2p", "a2a", "a2a+p2p"] = "auto"
+    """How context-parallel ranks attend to each other's tokens: p2p (keys and values go to the ranks that need them),
+    a2a (heads are exchanged for tokens, DeepSpeed-Ulysses), a2a+p2p (a2a in groups of neighbours, p2p across) or auto
+    (the one with the least traffic for this model)."""
+    hierarchical_context_parallel_sizes: tuple[int, ...] = ()
+    """The context-parallel size as two factors, ranks of a2a and ranks of p2p. Unset: they follow from
+    cp_comm_type."""
+    cp_pieces: int | Literal["auto"] = "auto"
+    """Pieces of each p2p transfer of keys and values: attention to one piece overlaps with the next transfer; auto: the
+    fastest number, measured at the start and kept in the checkpoint."""
+    cp_keep_received: bool = False
+    """Keep the keys and values of other ranks for the backward pass: less traffic, more memory."""
+    cp_layout: Literal["auto", "zigzag", "contiguous", "dealt", "documents"] = "auto"
+    """Which tokens a context-parallel rank holds where documents are kept apart: zigzag, contiguous, dealt (equal
+    work), documents (whole ones on one rank) or auto (the fastest for each sample). Samples of one document are always
+    zigzag."""
     expert_model_parallel_size: int | None = None
     """Expert-parallel size: ranks that the experts are distributed over. Unset: the tensor-parallel size with
     fold_tensor_into_experts, else 1."""
@@ -239,6 +255,16 @@ class ParallelConfig:
         `sequence_parallel` is what a person said; everybody else reads this.
         """
         return 1 if self.sequence_parallel is False else self.tensor_model_parallel_size
+
+    @property
+    def context_sizes(self) -> tuple[int, int]:
+        """The context-parallel size as its factors: ranks that exchange heads for tokens (a2a), and ranks that send
+        keys and values (p2p). Ranks of one a2a group are neighbours."""
+        size = self.context_parallel_size
+        if self.hierarchical_context_parallel_sizes:
+            heads, rows = self.hierarchical_context_parallel_sizes
+            return heads, rows
+        return (size, 1) if self.cp_comm_type == "a2a" else (1, size)
 
     @property
     def overlaps_p2p(self) -> bool:

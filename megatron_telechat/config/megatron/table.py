@@ -516,10 +516,6 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         "distributed-timeout-seconds-after-init",
     ),
     (
-        Refused("context parallelism is not supported by this version"),
-        "cp-comm-type hierarchical-context-parallel-sizes",
-    ),
-    (
         Ignored("the backend of the collectives follows from --device"),
         """
         create-all-gather-group disable-gloo-process-groups disable-symmetric-registration distributed-backend

@@ -9,6 +9,7 @@ from __future__ import annotations
 from megatron_telechat.config.origins import Rule
 from megatron_telechat.config.rules import (
     batch,
+    context,
     data,
     experts,
     files,
@@ -27,6 +28,7 @@ ALL_RULES: tuple[Rule, ...] = (
     *model.RULES,
     *meaning.RULES,
     *parallel.RULES,
+    *context.RULES,
     *experts.RULES,
     *pipeline.RULES,
     *batch.RULES,

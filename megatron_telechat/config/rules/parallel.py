@@ -15,17 +15,6 @@ EP = "expert_model_parallel_size"
 ETP = "expert_tensor_parallel_size"
 
 
-def context_parallel_not_yet(check: Check) -> Iterator[Problem]:
-    """Context parallelism is not supported by this version."""
-    size = check.take(CP)
-    if size > 1:
-        yield check.one(
-            f"context_parallel_size={size}: context_parallel_size > 1 is not supported by this version",
-            CP,
-            fix=flag(CP, 1),
-        )
-
-
 def tensor_parallel_divides(check: Check) -> Iterator[Problem]:
     """The tensor-parallel size divides heads, groups, widths and the vocabulary."""
     for name in (
@@ -212,7 +201,6 @@ def param_gather_needs_distributed_optimizer(check: Check) -> Iterator[Problem]:
 
 
 RULES: tuple[Rule, ...] = (
-    context_parallel_not_yet,
     world_divides,
     nodes_are_full,
     tensor_parallel_divides,
