@@ -72,6 +72,10 @@ class DeviceTraits:
     """Attention returns its output head by head: the projection reads a copy, and both are kept for the backward."""
     varlen_attention: bool
     """torch's varlen_attn is there: attention within many documents in one call."""
+    widens_attention: bool
+    """Attention of 16-bit operands may be faster in fp32; the machine tells (`backend.cpu_types`)."""
+    block_attention: str
+    """The kernel of attention over ranks (``backend/block_attention``), as module:class."""
     attention_statistics_bytes: int
     """What the attention keeps of the softmax for its backward, for each head of a token."""
     byte_dropout_masks: bool
@@ -130,6 +134,8 @@ _CUDA = DeviceTraits(
     heads_first_attention=False,  # FlashAttention's own order
     copies_attention_output=False,
     varlen_attention=True,
+    widens_attention=False,
+    block_attention="megatron_telechat.backend.block_attention.flash:FlashBlocks",
     attention_statistics_bytes=4,  # the log-sum-exp, fp32
     byte_dropout_masks=True,
     expert_engine="grouped",
@@ -163,6 +169,8 @@ _NPU = DeviceTraits(
     heads_first_attention=True,  # as the kernels of scaled_dot_product_attention have them
     copies_attention_output=False,
     varlen_attention=False,
+    widens_attention=False,
+    block_attention="megatron_telechat.backend.block_attention.ascend:AscendBlocks",
     attention_statistics_bytes=64,  # maximum and sum of the softmax, 8 fp32 numbers each
     byte_dropout_masks=True,
     expert_engine="grouped",
@@ -198,6 +206,8 @@ _CPU = DeviceTraits(
     heads_first_attention=True,
     copies_attention_output=True,
     varlen_attention=False,
+    widens_attention=True,
+    block_attention="megatron_telechat.backend.block_attention.cpu:CpuBlocks",
     attention_statistics_bytes=4,
     byte_dropout_masks=False,
     expert_engine="loop",

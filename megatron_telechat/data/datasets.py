@@ -48,6 +48,11 @@ class Ranks(Protocol):
         """Number of ranks that read different ones."""
         ...
 
+    @property
+    def cp_rank(self) -> int:
+        """Which tokens of a sample this rank takes (`parallel.context`)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Datasets:

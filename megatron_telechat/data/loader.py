@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -12,6 +13,11 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.datasets import Ranks
 from megatron_telechat.data.samples import TokenDataset
 from megatron_telechat.errors import DataError, UserError
+from megatron_telechat.parallel.context.layout import Costs
+from megatron_telechat.parallel.context.rows import RowSplit
+
+EVEN_COSTS = Costs(seconds_per_pair=1e-9, seconds_per_row=1e-6)
+"""Of a rank that measured nothing: a row of keys and values costs as much as attention to a thousand."""
 
 
 def micro_batch_samples(micro_batch: int, dp_rank: int, dp_size: int, micro_batch_size: int, consumed: int) -> range:
@@ -31,7 +37,9 @@ class BatchIterator:
     ``with`` statement) stops them. An error of a thread is raised by the ``next`` that asks for its batch.
     """
 
-    def __init__(self, dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_samples: int):
+    def __init__(
+        self, dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_samples: int, costs: Costs = EVEN_COSTS
+    ):
         self._dataset = dataset
         self._dp_rank, self._dp_size = state.dp_rank, state.dp_size
         self._micro_batch_size = run.training.micro_batch_size
@@ -44,6 +52,9 @@ class BatchIterator:
         if run.routers_read_masks:
             # The training looks through all micro-batches of a step before the first: let them be there.
             self._ahead = max(self._ahead, run.num_microbatches)
+        self._split: RowSplit | None = None
+        if run.parallel.context_parallel_size > 1:
+            self._split = RowSplit(run.parallel.context_sizes, state.cp_rank, run.parallel.cp_layout, costs)
         self._pending: deque[Future] = deque()
         self._pool: ThreadPoolExecutor | None = None
         if run.data.num_workers:
@@ -61,10 +72,14 @@ class BatchIterator:
         give out what it returns."""
         self._finish = finish
 
-    def _make(self, number: int) -> dict[str, torch.Tensor]:
-        batch = self._read(number)
+    def _make(self, number: int) -> dict[str, Any]:
+        batch: dict[str, Any] = self._read(number)
+        if self._split is not None:
+            batch = self._split(batch)
         finish = self._finish
-        return batch if finish is None else {name: finish(tensor) for name, tensor in batch.items()}
+        if finish is None:
+            return batch
+        return {name: finish(part) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
 
     def _read(self, number: int) -> dict[str, torch.Tensor]:
         samples = micro_batch_samples(number, self._dp_rank, self._dp_size, self._micro_batch_size, self._consumed)
@@ -80,7 +95,7 @@ class BatchIterator:
                 "check that the dataset was not changed or moved while the run reads it",
             ) from error
 
-    def __next__(self) -> dict[str, torch.Tensor]:
+    def __next__(self) -> dict[str, Any]:
         if self._pool is None:
             if self._next >= self._count:
                 raise StopIteration
@@ -107,13 +122,19 @@ class BatchIterator:
         self.close()
 
 
-def batches(dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_samples: int) -> BatchIterator:
+def batches(
+    dataset: TokenDataset, run: RunConfig, state: Ranks, consumed_samples: int, costs: Costs = EVEN_COSTS
+) -> BatchIterator:
     """Micro-batches from sample ``consumed_samples`` on: dicts of CPU tensors tokens, labels, loss_mask, position_ids,
-    each [micro_batch_size, seq_length], and where they have a meaning segment_lengths and padding (`TokenDataset`).
+    each [micro_batch_size, seq_length], and where they have a meaning segment_lengths and padding (`TokenDataset`). A
+    context-parallel rank gets its own tokens and the plan of its attention (`RowSplit`).
+
+    Args:
+        costs: by which rows of several documents are laid out over context-parallel ranks.
 
     Each virtual stage that reads data takes an iterator of its own; close it at the end.
 
     Raises:
         DataError: from ``next``, when a sample cannot be read or holds a token outside the vocabulary.
     """
-    return BatchIterator(dataset, run, state, consumed_samples)
+    return BatchIterator(dataset, run, state, consumed_samples, costs)

@@ -18,10 +18,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_telechat.backend import traits_of, varlen
+from megatron_telechat.backend import cpu_types, traits_of, varlen
 from megatron_telechat.backend.kernels import kernels
 from megatron_telechat.model.norm import RMSNorm
 from megatron_telechat.model.rotary import SplitAndRotate, Tables
+from megatron_telechat.parallel.context.plan import ContextPlan
 
 
 @dataclass
@@ -113,12 +114,14 @@ class TorchCoreAttention(torch.nn.Module):
                 if apart is None:
                     return fused.causal(query, key, value, dropout)
                 return fused.causal_within(query, key, value, dropout, apart.rows)
-        attend = partial(
+        attend: Callable[..., Tensor] = partial(
             torch.nn.functional.scaled_dot_product_attention,
             dropout_p=dropout,
             is_causal=True,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+        if not dropout and traits_of(query.device).widens_attention and cpu_types.widened(query.dtype) != query.dtype:
+            attend = cpu_types.attend
         with model_parallel_generator() if fork else nullcontext():
             if apart is None:
                 out = attend(query, key, value)
@@ -255,7 +258,7 @@ class SelfAttention(MegatronModule):
         )
 
     def forward(
-        self, hidden_states: Tensor, rotary_tables: Tables, segments: Segments | None = None, **_: Any
+        self, hidden_states: Tensor, rotary_tables: Tables, segments: Segments | ContextPlan | None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias."""
         mixed, _ = self.linear_qkv(hidden_states)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -13,9 +12,12 @@ from torch import Tensor
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model.attention import Segments
+from megatron_telechat.model.context_attention import ContextPlace
 from megatron_telechat.model.rotary import RotaryEmbedding, Tables
 from megatron_telechat.model.transformer_config import leave_uninitialised
 from megatron_telechat.moe.counted import CountedTokens
+from megatron_telechat.parallel.context.plan import ContextPlan
+from megatron_telechat.parallel.groups import ProcessGroups
 
 
 class TeleChatModel(LanguageModule):
@@ -46,7 +48,7 @@ class TeleChatModel(LanguageModule):
         run: RunConfig,
         config: TransformerConfig,
         spec: TransformerBlockSubmodules,
-        pg_collection: ProcessGroupCollection,
+        pg_collection: ProcessGroups,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
@@ -84,6 +86,7 @@ class TeleChatModel(LanguageModule):
                 tp_group=pg_collection.tp,
             )
         self.rotary = RotaryEmbedding(run.model)
+        self.context = ContextPlace.of(pg_collection.context) if config.context_parallel_size > 1 else None
         self.reset_position_ids = run.data.reset_position_ids
         self.setup_embeddings_and_output_layer()
         for module in self.modules():
@@ -109,17 +112,19 @@ class TeleChatModel(LanguageModule):
         position_ids: Tensor | None,
         *,
         labels: Tensor | None = None,
-        segments: Segments | None = None,
+        segments: Segments | ContextPlan | None = None,
         counted: CountedTokens | None = None,
         gather_logits: bool = False,
     ) -> Tensor:
         """One micro-batch through this stage.
 
         Args:
-            tokens: int64 [b, s]; only the first stage reads them.
-            position_ids: int64 [b, s]; read only where positions begin anew at each document, and there by every stage.
+            tokens: int64 [b, s] of this context-parallel rank; only the first stage reads them.
+            position_ids: int64 [b, s]; read only where positions begin anew at each document, or where `segments` is a
+                plan, and there by every stage.
             labels: int64 [b, s]; only the last stage reads them.
-            segments: stretches that attend to themselves only; None: every row is one.
+            segments: stretches that attend to themselves only, with context parallelism the plan of the micro-batch;
+                None: every row is one.
             counted: which tokens count in the losses of the routers; None: all.
             gather_logits: the last stage returns logits of the whole vocabulary rather than of this rank's part.
 
@@ -133,7 +138,7 @@ class TeleChatModel(LanguageModule):
         hidden = self.decoder(
             hidden_states=embedded,  # a later stage reads its own input_tensor
             attention_mask=None,
-            rotary_pos_emb=self._rotary_tables(entering, position_ids),
+            rotary_pos_emb=self._rotary_tables(entering, position_ids, segments),
             packed_seq_params=segments,
             padding_mask=None if counted is None else counted.rows(*self._sequence_part()),
         )
@@ -149,7 +154,17 @@ class TeleChatModel(LanguageModule):
         tp = self.pg_collection.tp
         return (tp.rank(), tp.size()) if self.config.sequence_parallel else (0, 1)
 
-    def _rotary_tables(self, hidden: Tensor, position_ids: Tensor | None) -> Tables:
+    def _rotary_tables(
+        self, hidden: Tensor, position_ids: Tensor | None, segments: Segments | ContextPlan | None
+    ) -> Tables:
+        """Of the tokens of this rank. Theta and the scaling follow from the length of the whole rows."""
         _, parts = self._sequence_part()
-        assert position_ids is not None or not self.reset_position_ids, "every stage needs the position ids here"
-        return self.rotary(hidden.shape[0] * parts, hidden.device, position_ids if self.reset_position_ids else None)
+        length, place = hidden.shape[0] * parts, self.context
+        by_token = self.reset_position_ids or isinstance(segments, ContextPlan)
+        assert position_ids is not None or not by_token, "every stage needs the position ids here"
+        if place is None:
+            return self.rotary(length, hidden.device, position_ids if by_token else None)
+        whole = length * place.heads * place.ring
+        if by_token:
+            return self.rotary(whole, hidden.device, position_ids)
+        return self.rotary.at(whole, hidden.device, place.positions(place.whole_rows(whole, 1))[0])

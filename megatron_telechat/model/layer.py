@@ -21,6 +21,7 @@ from megatron_telechat.model.norm import build_norm
 from megatron_telechat.model.rotary import Tables
 from megatron_telechat.moe.choices import FirstPass
 from megatron_telechat.moe.counted import CountedTokens
+from megatron_telechat.parallel.context.plan import ContextPlan
 
 
 @dataclass
@@ -86,7 +87,7 @@ class DecoderLayer(MegatronModule):
         self,
         hidden_states: Tensor,
         rotary_pos_emb: Tables,
-        packed_seq_params: Segments | None = None,
+        packed_seq_params: Segments | ContextPlan | None = None,
         padding_mask: CountedTokens | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
@@ -113,7 +114,7 @@ class DecoderLayer(MegatronModule):
         self,
         hidden_states: Tensor,
         rotary_tables: Tables,
-        segments: Segments | None,
+        segments: Segments | ContextPlan | None,
         counted: CountedTokens | None,
         first_pass: FirstPass | None = None,
     ) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,7 @@ class RotaryEmbedding(torch.nn.Module):
         self.base_seqlen = model.rotary_base_seqlen
         self.table_dtype = torch.float16 if model.rotary_table_dtype == "fp16" else torch.float32
         self._tables: dict[tuple[int, torch.device], Tables] = {}
+        self._parts: dict[tuple[int, torch.device], Tables] = {}
 
     def scaled_theta(self, length: int) -> float:
         """Theta for a sequence of this length: ``theta * alpha^(d / (d - 2))``."""
@@ -64,6 +66,18 @@ class RotaryEmbedding(torch.nn.Module):
         rows = position_ids.t()
         cos, sin = (table[:, 0][rows] for table in tables)
         return cos, sin
+
+    def at(self, length: int, device: torch.device, positions: np.ndarray) -> Tables:
+        """Tables of some tokens of every row: those at these positions, int64 [tokens]. Made once for a length: the
+        positions of a rank are then always the same."""
+        tables = self._parts.get((length, device))
+        if tables is None:
+            if len(self._parts) >= MAX_CACHED_LENGTHS:
+                self._parts.clear()
+            rows = torch.from_numpy(positions).to(device)
+            cos, sin = (table[rows] for table in self(length, device))
+            tables = self._parts[length, device] = cos, sin
+        return tables
 
     def _make(self, length: int, device: torch.device) -> Tables:
         exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device=device) / self.dim

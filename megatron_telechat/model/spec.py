@@ -20,6 +20,7 @@ from megatron_telechat.model.attention import (
     TorchCoreAttention,
     TransformerEngineCoreAttention,
 )
+from megatron_telechat.model.context_attention import ContextCoreAttention
 from megatron_telechat.model.layer import DecoderLayer, DecoderLayerSubmodules
 from megatron_telechat.model.mlp import MLP, MLPSubmodules
 from megatron_telechat.model.norm import RMSNorm
@@ -80,7 +81,7 @@ def layer_spec(run: RunConfig, layer: int, recompute: tuple[str, ...], classes: 
         params={"output_bias": model.attention_output_bias},
         submodules=SelfAttentionSubmodules(
             linear_qkv=classes.column_linear,
-            core_attention=classes.core_attention,
+            core_attention=context_attention_spec(run) or classes.core_attention,
             linear_proj=classes.row_linear,
         ),
     )
@@ -93,6 +94,16 @@ def layer_spec(run: RunConfig, layer: int, recompute: tuple[str, ...], classes: 
             mlp=moe_spec(run, recompute) if model.layer_is_moe(layer) else dense_spec(model, classes),
         ),
     )
+
+
+def context_attention_spec(run: RunConfig) -> ModuleSpec | None:
+    """The core attention of rows that are spread over ranks, which is ours on every device; None where they are whole.
+    With ``auto`` steps stay whole until the training has chosen a number of pieces."""
+    parallel = run.parallel
+    if parallel.context_parallel_size == 1:
+        return None
+    pieces = 1 if parallel.cp_pieces == "auto" else parallel.cp_pieces
+    return ModuleSpec(module=ContextCoreAttention, params={"pieces": pieces, "keep": parallel.cp_keep_received})
 
 
 def dense_spec(model: ModelConfig, classes: Implementation) -> ModuleSpec:

@@ -14,12 +14,12 @@ from torch import Tensor
 from megatron_telechat.backend import traits_of
 from megatron_telechat.moe.block import MoEBlock
 from megatron_telechat.moe.chunks import chunk_parts
-from megatron_telechat.moe.clock import ExchangeClock
 from megatron_telechat.moe.dispatch import Arrivals
 from megatron_telechat.moe.engine import Engine, ExpertWeights, Gradients
 from megatron_telechat.moe.gradients import main_grad_of, set_added_to_main_grad
 from megatron_telechat.moe.link import Link
 from megatron_telechat.moe.overlap_model import PassCosts, predicted_ms
+from megatron_telechat.parallel.clock import ExchangeClock
 
 FIRST = (1, 2, 4, 8)
 CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16)

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_telechat.moe.clock import PassClock
 from megatron_telechat.moe.dispatch import Arrivals, Dispatch, RowFormat
 from megatron_telechat.moe.engine import Engine, ExpertWeights, Gradients, sum_bags
 from megatron_telechat.moe.exchange import Exchange
 from megatron_telechat.moe.forward_pass import Saved
 from megatron_telechat.moe.link import Link
+from megatron_telechat.parallel.clock import PassClock
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_telechat.moe.choices import FirstPass
-from megatron_telechat.moe.clock import ExchangeClock, PassClock
 from megatron_telechat.moe.counted import CountedTokens
 from megatron_telechat.moe.dispatch import Dispatch, ExpertGroups, RowFormat
 from megatron_telechat.moe.engine import Engine
@@ -26,6 +25,7 @@ from megatron_telechat.moe.link import Link
 from megatron_telechat.moe.overlap_model import PassCosts
 from megatron_telechat.moe.pipeline import ChunkPipeline
 from megatron_telechat.moe.router import Router, Routing
+from megatron_telechat.parallel.clock import ExchangeClock, PassClock
 
 SHARED_EXPERTS = ModuleSpec(
     module=SharedExpertMLP,

@@ -30,22 +30,26 @@ class CountedTokens:
     real: Tensor | None = None
 
     @classmethod
-    def of(cls, tokens: Tensor, padding: Tensor | None, learned_share: Tensor) -> CountedTokens:
+    def of(
+        cls, tokens: Tensor, padding: Tensor | None, learned_share: Tensor, real: int | None = None, ranks: int = 1
+    ) -> CountedTokens:
         """Of one micro-batch.
 
         The gradients of a step are divided by the learned tokens of the global batch, N. The loss of a router is a mean
         over the R tokens of the global batch that are no padding. So a micro-batch with r of them weighs r N / R.
 
         Args:
-            tokens: [b, s], on the host.
+            tokens: [b, s], on the host; of this context-parallel rank.
             padding: bool [b, s] on the host, True where a token is padding; None: there is none.
             learned_share: fp32 [] on the device, N / R of the global batch.
+            real: tokens of the whole rows that are no padding, where the rows are spread over ranks and hold padding.
+            ranks: context-parallel ranks that the rows are spread over.
         """
-        total = real_tokens(tokens, padding)
-        real = None
-        if padding is not None and total < tokens.numel():
-            real = ~padding.to(learned_share.device, non_blocking=True)
-        return cls(total, learned_share * total, real)
+        whole = tokens.numel() * ranks
+        total = whole if padding is None else real if real is not None else real_tokens(tokens, padding)
+        # The same on every rank of the rows: some hold no padding, and count like the others.
+        here = ~padding.to(learned_share.device, non_blocking=True) if padding is not None and total < whole else None
+        return cls(total, learned_share * total, here)
 
     def rows(self, part: int, parts: int) -> CountedTokens:
         """The same, for the rows [s / parts, b] that one rank of a tensor group routes."""

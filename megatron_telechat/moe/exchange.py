@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_telechat.moe.clock import PassClock
-from megatron_telechat.moe.link import Link, Transfer
+from megatron_telechat.moe.link import Link
+from megatron_telechat.parallel.clock import PassClock
+from megatron_telechat.parallel.transfer import Transfer
 
 
 class Exchange:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megatron_telechat.backend import traits_of
 from megatron_telechat.moe.backward_pass import BackwardInPlace, BackwardOverLink, BackwardPass
-from megatron_telechat.moe.clock import ExchangeClock, PassClock
 from megatron_telechat.moe.dispatch import Dispatch
 from megatron_telechat.moe.engine import Engine, ExpertWeights, Gradients
 from megatron_telechat.moe.forward_pass import ForwardInPlace, ForwardOverLink, ForwardPass, Saved
 from megatron_telechat.moe.link import Link
 from megatron_telechat.moe.overlap_model import PassCosts, fillings
+from megatron_telechat.parallel.clock import ExchangeClock, PassClock
 
 MAX_PENDING = 8
 """How many chunks' weight gradients may wait for a gap; each keeps its activations alive."""

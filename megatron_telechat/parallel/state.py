@@ -16,11 +16,12 @@ from megatron_telechat.config.schema import ParallelConfig, RunConfig
 from megatron_telechat.errors import ConfigError, ResourceError
 from megatron_telechat.parallel.agreement import agree, is_lost_rank
 from megatron_telechat.parallel.channel import Channel
+from megatron_telechat.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from megatron_telechat.parallel.groups import ProcessGroups
+    from megatron_telechat.parallel.groups import ContextGroups, ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def destroy(keep_world: bool = False) -> None:
         return
     if keep_world and mpu.model_parallel_is_initialized():
         _destroy_subgroups(mpu)
+    _parts_of_context.clear()
     mpu.destroy_model_parallel()
     if not keep_world:
         dist.destroy_process_group()
@@ -203,6 +205,7 @@ def _read_state(parallel: ParallelConfig, timeout: timedelta) -> ParallelState:
 
     groups = ProcessGroups.use_mpu_process_groups()
     groups.expert_channel = Channel(groups.tp_ep, timeout=timeout)
+    groups.context = _context_groups(parallel, groups, timeout)
     named = {
         "tp": groups.tp,
         "pp": groups.pp,
@@ -226,11 +229,39 @@ def _read_state(parallel: ParallelConfig, timeout: timedelta) -> ParallelState:
     )
 
 
+_parts_of_context: list[ProcessGroup] = []
+"""Groups that megatron-core does not know, and so does not close."""
+
+
+def _context_groups(parallel: ParallelConfig, groups: ProcessGroups, timeout: timedelta) -> ContextGroups:
+    """The context-parallel group as its attention uses it: of neighbours, and across them. megatron-core's own
+    hierarchical groups need a package that it does not ask for (einops)."""
+    import torch.distributed as dist
+
+    from megatron_telechat.parallel.groups import ContextGroups
+
+    heads, ring = parallel.context_sizes
+    if min(heads, ring) == 1:
+        return ContextGroups(groups.cp if heads > 1 else None, groups.cp if ring > 1 else None)
+    found: dict[str, ProcessGroup] = {}
+    for ranks in Topology.from_config(parallel).groups("cp"):
+        parts = {"heads": [ranks[n : n + heads] for n in range(0, len(ranks), heads)]}
+        parts["ring"] = [ranks[n::heads] for n in range(heads)]
+        for name, members in ((name, members) for name, sets in parts.items() for members in sets):
+            group = dist.new_group(members, timeout=timeout, group_desc=f"CONTEXT_{name.upper()}")
+            if dist.get_rank() in members:
+                found[name] = group
+                _parts_of_context.append(group)
+    return ContextGroups(**found)
+
+
 def _destroy_subgroups(mpu: Any) -> None:
     """Close the groups of one layout; megatron.core only forgets them."""
     import torch.distributed as dist
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    for group in _parts_of_context:
+        dist.destroy_process_group(group)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     closed: list[Any] = [dist.group.WORLD]
     # By name: every rank must close them in the same order.

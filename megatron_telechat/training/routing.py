@@ -17,6 +17,7 @@ from megatron_telechat.config.trace import trace_steps
 from megatron_telechat.data import fingerprint_differences
 from megatron_telechat.data.loader import micro_batch_samples
 from megatron_telechat.errors import ConfigError, DataError
+from megatron_telechat.model.context_attention import ContextPlace
 from megatron_telechat.moe import MoEBlock, moe_blocks
 from megatron_telechat.moe.choices import RoutingTape
 from megatron_telechat.parallel.agreement import gather_objects, together
@@ -67,7 +68,7 @@ class StepRouting:
             with together(state):
                 if state.rank == 0:
                     self._begin_recording(self._record, fingerprint)
-        self._box = self._own_box()
+        self._boxes = self._own_boxes()
 
     def about(self) -> list[str]:
         """Lines for a person; none where nothing is recorded or replayed."""
@@ -81,21 +82,32 @@ class StepRouting:
             lines.append(f"moe_routing_record: the experts {which}{own}, go to {self._record}")
         return lines
 
-    def _own_box(self) -> Box:
-        """What this rank routes in a step; samples in the order of its micro-batches."""
+    def _own_boxes(self) -> list[Box]:
+        """What this rank routes in a step, a box for each stretch of positions; samples in the order of its
+        micro-batches."""
         run, state = self._run, self._state
-        assert state.cp_size == 1, "positions of a context-parallel rank are not one stretch"
-        split = run.parallel.sequence_parallel_size
-        length = run.training.seq_length // split
-        start = length * (state.tp_rank if split > 1 else 0)
-        samples = [
+        samples = tuple(
             sample
             for number in range(run.num_microbatches)
             for sample in micro_batch_samples(number, state.dp_rank, state.dp_size, run.training.micro_batch_size, 0)
-        ]
-        return Box(
-            f"rank_{state.rank:05d}.safetensors", tuple(sorted(self._routers)), tuple(samples), start, start + length
         )
+        name, layers = f"rank_{state.rank:05d}", tuple(sorted(self._routers))
+        return [
+            Box(f"{name}{f'.{number}' if number else ''}.safetensors", layers, samples, start, stop)
+            for number, (start, stop) in enumerate(self._stretches())
+        ]
+
+    def _stretches(self) -> list[tuple[int, int]]:
+        """Positions that this rank routes, ascending, as stretches ``start .. stop``."""
+        run, state = self._run, self._state
+        positions = np.arange(run.training.seq_length)
+        if state.cp_size > 1:
+            place = ContextPlace.of(state.process_groups.context)
+            positions = place.positions(place.whole_rows(run.training.seq_length, 1))[0]
+        split = run.parallel.sequence_parallel_size
+        mine = np.split(positions, split)[state.tp_rank if split > 1 else 0]
+        runs = np.split(mine, np.flatnonzero(np.diff(mine) != 1) + 1)
+        return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
     def _require_fit(self, recording: Recording, fingerprint: Mapping[str, Any] | None, first_step: int) -> None:
         """What the rules could not see: the data, the step at which a resumed run goes on, another run's layers."""
@@ -167,8 +179,10 @@ class StepRouting:
 
     def _given(self, reader: StepReader, layer: int) -> list[Tensor]:
         """For every micro-batch of this rank the recorded experts of a layer, [positions * samples, k]."""
-        box, router = self._box, self._routers[layer]
-        experts = reader.read("experts", layer, box.samples, box.start, box.stop)
+        router = self._routers[layer]
+        experts = np.concatenate(
+            [reader.read("experts", layer, box.samples, box.start, box.stop) for box in self._boxes], axis=1
+        )
         ordered = np.sort(experts.astype(np.int64), -1)
         inside = experts.shape[-1] == router.topk and ordered.min() >= 0 and ordered.max() < router.num_experts
         if not inside or (np.diff(ordered) == 0).any():
@@ -179,7 +193,7 @@ class StepRouting:
         return [part.transpose(0, 1).reshape(-1, router.topk) for part in parts]
 
     def _write(self, recording: Path, number: int, tapes: Mapping[int, RoutingTape]) -> None:
-        state, box = self._state, self._box
+        state = self._state
         with together(state):
             if state.rank == 0:
                 begin_step(recording, number)
@@ -188,9 +202,13 @@ class StepRouting:
             for layer, tape in tapes.items():
                 experts[layer] = self._rows([noted.experts for noted in tape.noted])
                 gaps[layer] = self._rows([noted.gap for noted in tape.noted])
-            if tapes:
-                write_box(recording, number, box, experts, gaps)
-        boxes = gather_objects(box)
+            begin = 0
+            for box in self._boxes if tapes else []:
+                end = begin + box.stop - box.start
+                parts = ({layer: array[:, begin:end] for layer, array in kind.items()} for kind in (experts, gaps))
+                write_box(recording, number, box, *parts)
+                begin = end
+        boxes = [box for of_rank in gather_objects(self._boxes) for box in of_rank]
         with together(state):
             if state.rank == 0:
                 commit_step(recording, number, [one for one in boxes if one.layers])
@@ -198,5 +216,5 @@ class StepRouting:
     def _rows(self, noted: Sequence[Tensor]) -> np.ndarray:
         """[samples, positions, ...] of all micro-batches from the [positions * samples, ...] that the router saw of
         each."""
-        length, size = self._box.stop - self._box.start, self._run.training.micro_batch_size
+        length, size = sum(box.stop - box.start for box in self._boxes), self._run.training.micro_batch_size
         return torch.cat([part.view(length, size, *part.shape[1:]).transpose(0, 1) for part in noted]).cpu().numpy()

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from megatron_telechat.model.shards import LocalParameter
     from megatron_telechat.training.chain import ModelOptimizer
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 MicroBatches = Sequence[Iterator[Batch] | None]
 """Of each virtual stage of this rank; None where it reads no data."""
 
 OVERFLOW = "fp16 overflow"
 """Why a step was not taken: a gradient was too large for fp16 at this loss scale."""
-_OF_THE_HOST = ("segment_lengths", "padding")
+_OF_THE_HOST = ("segment_lengths", "padding", "context", "real_tokens")
 """Parts of a batch that are read before the forward, by the host."""
 
 NOTHING_LEARNED = "the loss mask leaves no token of the global batch to learn from"
@@ -105,9 +105,12 @@ def forward_step(
             "training data",
             "this is a bug, please report it; the last checkpoint is complete, and the same command resumes from it",
         )
-    lengths = host.get("segment_lengths")
-    segments = None if lengths is None else Segments.of(lengths, host["tokens"].shape[0])
-    counted = None if learned_share is None else CountedTokens.of(host["tokens"], host.get("padding"), learned_share)
+    lengths, plan = host.get("segment_lengths"), host.get("context")
+    segments = plan if lengths is None else Segments.of(lengths, host["tokens"].shape[0])
+    counted = None
+    if learned_share is not None:
+        ranks = 1 if plan is None else plan.row_length // host["tokens"].shape[1]
+        counted = CountedTokens.of(host["tokens"], host.get("padding"), learned_share, host.get("real_tokens"), ranks)
     batch = {key: value.to(device, non_blocking=True) for key, value in host.items() if key not in _OF_THE_HOST}
     output = model(
         batch["tokens"],
@@ -247,7 +250,7 @@ class TrainStep:
         counts = torch.tensor([learned, real], dtype=self.backend.widest_float).to(
             self.backend.device, non_blocking=True
         )
-        dist.all_reduce(counts, group=self.state.dp_group)
+        dist.all_reduce(counts, group=self.state.dp_cp_group)
         return [iter(batches) for batches in ahead], (counts[0] / counts[1].clamp(min=1)).float()
 
     def __call__(self, iterators, step: int, requests: tuple[bool, bool] = (False, False)) -> StepResult:

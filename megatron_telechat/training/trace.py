@@ -15,8 +15,8 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.trace import trace_steps
 from megatron_telechat.errors import ResourceError
 from megatron_telechat.moe import moe_blocks
-from megatron_telechat.moe.clock import Span
 from megatron_telechat.parallel.agreement import gather_objects, together
+from megatron_telechat.parallel.clock import Span
 from megatron_telechat.parallel.state import ParallelState
 
 ROWS = {"steps": 0, "compute": 1, "link": 2}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_telechat.moe.link import Link, Transfer
+from megatron_telechat.moe.link import Link
+from megatron_telechat.parallel.transfer import Transfer
 from tests.harness import Cases
 from tests.moe import worker_block as plain
 from tests.moe.reference import random_weights, relative_error

@@ -60,6 +60,25 @@ def weight_boxes(trainer) -> dict[str, torch.Tensor]:
         }  # fmt: skip
 
 
+def run_and_keep(flags: Sequence[str], folder: Path, name: str) -> dict:
+    """Losses and gradient norms of a run; its first gradients and last weights go to files of each rank, ``NAME.rank*``
+    and ``NAME.weights.rank*``."""
+    from safetensors.torch import save_file
+
+    trainer = make_trainer(flags, folder / name)
+    try:
+        iterators = trainer.training_iterators()
+        with trainer.routing.step(1):
+            trainer.train_step.forward_backward(iterators)
+        save_file(gradient_boxes(trainer), folder / f"{name}.rank{trainer.state.rank}.safetensors")
+        iterators = trainer.training_iterators()
+        results = [trainer.take_step(iterators)[0] for _ in range(trainer.run.training.train_iters)]
+        save_file(weight_boxes(trainer), folder / f"{name}.weights.rank{trainer.state.rank}.safetensors")
+        return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
+    finally:
+        trainer.release()
+
+
 def assemble(files: Sequence[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Global tensors from the boxes that all ranks wrote; fails where a number was written by nobody."""
     import torch

@@ -42,9 +42,10 @@ def gradients(folder: Path, name: str) -> dict:
     return {key: box for path in folder.glob(f"{name}.rank*.safetensors") for key, box in load_file(path).items()}
 
 
+KINDS = ("packed_apart", "packed", "one")
 PAIRS = [
     (1, "recompute_full", "one"),
-    *((2, name, "packed" if name.startswith("packed") else "one") for name in LAYOUTS[2]),
+    *((2, name, next(kind for kind in KINDS if name.startswith(kind) or kind == "one")) for name in LAYOUTS[2]),
 ]
 
 

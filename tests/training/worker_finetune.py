@@ -21,6 +21,7 @@ BASE = [
 RESETS = "--reset-position-ids --reset-attention-mask"
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
+CP2 = "--context-parallel-size 2"
 
 RUNS = {
     1: {
@@ -40,6 +41,11 @@ RUNS = {
         "reset_pp2": f"{RESETS} {PP2}",
         "reset_pp2_interleaved": f"{RESETS} {PP2} --num-virtual-stages-per-pipeline-rank 2",
         "attention_alone_pp2": f"--reset-attention-mask {PP2}",
+        "plain_cp2": CP2,
+        "reset_cp2": f"{RESETS} {CP2}",
+        "reset_cp2_dealt_recompute_full": f"{RESETS} {CP2} --cp-layout dealt --recompute-granularity full",
+        "reset_cp2_documents_keep": f"{RESETS} {CP2} --cp-layout documents --cp-keep-received --micro-batch-size 4",
+        "alone_cp2_contiguous": f"{RESETS} {CP2} --cp-layout contiguous --no-sft-packing",
     },
 }
 

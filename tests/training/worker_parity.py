@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.harness import Cases  # noqa: E402
-from tests.training.runs import DENSE, MOE, QKNORM, SHARED, gradient_boxes, make_trainer, weight_boxes  # noqa: E402
+from tests.training.runs import DENSE, MOE, QKNORM, SHARED, run_and_keep  # noqa: E402
 
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
@@ -153,22 +153,9 @@ def noise(name: str) -> Iterator[None]:
 
 
 def run_case(name: str) -> dict:
-    from safetensors.torch import save_file
-
     folder = Path(os.environ["PARITY_DIR"])
     base, flags = LAYOUTS[_world][name]
-    trainer = make_trainer([*base, *flags.split(), *one_routing(name, folder)], folder / name)
-    try:
-        iterators = trainer.training_iterators()
-        with trainer.routing.step(1):
-            trainer.train_step.forward_backward(iterators)
-        save_file(gradient_boxes(trainer), folder / f"{name}.rank{trainer.state.rank}.safetensors")
-        iterators = trainer.training_iterators()
-        results = [trainer.take_step(iterators)[0] for _ in range(trainer.run.training.train_iters)]
-        save_file(weight_boxes(trainer), folder / f"{name}.weights.rank{trainer.state.rank}.safetensors")
-        return {"loss": [r.loss for r in results], "grad_norm": [r.grad_norm for r in results]}
-    finally:
-        trainer.release()
+    return run_and_keep([*base, *flags.split(), *one_routing(name, folder)], folder, name)
 
 
 _world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -20,7 +20,12 @@ BASE = [
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
 LAYOUTS = {
-    1: {"one": "", "recompute_full": "--recompute-granularity full", "packed": ""},
+    1: {
+        "one": "",
+        "recompute_full": "--recompute-granularity full",
+        "packed": "",
+        "packed_apart": "--reset-attention-mask",
+    },
     2: {
         "dp2": "",
         "ep2": "--expert-model-parallel-size 2 --no-fold-tensor-into-experts",
@@ -29,6 +34,8 @@ LAYOUTS = {
         "pp2": PP2,
         "pp2_interleaved": f"{PP2} --num-virtual-stages-per-pipeline-rank 2",
         "pp2_interleaved_recompute": f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --recompute-granularity full",
+        "cp2": "--context-parallel-size 2",
+        "packed_apart_cp2": "--context-parallel-size 2 --reset-attention-mask",
         "packed_tp2_sp": TP2,
         "packed_pp2": PP2,
     },

@@ -12,6 +12,8 @@ from megatron_telechat.errors import Problem
 SIZES = "hierarchical_context_parallel_sizes"
 KIND = "cp_comm_type"
 PIECES = "cp_pieces"
+LAYOUT = "cp_layout"
+RECORDINGS = ("moe_routing_record", "moe_routing_replay")
 MOST_PIECES = 16
 
 
@@ -108,10 +110,24 @@ def pieces_are_some(check: Check) -> Iterator[Problem]:
         yield check.one(f"{PIECES}={pieces} is not between 1 and {MOST_PIECES}", PIECES, fix=flag(PIECES, "auto"))
 
 
+def recordings_have_fixed_places(check: Check) -> Iterator[Problem]:
+    """A recording of the routing is of fixed positions a rank, which other layouts choose for each sample."""
+    record, replay, layout, size, apart = check.take(*RECORDINGS, LAYOUT, CP, "reset_attention_mask")
+    if (record or replay) and size > 1 and apart and layout != "zigzag":
+        name = RECORDINGS[0] if record else RECORDINGS[1]
+        yield check.problem(
+            f"{LAYOUT}={layout} gives a rank other positions in every sample, but {name} needs fixed ones",
+            LAYOUT,
+            name,
+            fix=flag(LAYOUT, "zigzag"),
+        )
+
+
 RULES: tuple[Rule, ...] = (
     sequence_is_cut,
     sizes_multiply,
     heads_are_exchanged_whole,
     no_attention_dropout,
     pieces_are_some,
+    recordings_have_fixed_places,
 )

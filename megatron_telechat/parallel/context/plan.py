@@ -67,12 +67,12 @@ class Transfer:
         return sum((block.q1 - block.q0) * (block.k1 - block.k0) for block in self.blocks)
 
     def cut(self, pieces: int) -> list[Transfer]:
-        """The same in pieces of nearly equal rows, as sender and receiver both cut it; fewer where rows are few."""
+        """The same in pieces of nearly equal rows, as sender and receiver both cut it; where rows are few the last
+        ones are empty."""
         ins, outs = (_cuts(rows, pieces) for rows in (self.rows_in, self.rows_out))
         return [
             Transfer(self.step, _rows_between(self.send, *outs[n]), ins[n][1] - ins[n][0], self._blocks_of(*ins[n]))
             for n in range(pieces)
-            if ins[n][0] < ins[n][1] or outs[n][0] < outs[n][1]
         ]
 
     def _blocks_of(self, start: int, stop: int) -> tuple[Block, ...]:
@@ -90,7 +90,8 @@ class ContextPlan:
         ranks: ranks of the ring.
         positions: int64 [b, s / ranks], where in its row each token lies.
         own: blocks of the rank's queries with its own keys, causal (`Block`).
-        steps: what is exchanged with the others, one transfer a step; steps in which nothing travels are left out.
+        steps: what is exchanged with the others, one transfer for each of the ranks - 1 steps, perhaps an empty one:
+            all ranks go through the same list, which keeps the messages of a pair in one order.
     """
 
     ranks: int
@@ -99,9 +100,9 @@ class ContextPlan:
     steps: tuple[Transfer, ...]
 
     @property
-    def tokens(self) -> int:
-        """Tokens of this rank, over all rows."""
-        return self.positions.size
+    def row_length(self) -> int:
+        """Tokens of a whole row, S."""
+        return self.positions.shape[1] * self.ranks
 
     @cached_property
     def _in_pieces(self) -> dict[int, tuple[Transfer, ...]]:
@@ -154,8 +155,7 @@ def plan_rows(layouts: Sequence[Layout], documents: Sequence[np.ndarray], rank: 
             found, count = row.with_rows_of((rank - step) % ranks, number * each, arrived)
             blocks += found
             arrived += count
-        if send or arrived:
-            steps.append(Transfer(step, tuple(send), arrived, tuple(blocks)))
+        steps.append(Transfer(step, tuple(send), arrived, tuple(blocks)))
     positions = np.stack([layout.positions(rank) for layout in layouts])
     return ContextPlan(ranks, positions, tuple(own), tuple(steps))
 

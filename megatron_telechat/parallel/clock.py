@@ -1,4 +1,4 @@
-"""What the pipeline of chunks did with its time: how long the computation waited for the link, and traces of it."""
+"""How long a computation waited for the exchange that runs beside it, and traces of both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_telechat.backend import traits_of
-from megatron_telechat.moe.link import Transfer
+from megatron_telechat.parallel.transfer import Transfer
 
 
 class Span(NamedTuple):

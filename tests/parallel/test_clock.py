@@ -10,7 +10,7 @@ import torch
 
 from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.moe import clock as clocks
-from megatron_telechat.moe.clock import DeviceSpans, ExchangeClock, PassClock, Span
+from megatron_telechat.parallel.clock import DeviceSpans, ExchangeClock, PassClock, Span
 
 
 class Queues:

@@ -1,0 +1,47 @@
+"""The sum over blocks of keys, exact in fp32."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Running:
+    """Attention of all keys so far.
+
+    Attributes:
+        out: fp32 [t, heads, d].
+        lse: fp32 [heads, t], the logarithm of the sum of the exponentials.
+    """
+
+    def __init__(self, query: Tensor):
+        tokens, heads, _ = query.shape
+        self.out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        self.lse = query.new_full((heads, tokens), -math.inf, dtype=torch.float32)
+
+    def begin(self, rows: slice | Tensor, out: Tensor, lse: Tensor) -> None:
+        """The first keys of these queries.
+
+        Args:
+            rows: which queries: a slice, or numbers on the device.
+            out: [n, heads, d].
+            lse: fp32 [heads, n].
+        """
+        self.out[rows] = out.float()
+        self.lse[:, rows] = lse
+
+    def add(self, rows: slice | Tensor, out: Tensor, lse: Tensor) -> None:
+        """Further keys of these queries; as :meth:`begin`.
+
+        ``lse = max + log(1 + exp(min - max))``, ``out = sum of out_i exp(lse_i - lse)``: nothing overflows.
+        """
+        before = self.lse[:, rows]
+        after = torch.logaddexp(before, lse)
+        old, new = ((part - after).exp_().t().unsqueeze(-1) for part in (before, lse))
+        if isinstance(rows, slice):
+            self.out[rows].mul_(old).addcmul_(out.float(), new)
+        else:
+            self.out[rows] = (self.out[rows] * old).addcmul_(out.float(), new)
+        self.lse[:, rows] = after

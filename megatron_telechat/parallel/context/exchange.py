@@ -1,0 +1,135 @@
+"""Rows that go from rank to rank of a ring beside the computation, in the order in which they were started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_telechat.backend import traits_of
+
+
+class RowTransfer(Protocol):
+    """Rows under way; see `parallel.transfer.Transfer`, whose protocol it follows."""
+
+    @property
+    def arrived(self) -> bool: ...
+
+    def wait(self) -> Tensor:
+        """The rows that arrived, in the shape that was asked for; to be called once."""
+        ...
+
+    def when_done(self, report: Callable[[], None]) -> None: ...
+
+    def wait_beside(self) -> None: ...
+
+
+class RowLink(Protocol):
+    """What the attention over ranks asks of whatever carries its rows. `Ring` is the real one; measurements and tests
+    put others in its place."""
+
+    def start(self, rows: Tensor, step: int, shape: tuple[int, ...]) -> RowTransfer:
+        """Send rows to the rank ``step`` places behind, receive from the one ``step`` places before.
+
+        Every rank starts the same transfers in the same order. A transfer without rows is none: neither rank is asked.
+
+        Args:
+            rows: contiguous; unchanged until `finish`, or on an accelerator until the wait.
+            step: distance; negative for the other direction.
+            shape: of what arrives.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Wait until the rows that were sent have left; the buffers are then free."""
+        ...
+
+
+class Moving:
+    """One transfer of a `Ring`.
+
+    Args:
+        received: where the rows arrive.
+        works: handles of the messages that arrive.
+        by_host: threads of the host move the rows; otherwise the device does, in the order of its queues.
+    """
+
+    def __init__(self, received: Tensor, works: list[dist.Work], by_host: bool):
+        self._received, self._works, self._by_host = received, works, by_host
+
+    @property
+    def arrived(self) -> bool:
+        """Whether :meth:`wait` would return at once. Where the device moves the rows, the host never waits: True."""
+        return not self._by_host or all(work.is_completed() for work in self._works)
+
+    def wait(self) -> Tensor:
+        """The received rows; to be called once. On an accelerator the current stream waits, not the host."""
+        for work in self._works:
+            work.wait()
+        self._works = []
+        return self._received
+
+    def when_done(self, report: Callable[[], None]) -> None:
+        """Call `report` from another thread when the rows are here; host transfers only."""
+        if not self._works:
+            report()
+        for work in self._works:
+            work.get_future().add_done_callback(lambda _: report())
+
+    def wait_beside(self) -> None:
+        """Let the current stream wait too, before :meth:`wait`; transfers by the device only."""
+        for work in self._works:
+            work.wait()
+
+
+class Alone:
+    """The link of a ring of one rank: there is nobody to send to."""
+
+    def start(self, rows: Tensor, step: int, shape: tuple[int, ...]) -> RowTransfer:
+        """Never called: a plan for one rank has no transfers."""
+        raise AssertionError("a ring of one rank has no transfers")
+
+    def finish(self) -> None:
+        """Nothing has left."""
+
+
+class Ring:
+    """Messages among the ranks of one group.
+
+    The ranks' messages need no tags: each pair exchanges its messages in the order of the starts, which is the same
+    on both sides.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.size, self.rank = group.size(), group.rank()
+        self._leaving: list[tuple[dist.Work, Tensor]] = []
+
+    def start(self, rows: Tensor, step: int, shape: tuple[int, ...]) -> Moving:
+        """See `RowLink`."""
+        by_host = traits_of(rows.device).host_waits_for_transfers
+        received = rows.new_empty(shape)
+        messages = []
+        if rows.numel():
+            messages.append(dist.P2POp(dist.isend, rows, self._peer(step), self.group))
+        if received.numel():
+            messages.append(dist.P2POp(dist.irecv, received, self._peer(-step), self.group))
+        works = dist.batch_isend_irecv(messages) if messages else []
+        if not by_host:
+            # One handle for both; the stream that waits for what arrives waits for what leaves as well, so that its
+            # buffer is free then.
+            return Moving(received, works, by_host)
+        if rows.numel():
+            self._leaving.append((works.pop(0), rows))
+        return Moving(received, works, by_host)
+
+    def finish(self) -> None:
+        """See `RowLink`."""
+        for work, _ in self._leaving:
+            work.wait()
+        self._leaving.clear()
+
+    def _peer(self, step: int) -> int:
+        return dist.get_global_rank(self.group, (self.rank + step) % self.size)
