@@ -118,6 +118,10 @@ def _draw_key(key: str, title: str, scale: float = 1.0, smooth: bool = True, flo
     return draw
 
 
+WAITS = {"a2a_exposed": "experts", "cp_exposed": "attention"}
+"""Key of a record → whose exchange it is."""
+
+
 def _draw_throughput(axes: Any, runs: Sequence[Metrics]) -> None:
     largest = max((max(values) for _, values in (run.series("tokens_per_s") for run in runs) if values), default=0.0)
     scale, unit = (1e-3, "thousand tokens / s") if largest >= 5000 else (1.0, "tokens / s")
@@ -135,7 +139,8 @@ def _colors(runs: Sequence[Metrics]) -> list[str]:
 def plot_runs(runs: Sequence[Metrics], output: Path) -> None:
     """Draw the runs over each other: loss, gradient norm, throughput, and expert load (learning rate for dense models).
 
-    Where experts exchange tokens between ranks, also the learning rate, and the time spent waiting for that exchange.
+    Where experts exchange tokens between ranks, or rows are spread over ranks, also the learning rate, and the time
+    spent waiting for these exchanges.
 
     Raises:
         ConfigError: matplotlib is missing, or the suffix is no picture format.
@@ -149,13 +154,20 @@ def plot_runs(runs: Sequence[Metrics], output: Path) -> None:
         else _draw_key("lr", "Learning rate", smooth=False, floor=0)
     )
     panels = [_draw_loss, _draw_key("grad_norm", "Gradient norm", floor=0), _draw_throughput, last]
-    if any(run.series("a2a_exposed")[0] for run in runs):
-        exposed = _draw_key("a2a_exposed", "Waiting for the experts' exchange, % of the time", 100, floor=0)
-        panels = [*panels[:2], _draw_key("lr", "Learning rate", smooth=False, floor=0), *panels[2:], exposed]
-    columns = len(panels) // 2
+    exposed = [
+        _draw_key(key, f"Waiting for the exchange of the {what}, % of the time", 100, floor=0)
+        for key, what in WAITS.items()
+        if any(run.series(key)[0] for run in runs)
+    ]
+    if exposed:
+        rate = [_draw_key("lr", "Learning rate", smooth=False, floor=0)] if has_experts else []
+        panels = [*panels[:2], *rate, *panels[2:], *exposed]
+    columns = (len(panels) + 1) // 2
     figure, grid = pyplot.subplots(2, columns, figsize=(5.5 * columns, 6.6), layout="constrained")
     for draw, axes in zip(panels, grid.flat, strict=False):
         draw(axes, runs)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
     for axes in grid[1]:
         axes.set_xlabel("step", fontsize=9, color=INK)
     figure.suptitle(", ".join(run.name for run in runs), fontsize=12, fontweight="bold", color=INK, x=0.01, ha="left")

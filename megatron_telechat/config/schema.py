@@ -509,6 +509,9 @@ class LoggingConfig:
     moe_trace: str | None = None
     """Steps, such as 10 or 10-12, whose expert exchange is written to moe_trace/ in the run folder, one Chrome
     trace per rank."""
+    cp_trace: str | None = None
+    """Steps, such as 10 or 10-12, whose attention over context-parallel ranks is written to cp_trace/ in the run
+    folder, one Chrome trace per rank."""
     moe_routing_record: str | None = None
     """Folder in which to record the experts that each router chooses for each token, and the margin of the choice.
     tools/compare_routing.py compares two recordings. Unset: nothing is recorded."""

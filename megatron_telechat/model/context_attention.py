@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from megatron_telechat.backend.block_attention import block_attention
 from megatron_telechat.parallel.clock import ExchangeClock, PassClock
-from megatron_telechat.parallel.context.direct import Way, attend
+from megatron_telechat.parallel.context.direct import Clocks, Way, attend
 from megatron_telechat.parallel.context.exchange import Alone, Ring, RowLink
 from megatron_telechat.parallel.context.heads import to_heads, to_tokens
 from megatron_telechat.parallel.context.plan import ContextPlan, whole_rows
@@ -59,6 +60,16 @@ class ContextPlace:
         return own_positions(plan, self.part, self.heads)
 
 
+def context_attentions(virtual_stages: Sequence[torch.nn.Module]) -> list[ContextCoreAttention]:
+    """The attentions over ranks in these modules, in the order of the layers.
+
+    Args:
+        virtual_stages: those of this rank.
+    """
+    modules = (module for stage in virtual_stages for module in stage.modules())
+    return [module for module in modules if isinstance(module, ContextCoreAttention)]
+
+
 class ContextCoreAttention(torch.nn.Module):
     """Causal attention over all ranks that share the rows of a micro-batch.
 
@@ -101,15 +112,17 @@ class ContextCoreAttention(torch.nn.Module):
         place = self.place
         plan = segments or place.whole_rows(length * place.heads * place.ring, batch)
         parts = tuple(part.transpose(0, 1) for part in (query, key, value))
+        clocks = self._clocks(query)
         if self._heads_group is not None:
-            parts = to_heads(parts, self._heads_group)
+            parts = to_heads(parts, self._heads_group, clocks)
         rows, tokens = parts[0].shape[:2]
         q, k, v = (part.flatten(0, 1) for part in parts)
-        out = attend(q, k, v, plan, self._way(query)).unflatten(0, (rows, tokens))
+        way = Way(self.link, block_attention(q), self.pieces, self.keep, clocks)
+        out = attend(q, k, v, plan, way).unflatten(0, (rows, tokens))
         if self._heads_group is not None:
-            out = to_tokens(out, self._heads_group)
+            out = to_tokens(out, self._heads_group, clocks)
         return out.transpose(0, 1).flatten(2)
 
-    def _way(self, query: Tensor) -> Way:
+    def _clocks(self, query: Tensor) -> Clocks:
         forward, backward = (PassClock(self.clock, self.layer, late, query.device) for late in (False, True))
-        return Way(self.link, block_attention(query), self.pieces, self.keep, (forward, backward))
+        return forward, backward

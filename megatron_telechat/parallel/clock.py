@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_telechat.backend import traits_of
-from megatron_telechat.parallel.transfer import Transfer
+from megatron_telechat.parallel.transfer import Traced
 
 
 class Span(NamedTuple):
@@ -19,9 +19,10 @@ class Span(NamedTuple):
 
     Attributes:
         track: "compute", or "link" for a transfer from its start to its arrival.
-        name: F forward of the experts, R recompute, B gradients of inputs, W gradients of weights; D dispatch, C
-            combine, with a ' for their gradients; plan, pack, sum; wait.
-        chunk: None for what belongs to no chunk.
+        name: of the experts F forward, R recompute, B gradients of inputs, W gradients of weights; D dispatch, C
+            combine, with a ' for their gradients; of the attention own blocks, A and B blocks with rows of others and
+            their gradients; K keys and values, G their gradients, H heads; plan, pack, sum, add; wait.
+        chunk: or piece of a step of the attention; None for what belongs to none.
         layer: zero-based number of the layer; None where it is not known.
         backward: in the backward pass.
     """
@@ -58,7 +59,7 @@ class DeviceSpans:
         yield
         self._spans.append((span, begin, self._event()))
 
-    def until_arrival(self, span: Span, transfer: Transfer) -> None:
+    def until_arrival(self, span: Span, transfer: Traced) -> None:
         """From now to the arrival of a transfer, which a stream of its own waits for."""
         begin = self._event()
         if self._beside is None:
@@ -157,7 +158,7 @@ class ExchangeClock:
         self.spans.append(Span("compute", name, chunk, layer, backward, start, self.now_us()))
 
     def transfer(
-        self, transfer: Transfer, name: str, chunk: int, layer: int | None, backward: bool, device: torch.device
+        self, transfer: Traced, name: str, chunk: int, layer: int | None, backward: bool, device: torch.device
     ) -> None:
         """A transfer was started; while tracing, record when it arrives."""
         if not self.tracing:
@@ -222,6 +223,6 @@ class PassClock:
         """Around a wait for other ranks; see :meth:`ExchangeClock.waiting`."""
         return self.clock.waiting(name, chunk, self.layer, self.backward, self.device)
 
-    def started(self, transfer: Transfer, name: str, chunk: int) -> None:
+    def started(self, transfer: Traced, name: str, chunk: int) -> None:
         """A transfer was started; see :meth:`ExchangeClock.transfer`."""
         self.clock.transfer(transfer, name, chunk, self.layer, self.backward, self.device)

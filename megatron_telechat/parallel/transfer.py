@@ -8,13 +8,21 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Transfer(Protocol):
-    """One exchange of rows under way."""
+class Traced(Protocol):
+    """What a trace asks of an exchange under way, before somebody waits for it."""
 
-    @property
-    def arrived(self) -> bool:
-        """Whether :meth:`wait` would return at once. True on an accelerator, where the host does not know."""
+    def when_done(self, report: Callable[[], None]) -> None:
+        """Call `report` when the rows have arrived, perhaps from another thread; only on the CPU."""
         ...
+
+    def wait_beside(self) -> None:
+        """Let the current stream of an accelerator wait as `wait` does, and keep both buffers; on a stream of its
+        own."""
+        ...
+
+
+class RowTransfer(Traced, Protocol):
+    """One exchange of rows under way."""
 
     def wait(self) -> Tensor:
         """The received rows; to be called once.
@@ -24,12 +32,11 @@ class Transfer(Protocol):
         """
         ...
 
-    def when_done(self, report: Callable[[], None]) -> None:
-        """Call `report` when the rows have arrived, perhaps from another thread. Only the trace asks for it, and only
-        on the CPU."""
-        ...
 
-    def wait_beside(self) -> None:
-        """Let the current stream of an accelerator wait as :meth:`wait` does, and keep both buffers; before
-        :meth:`wait`. Only the trace asks for it, on a stream of its own."""
+class Transfer(RowTransfer, Protocol):
+    """One that can be asked whether it is over."""
+
+    @property
+    def arrived(self) -> bool:
+        """Whether :meth:`wait` would return at once. True on an accelerator, where the host does not know."""
         ...

@@ -45,6 +45,8 @@ def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_t
         parts.append(f"experts max/mean {record['expert_load_max_over_mean']:.2f}")
     if record.get("a2a_exposed") is not None:
         parts.append(f"a2a exposed {100 * record['a2a_exposed']:.1f}%")
+    if record.get("cp_exposed") is not None:
+        parts.append(f"cp exposed {100 * record['cp_exposed']:.1f}%")
     if record.get("loss_scale") is not None:
         parts.append(f"loss scale {record['loss_scale']:g}")
     if record.get("skipped_steps"):

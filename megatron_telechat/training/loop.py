@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_telechat.data import (
     data_plan,
     fingerprint_differences,
 )
+from megatron_telechat.data.loader import EVEN_COSTS
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, DataError
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
@@ -29,6 +31,7 @@ from megatron_telechat.training.banner import banner, resume_differences
 from megatron_telechat.training.build import build_trained
 from megatron_telechat.training.chunks import ChunkSetting, set_chunks
 from megatron_telechat.training.console import Console
+from megatron_telechat.training.context import ContextSetting, set_context
 from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.numerics import require_finite_weights
@@ -40,7 +43,7 @@ from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, close_iterators, data_iterators, evaluate
 from megatron_telechat.training.steps_taken import StepsTaken
-from megatron_telechat.training.trace import ExchangeTrace
+from megatron_telechat.training.trace import exchange_traces
 from megatron_telechat.training.unsaved import unsaved_note
 from megatron_telechat.training.writers import MetricsWriter, recorded_at
 
@@ -89,7 +92,8 @@ class Trainer:
         self._iterators_open: list = []
         self._introduce(origins or {})
         self.chunk_setting = self._set_chunks()
-        self.trace = ExchangeTrace(self.virtual_stages, run, self.state, self.paths.run_dir)
+        self.context_setting = self._set_context()
+        self.traces = exchange_traces(self.virtual_stages, run, self.state, self.paths.run_dir)
         self.routing = StepRouting(self.virtual_stages, run, self.state, self.fingerprint, self.step + 1)
         for line in self.routing.about():
             self.console.say(line)
@@ -159,8 +163,9 @@ class Trainer:
         return self._iterators(self.datasets.train, self.consumed_samples)
 
     def _iterators(self, dataset, consumed_samples: int):
+        costs = self.context_setting.costs if self.context_setting is not None else EVEN_COSTS
         return data_iterators(
-            lambda: batches(dataset, self.run, self.state, consumed_samples),
+            lambda: batches(dataset, self.run, self.state, consumed_samples, costs),
             len(self.virtual_stages),
             self.run,
             self.state,
@@ -172,7 +177,9 @@ class Trainer:
         A step that is not taken moves these counters too, but not the learning rate.
         """
         lr = set_learning_rate(self.optimizer, self.run, self.steps_taken.taken)
-        with self.trace.step(self.step + 1), self.routing.step(self.step + 1):
+        with ExitStack() as watched:
+            for each in (*self.traces, self.routing):
+                watched.enter_context(each.step(self.step + 1))
             result = self.train_step(iterators, self.step, self.requests.poll())
         self.step += 1
         self.consumed_samples += self.run.training.global_batch_size
@@ -248,8 +255,9 @@ class Trainer:
         with self.meter.excluded():
             with gathered_parameters(self.virtual_stages):
                 require_finite_weights(self.step, self.shards)
-                chosen = self.chunk_setting.extra if self.chunk_setting is not None else {}
-                extra = {**chosen, **self.steps_taken.extra, **self.datasets.order.saved()}
+                extra = {**self.steps_taken.extra, **self.datasets.order.saved()}
+                for each in (self.chunk_setting, self.context_setting):
+                    extra |= each.extra if each is not None else {}
                 folder = save_checkpoint(self.paths.save_dir, self._train_state(extra), self.run, self.state)
             if self.state.rank == 0:
                 self.requests.clear_files()
@@ -349,6 +357,17 @@ class Trainer:
         saved = self.resumed.extra if self.resumed else None
         setting = set_chunks(self.virtual_stages, self.run, self.state, self.backend, saved)
         if setting is not None:
+            self.console.say(setting.message)
+            event = setting.event(self.step)
+            if event is not None:
+                self.writer.write(event)
+        return setting
+
+    def _set_context(self) -> ContextSetting | None:
+        """The pieces and costs of the attention over ranks, where the run leaves them to us."""
+        saved = self.resumed.extra if self.resumed else None
+        setting = set_context(self.virtual_stages, self.run, self.state, self.backend, saved)
+        if setting is not None and setting.message:
             self.console.say(setting.message)
             event = setting.event(self.step)
             if event is not None:

@@ -16,7 +16,9 @@ from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import device_spec
 from megatron_telechat.costs.flops import training_flops_per_token
+from megatron_telechat.model.context_attention import context_attentions
 from megatron_telechat.moe import collect_expert_load, moe_blocks
+from megatron_telechat.parallel.clock import ExchangeClock
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.step import StepResult
 
@@ -38,8 +40,8 @@ class Window:
     tokens: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Steps that were not taken, by reason."""
-    exposed_s: float = 0.0
-    """Time in which this rank's computation stood still for an exchange of the experts, as far as it was read."""
+    exposed_s: Counter[str] = field(default_factory=Counter)
+    """Time in which this rank's computation stood still for an exchange, by its kind, as far as it was read."""
 
 
 class Meter:
@@ -50,7 +52,7 @@ class Meter:
 
     ``a2a_exposed`` is the share of that time in which the computation of a rank stood still for a transfer of the
     experts (dispatch, combine, and the same for gradients), the mean over all ranks; only where the experts are spread
-    over ranks.
+    over ranks. ``cp_exposed`` is the same for the attention of rows that are spread over ranks.
     """
 
     def __init__(
@@ -60,26 +62,29 @@ class Meter:
         self._flops_per_token = training_flops_per_token(run.model, run.training.seq_length)
         self._peak = peak_tflops(run, backend)
         expert, expert_tensor = run.parallel.expert_sizes
-        self._exchanges = run.model.is_moe and expert * expert_tensor > 1
-        self._clocks = [block.clock for block in moe_blocks(virtual_stages)] if self._exchanges else []
+        self._clocks: dict[str, list[ExchangeClock]] = {}
+        if run.model.is_moe and expert * expert_tensor > 1:
+            self._clocks["a2a_exposed"] = [block.clock for block in moe_blocks(virtual_stages)]
+        if run.parallel.context_parallel_size > 1:
+            self._clocks["cp_exposed"] = [each.clock for each in context_attentions(virtual_stages)]
         self._take_exposed_s()
         self._window = Window(time.perf_counter())
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leave what runs inside out of the open window: its time, and its waits for the experts' exchange."""
-        if self._exchanges:
+        """Leave what runs inside out of the open window: its time, and its waits for exchanges."""
+        if self._clocks:
             self._backend.synchronize()
             self._window.exposed_s += self._take_exposed_s()
         started = time.perf_counter()
         yield
-        if self._exchanges:
+        if self._clocks:
             self._backend.synchronize()
             self._take_exposed_s()
         self._window.started_s += time.perf_counter() - started
 
-    def _take_exposed_s(self) -> float:
-        return sum(clock.take_exposed_s() for clock in self._clocks)
+    def _take_exposed_s(self) -> Counter[str]:
+        return Counter({kind: sum(clock.take_exposed_s() for clock in of) for kind, of in self._clocks.items()})
 
     def add(self, result: StepResult) -> None:
         """Count a finished step into the current logging interval."""
@@ -115,8 +120,8 @@ class Meter:
         if load is not None:
             record["expert_load_max_over_mean"] = load.max_over_mean.max().item()
             record["aux_loss"] = load.aux_loss
-        if self._exchanges:
-            record["a2a_exposed"] = self._mean_exposed_s() / seconds
+        if self._clocks:
+            record |= {kind: exposed / seconds for kind, exposed in self._mean_exposed_s().items()}
         self._window = Window(time.perf_counter())
         return record
 
@@ -125,10 +130,12 @@ class Meter:
             return None
         return tokens_per_s * self._flops_per_token / (self._peak * 1e12 * self._state.world_size)
 
-    def _mean_exposed_s(self) -> float:
-        exposed = torch.tensor([self._window.exposed_s + self._take_exposed_s()], device=self._backend.device)
+    def _mean_exposed_s(self) -> dict[str, float]:
+        taken = self._take_exposed_s()
+        mine = [self._window.exposed_s[kind] + taken[kind] for kind in self._clocks]
+        exposed = torch.tensor(mine, device=self._backend.device)
         dist.all_reduce(exposed)
-        return exposed.item() / self._state.world_size
+        return dict(zip(self._clocks, (exposed / self._state.world_size).tolist(), strict=True))
 
     def _peak_memory_gib(self) -> float:
         """Largest peak over the ranks: the one that would run out first."""

@@ -1,4 +1,4 @@
-"""Chrome traces of the expert exchange: what was computed, what was on the link, what waited."""
+"""Chrome traces of an exchange: what was computed, what was on the link, what waited."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import nn
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.trace import trace_steps
 from megatron_telechat.errors import ResourceError
+from megatron_telechat.model.context_attention import context_attentions
 from megatron_telechat.moe import moe_blocks
 from megatron_telechat.parallel.agreement import gather_objects, together
-from megatron_telechat.parallel.clock import Span
+from megatron_telechat.parallel.clock import ExchangeClock, Span
 from megatron_telechat.parallel.state import ParallelState
 
 ROWS = {"steps": 0, "compute": 1, "link": 2}
@@ -24,17 +25,22 @@ ROWS = {"steps": 0, "compute": 1, "link": 2}
 
 
 class ExchangeTrace:
-    """Records the steps that ``--moe-trace`` names, and writes ``moe_trace/rank_N.json`` after each of them.
+    """Records what the clocks of an exchange see in some steps, and writes ``rank_N.json`` after each of them.
 
     The file is in the trace event format of Chrome, which chrome://tracing and ui.perfetto.dev open; the ranks' files
     use one process number a rank and start at one moment, so that their events can be put into one file.
+
+    Args:
+        flag: field that asked for it, for messages.
+        clocks: of the layers of this rank.
+        steps: which are traced, counted from 1.
+        folder: of the files.
     """
 
-    def __init__(self, virtual_stages: Sequence[nn.Module], run: RunConfig, state: ParallelState, run_dir: Path):
-        self._steps = trace_steps(run.logging.moe_trace) if run.logging.moe_trace and run.model.is_moe else range(0)
-        self._blocks = moe_blocks(virtual_stages) if self._steps else []
+    def __init__(self, flag: str, clocks: Sequence[ExchangeClock], steps: range, state: ParallelState, folder: Path):
+        self._flag, self._clocks, self._steps = flag, clocks, steps
         self._state = state
-        self._file = run_dir / "moe_trace" / f"rank_{state.rank}.json"
+        self._file = folder / f"rank_{state.rank}.json"
         self._start_s: float | None = None
         self._link_end_us = 0.0
         self._events: list[dict[str, Any]] = []
@@ -53,14 +59,14 @@ class ExchangeTrace:
             gather_objects(None)  # the ranks' clocks mean nothing to each other: all start when the last one is here
             self._start_s = time.perf_counter()
             self._events += self._names()
-        for block in self._blocks:
-            block.clock.tracing = True
+        for clock in self._clocks:
+            clock.tracing = True
         begin = self._now_us()
         try:
             yield
         finally:
-            for block in self._blocks:
-                block.clock.tracing = False
+            for clock in self._clocks:
+                clock.tracing = False
         self._events.append(
             _event(self._state.rank, "steps", f"step {number}", begin, self._now_us(), {"step": number})
         )
@@ -80,11 +86,10 @@ class ExchangeTrace:
 
     def _collect(self, step: int) -> None:
         spans = []
-        for block in self._blocks:
-            shift = self._now_us() - block.clock.now_us()
+        for clock in self._clocks:
+            shift = self._now_us() - clock.now_us()
             spans += [
-                span._replace(start_us=span.start_us + shift, end_us=span.end_us + shift)
-                for span in block.clock.take_spans()
+                span._replace(start_us=span.start_us + shift, end_us=span.end_us + shift) for span in clock.take_spans()
             ]
         for span in sorted(spans, key=lambda span: span.start_us):
             self._events.append(self._of_span(span, step))
@@ -112,8 +117,24 @@ class ExchangeTrace:
             self._file.write_text(text, encoding="utf-8")
         except OSError as error:
             raise ResourceError(
-                f"cannot write {self._file}: {error.strerror}", "moe_trace", "free the disk, or leave --moe-trace out"
+                f"cannot write {self._file}: {error.strerror}",
+                self._flag,
+                f"free the disk, or leave --{self._flag.replace('_', '-')} out",
             ) from error
+
+
+def exchange_traces(
+    virtual_stages: Sequence[nn.Module], run: RunConfig, state: ParallelState, run_dir: Path
+) -> list[ExchangeTrace]:
+    """What ``--moe-trace`` and ``--cp-trace`` ask for: traces in ``moe_trace/`` and ``cp_trace/`` of the run folder."""
+    found = []
+    for flag, text, clocks in (
+        ("moe_trace", run.logging.moe_trace, [block.clock for block in moe_blocks(virtual_stages)]),
+        ("cp_trace", run.logging.cp_trace, [each.clock for each in context_attentions(virtual_stages)]),
+    ):
+        if text:
+            found.append(ExchangeTrace(flag, clocks, trace_steps(text), state, run_dir / flag))
+    return found
 
 
 def _event(rank: int, row: str, name: str, start_us: float, end_us: float, details: dict[str, Any]) -> dict[str, Any]:

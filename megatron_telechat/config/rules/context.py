@@ -110,6 +110,18 @@ def pieces_are_some(check: Check) -> Iterator[Problem]:
         yield check.one(f"{PIECES}={pieces} is not between 1 and {MOST_PIECES}", PIECES, fix=flag(PIECES, "auto"))
 
 
+def a_trace_has_an_exchange(check: Check) -> Iterator[Problem]:
+    """cp_trace needs ranks that exchange keys and values, or heads."""
+    steps, size = check.take("cp_trace", CP)
+    if steps is not None and size == 1:
+        yield check.problem(
+            f"cp_trace={steps}, but with {CP}=1 no rank exchanges anything for its attention",
+            "cp_trace",
+            CP,
+            fix=f"leave --cp-trace out, or {flag(CP, 2)}",
+        )
+
+
 def recordings_have_fixed_places(check: Check) -> Iterator[Problem]:
     """A recording of the routing is of fixed positions a rank, which other layouts choose for each sample."""
     record, replay, layout, size, apart = check.take(*RECORDINGS, LAYOUT, CP, "reset_attention_mask")
@@ -129,5 +141,6 @@ RULES: tuple[Rule, ...] = (
     heads_are_exchanged_whole,
     no_attention_dropout,
     pieces_are_some,
+    a_trace_has_an_exchange,
     recordings_have_fixed_places,
 )

@@ -66,8 +66,8 @@ def chunks_hold_tokens(check: Check) -> Iterator[Problem]:
 
 
 def names_steps(check: Check) -> Iterator[Problem]:
-    """Step ranges (moe_trace, moe_routing_steps) can be read and begin within the run."""
-    for name in (TRACE, STEPS):
+    """Step ranges (moe_trace, cp_trace, moe_routing_steps) can be read and begin within the run."""
+    for name in (TRACE, "cp_trace", STEPS):
         text, last_step = check.take(name, "train_iters")
         if text is None:
             continue

@@ -26,10 +26,14 @@ from torch import Tensor
 
 from megatron_telechat.backend.block_attention import Block, BlockAttention, Grads, Running, Saved
 from megatron_telechat.parallel.clock import PassClock
-from megatron_telechat.parallel.context.exchange import RowLink, RowTransfer
+from megatron_telechat.parallel.context.exchange import RowLink
 from megatron_telechat.parallel.context.plan import ContextPlan, Range, Transfer
+from megatron_telechat.parallel.transfer import RowTransfer
 
 IN_FLIGHT = 2
+
+Clocks = tuple[PassClock, PassClock]
+"""Of the forward and of the backward of one call."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Way:
     kernel: BlockAttention
     pieces: int
     keep: bool
-    clocks: tuple[PassClock, PassClock]
+    clocks: Clocks
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: ContextPlan, way: Way) -> Tensor:

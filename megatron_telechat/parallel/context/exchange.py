@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_telechat.backend import traits_of
-
-
-class RowTransfer(Protocol):
-    """Rows under way; see `parallel.transfer.Transfer`, whose protocol it follows."""
-
-    @property
-    def arrived(self) -> bool: ...
-
-    def wait(self) -> Tensor:
-        """The rows that arrived, in the shape that was asked for; to be called once."""
-        ...
-
-    def when_done(self, report: Callable[[], None]) -> None: ...
-
-    def wait_beside(self) -> None: ...
+from megatron_telechat.parallel.transfer import RowTransfer
 
 
 class RowLink(Protocol):
@@ -53,30 +40,31 @@ class Moving:
     Args:
         received: where the rows arrive.
         works: handles of the messages that arrive.
-        by_host: threads of the host move the rows; otherwise the device does, in the order of its queues.
     """
 
-    def __init__(self, received: Tensor, works: list[dist.Work], by_host: bool):
-        self._received, self._works, self._by_host = received, works, by_host
-
-    @property
-    def arrived(self) -> bool:
-        """Whether :meth:`wait` would return at once. Where the device moves the rows, the host never waits: True."""
-        return not self._by_host or all(work.is_completed() for work in self._works)
+    def __init__(self, received: Tensor, works: list[dist.Work]):
+        self._received, self._works = received, works
+        self._watcher: Thread | None = None
 
     def wait(self) -> Tensor:
         """The received rows; to be called once. On an accelerator the current stream waits, not the host."""
-        for work in self._works:
-            work.wait()
+        if self._watcher is not None:
+            self._watcher.join()
+        else:
+            self.wait_beside()
         self._works = []
         return self._received
 
     def when_done(self, report: Callable[[], None]) -> None:
         """Call `report` from another thread when the rows are here; host transfers only."""
-        if not self._works:
+
+        def watch() -> None:
+            self.wait_beside()
             report()
-        for work in self._works:
-            work.get_future().add_done_callback(lambda _: report())
+
+        # gloo's messages can be asked nothing, and be waited for once: that thread waits in place of this one.
+        self._watcher = Thread(target=watch, daemon=True)
+        self._watcher.start()
 
     def wait_beside(self) -> None:
         """Let the current stream wait too, before :meth:`wait`; transfers by the device only."""
@@ -120,10 +108,10 @@ class Ring:
         if not by_host:
             # One handle for both; the stream that waits for what arrives waits for what leaves as well, so that its
             # buffer is free then.
-            return Moving(received, works, by_host)
+            return Moving(received, works)
         if rows.numel():
             self._leaving.append((works.pop(0), rows))
-        return Moving(received, works, by_host)
+        return Moving(received, works)
 
     def finish(self) -> None:
         """See `RowLink`."""
