@@ -75,7 +75,7 @@ class DeviceTraits:
     widens_attention: bool
     """Attention of 16-bit operands may be faster in fp32; the machine tells (`backend.cpu_types`)."""
     block_attention: str
-    """The kernel of attention over ranks (``backend/block_attention``), as module:class."""
+    """The kernel of attention over ranks (``backend/block_attention``) beside `fused_kernels`, as module:class."""
     attention_statistics_bytes: int
     """What the attention keeps of the softmax for its backward, for each head of a token."""
     byte_dropout_masks: bool
@@ -170,7 +170,7 @@ _NPU = DeviceTraits(
     copies_attention_output=False,
     varlen_attention=False,
     widens_attention=False,
-    block_attention="megatron_telechat.backend.block_attention.ascend:AscendBlocks",
+    block_attention="megatron_telechat.backend.block_attention.plain:PlainBlocks",
     attention_statistics_bytes=64,  # maximum and sum of the softmax, 8 fp32 numbers each
     byte_dropout_masks=True,
     expert_engine="grouped",

@@ -25,6 +25,10 @@ _DOCUMENTED = {
     f"scale=1.0, keep_prob=1.0, pre_tockens={_FAR}, next_tockens={_FAR}, inner_precise=0, prefix=None, "
     "actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True, sync=False, "
     "softmax_layout=''",
+    "npu_fusion_attention_grad": "query, key, value, dy, head_num, input_layout, *, pse=None, padding_mask=None, "
+    "atten_mask=None, softmax_max=None, softmax_sum=None, softmax_in=None, attention_in=None, scale_value=1.0, "
+    f"keep_prob=1.0, pre_tockens={_FAR}, next_tockens={_FAR}, inner_precise=0, seed=0, offset=0, numels=0, "
+    "prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True, sync=False",
     "npu_rms_norm": "self, gamma, epsilon=1e-06",
     "npu_rotary_mul": "input, r1, r2, rotary_mode='half', rotate=None",
     "npu_swiglu": "self, dim=-1",

@@ -82,38 +82,90 @@ def npu_fusion_attention(query, key, value, head_num, input_layout, pse=None, pa
                          prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0,
                          gen_mask_parallel=True, sync=False, softmax_layout=""):  # fmt: skip
     assert query.dtype == key.dtype == value.dtype and key.shape == value.shape
-    assert 0 < keep_prob <= 1 and sparse_mode in (2, 3), "the modes of a compressed causal mask"
-    assert atten_mask is not None and atten_mask.dtype in (torch.bool, torch.uint8)
-    assert torch.equal(atten_mask.bool(), torch.ones(2048, 2048).triu(1).bool()), "True hides a key"
+    assert 0 < keep_prob <= 1
+    _check_mask(atten_mask, sparse_mode)
     calls[f"npu_fusion_attention {input_layout}"] += 1
     if input_layout == "SBH":
         assert actual_seq_qlen is None and actual_seq_kvlen is None
         width = query.shape[2] // head_num
         samples = [[part[:, sample].unflatten(1, (-1, width)) for part in (query, key, value)]
                    for sample in range(query.shape[1])]  # fmt: skip
-        out = torch.stack([_attend(*sample, head_num, scale, keep_prob).flatten(1) for sample in samples], 1)
-    else:
-        assert input_layout == "TND" and query.dim() == key.dim() == 3
-        assert actual_seq_qlen == actual_seq_kvlen and len(actual_seq_qlen) <= 1024
-        assert all(type(end) is int for end in actual_seq_qlen) and actual_seq_qlen[-1] == query.shape[0]
-        sizes = [end - start for start, end in zip([0, *actual_seq_qlen], actual_seq_qlen, strict=False)]
-        parts = zip(*(part.split(sizes) for part in (query, key, value)), strict=True)
-        out = torch.cat([_attend(*part, head_num, scale, keep_prob) for part in parts])
-    statistics = query.new_zeros(0, dtype=torch.float32)
-    return out, statistics, statistics, query.new_zeros(0), 0, 0, 0
+        found = [_attend(*sample, head_num, scale, keep_prob, sparse_mode)[0].flatten(1) for sample in samples]
+        statistics = query.new_zeros(0, dtype=torch.float32)
+        return torch.stack(found, 1), statistics, statistics, query.new_zeros(0), 0, 0, 0
+    assert input_layout == "TND"
+    parts = _sequences(query, key, value, actual_seq_qlen, actual_seq_kvlen)
+    found = [_attend(*part, head_num, scale, keep_prob, sparse_mode) for part in parts]
+    out, largest, summed = (torch.cat(part) for part in zip(*found, strict=True))
+    largest, summed = (part.unsqueeze(-1).expand(-1, -1, 8).contiguous() for part in (largest, summed))
+    return out, largest, summed, query.new_zeros(0), 0, 0, 0
 
 
-def _attend(query, key, value, head_num, scale, keep_prob):
-    """One sample: [s, heads, d], keys and values [s, groups, d] → [s, heads, d]."""
+def npu_fusion_attention_grad(query, key, value, dy, head_num, input_layout, *, pse=None, padding_mask=None,
+                              atten_mask=None, softmax_max=None, softmax_sum=None, softmax_in=None, attention_in=None,
+                              scale_value=1.0, keep_prob=1.0, pre_tockens=2147483647, next_tockens=2147483647,
+                              inner_precise=0, seed=0, offset=0, numels=0, prefix=None, actual_seq_qlen=None,
+                              actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True, sync=False):  # fmt: skip
+    assert input_layout == "TND" and query.dtype == key.dtype == value.dtype == dy.dtype == attention_in.dtype
+    assert softmax_max.shape == softmax_sum.shape == (*query.shape[:2], 8)
+    assert softmax_max.dtype == softmax_sum.dtype == torch.float32 and softmax_max.is_contiguous()
+    _check_mask(atten_mask, sparse_mode)
+    calls["npu_fusion_attention_grad"] += 1
+    sizes = [end - start for start, end in zip([0, *actual_seq_qlen], actual_seq_qlen, strict=False)]
+    others = zip(*(part.split(sizes) for part in (dy, softmax_max, softmax_sum, attention_in)), strict=True)
+    parts = _sequences(query, key, value, actual_seq_qlen, actual_seq_kvlen)
+    rep, found = head_num // key.shape[1], []
+    for (q, k, v), (grad, largest, summed, out) in zip(parts, others, strict=True):
+        scores = _scores(q, k, head_num, scale_value, sparse_mode)
+        largest, summed = (part[..., 0].t().unsqueeze(-1) for part in (largest, summed))
+        weights = (scores - largest).exp() / summed
+        q, grad, out, k, v = (part.transpose(0, 1).float() for part in (q, grad, out, k, v))
+        inner = weights * (grad @ v.repeat_interleave(rep, 0).transpose(1, 2) - (grad * out).sum(-1, keepdim=True))
+        inner = inner * scale_value
+        of_heads = (inner.transpose(1, 2) @ q, weights.transpose(1, 2) @ grad)
+        dk, dv = (part.unflatten(0, (-1, rep)).sum(1) for part in of_heads)
+        found.append([part.transpose(0, 1) for part in (inner @ k.repeat_interleave(rep, 0), dk, dv)])
+    dq, dk, dv = (torch.cat(part).to(query.dtype) for part in zip(*found, strict=True))
+    return dq, dk, dv, query.new_zeros(0)
+
+
+def _check_mask(atten_mask, sparse_mode):
+    assert sparse_mode in (0, 2, 3), "all keys, or the modes of a compressed causal mask"
+    if sparse_mode == 0:
+        assert atten_mask is None
+        return
+    assert atten_mask is not None and atten_mask.dtype in (torch.bool, torch.uint8)
+    assert torch.equal(atten_mask.bool(), torch.ones(2048, 2048).triu(1).bool()), "True hides a key"
+
+
+def _sequences(query, key, value, query_ends, key_ends):
+    """The sequences of a call in the layout TND."""
+    assert query.dim() == key.dim() == 3 and len(query_ends) == len(key_ends) <= 1024
+    assert all(type(end) is int for end in (*query_ends, *key_ends))
+    assert query_ends[-1] == query.shape[0] and key_ends[-1] == key.shape[0]
+    sizes = [[end - start for start, end in zip([0, *ends], ends, strict=False)] for ends in (query_ends, key_ends)]
+    return list(zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True))
+
+
+def _scores(query, key, head_num, scale, sparse_mode):
+    """[heads, queries, keys]; a hidden key is at minus infinity."""
     assert query.shape[1] == head_num and head_num % key.shape[1] == 0
-    rep = head_num // key.shape[1]
-    q, k, v = (part.transpose(0, 1).float() for part in (query, key, value))
-    k, v = k.repeat_interleave(rep, 0), v.repeat_interleave(rep, 0)
-    scores = q @ k.transpose(1, 2) * scale
-    hidden = torch.ones(scores.shape[1:]).triu(1).bool()
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    weights = torch.nn.functional.dropout(weights, 1 - keep_prob)
-    return (weights @ v).transpose(0, 1).to(query.dtype)
+    q, k = (part.transpose(0, 1).float() for part in (query, key))
+    scores = q @ k.repeat_interleave(head_num // key.shape[1], 0).transpose(1, 2) * scale
+    if sparse_mode == 0:
+        return scores
+    shift = scores.shape[2] - scores.shape[1] if sparse_mode == 3 else 0
+    return scores.masked_fill(torch.ones(scores.shape[1:]).triu(1 + shift).bool(), float("-inf"))
+
+
+def _attend(query, key, value, head_num, scale, keep_prob, sparse_mode):
+    """One sequence: [s, heads, d], keys and values [n, groups, d] → [s, heads, d], maxima and sums [s, heads]."""
+    scores = _scores(query, key, head_num, scale, sparse_mode)
+    v = value.transpose(0, 1).float().repeat_interleave(head_num // key.shape[1], 0)
+    largest = scores.amax(-1)
+    summed = (scores - largest.unsqueeze(-1)).exp().sum(-1)
+    weights = torch.nn.functional.dropout(scores.softmax(-1), 1 - keep_prob)
+    return (weights @ v).transpose(0, 1).to(query.dtype), largest.t(), summed.t()
 
 
 def npu_rms_norm(self, gamma, epsilon=1e-06):

@@ -4,8 +4,9 @@ A block gives the output of its queries as if its keys were all there are, and t
 exponentials (LSE). With both, blocks are summed exactly (:class:`Running`); with the LSE of all keys, the gradients of
 a block are exact by themselves (FlashAttention-2, section 3.1).
 
-Each kind of device has its kernel (`DeviceTraits.block_attention`). A kernel that does not take the type or the width
-of the heads is replaced by plain products.
+Each kind of device has its kernel: one of `backend.kernels` that passes its check (``blocks``), else
+`DeviceTraits.block_attention`. Plain products take the place of one that does not take the type or the width of the
+heads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from megatron_telechat.backend.base import traits_of
 from megatron_telechat.backend.block_attention.running import Running
+from megatron_telechat.backend.kernels import kernels
+
+PLAIN = "megatron_telechat.backend.block_attention.plain:PlainBlocks"
 
 Block = tuple[int, int, int, int]
 """Queries ``q0 .. q1`` with keys ``k0 .. k1``; where causal, the last query sees the last key, aligned to the bottom
@@ -92,10 +96,13 @@ def _kernel_of(path: str) -> BlockAttention:
 
 def block_attention(query: Tensor) -> BlockAttention:
     """The kernel for heads like these, [t, heads, d], on their device."""
+    fused = kernels("blocks", query)
+    if fused is not None:
+        return fused.BLOCKS
     kernel = _kernel_of(traits_of(query.device).block_attention)
     if kernel.takes(query):
         return kernel
-    return _kernel_of("megatron_telechat.backend.block_attention.plain:PlainBlocks")
+    return _kernel_of(PLAIN)
 
 
 __all__ = ["Block", "BlockAttention", "Grads", "Running", "Saved", "block_attention"]

@@ -26,7 +26,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 FAMILIES = {
     "triton": (__name__, ("sums", "rotary", "swiglu", "adding")),
-    "torch_npu": (f"{__name__}.ascend", ("grouped", "attention", "norm", "rotary", "swiglu")),
+    "torch_npu": (f"{__name__}.ascend", ("grouped", "attention", "blocks", "norm", "rotary", "swiglu")),
 }
 """For each package that kernels need: where the modules are that use it, and their names. Modules of one name offer the
 same functions."""
