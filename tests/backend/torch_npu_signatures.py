@@ -1,6 +1,6 @@
 """Signatures of the torch_npu functions that the package calls, typed from torch_npu 2.13.0.
 
-Of the functions that its wheel documents (``torch_npu/_op_plugin_docs.py``) the documented parameters; of the three
+Of the functions that its wheel documents (``torch_npu/_op_plugin_docs.py``) the documented parameters; of the four
 that it does not, those of the functions that it registers for the meta device
 (``torch_npu/op_plugin/meta/_meta_registrations.py``). `test_ascend_calls.py` holds the calls to this table, and the
 table to a wheel where there is one.
@@ -25,15 +25,16 @@ _DOCUMENTED = {
     f"scale=1.0, keep_prob=1.0, pre_tockens={_FAR}, next_tockens={_FAR}, inner_precise=0, prefix=None, "
     "actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True, sync=False, "
     "softmax_layout=''",
-    "npu_fusion_attention_grad": "query, key, value, dy, head_num, input_layout, *, pse=None, padding_mask=None, "
-    "atten_mask=None, softmax_max=None, softmax_sum=None, softmax_in=None, attention_in=None, scale_value=1.0, "
-    f"keep_prob=1.0, pre_tockens={_FAR}, next_tockens={_FAR}, inner_precise=0, seed=0, offset=0, numels=0, "
-    "prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True, sync=False",
     "npu_rms_norm": "self, gamma, epsilon=1e-06",
     "npu_rotary_mul": "input, r1, r2, rotary_mode='half', rotate=None",
     "npu_swiglu": "self, dim=-1",
 }
 _REGISTERED = {
+    "npu_fusion_attention_grad": "query, key, value, dy, head_num, input_layout, *, pse=None, padding_mask=None, "
+    "atten_mask=None, softmax_max=None, softmax_sum=None, softmax_in=None, attention_in=None, scale_value=1.0, "
+    f"keep_prob=1.0, pre_tockens={_FAR}, next_tockens={_FAR}, inner_precise=0, seed=0, offset=0, numels=0, "
+    "prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True, sync=False, "
+    "softmax_layout='', sink=None",
     "npu_grouped_matmul_add_": "y, x1, x2, group_list, *, transpose_x=True, transpose_weight=False, group_type=2, "
     "group_list_type=0",
     "npu_rms_norm_backward": "dy, self, gamma, rstd",

@@ -105,7 +105,8 @@ def npu_fusion_attention_grad(query, key, value, dy, head_num, input_layout, *, 
                               atten_mask=None, softmax_max=None, softmax_sum=None, softmax_in=None, attention_in=None,
                               scale_value=1.0, keep_prob=1.0, pre_tockens=2147483647, next_tockens=2147483647,
                               inner_precise=0, seed=0, offset=0, numels=0, prefix=None, actual_seq_qlen=None,
-                              actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True, sync=False):  # fmt: skip
+                              actual_seq_kvlen=None, sparse_mode=0, gen_mask_parallel=True, sync=False,
+                              softmax_layout="", sink=None):  # fmt: skip
     assert input_layout == "TND" and query.dtype == key.dtype == value.dtype == dy.dtype == attention_in.dtype
     assert softmax_max.shape == softmax_sum.shape == (*query.shape[:2], 8)
     assert softmax_max.dtype == softmax_sum.dtype == torch.float32 and softmax_max.is_contiguous()
@@ -126,7 +127,7 @@ def npu_fusion_attention_grad(query, key, value, dy, head_num, input_layout, *, 
         dk, dv = (part.unflatten(0, (-1, rep)).sum(1) for part in of_heads)
         found.append([part.transpose(0, 1) for part in (inner @ k.repeat_interleave(rep, 0), dk, dv)])
     dq, dk, dv = (torch.cat(part).to(query.dtype) for part in zip(*found, strict=True))
-    return dq, dk, dv, query.new_zeros(0)
+    return dq, dk, dv, None, query.new_zeros(0)
 
 
 def _check_mask(atten_mask, sparse_mode):

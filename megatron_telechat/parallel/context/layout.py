@@ -98,6 +98,8 @@ def dealt(documents: np.ndarray, ranks: int) -> Layout:
         documents: int64 [documents + 1]: 0, and where each document of the row ends.
     """
     length = int(documents[-1])
+    if ranks == 1:
+        return contiguous(length, ranks)
     each = chunks_per_rank(length, ranks)
     count = each * ranks
     work = _work_of_stretches(documents, np.arange(count + 1) * (length // count))
