@@ -19,6 +19,7 @@ SHARED = Path(os.environ.get("CHECKPOINT_TEST_FOLDER", "/nonexistent"))
 BETA1, BETA2 = 0.9, 0.95
 
 TP2 = {"tensor_model_parallel_size": 2}
+CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 PP2 = {"pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 INTERLEAVED = {**PP2, "num_virtual_stages_per_pipeline_rank": 2}
@@ -45,6 +46,8 @@ PAIRS: dict[str, tuple[str, str, dict, dict]] = {
     "tp2_ep2_to_pp2": ("moe", "bf16", {**FOLDED, **DISTRIBUTED}, PP2),
     "tp2_pp2_ep2_to_etp2": ("moe", "bf16", {**FOLDED, **PP2}, {**TP2, "expert_tensor_parallel_size": 2, **DISTRIBUTED}),
     "etp2_distributed_to_ep4": ("moe", "bf16", {**TP2, "expert_tensor_parallel_size": 2, **DISTRIBUTED}, expert(4)),
+    "cp4_distributed_to_cp2_tp2": ("dense", "bf16", {**CP4, **DISTRIBUTED}, {**CP2, **TP2, **DISTRIBUTED}),
+    "cp2_ep4_to_dp4": ("moe", "bf16", {**CP2, **expert(4)}, expert(1)),
     "fp16_with_loss_scale": ("moe", "fp16", expert(2), {**FOLDED, **DISTRIBUTED}),
 }
 

@@ -3,6 +3,7 @@ first gradient, last weights, the choice of experts."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import pytest
 from megatron_telechat.config.routing import read_recording
 from megatron_telechat.tensors.table import tensor_table
 from megatron_telechat.training.routing_compare import common_steps, differences
-from tests.harness import run_cases
+from tests.data.chat_material import letters_tokenizer, numbered, write_lines
+from tests.harness import ROOT, launch, run_cases
 from tests.training.runs import DENSE, MOE, assemble, load
 from tests.training.test_parity import TIE, TOLERANCE, WEIGHT_TOLERANCE
 from tests.training.worker_context import LAYOUTS, LONG
 
+PRETRAIN = ROOT / "pretrain" / "pretrain_telechat2.py"
 WORKER = Path(__file__).with_name("worker_context.py")
 ALL = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts if world > 1]
 
@@ -41,6 +44,32 @@ def tensors(folder: Path, name: str, model: str, tmp: Path):
     run = load([*(MOE if model == "moe" else DENSE), *LONG], tmp)
     shapes = {key: spec.shape for key, spec in tensor_table(run.model).items()}
     return assemble(sorted(folder.glob(f"{name}.rank*.safetensors")), shapes)
+
+
+def test_a_packed_run_goes_on_bitwise_and_evaluates(tmp_path):
+    """What was measured for the layouts of its rows is kept: the resumed ranks hold the same tokens."""
+    letters_tokenizer(tmp_path)
+    write_lines(tmp_path / "d.jsonl", numbered(120))
+    flags = [
+        *(word for word in DENSE if word != "--mock-data"),
+        *"--vocab-size 320 --seq-length 64 --sft --split 90,10,0 --num-workers 1 --context-parallel-size 2".split(),
+        *"--reset-position-ids --reset-attention-mask --train-iters 6 --eval-interval 2 --eval-iters 1".split(),
+        *("--data-path", str(tmp_path / "d.jsonl"), "--tokenizer-model", str(tmp_path / "tokenizer.json")),
+    ]
+    launch(PRETRAIN, 2, *flags, "--save-interval", "3", "--run-dir", str(tmp_path / "whole"), timeout=240).ok()
+    begin = ["--load", str(tmp_path / "whole" / "checkpoints"), "--load-step", "3"]
+    run = launch(PRETRAIN, 2, *flags, *begin, "--run-dir", str(tmp_path / "parts"), timeout=240).ok()
+    assert "from the checkpoint" in run.stdout and "cp exposed" in run.stdout
+    whole, parts = (losses(tmp_path / folder) for folder in ("whole", "parts"))
+    assert parts == {key: loss for key, loss in whole.items() if key[1] > 3} and ("valid_loss", 4) in parts
+
+
+def losses(run_dir: Path) -> dict[tuple[str, int], float]:
+    """Losses by kind and step."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {
+        (key, line["step"]): line[key] for line in lines for key in ("loss", "valid_loss") if line.get(key) is not None
+    }
 
 
 @pytest.mark.parametrize("world,name", ALL, ids=[name for _, name in ALL])
