@@ -87,8 +87,8 @@ class CudaBackend(Backend):
         if os.environ.get(_QUEUES) != "1":
             return None
         return (
-            f"{_QUEUES}=1 queues the experts' exchange behind their kernels, which costs much of what "
-            "--moe-input-chunks gains: unset it"
+            f"{_QUEUES}=1 queues exchanges behind the kernels that they should run beside (of the experts with "
+            "--moe-input-chunks, of the attention with context parallelism): unset it"
         )
 
     def use_deterministic_algorithms(self) -> None:

@@ -562,6 +562,14 @@ class RunConfig:
         return self.training.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)
 
     @property
+    def exchanges_overlap(self) -> bool:
+        """Whether an exchange of the experts, or of the attention over ranks, is to run beside kernels."""
+        parallel = self.parallel
+        expert, expert_tensor = parallel.expert_sizes
+        experts = self.model.is_moe and parallel.moe_input_chunks != 1 and expert * expert_tensor > 1
+        return experts or parallel.context_sizes[1] > 1
+
+    @property
     def routers_read_masks(self) -> bool:
         """Whether the routers must be told which tokens are padding, and how many of a step are learned."""
         data = self.data

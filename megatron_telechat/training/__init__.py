@@ -27,7 +27,7 @@ def train(run: RunConfig, origins: Mapping[str, str] | None = None) -> int:
         from megatron_telechat.backend import get_backend
 
         backend = get_backend(run.training.device)
-        if _exchange_overlaps(run):
+        if run.exchanges_overlap:
             backend.open_queues()
         # The fixes for megatron.core hook its import: they come before the first module that needs it.
         backend.install()
@@ -47,12 +47,6 @@ def train(run: RunConfig, origins: Mapping[str, str] | None = None) -> int:
         trainer.release()
         destroy()
         return code
-
-
-def _exchange_overlaps(run: RunConfig) -> bool:
-    """Whether the exchange of the experts is to run beside their kernels."""
-    expert, expert_tensor = run.parallel.expert_sizes
-    return run.model.is_moe and run.parallel.moe_input_chunks != 1 and expert * expert_tensor > 1
 
 
 __all__ = ["train"]

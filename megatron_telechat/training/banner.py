@@ -76,8 +76,7 @@ def warnings(run: RunConfig, backend: Backend) -> list[str]:
     """What makes this run slower than it need be, each with its remedy."""
     topology = Topology.from_config(run.parallel)
     found = placement_warnings(topology, run.model.is_moe, run.parallel.fold_tensor_into_experts)
-    chunked = run.model.is_moe and run.parallel.moe_input_chunks != 1 and topology.ep * topology.etp > 1
-    warning = backend.overlap_warning() if chunked else None
+    warning = backend.overlap_warning() if run.exchanges_overlap else None
     return found if warning is None else [*found, warning]
 
 

@@ -9,7 +9,6 @@ import pytest
 from megatron_telechat.backend.cpu import CpuBackend
 from megatron_telechat.backend.cuda import CudaBackend
 from megatron_telechat.config import load_run_config
-from megatron_telechat.training import _exchange_overlaps
 from megatron_telechat.training.banner import expert_lines, warnings
 
 CUDA, CPU = CudaBackend(0), CpuBackend(0)
@@ -50,10 +49,16 @@ def test_one_cuda_queue_is_warned_of_where_chunks_need_more(monkeypatch, backend
 
 @pytest.mark.parametrize(
     "flags, overlaps",
-    [((*TP2, "--moe-input-chunks", "auto"), True), ((*TP2, "--moe-input-chunks", "4"), True), (TP2, False)],
+    [
+        ((*TP2, "--moe-input-chunks", "auto"), True),
+        ((*TP2, "--moe-input-chunks", "4"), True),
+        (TP2, False),
+        (("--context-parallel-size", "2", "--cp-comm-type", "p2p"), True),
+        (("--context-parallel-size", "2", "--cp-comm-type", "a2a"), False),
+    ],
 )
-def test_the_exchange_overlaps_where_its_input_comes_in_chunks(flags, overlaps):
-    assert _exchange_overlaps(load(*flags)) == overlaps
+def test_exchanges_overlap_where_they_come_in_pieces(flags, overlaps):
+    assert load(*flags).exchanges_overlap == overlaps
 
 
 @pytest.mark.parametrize("backend, given, after", [(CUDA, None, "8"), (CUDA, "1", "1"), (CPU, None, None)])
