@@ -63,15 +63,15 @@ class Backend(ABC):
         return self.traits.device_file or self.device_name()
 
     def open_queues(self) -> None:  # noqa: B027 (most devices have nothing to open)
-        """Let an exchange of the experts or of the attention run beside kernels. To be called before `install`; what the environment
-        says is left as it is."""
+        """Let an exchange of the experts or of the attention run beside kernels. To be called before `install`; what
+        the environment says is left as it is."""
 
     def limit_waits(self, timeout: timedelta) -> None:  # noqa: B027 (most libraries take it from the process group)
         """Let the communication library wait no longer for another rank than the process groups do. To be called before
         ranks are joined; what the environment says is left as it is."""
 
     def overlap_warning(self) -> str | None:
-        """What in the environment makes exchanges wait for the kernels that they should run beside, and the remedy; None
+        """What in the environment makes exchanges wait for kernels that they should run beside, and the remedy; None
         where nothing does."""
         return None
 
