@@ -22,14 +22,17 @@ class CpuBlocks:
     """`BlockAttention` by ``_scaled_dot_product_flash_attention_for_cpu``."""
 
     def takes(self, query: Tensor) -> bool:
+        """See `BlockAttention`."""
         return query.dtype in _TYPES
 
     def prepared(self, rows: Tensor) -> Tensor:
+        """See `BlockAttention`."""
         return rows.to(widened(rows.dtype))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], causal: bool, total: Running
     ) -> None:
+        """See `BlockAttention`."""
         for (q0, q1, k0, k1), diagonal in _parts(blocks, causal):
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 _heads(query[q0:q1]), _heads(key[k0:k1]), _heads(value[k0:k1]), 0.0, diagonal
@@ -40,6 +43,7 @@ class CpuBlocks:
     def backward(
         self, saved: Saved, key: Tensor, value: Tensor, blocks: Sequence[Block], causal: bool, grads: Grads
     ) -> None:
+        """See `BlockAttention`."""
         for (q0, q1, k0, k1), diagonal in _parts(blocks, causal):
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 _heads(saved.grad[q0:q1]),

@@ -23,15 +23,18 @@ class FlashBlocks:
     """`BlockAttention` by ``aten._flash_attention_forward`` and its backward, 16-bit types."""
 
     def takes(self, query: Tensor) -> bool:
+        """See `BlockAttention`."""
         width = query.shape[-1]
         return query.dtype in _TYPES and width <= _MAX_HEAD and width % _HEAD_MULTIPLE == 0
 
     def prepared(self, rows: Tensor) -> Tensor:
+        """See `BlockAttention`."""
         return rows
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], causal: bool, total: Running
     ) -> None:
+        """See `BlockAttention`."""
         for call in calls(tuple(blocks), query.device):
             out, lse, *_ = torch.ops.aten._flash_attention_forward(
                 query[call.queries],
@@ -49,6 +52,7 @@ class FlashBlocks:
     def backward(
         self, saved: Saved, key: Tensor, value: Tensor, blocks: Sequence[Block], causal: bool, grads: Grads
     ) -> None:
+        """See `BlockAttention`."""
         for call in calls(tuple(blocks), key.device):
             state = torch.empty(2, dtype=torch.uint64, device=key.device)  # of dropout, which there is none of
             dq, dk, dv = torch.ops.aten._flash_attention_backward(

@@ -19,14 +19,17 @@ class PlainBlocks:
     """`BlockAttention` in fp32 products; scores of `QUERIES_AT_ONCE` queries in memory."""
 
     def takes(self, query: Tensor) -> bool:
+        """See `BlockAttention`."""
         return True
 
     def prepared(self, rows: Tensor) -> Tensor:
+        """See `BlockAttention`."""
         return rows.float() if rows.dtype != torch.float64 else rows
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], causal: bool, total: Running
     ) -> None:
+        """See `BlockAttention`."""
         for q0, q1, k0, k1 in _parts(blocks, causal):
             scores = _scores(query[q0:q1], key[k0:k1], causal)
             lse = scores.logsumexp(-1).flatten(0, 1)
@@ -37,6 +40,7 @@ class PlainBlocks:
     def backward(
         self, saved: Saved, key: Tensor, value: Tensor, blocks: Sequence[Block], causal: bool, grads: Grads
     ) -> None:
+        """See `BlockAttention`."""
         for q0, q1, k0, k1 in _parts(blocks, causal):
             k, v = key[k0:k1], value[k0:k1]
             groups, scale = k.shape[1], 1.0 / math.sqrt(k.shape[2])

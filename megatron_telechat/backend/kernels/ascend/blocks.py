@@ -57,14 +57,17 @@ class AscendBlocks:
     """`BlockAttention` in the layout TND: tokens of all blocks one after another."""
 
     def takes(self, query: Tensor) -> bool:
+        """See `BlockAttention`."""
         return query.dtype in TYPES
 
     def prepared(self, rows: Tensor) -> Tensor:
+        """See `BlockAttention`."""
         return rows
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], causal: bool, total: Running
     ) -> None:
+        """See `BlockAttention`."""
         for call in (call for cut in _cut(blocks) for call in calls(cut, query.device)):
             q, k, v = query[call.queries], key[call.keys], value[call.keys]
             options = _options(q, call, causal)
@@ -86,6 +89,7 @@ class AscendBlocks:
     def backward(
         self, saved: Saved, key: Tensor, value: Tensor, blocks: Sequence[Block], causal: bool, grads: Grads
     ) -> None:
+        """See `BlockAttention`."""
         for call in (call for cut in _cut(blocks) for call in calls(cut, key.device)):
             q = saved.query[call.queries]
             lse = saved.lse[:, call.queries].t().unsqueeze(-1).expand(-1, -1, REPEATED).contiguous()
