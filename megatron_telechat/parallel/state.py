@@ -250,6 +250,7 @@ def _context_groups(parallel: ParallelConfig, groups: ProcessGroups, timeout: ti
         for name, members in ((name, members) for name, sets in parts.items() for members in sets):
             group = dist.new_group(members, timeout=timeout, group_desc=f"CONTEXT_{name.upper()}")
             if dist.get_rank() in members:
+                assert isinstance(group, dist.ProcessGroup), "this rank is in it"
                 found[name] = group
                 _parts_of_context.append(group)
     return ContextGroups(**found)

@@ -206,8 +206,9 @@ class _Probe:
         way = Way(self.attention.link, kernel, pieces, self.attention.keep, (clocks[0], clocks[1]))
         self.backend.synchronize()
         begin = time.perf_counter()
+        query, key, value = self.parts
         with torch.enable_grad():
-            out = attend(*self.parts, plan or self.plan, way)
+            out = attend(query, key, value, plan or self.plan, way)
         torch.autograd.grad(out, self.parts, self.grad)
         self.backend.synchronize()
         return (time.perf_counter() - begin) * 1e3

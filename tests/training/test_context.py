@@ -15,11 +15,16 @@ from tests.data.chat_material import letters_tokenizer, numbered, write_lines
 from tests.harness import ROOT, launch, run_cases
 from tests.training.runs import DENSE, MOE, assemble, load
 from tests.training.test_parity import TIE, TOLERANCE, WEIGHT_TOLERANCE
-from tests.training.worker_context import LAYOUTS, LONG
+from tests.training.worker_context import LAYOUTS, LONG, QUICK
 
 PRETRAIN = ROOT / "pretrain" / "pretrain_telechat2.py"
 WORKER = Path(__file__).with_name("worker_context.py")
-ALL = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts if world > 1]
+ALL = [
+    pytest.param(world, name, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+    for world, layouts in LAYOUTS.items()
+    for name in layouts
+    if world > 1
+]
 
 pytestmark = pytest.mark.gloo
 
@@ -29,12 +34,13 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("context")
     done = {}
 
-    def of(world: int):
-        if world not in done:
+    def of(world: int, slow: bool = False):
+        if (world, slow) not in done:
             if world != 1:
                 of(1)  # records the choices that the others replay
-            done[world] = run_cases(WORKER, world, timeout=600, env={"CONTEXT_DIR": str(folder)})
-        return done[world]
+            environment = {"CONTEXT_DIR": str(folder), "CONTEXT_SLOW": "1" if slow else ""}
+            done[world, slow] = run_cases(WORKER, world, timeout=600, env=environment)
+        return done[world, slow]
 
     of.folder = folder
     return of
@@ -72,10 +78,10 @@ def losses(run_dir: Path) -> dict[tuple[str, int], float]:
     }
 
 
-@pytest.mark.parametrize("world,name", ALL, ids=[name for _, name in ALL])
+@pytest.mark.parametrize("world,name", ALL)
 def test_equals_one_rank(runs, world, name, tmp_path):
     model = name.split("_")[0]
-    expected, by_rank = runs(1).check(f"{model}_one")[0], runs(world).check(name)
+    expected, by_rank = runs(1).check(f"{model}_one")[0], runs(world, name not in QUICK).check(name)
     assert all(found == by_rank[0] for found in by_rank), "the ranks report different losses"
     assert by_rank[0]["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
     assert by_rank[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5 * TOLERANCE)
@@ -86,9 +92,9 @@ def test_equals_one_rank(runs, world, name, tmp_path):
         assert errors[worst] <= limit, f"{worst}{suffix}: relative error {errors[worst]:.2e}"
 
 
-@pytest.mark.parametrize("world,name", [each for each in ALL if each[1].startswith("moe")])
+@pytest.mark.parametrize("world,name", [each for each in ALL if each.id.startswith("moe")])
 def test_chooses_the_experts_of_one_rank_up_to_ties(runs, world, name):
-    runs(world).check(name)
+    runs(world, name not in QUICK).check(name)
     ours, reference = (read_recording(runs.folder / f"{run}.routing") for run in (name, "moe_one"))
     parted = list(differences(ours, reference, common_steps(ours, reference), TIE))
     assert not [layer for layer in parted if layer.beyond_ties]

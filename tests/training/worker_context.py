@@ -45,6 +45,17 @@ LAYOUTS = {
     },
 }
 
+QUICK = {
+    *LAYOUTS[1],
+    "dense_cp2_p2p_pieces2_keep",
+    "dense_cp2_recompute_full",
+    "moe_cp2_ep2",
+    "dense_cp4_2d",
+    "dense_cp2_pp2_interleaved",
+    "moe_cp2_tp2_folded_ep2_recompute",
+}
+"""In the suite; the others, whose parts these hold too, are with the tests marked slow."""
+
 cases = Cases()
 
 
@@ -60,7 +71,8 @@ def run_case(name: str) -> dict:
 
 
 _world = int(os.environ.get("WORLD_SIZE", "1"))
-for _name in LAYOUTS.get(_world, ()):
+_slow = bool(os.environ.get("CONTEXT_SLOW"))
+for _name in [name for name in LAYOUTS.get(_world, ()) if (name in QUICK) != _slow]:
     cases.add(_name, lambda name=_name: run_case(name))
 
 if __name__ == "__main__":
