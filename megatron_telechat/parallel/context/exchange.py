@@ -39,11 +39,12 @@ class Moving:
 
     Args:
         received: where the rows arrive.
-        works: handles of the messages that arrive.
+        works: handles of the messages to wait for.
+        sent: rows that leave, where the wait is for them too: they are held until then.
     """
 
-    def __init__(self, received: Tensor, works: list[dist.Work]):
-        self._received, self._works = received, works
+    def __init__(self, received: Tensor, works: list[dist.Work], sent: Tensor | None = None):
+        self._received, self._works, self._sent = received, works, sent
         self._watcher: Thread | None = None
 
     def wait(self) -> Tensor:
@@ -52,7 +53,7 @@ class Moving:
             self._watcher.join()
         else:
             self.wait_beside()
-        self._works = []
+        self._works, self._sent = [], None
         return self._received
 
     def when_done(self, report: Callable[[], None]) -> None:
@@ -106,9 +107,8 @@ class Ring:
             messages.append(dist.P2POp(dist.irecv, received, self._peer(-step), self.group))
         works = dist.batch_isend_irecv(messages) if messages else []
         if not by_host:
-            # One handle for both; the stream that waits for what arrives waits for what leaves as well, so that its
-            # buffer is free then.
-            return Moving(received, works)
+            # One handle for both: the stream that waits for what arrives waits for what leaves as well.
+            return Moving(received, works, rows)
         if rows.numel():
             self._leaving.append((works.pop(0), rows))
         return Moving(received, works)
