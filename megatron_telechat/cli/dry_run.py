@@ -13,7 +13,7 @@ from megatron_telechat.checkpoint.lineage import Saved
 from megatron_telechat.checkpoint.start import Start, require_start
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_table
-from megatron_telechat.cli.text import count_text, flop_text, gib, table
+from megatron_telechat.cli.text import context_text, count_text, flop_text, gib, table
 from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.plan_file import read_plan
@@ -102,7 +102,7 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
     if parallel.num_virtual_stages_per_pipeline_rank > 1:
         sizes[1] += f" x VP {parallel.num_virtual_stages_per_pipeline_rank}"
     if topology.cp > 1:
-        sizes.insert(2, f"CP {topology.cp}")
+        sizes.insert(2, f"CP {context_text(parallel)}")
     return [
         f"{run.model.name}: {model_text(run.model)}",
         f"  batch   {run.training.global_batch_size} x {run.training.seq_length} = {count_text(tokens)} tokens a step: "

@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_telechat.cli.plan_answers import write_answers
-from megatron_telechat.cli.plan_request import Request, on_device, question_of, read_device, read_request
+from megatron_telechat.cli.plan_request import (
+    Request,
+    on_device,
+    question_of,
+    read_device,
+    read_request,
+    said_ways,
+)
 from megatron_telechat.cli.tool import interrupted
 from megatron_telechat.errors import EXIT_OK, ConfigError, UserError
+from megatron_telechat.planner.context import SPLIT
 
 if TYPE_CHECKING:  # the solver's libraries are loaded when there is something to solve: --help is quick
     from megatron_telechat.planner.assignment import Solution
@@ -103,12 +111,12 @@ def _problem(request: Request) -> int:
 
 def _plan(request: Request) -> int:
     from megatron_telechat.cli.plan_report import plan_json, plan_text
-    from megatron_telechat.planner.plan import make_plan, plainer
+    from megatron_telechat.planner.plan import best_plan, plainer
 
     loaded = request.load()
     device, run = read_device(request.options.device, loaded.run)
     question = question_of(request, loaded, run, device)
-    plan, solution, problem = make_plan(question)
+    plan, solution, problem = best_plan(question, {*SPLIT, *said_ways(loaded)})
     if plan is None:
         return _no_plan(request, question, problem, solution, loaded.notes)
     configured, why_not = request.as_configured()

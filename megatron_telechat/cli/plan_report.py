@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_telechat.cli.model_text import model_text
-from megatron_telechat.cli.text import gib, table
+from megatron_telechat.cli.text import context_text, gib, table
 from megatron_telechat.config.plan_file import PlanFile, Predicted, plan_of
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import count_parameters
@@ -41,7 +41,7 @@ def sizes_text(run: RunConfig) -> str:
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     text = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
     text += f" x VP{virtual}" * (virtual > 1)
-    text += f" x CP{parallel.context_parallel_size}" * (parallel.context_parallel_size > 1)
+    text += f" x CP{context_text(parallel)}" * (parallel.context_parallel_size > 1)
     text += f" x DP{parallel.data_parallel_size}"
     if run.model.is_moe:
         text += ", experts EP{} x ETP{}".format(*parallel.expert_sizes)
@@ -235,7 +235,8 @@ def plan_flags(plan: Plan) -> tuple[str, ...]:
     """Flags of our training that ask for the plan."""
     virtual_stages = plan.problem.V
     more = ("--num-virtual-stages-per-pipeline-rank", str(virtual_stages)) if virtual_stages > 1 else ()
-    return (*more, *plan.planned.flags) if plan.problem.P > 1 else plan.planned.flags[2:]
+    more += ("--cp-keep-received",) * plan.question.run.parallel.cp_keep_received
+    return (*more, *(plan.planned.flags if plan.problem.P > 1 else plan.planned.flags[2:]))
 
 
 def _megatron_flags(plan: Plan) -> tuple[str | None, str]:

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 from megatron_telechat.cli.pasted import read_pasted
 from megatron_telechat.cli.tool import ToolParser, natural, positive
 from megatron_telechat.config import LoadedConfig, load_run_config
+from megatron_telechat.config.megatron.meaning import MEGATRON
+from megatron_telechat.config.origins import DEFAULT, DERIVED
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec, device_spec, device_spec_names, read_device_file
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.context import KEEP, SPLIT
 
 if TYPE_CHECKING:  # the solver's libraries are loaded when there is something to solve: --help is quick
     from megatron_telechat.planner.plan import Question
@@ -187,6 +190,13 @@ def read_device(name: str | None, run: RunConfig) -> tuple[DeviceSpec, RunConfig
 def on_device(run: RunConfig, spec: DeviceSpec) -> RunConfig:
     """The run as it is on such a device."""
     return replace(run, training=replace(run.training, device=spec.kind or run.training.device))
+
+
+def said_ways(loaded: LoadedConfig) -> list[str]:
+    """What flags or files say of how context-parallel ranks share a row: the planner leaves it as it is."""
+    origins = ((name, loaded.origins[name]) for name in (*SPLIT, KEEP))
+    open_ones = (DEFAULT, DERIVED, MEGATRON)
+    return [name for name, origin in origins if origin not in open_ones and not origin.startswith("preset ")]
 
 
 def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: DeviceSpec) -> Question:

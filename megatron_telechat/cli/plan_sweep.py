@@ -8,8 +8,8 @@ import shlex
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.plan_answers import write_answers
 from megatron_telechat.cli.plan_report import notes_of, plan_file, plan_flags
-from megatron_telechat.cli.plan_request import Request, question_of, read_device
-from megatron_telechat.cli.text import gib, table
+from megatron_telechat.cli.plan_request import Request, question_of, read_device, said_ways
+from megatron_telechat.cli.text import context_text, gib, table
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import EXIT_OK, ConfigError
@@ -33,6 +33,7 @@ def sweep_door(request: Request) -> int:
     device, run = read_device(options.device, loaded.run)
     values = values_of(loaded.run)
     fixed = {name: values[name] for name in FLAGS if loaded.origins[name].startswith("flag") and values[name]}
+    fixed |= {name: values[name] for name in said_ways(loaded)}
     question = question_of(request, loaded, run, device)
     found = candidates(question, lambda *flags: request.load(*flags).run, fixed)
     if not found:
@@ -79,12 +80,14 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list
     if not ranking.plans:
         return [*lines, "", "no layout was found that fits: use more ranks, --recompute-kinds full, or a larger device"]
     moe = any(plan.question.run.model.is_moe for _, plan in ranking.plans)
+    shared = any(plan.question.run.parallel.context_parallel_size > 1 for _, plan in ranking.plans)
     rows = [
         [
             "",
             "TP",
             "PP",
             "VP",
+            *["CP"] * shared,
             *["EP"] * moe,
             "DP",
             "micro-batch",
@@ -110,6 +113,7 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list
                 str(parallel.tensor_model_parallel_size),
                 str(problem.P),
                 str(problem.V),
+                *[context_text(parallel)] * shared,
                 *[str(parallel.expert_sizes[0])] * moe,
                 str(parallel.data_parallel_size),
                 str(plan.question.run.training.micro_batch_size),

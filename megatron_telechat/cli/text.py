@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from megatron_telechat.config.schema import ParallelConfig
+
 
 def count_text(number: float) -> str:
     """39.33B, 4.19M, 12.3k, 512."""
@@ -24,6 +26,15 @@ def gib(size_bytes: float) -> str:
     """Bytes as GiB, finer where they are few."""
     value = size_bytes / 2**30
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def context_text(parallel: ParallelConfig) -> str:
+    """The context-parallel size and how its ranks exchange, such as 8 (a2a 2 x p2p 4, kept)."""
+    heads, ring = parallel.context_sizes
+    if heads * ring == 1:
+        return "1"
+    how = "p2p" if heads == 1 else f"a2a {heads} x p2p {ring}" if ring > 1 else "a2a"
+    return f"{heads * ring} ({how}{', kept' * parallel.cp_keep_received})"
 
 
 def ranges(numbers: Iterable[int]) -> str:

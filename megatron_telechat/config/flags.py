@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_telechat.config.fields import FieldInfo, closest, fields_by_name
 from megatron_telechat.config.megatron.answers import Alias, Always, Answer, Ignored, Refused, UnevenSplit
-from megatron_telechat.config.megatron.flags import ANSWERS, WORDS
+from megatron_telechat.config.megatron.flags import ANSWERS, ONE_FOR_ALL_LAYERS, REFUSED_WORDS, WORDS
 from megatron_telechat.config.split import SplitFlags
 from megatron_telechat.config.yaml_io import Said
 from megatron_telechat.errors import Problem
@@ -240,6 +240,12 @@ class _Flag:
                 fix=f"{info.flag}, or {info.flag.replace('--', '--no-', 1)} to turn it off",
             )
             return
+        refused = self.refused_values(info)
+        if refused is not None:
+            what = f"{self.typed} {' '.join(dict.fromkeys(self.values))} (a Megatron-LM value) is refused: "
+            self.problem(what + refused.because, f"use {refused.use}")
+            self.line.refused.append(self.line.problems[-1])
+            return
         self.values = [self.translated(info, value) for value in self.values]
         try:
             if info.many:
@@ -260,6 +266,16 @@ class _Flag:
             self.problem(what, fix=f"it takes {error}")
             if info.section in UNPLANNED:
                 self.line.unplanned.append(self.line.problems[-1])
+
+    def refused_values(self, info: FieldInfo) -> Refused | None:
+        """Why Megatron-LM can have these values and we cannot; equal values for all layers become one."""
+        words = REFUSED_WORDS.get(info.name, {})
+        found = next((words[value] for value in self.values if value in words), None)
+        if info.name in ONE_FOR_ALL_LAYERS and found is None and len(self.values) > 1:
+            if len(set(self.values)) > 1:
+                return ONE_FOR_ALL_LAYERS[info.name]
+            self.values = self.values[:1]
+        return found
 
     def constant(self, info: FieldInfo, text: str) -> None:
         """A flag that stands for a value by itself."""

@@ -16,6 +16,8 @@ from megatron_telechat.tensors.table import expert_ffn_hidden_size
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 INDEX_BYTES = 8
 """Token ids, chosen experts and row numbers are int64."""
+AUTO_PIECES = 2
+"""Pieces of a transfer of keys and values where the run chooses their number itself, by trying."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LayerActivations:
 
     Attributes:
         kept: from its forward to the end of its backward.
-        working_set: made again during its backward, on top of what is kept.
+        working_set: on top of what is kept, made again during its backward or needed by it alone.
     """
 
     kept: float
@@ -68,16 +70,14 @@ def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...], imbala
     Elements a token, after Korthikanti et al. (arXiv 2205.05198, section 4) for a flash attention,
     which keeps no score matrix, and a SwiGLU that keeps its input alone:
         norms      2h (inputs) + 2h (outputs)
-        attention  q + 2k (after rotary) + q (output) + fp32 log-sum-exp a head; with norms on q and k, q + k (their
-        inputs)
+        attention  q + 2k (after rotary) + q (output) + `_core_attention`; with norms on q and k, q + k (their inputs)
         SwiGLU     2f (gate, up) + f (product); without a gate f (input of the activation) + f (its output)
         MoE        `expert_activations`
         dropout    2h, one byte each (the masks of both residual branches; on the CPU in the compute type)
-    On the CPU torch's attention returns its output head by head: the projection reads a copy, which is kept too, and
-    a norm keeps one fp32 number a token.
+    On the CPU a norm keeps one fp32 number a token.
 
     Full recompute keeps the layer's input alone. The other modes drop what the repeated module makes:
-    ``core_attn`` the log-sum-exp (and, on the CPU, the attention's own output; what the projection reads stays),
+    ``core_attn`` what `_core_attention` counts (the output that the projection reads stays),
     ``layernorm`` both norm outputs, ``mlp`` and ``moe`` what lies between the norm output and the block's end.
     """
     model, tokens = run.model, tokens_of(run, imbalance)
@@ -94,13 +94,12 @@ def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...], imbala
         heads = model.num_attention_heads + model.query_groups
         attention += (size * (query + 2 * key) + 4 * heads * (not device.fused_rms_norm)) * tokens.whole / tokens.tensor
     masks = 2 * _mask_bytes(run)
-    statistics = device.attention_statistics_bytes * model.num_attention_heads
-    core = (statistics + size * query * device.copies_attention_output) * tokens.whole / tokens.tensor
+    core, exchange = _core_attention(run, tokens)
     block, block_dropped = _block_activations(model, layer, size, tokens)
     everything = layer_input + norms + residual + attention + core + block + masks
 
     if "full" in modes:
-        return LayerActivations(layer_input, everything - layer_input)
+        return LayerActivations(layer_input, everything - layer_input + exchange)
     dropped = 0.0
     if "core_attn" in modes:
         dropped += core
@@ -108,7 +107,40 @@ def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...], imbala
         dropped += norms
     if "mlp" in modes or "moe" in modes:
         dropped += block_dropped
-    return LayerActivations(everything - dropped, dropped)
+    return LayerActivations(everything - dropped, dropped + exchange)
+
+
+def context_pieces(run: RunConfig) -> int:
+    """Pieces of each transfer of keys and values; auto counts as AUTO_PIECES."""
+    return AUTO_PIECES if run.parallel.cp_pieces == "auto" else int(run.parallel.cp_pieces)
+
+
+def _core_attention(run: RunConfig, tokens: Tokens) -> tuple[float, float]:
+    """Bytes that the core attention keeps beside queries, keys, values and the output that the projection reads; and
+    bytes that its backward needs alone.
+
+    On one rank: statistics of the softmax, one fp32 log-sum-exp a head where the device does not keep more. On the CPU
+    torch's attention returns its output head by head: the projection reads a copy, and both are kept.
+
+    On context-parallel ranks (`parallel.context`): the log-sum-exp; the output once more where the projection reads it
+    in another order (heads were exchanged, or a micro-batch has several rows); with `cp_keep_received` the keys and
+    values of others, on the busiest rank those of all R - 1. In the backward: fp32 gradients of queries, keys and
+    values, and the pieces at hand, each three quarters of its share of a rank's keys and values in the mean: one with
+    its gradients (fp32, and as they travel), two of gradients on their way home, and unless they were kept two on their
+    way here. Of what is under way there is a buffer at each end.
+    """
+    model, parallel, size = run.model, run.parallel, BYTES[run.training.precision]
+    share = tokens.whole / tokens.tensor
+    query, key_value = model.num_attention_heads * model.head_dim, 2 * model.query_groups * model.head_dim
+    if parallel.context_parallel_size == 1:
+        device = planned_device(run.training.device)
+        statistics = device.attention_statistics_bytes * model.num_attention_heads
+        return (statistics + size * query * device.copies_attention_output) * share, 0.0
+    heads, ring = parallel.context_sizes
+    kept = 4 * model.num_attention_heads + size * query * (heads > 1 or run.training.micro_batch_size > 1)
+    kept += size * key_value * (ring - 1) * parallel.cp_keep_received
+    pieces = 0.75 * (7 if parallel.cp_keep_received else 12) * (ring > 1) / context_pieces(run)
+    return kept * share, (4 * (query + key_value) + size * key_value * pieces) * share
 
 
 def _block_activations(model: ModelConfig, layer: int, size: int, tokens: Tokens) -> tuple[float, float]:

@@ -62,20 +62,12 @@ class Links:
             return 0.0
         return whole_bytes * (size - 1) / size / self.bandwidth(size, stride) + self.latency
 
-    def pass_round(self, own_bytes: float, size: int, stride: int) -> float:
-        """`own_bytes` of each of `size` ranks once round their ring, from neighbour to neighbour: where the ring
-        crosses nodes, one rank's adapter carries it."""
+    def all_to_all(self, sent_bytes: float, size: int, stride: int = 1) -> float:
+        """Each of `size` ranks, `stride` apart, sends `sent_bytes`, evenly to all of them, itself included, through its
+        own links; both kinds run at once."""
         if size == 1:
             return 0.0
-        bandwidth = self.intra if size <= self.members(stride) else self.inter
-        return own_bytes * (size - 1) / bandwidth + self.latency
-
-    def all_to_all(self, sent_bytes: float, size: int) -> float:
-        """Each of `size` consecutive ranks sends `sent_bytes`, evenly to all of them, itself included, through its own
-        links; both kinds run at once."""
-        if size == 1:
-            return 0.0
-        near = min(size, self.ranks_per_node)
+        near = min(size, self.members(stride))
         inside = sent_bytes * (near - 1) / size / self.intra
         outside = sent_bytes * (size - near) / size / self.inter
         return max(inside, outside) + self.latency
@@ -111,13 +103,6 @@ def _rows_to_nodes(run: RunConfig, tokens: Tokens, nodes: float) -> float:
     elsewhere = experts - round(experts / nodes)
     missed = math.comb(elsewhere, chosen) / math.comb(experts, chosen)
     return tokens.split * (nodes - 1) * (1 - missed)
-
-
-def context_exchange_seconds(run: RunConfig, links: Links, tokens: Tokens) -> float:
-    """Keys and values once round the ring of context-parallel ranks."""
-    size, ring = BYTES[run.training.precision], run.parallel.context_parallel_size
-    key_value = 2 * run.model.query_groups * run.model.head_dim * tokens.whole / tokens.tensor
-    return links.pass_round(size * key_value, ring, tokens.tensor)
 
 
 def tied_embedding_seconds(run: RunConfig, links: Links) -> float:

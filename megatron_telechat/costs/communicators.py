@@ -32,6 +32,7 @@ def communicators(run: RunConfig) -> dict[str, int]:
     found = {
         "all ranks": world,
         "tensor-parallel activations": tensor,
+        "heads for tokens": parallel.context_sizes[0],
         "token counts of the pipeline": pipeline,
         "gradients": dense,
         "gradient norm": world if sharded else tensor * pipeline,
@@ -47,8 +48,10 @@ def communicators(run: RunConfig) -> dict[str, int]:
 
 
 def sending_pairs(run: RunConfig) -> int:
-    """Other ranks that one of the middle pipeline stages sends activations to or receives them from."""
-    return min(2, run.parallel.pipeline_model_parallel_size - 1)
+    """Other ranks that one of the middle pipeline stages sends to or receives from: activations of its neighbours, keys
+    and values of the context-parallel ranks."""
+    parallel = run.parallel
+    return min(2, parallel.pipeline_model_parallel_size - 1) + parallel.context_sizes[1] - 1
 
 
 def buffer_bytes(run: RunConfig, environment: Mapping[str, str] | None = None) -> float:

@@ -17,12 +17,12 @@ from megatron_telechat.costs.activations import BYTES, tokens_of
 from megatron_telechat.costs.communication import (
     GRADIENT_BYTES,
     Links,
-    context_exchange_seconds,
     expert_exchange_seconds,
     p2p_seconds,
     tensor_exchange_seconds,
     tied_embedding_seconds,
 )
+from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.flops import head_forward_flops, layer_forward_flops, mlp_forward_flops
 from megatron_telechat.costs.memory import MASTER_BYTES, MOMENT_BYTES, optimizer_shards
@@ -93,6 +93,9 @@ def conditions(run: RunConfig) -> dict[str, Any]:
     model, parallel, training = run.model, run.parallel, run.training
     expert, expert_tensor = parallel.expert_sizes
     tokens = tokens_of(run)
+    context: dict[str, Any] = {}
+    if parallel.context_parallel_size > 1:
+        context = {"a2a_ranks": parallel.context_sizes[0], "cp_keep_received": parallel.cp_keep_received}
     return {
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_hidden_size,
@@ -112,6 +115,7 @@ def conditions(run: RunConfig) -> dict[str, Any]:
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": tokens.split != tokens.whole,
         "context_parallel_size": parallel.context_parallel_size,
+        **context,
         "expert_model_parallel_size": expert if model.is_moe else 1,
         "expert_tensor_parallel_size": expert_tensor if model.is_moe else 1,
     }
@@ -264,8 +268,6 @@ class TimeModel:
         rotary = self._bytes(2 * self._size * (query + 2 * key) * share) if rotates else 0.0
         residual = self._bytes(3 * self._size * model.hidden_size * tokens.split)
         exchange = self._exposed_tensor()
-        core = flops.core_attention * share / (self._peak * self._efficiency("attention"))
-        ring = context_exchange_seconds(self.run, self.links, tokens)
         norms = self._norm() + self._norm()
         if model.qk_layernorm:
             norms += self._norm_of((query + key) * share)
@@ -275,9 +277,24 @@ class TimeModel:
                 products + rotary + residual + exchange,
                 GEMM_BACKWARD * products + rotary + residual / 3 + exchange,
             ),
-            "core_attn": PartTime(max(core, ring), max(FLASH_BACKWARD * core, 2 * ring)),
+            "core_attn": self._core_attention(flops.core_attention * share),
             "block": self._experts() if model.layer_is_moe(layer) else self._dense(model.ffn_hidden_size),
         }
+
+    def _core_attention(self, flops: float) -> PartTime:
+        """Scores and their product with V, beside what context-parallel ranks exchange.
+
+        The work of the ranks is equal (zigzag). Each piece that arrives adds its output to the one so far: both are
+        read and the sum written, in fp32; three quarters of the queries see a piece.
+        """
+        core = flops / (self._peak * self._efficiency("attention"))
+        if self.run.parallel.context_parallel_size == 1:
+            return PartTime(core, FLASH_BACKWARD * core)
+        exchange = ContextExchange.of(self.run)
+        outputs = exchange.output / self._size
+        sums = self._bytes((8 + self._size) * 0.75 * outputs * (exchange.ring - 1) * exchange.pieces)
+        forward = exchange.forward_seconds(self.links, core + sums)
+        return PartTime(forward, exchange.backward_seconds(self.links, FLASH_BACKWARD * core + sums))
 
     def _dense(self, width: int) -> PartTime:
         """An MLP of this width, and the residual sum behind it."""

@@ -16,6 +16,7 @@ from megatron_telechat.config.recompute import recompute_plan
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import BYTES, Tokens, arriving_rows, tokens_of
 from megatron_telechat.costs.communication import GRADIENT_BYTES
+from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.memory import stage_parameters
 from megatron_telechat.tensors.pieces import virtual_stage_table
 
@@ -67,17 +68,18 @@ class _Volumes:
         return {key: volume for key, volume in found.items() if volume.per_microbatch or volume.per_step}
 
 
-def stage_volumes(run: RunConfig, stage: int) -> dict[tuple[str, str], Volume]:
+def stage_volumes(run: RunConfig, stage: int, context_rank: int = 0) -> dict[tuple[str, str], Volume]:
     """What one rank of a pipeline stage exchanges: (group, kind) → bytes.
 
-    Groups: "tp", "ep" (all ranks that share experts), "pp", "dp" (dense parameters), "edp" (experts' parameters).
-    The routing is balanced and random, as in `activations.arriving_rows`.
+    Groups: "tp", "cp", "ep" (all ranks that share experts), "pp", "dp" (dense parameters), "edp" (experts' parameters).
+    The routing is balanced and random, as in `activations.arriving_rows`; rows are of one document.
 
     Not counted: the choices of experts (a byte each), the counts of the auxiliary loss, loss and gradient norm.
 
     Args:
         run: the run.
         stage: pipeline rank.
+        context_rank: context-parallel rank.
     """
     layout, plan, tokens = pipeline_layout(run), recompute_plan(run), tokens_of(run)
     out = _Volumes()
@@ -85,6 +87,7 @@ def stage_volumes(run: RunConfig, stage: int) -> dict[tuple[str, str], Volume]:
     for virtual_stage in range(layout.num_virtual_stages):
         for layer in layout.layers_of(stage, virtual_stage):
             _layer(out, run, layer, plan[layer], whole, tokens)
+            _attention(out, ContextExchange.of(run), plan[layer], context_rank)
         if layout.has_embedding(stage, virtual_stage):
             _embedding(out, tokens, run, whole)
         if layout.has_loss(stage, virtual_stage):
@@ -113,6 +116,17 @@ def _layer(out: _Volumes, run: RunConfig, layer: int, modes: Iterable[str], whol
             out.each("tp", {REDUCE: 1}, again * whole)
     if routed and tokens.expert * tokens.expert_tensor > 1:
         _experts(out, run, tokens, passes=1 + full)
+
+
+def _attention(out: _Volumes, exchange: ContextExchange, modes: Iterable[str], context_rank: int) -> None:
+    """Heads for tokens and back, in each pass; keys and values in each pass that does not have them yet, their
+    gradients once."""
+    forwards = 1 + bool({"full", "core_attn"} & {*modes})
+    fetches = forwards + (not exchange.keeps)
+    out.each("cp", {EXCHANGE: forwards + 1}, exchange.exchanged_heads())
+    sent, received = exchange.sent(context_rank), exchange.received(context_rank)
+    out.each("cp", {SEND: 1}, fetches * sent + received)
+    out.each("cp", {RECEIVE: 1}, fetches * received + sent)
 
 
 def _experts(out: _Volumes, run: RunConfig, tokens: Tokens, passes: int) -> None:

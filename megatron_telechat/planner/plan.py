@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from megatron_telechat.config.schema import RunConfig
@@ -11,6 +13,7 @@ from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.assignment import Assignment, Solution
 from megatron_telechat.planner.baselines import Baseline, best_with_layout_string, megatron_splits
 from megatron_telechat.planner.build import PlannedRun, assignment_of, balance_problem, kinds_of, planned_run
+from megatron_telechat.planner.context import ways
 from megatron_telechat.planner.predict import Prediction, predict
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import peak_bytes, simulate
@@ -102,6 +105,23 @@ def make_plan(
     planned = planned_run(question.run, problem, assignment)
     prediction = predict(planned.run, question.device, question.software)
     return Plan(question, problem, solution, assignment, makespan, planned, prediction), solution, problem
+
+
+def best_plan(question: Question, fixed: Collection[str]) -> tuple[Plan | None, Solution, BalanceProblem]:
+    """The fastest of the plans for the ways in which context-parallel ranks may share a row; of the first way where
+    there is none. The ways share the time limit.
+
+    Args:
+        fixed: what of that stays as it is (`planner.context.ways`).
+
+    Raises:
+        ConfigError: see `Question.problem`.
+    """
+    found = ways(question.run, question.device, question.software, fixed, question.plain)
+    asked = [replace(question, run=run) for _, run in found]
+    limit = question.time_limit_s / len(asked)
+    answers = [make_plan(replace(one, time_limit_s=limit)) for one in asked]
+    return min(answers, key=lambda answer: answer[0].prediction.iteration if answer[0] else math.inf)
 
 
 def plainer(plan: Plan, configured: RunConfig | None, why_not: str = "") -> list[Baseline]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.context import context_sizes
 from megatron_telechat.planner.least_memory import least_memory
 from megatron_telechat.planner.plan import Question
 from megatron_telechat.planner.problem import BalanceProblem
@@ -72,7 +73,8 @@ def remedies(question: Question, load: Load) -> list[Change]:
     """The changes that fit, smallest first: one alone, and if none does, two together.
 
     Smallest: recompute (mildest kind first, it costs time only), then sharding the optimizer, then a smaller
-    micro-batch, then more stages and more tensor-parallel ranks of the same number, then more ranks.
+    micro-batch, then more stages, more tensor-parallel and more context-parallel ranks of the same number, then more
+    ranks.
 
     Args:
         load: the run with some flags added; raises ConfigError where they do not go together.
@@ -108,8 +110,8 @@ def _singles(question: Question, load: Load) -> Iterator[tuple[tuple[str, ...], 
         if kind not in allowed:
             kinds = ",".join([*sorted(allowed), kind])
             yield ("--recompute-kinds", kinds), f"allow recompute of {'whole layers' if kind == 'full' else kind}"
-    if parallel.data_parallel_size > 1 and not parallel.use_distributed_optimizer:
-        shards = parallel.data_parallel_size * parallel.context_parallel_size
+    shards = parallel.data_parallel_size * parallel.context_parallel_size
+    if shards > 1 and not parallel.use_distributed_optimizer:
         yield ("--use-distributed-optimizer",), f"shard the optimizer state over {shards} ranks"
     size = run.training.micro_batch_size
     while size > 1:
@@ -123,6 +125,10 @@ def _singles(question: Question, load: Load) -> Iterator[tuple[tuple[str, ...], 
         for factor in factors:
             flag = f"--{name}-model-parallel-size"
             yield (flag, str(now * factor)), f"{now * factor} {label} instead of {now}"
+    now = parallel.context_parallel_size
+    for size in context_sizes(run):
+        if size > now and size % now == 0:
+            yield ("--context-parallel-size", str(size)), f"{size} ranks that share a row instead of {now}"
     ranks = parallel.world_size
     for factor in (2, 4, 8):
         more = ("--world-size", str(ranks * factor))

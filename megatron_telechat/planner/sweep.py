@@ -7,9 +7,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.context import KEEP, SIZE, SPLIT, context_sizes, ways
 from megatron_telechat.planner.plan import Plan, Question, make_plan
 from megatron_telechat.planner.problem import BalanceProblem
 
@@ -21,11 +23,14 @@ FIRST_LOOK_SHARE = 0.6
 FLAGS = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
+    SIZE: "--context-parallel-size",
     "num_virtual_stages_per_pipeline_rank": "--num-virtual-stages-per-pipeline-rank",
     "expert_model_parallel_size": "--expert-model-parallel-size",
     "micro_batch_size": "--micro-batch-size",
 }
-"""What a sweep varies, and how to ask for it."""
+"""Sizes that a sweep varies, and how to ask for them."""
+VARIED = (*FLAGS, *SPLIT, KEEP)
+"""All that a sweep varies, unless it is fixed."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,14 @@ class Ranking:
     unseen: int
 
 
-def candidates(question: Question, load: Callable[..., RunConfig], fixed: Mapping[str, int]) -> list[Candidate]:
+def candidates(question: Question, load: Callable[..., RunConfig], fixed: Mapping[str, Any]) -> list[Candidate]:
     """All layouts of the run's ranks that the configuration takes, most promising first.
 
     Args:
         load: the run with some flags added; raises ConfigError where they do not go together.
-        fixed: fields that keep their value.
+        fixed: those of VARIED that keep their value.
     """
-    found = []
+    found: list[Candidate] = []
     for sizes in _sizes(question.run, fixed):
         flags = tuple(word for name, size in sizes.items() for word in (FLAGS[name], str(size)))
         try:
@@ -72,17 +77,18 @@ def candidates(question: Question, load: Callable[..., RunConfig], fixed: Mappin
             run = replace(run, training=replace(run.training, device=question.run.training.device))
             if run.num_microbatches < 1:
                 continue
-            asked = replace(question, run=run)
-            problem = asked.problem()
+            for more, way in ways(run, question.device, question.software, fixed, question.plain):
+                asked = replace(question, run=way)
+                problem = asked.problem()
+                found.append(Candidate((*flags, *more), asked, problem, work_bound(problem), guess(problem)))
         except ConfigError:
             continue
-        found.append(Candidate(flags, asked, problem, work_bound(problem), guess(problem)))
     return sorted(found, key=lambda one: one.guess_s)
 
 
-def _sizes(run: RunConfig, fixed: Mapping[str, int]) -> Iterator[dict[str, int]]:
+def _sizes(run: RunConfig, fixed: Mapping[str, Any]) -> Iterator[dict[str, int]]:
     parallel, model = run.parallel, run.model
-    ranks = parallel.world_size // parallel.context_parallel_size
+    world = parallel.world_size
     node = parallel.node_size
     batch = run.training.global_batch_size
 
@@ -92,22 +98,27 @@ def _sizes(run: RunConfig, fixed: Mapping[str, int]) -> Iterator[dict[str, int]]
     tensors = choices(
         "tensor_model_parallel_size", [size for size in _divisors(node) if model.num_attention_heads % size == 0]
     )
-    stages = choices("pipeline_model_parallel_size", [size for size in _divisors(ranks) if size <= model.num_layers])
+    stages = choices("pipeline_model_parallel_size", [size for size in _divisors(world) if size <= model.num_layers])
     virtual_stages = choices("num_virtual_stages_per_pipeline_rank", range(1, MOST_VIRTUAL_STAGES + 1))
     experts = choices("expert_model_parallel_size", _divisors(model.num_experts)) if model.num_experts else [0]
     micro = choices("micro_batch_size", [size for size in (1, 2, 4, 8) if batch % size == 0])
-    for tensor, stage, virtual_stage, expert, size in itertools.product(
-        tensors, stages, virtual_stages, experts, micro
+    contexts = choices(SIZE, context_sizes(run))
+    for tensor, stage, context, virtual_stage, expert, size in itertools.product(
+        tensors, stages, contexts, virtual_stages, experts, micro
     ):
-        if ranks % (tensor * stage) or (stage == 1 and virtual_stage > 1) or stage * virtual_stage > model.num_layers:
+        shared = tensor * stage * context
+        if world % shared or (stage == 1 and virtual_stage > 1) or stage * virtual_stage > model.num_layers:
             continue
-        data = ranks // (tensor * stage)
+        data = world // shared
         if batch % (data * size) or (virtual_stage > 1 and batch // (data * size) % stage):
             continue
-        sizes = {
-            "tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": stage,
-            "num_virtual_stages_per_pipeline_rank": virtual_stage, "micro_batch_size": size,
-        }  # fmt: skip
+        # half of both is as many tokens on a rank, and less traffic
+        if context % 2 == 0 and size % 2 == 0 and not {SIZE, "micro_batch_size"} & {*fixed}:
+            continue
+        sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": stage}
+        if contexts != [1] or parallel.context_parallel_size > 1:
+            sizes |= {SIZE: context}
+        sizes |= {"num_virtual_stages_per_pipeline_rank": virtual_stage, "micro_batch_size": size}
         yield sizes | ({"expert_model_parallel_size": expert} if expert else {})
 
 

@@ -10,6 +10,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import DeviceSpec
 from megatron_telechat.costs.communication import Links
 from megatron_telechat.costs.volumes import stage_volumes
+from megatron_telechat.parallel.topology import Topology
 from megatron_telechat.virtual.match import MESSAGES
 from megatron_telechat.virtual.records import Call, RankRecord, ScopeWork
 
@@ -18,6 +19,9 @@ LAUNCH_S = 4e-6
 
 GROUPS = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tp",
+    "CONTEXT_PARALLEL_GROUP": "cp",
+    "HIERARCHICAL_CONTEXT_PARALLEL_GROUP_L0": "cp",
+    "HIERARCHICAL_CONTEXT_PARALLEL_GROUP_L1": "cp",
     "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "ep",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
     "DATA_PARALLEL_GROUP_WITH_CP": "dp",
@@ -47,9 +51,10 @@ class Exchanged:
 
 def group_of(call: Call) -> str:
     """Short name of the call's group."""
-    if call.kind in MESSAGES:  # between two stages megatron-core sends one direction through the group of all ranks
-        return "pp"
-    return GROUPS.get(call.description, call.description.lower() or "world")
+    found = GROUPS.get(call.description)
+    if call.kind in MESSAGES and found != "cp":
+        return "pp"  # between two stages megatron-core sends one direction through the group of all ranks
+    return found or call.description.lower() or "world"
 
 
 def exchanged(whole: RunConfig, record: RankRecord) -> list[Exchanged]:
@@ -65,7 +70,9 @@ def exchanged(whole: RunConfig, record: RankRecord) -> list[Exchanged]:
         total = found[group_of(call), call.kind]
         total[0] += factor
         total[1] += factor * call.bytes
-    modelled = {key: each.of_step(whole.num_microbatches) for key, each in stage_volumes(whole, record.stage).items()}
+    context_rank = Topology.from_config(whole.parallel).coordinates(record.rank).cp
+    volumes = stage_volumes(whole, record.stage, context_rank)
+    modelled = {key: each.of_step(whole.num_microbatches) for key, each in volumes.items()}
     entries = []
     for key in sorted({*found, *modelled}):
         (group, kind), (calls, total_bytes) = key, found.get(key, (0.0, 0.0))
@@ -89,17 +96,22 @@ def exchange_seconds(run: RunConfig, entry: Exchanged, device: DeviceSpec) -> fl
     if not entry.calls:
         return 0.0
     links, parallel = Links.of(run, device), run.parallel
+    tensor, experts = parallel.tensor_model_parallel_size, math.prod(parallel.expert_sizes)
+    context = parallel.context_parallel_size
     if entry.kind in MESSAGES:
         # A message is counted where it is sent.
-        carried = entry.bytes / links.between(parallel.ranks_per_stage) + entry.calls * links.latency
+        apart = tensor * (context - 1) if entry.group == "cp" else parallel.ranks_per_stage
+        carried = entry.bytes / links.between(apart) + entry.calls * links.latency
         return carried if entry.kind == "send" else 0.0
-    tensor, experts = parallel.tensor_model_parallel_size, math.prod(parallel.expert_sizes)
     dense, routed = parallel.gradient_ranks
-    places = {"tp": (tensor, 1), "ep": (experts, 1), "dp": (dense, tensor), "edp": (routed, experts)}
+    heads = parallel.context_sizes[0]
+    places = {
+        "tp": (tensor, 1), "cp": (heads, tensor), "ep": (experts, 1), "dp": (dense, tensor), "edp": (routed, experts)
+    }  # fmt: skip
     size, stride = places.get(entry.group, (parallel.world_size, 1))
     each = entry.bytes / entry.calls
     if entry.kind == "all-to-all":
-        return entry.calls * links.all_to_all(each, size)
+        return entry.calls * links.all_to_all(each, size, stride)
     return entry.calls * links.gather(each, size, stride) * (2 if entry.kind == "all-reduce" else 1)
 
 

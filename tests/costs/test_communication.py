@@ -37,10 +37,10 @@ def test_a_group_has_as_many_adapters_as_members_on_a_node(size, stride, bandwid
     assert NODES.gather(1000.0, size, stride) == pytest.approx(1000 * (size - 1) / size / bandwidth)
 
 
-def test_a_ring_of_messages_crosses_a_node_on_one_adapter():
-    assert NODES.pass_round(100.0, 4, 2) == 100 * 3 / 400
-    assert NODES.pass_round(100.0, 8, 2) == 100 * 7 / 50
-    assert NODES.pass_round(100.0, 1, 8) == 0
+@pytest.mark.parametrize("size, stride, inside, outside", [(8, 1, 7, 0), (16, 1, 7, 8), (8, 2, 3, 4), (2, 8, 0, 1)])
+def test_an_all_to_all_sends_each_rank_its_part_through_the_link_between_them(size, stride, inside, outside):
+    assert NODES.all_to_all(100.0, size, stride) == pytest.approx(max(inside / 400, outside / 50) * 100 / size)
+    assert NODES.all_to_all(100.0, 1, 8) == 0
 
 
 @pytest.mark.parametrize("tensor, members", [(1, 8), (2, 4), (4, 2), (8, 1)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_telechat.config.megatron.answers import Alias, Answer, LayersPerVirtualStage, UnevenSplit
+from megatron_telechat.config.megatron.answers import Alias, Answer, LayersPerVirtualStage, Refused, UnevenSplit
 from megatron_telechat.config.megatron.table import BLOCKS
 
 ALIASES: Mapping[str, Answer] = {
@@ -62,6 +62,21 @@ WORDS: Mapping[str, Mapping[str, str]] = {
     "precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "half": "fp16", "float": "fp32"},
 }
 """Field → Megatron's and other people's words for its values → ours."""
+
+_GATHER = Refused(
+    "every rank would hold the keys and values of all ranks at once; p2p sends the same rows only to the ranks that "
+    "need them, and keeps none longer than it uses them",
+    "--cp-comm-type p2p",
+)
+REFUSED_WORDS: Mapping[str, Mapping[str, Refused]] = {
+    "cp_comm_type": {"all_gather": _GATHER, "allgather": _GATHER},
+}
+"""Field → Megatron's words for values that are not here."""
+
+ONE_FOR_ALL_LAYERS: Mapping[str, Refused] = {
+    "cp_comm_type": Refused("all layers exchange in the same way", "--cp-comm-type with one value"),
+}
+"""Field of one value, for which Megatron-LM takes a value for each layer."""
 
 
 def _answers() -> dict[str, Answer]:

@@ -43,6 +43,7 @@ DEFAULTS: Mapping[str, Any] = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
+    "cp_comm_type": "p2p",
     "sequence_parallel": False,
     "use_distributed_optimizer": False,
     "overlap_grad_reduce": False,
@@ -93,7 +94,7 @@ QUIET = ("num_workers", "log_interval")
 """Fields whose default differs and which change nothing that is trained."""
 
 
-READ_BY_COSTS = ("precision", "sequence_parallel", "hidden_dropout")
+READ_BY_COSTS = ("precision", "sequence_parallel", "hidden_dropout", "cp_comm_type")
 """Fields whose default differs and on which times or bytes depend."""
 
 
@@ -107,6 +108,8 @@ def matters(name: str, values: Mapping[str, Any]) -> bool:
     """Whether the default of this field has a say in a run with these values."""
     if name == "sequence_parallel":
         return values.get("tensor_model_parallel_size", 1) > 1
+    if name == "cp_comm_type":
+        return values.get("context_parallel_size", 1) > 1
     if name == "initial_loss_scale":
         return values.get("precision") == "fp16"
     if name == "recompute_method":
