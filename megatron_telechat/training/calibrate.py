@@ -28,12 +28,16 @@ from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.memory import optimizer_shards
 from megatron_telechat.costs.parameters import local_count
 from megatron_telechat.costs.time import conditions, mode_name
+from megatron_telechat.data.loader import EVEN_COSTS
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.model import compute_dtype
 from megatron_telechat.model.gpt import TeleChatModel
+from megatron_telechat.parallel.context.layout import ZIGZAG
+from megatron_telechat.parallel.context.rows import RowSplit
 from megatron_telechat.planner.build import DEFAULT_KINDS, of_layer, parse_kind
 from megatron_telechat.tensors.table import tensor_table
 from megatron_telechat.training.build import build_trained
+from megatron_telechat.training.context import set_context
 from megatron_telechat.training.step import Batch, forward_step
 
 ROUNDS = 15
@@ -157,6 +161,7 @@ class Calibration:
         self.state = parallel.initialize(self.probe, self.backend)
         built = build_trained(self.probe, self.state, self.backend)
         self.virtual_stages, self.optimizer, self.step = built.virtual_stages, built.optimizer, built.train_step
+        set_context(self.virtual_stages, self.probe, self.state, self.backend)
         model = self.virtual_stages[0].module
         assert isinstance(model, TeleChatModel), "what build_trained wrapped"
         self._watch = _Stopwatch(model, self.backend.synchronize)
@@ -334,12 +339,15 @@ class Calibration:
         shape = (training.micro_batch_size, training.seq_length)
         generator = torch.Generator().manual_seed(training.seed)
         tokens = torch.randint(0, self.run.model.vocab_size, shape, generator=generator)
-        return {
+        whole = {
             "tokens": tokens,
             "labels": tokens,
             "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
             "loss_mask": torch.ones(shape),
         }
+        if self.state.cp_size == 1:
+            return whole
+        return RowSplit(self.run.parallel.context_sizes, self.state.cp_rank, ZIGZAG, EVEN_COSTS)(whole)
 
 
 def _world_size() -> int:

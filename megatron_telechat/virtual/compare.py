@@ -20,14 +20,14 @@ LAUNCH_S = 4e-6
 GROUPS = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tp",
     "CONTEXT_PARALLEL_GROUP": "cp",
-    "HIERARCHICAL_CONTEXT_PARALLEL_GROUP_L0": "cp",
-    "HIERARCHICAL_CONTEXT_PARALLEL_GROUP_L1": "cp",
+    "CONTEXT_HEADS": "cp",
+    "CONTEXT_RING": "cp",
     "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "ep",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
     "DATA_PARALLEL_GROUP_WITH_CP": "dp",
     "EXPERT_DATA_PARALLEL_GROUP": "edp",
 }
-"""megatron-core's names of groups → those of `costs.volumes`; others keep their names."""
+"""Names of groups, megatron-core's and those of `parallel.state` → those of `costs.volumes`; others keep their names."""
 _OF_GRADIENTS = ("dp", "edp")
 ONCE_A_STEP = ("end of the step", "optimizer")
 """Scopes of a rank that do not belong to a micro-batch."""

@@ -161,7 +161,8 @@ class Recorder(TorchDispatchMode):
             return
         splits: tuple[tuple[int, ...], ...] = ()
         if name == "alltoall_base_":
-            splits = tuple(tuple(part) for part in args if isinstance(part, list) and all(type(n) is int for n in part))
+            parts = (part for part in args if isinstance(part, list) and all(type(n) is int for n in part))
+            splits = tuple(tuple(part) for part in parts if part)  # none where the parts are equal
         peer = next((part for part in args if type(part) is int), None) if name in ("send", "recv_") else None
         largest = max(tensors, key=_bytes)
         self.record.calls.append(

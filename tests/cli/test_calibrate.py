@@ -12,6 +12,7 @@ WANTED = {
     "pipeline_dense": {"dense": {"full", "mlp"}},
     "pipeline_dense_and_experts": {"dense": {"full", "mlp", "core_attn+mlp"}, "moe": {"full", "moe", "core_attn+moe"}},
     "tensor_parallel_experts": {"moe": {"moe"}},
+    "context_parallel": {"dense": {"core_attn"}},
 }
 
 
@@ -36,7 +37,7 @@ def test_every_time_is_measured_and_kept(report, name):
             assert all(value >= 0 for value in times.values())
         assert all(value > 0 for value in (*found["ends"], found["p2p"], found["optimizer"], found["iteration"]))
         assert "2 ranks, medians of 5 rounds" in found["source"]
-        shared = name == "tensor_parallel_experts"  # both ranks work on one micro-batch: no one can wait
+        shared = name in ("tensor_parallel_experts", "context_parallel")  # both ranks work on one micro-batch: no one can wait
         assert found["alone"] == 1.0 if shared else 0 < found["alone"] <= 1.0
         assert 0 < found["jitter"] < 2
 

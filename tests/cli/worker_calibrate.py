@@ -70,6 +70,11 @@ def tensor_parallel_experts():
 
 
 @cases.case
+def context_parallel():
+    return calibrated(make_run(1, context_parallel_size=2), ("core_attn",))
+
+
+@cases.case
 def wrong_number_of_ranks():
     from megatron_telechat.training.calibrate import Calibration
 

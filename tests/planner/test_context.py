@@ -99,7 +99,7 @@ def test_long_rows_of_the_largest_model_are_shared(capsys, world, tmp_path):
     words = ["--preset", "telechat2-115b", "--seq-length", "131072", "--world-size", world]
     plan = tmp_path / "plan.json"
     fixed = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "8"]
-    ask = [*words, *fixed, "--device", "ascend-910b-64g", "--sweep", "--time-limit", "6", "--output", str(plan)]
+    ask = [*words, *fixed, "--device", "ascend-910b-64g", "--sweep", "--time-limit", "3", "--output", str(plan)]
     best, *others = answer(capsys, *ask)
     assert best["plan"]["sets"]["context_parallel_size"] > 1
     assert len({one["plan"]["sets"]["context_parallel_size"] for one in others}) > 1

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.heavy
 DENSE, MOE = "telechat2-tiny", "telechat2-tiny-moe"
 SHARDED = "--use-distributed-optimizer"
 OVERLAPPED = f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[str, str] | tuple[str, str, int]] = {
     "dense_tp2_pp2": (
         DENSE,
         f"--num-layers 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 {OVERLAPPED}",
@@ -47,8 +47,21 @@ LAYOUTS = {
         "--no-fold-tensor-into-experts "
         f"--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 {SHARDED}",
     ),
+    "dense_cp4_2d": (
+        DENSE,
+        "--num-layers 2 --context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2 --cp-keep-received "
+        "--micro-batch-size 2 --recompute-layout core_attn,none",
+        4,
+    ),
+    "moe_cp2_pp2": (
+        MOE,
+        "--num-layers 2 --pipeline-model-parallel-size 2 --context-parallel-size 2 --cp-comm-type p2p --cp-pieces 2 "
+        f"--seq-length 1024 --expert-model-parallel-size 2 --recompute-layout full|none {OVERLAPPED}",
+        4,
+    ),
 }
 WORLD = 8
+"""Ranks where a layout does not say."""
 
 
 def run_of(preset: str, flags: str, world: int = WORLD) -> RunConfig:
@@ -67,7 +80,8 @@ OPTIMIZERS = {
 @pytest.fixture(scope="module")
 def played() -> dict[str, tuple[RunConfig, list[RankRecord]]]:
     """All ranks of every layout, and one rank of every setting of the optimizer."""
-    runs = {name: (executable(run_of(*layout)), range(WORLD)) for name, layout in LAYOUTS.items()}
+    whole = {name: executable(run_of(*layout)) for name, layout in LAYOUTS.items()}
+    runs = {name: (run, range(run.parallel.world_size)) for name, run in whole.items()}
     for name, flags in OPTIMIZERS.items():
         runs[name] = (
             executable(run_of(MOE, f"--num-layers 2 --expert-model-parallel-size 2 {flags}", world=4)),
@@ -110,6 +124,15 @@ def test_exchanges_are_those_of_the_cost_model(world):
         # A few hundred tokens of a tiny model are not spread evenly; buffers are padded to whole shares.
         tolerance = 0.03 if group == "ep" else 0.01
         assert executed == pytest.approx(modelled, rel=tolerance), (group, kind)
+
+
+def test_context_parallel_exchanges_are_modelled_to_the_byte(world):
+    run, records = world
+    for record in records:
+        found = {entry.kind: entry for entry in exchanged(run, record) if entry.group == "cp"}
+        heads, ring = run.parallel.context_sizes
+        assert found.keys() == {*["all-to-all"] * (heads > 1), *["send", "receive"] * (ring > 1)}
+        assert all(entry.bytes == entry.modelled for entry in found.values())
 
 
 def test_resident_memory_is_that_of_the_cost_model(world):
