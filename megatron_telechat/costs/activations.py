@@ -122,9 +122,9 @@ def _core_attention(run: RunConfig, tokens: Tokens) -> tuple[float, float]:
     On one rank: statistics of the softmax, one fp32 log-sum-exp a head where the device does not keep more. On the CPU
     torch's attention returns its output head by head: the projection reads a copy, and both are kept.
 
-    On context-parallel ranks (`parallel.context`): the log-sum-exp; the output once more where the projection reads it
-    in another order (heads were exchanged, or a micro-batch has several rows); with `cp_keep_received` the keys and
-    values of others, on the busiest rank those of all R - 1. In the backward: fp32 gradients of queries, keys and
+    On context-parallel ranks (`parallel.context`): the log-sum-exp; the output once more where heads were exchanged,
+    which the projection reads in another order; with `cp_keep_received` the keys and values of others, on the busiest
+    rank those of all R - 1. In the backward: fp32 gradients of queries, keys and
     values, and the pieces at hand, each three quarters of its share of a rank's keys and values in the mean: one with
     its gradients (fp32, and as they travel), two of gradients on their way home, and unless they were kept two on their
     way here. Of what is under way there is a buffer at each end.
@@ -137,7 +137,7 @@ def _core_attention(run: RunConfig, tokens: Tokens) -> tuple[float, float]:
         statistics = device.attention_statistics_bytes * model.num_attention_heads
         return (statistics + size * query * device.copies_attention_output) * share, 0.0
     heads, ring = parallel.context_sizes
-    kept = 4 * model.num_attention_heads + size * query * (heads > 1 or run.training.micro_batch_size > 1)
+    kept = 4 * model.num_attention_heads + size * query * (heads > 1)
     kept += size * key_value * (ring - 1) * parallel.cp_keep_received
     pieces = 0.75 * (7 if parallel.cp_keep_received else 12) * (ring > 1) / context_pieces(run)
     return kept * share, (4 * (query + key_value) + size * key_value * pieces) * share

@@ -27,7 +27,7 @@ GROUPS = {
     "DATA_PARALLEL_GROUP_WITH_CP": "dp",
     "EXPERT_DATA_PARALLEL_GROUP": "edp",
 }
-"""Names of groups, megatron-core's and those of `parallel.state` → those of `costs.volumes`; others keep their names."""
+"""megatron-core's names of groups, and those of `parallel.state` → those of `costs.volumes`; others keep theirs."""
 _OF_GRADIENTS = ("dp", "edp")
 ONCE_A_STEP = ("end of the step", "optimizer")
 """Scopes of a rank that do not belong to a micro-batch."""

@@ -37,9 +37,18 @@ def test_every_time_is_measured_and_kept(report, name):
             assert all(value >= 0 for value in times.values())
         assert all(value > 0 for value in (*found["ends"], found["p2p"], found["optimizer"], found["iteration"]))
         assert "2 ranks, medians of 5 rounds" in found["source"]
-        shared = name in ("tensor_parallel_experts", "context_parallel")  # both ranks work on one micro-batch: no one can wait
+        shared = name in (
+            "tensor_parallel_experts",
+            "context_parallel",
+        )  # both ranks work on one micro-batch: no one can wait
         assert found["alone"] == 1.0 if shared else 0 < found["alone"] <= 1.0
         assert 0 < found["jitter"] < 2
+
+
+@pytest.mark.gloo
+def test_context_parallel_ranks_compute_their_part_of_a_row(report):
+    for found in report.check("context_parallel"):
+        assert [tuple(shape) for shape in found["shapes"]] == [(1, 128 // 2)]
 
 
 @pytest.mark.gloo

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from megatron_telechat.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_telechat.costs.devices import DeviceSpec, read_device_file, write_device_file
@@ -71,7 +72,20 @@ def tensor_parallel_experts():
 
 @cases.case
 def context_parallel():
-    return calibrated(make_run(1, context_parallel_size=2), ("core_attn",))
+    """And the shapes of what the ranks compute."""
+    from megatron_telechat.training import calibrate
+
+    shapes: set[tuple[int, ...]] = set()
+    forward_step = calibrate.forward_step
+
+    def watched(device: Any, batches: Any, stage: Any) -> Any:
+        (batch,) = batches
+        shapes.add(tuple(batch["tokens"].shape))
+        return forward_step(device, iter([batch]), stage)
+
+    with patch.object(calibrate, "forward_step", watched):
+        found = calibrated(make_run(1, context_parallel_size=2), ("core_attn",))
+    return {**found, "shapes": sorted(shapes)}
 
 
 @cases.case

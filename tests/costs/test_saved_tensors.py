@@ -23,6 +23,8 @@ def test_saved_tensors_of_every_recompute_kind(report, name):
     for kind in (*MODES, "ends"):
         # the routing of a random router is not even: the mean over the ranks of an expert group is
         measured, predicted = (sum(rank[kind][column] for rank in ranks) / len(ranks) for column in (0, 1))
+        if "cp2" in name:  # the rank that receives most
+            measured = max(rank[kind][0] for rank in ranks)
         assert predicted == pytest.approx(measured, rel=0.05), kind
 
 

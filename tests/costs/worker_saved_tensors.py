@@ -68,7 +68,7 @@ def saved_bytes(run: RunConfig) -> int:
         held.append(tensor)
         return tensor
 
-    shape = (run.training.micro_batch_size, run.training.seq_length)
+    shape = (run.training.micro_batch_size, run.training.seq_length // run.parallel.context_parallel_size)
     tokens = torch.randint(0, run.model.vocab_size, shape)
     positions = torch.arange(shape[1]).expand(shape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -91,7 +91,8 @@ def activations(moe: bool, precision: str, dropout: float = 0.0, **more) -> dict
         found[kind] = [three - two, kept]
         if kind == "none":
             run = runs[0]
-            tables = 2 * 4 * run.training.seq_length * run.model.head_dim // 2  # cos and sin, shared by all layers
+            length = run.training.seq_length // run.parallel.context_parallel_size
+            tables = 2 * 4 * length * run.model.head_dim // 2  # cos and sin, shared by all layers
             ends = embedding_bytes(run) + output_layer_saved_bytes(run)
             found["ends"] = [two - 2 * (three - two) - tables, ends]
     return found
@@ -249,6 +250,8 @@ cases.add("activations_dense_tp2", lambda: activations(False, "bf16", **TENSOR))
 cases.add("activations_dense_dropout", lambda: activations(False, "bf16", 0.1))
 cases.add("activations_dense_tp2_qk_layernorm", lambda: activations(False, "bf16", qk_layernorm=True, **TENSOR))
 cases.add("activations_moe_folded", lambda: activations(True, "bf16", **TENSOR, fold_tensor_into_experts=True))
+cases.add("activations_dense_cp2", lambda: activations(False, "bf16", context_parallel_size=2, cp_keep_received=True))
+cases.add("activations_dense_cp2_a2a", lambda: activations(False, "bf16", context_parallel_size=2, cp_comm_type="a2a"))
 
 cases.add("stock_tp2", lambda: stock_parameters(**TENSOR, expert_tensor_parallel_size=1))
 cases.add("stock_pp2", lambda: stock_parameters(pipeline_model_parallel_size=2))
