@@ -65,33 +65,30 @@ class ContextExchange:
     def forward_seconds(self, links: Links, core: float) -> float:
         """Seconds of a forward whose products take `core` seconds in all.
 
-        The own tokens are 1/R of the products, and run while the first piece arrives; what is late of it is lost. After
-        the last piece has arrived its own products are left.
+        Products of the own tokens, 1/R of all, run while the first piece arrives. When the last piece has arrived, its
+        products are left.
         """
         if self.ring == 1:
             return core + self._heads_seconds(links)
         transfers = self._seconds(links, fetches=1, homes=0)
-        late = max(0.0, transfers / self._messages - core / self.ring)
         last = core / (self.ring * self.pieces)
-        return max(core + late, transfers + last) + self._heads_seconds(links)
+        return max(core, transfers + last) + self._heads_seconds(links)
 
     def backward_seconds(self, links: Links, core: float) -> float:
         """Seconds of a backward whose products take `core` seconds in all.
 
         Keys and values travel again, unless they were kept; their gradients go home. One half of the products of the
-        own tokens runs while the first piece arrives, the other one beside the last gradients.
+        own tokens runs while the first piece arrives, the other one beside the last gradients; what these two transfers
+        take longer is lost.
         """
         if self.ring == 1:
             return core + self._heads_seconds(links)
         fetches = 0 if self.keeps else 1
         transfers = self._seconds(links, fetches=fetches, homes=1)
-        late = max(0.0, self._seconds(links, fetches=0, homes=1) / self._messages - core / (2 * self.ring))
+        messages = (self.ring - 1) * self.pieces
+        late = max(0.0, self._seconds(links, fetches=0, homes=1) / messages - core / (2 * self.ring))
         last = core / (self.ring * self.pieces)
         return max(core + (1 + fetches) * late, transfers + last) + self._heads_seconds(links)
-
-    @property
-    def _messages(self) -> int:
-        return (self.ring - 1) * self.pieces
 
     def _heads_seconds(self, links: Links) -> float:
         """The two all-to-alls of one pass, which nothing hides."""

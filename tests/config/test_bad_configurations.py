@@ -258,6 +258,27 @@ BAD = [
     case("no pieces", "--cp-pieces 0", "cp_pieces=0 is not between 1 and 16", "fix: --cp-pieces auto"),
     case("too many pieces", "--cp-pieces 17", "cp_pieces=17 is not between 1 and 16"),
     case(
+        "trace of CP without ranks",
+        "--cp-trace 3",
+        "cp_trace=3, but with context_parallel_size=1 no rank exchanges anything",
+        "leave --cp-trace out, or --context-parallel-size 2",
+    ),
+    case(
+        "routing of positions that change",
+        "--context-parallel-size 2 --moe-routing-record /tmp/routing --reset-attention-mask",
+        "cp_layout=auto gives a rank other positions in every sample, but moe_routing_record needs fixed ones",
+        "fix: --cp-layout zigzag",
+        model=MOE,
+        world=2,
+    ),
+    case(
+        "replay on another layout",
+        "--context-parallel-size 2 --moe-routing-replay /tmp/routing --reset-attention-mask --cp-layout dealt",
+        "cp_layout=dealt gives a rank other positions in every sample, but moe_routing_replay needs fixed ones",
+        model=MOE,
+        world=2,
+    ),
+    case(
         "CP by all-gather",
         "--context-parallel-size 2 --cp-comm-type all_gather",
         "--cp-comm-type all_gather (a Megatron-LM value) is refused: every rank would hold the keys and values of all",

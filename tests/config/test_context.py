@@ -31,6 +31,7 @@ def preset(name: str, words: str, world: int = 64) -> LoadedConfig:
         ("telechat2-7b", "--context-parallel-size 16", (8, 2)),
         ("telechat2-7b", "--context-parallel-size 4 --tensor-model-parallel-size 8", (1, 4)),
         ("telechat2-7b", "--context-parallel-size 8 --ranks-per-node 4", (4, 2)),
+        ("telechat2-7b", "--context-parallel-size 2", (2, 1)),
         # one group on each of eight tensor-parallel ranks: nothing to exchange
         ("telechat2-115b", "--context-parallel-size 4", (1, 4)),
         # few groups: they are the cheaper part

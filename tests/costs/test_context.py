@@ -121,12 +121,14 @@ def test_the_longer_of_products_and_transfers_decides():
     # two chunks of a second each go to rank 0; one of two pieces comes first, and a quarter of the products is last
     assert RING.forward_seconds(NODE, 10.0) == 10.0
     assert RING.forward_seconds(NODE, 1.0) == 2.0 + 0.25
-    # the first piece arrives half a second after the own tokens are done
-    assert replace(RING, pieces=1).forward_seconds(NODE, 3.0) == 3.0 + 0.5
+    assert replace(RING, pieces=1).forward_seconds(NODE, 3.0) == 2.0 + 1.5
     # fetched once more and sent home: three chunks each way
     assert RING.backward_seconds(NODE, 10.0) == 10.0
     assert RING.backward_seconds(NODE, 2.0) == 3.0 + 0.5
     assert replace(RING, keeps=True).backward_seconds(NODE, 2.0) == 2.0 + 0.5
+    # in one piece: two seconds each for the first and the last one, and one second of own tokens beside each
+    assert replace(RING, pieces=1).backward_seconds(NODE, 4.0) == 4.0 + 2 * 1.0
+    assert replace(RING, pieces=1, keeps=True).backward_seconds(NODE, 4.0) == 4.0 + 1.0
     assert replace(RING, keeps=True).forward_seconds(NODE, 1.0) == RING.forward_seconds(NODE, 1.0)
 
 
