@@ -247,7 +247,25 @@ def _flops(name: str, args: Any, outputs: list) -> float:
     if "scaled_dot_product" in name:
         query, key = args[1], args[2]
         return 10.0 * query.numel() * key.shape[-2] / 2
+    if name == "_flash_attention_forward":
+        query, key, _, bounds = args[:4]
+        return 4.0 * query[0].numel() * _pairs(query, key, bounds, _is_causal(args))
+    if name == "_flash_attention_backward":
+        query, key, bounds = args[1], args[2], args[6]
+        return 10.0 * query[0].numel() * _pairs(query, key, bounds, _is_causal(args))
     return 0.0
+
+
+def _pairs(query: torch.Tensor, key: torch.Tensor, bounds: torch.Tensor, causal: bool) -> float:
+    """Pairs of a query and a key that it sees, in blocks taken for equal.
+
+    Args:
+        query, key: [rows, heads, d], the rows of all blocks.
+        bounds: [blocks + 1].
+        causal: the last query of a block sees its last key.
+    """
+    blocks = bounds.numel() - 1
+    return query.shape[0] * (key.shape[0] - causal * query.shape[0] / 2) / blocks
 
 
 def _is_causal(args: Any) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.communicators import communicators
+from megatron_telechat.costs.flops import layer_forward_flops
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.virtual.compare import exchanged, group_of
 from megatron_telechat.virtual.launch import VirtualRankError, executable, execute_several
@@ -133,6 +134,19 @@ def test_context_parallel_exchanges_are_modelled_to_the_byte(world):
         heads, ring = run.parallel.context_sizes
         assert found.keys() == {*["all-to-all"] * (heads > 1), *["send", "receive"] * (ring > 1)}
         assert all(entry.bytes == entry.modelled for entry in found.values())
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "cp" in name])
+def test_products_of_attention_over_ranks_are_those_of_the_cost_model(played, name):
+    """Of a rank in the forward of a layer that repeats nothing: its part of a row, the work shared evenly."""
+    run, records = played[name]
+    training, layer = run.training, run.model.num_layers - 1
+    tokens = training.seq_length * training.micro_batch_size / run.parallel.context_parallel_size
+    flops = layer_forward_flops(run.model, layer, training.seq_length)
+    for record in records:
+        work = record.work.get(f"layer {layer} forward")
+        if work is not None:
+            assert work.flops / record.microbatches == pytest.approx(flops.total * tokens, rel=0.02)
 
 
 def test_resident_memory_is_that_of_the_cost_model(world):
