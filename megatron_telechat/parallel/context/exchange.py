@@ -100,17 +100,19 @@ class Ring:
         """See `RowLink`."""
         by_host = traits_of(rows.device).host_waits_for_transfers
         received = rows.new_empty(shape)
+        # Gloo tells the sender over the same connection that it may send. Behind rows that leave, that message would
+        # wait for them, and the link would be used in one direction at a time: receives go first.
         messages = []
-        if rows.numel():
-            messages.append(dist.P2POp(dist.isend, rows, self._peer(step), self.group))
         if received.numel():
             messages.append(dist.P2POp(dist.irecv, received, self._peer(-step), self.group))
+        if rows.numel():
+            messages.append(dist.P2POp(dist.isend, rows, self._peer(step), self.group))
         works = dist.batch_isend_irecv(messages) if messages else []
         if not by_host:
             # One handle for both: the stream that waits for what arrives waits for what leaves as well.
             return Moving(received, works, rows)
         if rows.numel():
-            self._leaving.append((works.pop(0), rows))
+            self._leaving.append((works.pop(), rows))
         return Moving(received, works)
 
     def finish(self) -> None:
