@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from threading import Thread
 from typing import Protocol
@@ -11,6 +12,11 @@ from torch import Tensor
 
 from megatron_telechat.backend import traits_of
 from megatron_telechat.parallel.transfer import RowTransfer
+
+
+MOST_LEAVING = 4
+"""Messages of a rank that may be on their way: the host holds their rows until they have left. A backward has two of
+keys and values and two of gradients under way; with fewer a rank would wait for others that are behind."""
 
 
 class RowLink(Protocol):
@@ -94,7 +100,7 @@ class Ring:
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
         self.size, self.rank = group.size(), group.rank()
-        self._leaving: list[tuple[dist.Work, Tensor]] = []
+        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
 
     def start(self, rows: Tensor, step: int, shape: tuple[int, ...]) -> Moving:
         """See `RowLink`."""
@@ -113,13 +119,14 @@ class Ring:
             return Moving(received, works, rows)
         if rows.numel():
             self._leaving.append((works.pop(), rows))
+            if len(self._leaving) > MOST_LEAVING:
+                self._leaving.popleft()[0].wait()
         return Moving(received, works)
 
     def finish(self) -> None:
         """See `RowLink`."""
-        for work, _ in self._leaving:
-            work.wait()
-        self._leaving.clear()
+        while self._leaving:
+            self._leaving.popleft()[0].wait()
 
     def _peer(self, step: int) -> int:
         return dist.get_global_rank(self.group, (self.rank + step) % self.size)
