@@ -105,56 +105,66 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def rank(options: argparse.Namespace) -> int:
     """One rank of the bench."""
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    from context.problem import Problem
+
+    from megatron_telechat import parallel
     from megatron_telechat.backend import get_backend
 
-    get_backend("cpu").install()
-    dist.init_process_group("gloo")
+    backend = get_backend("cpu")
+    ranks = int(os.environ["WORLD_SIZE"])
+    problem = Problem(
+        options.tokens * ranks, options.heads, options.groups, options.width, ranks, documents(options, ranks),
+        options.dtype,
+    )  # fmt: skip
+    state = parallel.initialize(problem.run(), backend)
     try:
         if options.memory_arm:
             from context import memory
 
             name, result = options.memory_arm
-            memory.rank(name, (options.heads, options.groups, options.width), Path(result))
+            memory.rank(name, problem, Path(result))
             return 0
-        report = measure(options)
-        missed = write(options, report) if dist.get_rank() == 0 else 0
+        report = measure(options, problem, state, backend)
+        missed = write(options, report) if state.rank == 0 else 0
     finally:
-        dist.destroy_process_group()
+        parallel.destroy()
     return MISSED if options.check and missed else 0
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def documents(options: argparse.Namespace, ranks: int) -> tuple[int, ...]:
+    """Where the documents of the row end; nothing for a row of one."""
+    from context.balance import web_like
+
+    return tuple(web_like(options.tokens * ranks, 1, 2 * ranks)[0].tolist()) if options.packed else ()
+
+
+def measure(options: argparse.Namespace, problem: Any, state: Any, backend: Any) -> dict[str, Any]:
     """All rows; the same on every rank."""
-    import torch.distributed as dist
     from context import errors
-    from context.arms import Arms
-    from context.balance import spread, web_like
-    from context.problem import Problem
+    from context.arms import Arms, Chooser
+    from context.balance import spread
     from context.report import mode_label, table
     from context.rows import Bench
 
     def say(line: str) -> None:
-        if dist.get_rank() == 0:
+        if state.rank == 0:
             print(line, flush=True)
 
-    ranks = dist.get_world_size()
-    length = options.tokens * ranks
-    ends = tuple(web_like(length, 1, 2 * ranks)[0].tolist()) if options.packed else ()
-    problem = Problem(length, options.heads, options.groups, options.width, ranks, ends, options.dtype)
     links = Links.of_this_rank()
     mode = mode_label(options.stand_in)
-    say(f"{ranks} ranks, {asdict(problem)}; {mode}; median of {options.rounds}")
+    say(f"{problem.ranks} ranks, {asdict(problem)}; {mode}; median of {options.rounds}")
     found = {}
     for what, rate in (("real products", None), ("stand-in", options.stand_in)):
         if what == "real products" or rate:
-            bench = Bench(Arms(problem, rate), options.rounds, links.set_rate if links else None, say)
+            arms = Arms(problem, rate)
+            chooser = Chooser(arms, state, backend)
+            bench = Bench(arms, chooser, options.rounds, links.set_rate if links else None, say)
             found[what] = bench.verify()
     say("largest relative error against one rank: "
         + ", ".join(f"{what} {max(values.values()):.1e}" for what, values in found.items()))  # fmt: skip
-    wire, exact = bench.wire(), errors.measure(ranks)
+    wire, exact = bench.wire(), errors.measure(problem.ranks)
     rows = []
 
     def add(*arguments: Any) -> None:
@@ -212,7 +222,7 @@ def memory_of_arms(options: argparse.Namespace, command: Sequence[str]) -> int:
     from turns import check_lines
 
     peaks = memory.start(command, options.timeout)
-    print(f"peak above the inputs, rank 0 of {memory.RANKS}, {memory.LENGTH} tokens, fp32, {memory.PIECES} pieces")
+    print(f"peak above the inputs, rank 0 of {memory.RANKS}, {memory.LENGTH} tokens, bf16")
     for name, peak in peaks.items():
         print(f"  {name:20}{peak:>8.1f} MB")
     check = memory_check(peaks)
@@ -232,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return rank(options)
     command = [sys.executable, "-u", "-W", "ignore", __file__, *argv]
     if options.memory:
-        return memory_of_arms(options, [*command, "--memory-arm"])
+        return memory_of_arms(options, command)
     return start_ranks(command, options.ranks, options.links, not options.no_pin, options.timeout)
 
 

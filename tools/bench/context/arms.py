@@ -8,8 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch.distributed as dist
-from megatron_telechat.backend.block_attention import BlockAttention, block_attention
-from megatron_telechat.parallel.context.rows import own_positions
 from torch import Tensor
 from turns import Sample, Stopwatch
 
@@ -19,9 +17,14 @@ from context.peers import Peer
 from context.problem import Inputs, Problem, Result
 from context.stand_in import StandIn
 from context.torchs import TorchRing
+from megatron_telechat.backend import Backend
+from megatron_telechat.backend.block_attention import BlockAttention, block_attention
 from megatron_telechat.parallel.context.layout import Layout, zigzag
 from megatron_telechat.parallel.context.plan import plan_rows
+from megatron_telechat.parallel.context.rows import own_positions
 from megatron_telechat.parallel.groups import ContextGroups
+from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.context import ContextSetting, set_context
 
 
 class Attention(Protocol):
@@ -123,3 +126,22 @@ class Arms:
 
     def _arm(self, way: Any, positions: np.ndarray, exposed: Callable[[], float] | None = None) -> AttentionArm:
         return AttentionArm(way, self.problem.inputs.of_rows(positions), positions, exposed)
+
+
+class Chooser:
+    """What the product settles at the start of a run: pieces, and what attention and transfers cost. Collective.
+
+    Args:
+        arms: of the problem.
+        state, backend: of the ranks.
+    """
+
+    def __init__(self, arms: Arms, state: ParallelState, backend: Backend):
+        self.arm, self.state, self.backend = arms.ours(1), state, backend
+        self.run = arms.problem.run()
+
+    def choose(self) -> ContextSetting:
+        """Measured on the link as it is now."""
+        setting = set_context([self.arm.way.core], self.run, self.state, self.backend)
+        assert setting is not None, "there is a ring"
+        return setting

@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megatron_telechat.parallel.context.direct import IN_FLIGHT
-from megatron_telechat.parallel.context.exchange import RowLink
 from overlap.channels import Here
 from torch import Tensor
 from turns import Sample, Stopwatch
+
+from megatron_telechat.parallel.context.direct import IN_FLIGHT
+from megatron_telechat.parallel.context.exchange import RowLink
 
 
 class Message(NamedTuple):

@@ -15,7 +15,6 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from megatron_telechat.backend.block_attention import Block, Grads, Running, Saved
 from processes import AT_ONCE, resident_mb
 from throttled_links import run_ranks
 from torch import Tensor
@@ -23,10 +22,13 @@ from torch import Tensor
 from context.arms import Arms
 from context.peers import Gathered
 from context.problem import Problem
+from megatron_telechat.backend.block_attention import Block, Grads, Running, Saved
 
 RANKS, LENGTH = 4, 32768
-PIECES = 2
-ARMS = ("ours", "ours keep", "all-gather")
+SHAPE = ["--tokens", str(LENGTH // RANKS), "--heads", "8", "--groups", "8", "--dtype", "bf16"]
+"""As many groups as heads, in the type of training."""
+KEEP_PIECES = 2
+ARMS = ("ours 1 piece", "ours 2 pieces", "ours 4 pieces", "ours keep", "all-gather")
 ROUNDS, WARM_UP = 3, 2
 
 
@@ -56,11 +58,15 @@ class _NoProducts:
             grads.value[k0:k1] += found[2]
 
 
-def rank(name: str, shape: tuple[int, int, int], result: Path) -> None:
+def rank(name: str, problem: Problem, result: Path) -> None:
     """One arm on one rank; rank 0 writes what it saw, in MB above the inputs."""
-    arms = Arms(Problem(LENGTH, *shape, dist.get_world_size()), None)
+    arms = Arms(problem, None)
     arms.kernel = _NoProducts()
-    arm = arms.peer(Gathered) if name == "all-gather" else arms.ours(PIECES, name == "ours keep")
+    if name == "all-gather":
+        arm = arms.peer(Gathered)
+    else:
+        keep = name == "ours keep"
+        arm = arms.ours(KEEP_PIECES if keep else int(name.split()[1]), keep)
     peaks = []
     for number in range(WARM_UP + ROUNDS):
         dist.barrier()
@@ -77,12 +83,14 @@ def start(command: Sequence[str], timeout: float) -> dict[str, float]:
     """MB by arm.
 
     Args:
-        command: starts a rank, when followed by the arm and the file of its result.
+        command: starts a rank of this bench.
     """
     peaks = {}
     for name in ARMS:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            code = run_ranks([*command, name, file.name], RANKS, pin=True, timeout=timeout, env=AT_ONCE)
+            code = run_ranks(
+                [*command, *SHAPE, "--memory-arm", name, file.name], RANKS, pin=True, timeout=timeout, env=AT_ONCE
+            )
             if code:
                 raise SystemExit(code)
             peaks[name] = json.loads(Path(file.name).read_text())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
-from megatron_telechat.backend.block_attention import BlockAttention
-from megatron_telechat.model.context_attention import ContextCoreAttention
-from megatron_telechat.parallel.context.direct import Way
 from torch import Tensor
 
 from context.links import RecordingLink
 from context.problem import Inputs, Result
+from megatron_telechat.backend.block_attention import BlockAttention
+from megatron_telechat.model.context_attention import ContextCoreAttention
 from megatron_telechat.parallel.context.plan import ContextPlan
 from megatron_telechat.parallel.groups import ContextGroups
 
@@ -32,19 +30,6 @@ def open_groups(heads: int, ring: int) -> ContextGroups:
     return ContextGroups(**mine)
 
 
-class _Core(ContextCoreAttention):
-    """The product's, with the kernel of the bench."""
-
-    def __init__(self, groups: ContextGroups, kernel: BlockAttention):
-        config: Any = SimpleNamespace(attention_dropout=0.0)
-        collection: Any = SimpleNamespace(context=groups)
-        super().__init__(config, 1, collection)
-        self.kernel = kernel
-
-    def _way(self, query: Tensor) -> Way:
-        return replace(super()._way(query), kernel=self.kernel)
-
-
 class Ours:
     """Attention over ranks as the product computes it.
 
@@ -58,15 +43,16 @@ class Ours:
     def __init__(
         self, groups: ContextGroups, plan: ContextPlan, kernel: BlockAttention, pieces: int, keep: bool = False
     ):
-        self.core = _Core(groups, kernel)
-        self.core.pieces, self.core.keep = pieces, keep
+        config: Any = SimpleNamespace(attention_dropout=0.0)
+        collection: Any = SimpleNamespace(context=groups)
+        self.core = ContextCoreAttention(config, 1, collection, pieces, keep)
+        self.core.kernel = kernel
         self.plan = plan
         self._step: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def record(self, inputs: Inputs) -> RecordingLink:
         """The transfers of a step. Collective."""
         usual = self.core.link
-        assert usual is not None, "there is a ring"
         self.core.link = link = RecordingLink(usual)
         self.forward(inputs)
         self.backward(inputs)

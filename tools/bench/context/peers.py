@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron_telechat.backend.block_attention import Block, BlockAttention, Grads, Running, Saved
 from torch import Tensor
 
 from context.problem import Inputs, Result
+from megatron_telechat.backend.block_attention import Block, BlockAttention, Grads, Running, Saved
 from megatron_telechat.parallel.context.layout import Fragments, Layout, fragments
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from megatron_telechat.backend.block_attention import BlockAttention, Grads, Running, Saved
 from torch import Tensor
 
-from megatron_telechat.parallel.context.layout import Layout, work_of_ranks, zigzag
+from megatron_telechat.backend.block_attention import BlockAttention, Grads, Running, Saved
+from megatron_telechat.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_telechat.parallel.context.layout import Layout, zigzag
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SEED = 77
@@ -99,9 +100,23 @@ class Problem:
         """Of the key and the value of one token."""
         return 2 * self.groups * self.width * DTYPES[self.dtype].itemsize
 
-    def gflops(self, layout: Layout) -> float:
-        """Of a forward of the busiest rank: two products for each pair of a query and a key that it sees."""
-        return 4 * self.heads * self.width * float(work_of_ranks(layout, self.documents).max()) / 1e9
+    def run(self) -> RunConfig:
+        """The configuration that such a row would come from."""
+        precision: Any = self.dtype
+        return RunConfig(
+            model=ModelConfig(
+                num_layers=1,
+                hidden_size=self.heads * self.width,
+                num_attention_heads=self.heads,
+                num_query_groups=self.groups,
+                kv_channels=self.width,
+                ffn_hidden_size=self.heads * self.width,
+                vocab_size=1024,
+            ),
+            parallel=ParallelConfig(world_size=self.ranks, context_parallel_size=self.ranks, cp_comm_type="p2p"),
+            training=TrainingConfig(seq_length=self.length, micro_batch_size=1, precision=precision),
+            data=DataConfig(reset_attention_mask=self.packed),
+        )
 
 
 def on_one_rank(inputs: Inputs, documents: np.ndarray, kernel: BlockAttention) -> Result:

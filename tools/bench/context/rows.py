@@ -7,23 +7,21 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from turns import Arm, agree_on_errors, rates, reshape, take_turns
+import torch
+from turns import Arm, agree_on_errors, rates, reshape, slowest, take_turns
 
-from context.arms import Arms, AttentionArm
+from context.arms import Arms, AttentionArm, Chooser
 from context.peers import Gathered, ReversedRing, WholeShards, per_document_zigzag
 from context.problem import largest, on_one_rank
 from context.stand_in import StandIn
 from context.torchs import ALL_GATHER as TORCH_GATHERS
 from context.torchs import ALL_TO_ALL as TORCH_ROTATES
 from megatron_telechat.parallel.context.layout import (
-    Costs,
     Layout,
     best_layout,
     contiguous,
     dealt,
-    traffic,
     whole_documents,
-    work_of_ranks,
 )
 
 AUTO, KEEP, CONTROL = "ours auto", "ours keep", "control"
@@ -65,6 +63,7 @@ class Bench:
 
     Args:
         arms: of the problem.
+        chooser: of what `auto` is.
         rounds: of the arms' turns.
         set_rate: reshapes the links to so many Mbit/s, None: no limit. None where nothing can be reshaped.
         say: prints a line on rank 0.
@@ -73,11 +72,13 @@ class Bench:
     def __init__(
         self,
         arms: Arms,
+        chooser: Chooser,
         rounds: int,
         set_rate: Callable[[float | None], None] | None,
         say: Callable[[str], None] = lambda _: None,
     ):
-        self.arms, self.rounds, self.set_rate, self.say = arms, rounds, set_rate, say
+        self.arms, self.chooser = arms, chooser
+        self.rounds, self.set_rate, self.say = rounds, set_rate, say
         self.problem = arms.problem
         documents, ranks = self.problem.documents, self.problem.ranks
         self.usual = dealt(documents, ranks) if self.problem.packed else self.problem.zigzag()
@@ -105,8 +106,6 @@ class Bench:
 
     def wire(self) -> dict[str, float]:
         """Bytes that the messages of ours carry away from the rank that sends most, beside the formula."""
-        import torch
-        from turns import slowest
 
         values = []
         for keep in (False, True):
@@ -136,16 +135,11 @@ class Bench:
         return rates(self._ratio, ratios)
 
     def _ratio(self, mbit: float) -> float:
-        compute, link = self._alone_s(mbit)
-        self.say(f"at {mbit:.0f} Mbit/s: link {link * 1e3:.0f} ms, computation {compute * 1e3:.0f} ms")
-        return link / compute
-
-    def _alone_s(self, mbit: float | None) -> tuple[float, float]:
-        """Seconds of the computation and of the transfers alone, at a rate."""
         reshape(self.set_rate, mbit)
         times = take_turns(self._parts(self.usual), CALIBRATION_ROUNDS)
         compute, link = (median(run[2] for run in times[name]) for name in PARTS)
-        return compute, link
+        self.say(f"at {mbit:.0f} Mbit/s: link {link * 1e3:.0f} ms, computation {compute * 1e3:.0f} ms")
+        return link / compute
 
     def _parts(self, layout: Layout) -> dict[str, Arm]:
         return dict(zip(PARTS, self.arms.alone(1, layout), strict=True))
@@ -158,18 +152,16 @@ class Bench:
             mbit: reshape the links to this; None: no limit.
             target: link/computation ratio that the rate was chosen for.
         """
-        choice = self._choose(mbit)
+        reshape(self.set_rate, mbit)
+        choice = self._choose()
         times = take_turns(self._all(choice), self.rounds)
         auto = {"pieces": choice.pieces, "keep": choice.keep, "layout": choice.layout.name, "reason": choice.reason}
         return {"label": label, "mbit": mbit, "target_ratio": target, "auto": auto, **summary(times)}
 
-    def _choose(self, mbit: float | None) -> Choice:
-        compute, link = self._alone_s(mbit)
-        problem, layout = self.problem, self.usual
-        if problem.packed:
-            work, rows = (of(layout, problem.documents).max() for of in (work_of_ranks, traffic))
-            layout = best_layout(problem.documents, problem.ranks, Costs(compute / work, link / max(rows, 1)))
-        return Choice(2, False, layout, f"link {link * 1e3:.0f} ms, computation {compute * 1e3:.0f} ms")
+    def _choose(self) -> Choice:
+        setting, problem = self.chooser.choose(), self.problem
+        layout = best_layout(problem.documents, problem.ranks, setting.costs) if problem.packed else self.usual
+        return Choice(setting.pieces, False, layout, setting.message)
 
     def _all(self, choice: Choice) -> dict[str, Arm]:
         arms: dict[str, Arm] = {AUTO: self.arms.ours(choice.pieces, choice.keep, choice.layout)}

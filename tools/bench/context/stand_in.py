@@ -13,8 +13,9 @@ import time
 from collections.abc import Sequence
 
 import torch
-from megatron_telechat.backend.block_attention import Block, Grads, Running, Saved
 from torch import Tensor
+
+from megatron_telechat.backend.block_attention import Block, Grads, Running, Saved
 
 BACKWARD = 2.5
 """Products of a backward over those of a forward: five against two."""
