@@ -7,12 +7,12 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_telechat.backend import traits_of
 from megatron_telechat.parallel.transfer import RowTransfer
-
 
 MOST_LEAVING = 4
 """Messages of a rank that may be on their way: the host holds their rows until they have left. A backward has two of
@@ -88,6 +88,27 @@ class Alone:
 
     def finish(self) -> None:
         """Nothing has left."""
+
+
+def all_to_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, ...]: entry r goes to rank r; entry r of the result is from rank r.
+
+    On the CPU by messages, receives first (see `Ring.start`): gloo's own all-to-all sends before it asks, and takes
+    twice the time of the link.
+    """
+    received = torch.empty_like(rows)
+    if not traits_of(rows.device).host_waits_for_transfers:
+        dist.all_to_all_single(received, rows, group=group)
+        return received
+    size, rank = group.size(), group.rank()
+    received[rank] = rows[rank]
+    others = [(rank + step) % size for step in range(1, size)]
+    peers = [dist.get_global_rank(group, other) for other in others]
+    messages = [dist.P2POp(dist.irecv, received[r], peer, group) for r, peer in zip(others, peers, strict=True)]
+    messages += [dist.P2POp(dist.isend, rows[r], peer, group) for r, peer in zip(others, peers, strict=True)]
+    for work in dist.batch_isend_irecv(messages):
+        work.wait()
+    return received
 
 
 class Ring:
