@@ -21,7 +21,8 @@ Forward and backward of one layer's attention. The arms take turns within one ru
                          computation, one hop less
     all-gather           all keys and values on every rank, gradients by a reduce-scatter
     torch ...            the ring of torch.distributed.tensor.experimental, with both of its rotations
-    per-document zigzag  packed rows: each document cut into 2 N chunks, whole shards go round (Megatron's THD)
+    per-document zigzag  packed rows: each document cut into 2 N chunks, whole shards go round; with the ring of
+                         ring-flash-attention, or of TransformerEngine (Megatron's THD): per-document TE
     ring of shards       packed rows: the zigzag ring over the row as if it was one document
     only-compute         ours, but what arrives is taken from memory
     only-link            the transfers of ours in their order, without any computation

@@ -8,7 +8,7 @@ from typing import Any
 
 from turns import Check, link_label
 
-from context.rows import (
+from context.summary import (
     AUTO,
     CONTROL,
     DOCUMENT_ZIGZAG,
@@ -36,6 +36,8 @@ WIRE_LIMIT = 1.01
 FP32_LIMIT, BF16_LIMIT = 1e-6, 1.25
 BALANCE_LIMIT = 1.08
 MEMORY_LIMIT = 2.5
+LEAST_LINK = 0.1
+"""Where transfers take less of the computation than this, the share that is hidden is noise over nothing."""
 
 
 def mode_label(stand_in: float | None) -> str:
@@ -61,7 +63,8 @@ def table(row: Mapping[str, Any], mode: str) -> Iterator[str]:
     for name, arm in row["arms"].items():
         part = name in PARTS
         exposed = f"{arm['exposed_ms']:.0f}" if arm["exposed_ms"] and not part else ""
-        limit, hidden = ("", "") if part else (f"{arm['over_limit']:.2f}", f"{arm['hidden']:.0%}")
+        limit = "" if part else f"{arm['over_limit']:.2f}"
+        hidden = "" if part or row["link_ms"] < LEAST_LINK * row["compute_ms"] else f"{arm['hidden']:.0%}"
         card = f"{arm['interface_bytes'] / 1e6:.2f}" if arm["interface_bytes"] else ""
         yield (
             f"  {name:20}{arm['forward_ms']:>9.0f}{arm['backward_ms']:>10.0f}{arm['total_ms']:>10.0f}{exposed:>9}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -14,6 +14,25 @@ from context.arms import Arms, AttentionArm, Chooser
 from context.peers import Gathered, ReversedRing, WholeShards, per_document_zigzag
 from context.problem import largest, on_one_rank
 from context.stand_in import StandIn
+from context.summary import (
+    ALL_GATHER,
+    AUTO,
+    CONTROL,
+    DOCUMENT_REVERSED,
+    DOCUMENT_ZIGZAG,
+    KEEP,
+    PARTS,
+    PIECES,
+    REVERSED_RING,
+    SHARDS_RING,
+    TORCH_GATHER,
+    TORCH_ROTATE,
+    TWO_D,
+    ULYSSES,
+    ZIGZAG_RING,
+    pieces_name,
+    summary,
+)
 from context.torchs import ALL_GATHER as TORCH_GATHERS
 from context.torchs import ALL_TO_ALL as TORCH_ROTATES
 from megatron_telechat.parallel.context.layout import (
@@ -24,22 +43,10 @@ from megatron_telechat.parallel.context.layout import (
     whole_documents,
 )
 
-AUTO, KEEP, CONTROL = "ours auto", "ours keep", "control"
-ONLY_COMPUTE, ONLY_LINK = "only-compute", "only-link"
-ULYSSES, TWO_D = "Ulysses", "2D"
-ZIGZAG_RING, REVERSED_RING, ALL_GATHER = "zigzag ring", "TE ring", "all-gather"
-TORCH_GATHER, TORCH_ROTATE = "torch all-gather", "torch all-to-all"
-DOCUMENT_ZIGZAG, SHARDS_RING = "per-document zigzag", "ring of shards"
-PARTS = (ONLY_COMPUTE, ONLY_LINK)
-PIECES = (1, 2, 4)
 CONTROL_PIECES = 2
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Relative, against one rank; the arms differ in the order of sums."""
 CALIBRATION_ROUNDS = 3
-
-
-def pieces_name(pieces: int) -> str:
-    return f"ours {pieces} piece{'s' if pieces > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -192,37 +199,8 @@ class Bench:
         ):
             arms[f"ours {layout.name}"] = made.ours(choice.pieces, layout=layout)
         arms[CONTROL] = made.control(CONTROL_PIECES, self.usual)
-        arms[DOCUMENT_ZIGZAG] = made.peer(ReversedRing, per_document_zigzag(documents, ranks))
+        each = per_document_zigzag(documents, ranks)
+        arms |= {DOCUMENT_ZIGZAG: made.peer(WholeShards, each), DOCUMENT_REVERSED: made.peer(ReversedRing, each)}
         arms[SHARDS_RING] = made.peer(WholeShards)
         arms[ALL_GATHER] = made.peer(Gathered)
         return arms
-
-
-def summary(times: Mapping[str, Sequence[tuple[float, ...]]]) -> dict[str, Any]:
-    """Medians in ms, and ratios within the rounds.
-
-    With C the computation and L the transfers alone, each in one piece, one after the other takes C + L, and nothing is
-    faster than max(C, L). The share of an arm that is hidden is what it saves against C + L, over min(C, L).
-    """
-    medians = {name: [median(column) for column in zip(*runs, strict=True)] for name, runs in times.items()}
-    compute, link = (medians[name][2] for name in PARTS)
-    limit = max(compute, link)
-
-    def ratio(name: str, other: str) -> float:
-        """How many times as long as the other, in the median of the rounds."""
-        return median(ours[2] / theirs[2] for ours, theirs in zip(times[name], times[other], strict=True))
-
-    arms = {}
-    for name, (forward, backward, total, exposed, sent) in medians.items():
-        arms[name] = {
-            "forward_ms": forward * 1e3,
-            "backward_ms": backward * 1e3,
-            "total_ms": total * 1e3,
-            "exposed_ms": exposed * 1e3,
-            "interface_bytes": int(sent),
-            "over_limit": total / limit,
-            "hidden": (compute + link - total) / min(compute, link) if min(compute, link) else 0.0,
-            "over_auto": ratio(name, AUTO),
-            "samples_ms": [run[2] * 1e3 for run in times[name]],
-        }
-    return {"ratio": link / compute, "compute_ms": compute * 1e3, "link_ms": link * 1e3, "arms": arms}
