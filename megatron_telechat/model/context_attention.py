@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_telechat.backend.block_attention import block_attention
+from megatron_telechat.backend.block_attention import BlockAttention, block_attention
 from megatron_telechat.parallel.clock import ExchangeClock, PassClock
 from megatron_telechat.parallel.context.direct import Clocks, Way, attend
 from megatron_telechat.parallel.context.exchange import Alone, Ring, RowLink
@@ -78,6 +78,8 @@ class ContextCoreAttention(torch.nn.Module):
     Attributes:
         pieces: of each step of the ring.
         keep: hold received keys and values for the backward.
+        link: of the ring; measurements put others in its place.
+        kernel: of the blocks; None: that of the device.
         clock: of the waits for other ranks.
     """
 
@@ -98,6 +100,7 @@ class ContextCoreAttention(torch.nn.Module):
         self.place = ContextPlace.of(groups)
         self._heads_group = groups.heads
         self.link: RowLink = Ring(groups.ring) if groups.ring else Alone()
+        self.kernel: BlockAttention | None = None
         self.pieces, self.keep = pieces, keep
         self.clock = ExchangeClock()
 
@@ -117,11 +120,15 @@ class ContextCoreAttention(torch.nn.Module):
             parts = to_heads(parts, self._heads_group, clocks)
         rows, tokens = parts[0].shape[:2]
         q, k, v = (part.flatten(0, 1) for part in parts)
-        way = Way(self.link, block_attention(q), self.pieces, self.keep, clocks)
+        way = Way(self.link, self.kernel_for(q), self.pieces, self.keep, clocks)
         out = attend(q, k, v, plan, way).unflatten(0, (rows, tokens))
         if self._heads_group is not None:
             out = to_tokens(out, self._heads_group, clocks)
         return out.transpose(0, 1).flatten(2)
+
+    def kernel_for(self, query: Tensor) -> BlockAttention:
+        """The kernel for heads like these, [t, heads, d]."""
+        return self.kernel or block_attention(query)
 
     def _clocks(self, query: Tensor) -> Clocks:
         forward, backward = (PassClock(self.clock, self.layer, late, query.device) for late in (False, True))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_telechat.backend import Backend
-from megatron_telechat.backend.block_attention import Block, Grads, Running, Saved, block_attention
+from megatron_telechat.backend.block_attention import Block, Grads, Running, Saved
 from megatron_telechat.checkpoint.train_state import topology
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.loader import EVEN_COSTS
@@ -202,7 +202,7 @@ class _Probe:
         """
         device = self.backend.device
         clocks = tuple(PassClock(ExchangeClock(), None, late, device) for late in (False, True))
-        kernel = block_attention(self.parts[0]) if products else _NoProducts()
+        kernel = self.attention.kernel_for(self.parts[0]) if products else _NoProducts()
         way = Way(self.attention.link, kernel, pieces, self.attention.keep, (clocks[0], clocks[1]))
         self.backend.synchronize()
         begin = time.perf_counter()

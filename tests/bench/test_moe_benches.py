@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
-
-
-def bench(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCH / name), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads than free cores wait for each other
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+from tests.bench.doors import BENCH, bench
 
 
 @pytest.mark.gloo

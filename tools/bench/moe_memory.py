@@ -25,11 +25,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+from processes import AT_ONCE, MB, resident_mb  # noqa: E402
 from throttled_links import run_ranks  # noqa: E402
 
 RANKS, ROUNDS, WARM_UP = 2, 5, 3
-MB = 1e6
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384", "MALLOC_TOP_PAD_": "0"}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -40,11 +39,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-def resident_mb(field: str) -> float:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024 / MB
 
 
 def rank(options: argparse.Namespace) -> None:

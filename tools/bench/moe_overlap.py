@@ -40,7 +40,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from throttled_links import LinksError, links_up, run_ranks  # noqa: E402
+from throttled_links import start_ranks  # noqa: E402
 
 RATIOS = (0.5, 1.0, 1.8)
 QUICK = dict(tokens=96, hidden=64, ffn=96)
@@ -89,20 +89,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.stand_in is not None and options.stand_in <= 0:
         parser.error("--stand-in is a rate in GFLOP/s")
     return options
-
-
-def start(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Start the ranks, over throttled links if these are wanted."""
-    command = [sys.executable, "-u", "-W", "ignore", __file__, *argv]
-    arguments = dict(size=options.ranks, pin=not options.no_pin, timeout=options.timeout)
-    if not options.links:
-        return run_ranks(command, **arguments)
-    try:
-        with links_up(options.ranks) as links:
-            return run_ranks(command, links=links, **arguments)
-    except LinksError as error:
-        print(f"moe_overlap: {error}\nwithout links: torchrun --nproc-per-node 2 {__file__}", file=sys.stderr)
-        return 2
 
 
 def rank(options: argparse.Namespace) -> int:
@@ -198,7 +184,8 @@ def measure(options: argparse.Namespace, state: Any) -> dict[str, Any]:
 
 def write(options: argparse.Namespace, report: dict[str, Any]) -> int:
     """Checks, JSON and plot; returns how many bars were missed."""
-    from overlap.report import check_lines, checks, plot
+    from overlap.report import checks, plot
+    from turns import check_lines
 
     # The bars are for the full shapes.
     found = [] if options.quick else list(checks(report["rows"], report["wire_bytes"]))
@@ -215,7 +202,10 @@ def write(options: argparse.Namespace, report: dict[str, Any]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(argv)
-    return rank(options) if "RANK" in os.environ else start(options, argv)
+    if "RANK" in os.environ:
+        return rank(options)
+    command = [sys.executable, "-u", "-W", "ignore", __file__, *argv]
+    return start_ranks(command, options.ranks, options.links, not options.no_pin, options.timeout)
 
 
 if __name__ == "__main__":

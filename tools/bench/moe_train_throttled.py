@@ -35,7 +35,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from throttled_links import Links, LinksError, links_up, run_ranks  # noqa: E402
+from throttled_links import Links, start_ranks  # noqa: E402
 
 RANKS = 4
 ARMS = ("auto", "k=1", "megatron-core")
@@ -263,18 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(report, indent=1))
         return 0
     command = [sys.executable, "-u", "-W", "ignore", __file__, *argv]
-    arguments: dict[str, Any] = dict(size=RANKS, pin=not options.no_pin, timeout=options.timeout)
-    if not options.links:
-        return run_ranks(command, **arguments)
-    try:
-        with links_up(RANKS) as links:
-            return run_ranks(command, links=links, **arguments)
-    except LinksError as error:
-        print(
-            f"moe_train_throttled: {error}\nwithout links: torchrun --nproc-per-node {RANKS} {__file__}",
-            file=sys.stderr,
-        )
-        return 2
+    return start_ranks(command, RANKS, options.links, not options.no_pin, options.timeout)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PREFIX = "throttled-"
 INTERFACE = "nic0"
@@ -264,6 +265,27 @@ def run_ranks(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         del store
+
+
+def start_ranks(command: Sequence[str], size: int, links: bool, pin: bool, timeout: float) -> int:
+    """The ranks of a bench, over throttled links if these are wanted; see :func:`run_ranks`.
+
+    Args:
+        command: python, its options, the script and its arguments.
+        links: make links for this run; 2 is returned, with what is missing on stderr, where that is impossible.
+    """
+    arguments: dict[str, Any] = dict(size=size, pin=pin, timeout=timeout)
+    if not links:
+        return run_ranks(command, **arguments)
+    try:
+        with links_up(size) as made:
+            return run_ranks(command, links=made, **arguments)
+    except LinksError as error:
+        script = next(part for part in command if part.endswith(".py"))
+        print(
+            f"{Path(script).stem}: {error}\nwithout links: torchrun --nproc-per-node {size} {script}", file=sys.stderr
+        )
+        return 2
 
 
 def _prepare(core: int | None) -> None:

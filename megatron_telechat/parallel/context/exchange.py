@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from threading import Thread
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_telechat.backend import traits_of
 from megatron_telechat.parallel.transfer import RowTransfer
+
+MOST_LEAVING = 4
+"""Messages of a rank that may be on their way: the host holds their rows until they have left. A backward has two of
+keys and values and two of gradients under way; with fewer a rank would wait for others that are behind."""
 
 
 class RowLink(Protocol):
@@ -84,6 +90,27 @@ class Alone:
         """Nothing has left."""
 
 
+def all_to_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, ...]: entry r goes to rank r; entry r of the result is from rank r.
+
+    On the CPU by messages, receives first (see `Ring.start`): gloo's own all-to-all sends before it asks, and takes
+    twice the time of the link.
+    """
+    received = torch.empty_like(rows)
+    if not traits_of(rows.device).host_waits_for_transfers:
+        dist.all_to_all_single(received, rows, group=group)
+        return received
+    size, rank = group.size(), group.rank()
+    received[rank] = rows[rank]
+    others = [(rank + step) % size for step in range(1, size)]
+    peers = [dist.get_global_rank(group, other) for other in others]
+    messages = [dist.P2POp(dist.irecv, received[r], peer, group) for r, peer in zip(others, peers, strict=True)]
+    messages += [dist.P2POp(dist.isend, rows[r], peer, group) for r, peer in zip(others, peers, strict=True)]
+    for work in dist.batch_isend_irecv(messages):
+        work.wait()
+    return received
+
+
 class Ring:
     """Messages among the ranks of one group.
 
@@ -94,30 +121,33 @@ class Ring:
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
         self.size, self.rank = group.size(), group.rank()
-        self._leaving: list[tuple[dist.Work, Tensor]] = []
+        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
 
     def start(self, rows: Tensor, step: int, shape: tuple[int, ...]) -> Moving:
         """See `RowLink`."""
         by_host = traits_of(rows.device).host_waits_for_transfers
         received = rows.new_empty(shape)
+        # Gloo tells the sender over the same connection that it may send. Behind rows that leave, that message would
+        # wait for them, and the link would be used in one direction at a time: receives go first.
         messages = []
-        if rows.numel():
-            messages.append(dist.P2POp(dist.isend, rows, self._peer(step), self.group))
         if received.numel():
             messages.append(dist.P2POp(dist.irecv, received, self._peer(-step), self.group))
+        if rows.numel():
+            messages.append(dist.P2POp(dist.isend, rows, self._peer(step), self.group))
         works = dist.batch_isend_irecv(messages) if messages else []
         if not by_host:
             # One handle for both: the stream that waits for what arrives waits for what leaves as well.
             return Moving(received, works, rows)
         if rows.numel():
-            self._leaving.append((works.pop(0), rows))
+            self._leaving.append((works.pop(), rows))
+            if len(self._leaving) > MOST_LEAVING:
+                self._leaving.popleft()[0].wait()
         return Moving(received, works)
 
     def finish(self) -> None:
         """See `RowLink`."""
-        for work, _ in self._leaving:
-            work.wait()
-        self._leaving.clear()
+        while self._leaving:
+            self._leaving.popleft()[0].wait()
 
     def _peer(self, step: int) -> int:
         return dist.get_global_rank(self.group, (self.rank + step) % self.size)

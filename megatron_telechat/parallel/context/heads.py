@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_telechat.parallel.clock import PassClock
 from megatron_telechat.parallel.context.direct import Clocks
+from megatron_telechat.parallel.context.exchange import all_to_all
 
 
 class _Exchange(torch.autograd.Function):
@@ -33,10 +34,8 @@ def _all_to_all(rows: Tensor, group: dist.ProcessGroup, clock: PassClock) -> Ten
     """[ranks, ...]: entry r goes to rank r; entry r of the result is from rank r. Nothing runs beside it."""
     with clock.computing("pack"):
         rows = rows.contiguous()
-    received = torch.empty_like(rows)
     with clock.waiting("H"):
-        dist.all_to_all_single(received, rows, group=group)
-    return received
+        return all_to_all(rows, group)
 
 
 def to_heads(parts: tuple[Tensor, ...], group: dist.ProcessGroup, clocks: Clocks) -> tuple[Tensor, ...]:

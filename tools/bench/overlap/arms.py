@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from throttled_links import INTERFACE, LINKS_VARIABLE
 from torch import Tensor
+from turns import Sample, Stopwatch, interface_bytes
 
 from overlap.channels import Message, RecordingChannel, ReplayChannel, WaitingChannel, counting_all_to_alls
 from overlap.layers import Shape, block_gradients, core_gradients
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Seconds of this rank; bytes that left its network interface, protocol included."""
-
-    forward_s: float
-    backward_s: float
-    exposed_s: float = 0.0
-    interface_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,18 +26,6 @@ class Results:
         pairs = {name: (self.tensors[name], value) for name, value in expected.tensors.items() if name in self.tensors}
         pairs["output"] = (self.output, expected.output)
         return {name: float((a.double() - b.double()).norm() / b.double().norm()) for name, (a, b) in pairs.items()}
-
-
-def interface_bytes() -> int:
-    """Bytes sent so far over this rank's own interface; 0 where ranks share one."""
-    if LINKS_VARIABLE not in os.environ:
-        return 0
-    with open("/proc/net/dev") as file:
-        for line in file:
-            interface, _, numbers = line.partition(":")
-            if interface.strip() == INTERFACE:
-                return int(numbers.split()[8])
-    return 0
 
 
 class LayerArm:
@@ -78,15 +55,14 @@ class LayerArm:
         self.layer.zero_grad(set_to_none=True)
         self.exposed()
         inputs = self.tokens.clone().requires_grad_()
-        sent = interface_bytes()
-        begin = time.perf_counter()
+        watch = Stopwatch()
         output, _ = self.layer(inputs)
-        middle = time.perf_counter()
+        watch.forward_ends()
         output.backward(self.direction)
-        end = time.perf_counter()
+        sample = watch.sample(self.exposed)
         if keep:
             self.last = (output.detach(), inputs.grad)
-        return Sample(middle - begin, end - middle, self.exposed(), interface_bytes() - sent)
+        return sample
 
 
 class LinkArm:

@@ -24,7 +24,7 @@ class Message(NamedTuple):
         return (sum(self.send) - self.send[rank]) * row
 
 
-class _Here:
+class Here:
     """A transfer that is over."""
 
     arrived = True
@@ -57,10 +57,10 @@ class RecordingChannel(_Substitute):
         super().__init__(channel)
         self.messages: list[Message] = []
 
-    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> _Here:
+    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Here:
         received = self.channel.start(rows, send, receive).wait()
         self.messages.append(Message(rows.clone(), tuple(send), tuple(receive), received.clone()))
-        return _Here(received)
+        return Here(received)
 
 
 class ReplayChannel(_Substitute):
@@ -70,18 +70,18 @@ class ReplayChannel(_Substitute):
         super().__init__(channel)
         self._messages, self._next = messages, 0
 
-    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> _Here:
+    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Here:
         message = self._messages[self._next]
         assert message.send == tuple(send) and message.receive == tuple(receive), "not the transfers that were recorded"
         self._next = (self._next + 1) % len(self._messages)
-        return _Here(message.received)
+        return Here(message.received)
 
 
 class WaitingChannel(_Substitute):
     """The negative control: every wait is moved beside its issue, and nothing can overlap."""
 
-    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> _Here:
-        return _Here(self.channel.start(rows, send, receive).wait())
+    def start(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Here:
+        return Here(self.channel.start(rows, send, receive).wait())
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from turns import Check, link_label
 
 from overlap.rows import AUTO, CONTROL, CORE, FIXED
 
@@ -16,28 +18,14 @@ WIRE_LIMIT = 1.01
 CHECKED_CHUNKS = "k=4"
 
 
-class Check(NamedTuple):
-    """One line of what a run must reach."""
-
-    what: str
-    value: float
-    bound: float
-    at_least: bool = True
-
-    @property
-    def ok(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-
 def mode_label(stand_in: float | None) -> str:
     return f"STAND-IN experts at {stand_in:g} GFLOP/s (products sleep)" if stand_in else "real matrix products"
 
 
 def table(row: Mapping[str, Any], mode: str, wire: Mapping[str, int]) -> Iterator[str]:
     """Lines of one row."""
-    link = f"{row['mbit']:.0f} Mbit/s" if row["mbit"] else "no limit"
     yield ""
-    yield f"{row['label']}: link/FFN {row['ratio']:.2f} ({link}), {mode}"
+    yield f"{row['label']}: link/FFN {row['ratio']:.2f} ({link_label(row['mbit'])}), {mode}"
     yield (
         f"  limit of many chunks: {row['ideal_ms']:.1f} ms, {row['ideal_gain']:.2f}x of serial, "
         f"{row['ideal_gain_of_k1']:.2f}x of k=1"
@@ -85,13 +73,6 @@ def checks(rows: Sequence[Mapping[str, Any]], wire: Mapping[str, int]) -> Iterat
     for k in FIXED[1:]:
         if f"k={k}" in wire:
             yield Check(f"wire bytes of k={k} over k=1", wire[f"k={k}"] / wire["k=1"], WIRE_LIMIT, at_least=False)
-
-
-def check_lines(found: Sequence[Check]) -> Iterator[str]:
-    yield ""
-    for check in found:
-        sign = ">=" if check.at_least else "<="
-        yield f"  {'ok  ' if check.ok else 'MISS'} {check.what}: {check.value:.3f} ({sign} {check.bound})"
 
 
 def plot(path: Path, rows: Sequence[Mapping[str, Any]], mode: str) -> None:

@@ -8,9 +8,9 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from turns import agree_on_errors, rates, reshape, take_turns
 
-from overlap.arms import Arms, Sample
+from overlap.arms import Arms
 
 FIXED = (1, 2, 4, 8)
 CORE = "megatron-core"
@@ -19,12 +19,7 @@ SERIAL = "serial"
 CONTROL = "negative control"
 # Relative, against one chunk; the arms differ in the order of sums.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-CALIBRATION_MBIT = 400.0
 CALIBRATION_ROUNDS = 5
-
-
-class ArmsDisagree(Exception):
-    """An arm computes something else than the others: its time means nothing."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +70,7 @@ class Bench:
             worst[name] = max(errors.values())
             if worst[name] > limit:
                 self.say(f"{name}: relative errors against k=1 {errors}")
-        values = _slowest(torch.tensor(list(worst.values()), dtype=torch.float64)).tolist()
-        worst = dict(zip(worst, values, strict=True))
-        bad = {name: error for name, error in worst.items() if not error <= limit}
-        if bad:
-            raise ArmsDisagree(f"output or gradients differ from k=1 by more than {limit}: {bad}")
-        return worst
+        return agree_on_errors(worst, limit, "k=1")
 
     def wire_bytes(self) -> dict[str, int]:
         """Bytes that leave rank 0 in a step, from the split sizes."""
@@ -95,19 +85,13 @@ class Bench:
 
     def rates(self, ratios: Sequence[float]) -> dict[float, float]:
         """Mbit/s for which the link takes so many times as long as the computation, in a forward with one chunk."""
-        first = CALIBRATION_MBIT * self._ratio(CALIBRATION_MBIT)
-        rates = {}
-        for wanted in ratios:
-            # The link's time is not quite its bytes over its rate: look once where that leads, and correct.
-            guess = first / wanted
-            rates[wanted] = guess * self._ratio(guess) / wanted
-        return rates
+        return rates(self._ratio, ratios)
 
     def _ratio(self, mbit: float) -> float:
         """Link over computation, forward, k=1."""
-        self._reshape(mbit)
+        reshape(self.set_rate, mbit)
         arms = {"only-compute k=1": self.arms.compute(1), "only-link k=1": self.arms.link(1)}
-        times = self._measure(arms, CALIBRATION_ROUNDS)
+        times = take_turns(arms, CALIBRATION_ROUNDS)
         compute, link = (median(forward for forward, *_ in times[name]) for name in arms)
         self.say(f"at {mbit:.0f} Mbit/s: link {link * 1e3:.1f} ms, computation {compute * 1e3:.1f} ms (forward, k=1)")
         return link / compute
@@ -120,7 +104,7 @@ class Bench:
             mbit: reshape the links to this; None: no limit.
             target: link/FFN ratio that the rate was chosen for.
         """
-        self._reshape(mbit)
+        reshape(self.set_rate, mbit)
         choice = self._choose()
         arms: dict[str, Any] = {f"k={k}": self.arms.chunks(k) for k in self.options.fixed}
         arms[AUTO] = self.arms.chunks(choice["num_chunks"])
@@ -128,7 +112,7 @@ class Bench:
         arms |= {f"only-link k={k}": self.arms.link(k) for k in self._ends}
         arms[CORE] = self.arms.core()
         arms |= {SERIAL: self.arms.control(1), CONTROL: self.arms.control(self.options.control_chunks)}
-        times = self._measure(arms, self.options.rounds)
+        times = take_turns(arms, self.options.rounds)
         return {"label": label, "mbit": mbit, "target_ratio": target, "auto": choice, **summary(times)}
 
     def _choose(self) -> dict[str, Any]:
@@ -141,41 +125,6 @@ class Bench:
             name: dict(value) if isinstance(value, Mapping) else value
             for name, value in (asdict(choice) | {"num_chunks": choice.num_chunks}).items()
         }
-
-    def _reshape(self, mbit: float | None) -> None:
-        dist.barrier()
-        if self.set_rate is not None and dist.get_rank() == 0:
-            self.set_rate(mbit)
-        dist.barrier()
-
-    def _measure(self, arms: Mapping[str, Any], rounds: int) -> dict[str, list[tuple[float, ...]]]:
-        """By arm and round: forward, backward, total, exposed seconds and interface bytes, each the largest of the
-        ranks."""
-        names = list(arms)
-        samples: dict[str, list[Sample]] = {name: [] for name in names}
-        for number in range(rounds + 1):
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
-                dist.barrier()
-                sample = arms[name].run()
-                if number:  # the first round warms up
-                    samples[name].append(sample)
-        values = torch.tensor(
-            [
-                [
-                    [s.forward_s, s.backward_s, s.forward_s + s.backward_s, s.exposed_s, s.interface_bytes]
-                    for s in samples[name]
-                ]
-                for name in names
-            ],
-            dtype=torch.float64,
-        )
-        return {name: [tuple(run) for run in runs] for name, runs in zip(names, _slowest(values).tolist(), strict=True)}
-
-
-def _slowest(values: torch.Tensor) -> torch.Tensor:
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
 
 
 def summary(times: Mapping[str, Sequence[tuple[float, ...]]]) -> dict[str, Any]:
