@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model.attention import Segments
+from megatron_telechat.model.output_layer import OutputLayer
 from megatron_telechat.model.rotary import RotaryEmbedding, Tables
-from megatron_telechat.model.transformer_config import leave_uninitialised
 from megatron_telechat.moe.counted import CountedTokens
 
 
@@ -22,7 +21,8 @@ class TeleChatModel(LanguageModule):
     """The embedding if the stage is the first, its decoder layers, the output layer if it is the last.
 
     A model of our own in place of megatron-core's GPTModel, which is deprecated. Embedding, `TransformerBlock`, output
-    layer and vocabulary-parallel cross entropy are megatron-core's. Embedding and output layer are never tied.
+    layer and, where the logits are whole, the vocabulary-parallel cross entropy are megatron-core's. Embedding and
+    output layer are never tied.
 
     The attributes are those that megatron-core reads of a model:
 
@@ -74,15 +74,7 @@ class TeleChatModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = ColumnParallelLinear(
-                config.hidden_size,
-                run.model.vocab_size,
-                config=config,
-                init_method=leave_uninitialised,
-                bias=False,
-                gather_output=False,
-                tp_group=pg_collection.tp,
-            )
+            self.output_layer = OutputLayer(run, config, pg_collection)
         self.rotary = RotaryEmbedding(run.model)
         self.reset_position_ids = run.data.reset_position_ids
         self.setup_embeddings_and_output_layer()
@@ -139,6 +131,9 @@ class TeleChatModel(LanguageModule):
         )
         if not self.post_process:
             return hidden
+        if labels is not None and self.output_layer.chunks_losses:
+            losses, _ = self.output_layer(hidden, labels=labels)
+            return losses
         logits, _ = self.output_layer(hidden, runtime_gather_output=gather_logits)
         if labels is None:
             return logits.transpose(0, 1).contiguous()

@@ -1,0 +1,79 @@
+"""The output layer: logits, or the losses of tokens whose logits are never there all at once."""
+
+from __future__ import annotations
+
+import importlib
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_telechat.config.loss_chunks import loss_chunk_rows
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.model.loss_chunks import AddProduct, Layout, chunked_loss
+from megatron_telechat.model.transformer_config import leave_uninitialised
+
+
+class OutputLayer(ColumnParallelLinear):
+    """megatron-core's layer, which can compute losses chunk by chunk, too.
+
+    A method of the module, so that what is hooked before its forward happens: the overlapped gather of parameters.
+
+    Args:
+        run: for the vocabulary and the rows of a chunk.
+        config: of the stage.
+        pg_collection: `ParallelState.process_groups`.
+    """
+
+    def __init__(self, run: RunConfig, config: TransformerConfig, pg_collection: ProcessGroupCollection):
+        super().__init__(
+            config.hidden_size,
+            run.model.vocab_size,
+            config=config,
+            init_method=leave_uninitialised,
+            bias=False,
+            gather_output=False,
+            tp_group=pg_collection.tp,
+        )
+        group = pg_collection.tp
+        rows = loss_chunk_rows(run)
+        self._layout = (
+            Layout(group if group.size() > 1 else None, config.sequence_parallel, rows, self._add_product())
+            if rows
+            else None
+        )
+
+    @property
+    def chunks_losses(self) -> bool:
+        """Whether losses are asked for here, by ``labels``; else they are computed from the logits."""
+        return self._layout is not None
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of hidden states; with labels the losses of their tokens in their place.
+
+        Args:
+            input_: [s (/ tp under sequence parallelism), b, h].
+            weight: in place of the layer's own.
+            runtime_gather_output: return logits of the whole vocabulary.
+            labels: int64 [b, s]; only where `chunks_losses`.
+
+        Returns:
+            Logits [s, b, vocab (/ tp)], or losses in nats, [b, s]; and None, for a bias.
+        """
+        if labels is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        assert self._layout is not None, "the losses are computed from the logits here"
+        return chunked_loss(input_, self.weight, labels, self._layout), None
+
+    def _add_product(self) -> AddProduct | None:
+        """apex's kernel, where megatron-core's layer uses it."""
+        if not self.gradient_accumulation_fusion:
+            return None
+        return importlib.import_module("fused_weight_gradient_mlp_cuda").wgrad_gemm_accum_fp32
