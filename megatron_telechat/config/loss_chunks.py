@@ -6,6 +6,7 @@ A function of the configuration alone: the training, the costs and the planner a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from megatron_telechat.config.schema import RunConfig
 
@@ -29,13 +30,33 @@ def logits_bytes(run: RunConfig) -> float:
 
 
 def loss_chunk_rows(run: RunConfig) -> int:
-    """Rows of a chunk, of the tokens of a micro-batch that a tensor-parallel group shares; 0: the logits stay whole."""
-    asked = run.training.loss_chunk_rows
+    """Rows of a chunk of this run, those of all ranks that share them together; 0: the logits stay whole."""
+    return chunk_rows(run.training.loss_chunk_rows, _rows(run), _columns(run))
+
+
+def chunk_rows(asked: int | Literal["auto"], rows: float, columns: float) -> int:
+    """Rows of a chunk; 0: the logits stay whole.
+
+    Args:
+        asked: `TrainingConfig.loss_chunk_rows`.
+        rows: of a micro-batch.
+        columns: of the logits, on one rank.
+    """
     if asked != "auto":
-        return int(asked)
-    if logits_bytes(run) <= AUTO_BYTES:
+        return asked
+    if _FP32 * rows * columns <= AUTO_BYTES:
         return 0
-    return min(max(int(CHUNK_BYTES / (_FP32 * _columns(run))), LEAST_ROWS), MOST_ROWS)
+    return _cut(columns)
+
+
+def smaller_rows(run: RunConfig) -> int | None:
+    """Rows of chunks that would lower the memory of this run, whose logits are whole; None: none would."""
+    rows = _cut(_columns(run))
+    return rows if not loss_chunk_rows(run) and rows < _rows(run) else None
+
+
+def _cut(columns: float) -> int:
+    return min(max(int(CHUNK_BYTES / (_FP32 * columns)), LEAST_ROWS), MOST_ROWS)
 
 
 def loss_lines(run: RunConfig) -> Iterator[str]:

@@ -131,7 +131,7 @@ class TeleChatModel(LanguageModule):
         )
         if not self.post_process:
             return hidden
-        if labels is not None and self.output_layer.chunks_losses:
+        if labels is not None and self.output_layer.chunk_rows(labels):
             losses, _ = self.output_layer(hidden, labels=labels)
             return losses
         logits, _ = self.output_layer(hidden, runtime_gather_output=gather_logits)

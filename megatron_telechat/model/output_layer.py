@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_telechat.config.loss_chunks import loss_chunk_rows
+from megatron_telechat.config.loss_chunks import chunk_rows
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model.loss_chunks import AddProduct, Layout, chunked_loss
 from megatron_telechat.model.transformer_config import leave_uninitialised
@@ -36,18 +36,12 @@ class OutputLayer(ColumnParallelLinear):
             gather_output=False,
             tp_group=pg_collection.tp,
         )
-        group = pg_collection.tp
-        rows = loss_chunk_rows(run)
-        self._layout = (
-            Layout(group if group.size() > 1 else None, config.sequence_parallel, rows, self._add_product())
-            if rows
-            else None
-        )
+        self._chunk_rows = run.training.loss_chunk_rows
 
-    @property
-    def chunks_losses(self) -> bool:
-        """Whether losses are asked for here, by ``labels``; else they are computed from the logits."""
-        return self._layout is not None
+    def chunk_rows(self, labels: Tensor) -> int:
+        """Rows of the chunks that the loss of these labels, [b, s], is computed in here; 0: it is computed from the
+        logits."""
+        return chunk_rows(self._chunk_rows, labels.numel(), self.output_size_per_partition)
 
     def forward(
         self,
@@ -62,15 +56,16 @@ class OutputLayer(ColumnParallelLinear):
             input_: [s (/ tp under sequence parallelism), b, h].
             weight: in place of the layer's own.
             runtime_gather_output: return logits of the whole vocabulary.
-            labels: int64 [b, s]; only where `chunks_losses`.
+            labels: int64 [b, s]; only where `chunk_rows` is not 0.
 
         Returns:
             Logits [s, b, vocab (/ tp)], or losses in nats, [b, s]; and None, for a bias.
         """
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output)
-        assert self._layout is not None, "the losses are computed from the logits here"
-        return chunked_loss(input_, self.weight, labels, self._layout), None
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        layout = Layout(group, self.sequence_parallel, self.chunk_rows(labels), self._add_product())
+        return chunked_loss(input_, self.weight, labels, layout), None
 
     def _add_product(self) -> AddProduct | None:
         """apex's kernel, where megatron-core's layer uses it."""
