@@ -74,7 +74,7 @@ class TeleChatModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = OutputLayer(run, config, pg_collection)
+            self.output_layer = OutputLayer(run, config, pg_collection.tp)
         self.rotary = RotaryEmbedding(run.model)
         self.reset_position_ids = run.data.reset_position_ids
         self.setup_embeddings_and_output_layer()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from typing import Literal
 
-from megatron.core.process_groups_config import ProcessGroupCollection
+import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -23,10 +24,10 @@ class OutputLayer(ColumnParallelLinear):
     Args:
         run: for the vocabulary and the rows of a chunk.
         config: of the stage.
-        pg_collection: `ParallelState.process_groups`.
+        tp_group: of the tensor-parallel ranks.
     """
 
-    def __init__(self, run: RunConfig, config: TransformerConfig, pg_collection: ProcessGroupCollection):
+    def __init__(self, run: RunConfig, config: TransformerConfig, tp_group: dist.ProcessGroup):
         super().__init__(
             config.hidden_size,
             run.model.vocab_size,
@@ -34,9 +35,10 @@ class OutputLayer(ColumnParallelLinear):
             init_method=leave_uninitialised,
             bias=False,
             gather_output=False,
-            tp_group=pg_collection.tp,
+            tp_group=tp_group,
         )
-        self._chunk_rows = run.training.loss_chunk_rows
+        self._group = tp_group
+        self._chunk_rows: int | Literal["auto"] = run.training.loss_chunk_rows
 
     def chunk_rows(self, labels: Tensor) -> int:
         """Rows of the chunks that the loss of these labels, [b, s], is computed in here; 0: it is computed from the
@@ -63,7 +65,8 @@ class OutputLayer(ColumnParallelLinear):
         """
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output)
-        group = self.tp_group if self.tp_group.size() > 1 else None
+        assert self.weight is not None, "the layer has a weight of its own"
+        group = self._group if self._group.size() > 1 else None
         layout = Layout(group, self.sequence_parallel, self.chunk_rows(labels), self._add_product())
         return chunked_loss(input_, self.weight, labels, layout), None
 

@@ -97,7 +97,7 @@ class Arms:
         backend.install()
         run = run_of(options, tensor, options.rows)
         self.state = parallel.initialize(run, backend)
-        self.layer = OutputLayer(run, transformer_config(run, self.state, backend.traits), self.state.process_groups)
+        self.layer = OutputLayer(run, transformer_config(run, self.state, backend.traits), self.state.tp_group)
         generator = torch.Generator().manual_seed(3)
         shape = (options.tokens, 1, options.hidden)
         hidden = torch.randn(shape, generator=generator).to(DTYPES[options.dtype])
