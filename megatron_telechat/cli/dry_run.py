@@ -16,6 +16,7 @@ from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_ta
 from megatron_telechat.cli.text import context_text, count_text, flop_text, gib, table
 from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.config.loss_chunks import loss_lines
 from megatron_telechat.config.plan_file import read_plan
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import (
@@ -114,6 +115,7 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
         + ("  sequence parallel" if parallel.sequence_parallel_size > 1 else ""),
         f"  type    {run.training.precision_text}"
         + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
+        *(f"  loss    {text}" for text in loss_lines(run)),
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.text import context_text, gib, table
+from megatron_telechat.config.loss_chunks import loss_lines
 from megatron_telechat.config.plan_file import PlanFile, Predicted, plan_of
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import count_parameters
@@ -59,6 +60,7 @@ def head(question: Question, problem: BalanceProblem) -> list[str]:
         f"  {model_text(run.model)}",
         f"  {problem.m} micro-batches of {training.micro_batch_size} x {training.seq_length} tokens, "
         f"{training.precision_text}; {limit}; recompute allowed: {', '.join(question.kinds)}",
+        *(f"  loss {line}" for line in loss_lines(run)),
     ]
 
 

@@ -219,6 +219,8 @@ class _Merge:
         if self.described:
             taken |= {name: value for name, value in meaning.values.items() if name in READ_BY_COSTS}
             self.take_vocabulary(meaning)
+            if "loss_chunk_rows" not in said:  # Megatron-LM's output layer holds all logits
+                self.values["loss_chunk_rows"], self.origins["loss_chunk_rows"] = 0, MEGATRON
         for name, value in taken.items():
             self.values[name], self.origins[name] = value, MEGATRON
         if self.described and taken.pop("num_query_groups", None):

@@ -333,6 +333,10 @@ class TrainingConfig:
     recompute_layout: str | None = None
     """Recompute per layer: one entry per virtual stage, separated by |. An entry lists the layers in order, such as
     full*2,none*3 or core_attn+mlp*4. Replaces the recompute flags above."""
+    loss_chunk_rows: int | Literal["auto"] = "auto"
+    """Rows of logits that the output layer holds at once: the loss is computed in chunks of so many rows, whose logits
+    are made again in the backward. 0: all rows, and nothing is made again; auto: in chunks where the fp32 logits of a
+    micro-batch would take more than 4 GiB of a rank."""
     deterministic: bool = True
     """Use deterministic algorithms only; a resume is then bitwise equal to an uninterrupted run."""
     empty_unused_memory_level: int = 0

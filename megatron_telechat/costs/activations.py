@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_telechat.config.loss_chunks import WEIGHT_PIECES, loss_chunk_rows
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.tensors.table import expert_ffn_hidden_size
@@ -18,6 +19,7 @@ INDEX_BYTES = 8
 """Token ids, chosen experts and row numbers are int64."""
 AUTO_PIECES = 2
 """Pieces of a transfer of keys and values where the run chooses their number itself, by trying."""
+_FP32 = BYTES["fp32"]
 
 
 @dataclass(frozen=True)
@@ -203,14 +205,45 @@ def output_layer_bytes(run: RunConfig) -> float:
     """Final norm, logits and loss of one micro-batch, from the forward to the end of the backward.
 
     The norm's input and output; the softmax, fp32, that the vocabulary-parallel cross entropy keeps; the logits in the
-    compute type beside it (in the forward) or their gradient (in the backward).
+    compute type beside it (in the forward) or their gradient (in the backward). In chunks: what is kept, and
+    `_chunk_bytes`.
     """
-    tokens, size = tokens_of(run), BYTES[run.training.precision]
-    logits = (4 + size) * run.model.vocab_size * tokens.whole / tokens.tensor
-    return logits + 2 * size * run.model.hidden_size * tokens.split
+    if loss_chunks(run):
+        return output_layer_saved_bytes(run) + _chunk_bytes(run)
+    return output_layer_saved_bytes(run) + _columns(run) * BYTES[run.training.precision] * tokens_of(run).whole
 
 
 def output_layer_saved_bytes(run: RunConfig) -> float:
-    """Of `output_layer_bytes`, what lies between forward and backward: all but the logits in the compute type."""
+    """Of `output_layer_bytes`, what lies between forward and backward: all but the logits in the compute type. In
+    chunks the norm's input and output, and of each row the label, the largest logit, the sum of the exponentials and
+    the label's logit."""
     tokens, size = tokens_of(run), BYTES[run.training.precision]
-    return output_layer_bytes(run) - size * run.model.vocab_size * tokens.whole / tokens.tensor
+    norm = 2 * size * run.model.hidden_size * tokens.split
+    a_row = INDEX_BYTES + 3 * _FP32 if loss_chunks(run) else _FP32 * _columns(run)
+    return norm + a_row * tokens.whole
+
+
+def _chunk_bytes(run: RunConfig) -> float:
+    """What the backward of one chunk of the loss holds on top; the forward holds less.
+
+    The logits in the compute type and the softmax, fp32 (one array, where the compute type is fp32); a piece of the
+    weight's gradient, where it has another type than its sum; the gradient of the norm's output. Under sequence
+    parallelism the gathered rows of this chunk and of the next, and the gradients of two.
+    """
+    tokens, size, hidden = tokens_of(run), BYTES[run.training.precision], run.model.hidden_size
+    rows, narrow = math.ceil(tokens.whole / loss_chunks(run)), size != _FP32
+    logits = (_FP32 + size * narrow) * _columns(run) * rows
+    piece = size * narrow * _columns(run) * hidden / WEIGHT_PIECES
+    gathered = 4 * size * hidden * rows * (tokens.split < tokens.whole)
+    return logits + piece + gathered + size * hidden * tokens.split
+
+
+def loss_chunks(run: RunConfig) -> int:
+    """Chunks that the loss of a micro-batch is computed in; 0 where the logits are whole."""
+    rows = loss_chunk_rows(run)
+    return math.ceil(tokens_of(run).whole / rows) if rows else 0
+
+
+def _columns(run: RunConfig) -> float:
+    """Of the logits, on one rank."""
+    return run.model.vocab_size / run.parallel.tensor_model_parallel_size

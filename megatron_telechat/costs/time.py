@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs.activations import BYTES, tokens_of
+from megatron_telechat.costs.activations import BYTES, loss_chunks, tokens_of
 from megatron_telechat.costs.communication import (
     GRADIENT_BYTES,
     Links,
@@ -109,6 +109,7 @@ def conditions(run: RunConfig) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         # what only some models have is named only for those: device files of before hold
         **model.not_built,
+        **({"loss_chunks": loss_chunks(run)} if loss_chunks(run) else {}),
         "precision": training.precision,
         "seq_length": training.seq_length,
         "micro_batch_size": training.micro_batch_size,
@@ -199,7 +200,8 @@ class TimeModel:
         return PartTime(self._bytes(bytes_moved) + exchange, backward)
 
     def output_layer(self) -> PartTime:
-        """Final norm, logits and cross entropy."""
+        """Final norm, logits and cross entropy; where the loss is computed in chunks the backward makes the logits and
+        their exponentials again, and each chunk adds to the weight's gradient."""
         if self.measured is not None:
             return PartTime(self.measured.output_layer["forward"], self.measured.output_layer["backward"])
         tokens, model = self._tokens, self.run.model
@@ -211,6 +213,9 @@ class TimeModel:
         forward = product + self._bytes(logits * (2 * self._size + 16)) + norm.forward + exchange
         count = local_count(stage_table(model, (), has_embedding=False, has_loss=True), self.run.parallel)
         backward = GEMM_BACKWARD * product + self._bytes(logits * (8 + self._size)) + norm.backward + exchange
+        chunks = loss_chunks(self.run)
+        if chunks:
+            backward += product + self._bytes(logits * (2 * self._size + 8)) + (chunks - 1) * self._accumulate(count)
         return PartTime(forward, backward + self._accumulate(count))
 
     def p2p(self) -> float:

@@ -24,7 +24,7 @@ GATHER, SCATTER, REDUCE, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce"
 SEND, RECEIVE = "send", "receive"
 _LOSS_REDUCTIONS = 3
 """The vocabulary-parallel cross entropy sums the maximum, the label's logit and the exponentials over the tensor ranks,
-one fp32 number a token each."""
+one fp32 number a token each; in chunks, too."""
 _PROBABILITY_BYTES = 4
 
 

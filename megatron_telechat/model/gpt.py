@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -13,8 +12,8 @@ from torch import Tensor
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model.attention import Segments
 from megatron_telechat.model.context_attention import ContextPlace
+from megatron_telechat.model.output_layer import OutputLayer
 from megatron_telechat.model.rotary import RotaryEmbedding, Tables
-from megatron_telechat.model.transformer_config import leave_uninitialised
 from megatron_telechat.moe.counted import CountedTokens
 from megatron_telechat.parallel.context.plan import ContextPlan
 from megatron_telechat.parallel.groups import ProcessGroups
@@ -24,7 +23,8 @@ class TeleChatModel(LanguageModule):
     """The embedding if the stage is the first, its decoder layers, the output layer if it is the last.
 
     A model of our own in place of megatron-core's GPTModel, which is deprecated. Embedding, `TransformerBlock`, output
-    layer and vocabulary-parallel cross entropy are megatron-core's. Embedding and output layer are never tied.
+    layer and, where the logits are whole, the vocabulary-parallel cross entropy are megatron-core's. Embedding and
+    output layer are never tied.
 
     The attributes are those that megatron-core reads of a model:
 
@@ -76,15 +76,7 @@ class TeleChatModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = ColumnParallelLinear(
-                config.hidden_size,
-                run.model.vocab_size,
-                config=config,
-                init_method=leave_uninitialised,
-                bias=False,
-                gather_output=False,
-                tp_group=pg_collection.tp,
-            )
+            self.output_layer = OutputLayer(run, config, pg_collection.tp)
         self.rotary = RotaryEmbedding(run.model)
         self.context = ContextPlace.of(pg_collection.context) if config.context_parallel_size > 1 else None
         self.reset_position_ids = run.data.reset_position_ids
@@ -144,6 +136,9 @@ class TeleChatModel(LanguageModule):
         )
         if not self.post_process:
             return hidden
+        if labels is not None and self.output_layer.chunk_rows(labels):
+            losses, _ = self.output_layer(hidden, labels=labels)
+            return losses
         logits, _ = self.output_layer(hidden, runtime_gather_output=gather_logits)
         if labels is None:
             return logits.transpose(0, 1).contiguous()

@@ -61,15 +61,15 @@ class WeightGradient:
         self._accumulate = accumulate if self.buffer.dtype == torch.float32 else None
         self._scratch: Tensor | None = None
 
-    def add_product(self, part: int, a: Tensor, b: Tensor) -> None:
-        """``buffer[part] += a @ b``, for two matrices."""
+    def add_product(self, part: int | slice, a: Tensor, b: Tensor) -> None:
+        """``buffer[part] += a @ b``, for two matrices. No part has more rows than the first that was asked for."""
         target = self.buffer[part].view(a.shape[0], b.shape[1])
         if target.dtype == a.dtype:
             torch.addmm(target, a, b, beta=0 if self.fresh else 1, out=target)
             return
         if self._scratch is None:
             self._scratch = torch.empty(target.shape, dtype=a.dtype, device=a.device)
-        self._put(target, torch.mm(a, b, out=self._scratch))
+        self._put(target, torch.mm(a, b, out=self._scratch[: target.shape[0]]))
 
     def add_nothing(self, part: int) -> None:
         """An expert without rows."""

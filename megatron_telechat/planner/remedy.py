@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from megatron_telechat.config.loss_chunks import smaller_rows
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.context import context_sizes
@@ -72,9 +73,9 @@ def shortage(problem: BalanceProblem, time_limit_s: float = 10.0) -> Shortage | 
 def remedies(question: Question, load: Load) -> list[Change]:
     """The changes that fit, smallest first: one alone, and if none does, two together.
 
-    Smallest: recompute (mildest kind first, it costs time only), then sharding the optimizer, then a smaller
-    micro-batch, then more stages, more tensor-parallel and more context-parallel ranks of the same number, then more
-    ranks.
+    Smallest: recompute (mildest kind first, it costs time only), then the loss in chunks, then sharding the optimizer,
+    then a smaller micro-batch, then more stages, more tensor-parallel and more context-parallel ranks of the same
+    number, then more ranks.
 
     Args:
         load: the run with some flags added; raises ConfigError where they do not go together.
@@ -110,6 +111,9 @@ def _singles(question: Question, load: Load) -> Iterator[tuple[tuple[str, ...], 
         if kind not in allowed:
             kinds = ",".join([*sorted(allowed), kind])
             yield ("--recompute-kinds", kinds), f"allow recompute of {'whole layers' if kind == 'full' else kind}"
+    rows = smaller_rows(run)
+    if rows is not None:
+        yield ("--loss-chunk-rows", str(rows)), f"the loss in chunks of {rows:,} rows"
     shards = parallel.data_parallel_size * parallel.context_parallel_size
     if shards > 1 and not parallel.use_distributed_optimizer:
         yield ("--use-distributed-optimizer",), f"shard the optimizer state over {shards} ranks"

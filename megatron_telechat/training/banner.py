@@ -9,6 +9,7 @@ from megatron_telechat import __version__
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.config.loss_chunks import loss_lines
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import count_parameters
 from megatron_telechat.costs.memory import stage_memory
@@ -42,6 +43,7 @@ def banner(
         f"{run.training.precision_text}",
         f"  ranks     {state.world_size} on {backend.device_name()}: {parallel_sizes(run)}",
         *(f"  experts   {line}" for line in expert_lines(run)),
+        *(f"  loss      {line}" for line in loss_lines(run)),
         f"  layout    {layout}",
         *(f"            {line}" for line in layout_picture(run).splitlines()),
         *_memory_lines(run, backend),

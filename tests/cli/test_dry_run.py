@@ -155,6 +155,8 @@ def test_warns_where_only_even_routing_fits():
         "--expert-model-parallel-size",
         "8",
         "--use-distributed-optimizer",
+        "--loss-chunk-rows",
+        "0",
     )
     text = dry(*argv, "--moe-memory-imbalance", "8", preset="telechat2-39b-a12b")
     assert "which even routing fits" in text

@@ -206,6 +206,8 @@ def test_two_changes_where_none_is_enough_alone(ask):
         "h100-80g",
         "--recompute-kinds",
         "none",
+        "--loss-chunk-rows",
+        "0",
         "--memory-gib",
     ]
     first = answer(ask, *tight, "15")["changes"][0]

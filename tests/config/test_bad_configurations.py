@@ -92,6 +92,8 @@ BAD = [
     case("fewer chunks", "--moe-input-chunks -2", "moe_input_chunks=-2 is less than 1", model=MOE),
     case("chunks in words", "--moe-input-chunks x", "--moe-input-chunks is 'x'", "an integer, or auto", model=MOE),
     case("more chunks than tokens", "--moe-input-chunks 600", "only 512 tokens", "--moe-input-chunks auto", model=MOE),
+    case("less than no rows", "--loss-chunk-rows -1", "loss_chunk_rows=-1 is negative    (flag)", "0 or more"),
+    case("rows in words", "--loss-chunk-rows all", "--loss-chunk-rows is 'all'", "an integer, or auto"),
     case("chunks of a dense model", "--moe-input-chunks auto", "moe_input_chunks=auto without num_experts"),
     case("trace of a dense model", "--moe-trace 3", "moe_trace=3 without num_experts"),
     case("trace of no step", "--moe-trace 0", "moe_trace='0' names no steps", "from 1 on", model=MOE),

@@ -200,6 +200,8 @@ def test_no_flag_is_refused_that_says_what_the_program_does() -> None:
         ("calculate-per-token-loss", "the tokens that count of the whole global batch"),
         ("fp16-lm-cross-entropy", "the loss is computed in fp32"),
         ("no-attention-softmax-in-fp32", "softmax of the attention is computed in fp32"),
+        ("cross-entropy-loss-fusion", "--loss-chunk-rows"),
+        ("cross-entropy-fusion-impl", "--loss-chunk-rows"),
         ("log-params-norm", "not recorded here"),
         ("log-throughput", "throughput"),
         ("moe-use-upcycling", "a dense model is not turned into a mixture"),

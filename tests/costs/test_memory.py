@@ -39,6 +39,18 @@ def test_one_rank_by_hand():
     assert stage.total_bytes == 18 * count + 4 * layer + head + token_ids
 
 
+def test_the_loss_in_chunks_by_hand():
+    whole, chunks = (stage_memory(make(training={"loss_chunk_rows": rows}))[0] for rows in (0, 7))
+    logits = 16 * 6 * 32
+    # three chunks of at most 6 rows; an eighth of the weight's gradient in bf16; the gradient of the norm's output
+    work = 6 * 6 * 32 + 2 * 32 * 8 / 8 + 16 * 2 * 8
+    row = 16 * (8 + 3 * 4)  # label, largest logit, sum of exponentials, the label's logit
+    assert whole.activations_bytes - chunks.activations_bytes == logits - work - row
+    plain, cut = (stage_memory(make(training={"loss_chunk_rows": rows, "precision": "fp32"}))[0] for rows in (0, 7))
+    work = 6 * 4 * 32 + 16 * 4 * 8  # logits and their gradient are one array, and the product is added at once
+    assert plain.activations_bytes - cut.activations_bytes == 16 * 8 * 32 - work - row
+
+
 def test_fp32_needs_no_master_weight():
     (stage,) = stage_memory(make(training={"precision": "fp32"}))
     count = count_parameters(TINY).total

@@ -76,6 +76,17 @@ def test_tensor_parallel_exchange_by_hand():
     assert hidden.forward == pytest.approx(parts[1].forward / 2)
 
 
+def test_the_loss_in_chunks_makes_the_logits_again():
+    run = make()
+    cut = replace(run, training=replace(run.training, loss_chunk_rows=6))
+    whole, chunks = (TimeModel(one, ROUND).output_layer() for one in (run, cut))
+    assert chunks.forward == whole.forward
+    # the product; logits written and read in bf16 and their exponentials in fp32; 3 additions to the gradient, not one
+    again = 2 * 8 * 32 * 16 / 1e12 + 32 * 16 * (2 * 2 + 8) / 1e9 + 2 * 10 * (32 * 8 + 8) / 1e9
+    assert chunks.backward == pytest.approx(whole.backward + again)
+    assert conditions(cut) == {**conditions(run), "loss_chunks": 3}
+
+
 def test_pipeline_and_gradient_messages_take_the_link_between_the_ranks():
     near = TimeModel(make(world_size=8, pipeline_model_parallel_size=4), ROUND)
     far = TimeModel(make(world_size=16, pipeline_model_parallel_size=2), ROUND)

@@ -27,6 +27,7 @@ def make_run(
     layers: int,
     dropout: float = 0.0,
     qk_layernorm: bool = False,
+    loss_chunk_rows: int = 0,
     **parallel_sizes,
 ) -> RunConfig:
     return RunConfig(
@@ -49,6 +50,7 @@ def make_run(
             micro_batch_size=2,
             global_batch_size=4,
             recompute_layout=recompute,
+            loss_chunk_rows=loss_chunk_rows,
         ),
     )
 
@@ -247,6 +249,7 @@ for precision in ("bf16", "fp32"):
         cases.add(f"resident_{name}_pp2", lambda m=moe, p=precision: resident(m, p, pipeline_model_parallel_size=2))
         cases.add(f"resident_{name}_tp2", lambda m=moe, p=precision: resident(m, p, **TENSOR))
 cases.add("activations_dense_tp2", lambda: activations(False, "bf16", **TENSOR))
+cases.add("activations_dense_tp2_chunked_loss", lambda: activations(False, "bf16", loss_chunk_rows=100, **TENSOR))
 cases.add("activations_dense_dropout", lambda: activations(False, "bf16", 0.1))
 cases.add("activations_dense_tp2_qk_layernorm", lambda: activations(False, "bf16", qk_layernorm=True, **TENSOR))
 cases.add("activations_moe_folded", lambda: activations(True, "bf16", **TENSOR, fold_tensor_into_experts=True))

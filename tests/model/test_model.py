@@ -33,6 +33,14 @@ def test_recompute_changes_nothing(report, name):
             assert rank["kept"] < 0.9, rank
 
 
+@pytest.mark.parametrize("name", worker.CHUNKED_LOSS)
+def test_the_loss_in_chunks_is_that_of_all_logits(report, name):
+    exact = worker.CHUNKED_LOSS[name][1] == "fp32"
+    for rank in report.check(f"chunked_loss_{name}"):
+        assert rank["loss"] <= (1e-6 if exact else 1e-2), rank
+        assert rank["gradient"] <= (2e-6 if exact else 1e-2), rank
+
+
 @pytest.mark.parametrize("layout", ["moe_dp4", "moe_tp2_pp2"])
 def test_a_recomputed_layer_takes_the_experts_of_its_first_pass(report, layout):
     """Where the second pass rounds to the other side of a tie, the gradient is still that of the forward."""

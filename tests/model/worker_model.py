@@ -284,6 +284,45 @@ for _name in RECOMPUTE:
     cases.add(f"recompute_{_name}", partial(recompute, _name))
 
 
+# name -> (parallel fields, precision, rows of a chunk; a micro-batch has 64)
+CHUNKED_LOSS: dict[str, tuple[dict, str, int]] = {
+    "tp1": ({}, "fp32", 24),
+    "tp2": (dict(tensor_model_parallel_size=2), "fp32", 24),
+    "tp4_chunks_below_tp": (dict(tensor_model_parallel_size=4), "fp32", 3),
+    "tp4_without_sp": (dict(tensor_model_parallel_size=4, sequence_parallel=False), "fp32", 7),
+    "tp2_bf16": (dict(tensor_model_parallel_size=2), "bf16", 24),
+    "tp2_fp16_without_sp": (dict(tensor_model_parallel_size=2, sequence_parallel=False), "fp16", 24),
+}
+
+
+def chunked_loss(name: str) -> dict[str, Any]:
+    """Losses of tokens, and gradients of those that count, against those of the logits of all rows at once."""
+    import torch
+
+    from megatron_telechat import parallel as ranks
+
+    parallel, precision, rows = CHUNKED_LOSS[name]
+    generator = torch.Generator().manual_seed(9)
+    tokens, labels = (torch.randint(DENSE["vocab_size"], (2, SEQ), generator=generator) for _ in range(2))
+    counted = torch.rand(2, SEQ, generator=generator).round()
+    counted[:, SEQ // 4 : SEQ // 4 * 3] = 0.0  # whole chunks
+    found = []
+    for chunk_rows in (0, rows):
+        _, (model,), shards = build(run_of(DENSE, parallel, precision=precision, loss_chunk_rows=chunk_rows))
+        assert model.output_layer.chunk_rows(labels) == chunk_rows
+        loss = model(tokens, None, labels=labels)
+        (loss * counted * (64.0 if precision == "fp16" else 1.0)).sum().backward()
+        found.append((loss.detach(), {s.piece.key: s.parameter.grad.double() for s in shards}))
+        ranks.destroy(keep_world=True)
+    (expected, whole), (loss, chunked) = found
+    errors = {key: ((chunked[key] - grad).norm() / grad.norm()).item() for key, grad in whole.items()}
+    return {"loss": (loss - expected).abs().max().item(), "gradient": max(errors.values()), "errors": errors}
+
+
+for _name in CHUNKED_LOSS:
+    cases.add(f"chunked_loss_{_name}", partial(chunked_loss, _name))
+
+
 class near_ties:
     """Two experts of every router are equal in the forward, and differ by 1e-6 in the pass that repeats it."""
 

@@ -28,14 +28,14 @@ LAYOUTS = {
         2,
         DENSE,
         "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --hidden-dropout 0.1 "
-        "--attention-dropout 0.1",
+        "--attention-dropout 0.1 --loss-chunk-rows 24",
     ),
     # Steps 1 to 4 overflow (2^15 down to 2^12), and some later ones; the run is stopped after step 3.
     "moe_fp16_ep2_skipped_steps": (
         2,
         MOE,
         "--fp16 --expert-model-parallel-size 2 --no-fold-tensor-into-experts --initial-loss-scale 32768 "
-        "--loss-scale-window 2 --hysteresis 1 --lr-warmup-iters 4",
+        "--loss-scale-window 2 --hysteresis 1 --lr-warmup-iters 4 --loss-chunk-rows 24",
     ),
 }
 

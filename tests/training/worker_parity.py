@@ -26,6 +26,8 @@ DIST = "--use-distributed-optimizer"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
 ETP2 = "--no-fold-tensor-into-experts --expert-tensor-parallel-size 2"
 MOE_AGAIN = "--recompute-granularity selective --recompute-modules core_attn moe"
+CHUNKED = "--loss-chunk-rows 24"
+"""Of a micro-batch of 64 rows."""
 UNEVEN = "--pipeline-model-parallel-layout Et|t*3L"
 
 NOISY = "moe_noisy_router"
@@ -40,6 +42,7 @@ LAYOUTS = {
             "--recompute-granularity selective --recompute-modules core_attn mlp layernorm",
         ),
         "dense_recompute_mixed": (DENSE, "--recompute-layout full*1,none*1,core_attn+layernorm*1,mlp*1"),
+        "dense_chunked_loss_recompute_full": (DENSE, f"{CHUNKED} --recompute-granularity full"),
         "moe_one": (MOE, ""),
         "moe_distributed_optimizer": (MOE, DIST),
         "moe_recompute_full": (MOE, "--recompute-granularity full"),
@@ -59,6 +62,9 @@ LAYOUTS = {
         "dense_pp2_uneven": (DENSE, f"{PP2} {UNEVEN}"),
         "dense_pp2_uneven_interleaved": (DENSE, f"{PP2} {VP2} {DIST} --pipeline-model-parallel-layout E|tt|t|tL"),
         "dense_pp2_recompute_per_stage": (DENSE, f"{PP2} --recompute-layout full*2|none*1,core_attn+mlp*1"),
+        "dense_dp2_distributed_overlap_chunked_loss": (DENSE, f"{DIST} {OVERLAP} {CHUNKED}"),
+        "dense_tp2_sp_chunked_loss": (DENSE, f"{TP2} {DIST} {CHUNKED}"),
+        "dense_tp2_no_sp_chunked_loss": (DENSE, f"{TP2} --no-sequence-parallel {CHUNKED}"),
         "moe_dp2": (MOE, ""),
         "moe_dp2_distributed_overlap": (MOE, f"{DIST} {OVERLAP}"),
         "moe_etp2_distributed": (MOE, f"{ETP2} {DIST}"),
@@ -93,7 +99,10 @@ LAYOUTS = {
         "moe_tp2_etp4": (MOE, f"{TP2} {ETP2.replace('2', '4')}"),
         "moe_tp2_ep2_etp2": (MOE, f"{TP2} {EP2} --expert-tensor-parallel-size 2"),
         "moe_tp2_ep2_etp2_chunks3": (MOE, f"{TP2} {EP2} --expert-tensor-parallel-size 2 --moe-input-chunks 3"),
-        "moe_tp2_pp2_ep2_interleaved_chunks3": (MOE, f"{TP2} {PP2} {VP2} {DIST} --moe-input-chunks 3 {MOE_AGAIN}"),
+        "moe_tp2_pp2_ep2_interleaved_chunks3_chunked_loss": (
+            MOE,
+            f"{TP2} {PP2} {VP2} {DIST} {OVERLAP} --moe-input-chunks 3 {MOE_AGAIN} {CHUNKED}",
+        ),
     },
 }
 

@@ -25,7 +25,8 @@ OVERLAPPED = f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"
 LAYOUTS: dict[str, tuple[str, str] | tuple[str, str, int]] = {
     "dense_tp2_pp2": (
         DENSE,
-        f"--num-layers 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 {OVERLAPPED}",
+        f"--num-layers 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 {OVERLAPPED} "
+        "--loss-chunk-rows 100",
     ),
     "dense_interleaved": (
         DENSE,
@@ -78,6 +79,14 @@ OPTIMIZERS = {
 }
 
 
+LONG_ROWS = {
+    "tensor ranks": "--tensor-model-parallel-size 2",
+    "tensor ranks without sequence parallelism": "--tensor-model-parallel-size 2 --no-sequence-parallel",
+    "one rank": f"{SHARDED}",
+}
+"""Ranks whose loss is computed in chunks, since their rows are long."""
+
+
 @pytest.fixture(scope="module")
 def played() -> dict[str, tuple[RunConfig, list[RankRecord]]]:
     """All ranks of every layout, and one rank of every setting of the optimizer."""
@@ -88,6 +97,9 @@ def played() -> dict[str, tuple[RunConfig, list[RankRecord]]]:
             executable(run_of(MOE, f"--num-layers 2 --expert-model-parallel-size 2 {flags}", world=4)),
             range(1, 2),
         )
+    for name, flags in LONG_ROWS.items():
+        run = run_of("telechat2-3b", f"--num-layers 2 --seq-length 32768 --global-batch-size 2 {flags}", world=2)
+        runs[name] = (executable(run), range(1))
     records = execute_several(list(runs.values()))
     return {name: (run, found) for (name, (run, _)), found in zip(runs.items(), records, strict=True)}
 
@@ -156,6 +168,18 @@ def test_resident_memory_is_that_of_the_cost_model(world):
         stage = stages[record.stage]
         modelled = stage.parameters_bytes + stage.gradients_bytes + stage.optimizer_bytes
         assert record.resident_bytes == pytest.approx(modelled, rel=0.06)
+
+
+@pytest.mark.parametrize("name", LONG_ROWS)
+def test_long_rows_take_what_the_memory_model_says(played, name):
+    run, (record,) = played[name]
+    (stage,) = stage_memory(run)
+    assert record.peak_bytes == pytest.approx(stage.total_bytes, rel=0.03)
+    (whole,) = stage_memory(replace(run, training=replace(run.training, loss_chunk_rows=0)))
+    assert whole.total_bytes - stage.total_bytes > 8 * 2**30
+    for entry in exchanged(run, record):
+        if entry.modelled is not None and entry.group == "tp":
+            assert entry.bytes == pytest.approx(entry.modelled, rel=0.01), entry.kind
 
 
 def test_communicators_are_those_that_the_memory_model_counts(world):

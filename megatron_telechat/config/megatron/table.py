@@ -560,7 +560,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         Ignored("kernels are chosen by the device and by what is installed"),
         """
         apply-rope-fusion attention-backend disable-jit-fuser bias-activation-fusion bias-dropout-fusion
-        cross-entropy-fusion-impl cross-entropy-loss-fusion cuda-graph-impl cuda-graph-modules
+        cuda-graph-impl cuda-graph-modules
         cuda-graph-retain-backward-graph cuda-graph-scope cuda-graph-use-single-mempool
         cuda-graph-warmup-steps delay-offload-until-cuda-graph disable-cuda-graph-use-single-mempool
         enable-cuda-graph external-cuda-graph flash-attention-version
@@ -570,6 +570,10 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         persist-layer-norm transformer-impl
         use-transformer-engine-op-fuser
         """,
+    ),
+    (
+        Ignored("the loss has one implementation; --loss-chunk-rows sets how many rows of logits it holds at once"),
+        "cross-entropy-fusion-impl cross-entropy-loss-fusion",
     ),
     (Always("the attention runs as a fused kernel where the device has one"), "use-flash-attn"),
     (Ignored("Megatron-Core's features are those that this framework uses"), "enable-experimental test-mode"),

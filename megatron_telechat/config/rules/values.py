@@ -42,7 +42,7 @@ NOT_NEGATIVE = (
         "clip_grad",
         "max_skipped_steps",
     ),
-    *("load_step", "keep_last", "fp8_margin"),
+    *("load_step", "keep_last", "fp8_margin", "loss_chunk_rows"),
 )
 MORE_THAN_ZERO = (
     *("norm_epsilon", "rotary_base", "distributed_timeout_minutes", "lr", "adam_eps"),
@@ -107,7 +107,7 @@ def at_least_one(check: Check) -> Iterator[Problem]:
 def not_negative(check: Check) -> Iterator[Problem]:
     """Rates, coefficients and counts are 0 or more."""
     for name, value in _present(check, NOT_NEGATIVE):
-        if value < 0:
+        if not isinstance(value, str) and value < 0:
             yield check.one(f"{name}={value} is negative", name, fix="0 or more")
 
 
