@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_telechat.config.derive import derive
@@ -16,10 +16,13 @@ from megatron_telechat.config.origins import DEFAULT, DERIVED, Check, apply_rule
 from megatron_telechat.config.plan_file import PlanFile, read_plan, same_value
 from megatron_telechat.config.presets import preset_names, preset_text
 from megatron_telechat.config.rules import ALL_RULES, VALUE_RULES
+from megatron_telechat.config.rules.learning_rate import ITERS
 from megatron_telechat.config.rules.pipeline import working_layout
+from megatron_telechat.config.rules.run_stages import each_once, notes_on_stages, problems_of_stages
+from megatron_telechat.config.run_stages import SCHEDULE_FIELDS, SCHEDULE_LENGTHS, RunStage, RunStages
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.stages import settle_stages
-from megatron_telechat.config.yaml_io import Said, YamlFile, read_yaml
+from megatron_telechat.config.yaml_io import Said, StageEntry, YamlFile, dump_stages, read_yaml
 from megatron_telechat.errors import ConfigError, Problem
 
 LAYOUTS = ("pipeline_model_parallel_layout", "recompute_layout")
@@ -57,14 +60,16 @@ class LoadedConfig:
         notes: what a person should know that stops nothing.
         preset: name of the preset, if one was named.
         given: every flag without its hyphens, with hyphens inside → its values; the last of equal ones.
+        stages: the stages of the run; ``run`` and ``origins`` are those of the first.
     """
 
     run: RunConfig
     origins: dict[str, str]
     actions: Actions
-    notes: tuple[str, ...] = ()
-    preset: str | None = None
-    given: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...]
+    preset: str | None
+    given: Mapping[str, tuple[str, ...]]
+    stages: RunStages
 
 
 def load_run_config(
@@ -73,6 +78,7 @@ def load_run_config(
     planning: bool = False,
     described: bool = False,
     changes: Sequence[str] = (),
+    stage: int | None = None,
 ) -> LoadedConfig:
     """Read flags, files and preset, merge them, fill in what follows, and hold every rule.
 
@@ -85,24 +91,90 @@ def load_run_config(
             looked at.
         changes: flags of ours that a planner tries in place of what `argv` says; with a number of virtual stages
             among them, what `argv` says of virtual stages and split is dropped, which was said of other sizes.
+        stage: number of the one stage that a planner asks for, of a run that has several. Plan files are not read.
 
     Raises:
         ConfigError: with all problems.
     """
-    line = read_command_line(argv)
-    merged = _Merge(line, environ, planning, described or planning, read_command_line(changes).said)
-    merged.run()
+    line, tried = read_command_line(argv), read_command_line(changes).said
+
+    def merged_for(stages: tuple[StageEntry, ...]) -> _Merge:
+        merged = _Merge(line, environ, planning, described or planning, tried, stages)
+        merged.run()
+        return merged
+
+    base = merged_for(())
+    entries = base.entries
+    if described or planning:
+        asked = _asked_for(entries, stage)
+        base, entries = (merged_for(asked), ()) if asked else (base, ())
+    merges = [merged_for(entries[:number]) for number in range(1, len(entries) + 1)] or [base]
+    _one_world(merges)
+    found = [_checked(merged) for merged in merges]
+    checks = [check for check, _ in found]
+    if len(found) == 1:
+        problems, notes = found[0][1], tuple(checks[0].notes)
+    else:
+        titles = [entry.title for entry in entries]
+        problems = each_once([problems for _, problems in found], titles)
+        notes = tuple(each_once([check.notes for check in checks], titles))
+    if not problems:
+        stages = _stages(base, entries, checks)
+        problems = list(problems_of_stages(stages, entries))
+    if problems:
+        raise ConfigError(problems)
+    first = checks[0]
+    return LoadedConfig(
+        first.run, first.origins, line.actions, (*notes, *notes_on_stages(stages)), base.preset, line.given, stages
+    )
+
+
+def _asked_for(entries: tuple[StageEntry, ...], stage: int | None) -> tuple[StageEntry, ...]:
+    """The entries up to the stage that a planner asks for.
+
+    Raises:
+        ConfigError: there is no such stage, or nobody says which.
+    """
+    if stage is None and len(entries) > 1:
+        raise ConfigError(
+            f"the run has {len(entries)} stages, and a plan is for one of them", "stages", "--stage N, from 1"
+        )
+    if stage is not None and not 1 <= stage <= len(entries):
+        there = f"has {len(entries)} stages" if entries else "has no stages"
+        raise ConfigError(f"--stage {stage}: the run {there}", "command line", "--config FILE.yaml with stages:")
+    return entries[: stage or 1]
+
+
+def _checked(merged: _Merge) -> tuple[Check, list[Problem]]:
+    """One run, or one stage of it, with what follows from its values, and all that is wrong with it."""
     check = Check(
-        make_run(merged.values), merged.origins, merged.unreadable, line.actions.starts_nothing, merged.notes,
-        meaning=merged.meaning, described=merged.described,
+        make_run(merged.values), merged.origins, merged.unreadable, merged.line.actions.starts_nothing, merged.notes,
+        meaning=merged.meaning, described=merged.described, staged=merged.staged,
     )  # fmt: skip
     problems = [*merged.problems, *apply_rules(VALUE_RULES, check)]
     derive(check)
     problems += merged.plan_problems(check)
     problems += apply_rules(ALL_RULES, check)
-    if problems:
-        raise ConfigError(problems)
-    return LoadedConfig(check.run, check.origins, line.actions, tuple(check.notes), merged.preset, line.given)
+    return check, problems
+
+
+def _one_world(merges: Sequence[_Merge]) -> None:
+    """Ranks that hold the model in every stage, where nobody says their number."""
+    if len(merges) > 1 and all(merged.origins["world_size"] == DERIVED for merged in merges):
+        world = math.lcm(*(merged.values["world_size"] for merged in merges))
+        for merged in merges:
+            merged.values["world_size"] = world
+
+
+def _stages(base: _Merge, entries: tuple[StageEntry, ...], checks: Sequence[Check]) -> RunStages:
+    """The stages of a run that have no problems by themselves."""
+    if len(entries) < 2:
+        return RunStages.of(checks[0].run, checks[0].origins)
+    found = []
+    for entry, check in zip(entries, checks, strict=True):
+        own = entry.number == 1 or any(one.name in SCHEDULE_FIELDS for one in entry.said)
+        found.append(RunStage(entry.number, entry.start, check.run, check.origins, own))
+    return RunStages(tuple(found), dump_stages(base.values, entries))
 
 
 _TOKENIZER = ("tokenizer-type", "tokenizer-model", "vocab-file")
@@ -119,9 +191,18 @@ class _Merge:
     """Values in order of precedence, each overwriting the one before."""
 
     def __init__(
-        self, line: CommandLine, environ: Mapping[str, str], planning: bool, described: bool, changes: Sequence[Said]
+        self,
+        line: CommandLine,
+        environ: Mapping[str, str],
+        planning: bool,
+        described: bool,
+        changes: Sequence[Said],
+        stages: Sequence[StageEntry],
     ):
         self.line = line
+        self.stages = stages
+        self.entries: tuple[StageEntry, ...] = ()
+        self.said_in: dict[str, int] = {}
         self.changes = changes
         self.environ = environ
         self.planning = planning
@@ -143,12 +224,14 @@ class _Merge:
     def run(self) -> None:
         files = [self.read_file(path) for path in self.line.configs]
         named = [file.preset for file in files if file.preset is not None]
+        self.entries = next((file.stages for file in reversed(files) if file.stages is not None), ())
         preset = self.line.preset or (named[-1] if named else None)
         if preset is not None:
             self.read_preset(preset)
         for file in files:
             self.take(file.said)
         self.take(self.line.said)
+        self.take_stages()
         self.take(self.changes)
         if not any(one.name == "num_virtual_stages_per_pipeline_rank" for one in self.changes):
             settle_stages(self)
@@ -162,10 +245,29 @@ class _Merge:
         if self.planning:
             self.open_layout()
 
-    def take(self, said: Sequence[Said]) -> None:
+    @property
+    def staged(self) -> bool:
+        """Whether the run has several stages."""
+        return len(self.entries) > 1
+
+    def take(self, said: Sequence[Said], stage: int = 0) -> None:
         for one in said:
             self.values[one.name] = one.value
             self.origins[one.name] = one.origin
+            self.said_in[one.name] = stage
+
+    def take_stages(self) -> None:
+        """What the stages up to this one set, each over those before it."""
+        for entry in self.stages:
+            if entry.number > 1 and any(one.name in SCHEDULE_FIELDS for one in entry.said):
+                for name in SCHEDULE_LENGTHS:
+                    self.values.pop(name, None)
+                    self.origins[name] = DEFAULT
+            for one in entry.said if entry.number == 1 else ():
+                if self.origins[one.name].startswith("flag") and self.values[one.name] != one.value:
+                    given = f"{one.name}={self.values[one.name]} ({self.origins[one.name]})"
+                    self.notes.append(f"{given} is not used, because stage 1 sets it ({one.origin})")
+            self.take(entry.said, entry.number)
 
     def read_file(self, path: str) -> YamlFile:
         try:
@@ -258,7 +360,7 @@ class _Merge:
     def take_plan(self) -> None:
         """What the plan file sets, as if flags said so; a flag or file that says otherwise is a slip."""
         path = self.values.get("plan")
-        if path is None:
+        if path is None or (self.described and self.stages):
             return
         try:
             plan = read_plan(path)
@@ -267,7 +369,9 @@ class _Merge:
             return
         self.plan = plan
         for name, value in plan.sets.items():
-            if self.by_person(name) and not self.same(name, self.values.get(name), value):
+            # A plan of a stage changes what was said for the stages before it.
+            said_with_it = self.by_person(name) and self.said_in.get(name, 0) >= self.said_in.get("plan", 0)
+            if said_with_it and not self.same(name, self.values.get(name), value):
                 what = f"{name}={self.values.get(name)} and {name}={value} of the plan disagree"
                 fix = f"drop one of the two, or plan again with {fields_by_name()[name].flag} {self.values.get(name)}"
                 self.problems.append(Problem(what, f"{self.origins[name]}; {plan.origin}", fix))
@@ -377,6 +481,7 @@ class _Merge:
             if self.by_person(name) and self.values.get(name) is not None:
                 for other in replaced:
                     self.drop(other, name)
+        self.settle_schedule()
         for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
             if self.by_person(name) and self.values.get(name) is False:
                 self.drop("overlap_param_gather", name)
@@ -385,6 +490,20 @@ class _Merge:
             for name in ("eval_iters", "eval_interval", "valid_data_path"):
                 self.values.pop(name, None)
                 self.origins[name] = DEFAULT
+
+    def settle_schedule(self) -> None:
+        """A preset counts steps; where the schedule counts tokens, its counts say nothing."""
+        tokens = [name for name in ITERS.values() if self.values.get(name) is not None]
+        if not tokens and not self.staged:
+            return
+        why = "the learning rate of a run with stages follows tokens" if self.staged else f"{tokens[0]} is given"
+        for name, ours in ITERS.items():
+            if self.origins[name].startswith("preset "):
+                value = self.values.pop(name)
+                self.origins[name] = DEFAULT
+                if value:
+                    ours = fields_by_name()[ours].flag
+                    self.notes.append(f"{name}={value} of preset {self.preset} is not used, because {why}: {ours} N")
 
     def by_person(self, name: str) -> bool:
         """Whether the value comes from a flag or a file."""

@@ -1,0 +1,88 @@
+"""A run whose length, batch, layout and learning rate change on its way is one run: one line of checkpoints, one curve,
+resumed on either side of a switch bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.material import write_dataset
+from tests.harness import run_cases
+
+pytestmark = pytest.mark.gloo
+
+STAGES = """
+stages:
+  - from_tokens: 0
+  - from_tokens: 1000
+    seq_length: 64
+    rotary_base: 1e5
+    rotary_training_seqlen: 64
+    global_batch_size: 4
+    tensor_model_parallel_size: 2
+  - from_samples: 48
+    seq_length: 128
+    rotary_base: 1e6
+    rotary_training_seqlen: 128
+    global_batch_size: 2
+    micro_batch_size: 1
+    tensor_model_parallel_size: 1
+    pipeline_model_parallel_size: 2
+    lr: 5e-4
+    min_lr: 1e-5
+    lr_warmup_tokens: 256
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    write_dataset(folder / "a", 28, 1)
+    write_dataset(folder / "b", 9, 2)
+    (folder / "stages.yaml").write_text(STAGES)
+    return run_cases(Path(__file__).with_name("worker_stages.py"), 2, timeout=400, env={"STAGES_DIR": str(folder)})
+
+
+def test_three_stages_are_one_run(report):
+    for found in report.check("whole"):
+        assert found["code"] == 0
+        assert found["folders"] == ["iter_0000004", "iter_0000008", "iter_0000010"]
+        consumed = {step: record[3:] for step, record in found["records"].items()}
+        assert consumed["4"] == [32, 1024] and consumed["8"] == [48, 2048] and consumed["10"] == [52, 2560]
+        rates = [found["records"][str(step)][2] for step in range(1, 11)]
+        assert rates[0] == 1e-3 and rates[:8] == sorted(rates[:8], reverse=True) and rates[7] > rates[8] == 0.0
+        assert rates[9] == 5e-4, "the warm-up of the last stage ends with its first step"
+        stages = [event for event in found["events"] if event["event"] == "stage"]
+        assert [(event["step"], event["stage"]) for event in stages] == [(4, 2), (8, 3)]
+        assert stages[0]["changes"]["seq_length"] == {"before": 32, "now": 64}
+        assert len(found["events"]) == 2, "a switch is no resume"
+
+
+def test_a_resume_around_each_switch_is_bitwise(report):
+    whole = report.check("whole")[0]["records"]
+    for found in report.check("stopped"):
+        assert found["codes"] == [0] * 5
+        assert found["records"] == whole
+
+
+def test_a_run_killed_after_a_switch_goes_on_in_the_new_stage(report):
+    whole = report.check("whole")[0]["records"]
+    for found in report.check("killed"):
+        for step, records in found.items():
+            assert records == {key: record for key, record in whole.items() if int(key) > int(step)}
+
+
+def test_a_damaged_checkpoint_of_the_next_stage_leads_back_to_the_one_before(report):
+    whole = report.check("whole")[0]["records"]
+    for found in report.check("damaged"):
+        assert found == {key: whole[key] for key in ("5", "6")}
+
+
+def test_what_no_stage_declares_is_refused(report):
+    for found in report.check("undeclared"):
+        assert "rotary_base is 100000 in the checkpoint and 200000 in the run" in found["theta"]
+        assert "a stage of the run that sets rotary_base" in found["theta"]
+        assert "sequence_length: the checkpoint was trained with 64, the run has 48" in found["length"]
+        assert "stages:" in found["length"]
+        assert "rotary_base is 100000 in the checkpoint and 10000 in the run" in found["none"]
