@@ -132,6 +132,8 @@ def stage_line(stages: RunStages, stage: RunStage, changes: Mapping[str, tuple[A
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value)) or None
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else _short(value)
 
 

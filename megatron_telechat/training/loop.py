@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint, save_checkpoint
 from megatron_telechat.checkpoint.lineage import Began, Branch
 from megatron_telechat.checkpoint.start import Start
-from megatron_telechat.config.run_stages import Position, RunStage, RunStages
+from megatron_telechat.config.run_stages import Position, RunStages
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.data import (
@@ -23,16 +23,14 @@ from megatron_telechat.data import (
     build_datasets,
     data_fingerprint,
     data_plan,
-    fingerprint_differences,
 )
-from megatron_telechat.data.datasets import SEQUENCE_LENGTH
 from megatron_telechat.data.loader import EVEN_COSTS
 from megatron_telechat.data.order import saved_tokens
-from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, DataError
+from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
 from megatron_telechat.training.banner import banner, resume_differences, stage_event, stage_line, stages_lines
-from megatron_telechat.training.beginning import Beginning, find_beginning
+from megatron_telechat.training.beginning import Beginning, find_beginning, require_same_data
 from megatron_telechat.training.build import build_trained
 from megatron_telechat.training.chunks import ChunkSetting, set_chunks
 from megatron_telechat.training.console import Console
@@ -45,6 +43,7 @@ from megatron_telechat.training.optimizer import set_learning_rate
 from megatron_telechat.training.param_gather import gathered_parameters
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.progress import progress_at
+from megatron_telechat.training.reports import Reports
 from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, close_iterators, data_iterators, evaluate
@@ -52,27 +51,6 @@ from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.trace import exchange_traces
 from megatron_telechat.training.unsaved import unsaved_note
 from megatron_telechat.training.writers import MetricsWriter, recorded_at
-
-
-@dataclass(frozen=True)
-class Reports:
-    """What goes on from one stage of a process to the next.
-
-    Attributes:
-        stage: the one that is over.
-        warned: whether a person was told that the run saves nothing.
-    """
-
-    stage: RunStage
-    console: Console
-    writer: MetricsWriter
-    requests: StopRequests
-    warned: bool
-
-    def close(self) -> None:
-        """Give files and signal handlers back."""
-        self.writer.close()
-        self.requests.close()
 
 
 class Trainer:
@@ -407,7 +385,8 @@ class Trainer:
                     length = (info.config or self.run).training.seq_length
                     tokens = saved_tokens(info.extra, info.consumed_samples, length, str(info.path))
                     self.position = Position(info.step, info.consumed_samples, tokens)
-                    self._require_same_data(info)
+                    if self.fingerprint is not None:
+                        require_same_data(info, self.fingerprint, self.run, self.stages.before(self.position).run)
                 self.steps_taken, note = StepsTaken.of(info)
                 notes += [note] if note else []
             info = replace(info, message="\n".join([info.message, *notes]))
@@ -441,24 +420,6 @@ class Trainer:
             if info is None:
                 return progress_at(self.stages, self.position, {}, None, "")
             return progress_at(self.stages, self.position, info.extra, info.config, str(info.path))
-
-    def _require_same_data(self, info: LoadedInfo) -> None:
-        """Other data under the same sample numbers would train on samples twice, or never, without a word."""
-        if self.fingerprint is None or info.data_fingerprint is None or self.run.checkpoint.allow_data_change:
-            return
-        differences = fingerprint_differences(info.data_fingerprint, self.fingerprint)
-        length = info.config.training.seq_length if info.config is not None else None
-        if differences and length == self.stages.before(self.position).run.training.seq_length:
-            # A declared change: what the length before has not read is cut anew.
-            other = {**self.fingerprint, SEQUENCE_LENGTH: length}
-            differences = fingerprint_differences(info.data_fingerprint, other)
-        if differences:
-            raise DataError(
-                f"the data is not the data of the checkpoint: {'; '.join(differences[:3])}",
-                where=str(info.path),
-                fix="give the data, seed and seq_length of the run that saved it (a stage of the run can have another "
-                "length: stages:), or --allow-data-change to continue anyway",
-            )
 
     def _set_chunks(self) -> ChunkSetting | None:
         """The pieces of the experts' input, where the run leaves their number to us and something is left to train."""

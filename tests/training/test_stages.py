@@ -28,7 +28,8 @@ stages:
     global_batch_size: 2
     micro_batch_size: 1
     tensor_model_parallel_size: 1
-    pipeline_model_parallel_size: 2
+    context_parallel_size: 2
+    cp_pieces: 1
     lr: 5e-4
     min_lr: 1e-5
     lr_warmup_tokens: 256
