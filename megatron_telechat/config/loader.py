@@ -259,10 +259,13 @@ class _Merge:
     def take_stages(self) -> None:
         """What the stages up to this one set, each over those before it."""
         for entry in self.stages:
-            if entry.number > 1 and any(one.name in SCHEDULE_FIELDS for one in entry.said):
-                for name in SCHEDULE_LENGTHS:
-                    self.values.pop(name, None)
-                    self.origins[name] = DEFAULT
+            said = {one.name for one in entry.said}
+            dropped = SCHEDULE_LENGTHS if entry.number > 1 and said & set(SCHEDULE_FIELDS) else ()
+            if "rotary_training_seqlen" in said:
+                dropped = (*dropped, "rotary_base_seqlen")  # the one of a preset was made for another length
+            for name in dropped:
+                self.values.pop(name, None)
+                self.origins[name] = DEFAULT
             for one in entry.said if entry.number == 1 else ():
                 if self.origins[one.name].startswith("flag") and self.values[one.name] != one.value:
                     given = f"{one.name}={self.values[one.name]} ({self.origins[one.name]})"

@@ -88,18 +88,16 @@ def notes_on_stages(stages: RunStages) -> Iterator[str]:
     """What a person should know of stages that are right."""
     if not stages.several:
         return
-    for stage in stages.stages[1:]:
-        model, length, before = stage.run.model, stage.run.training.seq_length, stage.number - 2
-        trained = model.rotary_training_seqlen
-        if (
-            trained is not None
-            and length > trained
-            and model.rotary_base != stages.stages[before].run.model.rotary_base
-        ):
+    for stage, before in zip(stages.stages[1:], stages.stages, strict=False):
+        model, length = stage.run.model, stage.run.training.seq_length
+        trained, base = model.rotary_training_seqlen, model.rotary_base_seqlen
+        if trained is None or base is None or model.rotary_base == before.run.model.rotary_base:
+            continue
+        if length > trained or max(length, trained) > base:
             yield (
-                f"{stage.title} sets rotary_base={model.rotary_base:g}, and its seq_length={length:,} is beyond "
-                f"rotary_training_seqlen={trained:,}: the NTK formula and the attention scaling act on top of it; "
-                f"rotary_training_seqlen: {length} leaves rotary_base alone"
+                f"{stage.title} sets rotary_base={model.rotary_base:g}, and with seq_length={length:,}, "
+                f"rotary_training_seqlen={trained:,} and rotary_base_seqlen={base:,} the NTK formula acts on top of "
+                f"it; rotary_training_seqlen: {length} in this stage leaves rotary_base alone"
             )
     spans = stages.spans()
     reached = {span.stage.number for span in spans}
