@@ -37,8 +37,12 @@ stages:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stages")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def report(folder):
     write_dataset(folder / "a", 28, 1)
     write_dataset(folder / "b", 9, 2)
     (folder / "stages.yaml").write_text(STAGES)
@@ -87,3 +91,27 @@ def test_what_no_stage_declares_is_refused(report):
         assert "sequence_length: the checkpoint was trained with 64, the run has 48" in found["length"]
         assert "stages:" in found["length"]
         assert "rotary_base is 100000 in the checkpoint and 10000 in the run" in found["none"]
+
+
+@pytest.fixture(scope="module")
+def exports(report, folder):
+    report.check("whole")
+    worker = Path(__file__).with_name("worker_stage_exports.py")
+    return run_cases(worker, 1, timeout=240, env={"STAGES_DIR": str(folder)})
+
+
+def test_the_export_of_each_stage_is_the_model_of_that_stage(exports):
+    (found,) = exports.check("each_stage")
+    for step, theta, length in (("4", 1e4, 32), ("8", 1e5, 64), ("10", 1e6, 128)):
+        trained = 256 if step == "4" else length  # the preset's, until a stage says another
+        assert found[step] == {
+            "code": 0, "rope_theta": theta, "training_seqlen": trained, "base_seqlen": trained, "seq_length": length,
+        }  # fmt: skip
+
+
+def test_the_loss_of_short_samples_moves_at_a_switch_by_what_the_formula_gives(exports):
+    (found,) = exports.check("short_samples")
+    (before, plain_before), (behind, plain_behind) = found["before"], found["behind"]
+    assert abs((behind - before) - (plain_behind - plain_before)) < 1e-6
+    assert abs(behind - before) > 1e-5, "another theta is another angle of every token"
+    assert found["formula"] == found["before"], "with the formula a short sample does not see that others are longer"
