@@ -15,6 +15,7 @@ from megatron_telechat.config.run_stages import Position, RunStages
 from megatron_telechat.config.show import config_yaml
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.training.learning_rate import StageRates, learning_rate
+from tests.harness import ROOT
 
 TINY = ("--preset", "telechat2-tiny", "--mock-data", "--seq-length", "512", "--global-batch-size", "8")
 THREE = """
@@ -299,3 +300,22 @@ def test_a_stage_with_a_rate_of_its_own_begins_a_schedule(tmp_path):
 def test_lengths_of_a_schedule_that_do_not_go_together(flags, expected):
     with pytest.raises(ConfigError, match=expected.replace("(", r"\(")):
         load_run_config([*TINY, *flags.split(), "--dry-run"], {})
+
+
+def test_the_recipe_of_the_docs_is_one(tmp_path):
+    page = (ROOT / "docs" / "long_context.md").read_text(encoding="utf-8")
+    text = (
+        page.split("```yaml\n")[1]
+        .split("```")[0]
+        .replace("    plan: plan_256k.json\n", "    context_parallel_size: 16\n")
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    loaded = load_run_config(["--config", str(path), "--mock-data", "--dry-run", "--world-size", "128"], {})
+    stages = loaded.stages.stages
+    assert [stage.run.training.seq_length for stage in stages] == [8192, 32768, 262144]
+    assert [stage.run.parallel.context_parallel_size for stage in stages] == [1, 2, 16]
+    for stage in stages:
+        model, length = stage.run.model, stage.run.training.seq_length
+        assert model.rotary_training_seqlen == model.rotary_base_seqlen == length
+    assert not [note for note in loaded.notes if "NTK" in note or "never" in note]
