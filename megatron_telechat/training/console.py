@@ -88,8 +88,9 @@ class Console:
             return
         # A slow first step (allocation, compilation) must not spoil the estimate for long.
         seconds = record["iteration_time_s"]
-        self._smoothed_s = seconds if self._smoothed_s is None else 0.9 * self._smoothed_s + 0.1 * seconds
-        eta_s = self._smoothed_s * (self._train_iters - record["step"] if steps_left is None else steps_left)
+        smoothed_s = seconds if self._smoothed_s is None else 0.9 * self._smoothed_s + 0.1 * seconds
+        self._smoothed_s = smoothed_s
+        eta_s = smoothed_s * (self._train_iters - record["step"] if steps_left is None else steps_left)
         self.say(format_step(record, self._train_iters, eta_s, memory_total_gib))
         if self._bar:
             self._draw_bar(record["step"], eta_s)

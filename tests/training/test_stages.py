@@ -3,12 +3,14 @@ resumed on either side of a switch bit for bit."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.data.material import write_dataset
-from tests.harness import run_cases
+from tests.harness import launch, run_cases
+from tests.training.test_resume import PRETRAIN
 
 pytestmark = pytest.mark.gloo
 
@@ -115,3 +117,26 @@ def test_the_loss_of_short_samples_moves_at_a_switch_by_what_the_formula_gives(e
     assert abs((behind - before) - (plain_behind - plain_before)) < 1e-6
     assert abs(behind - before) > 1e-5, "another theta is another angle of every token"
     assert found["formula"] == found["before"], "with the formula a short sample does not see that others are longer"
+
+
+@pytest.mark.slow
+def test_the_tiny_model_trains_512_2048_8192_in_one_run_on_four_ranks(tmp_path):
+    (tmp_path / "stages.yaml").write_text(
+        """
+        stages:
+          - {from_tokens: 0, seq_length: 512, global_batch_size: 16, rotary_base: 1e4, rotary_training_seqlen: 512}
+          - {from_tokens: 65536, seq_length: 2048, global_batch_size: 4, rotary_base: 1e6,
+             rotary_training_seqlen: 2048, context_parallel_size: 2}
+          - {from_tokens: 98304, seq_length: 8192, global_batch_size: 1, rotary_base: 4e7,
+             rotary_training_seqlen: 8192, context_parallel_size: 4}
+        """
+    )
+    flags = "--preset telechat2-tiny --vocab-size 1024 --mock-data --device cpu --micro-batch-size 1 --train-iters 16"
+    more = ("--no-progress", "--config", str(tmp_path / "stages.yaml"), "--run-dir", str(tmp_path / "run"))
+    result = launch(PRETRAIN, 4, *flags.split(), *more, timeout=1200).ok()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if "loss" in line}
+    assert [line["step"] for line in lines if line.get("event") == "stage"] == [8, 12]
+    assert steps[16]["consumed_tokens"] == 16 * 8192 and steps[16]["consumed_samples"] == 8 * 16 + 4 * 4 + 4
+    assert steps[12]["loss"] < steps[8]["loss"] < steps[1]["loss"] and steps[16]["loss"] < steps[8]["loss"]
+    assert "context_parallel_size 2 -> 4" in result.stdout

@@ -609,8 +609,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (
         Refused(
             "the schedule counts optimizer steps or tokens",
-            "--lr-decay-tokens, --lr-warmup-tokens, --lr-wsd-decay-tokens (samples x --seq-length), or ...-iters (samples "
-            "/ --global-batch-size)",
+            "--lr-decay-tokens, --lr-warmup-tokens, --lr-wsd-decay-tokens (samples x --seq-length), or "
+            "--lr-decay-iters, --lr-warmup-iters, --lr-wsd-decay-iters (samples / --global-batch-size)",
         ),
         """
         lr-decay-samples lr-decay-steps lr-warmup-samples lr-warmup-steps lr-wsd-decay-samples

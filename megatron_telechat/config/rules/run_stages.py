@@ -11,21 +11,29 @@ from megatron_telechat.config.run_stages import Position, RunStages
 from megatron_telechat.config.yaml_io import StageEntry
 from megatron_telechat.errors import Problem
 
-T = TypeVar("T", Problem, str)
+T = TypeVar("T")
 
 
-def each_once(found: Sequence[Sequence[T]], titles: Sequence[str]) -> list[T]:
-    """Problems, or notes, of all stages: one that every stage has without a title, any other under that of the first
-    stage that has it."""
-    everywhere = [one for one in found[0] if all(one in more for more in found[1:])]
-    out, seen = list(dict.fromkeys(everywhere)), set(everywhere)
+def problems_once(found: Sequence[Sequence[Problem]], titles: Sequence[str]) -> list[Problem]:
+    """Problems of all stages: one that every stage has without a title, any other under that of the first stage that
+    has it."""
+    return [replace(one, what=f"{title}: {one.what}") if title else one for title, one in _each_once(found, titles)]
+
+
+def notes_once(found: Sequence[Sequence[str]], titles: Sequence[str]) -> tuple[str, ...]:
+    """Notes of all stages, as `problems_once`."""
+    return tuple(f"{title}: {one}" if title else one for title, one in _each_once(found, titles))
+
+
+def _each_once(found: Sequence[Sequence[T]], titles: Sequence[str]) -> Iterator[tuple[str, T]]:
+    everywhere = list(dict.fromkeys(one for one in found[0] if all(one in more for more in found[1:])))
+    yield from (("", one) for one in everywhere)
+    seen = set(everywhere)
     for title, ones in zip(titles, found, strict=True):
         for one in ones:
-            if one in seen:
-                continue
-            seen.add(one)
-            out.append(replace(one, what=f"{title}: {one.what}") if isinstance(one, Problem) else f"{title}: {one}")
-    return out
+            if one not in seen:
+                seen.add(one)
+                yield title, one
 
 
 def problems_of_stages(stages: RunStages, entries: Sequence[StageEntry]) -> Iterator[Problem]:
