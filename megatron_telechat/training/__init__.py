@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from megatron_telechat.config.run_stages import RunStages
-from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.signals import StopRequests
 

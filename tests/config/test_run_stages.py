@@ -304,11 +304,9 @@ def test_lengths_of_a_schedule_that_do_not_go_together(flags, expected):
 
 def test_the_recipe_of_the_docs_is_one(tmp_path):
     page = (ROOT / "docs" / "long_context.md").read_text(encoding="utf-8")
-    text = (
-        page.split("```yaml\n")[1]
-        .split("```")[0]
-        .replace("    plan: plan_256k.json\n", "    context_parallel_size: 16\n")
-    )
+    section = page.split("## Lengths inside a run")[1]
+    text = section.split("```yaml\n")[1].split("```")[0]
+    text = text.replace("    plan: plan_256k.json\n", "    context_parallel_size: 16\n")
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     loaded = load_run_config(["--config", str(path), "--mock-data", "--dry-run", "--world-size", "128"], {})
