@@ -33,10 +33,10 @@ def train(stages: RunStages) -> int:
         backend.install()
         from megatron_telechat.parallel.agreement import lost_ranks_reported
         from megatron_telechat.parallel.state import destroy
-        from megatron_telechat.training.sequence import Sequence
+        from megatron_telechat.training.sequence import StageSequence
 
         with lost_ranks_reported():
-            sequence = Sequence(stages, requests, backend)
+            sequence = StageSequence(stages, requests, backend)
     with lost_ranks_reported():
         code = sequence.fit()
         destroy()

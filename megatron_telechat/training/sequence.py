@@ -21,7 +21,7 @@ from megatron_telechat.training.loop import Trainer
 from megatron_telechat.training.signals import StopRequests
 
 
-class Sequence:
+class StageSequence:
     """The stages of a run from where it begins; the constructor is ready for the first step.
 
     Raises:

@@ -223,6 +223,21 @@ def test_what_is_read_once_must_last_for_all_stages(tmp_path):
             require_lasting(data_plan(run.data), ahead)
 
 
+def test_a_run_without_stages_that_is_told_another_length_goes_on_with_what_is_left(tmp_path):
+    """--seq-length at a resume, with --allow-data-change."""
+    documents = write_numbered(tmp_path / "d", random.Random(8), 0, least=40)
+    run = base(tmp_path, (str(tmp_path / "d"),))
+    reading = Reading()
+    rows = reading.go_on(in_stages(run, (0, 8, 4), iters=100), until=10)
+    longer = in_stages(run, (0, 64, 1), iters=10 + (sum(map(len, documents)) - 320) // 64 - 1)
+    rows += reading.go_on(longer, until=longer.train_iters)
+    assert [length for length, _ in rows].count(64) > 3 and max(times_read(rows).values()) == 1
+    assert reading.extra["sample_order"]["legs"] == [
+        {"seq_length": 8, "begin": 0, "ends": None},
+        {"seq_length": 64, "begin": 40, "ends": None},
+    ]
+
+
 def test_mock_data_never_gives_a_sample_number_twice(tmp_path):
     run = make_run(tmp_path, mock_data=True, mbs=1)
     stages = in_stages(run, (0, 8, 4), (128, 32, 2), iters=10)

@@ -30,13 +30,13 @@ def command(run: str, *flags: str) -> int:
     from megatron_telechat import parallel
     from megatron_telechat.backend import get_backend
     from megatron_telechat.config import load_run_config
-    from megatron_telechat.training.sequence import Sequence
+    from megatron_telechat.training.sequence import StageSequence
     from megatron_telechat.training.signals import StopRequests
 
     loaded = load_run_config([*BASE, *flags, "--run-dir", str(FOLDER / run)], os.environ)
     requests = StopRequests(FOLDER / run, watch_files=os.environ["RANK"] == "0")
     try:
-        return Sequence(loaded.stages, requests, get_backend(loaded.run.training.device)).fit()
+        return StageSequence(loaded.stages, requests, get_backend(loaded.run.training.device)).fit()
     finally:
         parallel.destroy(keep_world=True)
 

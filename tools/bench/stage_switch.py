@@ -1,11 +1,12 @@
 """What short samples see of a run whose samples grow longer: their loss after each step, and on both sides of each
 switch with the same weights.
 
-    python tools/bench/stage_switch.py --lengths 64,256,1024 --steps 60,30,15 --json switch.json --plot switch.png
+    python tools/bench/stage_switch.py --data PREFIX --vocab-size 2048 --json switch.json --plot switch.png
 
-A small model on mock data, one process, on the CPU. Arms: *theta*, another rotary base in each stage, as TeleChat2 was
-trained (10,000, then 1,000,000, then 40,000,000); *formula*, the NTK formula of the first stage in all of them; and the
-model trained on at the first length. The data is the same everywhere: what differs is the rotary embedding alone.
+A small model on the tokens of PREFIX, one process, on the CPU; the last twentieth of the documents is held out, and the
+short samples are cut from it. Arms: *theta*, another rotary base in each stage, as TeleChat2 was trained (10,000, then
+1,000,000, then 40,000,000); *formula*, the NTK formula of the first stage in all of them; *no switch*, the model
+trained on at the first length.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 BATCH_TOKENS = 4096
-SHORT_SAMPLES = 64
+SHORT_SAMPLES, HELD_OUT = 64, 0.05
 THETAS = (1e4, 1e6, 4e7)
 ARMS = ("theta", "formula", "no switch")
 
@@ -47,7 +48,21 @@ def stages_of(arm: str, lengths: list[int], steps: list[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_arm(arm: str, lengths: list[int], steps: list[int], folder: Path) -> dict[str, Any]:
+def short_samples(prefix: str, length: int) -> Any:
+    """int64 [SHORT_SAMPLES, length + 1], from the documents that are held out."""
+    import torch
+
+    from megatron_telechat.data import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    held_out = range(round(len(dataset) * (1 - HELD_OUT)), len(dataset))
+    tokens = torch.cat([torch.from_numpy(dataset.get(number, 0, None).astype("int64")) for number in held_out])
+    rows = (len(tokens) - 1) // length
+    starts = torch.linspace(0, rows - 1, SHORT_SAMPLES).long() * length
+    return torch.stack([tokens[start : start + length + 1] for start in starts.tolist()])
+
+
+def run_arm(arm: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train one arm; the loss of the short samples by step, and at each switch before and behind it."""
     from megatron_telechat import parallel
     from megatron_telechat.backend import get_backend
@@ -57,11 +72,13 @@ def run_arm(arm: str, lengths: list[int], steps: list[int], folder: Path) -> dic
     from megatron_telechat.training.signals import StopRequests
 
     path = folder / f"{arm.replace(' ', '-')}.yaml"
-    path.write_text(stages_of(arm, lengths, steps), encoding="utf-8")
+    path.write_text(stages_of(arm, args.lengths, args.steps), encoding="utf-8")
     flags = (
-        "--preset telechat2-tiny --vocab-size 1024 --mock-data --device cpu --fp32 --no-progress "
-        f"--lr 2e-3 --lr-decay-style constant --log-interval 1000 --train-iters {sum(steps)}"
+        f"--preset telechat2-tiny --vocab-size {args.vocab_size} --data-path {args.data} "
+        f"--split {1 - HELD_OUT},{HELD_OUT} --device cpu --fp32 --no-progress --lr 2e-3 --lr-decay-style constant "
+        f"--log-interval 20 --train-iters {sum(args.steps)}"
     ).split()
+    short = short_samples(args.data, args.lengths[0])
     loaded = load_run_config([*flags, "--config", str(path), "--run-dir", str(folder / path.stem)], os.environ)
     curve: list[tuple[int, int, float]] = []
 
@@ -70,15 +87,15 @@ def run_arm(arm: str, lengths: list[int], steps: list[int], folder: Path) -> dic
 
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options)
-            curve.append((self.step, self.stage.number, short_loss(self, lengths[0])))
+            curve.append((self.step, self.stage.number, short_loss(self, short)))
 
         def take_step(self, iterators: Any) -> Any:
             taken = super().take_step(iterators)
-            curve.append((self.step, self.stage.number, short_loss(self, lengths[0])))
+            curve.append((self.step, self.stage.number, short_loss(self, short)))
             return taken
 
     with patch.object(sequence, "Trainer", Watched):
-        stages = sequence.Sequence(loaded.stages, StopRequests(folder, False), get_backend("cpu"))
+        stages = sequence.StageSequence(loaded.stages, StopRequests(folder, False), get_backend("cpu"))
         stages.fit()
     parallel.destroy(keep_world=True)
     switches = [
@@ -89,21 +106,18 @@ def run_arm(arm: str, lengths: list[int], steps: list[int], folder: Path) -> dic
     return {"arm": arm, "curve": [[step, loss] for step, _, loss in curve], "switches": switches}
 
 
-def short_loss(trainer: Any, length: int) -> float:
-    """Mean loss of fixed samples of the first length, by the model as the present stage has it."""
+def short_loss(trainer: Any, rows: Any) -> float:
+    """Mean loss of the short samples, by the model as the present stage has it."""
     import torch
 
-    from megatron_telechat.data.mock import MockSamples
-
-    source = MockSamples(SHORT_SAMPLES, length, trainer.run.model.vocab_size, seed=99, split=9)
     (model,) = trainer.virtual_stages
     losses = []
     model.eval()
     with torch.no_grad():
-        for first in range(0, SHORT_SAMPLES, 16):
-            rows = torch.stack([torch.from_numpy(source.tokens(first + number)) for number in range(16)])
-            tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            losses.append(model(tokens, torch.arange(length).expand_as(tokens), labels=labels).double().mean())
+        for some in rows.split(16):
+            tokens, labels = some[:, :-1].contiguous(), some[:, 1:].contiguous()
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            losses.append(model(tokens, positions, labels=labels).double().mean())
     model.train()
     return float(torch.stack(losses).mean())
 
@@ -129,14 +143,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     parser.add_argument("--lengths", type=numbers, default=[64, 256, 1024], help="of the stages (default 64,256,1024)")
-    parser.add_argument("--steps", type=numbers, default=[60, 30, 15], help="of each stage (default 60,30,15)")
+    parser.add_argument("--steps", type=numbers, default=[150, 30, 15], help="of each stage (default 150,30,15)")
+    parser.add_argument(
+        "--data", required=True, metavar="PREFIX", help="tokens, as tools/preprocess_data.py writes them"
+    )
+    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"default {','.join(ARMS)}")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if len(args.lengths) != len(args.steps) or len(args.lengths) > len(THETAS):
         parser.error(f"--lengths and --steps are as long as each other, {len(THETAS)} at most")
     with tempfile.TemporaryDirectory() as folder:
-        found = [run_arm(arm, args.lengths, args.steps, Path(folder)) for arm in ARMS]
+        found = [run_arm(arm, args, Path(folder)) for arm in args.arms.split(",")]
     print(f"\nloss of {SHORT_SAMPLES} samples of {args.lengths[0]} tokens, the same weights on both sides of a switch")
     print(f"{'arm':<12}{'switch after step':>18}{'before':>10}{'behind':>10}{'moves by':>10}{'10 steps on':>13}")
     for arm in found:
