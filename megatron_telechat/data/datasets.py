@@ -200,12 +200,14 @@ def _mock_datasets(run: RunConfig, progress: Progress) -> Datasets:
         return TokenDataset(MockSamples(size, length, vocab_size, run.training.seed, number), size, vocab_size)
 
     train, valid, test = samples_needed(run, progress)
+    order = order_of(run, progress)
+    of_this_length = train - (order.legs[-1].begin if order.legs else 0)
     return Datasets(
         stream(0, train),
         stream(1, valid) if valid else None,
         stream(2, test) if test else None,
-        (f"mock data: {train:,} training samples of {length:,} tokens",),
-        order_of(run, progress),
+        (f"mock data: {of_this_length:,} training samples of {length:,} tokens",),
+        order,
     )
 
 
