@@ -51,6 +51,16 @@ def test_finetune_goes_on_from_it_and_answers(pretrained, tmp_path):
     assert done.stdout.splitlines()[-1].startswith("<_user>What is 12 times 12?<_bot>")
 
 
+def test_one_run_trains_at_three_lengths_and_exports_each(pretrained, tmp_path):
+    done = example("lengths", tmp_path, pretrained[0] / "data", STEPS="14")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "telechat2-tiny: a run in 3 stages" in done.stdout and "2  from 4,096 tokens" in done.stdout
+    assert "seq_length 64 -> 128" in done.stdout and "seq_length 128 -> 256" in done.stdout
+    exported = re.findall(r'"(rope_theta|seq_length)": ([\d.]+)', done.stdout)
+    assert [float(value) for name, value in exported if name == "rope_theta"] == [1e4, 1e5, 1e6]
+    assert [int(value) for name, value in exported if name == "seq_length"] == [64, 128, 256]
+
+
 def test_convert_proves_the_round_trip(tmp_path):
     done = example("convert", tmp_path)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("PASS"), done.stdout + done.stderr

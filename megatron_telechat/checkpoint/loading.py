@@ -69,12 +69,14 @@ def load_checkpoint(
     *,
     step: int | None = None,
     weights_only: bool = False,
+    saved_by: RunConfig | None = None,
 ) -> LoadedInfo:
     """Fill the parameters, the optimizer and the random generators; a collective over all ranks.
 
     Args:
         root: a folder of checkpoints (the newest sound one is taken, or that of ``step``) or one checkpoint.
         weights_only: take the weights only, for a run that begins at step 0.
+        saved_by: the stage that saved it, where the run goes on in another one.
 
     Raises CheckpointError on every rank when any rank cannot load.
     """
@@ -92,7 +94,7 @@ def load_checkpoint(
     with together(parallel):
         reader = CheckpointReader(folder, check_sizes=False)  # rank 0 has checked every file
         require_fit(reader, run.model)
-        require_meaning(reader.config, reader.manifest.extra, run, folder)
+        require_meaning(reader.config, reader.manifest.extra, run, folder, saved_by)
     notes = list(passed_over)
     with together(parallel):
         _load_parameters(reader, state.shards)

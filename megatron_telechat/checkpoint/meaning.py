@@ -31,13 +31,17 @@ _FLAGS = {"query_groups": "num_query_groups", "head_dim": "kv_channels"}
 _SCALES = ("rotary_base", "rotary_training_seqlen", "rotary_base_seqlen")
 
 
-def require_meaning(config: str, extra: Mapping[str, Any], run: RunConfig, folder: Path) -> list[str]:
+def require_meaning(
+    config: str, extra: Mapping[str, Any], run: RunConfig, folder: Path, saved_by: RunConfig | None = None
+) -> list[str]:
     """Hold the model and tokenizer of a checkpoint against the run's.
 
     Args:
         config: the configuration in the manifest, YAML; what this release does not know of it is not compared.
         extra: ``extra`` of the manifest.
         folder: the checkpoint.
+        saved_by: the stage of the run that ends with the checkpoint, where the run goes on in another one: its model is
+            as good.
 
     Returns:
         What differs and was allowed.
@@ -46,7 +50,10 @@ def require_meaning(config: str, extra: Mapping[str, Any], run: RunConfig, folde
         CheckpointError: everything that differs.
     """
     said = saved_values(config)
-    differences = _model_differences(said, run.model) + _tokenizer_difference(said, extra, run, folder)
+    model = _model_differences(said, run.model)
+    if model and saved_by is not None and not _model_differences(said, saved_by.model):
+        model = []
+    differences = model + _tokenizer_difference(said, extra, run, folder)
     allowed = run.checkpoint.allow_model_change
     problems = [problem for problem, may_change in differences if not (may_change and allowed)]
     if problems:
@@ -81,7 +88,9 @@ def _difference(field: str, theirs: Any, ours: Any, may_change: bool) -> Problem
     fix = f"{flag} {_text(theirs) if theirs is not None else 'none'}, or the preset of the model that was saved"
     if may_change:
         reason = "longer contexts are trained that way" if field in _SCALES else "every tensor fits"
-        fix = f"{flag} {_text(theirs) if theirs is not None else 'none'}; or {ALLOW} if the change is meant ({reason})"
+        stage = f"a stage of the run that sets {field} from here on (stages:), or " if field in _SCALES else ""
+        ours = _text(theirs) if theirs is not None else "none"
+        fix = f"{flag} {ours}; or {stage}{ALLOW} if the change is meant ({reason})"
     return Problem(what, "model", fix)
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from megatron_telechat.checkpoint.lineage import Began, Saved, look_at, saved_in
 from megatron_telechat.checkpoint.loss_scale import require_one_scale
 from megatron_telechat.checkpoint.manifest import MANIFEST
-from megatron_telechat.checkpoint.meaning import require_meaning
+from megatron_telechat.checkpoint.meaning import require_meaning, saved_values
 from megatron_telechat.checkpoint.names import committed_folders, folder_of_step, folders_aside
-from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.run_stages import Position, RunStages
+from megatron_telechat.config.schema import RunConfig, TrainingConfig
+from megatron_telechat.data.order import saved_tokens
 from megatron_telechat.errors import CheckpointError, Problem
 
 _OTHER_FOLDER = "name another --run-dir (or --save) for a new branch"
@@ -84,19 +86,29 @@ def checkpoint_of(start: Start) -> Saved | None:
     return None if start.root is None else _chosen(start.root, start.step)
 
 
-def require_start(run: RunConfig) -> tuple[Start, Saved | None]:
-    """What a run begins with, its model held against the run's, its optimizer sound; before any process group, and in
-    the dry run.
+def position_of(saved: Saved) -> Position:
+    """The place in its run that a checkpoint was saved at. Raises CheckpointError."""
+    length = int(saved_values(saved.config).get("seq_length", TrainingConfig.seq_length))
+    tokens = saved_tokens(saved.extra, saved.consumed_samples, length, str(saved.path))
+    return Position(saved.step, saved.consumed_samples, tokens)
+
+
+def require_start(stages: RunStages) -> tuple[Start, Saved | None]:
+    """What a run begins with, its model held against that of the stage that saved it or goes on, its optimizer sound;
+    before any process group, and in the dry run.
 
     Raises CheckpointError.
     """
+    run = stages.stages[0].run
     start = find_start(run)
     saved = checkpoint_of(start)
     if saved is None:
         return start, None
     if not start.weights_only and not run.checkpoint.no_load_optim:
         require_one_scale(saved.optimizer, saved.path)
-    notes = require_meaning(saved.config, saved.extra, run, saved.path)
+    position = Position() if start.weights_only else position_of(saved)
+    here, before = stages.at(position).run, stages.before(position).run
+    notes = require_meaning(saved.config, saved.extra, here, saved.path, before)
     return replace(start, notes=(*start.notes, *notes)), saved
 
 

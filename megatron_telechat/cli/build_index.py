@@ -66,19 +66,28 @@ def _run(argv: list[str]) -> int:
             "--train-iters N, as the training will have it",
         )
     quiet_imports()
-    from megatron_telechat.data import prepare_index, read_sources, samples_needed
+    from megatron_telechat.config.run_stages import Position
+    from megatron_telechat.data import prepare_index, progress_ahead, read_sources, samples_needed
     from megatron_telechat.training.progress import saved_progress
 
-    started = time.monotonic()
-    progress = saved_progress(run)
-    said = paced(lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True))
-    index = prepare_index(run, said, progress)
-    _, summary = read_sources(run, index, progress)
-    print("\n".join(summary))
-    how = f"built in {time.monotonic() - started:.1f} s" if index.built else "there already"
-    before = f", {progress.consumed_samples:,} of them read by step {progress.steps:,}" if progress.steps else ""
-    print(
-        f"{index.folder}: {how}, for {run.training.train_iters:,} steps: {samples_needed(run, progress)[0]:,} "
-        f"samples{before}"
-    )
+    stage, progress = saved_progress(loaded.stages)
+    consumed = progress.consumed_samples
+    tokens = progress.order.tokens(consumed, stage.run.training.seq_length) if progress.order is not None else 0
+    position = Position(progress.steps, consumed, tokens)
+    for span, ahead in progress_ahead(loaded.stages, position, progress.order):
+        run, started = span.stage.run, time.monotonic()
+        if loaded.stages.several:
+            print(span.stage.title)
+        said = _paced_since(started)
+        index = prepare_index(run, said, ahead)
+        _, summary = read_sources(run, index, ahead)
+        print("\n".join(summary))
+        how = f"built in {time.monotonic() - started:.1f} s" if index.built else "there already"
+        before = f", {ahead.consumed_samples:,} of them read by step {ahead.steps:,}" if ahead.steps else ""
+        steps = run.training.train_iters if ahead.until is None else ahead.until
+        print(f"{index.folder}: {how}, for {steps:,} steps: {samples_needed(run, ahead)[0]:,} samples{before}")
     return EXIT_OK
+
+
+def _paced_since(started: float) -> Callable[[str], None]:
+    return paced(lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True))

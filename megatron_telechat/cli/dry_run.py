@@ -6,18 +6,22 @@ Plain text on one or two screens for any number of ranks; torch is never importe
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_telechat.checkpoint.lineage import Saved
-from megatron_telechat.checkpoint.start import Start, require_start
+from megatron_telechat.checkpoint.meaning import saved_values
+from megatron_telechat.checkpoint.start import Start, position_of, require_start
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_table
+from megatron_telechat.cli.stage_table import stage_table
 from megatron_telechat.cli.text import context_text, count_text, flop_text, gib, table
 from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.loss_chunks import loss_lines
 from megatron_telechat.config.plan_file import read_plan
+from megatron_telechat.config.run_stages import Position, RunStage, RunStages, Span
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import (
     DeviceSpec,
@@ -31,7 +35,7 @@ from megatron_telechat.costs.imbalance import uneven_rows
 from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
 from megatron_telechat.data.blend import DataPlan, data_plan
 from megatron_telechat.data.formats import corpus_factory, data_files, require_enough
-from megatron_telechat.data.order import Progress
+from megatron_telechat.data.order import Progress, SampleOrder, progress_ahead, resumed_order
 from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.layout_text import layout_picture
@@ -61,9 +65,36 @@ def report(loaded: LoadedConfig) -> str:
         DataError: a dataset that is missing or damaged.
         CheckpointError: the checkpoint that the run begins with is not there, or of another model.
     """
-    run = loaded.run
-    topology = Topology.from_config(run.parallel)
-    out = _Report()
+    stages, out = loaded.stages, _Report()
+    start, saved = require_start(stages)
+    goes_on = saved is not None and not start.weights_only
+    position = position_of(saved) if saved is not None and goes_on else Position()
+    spans = {span.stage.number: span for span in stages.spans(position)}
+    if stages.several:
+        out.lines.append(f"{loaded.run.model.name}: a run in {len(stages.stages)} stages")
+        out.section("stages of the run", stage_table(stages, position))
+    for stage in stages.stages:
+        _of_stage(stage, spans.get(stage.number), stages, out)
+    out.section("files", _files(loaded.run, out))
+    out.section("begins with", _beginning(start, saved))
+    ahead = list(progress_ahead(stages, position, _order_so_far(stages, saved if goes_on else None, position)))
+    out.section("data", _data(loaded.run, ahead, out))
+    changed = _said_by_person(loaded)
+    if changed:
+        out.section("differs from the preset" if loaded.preset else "set", changed)
+    if loaded.notes:
+        out.section("notes", list(loaded.notes))
+    out.section("warnings", [f"! {text}" for text in dict.fromkeys(out.warnings)] or ["none"])
+    out.lines += ["", "dry run: nothing was started"]
+    return "\n".join(out.lines)
+
+
+def _of_stage(stage: RunStage, span: Span | None, stages: RunStages, out: _Report) -> None:
+    """Everything that the stages of a run need not have in common; of a run that has none, the whole of it."""
+    run, topology = stage.run, Topology.from_config(stage.run.parallel)
+    earlier = len(out.warnings)
+    if stages.several:
+        out.lines += ["", f"=== {stage.title} ==="]
     out.lines += _head(run, topology)
     out.section(
         "pipeline layout  (E embedding, t decoder layer, L output layer and loss; stages of a rank side by side)",
@@ -77,23 +108,22 @@ def report(loaded: LoadedConfig) -> str:
         "memory of a rank of each stage, GiB  (estimate; leave 2-4 GiB to the context and fragmentation)",
         _memory(run, out),
     )
-    out.section("steps", _steps(run, out))
-    out.section("files", _files(run, out))
-    start, saved = require_start(run)
-    out.section("begins with", _beginning(start, saved))
-    goes_on = saved is not None and not start.weights_only
-    out.section(
-        "data", _data(run, Progress(saved.step, saved.consumed_samples) if saved and goes_on else Progress(), out)
-    )
+    iterations = run.training.train_iters
+    if stages.several:
+        iterations = span.steps if span is not None else 0
+    out.section("steps", _steps(run, iterations, out, "the stage" if stages.several else "the run"))
     out.warnings += placement_warnings(topology, run.model.is_moe, run.parallel.fold_tensor_into_experts)
-    changed = _said_by_person(loaded)
-    if changed:
-        out.section("differs from the preset" if loaded.preset else "set", changed)
-    if loaded.notes:
-        out.section("notes", list(loaded.notes))
-    out.section("warnings", [f"! {text}" for text in out.warnings] or ["none"])
-    out.lines += ["", "dry run: nothing was started"]
-    return "\n".join(out.lines)
+    if stages.several:
+        out.warnings[earlier:] = [f"{stage.title}: {text}" for text in out.warnings[earlier:]]
+
+
+def _order_so_far(stages: RunStages, saved: Saved | None, position: Position) -> SampleOrder | None:
+    """The order in which the run of a checkpoint has read; what it does not say the training will tell."""
+    if saved is None:
+        return None
+    run, length = stages.at(position).run, saved_values(saved.config).get("seq_length")
+    then = run if length is None else replace(run, training=replace(run.training, seq_length=length))
+    return resumed_order(run, saved.extra, then, str(saved.path))
 
 
 def _head(run: RunConfig, topology: Topology) -> list[str]:
@@ -199,10 +229,9 @@ def _memory_row(stage: StageMemory) -> list[str]:
     ]  # fmt: skip
 
 
-def _steps(run: RunConfig, out: _Report) -> list[str]:
+def _steps(run: RunConfig, iterations: int | None, out: _Report, name: str) -> list[str]:
     tokens = run.training.global_batch_size * run.training.seq_length
     flops = training_flops_per_token(run.model, run.training.seq_length)
-    iterations = run.training.train_iters
     stages, virtual = run.parallel.pipeline_model_parallel_size, run.parallel.num_virtual_stages_per_pipeline_rank
     bubble = (stages - 1) / (virtual * run.num_microbatches + stages - 1)
     lines = [
@@ -225,7 +254,7 @@ def _steps(run: RunConfig, out: _Report) -> list[str]:
         if prediction.iteration < SHORTEST_STEP_S:
             continue  # a model this small is bound by launches, not by arithmetic
         mfu = flops * tokens / (peak * 1e12 * prediction.iteration * run.parallel.world_size)
-        whole = f", the run {_duration(prediction.iteration * iterations)}" if iterations else ""
+        whole = f", {name} {_duration(prediction.iteration * iterations)}" if iterations else ""
         times.append((prediction.iteration, spec.name))
         lines.append(
             f"predicted on {spec.name}: {prediction.iteration:.3g} s a step, "
@@ -289,7 +318,7 @@ def _beginning(start: Start, saved: Saved | None) -> list[str]:
     return [f"{saved.path}: step {saved.step}", *start.notes]
 
 
-def _data(run: RunConfig, progress: Progress, out: _Report) -> list[str]:
+def _data(run: RunConfig, ahead: Sequence[tuple[Span, Progress]], out: _Report) -> list[str]:
     data = run.data
     if data.mock_data:
         return ["mock data: a fixed pseudo-random token stream"]
@@ -307,10 +336,11 @@ def _data(run: RunConfig, progress: Progress, out: _Report) -> list[str]:
         rows.append([file.prefix, weights[file.prefix], *counts])
     total = sum(file.tokens or 0 for file in files)
     lines = table(rows)
-    wanted = run.training.train_iters * run.training.global_batch_size * run.training.seq_length
+    end = ahead[-1][0].end
+    wanted = end.tokens if end is not None else 0
     if total and wanted:
         lines.append(f"{count_text(total)} tokens for {count_text(wanted)} of the run: {wanted / total:.2f} epochs")
-    require_enough(run, plan, files, progress)
+    require_enough(plan, files, [(span.stage.run, progress) for span, progress in ahead])
     return [*lines, *factory.notes(run)]
 
 

@@ -56,13 +56,13 @@ class Request:
         Raises:
             ConfigError: with all problems of the configuration.
         """
-        return load_run_config([*self.words, "--dry-run"], {}, planning=True, changes=changes)
+        return load_run_config([*self.words, "--dry-run"], {}, planning=True, changes=changes, stage=self.options.stage)
 
     def as_configured(self) -> tuple[RunConfig | None, str]:
         """The run with its own layout and recompute; None where it names none, or where what it names does not work:
         then with the reason."""
         try:
-            loaded = load_run_config([*self.words, "--dry-run"], {}, described=True)
+            loaded = load_run_config([*self.words, "--dry-run"], {}, described=True, stage=self.options.stage)
         except ConfigError as error:
             return None, error.problems[0].what
         said = any(
@@ -143,6 +143,7 @@ def _parser() -> _Parser:
         action="store_true",
         help="only plans in Megatron-LM's flags: a layout string, one recompute setting",
     )
+    add("--stage", type=natural, metavar="N", help="of a run with stages (--config): the one to plan, from 1")
     add("--sweep", action="store_true", help="rank parallel layouts of --world-size ranks; sizes given as flags stay")
     add("--top", type=natural, default=10, metavar="N", help="rows of the sweep [10]")
     add(

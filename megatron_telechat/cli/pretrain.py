@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import megatron_telechat
 from megatron_telechat.config import LoadedConfig, load_run_config
@@ -100,21 +101,36 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
         if _speaks(environ):
             _say(report(loaded))
             if loaded.actions.executes:
-                from megatron_telechat.cli.execute import execute_report
-
-                _say(execute_report(loaded))
+                _execute(loaded)
         return EXIT_OK
     from megatron_telechat.checkpoint.start import require_start
     from megatron_telechat.training import train
 
     # Every rank looks for itself: all come to one answer, before a process group in which one would wait for another.
-    require_start(loaded.run)
+    require_start(loaded.stages)
     if loaded.run.training.fp8_format is not None:
         from megatron_telechat.backend import get_backend
         from megatron_telechat.backend.transformer_engine import require_for_fp8
 
         require_for_fp8(get_backend(loaded.run.training.device).traits)
-    return train(loaded.run, loaded.origins)
+    return train(loaded.stages)
+
+
+def _execute(loaded: LoadedConfig) -> None:
+    """Virtual ranks of the run, of each of its stages."""
+    from megatron_telechat.cli.execute import execute_report
+
+    stages = loaded.stages
+    if stages.several and loaded.actions.execute_json:
+        raise ConfigError(
+            f"--execute-json writes what one run did, and this one has {len(stages.stages)} stages",
+            "--execute-json",
+            "leave it out, or give a configuration of one stage",
+        )
+    for stage in stages.stages:
+        if stages.several:
+            _say(f"\n=== {stage.title} ===")
+        _say(execute_report(replace(loaded, run=stage.run)))
 
 
 def _information(actions: Actions) -> str:

@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     args, rest = build_parser().parse_known_args(argv)
-    run = described_run(rest).run
+    loaded = described_run(rest)
+    run = loaded.run
     if run.data.tokenizer_model is None and run.data.tokenizer_type is None:
         raise ConfigError(
             "the tokens are shown as text, for which a tokenizer is needed", "tokenizer_model", "--tokenizer-model PATH"
@@ -63,7 +64,9 @@ def _run(argv: list[str]) -> int:
     from megatron_telechat.data import build_datasets, build_tokenizer
     from megatron_telechat.training.progress import saved_progress
 
-    dataset = getattr(build_datasets(run, _Alone(), saved_progress(run)), args.of)
+    stage, progress = saved_progress(loaded.stages)
+    run = stage.run
+    dataset = getattr(build_datasets(run, _Alone(), progress), args.of)
     if dataset is None:
         raise ConfigError(f"the run has no {args.of} data", "command line", "--eval-interval N and a share in --split")
     if args.sample >= len(dataset):

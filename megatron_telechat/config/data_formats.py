@@ -36,6 +36,8 @@ class DataFormat(ABC):
     token tells."""
     megatrons_order: bool = False
     """Whether Megatron-LM has an order of samples for it (--data-order megatron)."""
+    can_be_cut_anew: bool = False
+    """Whether what a run has not read yet can be cut into samples of another length."""
 
     @abstractmethod
     def is_chosen(self, data: DataConfig) -> bool:
@@ -69,6 +71,7 @@ class IndexedFormat(DataFormat):
 
     module = "indexed.corpus"
     megatrons_order = True
+    can_be_cut_anew = True
 
     def is_chosen(self, data: DataConfig) -> bool:
         return True

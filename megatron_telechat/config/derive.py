@@ -9,6 +9,7 @@ from typing import Any
 from megatron_telechat.config.context import least_traffic
 from megatron_telechat.config.fields import make_run, values_of
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
+from megatron_telechat.config.run_stages import counts_tokens
 
 Derivation = Callable[[dict[str, Any], Check], Any]
 
@@ -71,6 +72,11 @@ def _context_sizes(values: dict[str, Any], check: Check) -> tuple[int, int] | No
     return least_traffic(run) if values["cp_comm_type"] == "auto" else run.parallel.context_sizes
 
 
+def _lr_decay_iters(values: dict[str, Any], check: Check) -> int | None:
+    by_tokens = check.staged or counts_tokens(make_run(values).optimizer)
+    return None if by_tokens else values["train_iters"]
+
+
 def _copy_of(name: str) -> Derivation:
     return lambda values, check: values[name]
 
@@ -91,7 +97,7 @@ DERIVATIONS: tuple[tuple[str, Derivation], ...] = (
     ("sequence_parallel", lambda values, check: make_run(values).parallel.sequence_parallel_size > 1),
     ("hierarchical_context_parallel_sizes", _context_sizes),
     ("overlap_p2p_communication", lambda values, check: make_run(values).parallel.overlaps_p2p),
-    ("lr_decay_iters", _copy_of("train_iters")),
+    ("lr_decay_iters", _lr_decay_iters),
     ("tokenizer_type", _tokenizer_type),
     ("run_dir", lambda values, check: os.path.join("runs", values["name"])),
     ("save", _in_run_dir("checkpoints")),

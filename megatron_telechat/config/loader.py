@@ -1,49 +1,23 @@
-"""From a command line to a resolved run: preset < YAML < flags, the origin of each value, all problems at once."""
+"""From a command line to a resolved run: preset < YAML < flags < stages, the origin of each value, all problems at
+once."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from megatron_telechat.config.derive import derive
-from megatron_telechat.config.fields import did_you_mean, fields_by_name, make_run
-from megatron_telechat.config.flags import Actions, CommandLine, read_command_line
-from megatron_telechat.config.megatron.meaning import MEGATRON, READ_BY_COSTS, SHAPE, Meaning, padded, read_meaning
-from megatron_telechat.config.origins import DEFAULT, DERIVED, Check, apply_rules
-from megatron_telechat.config.plan_file import PlanFile, read_plan, same_value
-from megatron_telechat.config.presets import preset_names, preset_text
+from megatron_telechat.config.fields import make_run
+from megatron_telechat.config.flags import Actions, read_command_line
+from megatron_telechat.config.merging import Merge
+from megatron_telechat.config.origins import DERIVED, Check, apply_rules
 from megatron_telechat.config.rules import ALL_RULES, VALUE_RULES
-from megatron_telechat.config.rules.pipeline import working_layout
+from megatron_telechat.config.rules.run_stages import notes_on_stages, notes_once, problems_of_stages, problems_once
+from megatron_telechat.config.run_stages import SCHEDULE_FIELDS, RunStage, RunStages
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.config.stages import settle_stages
-from megatron_telechat.config.yaml_io import Said, YamlFile, read_yaml
+from megatron_telechat.config.yaml_io import StageEntry, dump_stages
 from megatron_telechat.errors import ConfigError, Problem
-
-LAYOUTS = ("pipeline_model_parallel_layout", "recompute_layout")
-
-RECORDINGS = ("moe_routing_record", "moe_routing_replay", "moe_routing_steps")
-"""Settings about files of a run outside of the sections of data and checkpoints."""
-
-PLANNED = (*LAYOUTS, "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
-"""What a planner chooses."""
-
-SUPERSEDES: dict[str, tuple[str, ...]] = {
-    "num_layers": LAYOUTS,
-    "pipeline_model_parallel_size": LAYOUTS,
-    "num_virtual_stages_per_pipeline_rank": LAYOUTS,
-    "pipeline_model_parallel_layout": ("recompute_layout",),
-    "recompute_granularity": ("recompute_layout",),
-    "recompute_layout": ("recompute_granularity", "recompute_method", "recompute_num_layers"),
-    "lr_warmup_fraction": ("lr_warmup_iters",),
-    "lr_warmup_iters": ("lr_warmup_fraction",),
-    "hidden_size": ("kv_channels",),
-    "num_attention_heads": ("kv_channels", "num_query_groups"),
-}
-"""A field a person gives → fields of a preset that speak of the same thing and were made for another value.
-A preset's layouts, for one, are for the preset's own pipeline; with another pipeline they say nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +31,16 @@ class LoadedConfig:
         notes: what a person should know that stops nothing.
         preset: name of the preset, if one was named.
         given: every flag without its hyphens, with hyphens inside → its values; the last of equal ones.
+        stages: the stages of the run; ``run`` and ``origins`` are those of the first.
     """
 
     run: RunConfig
     origins: dict[str, str]
     actions: Actions
-    notes: tuple[str, ...] = ()
-    preset: str | None = None
-    given: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...]
+    preset: str | None
+    given: Mapping[str, tuple[str, ...]]
+    stages: RunStages
 
 
 def load_run_config(
@@ -73,6 +49,7 @@ def load_run_config(
     planning: bool = False,
     described: bool = False,
     changes: Sequence[str] = (),
+    stage: int | None = None,
 ) -> LoadedConfig:
     """Read flags, files and preset, merge them, fill in what follows, and hold every rule.
 
@@ -85,318 +62,87 @@ def load_run_config(
             looked at.
         changes: flags of ours that a planner tries in place of what `argv` says; with a number of virtual stages
             among them, what `argv` says of virtual stages and split is dropped, which was said of other sizes.
+        stage: number of the one stage that a planner asks for, of a run that has several. Plan files are not read.
 
     Raises:
         ConfigError: with all problems.
     """
-    line = read_command_line(argv)
-    merged = _Merge(line, environ, planning, described or planning, read_command_line(changes).said)
-    merged.run()
+    line, tried = read_command_line(argv), read_command_line(changes).said
+
+    def merged_for(stages: tuple[StageEntry, ...]) -> Merge:
+        merged = Merge(line, environ, planning, described or planning, tried, stages)
+        merged.run()
+        return merged
+
+    base = merged_for(())
+    entries = base.entries
+    if described or planning:
+        asked = _asked_for(entries, stage)
+        base, entries = (merged_for(asked), ()) if asked else (base, ())
+    merges = [merged_for(entries[:number]) for number in range(1, len(entries) + 1)] or [base]
+    _one_world(merges)
+    found = [_checked(merged) for merged in merges]
+    checks = [check for check, _ in found]
+    if len(found) == 1:
+        problems, notes = found[0][1], tuple(checks[0].notes)
+    else:
+        titles = [entry.title for entry in entries]
+        problems = problems_once([problems for _, problems in found], titles)
+        notes = notes_once([check.notes for check in checks], titles)
+    if not problems:
+        stages = _stages(base, entries, checks)
+        problems = list(problems_of_stages(stages, entries))
+    if problems:
+        raise ConfigError(problems)
+    first = checks[0]
+    return LoadedConfig(
+        first.run, first.origins, line.actions, (*notes, *notes_on_stages(stages)), base.preset, line.given, stages
+    )
+
+
+def _asked_for(entries: tuple[StageEntry, ...], stage: int | None) -> tuple[StageEntry, ...]:
+    """The entries up to the stage that a planner asks for.
+
+    Raises:
+        ConfigError: there is no such stage, or nobody says which.
+    """
+    if stage is None and len(entries) > 1:
+        raise ConfigError(
+            f"the run has {len(entries)} stages, and a plan is for one of them", "stages", "--stage N, from 1"
+        )
+    if stage is not None and not 1 <= stage <= len(entries):
+        there = f"has {len(entries)} stages" if entries else "has no stages"
+        raise ConfigError(f"--stage {stage}: the run {there}", "command line", "--config FILE.yaml with stages:")
+    return entries[: stage or 1]
+
+
+def _checked(merged: Merge) -> tuple[Check, list[Problem]]:
+    """One run, or one stage of it, with what follows from its values, and all that is wrong with it."""
     check = Check(
-        make_run(merged.values), merged.origins, merged.unreadable, line.actions.starts_nothing, merged.notes,
-        meaning=merged.meaning, described=merged.described,
+        make_run(merged.values), merged.origins, merged.unreadable, merged.line.actions.starts_nothing, merged.notes,
+        meaning=merged.meaning, described=merged.described, staged=merged.staged,
     )  # fmt: skip
     problems = [*merged.problems, *apply_rules(VALUE_RULES, check)]
     derive(check)
     problems += merged.plan_problems(check)
     problems += apply_rules(ALL_RULES, check)
-    if problems:
-        raise ConfigError(problems)
-    return LoadedConfig(check.run, check.origins, line.actions, tuple(check.notes), merged.preset, line.given)
+    return check, problems
 
 
-_TOKENIZER = ("tokenizer-type", "tokenizer-model", "vocab-file")
-TOKENIZER_FILES = ("--vocab-file", "--merge-file")
-"""Flags that our training refuses and that a description reads."""
+def _one_world(merges: Sequence[Merge]) -> None:
+    """Ranks that hold the model in every stage, where nobody says their number."""
+    if len(merges) > 1 and all(merged.origins["world_size"] == DERIVED for merged in merges):
+        world = math.lcm(*(merged.values["world_size"] for merged in merges))
+        for merged in merges:
+            merged.values["world_size"] = world
 
 
-def _flag_of(problem: Problem) -> str:
-    """The flag, and the value it may have, that a refusal is about."""
-    return problem.what.split(" (a Megatron")[0].split(" contradicts ")[0]
-
-
-class _Merge:
-    """Values in order of precedence, each overwriting the one before."""
-
-    def __init__(
-        self, line: CommandLine, environ: Mapping[str, str], planning: bool, described: bool, changes: Sequence[Said]
-    ):
-        self.line = line
-        self.changes = changes
-        self.environ = environ
-        self.planning = planning
-        self.described = described
-        self.values: dict[str, Any] = {}
-        self.origins: dict[str, str] = {name: DEFAULT for name in fields_by_name()}
-        left_out = (*line.refused, *line.unplanned) if described else ()
-        self.problems: list[Problem] = [one for one in line.problems if one not in left_out]
-        self.notes: list[str] = list(line.notes)
-        if described:
-            flags = (_flag_of(one) for one in line.refused)
-            flags = [one for one in flags if one not in TOKENIZER_FILES]
-            self.notes += [f"{one} is not modelled and was ignored for the plan" for one in flags]
-        self.unreadable: set[str] = set(line.unreadable)
-        self.preset: str | None = None
-        self.plan: PlanFile | None = None
-        self.meaning: Meaning | None = None
-
-    def run(self) -> None:
-        files = [self.read_file(path) for path in self.line.configs]
-        named = [file.preset for file in files if file.preset is not None]
-        preset = self.line.preset or (named[-1] if named else None)
-        if preset is not None:
-            self.read_preset(preset)
-        for file in files:
-            self.take(file.said)
-        self.take(self.line.said)
-        self.take(self.changes)
-        if not any(one.name == "num_virtual_stages_per_pipeline_rank" for one in self.changes):
-            settle_stages(self)
-        self.take_plan()
-        self.world()
-        if self.is_megatrons():
-            self.read_as_megatron()
-        self.settle()
-        if self.described:
-            self.drop_files()
-        if self.planning:
-            self.open_layout()
-
-    def take(self, said: Sequence[Said]) -> None:
-        for one in said:
-            self.values[one.name] = one.value
-            self.origins[one.name] = one.origin
-
-    def read_file(self, path: str) -> YamlFile:
-        try:
-            with open(path, encoding="utf-8") as stream:
-                text = stream.read()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            fix = f"--preset {path}" if path in preset_names() else "give the path of a YAML file"
-            self.problems.append(Problem(f"cannot read --config {path}: {reason}", "flag", fix))
-            return YamlFile((), None, ())
-        read = read_yaml(text, os.path.relpath(path) if not os.path.isabs(path) else path)
-        self.problems += read.problems
-        self.unreadable |= read.unreadable
-        return read
-
-    def read_preset(self, preset: Said) -> None:
-        names = preset_names()
-        if preset.value not in names:
-            self.problems.append(
-                Problem(
-                    f"unknown preset {preset.value}{did_you_mean(preset.value, names)}",
-                    preset.origin,
-                    "the presets are " + ", ".join(names),
-                )
-            )
-            # Without the preset nearly every value is missing; complaints about them would bury the real one.
-            self.unreadable |= {name for name, field in fields_by_name().items() if field.section == "model"}
-            return
-        self.preset = preset.value
-        read = read_yaml(preset_text(preset.value), f"{preset.value}.yaml", label=f"preset {preset.value}")
-        self.problems += read.problems
-        self.take(read.said)
-
-    def is_megatrons(self) -> bool:
-        """Whether flags alone describe the model: it is then read as Megatron-LM reads it."""
-        model = {
-            name for name, info in fields_by_name().items() if info.section == "model" and self.origins[name] != DEFAULT
-        }
-        by_flag = all(self.origins[name].startswith("flag") for name in model)
-        shape = all(isinstance(self.values.get(name), int) and self.values[name] > 0 for name in SHAPE)
-        return self.line.preset is None and by_flag and shape and "architecture" not in model
-
-    def read_as_megatron(self) -> None:
-        """Absent flags as Megatron-LM means them: what makes another model, and for a planner what makes another
-        run."""
-        said = frozenset(name for name, origin in self.origins.items() if origin != DEFAULT or name in self.unreadable)
-        meaning = self.meaning = read_meaning(self.values, said, self.line.given)
-        for what, fix in meaning.asked:
-            self.problems.append(Problem(what, "flag", fix))
-        taken = dict(meaning.model)
-        if self.described:
-            taken |= {name: value for name, value in meaning.values.items() if name in READ_BY_COSTS}
-            self.take_vocabulary(meaning)
-            if "loss_chunk_rows" not in said:  # Megatron-LM's output layer holds all logits
-                self.values["loss_chunk_rows"], self.origins["loss_chunk_rows"] = 0, MEGATRON
-        for name, value in taken.items():
-            self.values[name], self.origins[name] = value, MEGATRON
-        if self.described and taken.pop("num_query_groups", None):
-            heads = self.values["num_query_groups"]
-            self.notes.append(
-                "--num-query-groups as Megatron-LM reads it: no effect without --group-query-attention, "
-                f"{heads} heads of keys and values"
-            )
-        if self.described and taken:
-            said_as = ", ".join(f"{name}={value}" for name, value in taken.items())
-            self.notes.append(f"missing flags as Megatron-LM reads them: {said_as}")
-
-    def take_vocabulary(self, meaning: Meaning) -> None:
-        """Rows of the embedding: those of --vocab-size or of the tokenizer, padded as Megatron-LM pads them."""
-        name = "vocab_size"
-        if name in self.unreadable:
-            return
-        size, source = self.values.get(name), "--vocab-size"
-        if size is None and meaning.vocabulary is not None:
-            size, source = meaning.vocabulary.size, meaning.vocabulary.source
-            self.origins[name] = f"tokenizer {source}"
-        if size is None:
-            tokenizer = " ".join(word for flag in _TOKENIZER for word in self.line.given.get(flag, ()))
-            what = f"the vocabulary size is not given, and no file of the tokenizer {tokenizer} is here".replace(
-                "  ", " "
-            )
-            if not tokenizer:
-                what = "neither a vocabulary size nor a tokenizer is given"
-            self.problems.append(Problem(what, "flag", "--vocab-size N, or --tokenizer-model with a file that is here"))
-            self.unreadable.add(name)
-            return
-        self.values[name] = padded(size, self.values.get("tensor_model_parallel_size", 1), self.line.given)
-        if self.values[name] != size or source != "--vocab-size":
-            more = f", padded to {self.values[name]:,} as Megatron-LM pads it" if self.values[name] != size else ""
-            self.notes.append(f"vocabulary as Megatron-LM sees it: {size:,} of {source}{more}")
-
-    def take_plan(self) -> None:
-        """What the plan file sets, as if flags said so; a flag or file that says otherwise is a slip."""
-        path = self.values.get("plan")
-        if path is None:
-            return
-        try:
-            plan = read_plan(path)
-        except ConfigError as error:
-            self.problems += error.problems
-            return
-        self.plan = plan
-        for name, value in plan.sets.items():
-            if self.by_person(name) and not self.same(name, self.values.get(name), value):
-                what = f"{name}={self.values.get(name)} and {name}={value} of the plan disagree"
-                fix = f"drop one of the two, or plan again with {fields_by_name()[name].flag} {self.values.get(name)}"
-                self.problems.append(Problem(what, f"{self.origins[name]}; {plan.origin}", fix))
-                continue
-            self.values[name] = value
-            self.origins[name] = plan.origin
-
-    @staticmethod
-    def same(name: str, one: Any, other: Any) -> bool:
-        try:
-            return same_value(name, one, other)
-        except ConfigError:
-            return False
-
-    def plan_problems(self, check: Check) -> list[Problem]:
-        """What keeps the plan from being one for this model; a note where only its predictions do not hold."""
-        if self.plan is None or self.problems:
-            return []
-        differences = self.plan.differences(check.run)
-        if differences:
-            fix = "plan again for this run: tools/plan_pipeline.py with the flags of this run"
-            return [Problem(f"the plan was made for another run: {'; '.join(differences)}", self.plan.origin, fix)]
-        if self.plan.predicted is not None and self.plan.prediction_for(check.run) is None:
-            made = ", ".join(f"{name}={value}" for name, value in self.plan.predicted_for.items())
-            self.notes.append(f"{self.plan.origin} was made for {made}: its predictions are not used")
-        return []
-
-    def drop_files(self) -> None:
-        """Drop settings about files, which may be on another machine."""
-        for name, info in fields_by_name().items():
-            if info.section in ("data", "checkpoint") or name in RECORDINGS:
-                self.values.pop(name, None)
-                self.origins[name] = DEFAULT
-
-    def open_layout(self) -> None:
-        """Drop layout and recompute, and set an even split for the other rules to check."""
-        for name in PLANNED:
-            self.values.pop(name, None)
-            self.origins[name] = DEFAULT
-        self.unreadable -= set(PLANNED)
-        stages = self.values.get("pipeline_model_parallel_size", 1)
-        virtual_stages = self.values.get("num_virtual_stages_per_pipeline_rank", 1)
-        layers = self.values.get("num_layers", 0)
-        layout = working_layout(layers, stages, virtual_stages) if min(layers, stages, virtual_stages) >= 1 else None
-        if layout is not None:
-            self.values["pipeline_model_parallel_layout"] = str(layout)
-
-    def world(self) -> None:
-        """Number of ranks: torchrun's, else the flag's (to describe a run), else the fewest that hold the model."""
-        asked = self.values.get("world_size") if self.origins["world_size"].startswith("flag") else None
-        running = self.environment_number("WORLD_SIZE")
-        if running is not None:
-            if asked is not None and asked != running and not self.line.actions.starts_nothing:
-                what = f"--world-size {asked}, but torchrun started {running} ranks"
-                self.problems.append(Problem(what, "flag; torchrun", "leave --world-size out"))
-            if asked is None or not self.line.actions.starts_nothing:
-                self.values["world_size"] = running
-                self.origins["world_size"] = "torchrun"
-        elif not self.line.actions.starts_nothing:
-            if asked is not None and asked > 1:
-                self.problems.append(
-                    Problem(
-                        f"--world-size {asked}, but this is a single process without torchrun",
-                        "flag",
-                        f"torchrun --nproc-per-node {asked} pretrain/pretrain_telechat2.py ..., or add --dry-run",
-                    )
-                )
-            else:
-                self.values["world_size"] = 1
-                self.origins["world_size"] = "no torchrun"
-        elif self.origins["world_size"] == DEFAULT and "world_size" not in self.unreadable:
-            self.values["world_size"] = self.smallest_world()
-            self.origins["world_size"] = "derived"
-        if not self.origins["ranks_per_node"].startswith("flag") and asked is None:
-            local = self.environment_number("LOCAL_WORLD_SIZE")
-            if local is not None:
-                self.values["ranks_per_node"] = local
-                self.origins["ranks_per_node"] = "torchrun"
-
-    def smallest_world(self) -> int:
-        """Fewest ranks that hold one copy of the model and of the experts."""
-        sizes = [self.values.get(f"{axis}_parallel_size", 1) for axis in ("tensor_model", "pipeline_model", "context")]
-        if min(sizes) < 1:
-            return 1
-        tensor, pipeline, context = sizes
-        experts = self.values.get("expert_model_parallel_size") or 1
-        if self.values.get("num_experts") is None or experts < 1:
-            experts = 1
-        dense = tensor * context
-        folds = self.values.get("fold_tensor_into_experts", False)
-        expert = experts * (self.values.get("expert_tensor_parallel_size") or (1 if folds else tensor))
-        return pipeline * (math.lcm(dense, expert) if expert > 0 else dense)
-
-    def environment_number(self, name: str) -> int | None:
-        text = self.environ.get(name)
-        if not text:
-            return None
-        if not text.isdigit() or int(text) < 1:
-            what = f"{name}={text!r} is not a number of ranks"
-            self.problems.append(Problem(what, "environment", f"start with torchrun, or unset {name}"))
-            return None
-        return int(text)
-
-    def settle(self) -> None:
-        """Let what a person says take the place of what a preset says in other words."""
-        for name, replaced in SUPERSEDES.items():
-            if self.by_person(name) and self.values.get(name) is not None:
-                for other in replaced:
-                    self.drop(other, name)
-        for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
-            if self.by_person(name) and self.values.get(name) is False:
-                self.drop("overlap_param_gather", name)
-        if self.values.get("eval_iters") == 0:
-            self.notes.append(f"eval_iters=0 ({self.origins['eval_iters']}): no evaluation")
-            for name in ("eval_iters", "eval_interval", "valid_data_path"):
-                self.values.pop(name, None)
-                self.origins[name] = DEFAULT
-
-    def by_person(self, name: str) -> bool:
-        """Whether the value comes from a flag or a file."""
-        return self.origins[name] not in (DEFAULT, DERIVED) and not self.origins[name].startswith("preset ")
-
-    def drop(self, name: str, because: str) -> None:
-        if self.origins[name].startswith("preset ") and self.values.get(name) is not None:
-            self.notes.append(
-                f"{name}={self.values[name]} of preset {self.preset} is not used, "
-                f"because {because} is given ({self.origins[because]})"
-            )
-            del self.values[name]
-            self.origins[name] = DEFAULT
+def _stages(base: Merge, entries: tuple[StageEntry, ...], checks: Sequence[Check]) -> RunStages:
+    """The stages of a run that have no problems by themselves."""
+    if len(entries) < 2:
+        return RunStages.of(checks[0].run, checks[0].origins)
+    found = []
+    for entry, check in zip(entries, checks, strict=True):
+        own = entry.number == 1 or any(one.name in SCHEDULE_FIELDS for one in entry.said)
+        found.append(RunStage(entry.number, entry.start, check.run, check.origins, own))
+    return RunStages(tuple(found), dump_stages(base.values, entries))

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Moment:
-    """A step after the warm-up, and what a schedule may know of it. Rates are learning rates, the rest are steps.
+    """A step after the warm-up, and what a schedule may know of it. Rates are learning rates, the rest are steps, or
+    tokens where the schedule counts these.
 
     Attributes:
         step: optimizer steps taken before this one.

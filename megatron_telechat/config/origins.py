@@ -32,6 +32,7 @@ class Check:
         notes: things a person should know that stop nothing.
         meaning: of a command whose model comes from flags alone, what its absent flags mean in Megatron-LM.
         described: whether the run is only told about, and need not be one of our training.
+        staged: whether it is one stage of several of a run.
     """
 
     run: RunConfig
@@ -41,6 +42,7 @@ class Check:
     notes: list[str] = field(default_factory=list)
     meaning: Meaning | None = None
     described: bool = False
+    staged: bool = False
 
     def take(self, *names: str) -> Any:
         """Values of these fields, one alone or several as a tuple; ends the rule if one of them is already reported."""

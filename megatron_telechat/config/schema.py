@@ -368,6 +368,14 @@ class OptimizerConfig:
     """Steps after which min_lr is reached. Unset: train_iters."""
     lr_wsd_decay_iters: int | None = None
     """Steps of the final decay of the WSD schedule."""
+    lr_warmup_tokens: int | None = None
+    """Tokens of linear warm-up; replaces lr_warmup_iters. The learning rate then follows the tokens consumed, so that
+    a change of batch or length does not move it."""
+    lr_decay_tokens: int | None = None
+    """Tokens after which min_lr is reached; replaces lr_decay_iters. Unset, where the learning rate follows tokens: the
+    end of the run, or of its last stage before another schedule begins."""
+    lr_wsd_decay_tokens: int | None = None
+    """Tokens of the final decay of the WSD schedule; replaces lr_wsd_decay_iters."""
     lr_wsd_decay_style: Annotated[str, OneOf(SHAPES)] = "exponential"
     """Shape of the final decay of WSD."""
     weight_decay: float = 0.1

@@ -65,7 +65,8 @@ def _entry(usage: str, text: str) -> list[str]:
 
 
 def config_table(loaded: LoadedConfig) -> str:
-    """Every value of a run with its origin; what nobody set stands as its default."""
+    """Every value of a run with its origin, and what each later stage changes; what nobody set stands as its
+    default."""
     values = values_of(loaded.run)
     shown = {name: _text(value) for name, value in values.items()}
     name_width = max(map(len, shown))
@@ -77,12 +78,17 @@ def config_table(loaded: LoadedConfig) -> str:
             if field.section == section:
                 origin = loaded.origins.get(name, DEFAULT)
                 out.append(f"  {name + ':':<{name_width + 1}} {shown[name]:<{value_width}}  # {origin}".rstrip())
+    for stage in loaded.stages.stages[1:]:
+        out.append(f"{stage.title}:")
+        for name, (_, value) in loaded.stages.changes(stage).items():
+            origin = stage.origins.get(name, DEFAULT)
+            out.append(f"  {name + ':':<{name_width + 1}} {_text(value):<{value_width}}  # {origin}".rstrip())
     return "\n".join(out)
 
 
 def config_yaml(loaded: LoadedConfig) -> str:
     """The resolved run as the YAML that ``--config`` reads."""
-    return dump_run_config(loaded.run).rstrip("\n")
+    return (loaded.stages.document or dump_run_config(loaded.run)).rstrip("\n")
 
 
 def _text(value: object) -> str:

@@ -17,7 +17,7 @@ EACH = "--num-layers-per-virtual-pipeline-stage"
 
 
 class Merging(Protocol):
-    """Values under way from preset, files and flags to a run (`config.loader`)."""
+    """Values under way from preset, files and flags to a run (`config.merging`)."""
 
     line: CommandLine
     values: dict[str, Any]

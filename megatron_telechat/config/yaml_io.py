@@ -6,8 +6,8 @@ PyYAML's own guesses are not used: a value is read by the type of its field, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_telechat.config.fields import (
@@ -20,6 +20,7 @@ from megatron_telechat.config.fields import (
     values_of,
 )
 from megatron_telechat.config.layout import text_of_lists
+from megatron_telechat.config.run_stages import STAGE_FIELDS, STAGES_KEY, START_KEYS, StageStart
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ConfigError, Problem
 
@@ -39,14 +40,30 @@ class Said:
 
 
 @dataclass(frozen=True)
+class StageEntry:
+    """One entry of ``stages:``: where the stage begins and what it sets, as the file says it."""
+
+    number: int
+    start: StageStart
+    said: tuple[Said, ...]
+    origin: str
+
+    @property
+    def title(self) -> str:
+        """``stage 2 (from 8,192 tokens)``."""
+        return f"stage {self.number} ({self.start})"
+
+
+@dataclass(frozen=True)
 class YamlFile:
-    """What a file says: values, the preset it builds on, what is wrong, and the fields whose value could not be
-    read."""
+    """What a file says: values, the preset it builds on, what is wrong, the fields whose value could not be read, and
+    the stages of the run; None where it names none."""
 
     said: tuple[Said, ...]
     preset: Said | None
     problems: tuple[Problem, ...]
     unreadable: frozenset[str] = frozenset()
+    stages: tuple[StageEntry, ...] | None = None
 
 
 def read_yaml(text: str, file: str, label: str | None = None) -> YamlFile:
@@ -68,6 +85,7 @@ class _Reader:
         self.preset: Said | None = None
         self.problems: list[Problem] = []
         self.unreadable: set[str] = set()
+        self.stages: list[StageEntry] | None = None
 
     def read(self, text: str) -> YamlFile:
         import yaml
@@ -85,7 +103,8 @@ class _Reader:
                 self.top(root)
             else:
                 self.problem(root, "the file is not a mapping of sections", fix=_SECTIONS_HELP)
-        return YamlFile(tuple(self.said), self.preset, tuple(self.problems), frozenset(self.unreadable))
+        stages = None if self.stages is None else tuple(self.stages)
+        return YamlFile(tuple(self.said), self.preset, tuple(self.problems), frozenset(self.unreadable), stages)
 
     def problem(self, node: Any, what: str, fix: str = "") -> None:
         self.problems.append(Problem(what, self.at(node), fix))
@@ -114,6 +133,8 @@ class _Reader:
         for key, key_node, node in self.pairs(root, ""):
             if key == PRESET_KEY:
                 self.preset = Said(PRESET_KEY, str(node.value), self.at(key_node))
+            elif key == STAGES_KEY:
+                self.stages_of(node)
             elif key not in sections():
                 self.unknown_section(key, key_node)
             elif isinstance(node, yaml.MappingNode):
@@ -154,6 +175,50 @@ class _Reader:
             mean = f": did you mean {guess}?" if guess else ""
             where = self.at(key_node)
             self.problems.append(Problem(f"unknown key {section}.{key} in {where}{mean}"))
+
+    def stages_of(self, node: Any) -> None:
+        """The list of stages; entries that cannot be read are left out after a complaint."""
+        import yaml
+
+        self.stages = []
+        if _is_null(node):
+            return
+        if not isinstance(node, yaml.SequenceNode):
+            self.problem(node, f"{STAGES_KEY} is not a list", fix=_STAGES_HELP)
+            return
+        for number, entry in enumerate(node.value, 1):
+            if not isinstance(entry, yaml.MappingNode):
+                self.problem(entry, f"stage {number} is not a mapping", fix=_STAGES_HELP)
+                continue
+            outer, self.said, before = self.said, [], len(self.problems)
+            start = self.stage(entry)
+            said, self.said = self.said, outer
+            self.problems[before:] = [
+                replace(one, what=f"stage {number}: {one.what}") for one in self.problems[before:]
+            ]
+            if start is not None:
+                self.stages.append(StageEntry(number, start, tuple(said), self.at(entry)))
+
+    def stage(self, entry: Any) -> StageStart | None:
+        """The start of one stage; what it sets goes to ``said``."""
+        known = fields_by_name()
+        starts: list[StageStart | None] = []
+        for key, key_node, node in self.pairs(entry, ""):
+            if key in START_KEYS:
+                text = str(node.value).replace("_", "")
+                if text.isdigit() and len(text) <= 18:
+                    starts.append(StageStart(START_KEYS[key], int(text)))
+                else:
+                    self.problem(key_node, f"{key} is {node.value!r}", fix="a number from 0 on")
+                    starts.append(None)
+            elif key in STAGE_FIELDS:
+                self.value(known[key], key_node, node)
+            else:
+                self.problem(key_node, _not_of_a_stage(key), fix=_OF_A_STAGE)
+        if len(starts) != 1:
+            self.problem(entry, f"it needs one of {' and '.join(START_KEYS)}", fix=_STAGES_HELP)
+            return None
+        return starts[0]
 
     def value(self, field: FieldInfo, key_node: Any, node: Any) -> None:
         import yaml
@@ -201,20 +266,61 @@ def _is_null(node: Any) -> bool:
     return node.tag == "tag:yaml.org,2002:null"
 
 
+def _not_of_a_stage(key: str) -> str:
+    """Why a stage cannot set this."""
+    known = fields_by_name()
+    if key in sections():
+        inside = [name for name in STAGE_FIELDS if known[name].section == key]
+        return f"{key} is a section; a stage names its settings directly" + (
+            f": {inside[0]}: ..." if inside else ", and none of that section"
+        )
+    if key in known:
+        return f"{key} cannot change inside a run"
+    return f"unknown key {key}{did_you_mean(key, (*STAGE_FIELDS, *START_KEYS))}"
+
+
 _SECTIONS_HELP = (
-    "the sections are model, parallel, training, optimizer, data, checkpoint, evaluation, logging (and preset: NAME)"
+    "the sections are model, parallel, training, optimizer, data, checkpoint, evaluation, logging (and preset: NAME, "
+    "stages: a list)"
 )
+_STAGES_HELP = "a list of entries such as {from_tokens: 0}, {from_tokens: 1000000, seq_length: 32768}"
+_OF_A_STAGE = "a stage sets " + ", ".join(STAGE_FIELDS)
 
 
 def dump_run_config(run: RunConfig) -> str:
     """The run as YAML with every value, which ``--config`` and :func:`run_config_from_yaml` read back to an equal
     run."""
+    return _dumped(values_of(run), {})
+
+
+def dump_stages(values: Mapping[str, Any], stages: Sequence[StageEntry]) -> str:
+    """A run in stages as YAML, which ``--config`` reads back to equal stages.
+
+    Args:
+        values: field → value, of what somebody said outside of the stages; what follows from others is left out,
+            because it may follow otherwise in each stage.
+    """
+    keys = {unit: key for key, unit in START_KEYS.items()}
+    entries = [
+        {keys[one.start.unit]: one.start.count, **{said.name: _plain_value(said.value) for said in one.said}}
+        for one in stages
+    ]
+    known = fields_by_name()
+    return _dumped({name: values[name] for name in known if name in values}, {STAGES_KEY: entries})
+
+
+def _dumped(values: Mapping[str, Any], more: Mapping[str, Any]) -> str:
     import yaml
 
     document: dict[str, dict[str, Any]] = {section: {} for section in sections()}
-    for name, value in values_of(run).items():
-        document[fields_by_name()[name].section][name] = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+    for name, value in values.items():
+        document[fields_by_name()[name].section][name] = _plain_value(value)
+    whole = {**{section: body for section, body in document.items() if body}, **more}
+    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain_value(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def run_config_from_yaml(text: str, file: str = "config.yaml") -> RunConfig:

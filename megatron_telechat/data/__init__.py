@@ -17,6 +17,7 @@ _DOORS = {
     "data_plan": "blend",
     "samples_needed": "order",
     "Progress": "order",
+    "progress_ahead": "order",
     "SampleOrder": "order",
     "resumed_order": "order",
     "batches": "loader",

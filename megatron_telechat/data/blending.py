@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_telechat.data.corpus import Marks, SampleSource
 from megatron_telechat.data.pieces import IndexFolder, roomy
+from megatron_telechat.errors import DataError
 
 _LEAST = 1 << 12
 _SCANNED = 1 << 20
@@ -85,6 +86,11 @@ class BlendedSamples:
         source, inner = self.order.place(sample)
         return self.sources[source].marks(inner)
 
+    def cuts(self, sample: int) -> np.ndarray:
+        """Tokens that do not follow from the one before, as the sample's source says."""
+        source, inner = self.order.place(sample)
+        return self.sources[source].cuts(inner)
+
     def pieces(self, sample: int) -> list[tuple[int, str]]:
         """First token, and name, of each document of a sample and of its padding."""
         source, inner = self.order.place(sample)
@@ -125,3 +131,47 @@ def samples_of_each(weights: Sequence[float], size: int) -> list[int]:
     """
     total = sum(weights)
     return [math.ceil(math.ceil(size * (weight / total)) * 1.005) for weight in weights]
+
+
+class LaterSamples:
+    """The samples of a source under their numbers in the whole run, of which the first were of other lengths."""
+
+    def __init__(self, source: SampleSource, begin: int):
+        self.source = source
+        self.begin = begin
+
+    def _own(self, sample: int) -> int:
+        if sample < self.begin:
+            raise DataError(
+                f"sample {sample} is not one of the present length, which begins with sample {self.begin}",
+                "stages",
+                "look at it with the seq_length of its stage",
+            )
+        return sample - self.begin
+
+    def __len__(self) -> int:
+        return self.begin + len(self.source)
+
+    def tokens(self, sample: int) -> np.ndarray:
+        """int64 [sequence_length + 1]."""
+        return self.source.tokens(self._own(sample))
+
+    def marks(self, sample: int) -> Marks | None:
+        """What the source says of its tokens."""
+        return self.source.marks(self._own(sample))
+
+    def cuts(self, sample: int) -> np.ndarray:
+        """Tokens that do not follow from the one before."""
+        return self.source.cuts(self._own(sample))
+
+    def pieces(self, sample: int) -> list[tuple[int, str]]:
+        """First token, and name, of each document of a sample and of its padding."""
+        return self.source.pieces(self._own(sample))
+
+    def origin(self, sample: int) -> str:
+        """Where the tokens of a sample come from, for messages."""
+        return self.source.origin(self._own(sample))
+
+    def find_token(self, sample: int, token: int) -> str:
+        """Where the first occurrence of a token of a sample comes from, for messages."""
+        return self.source.find_token(self._own(sample), token)

@@ -34,6 +34,33 @@ class Marks:
     used: int
 
 
+@dataclass(frozen=True)
+class PastLeg:
+    """What a part of the run that read samples of another length took of a source.
+
+    Attributes:
+        sequence_length: tokens of a sample.
+        samples: how many were read.
+        ends: how many were to be read as it began; None: no end was planned.
+    """
+
+    sequence_length: int
+    samples: int
+    ends: int | None = None
+
+
+@dataclass(frozen=True)
+class SourceLegs:
+    """The lengths that a source was read with before, and the samples after which another one is to follow; None: never
+    planned."""
+
+    past: tuple[PastLeg, ...] = ()
+    ends: int | None = None
+
+
+ONE_LENGTH = SourceLegs()
+
+
 class SampleSource(Protocol):
     """Samples of ``sequence_length`` + 1 tokens. Which tokens make sample i depends on the data, the seed and the
     length of a sample, never on how many samples a run reads."""
@@ -46,6 +73,11 @@ class SampleSource(Protocol):
 
     def marks(self, sample: int) -> Marks | None:
         """None: every token is learned, and the end-of-document token tells the borders."""
+        ...
+
+    def cuts(self, sample: int) -> np.ndarray:
+        """int64, ascending: tokens that do not follow from the one before, though no document ended there. What one
+        length of a sample has left is laid end to end for another."""
         ...
 
     def pieces(self, sample: int) -> list[tuple[int, str]]:
@@ -118,12 +150,15 @@ class Corpus(Protocol):
         """What one copy of a share weighs in a blend whose weights count copies."""
         ...
 
-    def samples(self, split: str, share: Share, once: bool, megatron_for: int | None) -> CorpusSamples:
+    def samples(
+        self, split: str, share: Share, once: bool, megatron_for: int | None, legs: SourceLegs
+    ) -> CorpusSamples:
         """The samples of a split.
 
         Args:
             once: only the first epoch is read.
             megatron_for: the number of samples whose Megatron order is read first, where the format has one.
+            legs: what was read in other lengths; nothing where the format cannot be cut anew.
 
         Raises:
             DataError: the share has nothing to give.

@@ -26,6 +26,8 @@ from megatron_telechat.data.tokenizers import build_tokenizer
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.parallel.rank_zero import WordOfRankZero
 
+SEQUENCE_LENGTH = "sequence_length"
+"""Of the length of a sample, in a fingerprint."""
 # Options that need to know where documents end.
 _BORDER_OPTIONS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 
@@ -105,7 +107,7 @@ def prepare_index(
     plan = plan or data_plan(run.data)
     _end_of_document(run, plan)
     opened = open_sources(run, plan, say)
-    folder = run.cache_dir / index_key(run, plan, opened)
+    folder = run.cache_dir / index_key(run, plan, opened, progress)
     return PreparedIndex(plan, folder, build_index(run, plan, opened, folder, say, progress), opened)
 
 
@@ -115,8 +117,8 @@ def build_datasets(
     """The datasets of a run; called by all ranks.
 
     Rank 0 builds the index into the cache (and encodes files of dialogs), the others wait for it and read it. The order
-    depends on the files, the blend, the seed and the sequence length: not on the layout, and not on the length of the
-    run.
+    depends on the files, the blend, the seed and the sequence length (and what was read in others before): not on the
+    layout, and not on the length of the run.
 
     Args:
         progress: how far the run has read, and in which order it began.
@@ -133,7 +135,11 @@ def build_datasets(
     try:
         plan = plan or data_plan(run.data)
         eod = _end_of_document(run, plan)
-        index = prepare_index(run, word.progress, progress, plan) if word.first else _index_of_rank_0(run, plan, word)
+        index = (
+            prepare_index(run, word.progress, progress, plan)
+            if word.first
+            else _index_of_rank_0(run, plan, word, progress)
+        )
     except BaseException as error:
         if word.first:
             word.say_failed(error)
@@ -158,14 +164,14 @@ def build_datasets(
     return Datasets(train, dataset("valid"), dataset("test"), tuple(summary), order_of(run, progress))
 
 
-def _index_of_rank_0(run: RunConfig, plan: DataPlan, word: WordOfRankZero) -> PreparedIndex:
+def _index_of_rank_0(run: RunConfig, plan: DataPlan, word: WordOfRankZero, progress: Progress) -> PreparedIndex:
     """The index as the other ranks open it. What was encoded is named after its bytes, which one rank reads, not all;
     else each rank looks at the files and knows the name."""
     if isinstance(corpus_factory(plan.format), EncodingFactory):
         folder = run.cache_dir / word.hear()
         return PreparedIndex(plan, folder, False, open_encoded(run, plan, folder))
     opened = open_sources(run, plan)
-    return PreparedIndex(plan, run.cache_dir / index_key(run, plan, opened), False, opened)
+    return PreparedIndex(plan, run.cache_dir / index_key(run, plan, opened, progress), False, opened)
 
 
 def read_sources(
@@ -194,12 +200,14 @@ def _mock_datasets(run: RunConfig, progress: Progress) -> Datasets:
         return TokenDataset(MockSamples(size, length, vocab_size, run.training.seed, number), size, vocab_size)
 
     train, valid, test = samples_needed(run, progress)
+    order = order_of(run, progress)
+    of_this_length = train - (order.legs[-1].begin if order.legs else 0)
     return Datasets(
         stream(0, train),
         stream(1, valid) if valid else None,
         stream(2, test) if test else None,
-        (f"mock data: {train:,} training samples of {length:,} tokens",),
-        order_of(run, progress),
+        (f"mock data: {of_this_length:,} training samples of {length:,} tokens",),
+        order,
     )
 
 
@@ -237,7 +245,7 @@ def data_fingerprint(run: RunConfig, plan: DataPlan | None = None) -> dict[str, 
     Raises:
         DataError: a file is missing or damaged.
     """
-    order = {"seed": run.training.seed, "sequence_length": run.training.seq_length}
+    order = {"seed": run.training.seed, SEQUENCE_LENGTH: run.training.seq_length}
     if run.data.mock_data:
         return {"kind": "mock", "vocab_size": run.model.vocab_size, **order}
     plan = plan or data_plan(run.data)

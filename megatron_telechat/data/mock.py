@@ -42,6 +42,10 @@ class MockSamples:
     def marks(self, sample: int) -> None:
         """Every token is learned."""
 
+    def cuts(self, sample: int) -> np.ndarray:
+        """None: nothing is laid end to end anew."""
+        return np.empty(0, np.int64)
+
     def pieces(self, sample: int) -> list[tuple[int, str]]:
         """The whole sample as one document: the stream has no borders."""
         return [(0, self.origin(sample))]

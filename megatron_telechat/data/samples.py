@@ -69,7 +69,8 @@ class TokenDataset(torch.utils.data.Dataset):
         text = np.stack([self.source.tokens(sample) for sample in samples])
         self._check_vocabulary(text, samples)
         marks = [self.source.marks(sample) for sample in samples]
-        starts = [self._starts(row, mark) for row, mark in zip(text, marks, strict=True)]
+        cuts = [self.source.cuts(sample) for sample in samples]
+        starts = [self._starts(*row) for row in zip(text, marks, cuts, strict=True)]
         length = text.shape[1] - 1
         place = np.tile(np.arange(length), (len(samples), 1))
         if self.reset_position_ids:
@@ -78,7 +79,7 @@ class TokenDataset(torch.utils.data.Dataset):
         batch = {
             "tokens": text[:, :-1].copy(),
             "labels": text[:, 1:].copy(),
-            "loss_mask": np.stack([self._loss_mask(*row) for row in zip(text, marks, strict=True)]),
+            "loss_mask": np.stack([self._loss_mask(*row) for row in zip(text, marks, cuts, strict=True)]),
             "position_ids": place,
         }
         if self.reset_attention_mask:
@@ -88,21 +89,24 @@ class TokenDataset(torch.utils.data.Dataset):
             batch["padding"] = np.stack([np.arange(length) >= tokens for tokens in used])
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
-    def _starts(self, row: np.ndarray, marks: Marks | None) -> np.ndarray:
-        """Where documents or dialogs begin among the inputs of a row; the first is 0."""
+    def _starts(self, row: np.ndarray, marks: Marks | None, cuts: np.ndarray) -> np.ndarray:
+        """Where documents or dialogs begin among the inputs of a row; the first is 0. A cut is a border as theirs."""
         if marks is not None:
             return marks.starts[marks.starts < row.size - 1]
         if self.eod is None:
             return np.zeros(1, np.int64)
-        return np.concatenate([[0], np.flatnonzero(row[:-2] == self.eod) + 1])
+        begins = np.concatenate([[0], np.flatnonzero(row[:-2] == self.eod) + 1])
+        return np.union1d(begins, cuts[cuts < row.size - 1]) if cuts.size else begins
 
-    def _loss_mask(self, row: np.ndarray, marks: Marks | None) -> np.ndarray:
+    def _loss_mask(self, row: np.ndarray, marks: Marks | None, cuts: np.ndarray) -> np.ndarray:
         """float32 [s]: the mask of a position is that of its label."""
         mask = np.ones(row.size - 1, np.float32) if marks is None else marks.learned[1:].astype(np.float32)
         # Where the attention is reset, the first token of a document would be guessed from the end of another one. The
         # last position counts too: its label may begin a document of which no other token is in the row.
         if marks is None and (self.eod_mask_loss or self.reset_attention_mask):
             mask[row[:-1] == self.eod] = 0.0
+            if self.reset_attention_mask:
+                mask[cuts - 1] = 0.0
         elif marks is not None and self.reset_attention_mask:
             mask[marks.starts[1:] - 1] = 0.0
         return mask

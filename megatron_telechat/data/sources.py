@@ -5,15 +5,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, DataPlan, Split
-from megatron_telechat.data.blending import BlendedSamples, BlendOrder, samples_of_each
-from megatron_telechat.data.corpus import Corpus, CorpusSamples, EncodingFactory, SampleSource
+from megatron_telechat.data.blending import BlendedSamples, BlendOrder, LaterSamples, samples_of_each
+from megatron_telechat.data.corpus import (
+    ONE_LENGTH,
+    Corpus,
+    EncodingFactory,
+    PastLeg,
+    SampleSource,
+    SourceLegs,
+)
 from megatron_telechat.data.formats import corpus_factory
-from megatron_telechat.data.order import Progress, order_of, samples_needed
+from megatron_telechat.data.order import Leg, Progress, order_of, samples_needed
 from megatron_telechat.data.pieces import IndexFolder, Say, quiet
 from megatron_telechat.errors import ConfigError, DataError, Problem
 
@@ -106,9 +116,10 @@ def used_splits(run: RunConfig, plan: DataPlan, opened: Opened) -> tuple[str, ..
     return tuple(used)
 
 
-def index_key(run: RunConfig, plan: DataPlan, opened: Opened) -> str:
+def index_key(run: RunConfig, plan: DataPlan, opened: Opened, progress: Progress = Progress()) -> str:
     """Names the index by everything that decides it, the files' contents included; not by how much of it a run
     reads."""
+    legs = order_of(run, progress).legs
     parts = {
         "format": _INDEX_FORMAT,
         "blends": [(b.prefixes, b.weights, b.per_token) if b else None for b in plan.blends],
@@ -117,7 +128,10 @@ def index_key(run: RunConfig, plan: DataPlan, opened: Opened) -> str:
         "seed": run.training.seed,
         "sequence_length": run.training.seq_length,
         **corpus_factory(plan.format).index_settings(run),
+        **({"legs": [astuple(leg) for leg in legs]} if legs else {}),
     }
+    if len(legs) > 1:
+        parts["built_for"] = order_of(run, progress).built_for.get("train")  # decides what the first leg has left
     return "index-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -166,60 +180,158 @@ def split_sources(
         DataError: the index is not there (on a rank that only reads), or the data does not last for the run.
     """
     needed = dict(zip(SPLITS, samples_needed(run, progress), strict=True))
-    built_for = order_of(run, progress).built_for
+    order = order_of(run, progress)
     sources: dict[str, SampleSource] = {}
     summary: list[str] = []
     for name in used_splits(run, plan, opened):
         try:
-            sources[name], lines = _split_source(
-                run, opened, plan.splits[name], needed[name], built_for.get(name), index
+            legs = order.legs if name == "train" else ()
+            begin = legs[-1].begin if legs else 0
+            source, lines = _SplitSource(run, opened, plan.splits[name], order.built_for.get(name), legs, index).build(
+                needed[name] - begin
             )
+            sources[name] = LaterSamples(source, begin) if begin else source
         except FileNotFoundError as error:
             raise _not_shared(error) from error
         summary.extend(lines)
     return sources, summary
 
 
-def _split_source(
-    run: RunConfig, opened: Opened, split: Split, needed: int, megatron_for: int | None, index: IndexFolder
-) -> tuple[SampleSource, list[str]]:
-    name, share, prefixes, weights = split.name, split.share, split.blend.prefixes, split.blend.weights
-    count = len(prefixes)
-    if weights is not None and split.blend.per_token:
-        weights = tuple(w * opened[p].size(share) for w, p in zip(weights, prefixes, strict=True))
-    once = weights is None and count > 1
-    ours: list[int | None] = [megatron_for] * count
-    if megatron_for is not None and weights is not None:
-        ours = list(samples_of_each(weights, megatron_for))
-    parts = [opened[p].samples(name, share, once, built_for) for p, built_for in zip(prefixes, ours, strict=True)]
+class _SplitSource:
+    """The source of one split, in the present leg of the run.
 
-    def require(sizes: Sequence[int | None]) -> None:
-        for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-            part.require(size, index, f"{name}-{number}")
+    Args:
+        megatron_for: samples whose Megatron order the run began with.
+        legs: the lengths of a sample so far, the present one last; empty: there is one.
+    """
 
-    if once:
-        require([None] * count)
-        there = _enough(run, name, parts, needed)
-        order = BlendOrder([float(len(part)) for part in parts], needed, index, f"{name}-blend", there)
-    elif weights is not None:
-        order = BlendOrder(weights, needed, index, f"{name}-blend")
-        require(order.drawn())
-    else:
-        require([needed])
-        return parts[0], [parts[0].summary(name, needed)]
-    source = BlendedSamples(parts, order)
-    return source, [part.summary(name, drawn) for part, drawn in zip(parts, source.drawn(), strict=True)]
+    def __init__(
+        self,
+        run: RunConfig,
+        opened: Opened,
+        split: Split,
+        megatron_for: int | None,
+        legs: Sequence[Leg],
+        index: IndexFolder,
+    ):
+        self.run, self.split, self.index = run, split, index
+        self.legs = tuple(legs) or (Leg(run.training.seq_length),)
+        self.corpora = [opened[prefix] for prefix in split.blend.prefixes]
+        weights = split.blend.weights
+        if weights is not None and split.blend.per_token:
+            weights = tuple(w * c.size(split.share) for w, c in zip(weights, self.corpora, strict=True))
+        self.weights = weights
+        self.once = weights is None and len(self.corpora) > 1
+        self.megatron_for: list[int | None] = [megatron_for] * len(self.corpora)
+        if megatron_for is not None and weights is not None:
+            self.megatron_for = list(samples_of_each(weights, megatron_for))
+
+    def build(self, needed: int) -> tuple[SampleSource, list[str]]:
+        """The source, made readable up to so many samples of the present leg, and the lines of the banner."""
+        name, index = self.split.name, self.index
+        parts = [
+            corpus.samples(name, self.split.share, self.once, megatron_for, legs)
+            for corpus, megatron_for, legs in zip(self.corpora, self.megatron_for, self._legs_of_each(), strict=True)
+        ]
+
+        def require(sizes: Sequence[int | None]) -> None:
+            for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+                part.require(size, index, f"{name}-{number}")
+
+        if self.once:
+            require([None] * len(parts))
+            there = self.require_enough([len(part) for part in parts], needed)
+            order = BlendOrder([float(len(part)) for part in parts], needed, index, f"{name}-blend", there)
+        elif self.weights is not None:
+            order = BlendOrder(self.weights, needed, index, f"{name}-blend")
+            require(order.drawn())
+        else:
+            require([needed])
+            return parts[0], [parts[0].summary(name, needed)]
+        source = BlendedSamples(parts, order)
+        return source, [part.summary(name, drawn) for part, drawn in zip(parts, source.drawn(), strict=True)]
+
+    def samples_left(self) -> list[int]:
+        """Samples of the present leg that each source has, where it is read once."""
+        self._legs_of_each()
+        return [self._whole(tokens, len(self.legs) - 1) for tokens in self._left]
+
+    def require_enough(self, samples: Sequence[int], needed: int) -> int:
+        """All samples there are of prefixes without weights, which are read once (Megatron's rule).
+
+        Raises:
+            DataError: the run would outlast them.
+        """
+        there, length, name = sum(samples), self.run.training.seq_length, self.split.name
+        if there >= needed:
+            return there
+        raise DataError(
+            f"the {name} data ends before the run: {there:,} samples ({there * length:,} tokens) are there, "
+            f"{needed:,} samples ({needed * length:,} tokens) are needed"
+            + f" of {length:,} tokens each"
+            * (len(self.legs) > 1),
+            "prefixes without weights are read once",
+            "give weights (0.7 en 0.3 zh) to read them more than once, add data, or lower --train-iters or "
+            "--eval-iters",
+        )
+
+    def _legs_of_each(self) -> list[SourceLegs]:
+        """What each source gave to the legs before, and is to give to this one."""
+        left = self._left = [corpus.tokens_in(self.split.share) for corpus in self.corpora]
+        if len(self.legs) == 1 and self.legs[0].ends is None:
+            return [ONE_LENGTH] * len(self.corpora)
+        past: list[list[PastLeg]] = [[] for _ in self.corpora]
+        for number, (leg, later) in enumerate(pairwise(self.legs)):
+            read = self._drawn(later.begin - leg.begin, number, left)
+            planned = self._planned(leg, number, left)
+            for source, legs in enumerate(past):
+                legs.append(PastLeg(leg.seq_length, read[source], planned[source]))
+                left[source] -= read[source] * leg.seq_length
+        ends = self._planned(self.legs[-1], len(self.legs) - 1, left)
+        return [SourceLegs(tuple(legs), end) for legs, end in zip(past, ends, strict=True)]
+
+    def _planned(self, leg: Leg, number: int, left: Sequence[int]) -> list[int | None]:
+        """Samples of each source that a leg was to read as it began."""
+        if leg.ends is None:
+            return [None] * len(self.corpora)
+        return list(self._drawn(leg.ends - leg.begin, number, left))
+
+    def _drawn(self, size: int, number: int, left: Sequence[int]) -> list[int]:
+        """Samples of each source among the first ones of a leg.
+
+        Args:
+            left: tokens of each source that the legs before have left, where each is read once.
+        """
+        name = f"{self.split.name}-blend"
+        if not self.once:
+            return [size] if self.weights is None else BlendOrder(self.weights, size, self.index, name).drawn()
+        there = [self._whole(tokens, number) for tokens in left]
+        size = min(size, sum(there))  # what is planned may not be there; what is needed is looked at elsewhere
+        if not size:
+            return [0] * len(there)
+        name += f"-leg-{number}" * (number + 1 < len(self.legs))
+        return BlendOrder([float(count) for count in there], size, self.index, name, sum(there)).drawn()
+
+    def _whole(self, tokens: int, number: int) -> int:
+        return max(0, (tokens - 1) // self.legs[number].seq_length)
 
 
-def _enough(run: RunConfig, name: str, parts: Sequence[CorpusSamples], needed: int) -> int:
-    """Samples of prefixes without weights, which are read once (Megatron's rule): the run must not outlast them."""
-    there = sum(len(part) for part in parts)
-    if there >= needed:
-        return there
-    length = run.training.seq_length
-    raise DataError(
-        f"the {name} data ends before the run: {there:,} samples ({there * length:,} tokens) are there, "
-        f"{needed:,} samples ({needed * length:,} tokens) are needed",
-        "prefixes without weights are read once",
-        "give weights (0.7 en 0.3 zh) to read them more than once, add data, or lower --train-iters or --eval-iters",
-    )
+def require_lasting(plan: DataPlan, ahead: Sequence[tuple[RunConfig, Progress]]) -> None:
+    """Data that is read once must last for all stages of a run, which is to be known before its first step.
+
+    Args:
+        ahead: the stages that are ahead, and how far the run will have read as each begins.
+
+    Raises:
+        DataError: it does not.
+    """
+    split = plan.splits.get("train")
+    if split is None or split.blend.weights is not None or len(split.blend.prefixes) == 1:
+        return
+    opened = open_sources(ahead[0][0], plan) if ahead else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (run, progress) in enumerate(ahead):
+            legs = order_of(run, progress).legs
+            source = _SplitSource(run, opened, split, None, legs, IndexFolder(Path(scratch, str(number)), True))
+            begin = legs[-1].begin if legs else 0
+            source.require_enough(source.samples_left(), samples_needed(run, progress)[0] - begin)

@@ -222,11 +222,14 @@ def _check_shapes(reader: _Reader, values: Mapping[str, Any]) -> None:
         )
 
 
-def hf_config_of(model: ModelConfig, precision: str, tokens: Mapping[str, int] = {}) -> dict[str, Any]:
+def hf_config_of(
+    model: ModelConfig, precision: str, tokens: Mapping[str, int] = {}, seq_length: int | None = None
+) -> dict[str, Any]:
     """A config.json for a model that did not come from a Hugging Face folder.
 
     TelechatConfig's names; for MoE the fields that docs/checkpoints.md defines, because no public
-    TeleChat2-MoE config exists. ``precision`` is bf16, fp16 or fp32; ``tokens`` e.g. eos_token_id.
+    TeleChat2-MoE config exists. ``precision`` is bf16, fp16 or fp32; ``tokens`` e.g. eos_token_id; ``seq_length``: of
+    the samples that the model was trained with last.
     """
     if model.architecture == "mixtral":
         return _mixtral_config(model, precision, tokens)
@@ -241,9 +244,7 @@ def hf_config_of(model: ModelConfig, precision: str, tokens: Mapping[str, int] =
         "ffn_hidden_size": model.ffn_hidden_size,
         "layer_norm_epsilon": model.norm_epsilon,
         "initializer_range": model.init_method_std,
-        "rope_theta": model.rotary_base,
-        "training_seqlen": model.rotary_training_seqlen,
-        "base_seqlen": model.rotary_base_seqlen or model.rotary_training_seqlen,
+        **_positions(model, seq_length),
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "apply_residual_connection_post_layernorm": False,
@@ -264,6 +265,26 @@ def hf_config_of(model: ModelConfig, precision: str, tokens: Mapping[str, int] =
             shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
         )
     return config
+
+
+def _positions(model: ModelConfig, seq_length: int | None) -> dict[str, Any]:
+    """What a config.json says of positions and lengths."""
+    values: dict[str, Any] = {"rope_theta": model.rotary_base}
+    if model.architecture != "mixtral":
+        values["training_seqlen"] = model.rotary_training_seqlen
+        values["base_seqlen"] = model.rotary_base_seqlen or model.rotary_training_seqlen
+        if seq_length is not None:
+            values["seq_length"] = seq_length
+    return values
+
+
+def with_reached_positions(config: Mapping[str, Any], model: ModelConfig, seq_length: int) -> dict[str, Any]:
+    """A config.json that came with the first weights, as it is after the run has changed lengths or rotary base."""
+    changed = {**config, **_positions(model, seq_length)}
+    section = config.get("rope_parameters")
+    if isinstance(section, dict) and "rope_theta" in section:
+        changed["rope_parameters"] = {**section, "rope_theta": model.rotary_base}
+    return changed
 
 
 def _mixtral_config(model: ModelConfig, precision: str, tokens: Mapping[str, int]) -> dict[str, Any]:
@@ -292,11 +313,15 @@ def _mixtral_config(model: ModelConfig, precision: str, tokens: Mapping[str, int
     }
 
 
-def config_differences(model: ModelConfig, template: ModelConfig) -> list[str]:
-    """What of the architecture differs: ``field: ours, theirs`` lines."""
+POSITIONS = ("rotary_base", "rotary_training_seqlen", "rotary_base_seqlen")
+"""Fields of the architecture that a run may change on its way."""
+
+
+def config_differences(model: ModelConfig, template: ModelConfig) -> dict[str, str]:
+    """What of the architecture differs: field → ``field: ours, theirs``."""
     ours, theirs = comparable(model), comparable(template)
-    return [
-        f"{name}: {ours[name]} in the checkpoint, {theirs[name]} in config.json"
+    return {
+        name: f"{name}: {ours[name]} in the checkpoint, {theirs[name]} in config.json"
         for name in ours
         if ours[name] != theirs[name]
-    ]
+    }

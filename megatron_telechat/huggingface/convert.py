@@ -25,8 +25,15 @@ from megatron_telechat.checkpoint.manifest import COMPANIONS
 from megatron_telechat.checkpoint.names import committed_folders
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
+from megatron_telechat.data.order import SAVED_AS
 from megatron_telechat.errors import CheckpointError, ConfigError, DataError
-from megatron_telechat.huggingface.config import config_differences, hf_config_of, model_config_from_hf
+from megatron_telechat.huggingface.config import (
+    POSITIONS,
+    config_differences,
+    hf_config_of,
+    model_config_from_hf,
+    with_reached_positions,
+)
 from megatron_telechat.huggingface.files import CONFIG, read_json, write_hf_weights
 from megatron_telechat.huggingface.weights import HfWeights, Link, weight_map
 
@@ -149,7 +156,7 @@ def export_hf(
         checkpoint: a checkpoint, or a folder of checkpoints (the newest, or that of ``step``).
         output: a folder that does not exist yet, or is empty.
         template: folder whose config.json and other files are carried over unchanged; by default the
-            files that the import kept.
+            files that the import kept, where config.json follows a run that changed its length or rotary base.
         tokenizer: a tokenizer file, or a folder with one, to put beside the weights.
         dtype: keep (as stored), bf16, fp16 or fp32 (the fp32 master weights, where there are any).
 
@@ -161,19 +168,23 @@ def export_hf(
             "no checkpoint there", where=str(checkpoint), fix="give a folder iter_… or one that holds some"
         )
     reader = CheckpointReader(folder)
-    model = _saved_model(reader)
+    run = _saved_run(reader)
+    model = run.model
     require_fit(reader, model)
     tensors = _export_list(reader, weight_map(model), None if dtype == KEEP else DTYPES[dtype])
     source = template if template is not None else folder / COMPANIONS
-    notes = _check_template(Path(source), model, required=template is not None)
+    moved, notes = _check_template(Path(source), run, reader, required=template is not None)
     output = Path(output)
     staged = _stage(output, sum(tensor.nbytes for tensor in tensors))
     try:
         carry_companions(Path(source) if Path(source).is_dir() else None, staged)
         if tokenizer is not None:
             _copy_tokenizer(Path(tokenizer), staged)
+        if moved:
+            config = with_reached_positions(read_json(staged / CONFIG), model, run.training.seq_length)
+            _write_json(staged / CONFIG, config)
         if not (staged / CONFIG).exists():
-            _write_config(staged, model, tensors)
+            _write_config(staged, run, tensors)
             notes.append("config.json was made from the checkpoint's configuration; no modelling file is in the folder")
         write_hf_weights(staged, tensors, max_shard_bytes)
         os.rename(staged, output)
@@ -186,9 +197,9 @@ def export_hf(
     return Converted(output, len(tensors), sum(tensor.nbytes for tensor in tensors), tuple(notes))
 
 
-def _saved_model(reader: CheckpointReader) -> ModelConfig:
+def _saved_run(reader: CheckpointReader) -> RunConfig:
     try:
-        return run_config_from_yaml(reader.config, str(reader.path)).model
+        return run_config_from_yaml(reader.config, str(reader.path))
     except ConfigError as error:
         raise CheckpointError(
             f"the configuration in the manifest cannot be read: {error.problems[0].what}",
@@ -228,25 +239,32 @@ def _part(parts: Any, number: int, dtype: torch.dtype, last: bool) -> Callable[[
     return load
 
 
-def _check_template(folder: Path, model: ModelConfig, required: bool) -> list[str]:
-    """Notes on a template; CheckpointError when it is of another architecture or not there."""
+def _check_template(folder: Path, run: RunConfig, reader: CheckpointReader, required: bool) -> tuple[bool, list[str]]:
+    """Whether its config.json must follow what the run changed on its way, and notes.
+
+    Raises CheckpointError when it is of another architecture or not there.
+    """
     path = folder / CONFIG
     if not path.is_file():
         if required:
             raise CheckpointError(f"no {CONFIG} in the template", where=str(folder), fix="give a Hugging Face folder")
-        return []
+        return False, []
     try:
         theirs = model_config_from_hf(read_json(path), str(path))
     except CheckpointError as error:
-        return [f"config.json was carried over, but could not be compared: {error.problems[0].what}"]
-    differences = config_differences(model, theirs)
+        return False, [f"config.json was carried over, but could not be compared: {error.problems[0].what}"]
+    differences = config_differences(run.model, theirs)
+    changed_length = len(reader.manifest.extra.get(SAVED_AS, {}).get("legs", ())) > 1
+    if not required and (differences or changed_length) and set(differences) <= set(POSITIONS):
+        reached = "; ".join(differences.values()) or f"seq_length: {run.training.seq_length} in the checkpoint"
+        return True, [f"config.json has the positions and lengths that the run has reached ({reached})"]
     if differences:
         raise CheckpointError(
-            "config.json describes another model: " + "; ".join(differences),
+            "config.json describes another model: " + "; ".join(differences.values()),
             where=str(path),
             fix="give the folder the weights came from with --hf-template, or an edited copy of it",
         )
-    return []
+    return False, []
 
 
 def _stage(output: Path, size: int) -> Path:
@@ -281,12 +299,15 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def _write_config(folder: Path, model: ModelConfig, tensors: Sequence[LazyTensor]) -> None:
+def _write_config(folder: Path, run: RunConfig, tensors: Sequence[LazyTensor]) -> None:
     names = {dtype: name for name, dtype in DTYPES.items()}
     kinds = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
     precision = names.get(functools.reduce(torch.promote_types, kinds), "fp32")
-    config = hf_config_of(model, precision, _special_tokens(folder))
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_json(folder / CONFIG, hf_config_of(run.model, precision, _special_tokens(folder), run.training.seq_length))
+
+
+def _write_json(path: Path, body: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _special_tokens(folder: Path) -> Mapping[str, int]:

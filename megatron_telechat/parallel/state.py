@@ -5,8 +5,10 @@ Everybody else receives a `ParallelState` and passes its groups on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -89,12 +91,34 @@ def initialize(run: RunConfig, backend: Backend) -> ParallelState:
         ResourceError: a rank cannot be reached.
     """
     timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
-    backend.limit_waits(timeout)
-    backend.install()
-    try:
-        _join(run.parallel, backend, timeout)
+    join(run, backend)
+    with _reachable():
         agree("configuration", run)
         _build_groups(run.parallel, backend, timeout)
+    state = _read_state(run.parallel, timeout)
+    seed_generators(run.training.seed, state, backend)
+    return state
+
+
+def join(run: RunConfig, backend: Backend) -> None:
+    """Join the ranks without groups of any layout, so that they can agree which layout it is; `initialize` does it too.
+
+    Raises:
+        ConfigError: the environment does not fit the configuration.
+        ResourceError: a rank cannot be reached.
+    """
+    timeout = timedelta(minutes=run.parallel.distributed_timeout_minutes)
+    backend.limit_waits(timeout)
+    backend.install()
+    with _reachable():
+        _join(run.parallel, backend, timeout)
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """Say in words that a rank was lost while the ranks join."""
+    try:
+        yield
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
@@ -103,9 +127,6 @@ def initialize(run: RunConfig, backend: Backend) -> ParallelState:
             "torch.distributed",
             "check that every node was started with the same --rdzv-endpoint and that its port is open",
         ) from error
-    state = _read_state(run.parallel, timeout)
-    seed_generators(run.training.seed, state, backend)
-    return state
 
 
 def destroy(keep_world: bool = False) -> None:

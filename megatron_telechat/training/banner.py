@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from typing import Any
 
 from megatron_telechat import __version__
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.loss_chunks import loss_lines
+from megatron_telechat.config.run_stages import Position, RunStage, RunStages
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import count_parameters
 from megatron_telechat.costs.memory import stage_memory
@@ -123,3 +125,33 @@ def resume_differences(run: RunConfig, saved: RunConfig | None) -> list[str]:
             if a != b and field.name != "data_order":
                 lines.append(f"{section}.{field.name}: {a} -> {b}")
     return lines
+
+
+def stage_line(stages: RunStages, stage: RunStage, changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """What a switch changes, in one line."""
+    listed = ", ".join(f"{name} {_value(before)} -> {_value(now)}" for name, (before, now) in changes.items())
+    return f"stage {stage.number} of {len(stages.stages)} ({stage.start}): {listed or 'nothing changes'}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value)) or None
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else _short(value)
+
+
+def stages_lines(stages: RunStages, position: Position) -> list[str]:
+    """The stages that are left of a run that has several, one line each."""
+    if not stages.several:
+        return []
+    lines = []
+    for span in stages.spans(position):
+        steps = "" if span.end is None else f", steps {span.begin.step + 1} to {span.end.step}"
+        changes = stages.changes(span.stage) if span.stage.number > 1 else {}
+        lines.append(f"  {stage_line(stages, span.stage, changes) if changes else span.stage.title}{steps}")
+    return lines
+
+
+def stage_event(step: int, stage: RunStage, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """The record for metrics.jsonl of a switch after a step."""
+    listed = {name: {"before": before, "now": now} for name, (before, now) in changes.items()}
+    return {"event": "stage", "step": step, "stage": stage.number, "changes": listed}

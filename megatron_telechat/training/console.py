@@ -74,14 +74,23 @@ class Console:
             self._clear_bar()
             self._print(text + "\n")
 
-    def step(self, record: dict[str, Any], memory_total_gib: float | None) -> None:
-        """The line of a record, and the bar below it."""
+    def forget_speed(self) -> None:
+        """The steps to come take another time than those before."""
+        self._smoothed_s = None
+
+    def step(self, record: dict[str, Any], memory_total_gib: float | None, steps_left: float | None = None) -> None:
+        """The line of a record, and the bar below it.
+
+        Args:
+            steps_left: to the end of the run, in steps of the present size; None: as many as are left.
+        """
         if not self._enabled:
             return
         # A slow first step (allocation, compilation) must not spoil the estimate for long.
         seconds = record["iteration_time_s"]
-        self._smoothed_s = seconds if self._smoothed_s is None else 0.9 * self._smoothed_s + 0.1 * seconds
-        eta_s = self._smoothed_s * (self._train_iters - record["step"])
+        smoothed_s = seconds if self._smoothed_s is None else 0.9 * self._smoothed_s + 0.1 * seconds
+        self._smoothed_s = smoothed_s
+        eta_s = smoothed_s * (self._train_iters - record["step"] if steps_left is None else steps_left)
         self.say(format_step(record, self._train_iters, eta_s, memory_total_gib))
         if self._bar:
             self._draw_bar(record["step"], eta_s)

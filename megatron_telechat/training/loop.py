@@ -1,4 +1,4 @@
-"""The training run: build everything in order, then step, evaluate and save until it is done."""
+"""The training run, or one stage of it: build everything in order, then step, evaluate and save until it is done."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint, save_checkpoint
 from megatron_telechat.checkpoint.lineage import Began, Branch
-from megatron_telechat.checkpoint.start import Start, require_start
+from megatron_telechat.checkpoint.start import Start
+from megatron_telechat.config.run_stages import Position, RunStages
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.data import (
@@ -21,24 +23,27 @@ from megatron_telechat.data import (
     build_datasets,
     data_fingerprint,
     data_plan,
-    fingerprint_differences,
 )
 from megatron_telechat.data.loader import EVEN_COSTS
-from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, DataError
+from megatron_telechat.data.order import saved_tokens
+from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
-from megatron_telechat.training.banner import banner, resume_differences
+from megatron_telechat.training.banner import banner, resume_differences, stage_event, stage_line, stages_lines
+from megatron_telechat.training.beginning import Beginning, find_beginning, require_same_data
 from megatron_telechat.training.build import build_trained
 from megatron_telechat.training.chunks import ChunkSetting, set_chunks
 from megatron_telechat.training.console import Console
 from megatron_telechat.training.context import ContextSetting, set_context
 from megatron_telechat.training.forecast import Forecast
+from megatron_telechat.training.learning_rate import StageRates
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.numerics import require_finite_weights
 from megatron_telechat.training.optimizer import set_learning_rate
 from megatron_telechat.training.param_gather import gathered_parameters
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.progress import progress_at
+from megatron_telechat.training.reports import Reports
 from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, close_iterators, data_iterators, evaluate
@@ -49,17 +54,31 @@ from megatron_telechat.training.writers import MetricsWriter, recorded_at
 
 
 class Trainer:
-    """One training run on this rank.
+    """One training run on this rank, or one stage of it (`training.sequence` goes from stage to stage).
 
     The constructor reads top-down: device, ranks, model, optimizer, data, checkpoint, reports. Every
     phase that can fail on one rank alone ends in an agreement, so that all ranks fail together.
 
     Args:
+        run: the whole run, or that of the stage.
         requests: stop requests that are listened to already; unset: from here on.
+        stages: all stages of the run; unset: it has none.
+        beginning: the checkpoint to go on from; unset: it is looked for.
+        before: the trainer of the stage before in this process, whose reports go on.
     """
 
-    def __init__(self, run: RunConfig, origins: Mapping[str, str] | None = None, requests: StopRequests | None = None):
+    def __init__(
+        self,
+        run: RunConfig,
+        origins: Mapping[str, str] | None = None,
+        requests: StopRequests | None = None,
+        stages: RunStages | None = None,
+        beginning: Beginning | None = None,
+        before: Reports | None = None,
+    ):
         self.run = run
+        self.stages = stages or RunStages.of(run, origins)
+        self.stage = next(stage for stage in self.stages.stages if stage.run is run)
         self.backend = get_backend(run.training.device)
         self.backend.install()
         if run.training.deterministic:
@@ -68,7 +87,8 @@ class Trainer:
 
         self.paths = RunPaths.of(run)
         self.requests = requests or StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
-        self.console = Console(self.state.rank == 0, run.training.train_iters, run.logging.progress)
+        first = self.state.rank == 0
+        self.console = before.console if before else Console(first, run.training.train_iters, run.logging.progress)
         with together(self.state):
             self.paths.create()
 
@@ -78,19 +98,21 @@ class Trainer:
 
         with together(self.state):
             self.data_plan = data_plan(run.data)
-            self.fingerprint = data_fingerprint(run, self.data_plan) if self.state.rank == 0 else None
-        self.step = 0
-        self.consumed_samples = 0
+            self.fingerprint = data_fingerprint(run, self.data_plan) if first else None
+        self.position = Position()
         self.steps_taken = StepsTaken()
         self.resumed: LoadedInfo | None = None
+        self.protected: Path | None = None
+        self.saved: Path | None = None
         self.branch = Branch()
-        self.resumed = self._resume()
-        self.datasets: Datasets = build_datasets(run, self.state, self._progress(), self.data_plan)
+        self.resumed = self._resume(beginning)
+        self.progress = self._progress()
+        self.datasets: Datasets = build_datasets(run, self.state, self.progress, self.data_plan)
 
         with together(self.state):
-            self.writer = MetricsWriter(run, self.paths.run_dir, self.state.rank == 0, self.step)
+            self.writer = before.writer if before else MetricsWriter(run, self.paths.run_dir, first, self.step)
         self._iterators_open: list = []
-        self._introduce(origins or {})
+        self._introduce(origins or {}, before)
         self.chunk_setting = self._set_chunks()
         self.context_setting = self._set_context()
         self.traces = exchange_traces(self.virtual_stages, run, self.state, self.paths.run_dir)
@@ -99,15 +121,30 @@ class Trainer:
             self.console.say(line)
         with together(self.state):
             self.forecast = Forecast.of(run, self.backend)
+        self.rates = StageRates(self.stages, self.stage, self.position)
         self._reported = self.step
-        self._warned = False
+        self._warned = before is not None and before.warned
         self._warn_if_unsaved(self.forecast.iteration_s, "predicted")
         self.meter = Meter(run, self.state, self.backend, self.virtual_stages)
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.position.step
+
+    @property
+    def consumed_samples(self) -> int:
+        """Training samples they consumed."""
+        return self.position.samples
+
     # ---- the run ----------------------------------------------------------------------------
 
-    def fit(self) -> int:
-        """Train to train_iters, or to a stop request. Returns the exit code."""
+    def fit(self) -> int | None:
+        """Train to train_iters, or to a stop request, or to the end of the stage.
+
+        Returns:
+            The exit code; None: another stage goes on from the checkpoint just saved.
+        """
         if self._is_last():
             return self._already_done()
         self._iterators_open = iterators = self.training_iterators()
@@ -115,7 +152,8 @@ class Trainer:
             result, lr = self.take_step(iterators)
             if result.skipped is not None:
                 self._say_skipped(result.skipped)
-            if self.step % self.run.logging.log_interval == 0 or self._is_last():
+            over = self._is_over()
+            if self.step % self.run.logging.log_interval == 0 or self._is_last() or over:
                 self._report(result, lr)
             if self._is_last():
                 self.steps_taken.require_some_taken(self.step)
@@ -124,12 +162,15 @@ class Trainer:
             if self._due(self.run.evaluation.eval_interval) and not self._is_last() and not stop:
                 stop = not self._evaluate()
             leave = stop or self._due(self.run.training.exit_interval)
-            if leave or result.save or self._due(self.run.checkpoint.save_interval) or self._is_last():
+            if leave or over or result.save or self._due(self.run.checkpoint.save_interval) or self._is_last():
                 self._save()
                 stop = stop or self._asked_to_stop()
             if (stop or leave) and not self._is_last():
                 self._compare(self.forecast.line())
                 return self._leave(stop)
+            if over:
+                self._compare(self.forecast.line())
+                return None
         self._compare(self.forecast.line())
         return self._finish()
 
@@ -176,13 +217,13 @@ class Trainer:
 
         A step that is not taken moves these counters too, but not the learning rate.
         """
-        lr = set_learning_rate(self.optimizer, self.run, self.steps_taken.taken)
+        lr = self.rates.at(self.steps_taken.taken, self.position.tokens)
+        set_learning_rate(self.optimizer, self.run, lr)
         with ExitStack() as watched:
             for each in (*self.traces, self.routing):
                 watched.enter_context(each.step(self.step + 1))
             result = self.train_step(iterators, self.step, self.requests.poll())
-        self.step += 1
-        self.consumed_samples += self.run.training.global_batch_size
+        self.position = self.position.after(self.run)
         self.meter.add(result)
         self.steps_taken.add(result, self.step, self.run.optimizer.max_skipped_steps)
         if self.run.training.empty_unused_memory_level:
@@ -191,17 +232,30 @@ class Trainer:
 
     def release(self) -> None:
         """Give threads, files and signal handlers back; the process groups stay."""
+        self.hand_over().close()
+
+    @property
+    def reports(self) -> Reports:
+        """What goes on when this stage is over."""
+        return Reports(self.stage, self.console, self.writer, self.requests, self._warned)
+
+    def hand_over(self) -> Reports:
+        """Give threads back; files and signal handlers stay open for the next stage."""
         close_iterators(self._iterators_open)
-        self.writer.close()
-        self.requests.close()
+        return self.reports
+
+    def continuation(self) -> Beginning:
+        """What the next stage of this process begins with: the checkpoint just saved."""
+        assert self.saved is not None, "a stage ends with a checkpoint"
+        return Beginning(Start(self.saved), self.position, self.branch, self.protected)
 
     # ---- between steps ----------------------------------------------------------------------
 
     def _report(self, result: StepResult, lr: float) -> None:
-        record = {**self.meter.record(self.step, lr, self.consumed_samples, result), **self.forecast.fields()}
+        record = {**self.meter.record(self.position, lr, result), **self.forecast.fields()}
         self.writer.write(record)
         total = self.backend.memory().total_bytes
-        self.console.step(record, total / 2**30 if total else None)
+        self.console.step(record, total / 2**30 if total else None, self._steps_left())
         self._compare(self.forecast.observe(record, self.step - self._reported))
         self._warn_if_unsaved(self.forecast.measured_s, "measured")
         self._reported = self.step
@@ -259,6 +313,7 @@ class Trainer:
                 for each in (self.chunk_setting, self.context_setting):
                     extra |= each.extra if each is not None else {}
                 folder = save_checkpoint(self.paths.save_dir, self._train_state(extra), self.run, self.state)
+                self.saved = folder
             if self.state.rank == 0:
                 self.requests.clear_files()
             self.console.say(f"step {self.step}  saved {folder} in {time.perf_counter() - started:.1f} s")
@@ -273,6 +328,17 @@ class Trainer:
 
     def _is_last(self) -> bool:
         return self.step >= self.run.training.train_iters
+
+    def _is_over(self) -> bool:
+        """Whether the next step is one of another stage."""
+        return not self._is_last() and self.stages.at(self.position) is not self.stage
+
+    def _steps_left(self) -> float:
+        """How many steps of the present size the rest of the run is, by its tokens."""
+        end = self.stages.spans(self.position)[-1].end
+        assert end is not None, "a training has an end"
+        one = self.position.after(self.run).tokens - self.position.tokens
+        return (end.tokens - self.position.tokens) / one
 
     # ---- start ------------------------------------------------------------------------------
 
@@ -289,19 +355,19 @@ class Trainer:
             consumed_samples=self.consumed_samples,
             backend=self.backend,
             data_fingerprint=self.fingerprint,
-            resumed_from=self.resumed.path if self.resumed else None,
+            resumed_from=self.protected,
             extra=extra,
             branch=self.branch,
         )
 
-    def _resume(self) -> LoadedInfo | None:
+    def _resume(self, beginning: Beginning | None) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
-        found: Start | None = None
+        found = beginning
         with together(self.state):
-            if self.state.rank == 0:
-                found, _ = require_start(self.run)
-        # One rank decides: a stale cache of a shared folder would send some ranks into a load alone.
-        start = from_rank_0(found)
+            if self.state.rank == 0 and found is None:
+                found = find_beginning(self.stages)
+        found = beginning or from_rank_0(found)
+        start = found.start
         info = None
         if start.root is not None:
             info = load_checkpoint(
@@ -311,44 +377,49 @@ class Trainer:
                 self.state,
                 step=start.step,
                 weights_only=start.weights_only,
+                saved_by=self.stages.before(found.position).run,
             )
             notes = list(start.notes)
             if not start.weights_only:
                 with together(self.state):
-                    self._require_same_data(info)
-                self.step, self.consumed_samples = info.step, info.consumed_samples
+                    length = (info.config or self.run).training.seq_length
+                    tokens = saved_tokens(info.extra, info.consumed_samples, length, str(info.path))
+                    self.position = Position(info.step, info.consumed_samples, tokens)
+                    if self.fingerprint is not None:
+                        require_same_data(info, self.fingerprint, self.run, self.stages.before(self.position).run)
                 self.steps_taken, note = StepsTaken.of(info)
                 notes += [note] if note else []
             info = replace(info, message="\n".join([info.message, *notes]))
-        began = start.began
+        self.protected = found.protected or (info.path if info is not None else None)
+        self._go_on_with(found, info)
+        return info
+
+    def _go_on_with(self, found: Beginning, info: LoadedInfo | None) -> None:
+        """The line of saves that the next checkpoint continues."""
+        if found.branch is not None:
+            self.branch = found.branch
+            return
+        began, start = found.start.began, found.start
         if start.opens is not None and info is not None:
             began = (*began, Began(start.opens, info.step, info.digest))
         parent = (info.step, info.digest) if info is not None and not start.weights_only else None
         with together(self.state):
             if self.state.rank == 0:
                 self.branch = Branch.opening(self.paths.save_dir, parent, began)
-        return info
 
     def _progress(self) -> Progress:
         """How far the run has read: the samples it needs, and their order, follow from that."""
         info = self.resumed
         with together(self.state):
+            if self.stages.at(self.position) is not self.stage:
+                raise CheckpointError(
+                    f"the checkpoint of step {self.step} is not one of {self.stage.title}",
+                    str(info.path) if info is not None else "",
+                    "a checkpoint was damaged or changed while the run began; run the same command again",
+                )
             if info is None:
-                return Progress()
-            return progress_at(self.run, self.step, self.consumed_samples, info.extra, info.config, str(info.path))
-
-    def _require_same_data(self, info: LoadedInfo) -> None:
-        """Other data under the same sample numbers would train on samples twice, or never, without a word."""
-        if self.fingerprint is None or info.data_fingerprint is None or self.run.checkpoint.allow_data_change:
-            return
-        differences = fingerprint_differences(info.data_fingerprint, self.fingerprint)
-        if differences:
-            raise DataError(
-                f"the data is not the data of the checkpoint: {'; '.join(differences[:3])}",
-                where=str(info.path),
-                fix="give the data, seed and seq_length of the run that saved it, or --allow-data-change to "
-                "continue anyway",
-            )
+                return progress_at(self.stages, self.position, {}, None, "")
+            return progress_at(self.stages, self.position, info.extra, info.config, str(info.path))
 
     def _set_chunks(self) -> ChunkSetting | None:
         """The pieces of the experts' input, where the run leaves their number to us and something is left to train."""
@@ -374,12 +445,25 @@ class Trainer:
                 self.writer.write(event)
         return setting
 
-    def _introduce(self, origins: Mapping[str, str]) -> None:
-        """Banner, what a resume changed, and the resolved configuration in the run folder."""
+    def _introduce(self, origins: Mapping[str, str], before: Reports | None) -> None:
+        """Banner, what a resume changed, and the resolved configuration in the run folder; between two stages of one
+        process, what changes."""
+        if before is not None:
+            changes = self.stages.changes(self.stage, before.stage)
+            self.console.say(f"step {self.step}  {stage_line(self.stages, self.stage, changes)}")
+            for note in (self.resumed.message if self.resumed else "").splitlines()[1:]:
+                self.console.say(f"  {note}")
+            for line in self.datasets.summary:
+                self.console.say(f"  data  {line}")
+            self.writer.write(stage_event(self.step, self.stage, changes))
+            return
         self.console.say(banner(self.run, self.state, self.backend, self.paths, self.datasets, origins))
+        for line in stages_lines(self.stages, self.position):
+            self.console.say(line)
         if self.resumed is not None:
             self.console.say(self.resumed.message)
             for line in resume_differences(self.run, self.resumed.config):
                 self.console.say(f"  changed since the checkpoint: {line}")
         if self.state.rank == 0:
-            (self.paths.run_dir / "config.yaml").write_text(dump_run_config(self.run), encoding="utf-8")
+            document = self.stages.document or dump_run_config(self.run)
+            (self.paths.run_dir / "config.yaml").write_text(document, encoding="utf-8")

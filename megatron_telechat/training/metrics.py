@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_telechat.backend import Backend
+from megatron_telechat.config.run_stages import Position
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import device_spec
 from megatron_telechat.costs.flops import training_flops_per_token
@@ -93,14 +94,14 @@ class Meter:
         if result.skipped is not None:
             self._window.skipped[result.skipped] += 1
 
-    def record(self, step: int, lr: float, consumed_samples: int, result: StepResult) -> dict[str, Any]:
+    def record(self, position: Position, lr: float, result: StepResult) -> dict[str, Any]:
         """Close the window. Collective: every rank calls it at the same step."""
         self._backend.synchronize()
         now = time.perf_counter()
         seconds = max(now - self._window.started_s, 1e-9)
         tokens_per_s = self._window.tokens / seconds
         record: dict[str, Any] = {
-            "step": step,
+            "step": position.step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": lr,
@@ -108,8 +109,8 @@ class Meter:
             "iteration_time_s": seconds / self._window.steps,
             "mfu": self._mfu(tokens_per_s),
             "memory_peak_gib": self._peak_memory_gib(),
-            "consumed_samples": consumed_samples,
-            "consumed_tokens": consumed_samples * self._run.training.seq_length,
+            "consumed_samples": position.samples,
+            "consumed_tokens": position.tokens,
         }
         if result.loss_scale is not None:
             record["loss_scale"] = result.loss_scale

@@ -15,7 +15,6 @@ from megatron_telechat.backend.core_versions import installed_line
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model import compute_dtype, parameter_shards
 from megatron_telechat.parallel.state import ParallelState
-from megatron_telechat.training.learning_rate import learning_rate
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -161,10 +160,8 @@ def _use_fused_kernel(optimizer: ModelOptimizer) -> None:
                 group["foreach"] = False
 
 
-def set_learning_rate(optimizer: ModelOptimizer, run: RunConfig, taken: int) -> float:
-    """Set learning rate and weight decay of every parameter group for the step after ``taken`` optimizer steps."""
-    rate = learning_rate(run.optimizer, run.training.train_iters, taken)
+def set_learning_rate(optimizer: ModelOptimizer, run: RunConfig, rate: float) -> None:
+    """Set learning rate and weight decay of every parameter group for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
         group["weight_decay"] = run.optimizer.weight_decay * group.get("wd_mult", 1.0)
-    return rate

@@ -144,7 +144,7 @@ def _play(order: Order, memory: Memory, record: Record) -> None:
         borders = patch.object(Segments, "of", staticmethod(on_host(Segments.of)))
         with borders, virtual_routing(), FakeTensorMode(allow_non_fake_inputs=True), Recorder(memory, record):
             trained = build_trained(run, state, backend)
-            set_learning_rate(trained.optimizer, run, 0)
+            set_learning_rate(trained.optimizer, run, run.optimizer.lr)
             # The moments and master weights are made by the first step; it needs no forward.
             trained.optimizer.prepare_grads()
             trained.optimizer.step_with_ready_grads()

@@ -19,6 +19,8 @@ from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.start import require_start
 from megatron_telechat.config import load_run_config
+from megatron_telechat.config.run_stages import RunStages
+from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
 from megatron_telechat.huggingface import import_hf
@@ -27,6 +29,11 @@ from tests.harness import ROOT
 
 GOLDEN = ROOT / "tests" / "golden"
 MOE = "--preset telechat2-tiny-moe --mock-data --train-iters 100 --device cpu".split()
+
+
+def start_of(run: RunConfig):
+    """Where a run without stages begins."""
+    return require_start(RunStages.of(run))
 
 
 def configured(*flags: str):
@@ -70,15 +77,15 @@ def test_another_meaning_is_refused(saved, tmp_path, name, door):
     flags, field = {**HARD, **SOFT}[name]
     line = [*SAME, *flags.split(), door, str(saved), "--run-dir", str(tmp_path)]
     with pytest.raises(CheckpointError, match=rf"{field} is .* in the checkpoint and .* in the run") as caught:
-        require_start(configured(*line))
+        start_of(configured(*line))
     assert caught.value.problems[0].fix.startswith("--")
     if name in SOFT:
         assert "--allow-model-change" in str(caught.value)
-        start, _ = require_start(configured(*line, "--allow-model-change"))
+        start, _ = start_of(configured(*line, "--allow-model-change"))
         assert any(field in note for note in start.notes)
     else:
         with pytest.raises(CheckpointError):
-            require_start(configured(*line, "--allow-model-change"))
+            start_of(configured(*line, "--allow-model-change"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +101,7 @@ def test_another_meaning_is_refused(saved, tmp_path, name, door):
     ],
 )
 def test_what_changes_no_meaning_is_free(saved, flags):
-    start, found = require_start(configured(*SAME, *flags.split(), "--load", str(saved)))
+    start, found = start_of(configured(*SAME, *flags.split(), "--load", str(saved)))
     assert found is not None and found.step == 5 and start.opens is not None
 
 
@@ -102,9 +109,9 @@ def test_values_of_another_release_are_passed_over(tmp_path):
     text = dump_run_config(configured()).replace("model:\n", "model:\n  moe_newer_thing: 3\n", 1) + "newer:\n  x: 1\n"
     with CheckpointWriter(tmp_path, step=5, config=text) as writer:
         writer.add("model/a", (4,), (0,), torch.zeros(4))
-    require_start(configured("--load", str(tmp_path)))
+    start_of(configured("--load", str(tmp_path)))
     with pytest.raises(CheckpointError, match="num_query_groups"):
-        require_start(configured("--load", str(tmp_path), "--num-query-groups", "2"))
+        start_of(configured("--load", str(tmp_path), "--num-query-groups", "2"))
 
 
 def test_another_tokenizer_is_refused_by_what_it_does_not_by_its_path(tmp_path):
@@ -127,11 +134,11 @@ def test_another_tokenizer_is_refused_by_what_it_does_not_by_its_path(tmp_path):
         shutil.rmtree(tmp_path / "saved", ignore_errors=True)
         with CheckpointWriter(tmp_path / "saved", step=5, config=dump_run_config(trained), extra=extra) as writer:
             writer.add("model/a", (4,), (0,), torch.zeros(4))
-        require_start(run(trained_with))
-        require_start(run(same))
+        start_of(run(trained_with))
+        start_of(run(same))
         with pytest.raises(CheckpointError, match="gives other ids than the tokenizer"):
-            require_start(run(other))
-        require_start(run(other, "--allow-model-change"))
+            start_of(run(other))
+        start_of(run(other, "--allow-model-change"))
 
 
 def test_an_import_is_held_against_the_run_and_its_folder_is_named_where_it_was_forgotten(tmp_path):
@@ -166,11 +173,11 @@ def test_an_import_is_held_against_the_run_and_its_folder_is_named_where_it_was_
         "--run-dir",
         str(tmp_path / "run"),
     ]
-    require_start(load_run_config([*line, "--pretrained-checkpoint", str(root)], {}).run)
+    start_of(load_run_config([*line, "--pretrained-checkpoint", str(root)], {}).run)
     with pytest.raises(CheckpointError, match="rotary_base is"):
-        require_start(load_run_config([*line, "--rotary-base", "77", "--finetune", "--load", str(root)], {}).run)
+        start_of(load_run_config([*line, "--rotary-base", "77", "--finetune", "--load", str(root)], {}).run)
     with pytest.raises(CheckpointError, match="(?s)a Hugging Face folder.*convert_checkpoint.py import --hf"):
-        require_start(load_run_config([*line, "--pretrained-checkpoint", str(source)], {}).run)
+        start_of(load_run_config([*line, "--pretrained-checkpoint", str(source)], {}).run)
 
 
 def test_loss_scales_that_have_parted_are_refused_before_the_start(saved, tmp_path):
@@ -186,9 +193,9 @@ def test_loss_scales_that_have_parted_are_refused_before_the_start(saved, tmp_pa
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     line = [*SAME, "--load", str(root), "--run-dir", str(tmp_path / "run")]
     with pytest.raises(CheckpointError, match="two loss scales, 2048 of the dense and 1.34218e\\+08 of the expert"):
-        require_start(configured(*line))
+        start_of(configured(*line))
     for way_out in (["--no-load-optim"], ["--finetune"]):
-        require_start(configured(*line, *way_out))
+        start_of(configured(*line, *way_out))
 
 
 @pytest.mark.heavy

@@ -43,6 +43,25 @@ def test_an_index_of_indexed_text(tmp_path, capsys):
     assert "150 samples" in said and "50 samples" in said and "built in" in said
 
 
+def test_the_index_of_every_stage_is_built_before_the_run(tmp_path, capsys):
+    prefix = write_dataset(tmp_path / "a", 80, 1)
+    (tmp_path / "stages.yaml").write_text("stages: [{from_tokens: 0}, {from_samples: 100, seq_length: 64}]")
+    text = f"""--preset telechat2-tiny --vocab-size 512 --seq-length 32 --global-batch-size 4 --train-iters 40
+        --data-path {prefix} --split 1 --run-dir {tmp_path / "run"} --config {tmp_path / "stages.yaml"}"""
+    assert build_index.main(text.split()) == EXIT_OK
+    said = capsys.readouterr().out
+    first, second = said.split("stage 2 (from 100 samples)")
+    assert "for 25 steps: 100 samples" in first and "for 40 steps: 160 samples, 100 of them read by step 25" in second
+    assert "tokens that another length left" in second
+    folders = sorted(path.name for path in (tmp_path / "run" / "cache").iterdir())
+    assert len(folders) == 2
+    assert build_index.main(text.split()) == EXIT_OK
+    assert capsys.readouterr().out.count("there already") == 2
+    assert sorted(path.name for path in (tmp_path / "run" / "cache").iterdir()) == folders
+    assert show_sample.main(["--sample", "3", *text.split(), "--tokenizer-type", "NullTokenizer"]) == EXIT_OK
+    assert "sample 3 of train: 32 tokens" in capsys.readouterr().out
+
+
 def test_a_sample_as_a_table(flags, capsys):
     assert show_sample.main(["--sample", "1", *flags, "--reset-attention-mask", "--reset-position-ids"]) == EXIT_OK
     said = capsys.readouterr().out

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_telechat.config.data_formats import DataFormat
 from megatron_telechat.config.schema import DataConfig, RunConfig
 from megatron_telechat.data.blend import Share
-from megatron_telechat.data.corpus import Corpus, CorpusFactory, CorpusSamples, DataFile
+from megatron_telechat.data.corpus import Corpus, CorpusFactory, CorpusSamples, DataFile, SourceLegs
 from megatron_telechat.data.pieces import IndexFolder, Say
 from megatron_telechat.errors import DataError
 
@@ -53,6 +53,9 @@ class NpySamples:
     def marks(self, sample: int) -> None:
         return None
 
+    def cuts(self, sample: int) -> np.ndarray:
+        return np.empty(0, np.int64)
+
     def pieces(self, sample: int) -> list[tuple[int, str]]:
         return [(0, self.origin(sample))]
 
@@ -91,7 +94,9 @@ class NpyCorpus:
     def size(self, share: Share) -> int:
         return self.tokens_in(share)
 
-    def samples(self, split: str, share: Share, once: bool, megatron_for: int | None) -> CorpusSamples:
+    def samples(
+        self, split: str, share: Share, once: bool, megatron_for: int | None, legs: SourceLegs
+    ) -> CorpusSamples:
         return NpySamples(self.name, self._part(share), self.run.training.seq_length, self.run.training.seed)
 
     def _part(self, share: Share) -> np.ndarray:

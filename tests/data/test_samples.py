@@ -25,7 +25,7 @@ def megatrons(run, prefixes, weights, sizes):
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    from megatron_telechat.data.indexed.epochs import _IndexTokenizer
+    from megatron_telechat.data.indexed.megatron_order import _IndexTokenizer
 
     config = GPTDatasetConfig(
         random_seed=run.training.seed,

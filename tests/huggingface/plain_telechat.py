@@ -1,7 +1,8 @@
-"""TeleChat2-MoE's forward in plain torch, written from its published rules, for lengths within training_seqlen."""
+"""TeleChat2's forward in plain torch, dense or with experts, written from its published rules."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,15 @@ def forward(config: Mapping[str, Any], weights: Mapping[str, Tensor], ids: Tenso
     w = {name: tensor.double() for name, tensor in weights.items()}
     heads, groups = config["n_head"], config["num_key_value_heads"] or config["n_head"]
     width = config["hidden_size"] // heads
-    eps, topk = config["layer_norm_epsilon"], config["num_experts_per_tok"]
+    eps, topk = config["layer_norm_epsilon"], config.get("num_experts_per_tok")
     batch, length = ids.shape
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2).double() / width)
+    trained, base = config["training_seqlen"], config["base_seqlen"]
+    alpha = max(2.0 ** math.ceil(math.log2(max(length, trained) / base) + 1) - 1, 1.0)
+    theta = config.get("rope_theta", 10000.0) * alpha ** (width / (width - 2))
+    scaling = 1.0 if length <= trained else 1.0 + 0.1 * math.log(length / trained)
+    frequencies = theta ** (-torch.arange(0, width, 2).double() / width)
     angles = torch.outer(torch.arange(length).double(), frequencies).repeat(1, 2)
-    cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
+    cos, sin = scaling * angles.cos()[None, :, None], scaling * angles.sin()[None, :, None]
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
@@ -42,15 +47,18 @@ def forward(config: Mapping[str, Any], weights: Mapping[str, Tensor], ids: Tenso
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         out = torch.zeros_like(x)
         for e in range(config["num_experts"]):
-            q = p + f"local_experts.{e}."
-            y = torch.nn.functional.silu(x @ w[q + "gate_proj.weight"].T) * (x @ w[q + "up_proj.weight"].T)
-            y = y @ w[q + "down_proj.weight"].T + w[q + "down_proj.bias"]
+            y = mlp(x, p + f"local_experts.{e}.")
             out = out + y * (probabilities * (chosen == e)).sum(-1, keepdim=True)
         return out
+
+    def mlp(x: Tensor, p: str) -> Tensor:
+        y = torch.nn.functional.silu(x @ w[p + "gate_proj.weight"].T) * (x @ w[p + "up_proj.weight"].T)
+        return y @ w[p + "down_proj.weight"].T + w[p + "down_proj.bias"]
 
     x = w["transformer.word_embeddings.weight"][ids]
     for i in range(config["n_layer"]):
         p = f"transformer.h.{i}."
         x = x + attention(norm(x, w[p + "input_layernorm.weight"]), p + "self_attention.")
-        x = x + experts(norm(x, w[p + "post_attention_layernorm.weight"]), p + "mlp.")
+        feed_forward = mlp if topk is None else experts
+        x = x + feed_forward(norm(x, w[p + "post_attention_layernorm.weight"]), p + "mlp.")
     return (norm(x, w["transformer.ln_f.weight"]) @ w["lm_head.weight"].T).float()

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_telechat.checkpoint import CheckpointReader
+from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_telechat.config.schema import ModelConfig
+from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
 from megatron_telechat.errors import CheckpointError, ConfigError, UserError
 from megatron_telechat.huggingface import export_hf, import_hf, weight_map
 from megatron_telechat.huggingface.config import hf_config_of, model_config_from_hf
@@ -348,8 +350,8 @@ def test_a_config_that_we_write_is_read_as_the_same_model(model, tmp_path):
     from megatron_telechat.huggingface.config import config_differences
 
     again = model_config_from_hf(json.loads(json.dumps(hf_config_of(model, "bf16"))))
-    assert config_differences(model, again) == []
-    assert config_differences(replace(model, max_position_embeddings=4096), again) == [], (
+    assert config_differences(model, again) == {}
+    assert config_differences(replace(model, max_position_embeddings=4096), again) == {}, (
         "rotary positions have no table"
     )
     folder = write_folder(tmp_path / "hf", hf_config_of(model, "fp32"), hf_tensor_shapes(model))
@@ -367,6 +369,43 @@ def test_a_template_of_another_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="norm_epsilon: 1e-05 in the checkpoint, 1e-08 in config.json"):
         export_hf(tmp_path / "checkpoints", tmp_path / "out", template=template)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_came_with_the_weights_follows_the_positions_and_lengths_of_the_run(tmp_path):
+    """An import that a run has trained on at other lengths; everything else of its config.json stays."""
+    source = damaged(tmp_path)
+    theirs = json.loads((source / "config.json").read_text())
+    theirs |= {"seq_length": 16, "seq_len_of_ours": 1, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    (source / "config.json").write_text(json.dumps(theirs))
+    import_hf(source, tmp_path / "checkpoints")
+    folder = tmp_path / "checkpoints" / "iter_0000000"
+
+    def as_trained(legs: int, **positions: float) -> None:
+        manifest = read_manifest(folder)
+        run = run_config_from_yaml(manifest.config)
+        run = replace(run, model=replace(run.model, **positions), training=replace(run.training, seq_length=128))
+        extra = {**manifest.extra, "sample_order": {"legs": [{}] * legs}}
+        (folder / MANIFEST).write_bytes(replace(manifest, config=dump_run_config(run), extra=extra).to_bytes())
+
+    as_trained(1)
+    export_hf(tmp_path / "checkpoints", tmp_path / "same")
+    assert (tmp_path / "same" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    as_trained(2)
+    export_hf(tmp_path / "checkpoints", tmp_path / "longer")
+    length_only = {**theirs, "rope_theta": 1e4, "seq_length": 128}
+    length_only["base_seqlen"] = length_only["training_seqlen"]
+    assert json.loads((tmp_path / "longer" / "config.json").read_text()) == length_only
+    as_trained(2, rotary_base=1e6, rotary_training_seqlen=128, rotary_base_seqlen=128)
+    done = export_hf(tmp_path / "checkpoints", tmp_path / "reached")
+    assert "config.json has the positions and lengths that the run has reached" in done.notes[0]
+    reached = json.loads((tmp_path / "reached" / "config.json").read_text())
+    assert reached == {
+        **theirs, "rope_theta": 1e6, "training_seqlen": 128, "base_seqlen": 128, "seq_length": 128,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    }  # fmt: skip
+    assert model_config_from_hf(reached).rotary_base == 1e6
+    with pytest.raises(CheckpointError, match="rotary_base: 1000000.0 in the checkpoint, 10000.0 in config.json"):
+        export_hf(tmp_path / "checkpoints", tmp_path / "no", template=source)
 
 
 def test_nothing_is_written_over(tmp_path):

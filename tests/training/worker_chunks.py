@@ -149,7 +149,7 @@ def evaluation_does_not_count_as_exposed():
         result, lr = trainer.take_step(trainer.training_iterators())
         trainer._evaluate()
         after = sum(clock.take_exposed_s() for clock in clocks)
-        record = trainer.meter.record(trainer.step, lr, trainer.consumed_samples, result)
+        record = trainer.meter.record(trainer.position, lr, result)
         return {"clocks": len(clocks), "after": after, "share": record["a2a_exposed"]}
 
     return with_trainer(

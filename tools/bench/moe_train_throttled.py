@@ -99,9 +99,11 @@ class Trainee:
 
     def take_step(self, number: int, routing: Any) -> tuple[float, float, float]:
         """Seconds, seconds of exposed exchange on this rank, and the loss."""
+        from megatron_telechat.training.learning_rate import learning_rate
         from megatron_telechat.training.optimizer import set_learning_rate
 
-        set_learning_rate(self.optimizer, self.run, number)
+        rate = learning_rate(self.run.optimizer, self.run.training.train_iters, number)
+        set_learning_rate(self.optimizer, self.run, rate)
         with routing.step(self.virtual_stages, number):
             begin = time.perf_counter()
             loss = self.step(self.iterators, number).loss

@@ -595,7 +595,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     # optimizer
     (Always("the loss is the mean over the tokens that count of the whole global batch"), "calculate-per-token-loss"),
     (
-        Refused("the batch has one size over the whole run", "--global-batch-size"),
+        Refused("the batch changes with the stages of a run only", "--global-batch-size, or stages: in a YAML file"),
         "curr-iteration decrease-batch-size-if-needed rampup-batch-size step-batch-size-schedule",
     ),
     (
@@ -612,7 +612,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (Refused("biases and norms have no weight decay, everything else has"), "no-weight-decay-cond-type"),
     (
         Refused(
-            "the schedule counts optimizer steps",
+            "the schedule counts optimizer steps or tokens",
+            "--lr-decay-tokens, --lr-warmup-tokens, --lr-wsd-decay-tokens (samples x --seq-length), or "
             "--lr-decay-iters, --lr-warmup-iters, --lr-wsd-decay-iters (samples / --global-batch-size)",
         ),
         """

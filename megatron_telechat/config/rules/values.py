@@ -27,7 +27,8 @@ AT_LEAST_ONE = (
     *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("seq_length", "micro_batch_size", "global_batch_size", "exit_interval", "recompute_num_layers"),
     "fp8_amax_history_len",
-    *("lr_decay_iters", "lr_wsd_decay_iters", "loss_scale_window", "hysteresis"),
+    *("lr_decay_iters", "lr_wsd_decay_iters", "lr_decay_tokens", "lr_wsd_decay_tokens"),
+    *("loss_scale_window", "hysteresis"),
     *("save_interval", "eval_interval", "eval_iters", "log_interval", "num_workers", "moe_input_chunks"),
 )
 NOT_NEGATIVE = (
@@ -37,6 +38,7 @@ NOT_NEGATIVE = (
         "seed",
         "min_lr",
         "lr_warmup_iters",
+        "lr_warmup_tokens",
         "lr_warmup_init",
         "weight_decay",
         "clip_grad",

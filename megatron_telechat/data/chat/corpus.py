@@ -12,7 +12,7 @@ from megatron_telechat.data.blend import Share
 from megatron_telechat.data.chat.dialogs import dialogs_in
 from megatron_telechat.data.chat.files import ChatDataset, encoded, encoding_of, file_digest
 from megatron_telechat.data.chat.packing import ChatSamples, usable_dialogs
-from megatron_telechat.data.corpus import Corpus, CorpusSamples, DataFile, EncodingFactory, share_of
+from megatron_telechat.data.corpus import Corpus, CorpusSamples, DataFile, EncodingFactory, SourceLegs, share_of
 from megatron_telechat.data.indexed.corpus import IndexedCorpus
 from megatron_telechat.data.pieces import Say
 from megatron_telechat.errors import DataError
@@ -37,8 +37,10 @@ class ChatCorpus(IndexedCorpus):
         usable = usable_dialogs(self.dialogs, share_of(self.dialogs, share), row, overlong)
         return int(usable.lengths.sum(dtype=np.int64)) if self._settings.sft_packing else usable.dialogs.size
 
-    def samples(self, split: str, share: Share, once: bool, megatron_for: int | None) -> CorpusSamples:
-        """Dialogs packed into rows, epoch after epoch; there is no order of Megatron's."""
+    def samples(
+        self, split: str, share: Share, once: bool, megatron_for: int | None, legs: SourceLegs
+    ) -> CorpusSamples:
+        """Dialogs packed into rows, epoch after epoch; there is no order of Megatron's, and one length only."""
         return ChatSamples(self.dialogs, share, split, self._length, self._seed, self._settings)
 
 

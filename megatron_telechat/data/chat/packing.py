@@ -202,6 +202,10 @@ class ChatSamples:
             at += roles.size
         return Marks(is_learned, np.array([*starts, at] if at < self.row else starts, np.int64), at)
 
+    def cuts(self, sample: int) -> np.ndarray:
+        """None: nothing is laid end to end anew."""
+        return np.empty(0, np.int64)
+
     def pieces(self, sample: int) -> list[tuple[int, str]]:
         """First token, and name, of each dialog of a row, and of its padding."""
         out, at = [], 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import Share
-from megatron_telechat.data.corpus import Corpus, CorpusFactory, CorpusSamples, DataFile, share_of
+from megatron_telechat.data.corpus import Corpus, CorpusFactory, CorpusSamples, DataFile, SourceLegs, share_of
 from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.indexed.epochs import IndexedSamples
 from megatron_telechat.data.indexed.header import read_header
@@ -49,9 +49,11 @@ class IndexedCorpus:
         """A copy weighs its tokens."""
         return self.tokens_in(share)
 
-    def samples(self, split: str, share: Share, once: bool, megatron_for: int | None) -> CorpusSamples:
+    def samples(
+        self, split: str, share: Share, once: bool, megatron_for: int | None, legs: SourceLegs
+    ) -> CorpusSamples:
         """Documents laid end to end and cut into samples."""
-        return IndexedSamples(self.dataset, share, once, split, self._length, self._seed, megatron_for)
+        return IndexedSamples(self.dataset, share, once, split, self._length, self._seed, megatron_for, legs)
 
 
 class IndexedFactory(CorpusFactory):

@@ -1,0 +1,67 @@
+"""Megatron's own order of one dataset, built by megatron-core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_telechat.backend.triton_guard import let_core_import_without_triton
+from megatron_telechat.data.indexed.dataset import IndexedDataset
+
+FILES = ("documents", "samples", "shuffle")
+"""Names of an index's arrays in its folder."""
+
+
+class _IndexTokenizer:
+    """What megatron-core's dataset asks of a tokenizer while it builds an index: nothing of it decides the order."""
+
+    vocab_size = None
+    eod = -2  # megatron-core pads with -1 and warns where the two are equal
+
+    @property
+    def unique_identifiers(self) -> dict:
+        return {}
+
+
+def build_megatrons(
+    dataset: IndexedDataset,
+    sequences: range,
+    split: str,
+    sequence_length: int,
+    seed: int,
+    size: int,
+    samples: int,
+    folder: Path,
+) -> None:
+    """megatron-core's own index, under our names.
+
+    Args:
+        size: the number of samples whose order it is.
+        samples: how many it must have.
+    """
+    let_core_import_without_triton()
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=sequence_length,
+        blend=([dataset.prefix], None),
+        split="1",
+        path_to_cache=str(folder),
+        tokenizer=_IndexTokenizer(),  # pyright: ignore[reportArgumentType] what is asked of it, it has
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    indices = np.arange(sequences.start, sequences.stop, dtype=np.int32)
+    theirs: Any = dataset  # it has what megatron-core asks of its own class
+    built = GPTDataset(theirs, dataset.prefix, indices, size, Split[split], config)
+    if built.sample_index.shape[0] - 1 != samples:
+        raise AssertionError(f"megatron-core made {built.sample_index.shape[0] - 1} samples, {samples} were expected")
+    for file, name in zip(FILES, ("document", "sample", "shuffle"), strict=True):
+        (found,) = folder.glob(f"*-{name}_index.npy")
+        found.rename(folder / f"{file}.npy")

@@ -1,0 +1,79 @@
+"""Where a training begins: the checkpoint, the place in the run, and so the stage. Rank 0 decides it for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_telechat.checkpoint import LoadedInfo
+from megatron_telechat.checkpoint.find import find_checkpoint
+from megatron_telechat.checkpoint.lineage import Branch, look_at
+from megatron_telechat.checkpoint.start import Start, position_of, require_start
+from megatron_telechat.config.run_stages import Position, RunStages
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.data import fingerprint_differences
+from megatron_telechat.data.datasets import SEQUENCE_LENGTH
+from megatron_telechat.errors import DataError
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a training begins with.
+
+    Attributes:
+        start: what is loaded.
+        position: the place of that checkpoint in the run; the begin of the run where only weights are loaded.
+        branch: the line of saves that goes on, where another stage of this process saved the checkpoint.
+        protected: the checkpoint that the process began with, where it was another one.
+    """
+
+    start: Start
+    position: Position
+    branch: Branch | None = None
+    protected: Path | None = None
+
+
+def find_beginning(stages: RunStages) -> Beginning:
+    """Decide where a training begins; by one rank, because a stale cache of a shared folder would part the ranks.
+
+    Raises:
+        CheckpointError: see :func:`require_start`.
+    """
+    start, saved = require_start(stages)
+    if start.root is None or saved is None or start.weights_only:
+        return Beginning(start, Position())
+    if stages.several:
+        # A load passes damaged checkpoints over, and an older one may be of another stage.
+        folder, _ = find_checkpoint(start.root, start.step)
+        if folder is not None and folder != saved.path:
+            saved = look_at(folder)
+            start = replace(start, step=saved.step)
+    return Beginning(start, position_of(saved))
+
+
+def require_same_data(info: LoadedInfo, fingerprint: Mapping[str, Any], run: RunConfig, before: RunConfig) -> None:
+    """Other data under the same sample numbers would train on samples twice, or never, without a word.
+
+    Args:
+        fingerprint: of the data of the run.
+        before: the stage of the run that ends with the checkpoint: its length of a sample is as good as the run's,
+            because what one length has not read is cut anew for the next.
+
+    Raises:
+        DataError: the data is another one.
+    """
+    if info.data_fingerprint is None or run.checkpoint.allow_data_change:
+        return
+    differences = fingerprint_differences(info.data_fingerprint, fingerprint)
+    length = info.config.training.seq_length if info.config is not None else None
+    if differences and length == before.training.seq_length:
+        differences = fingerprint_differences(info.data_fingerprint, {**fingerprint, SEQUENCE_LENGTH: length})
+    if differences:
+        raise DataError(
+            f"the data is not the data of the checkpoint: {'; '.join(differences[:3])}",
+            where=str(info.path),
+            fix="give the data, seed and seq_length of the run that saved it (a stage of the run can have another "
+            "length: stages:), or --allow-data-change to continue anyway",
+        )
