@@ -28,6 +28,7 @@ STAGE_FIELDS = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
     *("pipeline_model_parallel_layout", "expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "recompute_layout"),
+    *("loss_chunk_rows", "moe_input_chunks"),
     *SCHEDULE_FIELDS,
 )
 """Fields that a stage may set; what it sets holds until a later stage sets it again."""

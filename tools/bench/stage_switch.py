@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 BATCH_TOKENS = 4096
 SHORT_SAMPLES, HELD_OUT = 64, 0.05
+SHOWN_BEFORE = 40
+"""Steps before the first switch that are drawn."""
 THETAS = (1e4, 1e6, 4e7)
 ARMS = ("theta", "formula", "no switch")
 
@@ -123,19 +125,23 @@ def short_loss(trainer: Any, rows: Any) -> float:
 
 
 def draw(found: list[dict[str, Any]], lengths: list[int], output: Path) -> None:
-    """The curves of all arms, the switches marked."""
+    """The curves of all arms around the switches, which are marked."""
     from megatron_telechat.cli.plot_run import COLORS, new_figure, save_figure
 
-    figure, axes = new_figure([["loss"]], (9, 4), (1,))
-    axis = axes["loss"]
+    figure, axes = new_figure([["loss"]], (8, 4), (1,))
+    axis, switches = axes["loss"], [switch["step"] for switch in found[0]["switches"]]
+    begin, seen = switches[0] - SHOWN_BEFORE, []
     for color, arm in zip(COLORS, found, strict=False):
-        steps, losses = zip(*arm["curve"], strict=True)
+        steps, losses = zip(*(point for point in arm["curve"] if point[0] >= begin), strict=True)
         axis.plot(steps, losses, color=color, label=arm["arm"], linewidth=1.4)
-    for length, switch in zip(lengths[1:], found[0]["switches"], strict=True):
-        axis.axvline(switch["step"], color="#94a3b8", linewidth=0.8, linestyle="--")
-        axis.annotate(f" samples of {length:,}", (switch["step"], axis.get_ylim()[1]), va="top", fontsize=9)
-    axis.set(xlabel="step", ylabel=f"loss of samples of {lengths[0]} tokens")
-    axis.legend(frameon=False)
+        seen += [*losses]
+    room = 0.12 * (max(seen) - min(seen))
+    axis.set(xlabel="step", ylabel=f"loss of samples of {lengths[0]} tokens", ylim=(min(seen) - room, max(seen) + room))
+    for length, step in zip(lengths, (begin, *switches), strict=True):
+        axis.annotate(f" trains on {length:,}", (step, min(seen) - room / 2), fontsize=9, color="#475569")
+    for step in switches:
+        axis.axvline(step, color="#94a3b8", linewidth=0.8, linestyle="--")
+    axis.legend(frameon=False, loc="upper right")
     save_figure(figure, output, "--plot")
 
 
