@@ -67,7 +67,7 @@ class OutputLayer(ColumnParallelLinear):
             return super().forward(input_, weight, runtime_gather_output)
         assert self.weight is not None, "the layer has a weight of its own"
         group = self._group if self._group.size() > 1 else None
-        layout = Layout(group, self.sequence_parallel, self.chunk_rows(labels), self._add_product())
+        layout = Layout(group, self.config.sequence_parallel, self.chunk_rows(labels), self._add_product())
         return chunked_loss(input_, self.weight, labels, layout), None
 
     def _add_product(self) -> AddProduct | None:
