@@ -136,10 +136,11 @@ class Merge:
             for name in dropped:
                 self.values.pop(name, None)
                 self.origins[name] = DEFAULT
-            for one in entry.said if entry.number == 1 else ():
+            # Of a run a flag holds until a stage sets the same; of the stage that a planner asks for it never does.
+            for one in entry.said if entry.number == 1 or self.described else ():
                 if self.origins[one.name].startswith("flag") and self.values[one.name] != one.value:
                     given = f"{one.name}={self.values[one.name]} ({self.origins[one.name]})"
-                    self.notes.append(f"{given} is not used, because stage 1 sets it ({one.origin})")
+                    self.notes.append(f"{given} is not used, because stage {entry.number} sets it ({one.origin})")
             self.take(entry.said, entry.number)
 
     def read_file(self, path: str) -> YamlFile:

@@ -217,6 +217,8 @@ def test_a_planner_plans_the_stage_that_it_is_asked_for(tmp_path):
     text = THREE + "    plan: not_there_yet.json\n"
     assert load(tmp_path, text, planning=True, stage=3).run.training.seq_length == 8192
     assert load(tmp_path, text, planning=True, stage=1).run.training.seq_length == 512
+    notes = load(tmp_path, text, planning=True, stage=3).notes
+    assert any("global_batch_size=8 (flag) is not used, because stage 2 sets it" in note for note in notes)
     assert "the run has 3 stages, and a plan is for one of them" in refusal(tmp_path, text, planning=True)
     assert "--stage 4: the run has 3 stages" in refusal(tmp_path, text, planning=True, stage=4)
 

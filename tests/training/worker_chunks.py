@@ -145,7 +145,7 @@ def choices_that_differ_are_refused():
 @cases.case
 def evaluation_does_not_count_as_exposed():
     def run(trainer):
-        clocks = trainer.meter._clocks
+        clocks = trainer.meter._clocks["a2a_exposed"]
         result, lr = trainer.take_step(trainer.training_iterators())
         trainer._evaluate()
         after = sum(clock.take_exposed_s() for clock in clocks)
