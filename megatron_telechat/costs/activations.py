@@ -128,8 +128,8 @@ def _core_attention(run: RunConfig, tokens: Tokens) -> tuple[float, float]:
     which the projection reads in another order; with `cp_keep_received` the keys and values of others, on the busiest
     rank those of all R - 1. In the backward: fp32 gradients of queries, keys and
     values, and the pieces at hand, each three quarters of its share of a rank's keys and values in the mean: one with
-    its gradients (fp32, and as they travel), two of gradients on their way home, and unless they were kept two on their
-    way here. Of what is under way there is a buffer at each end.
+    its gradients (fp32, and as they travel), those of a step, at least two, of gradients on their way home, and unless
+    they were kept as many on their way here. Of what is under way there is a buffer at each end.
     """
     model, parallel, size = run.model, run.parallel, BYTES[run.training.precision]
     share = tokens.whole / tokens.tensor
@@ -141,7 +141,9 @@ def _core_attention(run: RunConfig, tokens: Tokens) -> tuple[float, float]:
     heads, ring = parallel.context_sizes
     kept = 4 * model.num_attention_heads + size * query * (heads > 1)
     kept += size * key_value * (ring - 1) * parallel.cp_keep_received
-    pieces = 0.75 * (7 if parallel.cp_keep_received else 12) * (ring > 1) / context_pieces(run)
+    each = context_pieces(run)
+    under_way = 2 * max(2, each)
+    pieces = 0.75 * (3 + under_way if parallel.cp_keep_received else 4 + 2 * under_way) * (ring > 1) / each
     return kept * share, (4 * (query + key_value) + size * key_value * pieces) * share
 
 

@@ -33,7 +33,7 @@ from megatron_telechat.parallel.state import ParallelState
 
 KEY = "context"
 """Of this choice, in the ``extra`` of a checkpoint and as the event in metrics.jsonl."""
-CANDIDATES = (1, 2, 4)
+CANDIDATES = (1, 2, 4, 8)
 ROUNDS = 5
 MIN_GAIN = 0.02
 """What more pieces must win over fewer; less is noise, and costs smaller products and messages."""

@@ -7,8 +7,9 @@
                compute | own | B1 | B2 | B3 | own |
 
 Two transfers are under way at a time: with one, the link would stand still while the next is asked for. What a step
-needs may travel in several pieces (`ContextPlan.transfers`); each is then a transfer of its own. Half of the own blocks
-of the backward come last, beside the last gradients.
+needs may travel in several pieces (`ContextPlan.transfers`); each is then a transfer of its own, and as many of keys
+and values, and of gradients, are under way as make a step: fewer do not fill the link beside the own blocks. Half of
+the own blocks of the backward come last, beside the last gradients.
 
 In place of a ring that hands whole shards from neighbour to neighbour: no row travels that nobody needs, none is handed
 on, and gradients travel once, in the type of the computation, and are summed in fp32 by their owner.
@@ -89,12 +90,13 @@ class _Pass:
         self.key, self.value = key, value
         self.plan, self.way, self.clock = plan, way, clock
         self.transfers = plan.transfers(way.pieces)
+        self.window = max(IN_FLIGHT, way.pieces)
         self._coming: deque[tuple[int, RowTransfer]] = deque()
         self._next = 0
 
     def fetch_ahead(self) -> None:
         """Start fetching until enough is under way."""
-        while len(self._coming) < IN_FLIGHT and self._next < len(self.transfers):
+        while len(self._coming) < self.window and self._next < len(self.transfers):
             number = self._next
             self._next += 1
             transfer = self.transfers[number]
@@ -104,6 +106,7 @@ class _Pass:
             self._coming.append((number, self.start(rows, transfer.step, shape, "K", number)))
 
     def start(self, rows: Tensor, step: int, shape: tuple[int, ...], name: str, number: int) -> RowTransfer:
+        self.way.link.finish(2 * self.window - 1)
         moving = self.way.link.start(rows, step, shape)
         if rows.numel() or 0 not in shape:
             self.clock.started(moving, name, number)
@@ -195,7 +198,7 @@ class _Backward(_Pass):
 
     def _send_home(self, number: int, transfer: Transfer, found: Tensor) -> None:
         """The way back of a transfer: what arrived goes to where it came from."""
-        if len(self._leaving) >= IN_FLIGHT:
+        if len(self._leaving) >= self.window:
             self._add_arrived()
         shape = (2, transfer.rows_out, *self.key.shape[1:])
         self._leaving.append((number, self.start(found, -transfer.step, shape, "G", number)))

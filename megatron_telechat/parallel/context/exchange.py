@@ -14,10 +14,6 @@ from torch import Tensor
 from megatron_telechat.backend import traits_of
 from megatron_telechat.parallel.transfer import RowTransfer
 
-MOST_LEAVING = 4
-"""Messages of a rank that may be on their way: the host holds their rows until they have left. A backward has two of
-keys and values and two of gradients under way; with fewer a rank would wait for others that are behind."""
-
 
 class RowLink(Protocol):
     """What the attention over ranks asks of whatever carries its rows. `Ring` is the real one; measurements and tests
@@ -35,8 +31,8 @@ class RowLink(Protocol):
         """
         ...
 
-    def finish(self) -> None:
-        """Wait until the rows that were sent have left; the buffers are then free."""
+    def finish(self, most: int = 0) -> None:
+        """Wait until at most so many of the messages that were sent are on their way; the others' rows are free."""
         ...
 
 
@@ -86,7 +82,7 @@ class Alone:
         """Never called: a plan for one rank has no transfers."""
         raise AssertionError("a ring of one rank has no transfers")
 
-    def finish(self) -> None:
+    def finish(self, most: int = 0) -> None:
         """Nothing has left."""
 
 
@@ -140,13 +136,11 @@ class Ring:
             return Moving(received, works, rows)
         if rows.numel():
             self._leaving.append((works.pop(), rows))
-            if len(self._leaving) > MOST_LEAVING:
-                self._leaving.popleft()[0].wait()
         return Moving(received, works)
 
-    def finish(self) -> None:
+    def finish(self, most: int = 0) -> None:
         """See `RowLink`."""
-        while self._leaving:
+        while len(self._leaving) > most:
             self._leaving.popleft()[0].wait()
 
     def _peer(self, step: int) -> int:

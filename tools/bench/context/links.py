@@ -37,7 +37,7 @@ class WaitingLink:
         self.link.finish()
         return Here(received)
 
-    def finish(self) -> None:
+    def finish(self, most: int = 0) -> None:
         """Everything has left."""
 
 
@@ -53,9 +53,10 @@ class RecordingLink(WaitingLink):
         self.passes[-1].append(Message(rows.clone(), step, here.wait().clone()))
         return here
 
-    def finish(self) -> None:
-        """The end of a pass."""
-        self.passes.append([])
+    def finish(self, most: int = 0) -> None:
+        """Nothing is under way; where all had to have left, a pass ends."""
+        if not most:
+            self.passes.append([])
 
     @property
     def sent_bytes(self) -> int:
@@ -75,7 +76,7 @@ class ReplayLink:
         self._next = (self._next + 1) % len(self._messages)
         return Here(message.received)
 
-    def finish(self) -> None:
+    def finish(self, most: int = 0) -> None:
         """Nothing has left."""
 
 
