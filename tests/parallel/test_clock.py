@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_telechat.device_kinds import DEVICE_KINDS
-from megatron_telechat.moe import clock as clocks
+from megatron_telechat.parallel import clock as clocks
 from megatron_telechat.parallel.clock import DeviceSpans, ExchangeClock, PassClock, Span
 
 
