@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -35,8 +35,11 @@ class Attention(Protocol):
     def backward(self, inputs: Inputs, /) -> Result: ...
 
 
+Kind = TypeVar("Kind", bound=Attention)
+
+
 @dataclass
-class AttentionArm:
+class AttentionArm(Generic[Kind]):
     """One way, with the tokens that it gives to this rank.
 
     Attributes:
@@ -46,7 +49,7 @@ class AttentionArm:
         exposed: seconds of waiting since it was last asked; None where that is not known.
     """
 
-    way: Attention
+    way: Kind
     inputs: Inputs
     positions: np.ndarray
     exposed: Callable[[], float] | None = None
@@ -82,7 +85,7 @@ class Arms:
         self.kernel: BlockAttention = self.stand_in or block_attention(problem.inputs.query)
         self._groups: dict[int, ContextGroups] = {}
 
-    def ours(self, pieces: int, keep: bool = False, layout: Layout | None = None, heads: int = 1) -> AttentionArm:
+    def ours(self, pieces: int, keep: bool = False, layout: Layout | None = None, heads: int = 1) -> AttentionArm[Ours]:
         """The product's attention.
 
         Args:
@@ -98,13 +101,13 @@ class Arms:
         way = Ours(self._groups[heads], plan, self.kernel, pieces, keep)
         return self._arm(way, own_positions(plan, part, heads)[0], way.exposed)
 
-    def control(self, pieces: int, layout: Layout | None = None) -> AttentionArm:
+    def control(self, pieces: int, layout: Layout | None = None) -> AttentionArm[Ours]:
         """Ours, waiting for each transfer at once."""
         arm = self.ours(pieces, layout=layout)
         arm.way.core.link = WaitingLink(arm.way.core.link)
         return arm
 
-    def alone(self, pieces: int, layout: Layout | None = None) -> tuple[AttentionArm, OnlyLink]:
+    def alone(self, pieces: int, layout: Layout | None = None) -> tuple[AttentionArm[Ours], OnlyLink]:
         """Ours without transfers, and its transfers without ours. Collective."""
         arm = self.ours(pieces, layout=layout)
         core = arm.way.core
@@ -113,18 +116,18 @@ class Arms:
         core.link = ReplayLink(passes)
         return arm, OnlyLink(link, passes)
 
-    def peer(self, kind: type[Peer], layout: Layout | None = None) -> AttentionArm:
+    def peer(self, kind: type[Peer], layout: Layout | None = None) -> AttentionArm[Peer]:
         """Another exchange of whole shards."""
         layout = layout or self.problem.zigzag()
         way = kind(layout, self.problem.documents, self.kernel, self.group)
         return self._arm(way, layout.positions(self.rank))
 
-    def torch(self, rotation: str) -> AttentionArm:
+    def torch(self, rotation: str) -> AttentionArm[TorchRing]:
         """torch's own; one document a row."""
         way = TorchRing(rotation, self.stand_in, self.group)
         return self._arm(way, self.problem.zigzag().positions(self.rank))
 
-    def _arm(self, way: Any, positions: np.ndarray, exposed: Callable[[], float] | None = None) -> AttentionArm:
+    def _arm(self, way: Kind, positions: np.ndarray, exposed: Callable[[], float] | None = None) -> AttentionArm[Kind]:
         return AttentionArm(way, self.problem.inputs.of_rows(positions), positions, exposed)
 
 

@@ -54,8 +54,8 @@ class StandIn:
         self, saved: Saved, key: Tensor, value: Tensor, blocks: Sequence[Block], causal: bool, grads: Grads
     ) -> None:
         for q0, q1, k0, k1 in blocks:
-            ours = (each[q0:q1] for each in (saved.grad, saved.query, saved.out))
-            dq, dk, dv = self.gradients(*ours, saved.lse[:, q0:q1], key[k0:k1], value[k0:k1], causal)
+            grad, query, out = (each[q0:q1] for each in (saved.grad, saved.query, saved.out))
+            dq, dk, dv = self.gradients(grad, query, out, saved.lse[:, q0:q1], key[k0:k1], value[k0:k1], causal)
             grads.query[q0:q1] += dq
             grads.key[k0:k1] += dk
             grads.value[k0:k1] += dv

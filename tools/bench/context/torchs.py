@@ -74,16 +74,12 @@ class TorchRing:
         set_rotate_method(self.rotation)
 
 
-def why_not() -> str | None:
-    """Why this torch has no such ring, or None."""
-    try:
-        _ring_functions()
-    except (ImportError, AttributeError, TypeError) as error:
-        return f"torch {torch.__version__}: {error}"
-    return None
-
-
 def _ring_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward; private to torch, so another release may have others.
+
+    Raises:
+        TypeError: they are not those of torch 2.13.
+    """
     from torch.distributed.tensor.experimental._context_parallel import _attention
 
     forward, backward = _attention._templated_ring_attention, _attention._templated_ring_attention_backward
@@ -102,7 +98,8 @@ def _backward_of_cpu(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor
 
 def _as_operators(stand_in: StandIn) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-        out, lse = stand_in.attention(*(_from_operator(each) for each in (query, key, value)), is_causal)
+        query, key, value = (_from_operator(each) for each in (query, key, value))
+        out, lse = stand_in.attention(query, key, value, is_causal)
         return _to_operator(out), lse.unsqueeze(0)
 
     def backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor,
