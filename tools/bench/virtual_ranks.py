@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Every preset on virtual ranks: a rank of each pipeline stage at the published layout, beside the models of costs.
+"""Every preset on virtual ranks: a rank of each pipeline stage at the published layout, beside the models of costs; and
+the largest ones with rows of 128K and 256K tokens over context-parallel ranks.
 
     python tools/bench/virtual_ranks.py [--presets telechat2-3b,telechat2-39b-a12b] [--json FILE]
 
@@ -36,6 +37,13 @@ WORLDS = {
 }
 """Ranks of each preset; the layout is the preset's own."""
 PACKED = "packed"
+LONG = {
+    "telechat2-35b 128k": "--world-size 256 --seq-length 131072 --context-parallel-size 8",
+    "telechat2-35b 256k": "--world-size 512 --seq-length 262144 --context-parallel-size 16",
+    "telechat2-115b 128k": "--world-size 512 --seq-length 131072 --context-parallel-size 8",
+    "telechat2-115b 256k": "--world-size 1024 --seq-length 262144 --context-parallel-size 16",
+}
+"""Rows over ranks: flags beside the preset, whole layers recomputed."""
 MOST_MEMORY_OFF, MOST_BYTES_OFF, MOST_SECONDS, MOST_HOST_BYTES = 0.05, 0.01, 60.0, 2 * 2**30
 SMALLEST_EXCHANGE = 1 << 24
 """Exchanges below this many bytes a step are not compared: a buffer's padding is a share of them."""
@@ -71,15 +79,12 @@ class Row:
 
 
 def run_of(name: str) -> RunConfig:
-    """The run of a preset; "NAME packed": with documents kept apart."""
-    preset, _, packed = name.partition(" ")
-    world = str(WORLDS[preset])
-    run = load_run_config(
-        ["--preset", preset, "--world-size", world, "--device", "cuda", "--dry-run", "--mock-data"]
-        + ["--train-iters", "10000"],
-        {},
-    ).run
-    if packed != PACKED:
+    """The run of a preset; "NAME packed": with documents kept apart; or one of `LONG`."""
+    preset, _, kind = name.partition(" ")
+    flags = f"{LONG[name]} --recompute-granularity full" if name in LONG else f"--world-size {WORLDS[preset]}"
+    command = f"--preset {preset} {flags} --device cuda --dry-run --mock-data --train-iters 10000"
+    run = load_run_config(command.split(), {}).run
+    if kind != PACKED:
         return run
     return replace(run, data=replace(run.data, reset_attention_mask=True, reset_position_ids=True))
 
@@ -113,13 +118,13 @@ def execute_preset(name: str) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench and return its exit code."""
-    names = [*WORLDS, f"telechat2-7b {PACKED}", f"telechat2-39b-a12b {PACKED}"]
+    names = [*WORLDS, f"telechat2-7b {PACKED}", f"telechat2-39b-a12b {PACKED}", *LONG]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", default=",".join(names), help="names with commas; 'NAME packed' for documents")
+    parser.add_argument("--presets", default=",".join(names), help="names with commas; 'NAME packed' for documents, 'NAME 128k' for long rows")
     parser.add_argument("--json", type=Path, help="write every row to this file")
     options = parser.parse_args(argv)
     chosen = options.presets.split(",")
-    unknown = [name for name in chosen if name.partition(" ")[0] not in WORLDS]
+    unknown = [name for name in chosen if name not in names and name.partition(" ")[0] not in WORLDS]
     if unknown:
         parser.error(f"unknown preset {unknown[0]}; there are {', '.join(WORLDS)}")
     rows: list[Row] = []
