@@ -120,7 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench and return its exit code."""
     names = [*WORLDS, f"telechat2-7b {PACKED}", f"telechat2-39b-a12b {PACKED}", *LONG]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", default=",".join(names), help="names with commas; 'NAME packed' for documents, 'NAME 128k' for long rows")
+    parser.add_argument(
+        "--presets",
+        default=",".join(names),
+        help="names with commas; 'NAME packed' for documents, 'NAME 128k' for long rows",
+    )
     parser.add_argument("--json", type=Path, help="write every row to this file")
     options = parser.parse_args(argv)
     chosen = options.presets.split(",")
