@@ -13,7 +13,7 @@ Forward and backward of one layer's attention. The arms take turns within one ru
     ours auto            the product: keys and values go straight to who needs them; pieces, and the layout of packed
                          rows, as it chooses them for the link
     ours 1, 2, 4 pieces  each step of the exchange in so many pieces
-    ours keep            what was received is kept for the backward
+    ours keep            as auto; what was received is kept for the backward
     control              ours, waiting for each transfer at once: must miss the floors
     Ulysses, 2D          ours, with all (2D: two) ranks exchanging heads for tokens
     zigzag ring          whole shards go round, gradients after them in fp32, as in ring-flash-attention

@@ -160,7 +160,7 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], mode: str) -> None:
     axes.set_xticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylabel("time / max(computation, link)")
     axes.set_title(f"Attention over ranks, forward and backward, {mode}", fontsize=9)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(axis="y", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -172,18 +172,18 @@ class Bench:
 
     def _all(self, choice: Choice) -> dict[str, Arm]:
         arms: dict[str, Arm] = {AUTO: self.arms.ours(choice.pieces, choice.keep, choice.layout)}
-        arms |= self._packed(choice) if self.problem.packed else self._one_document()
+        arms |= self._packed(choice) if self.problem.packed else self._one_document(choice)
         if self.problem.groups % self.problem.ranks == 0:
             arms[ULYSSES] = self.arms.ours(1, heads=self.problem.ranks)
         return arms | self._parts(choice.layout)
 
-    def _one_document(self) -> dict[str, Arm]:
+    def _one_document(self, choice: Choice) -> dict[str, Arm]:
         made = self.arms
         arms: dict[str, Arm] = {pieces_name(pieces): made.ours(pieces) for pieces in PIECES}
-        arms[KEEP] = made.ours(CONTROL_PIECES, True)
+        arms[KEEP] = made.ours(choice.pieces, True)
         arms[CONTROL] = made.control(CONTROL_PIECES)
         if self.problem.ranks == 4 and self.problem.groups % 2 == 0:
-            arms[TWO_D] = made.ours(CONTROL_PIECES, heads=2)
+            arms[TWO_D] = made.ours(choice.pieces, heads=2)
         arms |= {ZIGZAG_RING: made.peer(WholeShards), REVERSED_RING: made.peer(ReversedRing)}
         arms[ALL_GATHER] = made.peer(Gathered)
         return arms | {TORCH_GATHER: made.torch(TORCH_GATHERS), TORCH_ROTATE: made.torch(TORCH_ROTATES)}
