@@ -316,6 +316,9 @@ def test_a_dialog_that_begins_at_the_last_label_is_not_learned(tmp_path):
         def tokens(self, sample: int):
             return np.arange(9)
 
+        def cuts(self, sample: int):
+            return np.empty(0, np.int64)
+
         def marks(self, sample: int) -> Marks:
             return Marks(np.ones(9, bool), np.array([0, 3, 8]), 9)
 

@@ -23,7 +23,7 @@ def pieces_name(pieces: int) -> str:
 def summary(times: Mapping[str, Sequence[tuple[float, ...]]]) -> dict[str, Any]:
     """Medians in ms, and ratios within the rounds.
 
-    With C the computation and L the transfers alone, each in one piece, one after the other takes C + L, and nothing is
+    With C the computation and L the transfers alone, each in one piece, one after the other takes C + L, and little is
     faster than max(C, L). The share of an arm that is hidden is what it saves against C + L, over min(C, L).
     """
     medians = {name: [median(column) for column in zip(*runs, strict=True)] for name, runs in times.items()}
