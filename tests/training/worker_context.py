@@ -47,12 +47,10 @@ LAYOUTS = {
 
 QUICK = {
     *LAYOUTS[1],
-    "dense_cp2_p2p_pieces2_keep",
     "dense_cp2_recompute_full",
     "moe_cp2_ep2",
     "dense_cp4_2d",
     "dense_cp2_pp2_interleaved",
-    "moe_cp2_tp2_folded_ep2_recompute",
 }
 """In the suite; the others, whose parts these hold too, are with the tests marked slow."""
 

@@ -120,6 +120,8 @@ SLOW = {
     "moe_ep2_distributed_overlap",
     "moe_tp2_pp2_ep2",
     "moe_ep2_etp2",
+    "dense_chunked_loss_recompute_full",
+    "dense_tp2_no_sp_chunked_loss",
 }
 """Layouts whose parts others hold too: with the tests marked slow."""
 
