@@ -31,6 +31,18 @@ def _layer(block: MoEBlock) -> int:
     return block.layer_number - 1
 
 
+def routed_stretches(run: RunConfig, state: ParallelState) -> list[tuple[int, int]]:
+    """Positions of a sample that the routers of this rank see, ascending, as stretches ``start .. stop``."""
+    positions = np.arange(run.training.seq_length)
+    if state.cp_size > 1:
+        place = ContextPlace.of(state.process_groups.context)
+        positions = place.positions(place.whole_rows(run.training.seq_length, 1))[0]
+    split = run.parallel.sequence_parallel_size
+    mine = np.split(positions, split)[state.tp_rank if split > 1 else 0]
+    runs = np.split(mine, np.flatnonzero(np.diff(mine) != 1) + 1)
+    return [(int(run[0]), int(run[-1]) + 1) for run in runs]
+
+
 class StepRouting:
     """Gives the routers their tapes for the steps that ``--moe-routing-record`` and ``--moe-routing-replay`` ask for.
 
@@ -94,20 +106,8 @@ class StepRouting:
         name, layers = f"rank_{state.rank:05d}", tuple(sorted(self._routers))
         return [
             Box(f"{name}{f'.{number}' if number else ''}.safetensors", layers, samples, start, stop)
-            for number, (start, stop) in enumerate(self._stretches())
+            for number, (start, stop) in enumerate(routed_stretches(run, state))
         ]
-
-    def _stretches(self) -> list[tuple[int, int]]:
-        """Positions that this rank routes, ascending, as stretches ``start .. stop``."""
-        run, state = self._run, self._state
-        positions = np.arange(run.training.seq_length)
-        if state.cp_size > 1:
-            place = ContextPlace.of(state.process_groups.context)
-            positions = place.positions(place.whole_rows(run.training.seq_length, 1))[0]
-        split = run.parallel.sequence_parallel_size
-        mine = np.split(positions, split)[state.tp_rank if split > 1 else 0]
-        runs = np.split(mine, np.flatnonzero(np.diff(mine) != 1) + 1)
-        return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
     def _require_fit(self, recording: Recording, fingerprint: Mapping[str, Any] | None, first_step: int) -> None:
         """What the rules could not see: the data, the step at which a resumed run goes on, another run's layers."""

@@ -13,7 +13,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench" / "loss_chunks.py"
 
 
-@pytest.mark.gloo
+@pytest.mark.slow
 def test_two_tensor_ranks(tmp_path):
     path = tmp_path / "loss.json"
     command = [sys.executable, "-W", "ignore", str(BENCH), "--quick", "--tp", "2", "--json", str(path)]

@@ -12,7 +12,7 @@ from tests.data.material import write_dataset
 from tests.harness import ROOT
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_both_sides_of_a_switch(tmp_path):
     data = write_dataset(tmp_path / "d", 400, longest=200)
     found = tmp_path / "switch.json"

@@ -13,7 +13,7 @@ from megatron_telechat.device_kinds import DEVICE_KINDS
 from megatron_telechat.model import transformer_config
 from megatron_telechat.parallel.topology import Topology
 from megatron_telechat.training.chunks import tokens_of_a_rank
-from megatron_telechat.training.routing import StepRouting
+from megatron_telechat.training.routing import routed_stretches
 
 LENGTH = 128
 
@@ -36,6 +36,5 @@ def test_all_readers_split_the_sequence_alike(tensor, said, size):
     assert transformer_config(run, state, DEVICE_KINDS["cpu"]).sequence_parallel == (size > 1)
     assert tokens_of(run).split == LENGTH / size
     assert tokens_of_a_rank(run) == LENGTH // size
-    box = StepRouting._own_box(SimpleNamespace(_run=run, _state=state, _routers={}))
-    assert (box.start, box.stop) == ((tensor - 1) * 64 if size > 1 else 0, LENGTH)
+    assert routed_stretches(run, state) == [((tensor - 1) * 64 if size > 1 else 0, LENGTH)]
     assert ("sequence parallel" in "\n".join(_head(run, Topology.from_config(run.parallel)))) == (size > 1)
