@@ -51,6 +51,7 @@ def test_finetune_goes_on_from_it_and_answers(pretrained, tmp_path):
     assert done.stdout.splitlines()[-1].startswith("<_user>What is 12 times 12?<_bot>")
 
 
+@pytest.mark.slow
 def test_one_run_trains_at_three_lengths_and_exports_each(pretrained, tmp_path):
     done = example("lengths", tmp_path, pretrained[0] / "data", STEPS="14")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -51,7 +51,7 @@ PAIRS: dict[str, tuple[str, str, dict, dict]] = {
     "fp16_with_loss_scale": ("moe", "fp16", expert(2), {**FOLDED, **DISTRIBUTED}),
 }
 
-SLOW = {"tp2_to_pp2", "interleaved_to_tp2", "uneven_to_tp4", "ep2_to_ep1", "ep1_distributed_to_ep2"}
+SLOW = {"tp2_to_pp2", "interleaved_to_tp2", "uneven_to_tp4", "ep2_to_ep1", "ep1_distributed_to_ep2", "cp2_ep4_to_dp4"}
 """Pairs whose parts others hold too: with the tests marked slow."""
 
 PRECISION_CHANGES = {

@@ -122,6 +122,10 @@ SLOW = {
     "moe_ep2_etp2",
     "dense_chunked_loss_recompute_full",
     "dense_tp2_no_sp_chunked_loss",
+    "dense_pp2_interleaved",
+    "moe_pp2",
+    "moe_dp2_distributed_overlap",
+    "qknorm_tp2_no_sp",
 }
 """Layouts whose parts others hold too: with the tests marked slow."""
 
