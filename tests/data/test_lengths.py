@@ -21,6 +21,8 @@ from tests.data.material import Rank, make_run, with_training
 from tests.data.plain_lengths import PlainSource
 from tests.data.slow_samples import blended, surplus
 
+pytestmark = pytest.mark.heavy
+
 VOCAB = 1 << 20
 SEED = 77
 

@@ -21,6 +21,8 @@ from tests.data.material import Rank, make_run, with_training, write_dataset
 from tests.data.slow_samples import blended, endless, surplus
 from tests.data.test_blend_properties import write_documents
 
+pytestmark = pytest.mark.heavy
+
 LENGTH = 16
 
 

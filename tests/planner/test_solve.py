@@ -86,6 +86,7 @@ def test_many_random_problems_as_exhaustive_search():
         check(problem, solve(problem), solve_exhaustively(problem), seed)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("P, V, layers", [(8, 1, 96), (16, 1, 80), (4, 2, 30), (8, 2, 96)])
 def test_large_problems_are_proved(P, V, layers):
     problem = large_problem(P, V, layers)
