@@ -61,7 +61,7 @@ OPTIONAL = {
 }
 
 
-BELOW_THE_FORMATS = {"blend", "corpus", "order", "pieces", "tokenizers"}
+BELOW_THE_FORMATS = {"blend", "core", "corpus", "order", "pieces", "tokenizers"}
 """Files of data/ that its folders may import; the other files stand above the folders."""
 FOLDERS_OF_DATA = {"indexed": (), "text": ("indexed",), "chat": ("indexed",)}
 """A folder of data/ and the other folders it may import."""
@@ -198,6 +198,14 @@ def test_folders_of_data_do_not_know_each_other():
     assert wrong == []
     folders = {path.name for path in (ROOT / PACKAGE / "data").iterdir() if (path / "__init__.py").exists()}
     assert folders == set(FOLDERS_OF_DATA)
+
+
+def test_megatron_core_is_read_by_one_file_of_data():
+    """Which lets it be imported in a process without a backend."""
+    readers = {
+        found.name for path in sources(f"{PACKAGE}/data") for found in imports_of(path) if "megatron.core" in found.name
+    }
+    assert not readers
 
 
 def test_only_the_format_asks_whether_the_data_is_dialogs():

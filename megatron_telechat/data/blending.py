@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_telechat.data.core import core_datasets
 from megatron_telechat.data.corpus import Marks, SampleSource
 from megatron_telechat.data.pieces import IndexFolder, roomy
 from megatron_telechat.errors import DataError
@@ -112,14 +113,11 @@ class BlendedSamples:
 
 
 def _blend_order(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
-    from megatron.core.datasets import helpers
-
     source = np.zeros(size, np.int16)
     sample = np.zeros(size, np.int64)
     total = sum(weights)
     shares = np.array([weight / total for weight in weights], dtype=np.float64)
-    build = helpers.build_blending_indices  # pyright: ignore[reportAttributeAccessIssue] a compiled module, no stubs
-    build(source, sample, shares.tolist(), len(weights), size, False)
+    core_datasets("helpers").build_blending_indices(source, sample, shares.tolist(), len(weights), size, False)
     return source, sample
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_telechat.backend.triton_guard import let_core_import_without_triton
+from megatron_telechat.data.core import core_datasets
 from megatron_telechat.data.corpus import ONE_LENGTH, SourceLegs, share_of
 from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.indexed.megatron_order import FILES, build_megatrons
@@ -445,10 +445,8 @@ def epochs_index(
         samples: [samples + 1, 2], where each sample begins: the place in ``documents``, and the token in there.
         shuffle: the samples in the order they are read.
     """
-    let_core_import_without_triton()
-    from megatron.core.datasets import helpers
-
     documents, shuffle = shuffled(len(lengths), sequences, shape, seed, stretch, pieces, at)
     tokens = stretch.carried + stretch.epochs * shape.tokens
-    samples = helpers.build_sample_idx(_sizes(lengths, pieces), documents, shape.sequence_length, 1, tokens, True, True)
+    build = core_datasets("helpers").build_sample_idx
+    samples = build(_sizes(lengths, pieces), documents, shape.sequence_length, 1, tokens, True, True)
     return documents, samples, shuffle

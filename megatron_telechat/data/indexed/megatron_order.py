@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_telechat.backend.triton_guard import let_core_import_without_triton
+from megatron_telechat.data.core import core_datasets
 from megatron_telechat.data.indexed.dataset import IndexedDataset
 
 FILES = ("documents", "samples", "shuffle")
@@ -41,25 +40,22 @@ def build_megatrons(
         size: the number of samples whose order it is.
         samples: how many it must have.
     """
-    let_core_import_without_triton()
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
-
-    config = GPTDatasetConfig(
+    gpt_dataset, splits = core_datasets("gpt_dataset"), core_datasets("utils").Split
+    config = gpt_dataset.GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
         blend=([dataset.prefix], None),
         split="1",
         path_to_cache=str(folder),
-        tokenizer=_IndexTokenizer(),  # pyright: ignore[reportArgumentType] what is asked of it, it has
+        tokenizer=_IndexTokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
     indices = np.arange(sequences.start, sequences.stop, dtype=np.int32)
-    theirs: Any = dataset  # it has what megatron-core asks of its own class
-    built = GPTDataset(theirs, dataset.prefix, indices, size, Split[split], config)
+    # Our dataset has what megatron-core asks of its own class.
+    built = gpt_dataset.GPTDataset(dataset, dataset.prefix, indices, size, splits[split], config)
     if built.sample_index.shape[0] - 1 != samples:
         raise AssertionError(f"megatron-core made {built.sample_index.shape[0] - 1} samples, {samples} were expected")
     for file, name in zip(FILES, ("document", "sample", "shuffle"), strict=True):
