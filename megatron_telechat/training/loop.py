@@ -427,23 +427,25 @@ class Trainer:
             return None
         saved = self.resumed.extra if self.resumed else None
         setting = set_chunks(self.virtual_stages, self.run, self.state, self.backend, saved)
-        if setting is not None:
-            self.console.say(setting.message)
-            event = setting.event(self.step)
-            if event is not None:
-                self.writer.write(event)
+        self._tell(setting)
         return setting
 
     def _set_context(self) -> ContextSetting | None:
         """The pieces and costs of the attention over ranks, where the run leaves them to us."""
         saved = self.resumed.extra if self.resumed else None
         setting = set_context(self.virtual_stages, self.run, self.state, self.backend, saved)
-        if setting is not None and setting.message:
-            self.console.say(setting.message)
-            event = setting.event(self.step)
-            if event is not None:
-                self.writer.write(event)
+        self._tell(setting)
         return setting
+
+    def _tell(self, setting: ChunkSetting | ContextSetting | None) -> None:
+        """What was left open, and what it is now."""
+        if setting is None:
+            return
+        if setting.message:
+            self.console.say(setting.message)
+        event = setting.event(self.step)
+        if event is not None:
+            self.writer.write(event)
 
     def _introduce(self, origins: Mapping[str, str], before: Reports | None) -> None:
         """Banner, what a resume changed, and the resolved configuration in the run folder; between two stages of one

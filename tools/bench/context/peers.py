@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -79,7 +80,7 @@ class Neighbours:
         return wait
 
 
-class Peer:
+class Peer(ABC):
     """A way to exchange whole shards.
 
     Args:
@@ -114,13 +115,13 @@ class Peer:
         grads = self._backward(saved, shard, query)
         return Result(out, *(each.to(out.dtype) for each in (query, grads[0], grads[1])))
 
+    @abstractmethod
     def _forward(self, inputs: Inputs, shard: Tensor, total: Running) -> Tensor:
         """Add all blocks; returns the keys and values that are kept, [2, t, groups, d]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _backward(self, saved: Saved, shard: Tensor, query: Tensor) -> Tensor:
         """Add the gradients of queries to ``query``; returns those of keys and values, [2, t, groups, d]."""
-        raise NotImplementedError
 
     def _add(self, query: Tensor, shard: Tensor, other: int, total: Running) -> None:
         key, value = self.kernel.prepared(shard)

@@ -28,7 +28,8 @@ MOST_STRETCHES = 1024
 
 
 @lru_cache
-def _mask(device: torch.device) -> Tensor:
+def causal_mask(device: torch.device) -> Tensor:
+    """bool [2048, 2048], True where a key must not be seen."""
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu_(1)
 
 
@@ -41,7 +42,7 @@ def _attend(
         value,
         head_num=heads,
         input_layout=layout,
-        atten_mask=_mask(query.device),
+        atten_mask=causal_mask(query.device),
         scale=1.0 / math.sqrt(query.shape[-1] if layout == "TND" else query.shape[-1] // heads),
         keep_prob=1.0 - dropout,
         sparse_mode=CAUSAL,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 # torch_npu is installed on Ascend machines only.
@@ -19,38 +18,25 @@ import torch_npu
 from torch import Tensor
 
 from megatron_telechat.backend.block_attention import Block, Grads, Saved
-from megatron_telechat.backend.block_attention.calls import Call, calls
+from megatron_telechat.backend.block_attention.calls import calls
 from megatron_telechat.backend.block_attention.plain import PlainBlocks
 from megatron_telechat.backend.block_attention.running import Running
-
-TYPES = (torch.bfloat16, torch.float16)
+from megatron_telechat.backend.kernels import require_close
+from megatron_telechat.backend.kernels.ascend.attention import MOST_STRETCHES, TYPES, causal_mask
 
 ALL, CAUSAL = 0, 3
 """``sparse_mode``: every key is seen; key j is seen by query i if j <= i, both counted from the end of the block."""
-MASK_SIZE = 2048
-"""What ``sparse_mode`` 3 expects, whatever the length."""
 REPEATED = 8
 """Each number of the softmax stands so many times."""
-MOST_BLOCKS = 1024
-"""Blocks that one call takes."""
 
 
-@lru_cache
-def _mask(device: torch.device) -> Tensor:
-    return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu_(1)
-
-
-def _options(query: Tensor, call: Call, causal: bool) -> dict[str, Any]:
-    return dict(
-        atten_mask=_mask(query.device) if causal else None,
-        actual_seq_qlen=list(call.query_ends),
-        actual_seq_kvlen=list(call.key_ends),
-        sparse_mode=CAUSAL if causal else ALL,
-    )
+def _mask(device: torch.device, causal: bool) -> tuple[Tensor | None, int]:
+    """The mask of blocks, and its ``sparse_mode``."""
+    return (causal_mask(device), CAUSAL) if causal else (None, ALL)
 
 
 def _cut(blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
-    return [tuple(blocks[start : start + MOST_BLOCKS]) for start in range(0, len(blocks), MOST_BLOCKS)]
+    return [tuple(blocks[start : start + MOST_STRETCHES]) for start in range(0, len(blocks), MOST_STRETCHES)]
 
 
 class AscendBlocks:
@@ -69,19 +55,19 @@ class AscendBlocks:
     ) -> None:
         """See `BlockAttention`."""
         for call in (call for cut in _cut(blocks) for call in calls(cut, query.device)):
-            q, k, v = query[call.queries], key[call.keys], value[call.keys]
-            options = _options(q, call, causal)
+            q = query[call.queries]
+            mask, mode = _mask(q.device, causal)
             out, largest, summed, *_ = torch_npu.npu_fusion_attention(
                 q,
-                k,
-                v,
+                key[call.keys],
+                value[call.keys],
                 head_num=q.shape[1],
                 input_layout="TND",
-                atten_mask=options["atten_mask"],
+                atten_mask=mask,
                 scale=1.0 / math.sqrt(q.shape[2]),
-                actual_seq_qlen=options["actual_seq_qlen"],
-                actual_seq_kvlen=options["actual_seq_kvlen"],
-                sparse_mode=options["sparse_mode"],
+                actual_seq_qlen=list(call.query_ends),
+                actual_seq_kvlen=list(call.key_ends),
+                sparse_mode=mode,
             )
             lse = (largest[..., 0] + summed[..., 0].log()).t()
             (total.begin if causal else total.add)(call.queries, out, lse)
@@ -93,7 +79,7 @@ class AscendBlocks:
         for call in (call for cut in _cut(blocks) for call in calls(cut, key.device)):
             q = saved.query[call.queries]
             lse = saved.lse[:, call.queries].t().unsqueeze(-1).expand(-1, -1, REPEATED).contiguous()
-            options = _options(q, call, causal)
+            mask, mode = _mask(q.device, causal)
             dq, dk, dv, *_ = torch_npu.npu_fusion_attention_grad(
                 q,
                 key[call.keys],
@@ -101,14 +87,14 @@ class AscendBlocks:
                 saved.grad[call.queries],
                 head_num=q.shape[1],
                 input_layout="TND",
-                atten_mask=options["atten_mask"],
+                atten_mask=mask,
                 softmax_max=lse,
                 softmax_sum=torch.ones_like(lse),
                 attention_in=saved.out[call.queries],
                 scale_value=1.0 / math.sqrt(q.shape[2]),
-                actual_seq_qlen=options["actual_seq_qlen"],
-                actual_seq_kvlen=options["actual_seq_kvlen"],
-                sparse_mode=options["sparse_mode"],
+                actual_seq_qlen=list(call.query_ends),
+                actual_seq_kvlen=list(call.key_ends),
+                sparse_mode=mode,
             )
             grads.query[call.queries] += dq
             grads.key[call.keys] += dk
@@ -121,8 +107,6 @@ BLOCKS = AscendBlocks()
 def check(device: torch.device) -> None:
     """Two causal blocks and two others of one document against plain products, with gradients. Raises
     ArithmeticError."""
-    from megatron_telechat.backend.kernels import require_close
-
     rows, heads, groups, width = 48, 4, 2, 64
     own, others = ((0, 20, 0, 20), (20, 48, 0, 48)), ((4, 20, 0, 10), (20, 48, 10, 48))
     for dtype in TYPES:
