@@ -51,56 +51,25 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import over_links  # noqa: E402
 from throttled_links import Links, start_ranks  # noqa: E402
 
 RATIOS = (0.6, 1.2, 2.6)
 QUICK = dict(tokens=256, heads=4, groups=2, width=32)
 BALANCE_RANKS, BALANCE_LENGTH = (2, 8), 32768
-MISSED = 1
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    where = parser.add_argument_group("where")
-    where.add_argument("--links", action="store_true", help="make throttled links, run all rows over them, remove them")
-    where.add_argument("--ranks", type=int, default=2, help="without torchrun: so many")
-    where.add_argument("--no-pin", action="store_true", help="do not bind rank r to core r, modulo their number")
-    where.add_argument("--timeout", type=float, default=3600.0, help="seconds until the ranks are killed")
-    what = parser.add_argument_group("what")
-    what.add_argument("--tokens", type=int, default=2048, help="of a rank")
-    what.add_argument("--heads", type=int, default=8)
-    what.add_argument("--groups", type=int, default=2, help="of keys and values")
-    what.add_argument("--width", type=int, default=64, help="of a head")
-    what.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    what.add_argument("--stand-in", type=float, metavar="GFLOPS", help="the products sleep flops / rate")
-    what.add_argument("--packed", action="store_true", help="rows of documents that are kept apart")
-    what.add_argument("--memory", action="store_true", help="peak memory of ours and of all-gather, nothing else")
-    what.add_argument("--ratios", default=",".join(map(str, RATIOS)), help="link/computation ratios, with --links")
-    what.add_argument("--no-unlimited", action="store_true", help="leave out the row without a limit")
-    what.add_argument("--rounds", type=int, default=7)
-    what.add_argument("--quick", action="store_true", help="tiny shapes, two rounds, one ratio")
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", type=Path, help="write everything measured to this file")
-    out.add_argument("--plot", type=Path, help="write a picture to this file (matplotlib)")
-    out.add_argument("--check", action="store_true", help=f"exit with {MISSED} if a floor is missed")
-    parser.add_argument("--memory-arm", nargs=2, help=argparse.SUPPRESS)
-    return parser
+def own_arguments(group: Any) -> None:
+    group.add_argument("--heads", type=int, default=8)
+    group.add_argument("--groups", type=int, default=2, help="of keys and values")
+    group.add_argument("--width", type=int, default=64, help="of a head")
+    group.add_argument("--packed", action="store_true", help="rows of documents that are kept apart")
+    group.add_argument("--memory", action="store_true", help="peak memory of ours and of all-gather, nothing else")
+    group.add_argument("--memory-arm", nargs=2, help=argparse.SUPPRESS)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    try:
-        options.targets = tuple(map(float, options.ratios.split(",")))
-    except ValueError as error:
-        parser.error(f"--ratios are numbers with commas: {error}")
-    if options.quick:
-        vars(options).update(QUICK, rounds=2, targets=options.targets[:1])
-    if options.rounds < 1:
-        parser.error("--rounds begin at 1")
-    if options.stand_in is not None and options.stand_in <= 0:
-        parser.error("--stand-in is a rate in GFLOP/s")
-    return options
+    return over_links.read(over_links.make_parser(__doc__, own_arguments, 2048, RATIOS), argv, QUICK)
 
 
 def rank(options: argparse.Namespace) -> int:
@@ -131,7 +100,7 @@ def rank(options: argparse.Namespace) -> int:
         missed = write(options, report) if state.rank == 0 else 0
     finally:
         parallel.destroy()
-    return MISSED if options.check and missed else 0
+    return over_links.MISSED if options.check and missed else 0
 
 
 def documents(options: argparse.Namespace, ranks: int) -> tuple[int, ...]:
@@ -173,13 +142,7 @@ def measure(options: argparse.Namespace, problem: Any, state: Any, backend: Any)
         for line in table(rows[-1], mode):
             say(line)
 
-    if links is None:
-        add("this link")
-    else:
-        for target, mbit in bench.rates(options.targets).items():
-            add(f"ratio {target:g}", mbit, target)
-        if not options.no_unlimited:
-            add("no limit")
+    over_links.add_rows(options, links, bench, add)
     return {
         "mode": mode,
         "stand_in_gflops": options.stand_in,
@@ -200,20 +163,12 @@ def measure(options: argparse.Namespace, problem: Any, state: Any, backend: Any)
 def write(options: argparse.Namespace, report: dict[str, Any]) -> int:
     """Checks, JSON and plot; returns how many floors were missed."""
     from context.report import balance_lines, checks, plot
-    from turns import check_lines
 
     for line in balance_lines(report["balance"]):
         print(line)
     # The floors are for the full shapes.
     found = [] if options.quick else list(checks(report))
-    for line in check_lines(found):
-        print(line)
-    report["checks"] = [{**check._asdict(), "ok": check.ok} for check in found]
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
-    if options.plot:
-        plot(options.plot, report["rows"], report["mode"])
-    return sum(not check.ok for check in found)
+    return over_links.conclude(options, report, found, plot)
 
 
 def memory_of_arms(options: argparse.Namespace, command: Sequence[str]) -> int:
@@ -233,7 +188,7 @@ def memory_of_arms(options: argparse.Namespace, command: Sequence[str]) -> int:
         options.json.write_text(
             json.dumps({"peak_mb": peaks, "checks": [{**check._asdict(), "ok": check.ok}]}, indent=1)
         )
-    return MISSED if options.check and not check.ok else 0
+    return over_links.MISSED if options.check and not check.ok else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,6 @@ on a busy machine; real products need a quiet one, with a core a rank. Every lin
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -40,54 +39,30 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import over_links  # noqa: E402
 from throttled_links import start_ranks  # noqa: E402
 
 RATIOS = (0.5, 1.0, 1.8)
 QUICK = dict(tokens=96, hidden=64, ffn=96)
-MISSED = 1
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    where = parser.add_argument_group("where")
-    where.add_argument("--links", action="store_true", help="make throttled links, run all rows over them, remove them")
-    where.add_argument("--ranks", type=int, default=2, help="without torchrun: so many, all experts spread over them")
-    where.add_argument("--no-pin", action="store_true", help="do not bind rank r to core r")
-    where.add_argument("--timeout", type=float, default=3600.0, help="seconds until the ranks are killed")
-    what = parser.add_argument_group("what")
-    what.add_argument("--tokens", type=int, default=1024, help="of a rank")
-    what.add_argument("--hidden", type=int, default=512)
-    what.add_argument("--ffn", type=int, default=768)
-    what.add_argument("--experts", type=int, default=16)
-    what.add_argument("--topk", type=int, default=4)
-    what.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    what.add_argument("--stand-in", type=float, metavar="GFLOPS", help="the experts' products sleep flops / rate")
-    what.add_argument("--chunks", default="1,2,4,8", help="fixed numbers of chunks; 1 is always among them")
-    what.add_argument("--ratios", default=",".join(map(str, RATIOS)), help="link/FFN ratios of the rows, with --links")
-    what.add_argument("--no-unlimited", action="store_true", help="leave out the row without a limit")
-    what.add_argument("--rounds", type=int, default=7)
-    what.add_argument("--quick", action="store_true", help="tiny shapes, two rounds, one ratio")
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", type=Path, help="write everything measured to this file")
-    out.add_argument("--plot", type=Path, help="write a picture to this file (matplotlib)")
-    out.add_argument("--check", action="store_true", help=f"exit with {MISSED} if a bar is missed")
-    return parser
+def own_arguments(group: Any) -> None:
+    group.add_argument("--hidden", type=int, default=512)
+    group.add_argument("--ffn", type=int, default=768)
+    group.add_argument("--experts", type=int, default=16, help="spread over all ranks")
+    group.add_argument("--topk", type=int, default=4)
+    group.add_argument("--chunks", default="1,2,4,8", help="fixed numbers of chunks; 1 is always among them")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    parser = over_links.make_parser(__doc__, own_arguments, 1024, RATIOS)
+    options = over_links.read(parser, argv, QUICK)
     try:
         options.fixed = tuple(sorted({1, *map(int, options.chunks.split(","))}))
-        options.targets = tuple(map(float, options.ratios.split(",")))
     except ValueError as error:
-        parser.error(f"--chunks and --ratios are numbers with commas: {error}")
-    if options.quick:
-        vars(options).update(QUICK, rounds=2, targets=options.targets[:1])
-    if min(options.fixed) < 1 or options.rounds < 1:
-        parser.error("--chunks and --rounds begin at 1")
-    if options.stand_in is not None and options.stand_in <= 0:
-        parser.error("--stand-in is a rate in GFLOP/s")
+        parser.error(f"--chunks are numbers with commas: {error}")
+    if min(options.fixed) < 1:
+        parser.error("--chunks begin at 1")
     return options
 
 
@@ -111,7 +86,7 @@ def rank(options: argparse.Namespace) -> int:
     finally:
         parallel.destroy()
     missed = write(options, report) if state.rank == 0 else 0
-    return MISSED if options.check and missed else 0
+    return over_links.MISSED if options.check and missed else 0
 
 
 def measure(options: argparse.Namespace, state: Any) -> dict[str, Any]:
@@ -162,13 +137,7 @@ def measure(options: argparse.Namespace, state: Any) -> dict[str, Any]:
         for line in table(rows[-1], mode, wire):
             say(line)
 
-    if links is None:
-        add("this link")
-    else:
-        for target, mbit in bench.rates(options.targets).items():
-            add(f"ratio {target:g}", mbit, target)
-        if not options.no_unlimited:
-            add("no limit")
+    over_links.add_rows(options, links, bench, add)
     return {
         "mode": mode,
         "stand_in_gflops": options.stand_in,
@@ -185,18 +154,10 @@ def measure(options: argparse.Namespace, state: Any) -> dict[str, Any]:
 def write(options: argparse.Namespace, report: dict[str, Any]) -> int:
     """Checks, JSON and plot; returns how many bars were missed."""
     from overlap.report import checks, plot
-    from turns import check_lines
 
     # The bars are for the full shapes.
     found = [] if options.quick else list(checks(report["rows"], report["wire_bytes"]))
-    for line in check_lines(found):
-        print(line)
-    report["checks"] = [{**check._asdict(), "ok": check.ok} for check in found]
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
-    if options.plot:
-        plot(options.plot, report["rows"], report["mode"])
-    return sum(not check.ok for check in found)
+    return over_links.conclude(options, report, found, plot)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from over_links import pyplot_to_files
 from turns import Check, link_label
 
 from context.summary import (
@@ -139,13 +140,7 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], mode: str) -> None:
     Raises:
         ImportError: matplotlib is not installed; the message has the line that installs it.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pyplot_to_files()
     names = [name for name in rows[0]["arms"] if name not in PARTS]
     figure, axes = pyplot.subplots(figsize=(9, 4.4))
     width = 0.86 / len(names)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from over_links import pyplot_to_files
 from turns import Check, link_label
 
 from overlap.rows import AUTO, CONTROL, CORE, FIXED
@@ -81,13 +82,7 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], mode: str) -> None:
     Raises:
         ImportError: matplotlib is not installed; the message has the line that installs it.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pyplot_to_files()
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     for number, row in enumerate(rows):
         color = f"C{number}"
