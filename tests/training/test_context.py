@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_telechat.config.routing import read_recording
-from megatron_telechat.tensors.table import tensor_table
-from megatron_telechat.training.routing_compare import common_steps, differences
 from tests.data.chat_material import letters_tokenizer, numbered, write_lines
-from tests.harness import ROOT, launch, run_cases
-from tests.training.runs import DENSE, MOE, assemble, load
-from tests.training.test_parity import TIE, TOLERANCE, WEIGHT_TOLERANCE
+from tests.harness import ROOT, launch
+from tests.training.parity import Launches
+from tests.training.runs import DENSE, MOE
 from tests.training.worker_context import LAYOUTS, LONG, QUICK
 
 PRETRAIN = ROOT / "pretrain" / "pretrain_telechat2.py"
@@ -31,25 +28,8 @@ pytestmark = pytest.mark.gloo
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("context")
-    done = {}
-
-    def of(world: int, slow: bool = False):
-        if (world, slow) not in done:
-            if world != 1:
-                of(1)  # records the choices that the others replay
-            environment = {"CONTEXT_DIR": str(folder), "CONTEXT_SLOW": "1" if slow else ""}
-            done[world, slow] = run_cases(WORKER, world, timeout=600, env=environment)
-        return done[world, slow]
-
-    of.folder = folder
-    return of
-
-
-def tensors(folder: Path, name: str, model: str, tmp: Path):
-    run = load([*(MOE if model == "moe" else DENSE), *LONG], tmp)
-    shapes = {key: spec.shape for key, spec in tensor_table(run.model).items()}
-    return assemble(sorted(folder.glob(f"{name}.rank*.safetensors")), shapes)
+    models = {"dense": [*DENSE, *LONG], "moe": [*MOE, *LONG]}
+    return Launches(WORKER, models, tmp_path_factory.mktemp("context"))
 
 
 def test_a_packed_run_goes_on_bitwise_and_evaluates(tmp_path):
@@ -80,22 +60,9 @@ def losses(run_dir: Path) -> dict[tuple[str, int], float]:
 
 @pytest.mark.parametrize("world,name", ALL)
 def test_equals_one_rank(runs, world, name, tmp_path):
-    model = name.split("_")[0]
-    expected, by_rank = runs(1).check(f"{model}_one")[0], runs(world, name not in QUICK).check(name)
-    assert all(found == by_rank[0] for found in by_rank), "the ranks report different losses"
-    assert by_rank[0]["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
-    assert by_rank[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5 * TOLERANCE)
-    for suffix, limit in (("", TOLERANCE), (".weights", WEIGHT_TOLERANCE)):
-        ours, theirs = (tensors(runs.folder, f"{one}{suffix}", model, tmp_path) for one in (name, f"{model}_one"))
-        errors = {key: float((ours[key] - theirs[key]).norm() / theirs[key].norm()) for key in theirs}
-        worst = max(errors, key=errors.get)
-        assert errors[worst] <= limit, f"{worst}{suffix}: relative error {errors[worst]:.2e}"
+    runs.require_equal(world, name, name not in QUICK, tmp_path)
 
 
 @pytest.mark.parametrize("world,name", [each for each in ALL if each.id.startswith("moe")])
 def test_chooses_the_experts_of_one_rank_up_to_ties(runs, world, name):
-    runs(world, name not in QUICK).check(name)
-    ours, reference = (read_recording(runs.folder / f"{run}.routing") for run in (name, "moe_one"))
-    parted = list(differences(ours, reference, common_steps(ours, reference), TIE))
-    assert not [layer for layer in parted if layer.beyond_ties]
-    assert sum(layer.different for layer in parted) <= 20, "so many ties are none"
+    runs.require_choices(world, name, name not in QUICK)

@@ -58,7 +58,7 @@ cases = Cases()
 
 
 def run_case(name: str) -> dict:
-    folder = Path(os.environ["CONTEXT_DIR"])
+    folder = Path(os.environ["RUNS_DIR"])
     model = name.split("_")[0]
     base, routing = (MOE if model == "moe" else DENSE), []
     if model == "moe":
@@ -69,7 +69,7 @@ def run_case(name: str) -> dict:
 
 
 _world = int(os.environ.get("WORLD_SIZE", "1"))
-_slow = bool(os.environ.get("CONTEXT_SLOW"))
+_slow = bool(os.environ.get("RUNS_SLOW"))
 for _name in [name for name in LAYOUTS.get(_world, ()) if (name in QUICK) != _slow]:
     cases.add(_name, lambda name=_name: run_case(name))
 

@@ -168,13 +168,13 @@ def noise(name: str) -> Iterator[None]:
 
 
 def run_case(name: str) -> dict:
-    folder = Path(os.environ["PARITY_DIR"])
+    folder = Path(os.environ["RUNS_DIR"])
     base, flags = LAYOUTS[_world][name]
     return run_and_keep([*base, *flags.split(), *one_routing(name, folder)], folder, name)
 
 
 _world = int(os.environ.get("WORLD_SIZE", "1"))
-for _name in layouts_of(_world, bool(os.environ.get("PARITY_SLOW"))):
+for _name in layouts_of(_world, bool(os.environ.get("RUNS_SLOW"))):
     cases.add(_name, noise(_name)(lambda name=_name: run_case(name)))
 
 if __name__ == "__main__":
