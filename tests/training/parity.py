@@ -1,4 +1,4 @@
-"""Runs of many layouts held to the run on one rank: losses and gradient norms, first gradients, last weights, experts."""
+"""Runs of many layouts held to that of one rank: losses and gradient norms, first gradients, last weights, experts."""
 
 from __future__ import annotations
 
