@@ -19,9 +19,9 @@ def _multiplies_bf16() -> bool:
 def widened(dtype: torch.dtype) -> torch.dtype:
     """The type in which torch's attention for the CPU is fast for operands of this type.
 
-    Its backward in bf16 takes three times as long as in fp32 where the CPU has no instructions for it, and in fp16 ten
-    times as long on any (docs/long_context.md). A property of the machine and not a measurement: a resume computes in
-    the same type.
+    Its backward in fp16 takes ten times as long as in fp32 on any CPU, in bf16 several times as long where the CPU has
+    no instructions for it (`tools/bench/attention_types.py`). A property of the machine and not a measurement: a resume
+    computes in the same type.
     """
     if dtype is torch.float16 or (dtype is torch.bfloat16 and not _multiplies_bf16()):
         return torch.float32
