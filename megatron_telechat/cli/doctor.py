@@ -162,12 +162,12 @@ def _devices(gpus: Sequence[str]) -> list[Finding]:
 
 
 def _cuda_queues(gpus: Sequence[str]) -> list[Finding]:
-    """A setting that Megatron-LM's scripts carry, and that keeps the experts' exchange from running beside their
-    kernels."""
+    """A setting that Megatron-LM's scripts carry, and that keeps exchanges of the experts and of the attention over
+    ranks from running beside kernels."""
     if not gpus or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
         return []
-    return [Finding("CUDA queues", ABSENT, "CUDA_DEVICE_MAX_CONNECTIONS=1", "--moe-input-chunks: exchange beside the "
-                                                                            "experts",
+    return [Finding("CUDA queues", ABSENT, "CUDA_DEVICE_MAX_CONNECTIONS=1",
+                    "exchange beside kernels: --moe-input-chunks, --context-parallel-size",
                     "unset CUDA_DEVICE_MAX_CONNECTIONS (the training sets it where it helps)")]  # fmt: skip
 
 

@@ -65,6 +65,10 @@ class StageStart:
         one = run.training.global_batch_size * (run.training.seq_length if self.unit == "tokens" else 1)
         return max(0, -(-(self.count - getattr(position, self.unit)) // one))
 
+    def title_of(self, number: int) -> str:
+        """What a person calls the stage of this number that begins here: ``stage 2 (from 8,192 tokens)``."""
+        return f"stage {number} ({self})"
+
     def __str__(self) -> str:
         return f"from {self.count:,} {self.unit}"
 
@@ -89,7 +93,7 @@ class RunStage:
     @property
     def title(self) -> str:
         """``stage 2 (from 8,192 tokens)``."""
-        return f"stage {self.number} ({self.start})"
+        return self.start.title_of(self.number)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class StageEntry:
     @property
     def title(self) -> str:
         """``stage 2 (from 8,192 tokens)``."""
-        return f"stage {self.number} ({self.start})"
+        return self.start.title_of(self.number)
 
 
 @dataclass(frozen=True)
