@@ -16,7 +16,7 @@ from megatron_telechat.errors import DataError, UserError
 from megatron_telechat.parallel.context.layout import Costs
 from megatron_telechat.parallel.context.rows import RowSplit
 
-EVEN_COSTS = Costs(seconds_per_pair=1e-9, seconds_per_row=1e-6)
+EVEN_COSTS = Costs(seconds_per_pair=1e-9, seconds_per_row=1e-6, seconds_per_transfer=1e-3)
 """Of a rank that measured nothing: a row of keys and values costs as much as attention to a thousand."""
 
 

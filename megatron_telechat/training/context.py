@@ -28,13 +28,17 @@ from megatron_telechat.parallel.agreement import agree, from_rank_0
 from megatron_telechat.parallel.clock import ExchangeClock, PassClock
 from megatron_telechat.parallel.context.direct import Way, attend
 from megatron_telechat.parallel.context.layout import Costs
-from megatron_telechat.parallel.context.plan import LEAST_ROWS, ContextPlan
+from megatron_telechat.parallel.context.plan import LEAST_ROWS, ContextPlan, whole_rows
 from megatron_telechat.parallel.state import ParallelState
 
 KEY = "context"
 """Of this choice, in the ``extra`` of a checkpoint and as the event in metrics.jsonl."""
 CANDIDATES = (1, 2, 4, 8)
 ROUNDS = 5
+SHORTEST_TOKENS = 16
+"""Of a rank, in a row that costs nothing but its transfers."""
+LEAST_TRANSFER_S = 1e-7
+"""Noise may make a transfer cost less than nothing."""
 MIN_GAIN = 0.02
 """What more pieces must win over fewer; less is noise, and costs smaller products and messages."""
 
@@ -193,11 +197,18 @@ class _Probe:
         ]
         self.grad = torch.randn(tokens, heads, width, generator=generator).to(self.parts[0])
 
-    def ms(self, pieces: int, plan: ContextPlan | None = None, products: bool = True) -> float:
+    @property
+    def shortest(self) -> ContextPlan:
+        """The plan of a row that is next to nothing: what is left is the cost of a transfer."""
+        place = self.attention.place
+        length = min(self.plan.row_length, place.ring * SHORTEST_TOKENS)
+        return whole_rows(length, 1, place.ring, place.ring_rank)
+
+    def ms(self, pieces: int, plan: ContextPlan, products: bool = True) -> float:
         """Milliseconds of a forward and a backward.
 
         Args:
-            plan: None: that of the rows.
+            plan: of the first tokens.
             products: whether blocks are computed.
         """
         device = self.backend.device
@@ -206,10 +217,10 @@ class _Probe:
         way = Way(self.attention.link, kernel, pieces, self.attention.keep, (clocks[0], clocks[1]))
         self.backend.synchronize()
         begin = time.perf_counter()
-        query, key, value = self.parts
         with torch.enable_grad():
-            out = attend(query, key, value, plan or self.plan, way)
-        torch.autograd.grad(out, self.parts, self.grad)
+            query, key, value = parts = [part[: plan.positions.size] for part in self.parts]
+            out = attend(query, key, value, plan, way)
+        torch.autograd.grad(out, parts, self.grad[: plan.positions.size])
         self.backend.synchronize()
         return (time.perf_counter() - begin) * 1e3
 
@@ -222,24 +233,30 @@ def _measure(
     limits = torch.tensor([-_most_pieces(probe.plan) if probe else -CANDIDATES[-1]], device=backend.device)
     dist.all_reduce(limits, op=dist.ReduceOp.MAX)
     candidates = [number for number in CANDIDATES if number <= -int(limits)]
-    alone = replace(probe.plan, steps=()) if probe else None
-    arms = [(number, None, True) for number in candidates] + [(1, alone, True), (1, None, False)]
-    best = torch.full((len(arms),), math.inf, dtype=backend.widest_float)
+    arms: list[tuple[int, ContextPlan, bool]] = []
+    if probe:
+        whole, short = probe.plan, probe.shortest
+        arms = [(number, whole, True) for number in candidates]
+        arms += [(1, replace(whole, steps=()), True), (1, whole, False)]
+        arms += [(1, replace(short, steps=()), True), (1, short, True)]
+    best = torch.full((len(candidates) + 4,), math.inf, dtype=backend.widest_float)
     for round_ in range(ROUNDS + 1):
-        times = torch.tensor([probe.ms(*arm) if probe else 0.0 for arm in arms], dtype=backend.widest_float)
+        times = torch.tensor([probe.ms(*arm) for arm in arms] if probe else [0.0] * best.numel()).to(best.dtype)
         times = times.to(backend.device)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         if round_:  # the first one warms up
             best = torch.minimum(best, times.cpu())
-    *of_pieces, own, link = best.tolist()
+    *of_pieces, own, link, without, short = best.tolist()
     measured = dict(zip(candidates, of_pieces, strict=True))
-    costs = [_per_unit(own, link, probe.plan) if probe else (0.0, 0.0)]
-    units = torch.tensor(costs[0], dtype=backend.widest_float, device=backend.device)
+    costs = (
+        (*_per_unit(own, link, probe.plan), (short - without) / 1e3 / len(probe.plan.steps)) if probe else (0.0,) * 3
+    )
+    units = torch.tensor(costs, dtype=backend.widest_float, device=backend.device)
     dist.all_reduce(units, op=dist.ReduceOp.MAX)
-    pair, row = units.tolist()
+    pair, row, transfer = units.tolist()
     backend.empty_cache()
     backend.reset_peak_memory()
-    return measured, Costs(pair, row)
+    return measured, Costs(pair, row, max(transfer, LEAST_TRANSFER_S))
 
 
 def _most_pieces(plan: ContextPlan) -> int:

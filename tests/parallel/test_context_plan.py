@@ -14,6 +14,7 @@ from megatron_telechat.parallel.context.layout import (
     best_layout,
     contiguous,
     dealt,
+    rows_received,
     traffic,
     whole_documents,
     work_of_ranks,
@@ -123,13 +124,16 @@ def test_web_pages_are_dealt_evenly_where_zigzag_is_not():
 
 def test_the_chosen_layout_follows_link_and_computation():
     documents = web_documents(65536)
-    slow_link = best_layout(documents, 4, Costs(1e-12, 1e-3))
-    slow_products = best_layout(documents, 4, Costs(1e-6, 1e-12))
+    slow_link = best_layout(documents, 4, Costs(1e-12, 1e-3, 1e-9))
+    slow_products = best_layout(documents, 4, Costs(1e-6, 1e-12, 1e-9))
     assert traffic(slow_link, documents).max() == min(
         traffic(build(documents, 4), documents).max() for build in LAYOUTS.values()
     )
     assert slow_products.name == "dealt"
-    assert best_layout(np.array([0, 64]), 4, Costs(1e-12, 1e-3)).name == "zigzag"
+    slow_start = best_layout(documents, 4, Costs(1e-12, 1e-12, 1.0))
+    asked = {name: (rows_received(build(documents, 4), documents) > 0).sum(1).max() for name, build in LAYOUTS.items()}
+    assert (rows_received(slow_start, documents) > 0).sum(1).max() == min(asked.values()) < asked["dealt"]
+    assert best_layout(np.array([0, 64]), 4, Costs(1e-12, 1e-3, 1e-9)).name == "zigzag"
 
 
 def test_equal_tokens_on_every_rank_or_a_layout_is_none():

@@ -106,7 +106,7 @@ def layouts() -> dict:
         wanted = [one_rank([part[row] for part in parts], ends[row]) for row in range(ROWS)]
         lengths = torch.cat([torch.from_numpy(each).diff() for each in ends])
         for name in LAYOUTS:
-            split = RowSplit((1, 4), dist.get_rank(), name, Costs(1.0, 1.0))
+            split = RowSplit((1, 4), dist.get_rank(), name, Costs(1.0, 1.0, 1.0))
             plan = split({"tokens": torch.zeros(ROWS, LENGTH, dtype=torch.int64), "segment_lengths": lengths})[
                 "context"
             ]

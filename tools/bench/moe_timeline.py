@@ -25,8 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from throttled_links import LinksError, links_up, run_ranks  # noqa: E402
 
 COLOURS = {"F": "#4878cf", "B": "#d65f5f", "W": "#e0a458", "R": "#956cb4", "D": "#6acc65", "C": "#3a8f5f"}
-LABELLED_US = 9000.0
-"""Shorter spans have no room for their letters; microseconds."""
+COLOURS |= {f"{name}'": COLOURS[name] for name in "DC"}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -74,45 +73,6 @@ def trace(options: argparse.Namespace) -> list[Any]:
     return spans
 
 
-def draw(path: Path, spans: Sequence[Any], title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 1, figsize=(11, 4.6), layout="constrained")
-    for axis, backward in zip(axes, (False, True), strict=True):
-        mine = [s for s in spans if s.backward == backward and s.chunk is not None and s.name[0] in COLOURS]
-        origin = min(span.start_us for span in mine)
-        free = 0.0
-        for span in mine:
-            letter = span.name[0]
-            start, end = span.start_us - origin, span.end_us - origin
-            if span.track == "link":
-                start, free = max(start, free), end
-            height = 1 if span.track == "compute" else 0
-            axis.barh(
-                height, (end - start) / 1e3, left=start / 1e3, height=0.8, color=COLOURS[letter], edgecolor="white"
-            )
-            if end - start > LABELLED_US:
-                axis.text(
-                    (start + end) / 2e3,
-                    height,
-                    f"{span.name}{span.chunk}",
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white",
-                )
-        axis.set_xlim(left=0)
-        axis.set_yticks((0, 1), ("link", "compute"))
-        axis.set_title("backward" if backward else "forward", loc="left", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1].set_xlabel("ms")
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(argv)
@@ -121,7 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ["RANK"] == "0":
             products = f"stand-in products at {options.stand_in:g} GFLOP/s" if options.stand_in else "real products"
             link = f"{options.mbit:g} Mbit/s" if options.links else "no limit"
-            draw(options.plot, spans, f"one expert block, rank 0 of 2, {options.chunks} chunks, {link}, {products}")
+            from timeline import draw
+
+            draw(
+                options.plot,
+                spans,
+                COLOURS,
+                f"one expert block, rank 0 of 2, {options.chunks} chunks, {link}, {products}",
+            )
         return 0
     command = [sys.executable, str(Path(__file__).resolve()), *argv]
     try:

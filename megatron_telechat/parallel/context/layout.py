@@ -178,15 +178,19 @@ class Costs:
     Attributes:
         seconds_per_pair: of a query and a key that it sees, on one rank.
         seconds_per_row: of keys and values that travel.
+        seconds_per_transfer: of a transfer without length: its start, its packing, its kernel calls.
     """
 
     seconds_per_pair: float
     seconds_per_row: float
+    seconds_per_transfer: float
 
     def of(self, layout: Layout, documents: np.ndarray) -> float:
         """Seconds of the slowest rank: computation and transfers run beside each other."""
+        received = rows_received(layout, documents)
         busy = self.seconds_per_pair * work_of_ranks(layout, documents)
-        return float(np.maximum(busy, self.seconds_per_row * traffic(layout, documents)).max())
+        busy += self.seconds_per_transfer * (received > 0).sum(1)
+        return float(np.maximum(busy, self.seconds_per_row * received.sum(1)).max())
 
 
 def best_layout(documents: np.ndarray, ranks: int, costs: Costs) -> Layout:
@@ -215,13 +219,19 @@ def work_of_ranks(layout: Layout, documents: np.ndarray) -> np.ndarray:
     return np.bincount(layout.owners, _work_of_stretches(documents, bounds), layout.ranks)
 
 
+def rows_received(layout: Layout, documents: np.ndarray) -> np.ndarray:
+    """int64 [ranks, ranks]: rows of keys and values that each rank receives from each other in one forward."""
+    parts = fragments(layout, documents)
+    rows = np.zeros((layout.ranks, layout.ranks), np.int64)
+    for rank in range(layout.ranks):
+        np.add.at(rows[rank], parts.owners, parts.needed_by(rank))
+        rows[rank, rank] = 0
+    return rows
+
+
 def traffic(layout: Layout, documents: np.ndarray) -> np.ndarray:
     """int64 [ranks]: rows of keys and values that each rank receives in one forward."""
-    parts = fragments(layout, documents)
-    rows = np.zeros(layout.ranks, np.int64)
-    for rank in range(layout.ranks):
-        rows[rank] = (parts.needed_by(rank) * (parts.owners != rank)).sum()
-    return rows
+    return rows_received(layout, documents).sum(1)
 
 
 @dataclass(frozen=True)

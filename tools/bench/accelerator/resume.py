@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,17 @@ def run(options: Options) -> Results:
             yield name, {"ok": False, "error": error}
             continue
         whole, again, _, cut = (one.checkpoints / "iter_0000008" for one in runs)
-        yield name, _check(whole, again, cut)
+        yield name, check_files(whole, {"differ between two whole runs": again, "differ after the resume": cut})
 
 
-def _check(whole: Path, again: Path, cut: Path) -> dict[str, Any]:
-    files = _digests(whole)
-    twice, resumed = ([name for name in files if files[name] != _digests(other).get(name)] for other in (again, cut))
-    return {
-        "ok": bool(files) and not twice and not resumed,
-        "files": len(files),
-        "differ between two whole runs": twice,
-        "differ after the resume": resumed,
-    }
+def check_files(checkpoint: Path, others: Mapping[str, Path]) -> dict[str, Any]:
+    """Files of tensors that differ from those of other checkpoints, under the names given; ok if there are none."""
+    files = _digests(checkpoint)
+    differ = {}
+    for label, other in others.items():
+        digests = _digests(other)
+        differ[label] = [name for name in files if files[name] != digests.get(name)]
+    return {"ok": bool(files) and not any(differ.values()), "files": len(files), **differ}
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -64,11 +64,12 @@ MOE_39B = (
     "--no-sequence-parallel",
 )
 KEPT, FULL = ("--recompute-layout", "none"), ("--recompute-granularity", "full")
+WHOLE_LOSS, LONG_ROWS = ("--loss-chunk-rows", "0"), {"length": 32768, "batch": 1}
 ONE, FOUR = ("--moe-input-chunks", "1"), ("--moe-input-chunks", "4")
 
 
-def _step(name: str, title: str, *flags: str) -> Section:
-    return Section(name, title, 120, "step", {"flags": flags})
+def _step(name: str, title: str, *flags: str, **sizes: int) -> Section:
+    return Section(name, title, 120, "step", {"flags": flags, **sizes})
 
 
 SECTIONS = (
@@ -81,6 +82,10 @@ SECTIONS = (
     _step("step-39b", "A training step, mixture of experts, fewer layers", *MOE_39B, *KEPT, *ONE),
     _step("step-39b-chunks", "The same in four chunks", *MOE_39B, *KEPT, *FOUR),
     _step("step-39b-full", "The same with full recompute", *MOE_39B, *FULL, *ONE),
+    Section("long-context", "Attention over ranks, all played on this device", 150, "long_context"),
+    Section("long-runs", "Lengths inside a run, and packed documents, on the CPU and on the device", 180, "long_runs"),
+    _step("step-long", "A training step of 32,768 tokens, the loss in chunks", *DENSE_3B, *FULL, **LONG_ROWS),
+    _step("step-long-whole", "The same with all logits at once", *DENSE_3B, *FULL, *WHOLE_LOSS, **LONG_ROWS),
     Section("attention", "Core attention", 90, "attention"),
     Section("checkpoint", "Saving and loading", 120, "checkpoint"),
 )

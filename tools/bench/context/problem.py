@@ -129,7 +129,7 @@ def on_one_rank(inputs: Inputs, documents: np.ndarray, kernel: BlockAttention) -
     kernel.forward(query, key, value, blocks, True, total)
     out = total.out.to(inputs.query.dtype)
     saved = Saved(kernel, inputs.grad, query, out, total.lse)
-    grads = Grads(*(torch.zeros(each.shape) for each in inputs[:3]))
+    grads = Grads(*(torch.zeros(each.shape, device=each.device) for each in inputs[:3]))
     kernel.backward(saved, key, value, blocks, True, grads)
     return Result(out, *(each.to(inputs.query.dtype) for each in (grads.query, grads.key, grads.value)))
 
@@ -138,8 +138,8 @@ def in_fp64(inputs: Inputs, documents: np.ndarray) -> Result:
     """Attention written out in fp64, by autograd: an independent reference."""
     query, key, value = (each.double().requires_grad_() for each in inputs[:3])
     group = query.shape[1] // key.shape[1]
-    numbers = torch.from_numpy(np.repeat(np.arange(documents.size - 1), np.diff(documents)))
-    place = torch.arange(len(query))
+    numbers = torch.from_numpy(np.repeat(np.arange(documents.size - 1), np.diff(documents))).to(query.device)
+    place = torch.arange(len(query), device=query.device)
     hidden = (numbers[:, None] != numbers[None, :]) | (place[:, None] < place[None, :])
     outs = []
     for head in range(query.shape[1]):

@@ -1,0 +1,54 @@
+"""A picture of what the computation and the link did, from the spans of a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from over_links import pyplot_to_files
+
+from megatron_telechat.parallel.clock import Span
+
+LABELLED_US = 9000.0
+"""Shorter spans have no room for their letters; microseconds."""
+
+
+def draw(path: Path, spans: Sequence[Span], colours: Mapping[str, str], title: str) -> None:
+    """Forward and backward, each with a row of the computation and one of the link.
+
+    A transfer is drawn from the end of the one before it, or from its start if the link was free.
+
+    Args:
+        spans: of one forward and backward on one rank.
+        colours: by name of a span; others are left out.
+    """
+    figure, axes = pyplot_to_files().subplots(2, 1, figsize=(11, 4.6), layout="constrained")
+    for axis, backward in zip(axes, (False, True), strict=True):
+        mine = [span for span in spans if span.backward == backward and span.name in colours]
+        origin = min(span.start_us for span in mine)
+        free = 0.0
+        for span in mine:
+            start, end = span.start_us - origin, span.end_us - origin
+            if span.track == "link":
+                start, free = max(start, free), end
+            height = 1 if span.track == "compute" else 0
+            axis.barh(
+                height, (end - start) / 1e3, left=start / 1e3, height=0.8, color=colours[span.name], edgecolor="white"
+            )
+            if end - start > LABELLED_US:
+                axis.text(
+                    (start + end) / 2e3,
+                    height,
+                    span.name if span.chunk is None else f"{span.name}{span.chunk}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white",
+                )
+        axis.set_xlim(left=0)
+        axis.set_yticks((0, 1), ("link", "compute"))
+        axis.set_title("backward" if backward else "forward", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set_xlabel("ms")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
