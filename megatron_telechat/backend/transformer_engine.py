@@ -17,16 +17,28 @@ def require_for_fp8(device: DeviceTraits) -> None:
     Raises:
         ConfigError: it has not, or is not.
     """
+    _require("FP8 is computed by Transformer Engine, which", "fp8_format", _OFF, device)
+
+
+def require_for_context(device: DeviceTraits) -> None:
+    """The same for its attention over ranks.
+
+    Raises:
+        ConfigError: as `require_for_fp8`.
+    """
+    setting = "cp_implementation"
+    _require(f"{setting}=transformer_engine: Transformer Engine", setting, "drop --cp-implementation", device)
+
+
+def _require(what: str, setting: str, off: str, device: DeviceTraits) -> None:
     if not device.transformer_engine:
-        raise ConfigError(
-            f"FP8 is computed by Transformer Engine, which has no kernels for {device.name}", "fp8_format", _OFF
-        )
+        raise ConfigError(f"{what} has no kernels for {device.name}", setting, off)
     # The meta package alone has neither kernels nor this module.
     if importlib.util.find_spec("transformer_engine_torch") is None:
         raise ConfigError(
-            "FP8 is computed by Transformer Engine, which is not installed",
-            "fp8_format",
-            f'pip install --no-build-isolation "transformer-engine[pytorch]{TRANSFORMER_ENGINE}", or {_OFF}',
+            f"{what} is not installed",
+            setting,
+            f'pip install --no-build-isolation "transformer-engine[pytorch]{TRANSFORMER_ENGINE}", or {off}',
         )
 
 

@@ -108,11 +108,10 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
 
     # Every rank looks for itself: all come to one answer, before a process group in which one would wait for another.
     require_start(loaded.stages)
-    if loaded.run.training.fp8_format is not None:
-        from megatron_telechat.backend import get_backend
-        from megatron_telechat.backend.transformer_engine import require_for_fp8
+    from megatron_telechat.backend import get_backend
+    from megatron_telechat.model.transformer_config import require_transformer_engine
 
-        require_for_fp8(get_backend(loaded.run.training.device).traits)
+    require_transformer_engine(loaded.run, get_backend(loaded.run.training.device).traits)
     return train(loaded.stages)
 
 

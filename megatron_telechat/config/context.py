@@ -21,10 +21,12 @@ def least_traffic(run: RunConfig) -> tuple[int, int]:
     Counted in heads of a rank's own tokens. An a2a group of U carries queries, keys, values and the output, forward and
     backward: 4 (heads + groups) (U - 1) / U. Keys and values travel to R - 1 ranks twice, their gradients once, and on
     average three quarters of them are needed: 4.5 groups (R - 1). An a2a hides behind nothing, so it must be cheaper,
-    not equal.
+    not equal. TransformerEngine's attention is a ring of all ranks.
     """
     parallel, model = run.parallel, run.model
     tensor, size = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if parallel.cp_implementation != "own":
+        return 1, size
     heads, groups = model.num_attention_heads // tensor, model.query_groups // tensor
 
     def traffic(n: int) -> float:

@@ -192,6 +192,9 @@ class ParallelConfig:
     """How context-parallel ranks attend to each other's tokens: p2p (keys and values go to the ranks that need them),
     a2a (heads are exchanged for tokens, DeepSpeed-Ulysses), a2a+p2p (a2a in groups of neighbours, p2p across) or auto
     (the one with the least traffic for this model)."""
+    cp_implementation: Literal["own", "transformer_engine"] = "own"
+    """Whose attention over context-parallel ranks: own, or TransformerEngine's ring (p2p, one document a sample,
+    CUDA)."""
     hierarchical_context_parallel_sizes: tuple[int, ...] = ()
     """The context-parallel size as two factors, ranks of a2a and ranks of p2p. Unset: they follow from
     cp_comm_type."""

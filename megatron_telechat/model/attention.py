@@ -166,7 +166,10 @@ def within_segments_at_once(attend: Callable[..., Tensor], heads: tuple[Tensor, 
 
 
 class TransformerEngineCoreAttention(torch.nn.Module):
-    """Causal attention by TransformerEngine's DotProductAttention (FlashAttention or cuDNN)."""
+    """Causal attention by TransformerEngine's DotProductAttention (FlashAttention or cuDNN).
+
+    Over the ranks of a context-parallel group it is a ring of zigzag shards, which is the order of our rows.
+    """
 
     heads_first = False
 
@@ -182,9 +185,15 @@ class TransformerEngineCoreAttention(torch.nn.Module):
             pg_collection=pg_collection,
         )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None = None) -> Tensor:
-        """query [s, b, heads, head_dim], key and value [s, b, groups, head_dim] -> [s, b, heads*head_dim]."""
-        assert segments is None, "model.spec takes torch's attention where documents are kept apart"
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | ContextPlan | None = None
+    ) -> Tensor:
+        """query [s, b, heads, head_dim], key and value [s, b, groups, head_dim] -> [s, b, heads*head_dim].
+
+        Args:
+            segments: None, or a plan of rows of one document each.
+        """
+        assert not isinstance(segments, Segments), "model.spec takes torch's attention where documents are kept apart"
         return self.inner(query, key, value, None, attn_mask_type=AttnMaskType.causal)
 
 

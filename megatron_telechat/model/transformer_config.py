@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_telechat.backend.transformer_engine import require_for_fp8
+from megatron_telechat.backend.transformer_engine import require_for_context, require_for_fp8
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.device_kinds import DeviceTraits
@@ -42,7 +42,7 @@ def transformer_config(
             object, because the schedules hang functions on it.
 
     Raises:
-        ConfigError: a model that only the planner knows; FP8 without Transformer Engine.
+        ConfigError: a model that only the planner knows; `require_transformer_engine`.
     """
     model, training = run.model, run.training
     if model.not_built:
@@ -50,6 +50,7 @@ def transformer_config(
         raise ConfigError(
             f"the training does not build a model with {what}", "model", "the planner takes it; leave it out here"
         )
+    require_transformer_engine(run, device)
     dtype = compute_dtype(run)
     transformer_engine = has_transformer_engine(device)
     return TransformerConfig(
@@ -87,13 +88,24 @@ def transformer_config(
     )
 
 
+def require_transformer_engine(run: RunConfig, device: DeviceTraits) -> None:
+    """That Transformer Engine is here, where the run asks for something that only it does.
+
+    Raises:
+        ConfigError: it is not, or has no kernels for this kind of device.
+    """
+    if run.training.fp8_format is not None:
+        require_for_fp8(device)
+    if run.parallel.cp_implementation == "transformer_engine":
+        require_for_context(device)
+
+
 def _fp8_fields(run: RunConfig, device: DeviceTraits) -> dict[str, Any]:
     """The products of Transformer Engine's modules in FP8. megatron-core's `TransformerBlock` enters the recipe, around
     each layer or (delayed) around all of them; parameters stay as they are."""
     training = run.training
     if training.fp8_format is None:
         return {}
-    require_for_fp8(device)
     return dict(
         fp8=training.fp8_format,
         fp8_recipe=training.fp8_recipe,

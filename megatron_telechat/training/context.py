@@ -87,13 +87,13 @@ def set_context(
         saved: ``extra`` of the checkpoint that the run resumes from.
 
     Returns:
-        None where rows are whole, or where no rank sends keys and values.
+        None where rows are whole, where no rank sends keys and values, and where the attention is not ours.
 
     Raises:
         ConfigError: on all ranks, if they came to different settings.
     """
     parallel = run.parallel
-    if parallel.context_sizes[1] == 1:
+    if parallel.context_sizes[1] == 1 or parallel.cp_implementation != "own":
         return None
     open_pieces = parallel.cp_pieces == "auto"
     open_costs = run.data.reset_attention_mask and parallel.cp_layout == "auto"

@@ -69,7 +69,7 @@ def executable(run: RunConfig) -> RunConfig:
     """The run as virtual ranks execute it: made-up data, and as many micro-batches as fill the pipeline.
 
     Raises:
-        ConfigError: a run that is not for CUDA, or one in FP8.
+        ConfigError: a run that is not for CUDA, or one that needs Transformer Engine.
     """
     kind = planned_device(run.training.device)
     if kind.torch_cuda != "native":
@@ -83,6 +83,12 @@ def executable(run: RunConfig) -> RunConfig:
             "virtual ranks play no Transformer Engine, which computes FP8", "--execute", "--no-fp8-format"
         )
     parallel = run.parallel
+    if parallel.cp_implementation != "own":
+        raise ConfigError(
+            f"virtual ranks play no Transformer Engine, and so not cp_implementation={parallel.cp_implementation}",
+            "--execute",
+            "--cp-implementation own",
+        )
     stages = parallel.pipeline_model_parallel_size
     enough = stages + 1 if parallel.num_virtual_stages_per_pipeline_rank == 1 else 2 * stages
     count = min(run.num_microbatches, enough)

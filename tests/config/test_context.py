@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_telechat.config import LoadedConfig, load_run_config
+from megatron_telechat.errors import ConfigError
 
 MEGATRON = (
     "--num-layers 4 --hidden-size 1024 --num-attention-heads 8 --ffn-hidden-size 4096 --vocab-size 1024 --seq-length "
@@ -52,6 +53,37 @@ def test_the_split_of_a_size(name, words, sizes):
     assert loaded.run.parallel.hierarchical_context_parallel_sizes == sizes
     derived = "hierarchical" not in words
     assert (loaded.origins["hierarchical_context_parallel_sizes"] == "derived") == derived
+
+
+TE = "--context-parallel-size 4 --cp-implementation transformer_engine"
+
+
+def test_the_ring_of_transformer_engine_is_p2p_over_all_ranks():
+    run = preset("telechat2-7b", f"{TE} --device cuda").run
+    assert run.parallel.cp_implementation == "transformer_engine" and run.parallel.context_sizes == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (TE.replace("4", "1"), "every rank holds whole samples"),
+        (f"{TE} --device cpu", "no kernels for device=cpu"),
+        (f"{TE} --cp-comm-type a2a", "is p2p alone"),
+        (f"{TE} --hierarchical-context-parallel-sizes 2 2", "is p2p alone"),
+        (f"{TE} --cp-pieces 2", "cp_pieces belongs to cp_implementation=own"),
+        (f"{TE} --cp-keep-received", "cp_keep_received belongs to"),
+        (f"{TE} --cp-trace 2-3", "cp_trace belongs to"),
+    ],
+)
+def test_what_transformer_engines_ring_cannot_do_is_refused(words, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        preset("telechat2-7b", words if "--device" in words else f"{words} --device cuda")
+
+
+def test_transformer_engines_ring_keeps_no_documents_apart():
+    words = f"--preset telechat2-7b --train-iters 100 --world-size 64 {TE} --device cuda --data-path d"
+    with pytest.raises(ConfigError, match="does not keep documents apart"):
+        load(f"{words} --reset-attention-mask --tokenizer-model t.json")
 
 
 def test_a_run_without_context_parallelism_has_no_split():

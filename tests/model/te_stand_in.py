@@ -118,14 +118,31 @@ def _modules(log: Log) -> dict[str, Any]:
     class DotProductAttention(torch.nn.Module):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__()
-            log.bind("DotProductAttention.__init__", *args, **kwargs)
+            given = log.bind("DotProductAttention.__init__", *args, **kwargs)
+            self.ranks = given.get("cp_group")
+            if self.ranks is not None:
+                assert given["cp_comm_type"] == "p2p" and given["cp_stream"] is not None
+                assert list(given["cp_global_ranks"]) == torch.distributed.get_process_group_ranks(self.ranks)
 
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             given = log.bind("DotProductAttention.forward", *args, **kwargs)
             assert given["attention_mask"] is None and given["attn_mask_type"] == "causal"
             heads = [given[f"{name}_layer"].permute(1, 2, 0, 3) for name in ("query", "key", "value")]
+            if self.ranks is not None:
+                return self.over_ranks(*heads).permute(2, 0, 1, 3).flatten(2)
             out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
             return out.permute(2, 0, 1, 3).flatten(2)
+
+        def over_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            """Rank r of N holds chunks r and 2 N - 1 - r of 2 N, as the real ring wants it."""
+            from torch.distributed.nn.functional import all_gather
+
+            size, half = self.ranks.size(), query.shape[2] // 2
+            places = [[rank * half + n for n in range(half)] for rank in range(2 * size)]
+            held = [torch.tensor(places[rank] + places[2 * size - 1 - rank]) for rank in range(size)]
+            keys, values = (torch.cat(all_gather(part.contiguous(), self.ranks), 2) for part in (key, value))
+            seen = held[self.ranks.rank()][:, None] >= torch.cat(held)[None, :]
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True)
 
     class FusedAdam(torch.optim.AdamW):
         def __init__(self, *args: Any, **kwargs: Any):

@@ -34,6 +34,7 @@ import torch
 
 from megatron_telechat.backend.core_versions import TRANSFORMER_ENGINE, numbers, satisfies
 from megatron_telechat.moe import te_products
+from tests.harness import launch
 from tests.model import te_facts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +146,20 @@ def test_the_model_on_the_wrappers_is_the_model_on_torch(report):
     for model in ("dense", "moe"):
         assert report[model]["loss"] < 1e-5 and report[model]["gradient"] < 1e-4, (model, report[model])
     assert report["quiet"], "FP8 without being asked"
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("release", [OLDEST, NEWEST])
+def test_the_attention_over_ranks_of_the_wrappers_is_ours(release):
+    """The stand-in's ring holds its rows in the order that the real one wants; loss and gradients are those of ours."""
+    done = launch(Path(__file__).with_name("worker_te.py"), 2, release, timeout=240).ok()
+    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    for model in ("dense", "moe"):
+        assert report[model]["loss"] < 1e-5 and report[model]["gradient"] < 1e-4, (model, report[model])
+    for count, keywords in report["calls"]["DotProductAttention.__init__"]:
+        assert "cp_group" in keywords
+        for each in te_facts.RELEASES:
+            te_facts.signature("DotProductAttention.__init__", each).bind(*range(count), **dict.fromkeys(keywords))
 
 
 @pytest.mark.heavy

@@ -1,12 +1,15 @@
 """The real model on megatron-core's wrappers of Transformer Engine, over a stand-in of one release; prints JSON.
 
 python tests/model/worker_te.py RELEASE
+torchrun --nproc-per-node 2 tests/model/worker_te.py RELEASE      its attention over ranks
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,14 +29,15 @@ MOE = dict(DENSE, num_experts=4, moe_ffn_hidden_size=48, moe_layer_freq=2, moe_s
 class Ranks:
     """This process as the one rank, and its model on torch's classes or on Transformer Engine's."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 1) -> None:
         from megatron_telechat import parallel
         from megatron_telechat.backend import get_backend
         from megatron_telechat.config import ParallelConfig, RunConfig
         from megatron_telechat.device_kinds import DEVICE_KINDS
 
         self.cpu = get_backend("cpu")
-        self.state = parallel.initialize(RunConfig(parallel=ParallelConfig(world_size=1)), self.cpu)
+        self.parallel = ParallelConfig(world_size=size, context_parallel_size=size)
+        self.state = parallel.initialize(RunConfig(parallel=self.parallel), self.cpu)
         # The answers of a device that Transformer Engine has kernels for, over the memory of this one.
         self.te = SimpleNamespace(device=self.cpu.device, traits=DEVICE_KINDS["cuda"])
 
@@ -41,7 +45,8 @@ class Ranks:
         from megatron_telechat.config import ModelConfig, RunConfig, TrainingConfig
 
         fields = dict(precision="fp32", seq_length=SEQ, micro_batch_size=1, global_batch_size=MICRO_BATCHES)
-        return RunConfig(model=ModelConfig(**model), training=TrainingConfig(**{**fields, **training}))
+        training = TrainingConfig(**{**fields, **training})
+        return RunConfig(model=ModelConfig(**model), training=training, parallel=self.parallel)
 
     def build(self, run: Any, backend: Any) -> Any:
         from megatron_telechat.model import build_model
@@ -54,10 +59,14 @@ class Ranks:
         import torch
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        from megatron_telechat.parallel.context.layout import zigzag
+
         generator = torch.Generator().manual_seed(7)
         tokens, labels = (
             torch.randint(run.model.vocab_size, (MICRO_BATCHES, 1, SEQ), generator=generator) for _ in range(2)
         )
+        mine = torch.from_numpy(zigzag(SEQ, self.state.cp_size).positions(self.state.cp_rank))
+        tokens, labels = tokens[..., mine], labels[..., mine]
         losses: list[float] = []
 
         def forward_step(iterator: Any, model: Any) -> Any:
@@ -91,6 +100,8 @@ def as_torch_computes(ranks: Ranks, model: dict[str, Any]) -> dict[str, float]:
     run = ranks.run_of(model)
     found = []
     for backend in (ranks.cpu, ranks.te):
+        if backend is ranks.te and ranks.state.cp_size > 1:
+            run = replace(run, parallel=replace(run.parallel, cp_implementation="transformer_engine"))
         virtual_stages = ranks.build(run, backend)
         found.append((ranks.step(run, virtual_stages), ranks.gradients(virtual_stages)))
     (loss, expected), (te_loss, gradients) = found
@@ -155,8 +166,23 @@ def moved(ranks: Ranks, run: Any, virtual_stages: Any) -> list[bool]:
     return [losses[0] != losses[1], losses[0] == losses[2]]
 
 
+def over_ranks(log: te_stand_in.Log, size: int) -> None:
+    """Its attention over the ranks of this launch beside ours."""
+    from megatron.core.extensions import transformer_engine as extension
+
+    extension.TEDotProductAttention.cp_stream = object()  # megatron-core would make one of CUDA
+    ranks = Ranks(size)
+    found = {name: as_torch_computes(ranks, model) for name, model in (("dense", DENSE), ("moe", MOE))}
+    if ranks.state.rank == 0:
+        print(json.dumps({**found, "calls": {name: sorted(set(calls)) for name, calls in log.calls.items()}}))
+
+
 def main() -> None:
     log = te_stand_in.install(sys.argv[1])
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        over_ranks(log, size)
+        return
     ranks = Ranks()
     from megatron.core.extensions import transformer_engine as extension
 

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from megatron_telechat.config.context import head_sizes
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.rules.parallel import CP, TP
+from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.errors import Problem
 
 SIZES = "hierarchical_context_parallel_sizes"
 KIND = "cp_comm_type"
 PIECES = "cp_pieces"
+KEEP = "cp_keep_received"
 LAYOUT = "cp_layout"
+IMPLEMENTATION = "cp_implementation"
 RECORDINGS = ("moe_routing_record", "moe_routing_replay")
 MOST_PIECES = 16
 
@@ -90,6 +93,42 @@ def heads_are_exchanged_whole(check: Check) -> Iterator[Problem]:
         )
 
 
+def the_other_ring_is_asked_what_it_can(check: Check) -> Iterator[Problem]:
+    """TransformerEngine's attention over ranks: a ring of whole shards on CUDA, one document a sample."""
+    name, size, kind, device = check.take(IMPLEMENTATION, CP, KIND, "device")
+    sizes, apart, keep, pieces, trace = check.take(SIZES, "reset_attention_mask", KEEP, PIECES, "cp_trace")
+    if name == "own":
+        return
+    own = flag(IMPLEMENTATION, "own")
+    if size == 1:
+        yield check.problem(
+            f"{IMPLEMENTATION}={name}, but with {CP}=1 every rank holds whole samples", IMPLEMENTATION, CP, fix=own
+        )
+        return
+    if not planned_device(device).transformer_engine:
+        yield check.problem(
+            f"{IMPLEMENTATION}={name}: Transformer Engine has no kernels for device={device}",
+            IMPLEMENTATION,
+            "device",
+            fix=own,
+        )
+    if kind not in ("auto", "p2p") or (sizes and sizes[0] > 1):
+        yield check.problem(f"{IMPLEMENTATION}={name} is p2p alone", IMPLEMENTATION, KIND, SIZES, fix=flag(KIND, "p2p"))
+    if apart:
+        yield check.problem(
+            f"{IMPLEMENTATION}={name} does not keep documents apart: its packed form has given wrong attention without "
+            "an error (Transformer Engine, issue 3331)",
+            IMPLEMENTATION,
+            "reset_attention_mask",
+            fix=own,
+        )
+    for setting, given in ((KEEP, keep), (PIECES, pieces != "auto"), ("cp_trace", trace is not None)):
+        if given:
+            yield check.problem(
+                f"{setting} belongs to {IMPLEMENTATION}=own", setting, IMPLEMENTATION, fix=f"drop it, or {own}"
+            )
+
+
 def no_attention_dropout(check: Check) -> Iterator[Problem]:
     """The blocks of a context-parallel attention have no common random numbers."""
     size, dropout = check.take(CP, "attention_dropout")
@@ -139,6 +178,7 @@ RULES: tuple[Rule, ...] = (
     sequence_is_cut,
     sizes_multiply,
     heads_are_exchanged_whole,
+    the_other_ring_is_asked_what_it_can,
     no_attention_dropout,
     pieces_are_some,
     a_trace_has_an_exchange,

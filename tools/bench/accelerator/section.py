@@ -85,7 +85,8 @@ SECTIONS = (
     Section("long-context", "Attention over ranks, all played on this device", 150, "long_context"),
     Section("long-runs", "Lengths inside a run, and packed documents, on the CPU and on the device", 180, "long_runs"),
     _step("step-long", "A training step of 32,768 tokens, the loss in chunks", *DENSE_3B, *FULL, **LONG_ROWS),
-    _step("step-long-whole", "The same with all logits at once", *DENSE_3B, *FULL, *WHOLE_LOSS, **LONG_ROWS),
+    _step("step-long-fast", "The same with --no-deterministic", *DENSE_3B, *FULL, "--no-deterministic", **LONG_ROWS),
+    _step("step-long-whole", "step-long with all logits at once", *DENSE_3B, *FULL, *WHOLE_LOSS, **LONG_ROWS),
     Section("attention", "Core attention", 90, "attention"),
     Section("checkpoint", "Saving and loading", 120, "checkpoint"),
 )
