@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_telechat.backend.block_attention import Block, Grads, Saved
 from megatron_telechat.backend.block_attention.calls import calls
-from megatron_telechat.backend.block_attention.running import Running
+from megatron_telechat.backend.block_attention.running import Running, add_rows
 
 _TYPES = (torch.bfloat16, torch.float16)
 _MAX_HEAD, _HEAD_MULTIPLE = 256, 8
@@ -70,7 +70,7 @@ class FlashBlocks:
                 state,
                 torch.empty(0, device=key.device),
             )
-            # No row is in two blocks of a call: an indexed sum has one order.
-            grads.query[call.queries] += dq
-            grads.key[call.keys] += dk
-            grads.value[call.keys] += dv
+            # No row is in two blocks of a call.
+            add_rows(grads.query, call.queries, dq)
+            add_rows(grads.key, call.keys, dk)
+            add_rows(grads.value, call.keys, dv)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_telechat.backend.kernels import kernels
+
 
 class Running:
     """Attention of all keys so far.
@@ -37,6 +39,10 @@ class Running:
 
         ``lse = max + log(1 + exp(min - max))``, ``out = sum of out_i exp(lse_i - lse)``: nothing overflows.
         """
+        fused = kernels("merging", out)
+        if fused is not None:
+            fused.merge(self.out, self.lse, rows, out.contiguous(), lse.contiguous())
+            return
         before = self.lse[:, rows]
         after = torch.logaddexp(before, lse)
         old, new = ((part - after).exp_().t().unsqueeze(-1) for part in (before, lse))
@@ -45,3 +51,18 @@ class Running:
         else:
             self.out[rows] = (self.out[rows] * old).addcmul_(out.float(), new)
         self.lse[:, rows] = after
+
+
+def add_rows(total: Tensor, rows: slice | Tensor, part: Tensor) -> None:
+    """``total[rows] += part``, in one order.
+
+    Args:
+        total: fp32 [t, groups, d], contiguous.
+        rows: a slice, or numbers on the device, none of them twice.
+        part: [n, groups, d].
+    """
+    fused = kernels("merging", part)
+    if fused is not None:
+        fused.add_rows(total, rows, part.contiguous())
+    else:
+        total[rows] += part
