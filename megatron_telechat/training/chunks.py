@@ -16,6 +16,7 @@ from megatron_telechat.moe.autotune import ChunkChoice, choose_num_chunks
 from megatron_telechat.moe.overlap_model import PassCosts
 from megatron_telechat.parallel.agreement import agree, from_rank_0
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.measured import holding
 from megatron_telechat.training.param_gather import gathered_parameters
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class ChunkSetting:
         num_chunks: of every MoE layer, on every rank.
         message: one line for a person.
         extra: what a checkpoint keeps of it.
-        choice: the measurement; None where the number came from a checkpoint.
+        choice: the measurement; None where the number was there before.
     """
 
     num_chunks: int
@@ -57,17 +58,17 @@ def set_chunks(
     run: RunConfig,
     state: ParallelState,
     backend: Backend,
-    saved: Mapping[str, Any] | None = None,
+    before: Sequence[Mapping[str, Any]] = (),
 ) -> ChunkSetting | None:
-    """With ``--moe-input-chunks auto``, set all MoE layers to the checkpoint's number, or to one that is measured now.
+    """With ``--moe-input-chunks auto``, set all MoE layers to the number that the run has measured before, or to one
+    that is measured now.
 
-    Collective over all ranks. A measurement leaves no trace in random generators, counters or gradient buffers. The
-    number of a checkpoint is taken only where layout, shape of the batch, precision and device are those it was
-    measured with.
+    Collective over all ranks. A measurement leaves no trace in random generators, counters or gradient buffers. One of
+    before is taken only where layout, shape of the batch, precision and device are those it was made with.
 
     Args:
         virtual_stages: those of this rank, wrapped, with their optimizer.
-        saved: ``extra`` of the checkpoint that the run resumes from.
+        before: ``extra`` of the checkpoint that the run resumes from, and what else was measured (`measured`).
 
     Returns:
         None where the number is not to be chosen.
@@ -79,20 +80,20 @@ def set_chunks(
         return None
     now = _conditions(run, state, backend)
     # One rank decides whether to measure: a device of another name would send some ranks into a collective alone.
-    kept, changed = from_rank_0(_kept(saved, now))
+    kept, changed = from_rank_0(holding(KEY, now, before, _number))
     if kept is None:
         choice: ChunkChoice | None = _measure(virtual_stages, run, backend)
         number, costs = choice.num_chunks, choice.backward
     else:
-        choice, number, costs = None, kept, _kept_costs(saved)
+        choice, number, costs = None, kept["num_chunks"], _kept_costs(kept)
     agree("the number of input chunks of the experts", number, state)
     for block in moe_blocks(virtual_stages):
         block.num_chunks, block.backward_costs = number, costs
     pieces = f"{number} chunk{'s' * (number > 1)} of the experts' input"
     if choice is None:
-        message = f"moe_input_chunks auto: {pieces}, from the checkpoint"
+        message = f"moe_input_chunks auto: {pieces}, measured before"
     else:
-        anew = f"; measured again because {changed} differs from the checkpoint" if changed else ""
+        anew = f"; measured again because {changed} differs from before" if changed else ""
         message = f"moe_input_chunks auto: {pieces}, {choice.reason}{anew}"
     entry = {"num_chunks": number, "conditions": now, "backward_costs": None if costs is None else asdict(costs)}
     return ChunkSetting(number, message, {KEY: entry}, choice)
@@ -116,22 +117,15 @@ def _conditions(run: RunConfig, state: ParallelState, backend: Backend) -> dict[
     }
 
 
-def _kept(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[int | None, str]:
-    """The number of a checkpoint, where it holds; and what does not, where that is the reason."""
-    entry = (saved or {}).get(KEY)
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("conditions"), Mapping):
-        return None, ""
-    number, then = entry.get("num_chunks"), entry["conditions"]
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        return None, ""
-    different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return (None, ", ".join(different)) if different else (number, "")
+def _number(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry has a number that can be one."""
+    number = entry.get("num_chunks")
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
-def _kept_costs(saved: Mapping[str, Any] | None) -> PassCosts | None:
-    """The measured costs of a checkpoint whose number holds; None where it has none. They place work of this rank only,
-    so the ranks need not agree on them."""
-    costs = (saved or {})[KEY].get("backward_costs")
+def _kept_costs(entry: Mapping[str, Any]) -> PassCosts | None:
+    """The costs of an entry; None where it has none. They place work of this rank only."""
+    costs = entry.get("backward_costs")
     names = {each.name for each in fields(PassCosts)}
     if not isinstance(costs, Mapping) or costs.keys() != names:
         return None

@@ -30,6 +30,7 @@ from megatron_telechat.parallel.context.direct import Way, attend
 from megatron_telechat.parallel.context.layout import Costs
 from megatron_telechat.parallel.context.plan import LEAST_ROWS, ContextPlan, whole_rows
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.measured import holding
 
 KEY = "context"
 """Of this choice, in the ``extra`` of a checkpoint and as the event in metrics.jsonl."""
@@ -75,16 +76,17 @@ def set_context(
     run: RunConfig,
     state: ParallelState,
     backend: Backend,
-    saved: Mapping[str, Any] | None = None,
+    before: Sequence[Mapping[str, Any]] = (),
 ) -> ContextSetting | None:
-    """Set all attentions over ranks to the checkpoint's pieces, or to those that are measured now, where they are open.
+    """Set all attentions over ranks to the pieces that the run has measured before, or to those that are measured now,
+    where they are open.
 
-    Collective over all ranks. The measurement leaves no trace in random generators. What a checkpoint holds is taken
-    only where layout, shape of the batch, precision and device are those it was measured with.
+    Collective over all ranks. The measurement leaves no trace in random generators. One of before is taken only where
+    layout, shape of the batch, precision and device are those it was made with.
 
     Args:
         virtual_stages: those of this rank.
-        saved: ``extra`` of the checkpoint that the run resumes from.
+        before: ``extra`` of the checkpoint that the run resumes from, and what else was measured (`measured`).
 
     Returns:
         None where rows are whole, where no rank sends keys and values, and where the attention is not ours.
@@ -102,10 +104,10 @@ def set_context(
         return ContextSetting(parallel.cp_pieces)
     now = _conditions(run, state, backend)
     # One rank decides whether to measure: a device of another name would send some ranks into a collective alone.
-    kept = from_rank_0(_kept(saved, now))
+    kept, _ = from_rank_0(holding(KEY, now, before, _is_setting))
     attentions = context_attentions(virtual_stages)
     if kept is not None:
-        measured, (pieces, costs) = None, kept
+        measured, pieces, costs = None, kept["pieces"], Costs(**kept["costs"])
     else:
         measured, costs = _measure(attentions[0] if attentions else None, run, backend)
         fastest = min(measured.values())
@@ -124,7 +126,7 @@ def set_context(
 def _message(setting: ContextSetting) -> str:
     pieces = f"{setting.pieces} piece{'s' * (setting.pieces > 1)} of each transfer of keys and values"
     if setting.measured_ms is None:
-        return f"cp_pieces: {pieces}, from the checkpoint"
+        return f"cp_pieces: {pieces}, measured before"
     times = ", ".join(f"{number}: {ms:.3g} ms" for number, ms in setting.measured_ms.items())
     return f"cp_pieces: {pieces}; attention of a layer, forward and backward: {times}"
 
@@ -142,19 +144,14 @@ def _conditions(run: RunConfig, state: ParallelState, backend: Backend) -> dict[
     }
 
 
-def _kept(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[int, Costs] | None:
-    """The setting of a checkpoint, where it holds."""
-    entry = (saved or {}).get(KEY)
-    if not isinstance(entry, Mapping) or entry.get("conditions") != now:
-        return None
+def _is_setting(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry has pieces and costs that can be some."""
     pieces, costs = entry.get("pieces"), entry.get("costs")
     if isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 1 or not isinstance(costs, Mapping):
-        return None
+        return False
     if costs.keys() != asdict(EVEN_COSTS).keys():
-        return None
-    if not all(isinstance(each, float) and 0 < each < math.inf for each in costs.values()):
-        return None
-    return pieces, Costs(**costs)
+        return False
+    return all(isinstance(each, float) and 0 < each < math.inf for each in costs.values())
 
 
 class _NoProducts:

@@ -37,6 +37,7 @@ from megatron_telechat.training.console import Console
 from megatron_telechat.training.context import ContextSetting, set_context
 from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.learning_rate import StageRates
+from megatron_telechat.training.measured import note_measured, read_measured
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.numerics import require_finite_weights
 from megatron_telechat.training.optimizer import set_learning_rate
@@ -425,15 +426,13 @@ class Trainer:
         """The pieces of the experts' input, where the run leaves their number to us and something is left to train."""
         if self._is_last():
             return None
-        saved = self.resumed.extra if self.resumed else None
-        setting = set_chunks(self.virtual_stages, self.run, self.state, self.backend, saved)
+        setting = set_chunks(self.virtual_stages, self.run, self.state, self.backend, self._measured_before())
         self._tell(setting)
         return setting
 
     def _set_context(self) -> ContextSetting | None:
         """The pieces and costs of the attention over ranks, where the run leaves them to us."""
-        saved = self.resumed.extra if self.resumed else None
-        setting = set_context(self.virtual_stages, self.run, self.state, self.backend, saved)
+        setting = set_context(self.virtual_stages, self.run, self.state, self.backend, self._measured_before())
         self._tell(setting)
         return setting
 
@@ -446,6 +445,13 @@ class Trainer:
         event = setting.event(self.step)
         if event is not None:
             self.writer.write(event)
+            if self.state.rank == 0:
+                note_measured(self.paths.run_dir, setting.extra)
+
+    def _measured_before(self) -> list[Mapping[str, Any]]:
+        """What the run has measured of itself: as its checkpoint has it, then as its folder has it."""
+        saved = self.resumed.extra if self.resumed else {}
+        return [saved, read_measured(self.paths.run_dir) if self.state.rank == 0 else {}]
 
     def _introduce(self, origins: Mapping[str, str], before: Reports | None) -> None:
         """Banner, what a resume changed, and the resolved configuration in the run folder; between two stages of one

@@ -27,15 +27,20 @@ def test_resume_takes_the_number_of_the_checkpoint_and_is_bitwise(report):
     for found in report.check("resume_takes_the_number_of_the_checkpoint"):
         assert found["whole"]["numbers"] == [3]
         again = found["again"]
-        assert again["numbers"] == [3] and again["step"] == 2 and "from the checkpoint" in again["message"]
+        assert again["numbers"] == [3] and again["step"] == 2 and "measured before" in again["message"]
         assert again["rest"] == found["whole"]["rest"]
 
 
 def test_another_batch_shape_is_measured_anew_and_a_number_is_a_number(report):
     found = report.check("resume_takes_the_number_of_the_checkpoint")[0]
     assert found["other_batch"]["numbers"] == [2] and found["other_batch"]["step"] == 2
-    assert "measured again because tokens differs from the checkpoint" in found["other_batch"]["message"]
+    assert "measured again because tokens differs from before" in found["other_batch"]["message"]
     assert found["fixed"] == [[4], None]
+
+
+def test_nothing_is_measured_twice_before_the_first_checkpoint(report):
+    for found in report.check("nothing_is_measured_twice_before_the_first_checkpoint"):
+        assert found == [[3], [3], [2], [2]]
 
 
 def test_measuring_leaves_no_trace(report):

@@ -45,7 +45,7 @@ def test_a_packed_run_goes_on_bitwise_and_evaluates(tmp_path):
     launch(PRETRAIN, 2, *flags, "--save-interval", "3", "--run-dir", str(tmp_path / "whole"), timeout=240).ok()
     begin = ["--load", str(tmp_path / "whole" / "checkpoints"), "--load-step", "3"]
     run = launch(PRETRAIN, 2, *flags, *begin, "--run-dir", str(tmp_path / "parts"), timeout=240).ok()
-    assert "from the checkpoint" in run.stdout and "cp exposed" in run.stdout
+    assert "measured before" in run.stdout and "cp exposed" in run.stdout
     whole, parts = (losses(tmp_path / folder) for folder in ("whole", "parts"))
     assert parts == {key: loss for key, loss in whole.items() if key[1] > 3} and ("valid_loss", 4) in parts
 

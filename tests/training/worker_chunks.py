@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch  # noqa: E402
+
 from tests.harness import Cases  # noqa: E402
 from tests.training.runs import MOE, make_trainer  # noqa: E402
 
@@ -75,6 +77,8 @@ def resume_takes_the_number_of_the_checkpoint():
 
     with chosen(3):
         found = {"whole": with_trainer(AUTO, "resumed", whole)}
+    (FOLDER / "resumed" / "measured.json").unlink(missing_ok=True)
+    torch.distributed.barrier()
     with chosen(None):
         found["again"] = with_trainer(AUTO, "resumed", again)
     with chosen(2):
@@ -82,6 +86,22 @@ def resume_takes_the_number_of_the_checkpoint():
         found["fixed"] = with_trainer(
             [*AUTO, "--moe-input-chunks", "4"], "resumed", lambda t: [numbers(t), t.chunk_setting]
         )
+    return found
+
+
+@cases.case
+def nothing_is_measured_twice_before_the_first_checkpoint():
+    """A run that ended before it saved, and two whose file says nothing that can be used."""
+    with chosen(3):
+        found = [with_trainer(AUTO, "unsaved", numbers)]
+    with chosen(None):
+        found.append(with_trainer(AUTO, "unsaved", numbers))
+    for content in ('{"moe_input_', '{"moe_input_chunks": {"num_chunks": -3, "conditions": {}}}'):
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            (FOLDER / "unsaved" / "measured.json").write_text(content)
+        with chosen(2):
+            found.append(with_trainer(AUTO, "unsaved", numbers))
     return found
 
 

@@ -16,7 +16,8 @@ LABELLED_US = 9000.0
 def draw(path: Path, spans: Sequence[Span], colours: Mapping[str, str], title: str) -> None:
     """Forward and backward, each with a row of the computation and one of the link.
 
-    A transfer is drawn from the end of the one before it, or from its start if the link was free.
+    Transfers that share the link are drawn one after another, in the order in which they ended: from the end of the one
+    before, or from its start if the link was free.
 
     Args:
         spans: of one forward and backward on one rank.
@@ -27,7 +28,7 @@ def draw(path: Path, spans: Sequence[Span], colours: Mapping[str, str], title: s
         mine = [span for span in spans if span.backward == backward and span.name in colours]
         origin = min(span.start_us for span in mine)
         free = 0.0
-        for span in mine:
+        for span in sorted(mine, key=lambda span: span.end_us):
             start, end = span.start_us - origin, span.end_us - origin
             if span.track == "link":
                 start, free = max(start, free), end
