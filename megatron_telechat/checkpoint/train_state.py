@@ -6,12 +6,11 @@ what when the checkpoint was written plays no part in reading it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_telechat.checkpoint import commit as protocol
@@ -24,15 +23,16 @@ from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.names import committed_folders
-from megatron_telechat.checkpoint.optimizer_state import adam_steps, flat_boxes, optimizer_slices
+from megatron_telechat.checkpoint.optimizer_state import adam_steps
+from megatron_telechat.checkpoint.owned import OwnedTensor, owned_tensors
 from megatron_telechat.checkpoint.retention import prune
+from megatron_telechat.checkpoint.verify import remember_files, remember_manifest
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
-from megatron_telechat.tensors.pieces import is_first_over_tensor
 
 
 @dataclass
@@ -62,14 +62,6 @@ class TrainState:
     branch: Branch | None = None
 
 
-@dataclass(frozen=True)
-class _OwnedTensor:
-    key: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensor: torch.Tensor
-
-
 _Written = tuple[Part, dict[str, Any] | None]
 """What one rank has written, and the scalars of its optimizer."""
 
@@ -87,7 +79,8 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
     Raises ResourceError (disk) or CheckpointError on every rank when any rank fails; nothing is
     committed then. With overlap_param_gather the parameters must have been gathered before.
     """
-    owned = list(_owned_tensors(state, run, parallel))
+    optimizer = None if run.checkpoint.no_save_optim else state.optimizer
+    owned = list(owned_tensors(state.shards, optimizer, parallel))
     attempt = _begin_together(Path(root), state.step, owned, parallel)
     try:
         with together(parallel):
@@ -100,6 +93,7 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
         if parallel.rank == 0:
             protocol.abandon(attempt)
         raise
+    remember_files(attempt.final, part.files)
     return attempt.final
 
 
@@ -112,29 +106,7 @@ def _gathered_on_rank_0(mine: _Written, parallel: ParallelState) -> list[_Writte
     return gathered
 
 
-def _owned_tensors(state: TrainState, run: RunConfig, parallel: ParallelState) -> Iterator[_OwnedTensor]:
-    """The boxes that this rank, and no other, writes."""
-    for shard in state.shards:
-        if shard.writer:
-            yield from _boxes_of("model", shard, 0, shard.parameter.detach().view(-1))
-    if state.optimizer is None or run.checkpoint.no_save_optim:
-        return
-    for item in optimizer_slices(state.optimizer, state.shards):
-        # The slices of one parameter differ over the data-parallel ranks. Only a tensor that every rank of the tensor
-        # (or expert-tensor) domain holds whole has replicas left.
-        if is_first_over_tensor(item.shard.piece.spec, parallel) if item.sharded else item.shard.writer:
-            for name, tensor in item.tensors.items():
-                yield from _boxes_of(f"optimizer/{name}", item.shard, item.start, tensor)
-
-
-def _boxes_of(prefix: str, shard: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
-    spec = shard.piece.spec
-    for part in flat_boxes(shard, start, start + flat.numel()):
-        values = flat[part.start - start : part.stop - start].view(part.box.shape)
-        yield _OwnedTensor(f"{prefix}/{spec.key}", spec.shape, part.box.offset, values)
-
-
-def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
+def _begin_together(root: Path, step: int, owned: Sequence[OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
     needed = sum(gather_objects(sum(item.tensor.nbytes for item in owned)))
     attempt: protocol.Attempt | None = None
     with together(parallel):
@@ -149,9 +121,9 @@ def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parall
 
 
 def _write_part(
-    attempt: protocol.Attempt, owned: Sequence[_OwnedTensor], state: TrainState, parallel: ParallelState
+    attempt: protocol.Attempt, owned: Sequence[OwnedTensor], state: TrainState, parallel: ParallelState
 ) -> Part:
-    writer = PartWriter(attempt.temporary, parallel.rank)
+    writer = PartWriter(attempt, parallel.rank)
     for item in owned:
         writer.add(item.key, item.global_shape, item.offset, item.tensor)
     if state.backend is not None:
@@ -203,8 +175,10 @@ def _commit(
         data_fingerprint=state.data_fingerprint,
         extra={**state.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
         lineage=branch.next().to_json(),
+        save=attempt.save,
     )
     branch.saved(look_at(protocol.commit(attempt, manifest)))
+    remember_manifest(attempt.final, manifest.files)
     prune(attempt.root, run.checkpoint.keep_last, state.resumed_from)
 
 
