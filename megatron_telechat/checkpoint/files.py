@@ -79,20 +79,7 @@ def write_safetensors(
 
     Raises ResourceError when the disk is full, read-only or failing, or the file exists.
     """
-    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for tensor in tensors:
-        assert tensor.name not in header, f"{tensor.name} twice in {path.name}"
-        span = [position, position + tensor.nbytes]
-        header[tensor.name] = {
-            "dtype": DTYPES[_NAME_OF[tensor.dtype]][1],
-            "shape": list(tensor.shape),
-            "data_offsets": span,
-        }
-        position = span[1]
-    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    head += b" " * (-len(head) % 8)
-    prefix = struct.pack("<Q", len(head)) + head
+    prefix = safetensors_prefix(path.name, tensors, metadata)
     try:
         with open(path, "xb", buffering=0) as stream, _BesideTheWrite(stream.fileno()) as beside:
             _write(stream, memoryview(prefix), beside)
@@ -102,7 +89,27 @@ def write_safetensors(
             os.fsync(stream.fileno())
     except OSError as error:
         raise disk_error(path, error) from error
-    return FileEntry(len(prefix) + position, f"{checksum:08x}")
+    return FileEntry(len(prefix) + sum(tensor.nbytes for tensor in tensors), f"{checksum:08x}")
+
+
+def safetensors_prefix(
+    file_name: str, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What a safetensors file begins with; the values of the tensors follow it in their order, without gaps."""
+    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for tensor in tensors:
+        assert tensor.name not in header, f"{tensor.name} twice in {file_name}"
+        span = [position, position + tensor.nbytes]
+        header[tensor.name] = {
+            "dtype": DTYPES[_NAME_OF[tensor.dtype]][1],
+            "shape": list(tensor.shape),
+            "data_offsets": span,
+        }
+        position = span[1]
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    return struct.pack("<Q", len(head)) + head
 
 
 def _write(stream: RawIOBase, data: memoryview, beside: _BesideTheWrite) -> None:

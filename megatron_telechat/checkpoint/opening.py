@@ -17,7 +17,7 @@ from megatron_telechat.checkpoint.manifest import MANIFEST, Manifest
 from megatron_telechat.checkpoint.names import folder_of_step
 from megatron_telechat.checkpoint.verify import check_together, read_sound_manifest
 from megatron_telechat.errors import CheckpointError, Problem
-from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, this_rank, together
+from megatron_telechat.parallel.agreement import from_rank_0, this_rank, together
 
 Wanted = Callable[[CheckpointReader], Iterable[str]]
 """The files of a checkpoint that this rank will read."""
@@ -54,7 +54,7 @@ def open_verified(
     folders, named = from_rank_0((folders, named))
     problems: list[Problem] = []
     for folder in folders or ():
-        reader, found = _checked(folder, fits, wanted)
+        reader, found = _checked(folder, named, fits, wanted)
         if reader is not None:
             notes = tuple(f"passed over: {problem.what} ({problem.where})" for problem in problems)
             for note in notes:
@@ -76,14 +76,14 @@ def _folders(root: Path, step: int | None) -> list[Path]:
     return [folder_of_step(root, step)] if step is not None else candidates(root)
 
 
-def _checked(folder: Path, fits: Fits | None, wanted: Wanted | None) -> tuple[CheckpointReader | None, list[Problem]]:
+def _checked(
+    folder: Path, named: bool, fits: Fits | None, wanted: Wanted | None
+) -> tuple[CheckpointReader | None, list[Problem]]:
     """A reader of a sound checkpoint, or what is wrong with it; a collective."""
     given: tuple[Manifest | None, list[Problem]] | None = None
-    if this_rank() == 0:
-        try:
-            given = to_hand_out(read_sound_manifest(folder)), []
-        except CheckpointError as error:
-            given = None, list(error.problems)
+    with together():
+        if this_rank() == 0:
+            given = _manifest_to_hand_out(folder, named)
     manifest, problems = from_rank_0(given)
     if manifest is None:
         return None, problems
@@ -93,5 +93,14 @@ def _checked(folder: Path, fits: Fits | None, wanted: Wanted | None) -> tuple[Ch
         if fits is not None:
             fits(reader)
         files.update(wanted(reader) if wanted is not None else ())
-    problems = check_together(folder, manifest, this_rank(), files, gather_objects)
+    problems = check_together(folder, manifest, files)
     return (None, problems) if problems else (reader, [])
+
+
+def _manifest_to_hand_out(folder: Path, named: bool) -> tuple[Manifest | None, list[Problem]]:
+    if folder.is_symlink() and not named:
+        return None, [Problem("the folder is a symbolic link", str(folder), "copy the folder, or name it with --load")]
+    try:
+        return to_hand_out(read_sound_manifest(folder)), []
+    except CheckpointError as error:
+        return None, list(error.problems)

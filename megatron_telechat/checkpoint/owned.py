@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_telechat.checkpoint.optimizer_state import flat_boxes, optimizer_slices
+from megatron_telechat.checkpoint.optimizer_state import MOMENTS, flat_boxes, optimizer_slices
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.tensors.pieces import is_first_over_tensor
@@ -55,17 +55,32 @@ def owned_tensors(shards: Sequence[LocalParameter], optimizer: Any, parallel: Pa
     Args:
         optimizer: None leaves the optimizer's state out.
     """
+    for one in _owned_ranges(shards, optimizer, parallel):
+        yield from _boxes_of(one)
+
+
+def expected_bytes(shards: Sequence[LocalParameter], optimizer: Any, parallel: ParallelState) -> int:
+    """Bytes of the tensors that this rank will write once the optimizer has taken a step."""
+    return sum(one.values.nbytes for one in _owned_ranges(shards, optimizer, parallel, with_moments=True))
+
+
+def _owned_ranges(
+    shards: Sequence[LocalParameter], optimizer: Any, parallel: ParallelState, with_moments: bool = False
+) -> list[_FlatRange]:
     ranges = [_FlatRange("model", shard, 0, shard.parameter.detach().view(-1)) for shard in shards]
     own: list[_FlatRange] = []
     for item in optimizer_slices(optimizer, shards) if optimizer is not None else ():
-        found = [_FlatRange(f"optimizer/{name}", item.shard, item.start, each) for name, each in item.tensors.items()]
+        tensors = dict(item.tensors)
+        if with_moments:
+            place_holder = torch.empty(item.stop - item.start, dtype=torch.float32, device="meta")
+            tensors = dict.fromkeys(MOMENTS, place_holder) | tensors
+        found = [_FlatRange(f"optimizer/{name}", item.shard, item.start, each) for name, each in tensors.items()]
         (own if item.sharded else ranges).extend(found)
+    own, ranges = ([one for one in each if _counts(one, parallel)] for each in (own, ranges))
     for expert in (False, True):
         alike = [one for one in ranges if one.shard.piece.spec.expert == expert]
-        own += _share([one for one in alike if _counts(one, parallel)], *_replica(expert, parallel))
-    for one in own:
-        if _counts(one, parallel):
-            yield from _boxes_of(one)
+        own += _share(alike, *_replica(expert, parallel))
+    return own
 
 
 def _counts(one: _FlatRange, parallel: ParallelState) -> bool:

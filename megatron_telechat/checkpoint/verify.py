@@ -12,14 +12,14 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_telechat.checkpoint.checksums import crc32_of_files
 from megatron_telechat.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megatron_telechat.checkpoint.names import RESTORE_OR_OTHER, FileEntry, step_of_name
 from megatron_telechat.errors import CheckpointError, Problem
+from megatron_telechat.parallel.agreement import gather_objects, this_rank, together
 
 SAVE, STEP, RANK = "save", "step", "rank"
 """Keys of ``__metadata__`` in each safetensors file of a save."""
@@ -47,6 +47,12 @@ def remember_manifest(folder: Path, files: Mapping[str, FileEntry]) -> None:
         _manifests[os.path.realpath(folder)] = signature, files
 
 
+def forget() -> None:
+    """Read every file again, as a new process would; for measurements."""
+    _sound.clear()
+    _manifests.clear()
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a checkpoint has a sound manifest and every file in its size.
 
@@ -63,7 +69,7 @@ def is_whole(folder: Path) -> bool:
 
 def is_known_sound(path: Path, entry: FileEntry) -> bool:
     """Whether this process knows the file to be what the manifest says, and it has not been touched since."""
-    known = _sound.get(os.path.realpath(path))
+    known = _sound.get(os.path.realpath(path)) if _sound else None
     return known is not None and not path.is_symlink() and known == _signature(path, entry.crc32)
 
 
@@ -201,25 +207,25 @@ def shares(
     return out
 
 
-Gather = Callable[[Any], list[Any]]
-"""The value of every rank, by rank; a collective."""
-
-
-def check_together(folder: Path, manifest: Manifest, rank: int, wanted: Iterable[str], gather: Gather) -> list[Problem]:
+def check_together(folder: Path, manifest: Manifest, wanted: Iterable[str]) -> list[Problem]:
     """Check every file of a checkpoint, the work shared over the ranks; a collective. All ranks get all problems.
 
     Args:
         wanted: the files that this rank will read.
     """
-    numbers = {name: number for number, name in enumerate(manifest.files)}
     names = list(manifest.files)
-    known = [numbers[name] for name, entry in manifest.files.items() if os.path.realpath(folder / name) in _sound
-             and is_known_sound(folder / name, entry)]  # fmt: skip
-    said = gather((sorted({numbers[name] for name in wanted}), known))
-    mine = shares(
-        {name: entry.size for name, entry in manifest.files.items()},
-        [[names[number] for number in one] for one, _ in said],
-        [[names[number] for number in one] for _, one in said],
-    )[rank]
-    problems = gather(check_files(folder, manifest, mine))
-    return sorted((problem for one in problems for problem in one), key=lambda one: one.where)
+    numbers = {name: number for number, name in enumerate(names)}
+    mine: tuple[list[int], list[int]] = [], []
+    found: list[Problem] = []
+    with together():
+        known = [number for name, number in numbers.items() if is_known_sound(folder / name, manifest.files[name])]
+        mine = sorted({numbers[name] for name in wanted}), known
+    said = gather_objects(mine)
+    with together():
+        share = shares(
+            {name: entry.size for name, entry in manifest.files.items()},
+            [[names[number] for number in one] for one, _ in said],
+            [[names[number] for number in one] for _, one in said],
+        )[this_rank()]
+        found = check_files(folder, manifest, share)
+    return sorted((problem for one in gather_objects(found) for problem in one), key=lambda one: one.where)
