@@ -75,10 +75,32 @@ def write_safetensors(
 
     Raises ResourceError when the disk is full, read-only or failing, or the file exists.
     """
+    prefix = safetensors_prefix(path.name, tensors, metadata)
+    size = len(prefix)
+    try:
+        with open(path, "xb") as stream:
+            stream.write(prefix)
+            checksum = zlib.crc32(prefix)
+            for tensor in tensors:
+                data = _bytes_of(tensor)
+                stream.write(data)
+                checksum = zlib.crc32(data, checksum)
+                size += len(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return FileEntry(size, f"{checksum:08x}")
+
+
+def safetensors_prefix(
+    file_name: str, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What a safetensors file begins with; the values of the tensors follow it in their order, without gaps."""
     header: dict = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for tensor in tensors:
-        assert tensor.name not in header, f"{tensor.name} twice in {path.name}"
+        assert tensor.name not in header, f"{tensor.name} twice in {file_name}"
         span = [position, position + tensor.nbytes]
         header[tensor.name] = {
             "dtype": DTYPES[_NAME_OF[tensor.dtype]][1],
@@ -88,20 +110,7 @@ def write_safetensors(
         position = span[1]
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    prefix = struct.pack("<Q", len(head)) + head
-    try:
-        with open(path, "xb") as stream:
-            stream.write(prefix)
-            checksum = zlib.crc32(prefix)
-            for tensor in tensors:
-                data = _bytes_of(tensor)
-                stream.write(data)
-                checksum = zlib.crc32(data, checksum)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise disk_error(path, error) from error
-    return FileEntry(len(prefix) + position, f"{checksum:08x}")
+    return struct.pack("<Q", len(head)) + head
 
 
 def _bytes_of(tensor: LazyTensor) -> memoryview:

@@ -53,6 +53,7 @@ class StepResult:
             where it was.
         stop, save: some rank was asked to stop, or to save.
         loss_scale: what the loss was multiplied by (fp16); None elsewhere.
+        saves_over, saves_failed: ranks that reported their work on the save under way to be over, or to have failed.
     """
 
     loss: float | None
@@ -62,6 +63,28 @@ class StepResult:
     stop: bool
     save: bool
     loss_scale: float | None = None
+    saves_over: int = 0
+    saves_failed: int = 0
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """What the small all-reduce of a step tells every rank."""
+
+    loss: float
+    tokens: int
+    stop: bool
+    save: bool
+    saves_over: int
+    saves_failed: int
+
+    def result(
+        self, loss: float | None, grad_norm: float | None, skipped: str | None, scale: float | None
+    ) -> StepResult:
+        """The step's result."""
+        return StepResult(
+            loss, self.tokens, grad_norm, skipped, self.stop, self.save, scale, self.saves_over, self.saves_failed
+        )
 
 
 def masked_loss(
@@ -253,8 +276,21 @@ class TrainStep:
         dist.all_reduce(counts, group=self.state.dp_cp_group)
         return [iter(batches) for batches in ahead], (counts[0] / counts[1].clamp(min=1)).float()
 
-    def __call__(self, iterators, step: int, requests: tuple[bool, bool] = (False, False)) -> StepResult:
+    def __call__(
+        self,
+        iterators,
+        step: int,
+        requests: tuple[bool, bool] = (False, False),
+        saves: tuple[bool, bool] = (False, False),
+        before_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """One optimizer step; not taken where no token is learned, or where fp16 gradients overflow.
+
+        Args:
+            step: completed steps.
+            requests: (stop, save) as this rank was asked.
+            saves: (over, failed): this rank's work on the save under way.
+            before_update: called before parameters or optimizer state change.
 
         Raises:
             NumericsError: loss or gradient norm is not finite, or fp16 overflowed at the smallest loss scale; the
@@ -262,34 +298,37 @@ class TrainStep:
             ConfigError: at the first step, see `param_gather.every_parameter_awaited`.
         """
         local = self.forward_backward(iterators)
-        loss, tokens, stop, save = self._reduce(local, requests)
+        agreed = self._reduce(local, requests, saves)
+        loss = agreed.loss
         if not math.isfinite(loss):  # the same sum on every rank; no smaller loss scale would fix it
             raise step_error(f"loss {loss}", step, self.shards)
         loss_scale = self.optimizer.loss_scale
-        if not tokens:
-            return StepResult(None, 0, None, NOTHING_LEARNED, stop, save, loss_scale)
+        if not agreed.tokens:
+            return agreed.result(None, None, NOTHING_LEARNED, loss_scale)
+        before_update()
         if self.optimizer.prepare_grads():
             assert loss_scale is not None, "only fp16 gradients are scaled, and overflow"
             if loss_scale <= self.run.optimizer.min_loss_scale:
                 fix = "train in bf16, whose range is that of fp32; or allow a smaller scale: --min-loss-scale"
                 raise step_error(f"{OVERFLOW} at the smallest loss scale {loss_scale:g}", step, self.shards, fix)
-            return StepResult(loss, tokens, None, OVERFLOW, stop, save, loss_scale)
+            return agreed.result(loss, None, OVERFLOW, loss_scale)
         grad_norm = float(self.optimizer.get_grad_norm())
         require_finite_norm(grad_norm, loss, step, self.shards, self.backend.device)
         self._clip(grad_norm)
         self.optimizer.step_with_ready_grads()
-        return StepResult(loss, tokens, grad_norm, None, stop, save, loss_scale)
+        return agreed.result(loss, grad_norm, None, loss_scale)
 
-    def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool]) -> tuple[float, int, bool, bool]:
-        """One small all-reduce: the loss over the ranks that computed it, and what any rank was asked."""
+    def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool], saves: tuple[bool, bool]) -> _Agreed:
+        """One small all-reduce: the loss over the ranks that computed it, what any rank was asked, and how far the save
+        under way is."""
         contributes = self.state.tp_rank == 0
-        values = torch.zeros(4, dtype=self.backend.widest_float, device=self.backend.device)
+        values = torch.zeros(6, dtype=self.backend.widest_float, device=self.backend.device)
         if contributes:
             values[:2] = local
-        values[2], values[3] = float(requests[0]), float(requests[1])
+        values[2:] = torch.tensor([*requests, *saves], dtype=values.dtype)
         dist.all_reduce(values)
-        loss_sum, tokens, stop, save = values.tolist()
-        return loss_sum / max(tokens, 1.0), int(tokens), stop > 0, save > 0
+        loss_sum, tokens, stop, save, over, failed = values.tolist()
+        return _Agreed(loss_sum / max(tokens, 1.0), int(tokens), stop > 0, save > 0, int(over), int(failed))
 
     def _clip(self, grad_norm: float) -> None:
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
