@@ -36,6 +36,7 @@ from megatron_telechat.checkpoint.train_state import (
     gathered_on_rank_0,
     write_part,
 )
+from megatron_telechat.checkpoint.verify import remember_files
 from megatron_telechat.checkpoint.writer_process import WriterProcess, write_images
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.parallel.agreement import together
@@ -208,6 +209,7 @@ class AsynchronousSaves:
             raise
         finally:
             self._save = None
+        remember_files(save.begun.attempt.final, save.entries or {})
         now = time.perf_counter()
         blocked = save.blocked_s + now - started
         return CommittedSave(save.begun.record.step, save.begun.attempt.final, now - save.started_s, blocked)

@@ -10,7 +10,7 @@ two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,10 @@ from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.names import committed_folders
-from megatron_telechat.checkpoint.optimizer_state import (
-    MOMENTS,
-    OptimizerSlice,
-    adam_steps,
-    flat_boxes,
-    optimizer_slices,
-)
+from megatron_telechat.checkpoint.optimizer_state import MOMENTS, adam_steps, optimizer_slices
+from megatron_telechat.checkpoint.owned import OwnedTensor, owned_tensors
 from megatron_telechat.checkpoint.retention import prune
+from megatron_telechat.checkpoint.verify import remember_files, remember_manifest
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
@@ -73,14 +69,6 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class _OwnedTensor:
-    key: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensor: torch.Tensor
-
-
-@dataclass(frozen=True)
 class CommitRecord:
     """What a manifest says beside the parts of the ranks: host values, as they were when the save began.
 
@@ -103,7 +91,7 @@ class BegunSave:
     """A save whose folder is there, and what this rank adds to it. ``owned`` is kept by reference."""
 
     attempt: protocol.Attempt
-    owned: Sequence[_OwnedTensor]
+    owned: Sequence[OwnedTensor]
     generators: tuple[Any, Mapping[str, torch.Tensor]] | None
     scalars: dict[str, Any] | None
     record: CommitRecord
@@ -139,6 +127,7 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
         if parallel.rank == 0:
             protocol.abandon(begun.attempt)
         raise
+    remember_files(begun.attempt.final, part.files)
     return begun.attempt.final
 
 
@@ -147,7 +136,7 @@ def begin_save(root: Path, state: TrainState, run: RunConfig, parallel: Parallel
 
     Raises ResourceError on every rank.
     """
-    owned = list(_owned_tensors(state, run, parallel))
+    owned = list(owned_tensors(state.shards, _saved_optimizer(state, run), parallel))
     attempt = _begin_together(Path(root), state.step, owned, parallel)
     branch = state.branch
     if branch is None:
@@ -168,7 +157,7 @@ def begin_save(root: Path, state: TrainState, run: RunConfig, parallel: Parallel
 
 def write_part(begun: BegunSave, rank: int, write_file: Callable[..., FileEntry] = write_safetensors) -> Part:
     """Write the files of this rank; see :class:`PartWriter` for ``write_file``. Raises ResourceError."""
-    writer = PartWriter(begun.attempt.temporary, rank, write_file=write_file)
+    writer = PartWriter(begun.attempt, rank, write_file=write_file)
     for item in begun.owned:
         writer.add(item.key, item.global_shape, item.offset, item.tensor)
     if begun.generators is not None:
@@ -206,51 +195,32 @@ def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record:
         data_fingerprint=record.data_fingerprint,
         extra={**record.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
         lineage=record.lineage,
+        save=attempt.save,
     )
     folder = protocol.commit(attempt, manifest)
+    remember_manifest(folder, manifest.files)
     prune(attempt.root, run.checkpoint.keep_last, record.resumed_from)
     return folder
 
 
 def expected_bytes(state: TrainState, run: RunConfig, parallel: ParallelState) -> int:
-    """Bytes of the tensors that this rank will write once the optimizer has taken a step."""
-    there = sum(item.tensor.nbytes for item in _owned_tensors(state, run, parallel))
-    if state.optimizer is None or run.checkpoint.no_save_optim:
-        return there
-    return there + sum(
-        (item.stop - item.start) * torch.float32.itemsize * sum(name not in item.tensors for name in MOMENTS)
-        for item in _owned_slices(state, parallel)
-    )
+    """About the bytes that this rank will write once the optimizer has taken a step."""
+    optimizer = _saved_optimizer(state, run)
+    found = sum(item.tensor.nbytes for item in owned_tensors(state.shards, optimizer, parallel))
+    for item in optimizer_slices(optimizer, state.shards) if optimizer is not None else ():
+        spec = item.shard.piece.spec
+        if is_first_over_tensor(spec, parallel):
+            replicas = parallel.edp_size if spec.expert else parallel.dp_size * parallel.cp_size
+            missing = sum(name not in item.tensors for name in MOMENTS) * (item.stop - item.start)
+            found += missing * torch.float32.itemsize // (1 if item.sharded else replicas)
+    return found
 
 
-def _owned_tensors(state: TrainState, run: RunConfig, parallel: ParallelState) -> Iterator[_OwnedTensor]:
-    """The boxes that this rank, and no other, writes."""
-    for shard in state.shards:
-        if shard.writer:
-            yield from _boxes_of("model", shard, 0, shard.parameter.detach().view(-1))
-    if state.optimizer is None or run.checkpoint.no_save_optim:
-        return
-    for item in _owned_slices(state, parallel):
-        for name, tensor in item.tensors.items():
-            yield from _boxes_of(f"optimizer/{name}", item.shard, item.start, tensor)
+def _saved_optimizer(state: TrainState, run: RunConfig) -> Any:
+    return None if run.checkpoint.no_save_optim else state.optimizer
 
 
-def _owned_slices(state: TrainState, parallel: ParallelState) -> Iterator[OptimizerSlice]:
-    for item in optimizer_slices(state.optimizer, state.shards):
-        # The slices of one parameter differ over the data-parallel ranks. Only a tensor that every rank of the tensor
-        # (or expert-tensor) domain holds whole has replicas left.
-        if is_first_over_tensor(item.shard.piece.spec, parallel) if item.sharded else item.shard.writer:
-            yield item
-
-
-def _boxes_of(prefix: str, shard: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
-    spec = shard.piece.spec
-    for part in flat_boxes(shard, start, start + flat.numel()):
-        values = flat[part.start - start : part.stop - start].view(part.box.shape)
-        yield _OwnedTensor(f"{prefix}/{spec.key}", spec.shape, part.box.offset, values)
-
-
-def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
+def _begin_together(root: Path, step: int, owned: Sequence[OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
     needed = sum(gather_objects(sum(item.tensor.nbytes for item in owned)))
     attempt: protocol.Attempt | None = None
     with together(parallel):
@@ -265,7 +235,7 @@ def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parall
 
 
 def _optimizer_scalars(state: TrainState, run: RunConfig) -> dict[str, Any] | None:
-    if state.optimizer is None or run.checkpoint.no_save_optim:
+    if _saved_optimizer(state, run) is None:
         return None
     return {"steps": sorted(adam_steps(state.optimizer)), "grad_scaler": scaler_state(state.optimizer)}
 

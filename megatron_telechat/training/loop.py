@@ -391,11 +391,7 @@ class Trainer:
 
     def _resume(self, beginning: Beginning | None) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
-        found = beginning
-        with together(self.state):
-            if self.state.rank == 0 and found is None:
-                found = find_beginning(self.stages)
-        found = beginning or from_rank_0(found)
+        found = beginning or find_beginning(self.stages)
         start = found.start
         info = None
         if start.root is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_telechat.checkpoint import CheckpointReader  # noqa: E402
 from tests.harness import Cases  # noqa: E402
 from tests.training import writer_faults  # noqa: E402
 from tests.training.runs import DENSE, MOE, make_trainer  # noqa: E402
@@ -23,8 +24,8 @@ MOE_FP16 = [flag for flag in MOE if flag != "--fp32"] + (
     "--loss-scale-window 2 --hysteresis 1"
 ).split()
 ASYNC = ["--checkpoint-mode", "async"]
-PLACE = ("step", "consumed_samples", "topology", "optimizer", "rng", "data_fingerprint", "extra", "files", "tensors")
-"""Parts of a manifest that do not depend on the way it was saved. The files have checksums."""
+ALIKE = ("step", "consumed_samples", "topology", "optimizer", "rng", "data_fingerprint", "extra", "tensors")
+"""Parts of a manifest that do not depend on the way it was saved."""
 
 cases = Cases()
 
@@ -65,6 +66,18 @@ def manifests(run: str) -> dict[str, dict]:
     return found
 
 
+def content(folder: Path) -> dict[str, tuple]:
+    """What the files of a checkpoint hold, but for the id of the save."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        raw = path.read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + size])
+        del header["__metadata__"]["save"]
+        found[path.name] = (header, raw[8 + size :])
+    return found
+
+
 def losses(run: str) -> dict[str, list]:
     records = map(json.loads, (FOLDER / run / "metrics.jsonl").read_text().splitlines())
     return {str(one["step"]): [one["loss"], one["grad_norm"]] for one in records if "loss" in one}
@@ -88,8 +101,12 @@ def _both_ways(name: str, flags: list[str]) -> dict:
     _barrier()
     sync, beside = manifests(f"{name}_sync"), manifests(f"{name}_async")
     different = [
-        f"{folder} {part}" for folder in sync for part in PLACE if sync[folder][part] != beside[folder].get(part)
+        f"{folder} {part}" for folder in sync for part in ALIKE if sync[folder][part] != beside[folder].get(part)
     ]
+    for folder in sync:
+        two = [content(FOLDER / f"{name}_{mode}" / "checkpoints" / folder) for mode in ("sync", "async")]
+        different += [f"{folder} {file}" for file in two[0] | two[1] if two[0].get(file) != two[1].get(file)]
+        CheckpointReader(FOLDER / f"{name}_async" / "checkpoints" / folder, verify=True)
     middle = str(FOLDER / f"{name}_async" / "checkpoints")
     code, error = ended(trainer_of(f"{name}_on", *flags, *ASYNC, "--load", middle, "--load-step", "3"))
     destroy()
