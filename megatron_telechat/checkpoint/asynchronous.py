@@ -107,22 +107,24 @@ class AsynchronousSaves:
         """Whether a save has begun and is not committed yet; the same on all ranks."""
         return self._save is not None
 
-    def begin(self, root: Path, state: TrainState, run: RunConfig) -> None:
+    def begin(self, root: Path, state: TrainState, run: RunConfig, started_s: float) -> None:
         """Begin a save; a collective over all ranks. None may be under way (`finish`).
 
         With overlap_param_gather the parameters must have been gathered before. Tensors of the state must not change
         before `staged`.
 
+        Args:
+            started_s: when training stopped for it (time.perf_counter).
+
         Raises:
             ResourceError: on every rank: no folder, space or memory for it.
         """
         assert self._save is None, "one save at a time"
-        started = time.perf_counter()
         begun = begin_save(root, state, run, self._parallel)
         try:
             with together(self._parallel):
                 images = FileImages()
-                save = _UnderWay(begun, images, write_part(begun, self._parallel.rank, images.add), started)
+                save = _UnderWay(begun, images, write_part(begun, self._parallel.rank, images.add), started_s)
                 memory = self._buffer.memory(images.nbytes)
         except BaseException:
             self._abandon(begun)
@@ -139,7 +141,7 @@ class AsynchronousSaves:
 
         save.thread = threading.Thread(target=copy, name="checkpoint copy", daemon=True)
         save.thread.start()
-        save.blocked_s = time.perf_counter() - started
+        save.blocked_s = time.perf_counter() - started_s
         self._save = save
 
     def staged(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -114,6 +115,7 @@ class Trainer:
             self.writer = before.writer if before else MetricsWriter(run, self.paths.run_dir, first, self.step)
         self._iterators_open: list = []
         self.saving = Saving(run, self.state, self.backend, self.requests, self._train_state({}))
+        self.train_step.saves = self.saving
         self._introduce(origins or {}, before)
         self.chunk_setting = self._set_chunks()
         self.context_setting = self._set_context()
@@ -164,7 +166,7 @@ class Trainer:
         while not self._is_last():
             result, lr = self.take_step(iterators)
             save_asked = result.save and not self.saving.answers_request
-            self._settle(self.saving.settle(result))
+            self._settle(self.saving.settle())
             if result.skipped is not None:
                 self._say_skipped(result.skipped)
             over = self._is_over()
@@ -239,8 +241,7 @@ class Trainer:
         with ExitStack() as watched:
             for each in (*self.traces, self.routing):
                 watched.enter_context(each.step(self.step + 1))
-            saving = self.saving
-            result = self.train_step(iterators, self.step, self.requests.poll(), saving.report(), saving.staged)
+            result = self.train_step(iterators, self.step, self.requests.poll())
         self.position = self.position.after(self.run)
         self.meter.add(result)
         self.steps_taken.add(result, self.step, self.run.optimizer.max_skipped_steps)
@@ -331,13 +332,14 @@ class Trainer:
             requested: by a trigger file.
         """
         with self.meter.excluded():
+            started = time.perf_counter()
             self._settle(self.saving.finish())
             with gathered_parameters(self.virtual_stages):
                 require_finite_weights(self.step, self.shards)
                 extra = {**self.steps_taken.extra, **self.datasets.order.saved()}
                 for each in (self.chunk_setting, self.context_setting):
                     extra |= each.extra if each is not None else {}
-                self._settle(self.saving.save(self._train_state(extra), wait, requested))
+                self._settle(self.saving.save(self._train_state(extra), wait, requested, started))
 
     def _settle(self, committed: CommittedSave | None) -> None:
         """A save has become the newest checkpoint."""

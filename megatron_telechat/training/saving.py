@@ -13,7 +13,6 @@ from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.save_mode import decide_save_mode
 from megatron_telechat.training.signals import StopRequests
-from megatron_telechat.training.step import StepResult
 
 
 class Saving:
@@ -38,17 +37,19 @@ class Saving:
         mode = decide_save_mode(run, needed)
         self.about = mode.about
         self.answers_request = False
+        self._counts = (0, 0)
         self._beside: AsynchronousSaves | None = None
         with together(parallel):
             if mode.asynchronous:
                 self._beside = AsynchronousSaves(backend, parallel, needed)
 
-    def save(self, state: TrainState, wait: bool, requested: bool) -> CommittedSave | None:
+    def save(self, state: TrainState, wait: bool, requested: bool, started_s: float) -> CommittedSave | None:
         """Save; a collective over all ranks. None is under way (`finish`).
 
         Args:
             wait: return with the commit, whatever the mode.
             requested: by a trigger file.
+            started_s: when training stopped for it (time.perf_counter).
 
         Returns:
             None where the save goes on beside the steps.
@@ -56,13 +57,12 @@ class Saving:
         Raises:
             ResourceError, CheckpointError: on every rank.
         """
-        started = time.perf_counter()
         if wait or self._beside is None:
             folder = save_checkpoint(self._run.save_dir, state, self._run, self._parallel)
             self._requests.clear_files()
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started_s
             return CommittedSave(state.step, folder, seconds, seconds)
-        self._beside.begin(self._run.save_dir, state, self._run)
+        self._beside.begin(self._run.save_dir, state, self._run, started_s)
         self.answers_request = requested
         return None
 
@@ -75,15 +75,18 @@ class Saving:
         if self._beside is not None:
             self._beside.staged()
 
-    def settle(self, result: StepResult) -> CommittedSave | None:
+    def heard(self, over: int, failed: int) -> None:
+        """So many ranks reported in the step that is being taken."""
+        self._counts = over, failed
+
+    def settle(self) -> CommittedSave | None:
         """After a step, on all ranks: the save under way, if it is committed. Raises as `save`."""
-        if self._beside is None:
-            return None
-        return self._heard(self._beside.settle(result.saves_over, result.saves_failed))
+        (over, failed), self._counts = self._counts, (0, 0)
+        return self._noted(self._beside.settle(over, failed)) if self._beside is not None else None
 
     def finish(self) -> CommittedSave | None:
         """Wait for the save under way; a collective. None where there is none. Raises as `save`."""
-        return self._heard(self._beside.finish()) if self._beside is not None else None
+        return self._noted(self._beside.finish()) if self._beside is not None else None
 
     def close(self) -> None:
         """Give processes and memory back; this rank alone."""
@@ -91,7 +94,7 @@ class Saving:
             self._beside.close()
             self._beside = None
 
-    def _heard(self, committed: CommittedSave | None) -> CommittedSave | None:
+    def _noted(self, committed: CommittedSave | None) -> CommittedSave | None:
         if committed is not None and self.answers_request:
             self._requests.clear_files(save_only=True)
             self.answers_request = False

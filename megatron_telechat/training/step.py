@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,6 @@ class StepResult:
             where it was.
         stop, save: some rank was asked to stop, or to save.
         loss_scale: what the loss was multiplied by (fp16); None elsewhere.
-        saves_over, saves_failed: ranks that reported their work on the save under way to be over, or to have failed.
     """
 
     loss: float | None
@@ -63,28 +62,22 @@ class StepResult:
     stop: bool
     save: bool
     loss_scale: float | None = None
-    saves_over: int = 0
-    saves_failed: int = 0
 
 
-@dataclass(frozen=True)
-class _Agreed:
-    """What the small all-reduce of a step tells every rank."""
+class SavesBeside(Protocol):
+    """Saves that go on beside the steps, as a step sees them (`training.saving`)."""
 
-    loss: float
-    tokens: int
-    stop: bool
-    save: bool
-    saves_over: int
-    saves_failed: int
+    def report(self) -> tuple[bool, bool]:
+        """Whether this rank's work on the save under way is over, and whether it failed."""
+        ...
 
-    def result(
-        self, loss: float | None, grad_norm: float | None, skipped: str | None, scale: float | None
-    ) -> StepResult:
-        """The step's result."""
-        return StepResult(
-            loss, self.tokens, grad_norm, skipped, self.stop, self.save, scale, self.saves_over, self.saves_failed
-        )
+    def heard(self, over: int, failed: int) -> None:
+        """So many ranks reported it; the same on every rank."""
+        ...
+
+    def staged(self) -> None:
+        """Wait until parameters and optimizer state may change."""
+        ...
 
 
 def masked_loss(
@@ -211,7 +204,11 @@ def run_schedule(
 
 
 class TrainStep:
-    """Takes optimizer steps on the wrapped virtual stages of this rank."""
+    """Takes optimizer steps on the wrapped virtual stages of this rank.
+
+    Attributes:
+        saves: what goes on beside the steps; None: nothing.
+    """
 
     def __init__(
         self,
@@ -228,6 +225,7 @@ class TrainStep:
         self.run = run
         self.state = state
         self.backend = backend
+        self.saves: SavesBeside | None = None
         self._gather_unproved = is_overlapped(virtual_stages)
 
     def forward_backward(self, iterators: MicroBatches) -> torch.Tensor:
@@ -276,21 +274,8 @@ class TrainStep:
         dist.all_reduce(counts, group=self.state.dp_cp_group)
         return [iter(batches) for batches in ahead], (counts[0] / counts[1].clamp(min=1)).float()
 
-    def __call__(
-        self,
-        iterators,
-        step: int,
-        requests: tuple[bool, bool] = (False, False),
-        saves: tuple[bool, bool] = (False, False),
-        before_update: Callable[[], None] = lambda: None,
-    ) -> StepResult:
+    def __call__(self, iterators, step: int, requests: tuple[bool, bool] = (False, False)) -> StepResult:
         """One optimizer step; not taken where no token is learned, or where fp16 gradients overflow.
-
-        Args:
-            step: completed steps.
-            requests: (stop, save) as this rank was asked.
-            saves: (over, failed): this rank's work on the save under way.
-            before_update: called before parameters or optimizer state change.
 
         Raises:
             NumericsError: loss or gradient norm is not finite, or fp16 overflowed at the smallest loss scale; the
@@ -298,37 +283,42 @@ class TrainStep:
             ConfigError: at the first step, see `param_gather.every_parameter_awaited`.
         """
         local = self.forward_backward(iterators)
-        agreed = self._reduce(local, requests, saves)
-        loss = agreed.loss
+        loss, tokens, stop, save = self._reduce(local, requests)
         if not math.isfinite(loss):  # the same sum on every rank; no smaller loss scale would fix it
             raise step_error(f"loss {loss}", step, self.shards)
         loss_scale = self.optimizer.loss_scale
-        if not agreed.tokens:
-            return agreed.result(None, None, NOTHING_LEARNED, loss_scale)
-        before_update()
+        if not tokens:
+            return StepResult(None, 0, None, NOTHING_LEARNED, stop, save, loss_scale)
+        if self.saves is not None:
+            self.saves.staged()
         if self.optimizer.prepare_grads():
             assert loss_scale is not None, "only fp16 gradients are scaled, and overflow"
             if loss_scale <= self.run.optimizer.min_loss_scale:
                 fix = "train in bf16, whose range is that of fp32; or allow a smaller scale: --min-loss-scale"
                 raise step_error(f"{OVERFLOW} at the smallest loss scale {loss_scale:g}", step, self.shards, fix)
-            return agreed.result(loss, None, OVERFLOW, loss_scale)
+            return StepResult(loss, tokens, None, OVERFLOW, stop, save, loss_scale)
         grad_norm = float(self.optimizer.get_grad_norm())
         require_finite_norm(grad_norm, loss, step, self.shards, self.backend.device)
         self._clip(grad_norm)
         self.optimizer.step_with_ready_grads()
-        return agreed.result(loss, grad_norm, None, loss_scale)
+        return StepResult(loss, tokens, grad_norm, None, stop, save, loss_scale)
 
-    def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool], saves: tuple[bool, bool]) -> _Agreed:
-        """One small all-reduce: the loss over the ranks that computed it, what any rank was asked, and how far the save
-        under way is."""
+    def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool]) -> tuple[float, int, bool, bool]:
+        """One small all-reduce: the loss over the ranks that computed it, what any rank was asked, and how many ranks
+        are done with the save under way."""
         contributes = self.state.tp_rank == 0
         values = torch.zeros(6, dtype=self.backend.widest_float, device=self.backend.device)
         if contributes:
             values[:2] = local
-        values[2:] = torch.tensor([*requests, *saves], dtype=values.dtype)
+        report = self.saves.report() if self.saves is not None else (False, False)
+        for place, flag in enumerate((*requests, *report), 2):
+            if flag:
+                values[place] = 1.0
         dist.all_reduce(values)
         loss_sum, tokens, stop, save, over, failed = values.tolist()
-        return _Agreed(loss_sum / max(tokens, 1.0), int(tokens), stop > 0, save > 0, int(over), int(failed))
+        if self.saves is not None:
+            self.saves.heard(int(over), int(failed))
+        return loss_sum / max(tokens, 1.0), int(tokens), stop > 0, save > 0
 
     def _clip(self, grad_norm: float) -> None:
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32

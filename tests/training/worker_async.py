@@ -36,6 +36,7 @@ def trainer_of(run: str, *flags: str):
 
 def in_writer(trainer, function, *args) -> None:
     """Call a function in this rank's writer process."""
+    assert trainer.saving._beside is not None
     writer = trainer.saving._beside._writer
     writer.submit(function, *args)
     writer.result()
@@ -155,8 +156,9 @@ def disk_full_on_one_rank() -> dict:
 def writer_is_killed() -> dict:
     trainer = trainer_of("killed", *DENSE_BF16, *ASYNC, "--save-interval", "2", "--train-iters", "100")
     if trainer.state.rank == 1:
-        trainer.saving._beside._writer.submit(writer_faults.end)
-        while not trainer.saving._beside._writer.is_over():
+        writer = trainer.saving._beside._writer
+        writer.submit(writer_faults.end)
+        while not writer.is_over():
             time.sleep(0.01)
     code, error = ended(trainer)
     destroy()

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +34,7 @@ OF_WRITER = ("fsync", "rename", "replace")
 def train(run: Path, point: str | None = None) -> None:
     """The whole run, or until it is killed."""
     trainer = make_trainer(FLAGS, run)
+    assert trainer.saving._beside is not None
     writer = trainer.saving._beside._writer
     (run / "writer").write_text(str(writer.pid))
     if point is not None:
@@ -70,7 +72,8 @@ def kill_at(trainer, name: str, ordinal: int) -> None:
         die("step")
         return result
 
-    AsynchronousSaves.begin, AsynchronousSaves.staged, trainer.take_step = beginning, copied, step
+    saves: Any = AsynchronousSaves
+    saves.begin, saves.staged, trainer.take_step = beginning, copied, step
 
 
 def in_child(work: Callable[[], None]) -> int:
