@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,23 @@ class PartWriter:
 
     Tensors are kept by reference until their file is full; they must not change before
     :meth:`close` returns.
+
+    Args:
+        write_file: writes a file of these tensors and returns its entry; `staging.FileImages.add` keeps it in memory.
     """
 
-    def __init__(self, attempt: protocol.Attempt, rank: int, max_file_bytes: int = MAX_FILE_BYTES):
+    def __init__(
+        self,
+        attempt: protocol.Attempt,
+        rank: int,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        write_file: Callable[[Path, Sequence[LazyTensor], Mapping[str, str]], FileEntry] = write_safetensors,
+    ):
         self._folder = attempt.temporary
         self._rank = rank
         self._metadata = {SAVE: attempt.save, STEP: str(attempt.step), RANK: str(rank)}
         self._max_file_bytes = max_file_bytes
+        self._write_file = write_file
         self._pending: list[LazyTensor] = []
         self._pending_bytes = 0
         self._part = Part()
@@ -100,7 +110,7 @@ class PartWriter:
     def _flush(self) -> None:
         if self._pending:
             name = self._file_name()
-            self._part.files[name] = write_safetensors(self._folder / name, self._pending, self._metadata)
+            self._part.files[name] = self._write_file(self._folder / name, self._pending, self._metadata)
             self._pending, self._pending_bytes = [], 0
 
 

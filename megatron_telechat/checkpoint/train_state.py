@@ -2,28 +2,33 @@
 
 Every rank writes the boxes of global tensors it owns and reads those it needs; who owned
 what when the checkpoint was written plays no part in reading it.
+
+A save has three parts: all ranks begin it (`begin_save`), each writes its own files (`write_part`), and rank 0 commits
+them (`commit_parts`). `save_checkpoint` does one after the other; `asynchronous.py` lets training go on beside the last
+two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint import rng as rng_tree
 from megatron_telechat.checkpoint.companions import carry_companions
-from megatron_telechat.checkpoint.files import require_free_space
+from megatron_telechat.checkpoint.files import FileEntry, require_free_space, write_safetensors
 from megatron_telechat.checkpoint.format import Part, PartWriter, merge_parts, versions
 from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.names import committed_folders
-from megatron_telechat.checkpoint.optimizer_state import adam_steps
+from megatron_telechat.checkpoint.optimizer_state import MOMENTS, adam_steps, optimizer_slices
 from megatron_telechat.checkpoint.owned import OwnedTensor, owned_tensors
 from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.checkpoint.verify import remember_files, remember_manifest
@@ -33,6 +38,7 @@ from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.tensors.pieces import is_first_over_tensor
 
 
 @dataclass
@@ -62,7 +68,37 @@ class TrainState:
     branch: Branch | None = None
 
 
-_Written = tuple[Part, dict[str, Any] | None]
+@dataclass(frozen=True)
+class CommitRecord:
+    """What a manifest says beside the parts of the ranks: host values, as they were when the save began.
+
+    Attributes:
+        resumed_from: see :class:`TrainState`.
+    """
+
+    run: RunConfig
+    topology: Mapping[str, Any]
+    step: int
+    consumed_samples: int
+    data_fingerprint: Mapping[str, Any] | None
+    extra: Mapping[str, Any]
+    lineage: Mapping[str, Any]
+    resumed_from: Path | None
+
+
+@dataclass(frozen=True)
+class BegunSave:
+    """A save whose folder is there, and what this rank adds to it. ``owned`` is kept by reference."""
+
+    attempt: protocol.Attempt
+    owned: Sequence[OwnedTensor]
+    generators: tuple[Any, Mapping[str, torch.Tensor]] | None
+    scalars: dict[str, Any] | None
+    record: CommitRecord
+    branch: Branch
+
+
+Written = tuple[Part, dict[str, Any] | None]
 """What one rank has written, and the scalars of its optimizer."""
 
 
@@ -79,31 +115,109 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
     Raises ResourceError (disk) or CheckpointError on every rank when any rank fails; nothing is
     committed then. With overlap_param_gather the parameters must have been gathered before.
     """
-    optimizer = None if run.checkpoint.no_save_optim else state.optimizer
-    owned = list(owned_tensors(state.shards, optimizer, parallel))
-    attempt = _begin_together(Path(root), state.step, owned, parallel)
+    begun = begin_save(root, state, run, parallel)
     try:
         with together(parallel):
-            part = _write_part(attempt, owned, state, parallel)
-        gathered = _gathered_on_rank_0((part, _optimizer_scalars(state, run)), parallel)
+            part = write_part(begun, parallel.rank)
+        gathered = gathered_on_rank_0((part, begun.scalars), parallel)
         with together(parallel):
             if parallel.rank == 0:
-                _commit(attempt, gathered, state, run, parallel)
+                begun.branch.saved(look_at(commit_parts(begun.attempt, gathered, begun.record)))
     except BaseException:
         if parallel.rank == 0:
-            protocol.abandon(attempt)
+            protocol.abandon(begun.attempt)
         raise
-    remember_files(attempt.final, part.files)
-    return attempt.final
+    remember_files(begun.attempt.final, part.files)
+    return begun.attempt.final
 
 
-def _gathered_on_rank_0(mine: _Written, parallel: ParallelState) -> list[_Written]:
+def begin_save(root: Path, state: TrainState, run: RunConfig, parallel: ParallelState) -> BegunSave:
+    """Make the folder of a save and take what a checkpoint holds beside tensors; a collective over all ranks.
+
+    Raises ResourceError on every rank.
+    """
+    owned = list(owned_tensors(state.shards, _saved_optimizer(state, run), parallel))
+    attempt = _begin_together(Path(root), state.step, owned, parallel)
+    branch = state.branch
+    if branch is None:
+        branch = Branch.opening(attempt.root) if parallel.rank == 0 else Branch()
+    generators = None if state.backend is None else rng_tree.flatten(state.backend.rng_state())
+    record = CommitRecord(
+        run=run,
+        topology=topology(run, parallel),
+        step=state.step,
+        consumed_samples=state.consumed_samples,
+        data_fingerprint=state.data_fingerprint,
+        extra=dict(state.extra),
+        lineage=branch.next().to_json(),
+        resumed_from=state.resumed_from,
+    )
+    return BegunSave(attempt, owned, generators, _optimizer_scalars(state, run), record, branch)
+
+
+def write_part(begun: BegunSave, rank: int, write_file: Callable[..., FileEntry] = write_safetensors) -> Part:
+    """Write the files of this rank; see :class:`PartWriter` for ``write_file``. Raises ResourceError."""
+    writer = PartWriter(begun.attempt, rank, write_file=write_file)
+    for item in begun.owned:
+        writer.add(item.key, item.global_shape, item.offset, item.tensor)
+    if begun.generators is not None:
+        writer.add_rng(rank, *begun.generators)
+    return writer.close()
+
+
+def gathered_on_rank_0(mine: Written, parallel: ParallelState) -> list[Written]:
     """What every rank gives, on rank 0; nothing on the others. Collective."""
     if parallel.world_size == 1:
         return [mine]
     gathered: list[Any] = [None] * parallel.world_size if parallel.rank == 0 else []
     dist.gather_object(mine, gathered if parallel.rank == 0 else None, dst=0)
     return gathered
+
+
+def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record: CommitRecord) -> Path:
+    """Merge the parts, commit the folder and remove what is beyond --keep-last; by one process, without the ranks.
+
+    Raises ResourceError or CheckpointError.
+    """
+    part = merge_parts(item for item, _ in gathered)
+    run, tokenizer = record.run, tokenizer_of(record.run)
+    companions = carry_companions(_companion_source(attempt.root, run), attempt.temporary / COMPANIONS)
+    manifest = Manifest(
+        step=record.step,
+        consumed_samples=record.consumed_samples,
+        config=dump_run_config(run),
+        topology=record.topology,
+        versions=versions(),
+        files={**part.files, **companions},
+        tensors=part.tensors,
+        optimizer=_merged_scalars([scalars for _, scalars in gathered]),
+        rng=tuple(item.rng for item, _ in gathered if item.rng),
+        data_fingerprint=record.data_fingerprint,
+        extra={**record.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
+        lineage=record.lineage,
+        save=attempt.save,
+    )
+    folder = protocol.commit(attempt, manifest)
+    remember_manifest(folder, manifest.files)
+    prune(attempt.root, run.checkpoint.keep_last, record.resumed_from)
+    return folder
+
+
+def expected_bytes(state: TrainState, run: RunConfig, parallel: ParallelState) -> int:
+    """About the bytes that this rank will write once the optimizer has taken a step."""
+    optimizer = _saved_optimizer(state, run)
+    found = sum(item.tensor.nbytes for item in owned_tensors(state.shards, optimizer, parallel))
+    for item in optimizer_slices(optimizer, state.shards) if optimizer is not None else ():
+        spec = item.shard.piece.spec
+        if is_first_over_tensor(spec, parallel):
+            replicas = parallel.edp_size if spec.expert else parallel.dp_size * parallel.cp_size
+            missing = sum(name not in item.tensors for name in MOMENTS) * (item.stop - item.start)
+            found += missing * torch.float32.itemsize // (1 if item.sharded else replicas)
+    return found
+
+
+def _saved_optimizer(state: TrainState, run: RunConfig) -> Any:
+    return None if run.checkpoint.no_save_optim else state.optimizer
 
 
 def _begin_together(root: Path, step: int, owned: Sequence[OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
@@ -120,20 +234,8 @@ def _begin_together(root: Path, step: int, owned: Sequence[OwnedTensor], paralle
     return from_rank_0(attempt)
 
 
-def _write_part(
-    attempt: protocol.Attempt, owned: Sequence[OwnedTensor], state: TrainState, parallel: ParallelState
-) -> Part:
-    writer = PartWriter(attempt, parallel.rank)
-    for item in owned:
-        writer.add(item.key, item.global_shape, item.offset, item.tensor)
-    if state.backend is not None:
-        tree, tensors = rng_tree.flatten(state.backend.rng_state())
-        writer.add_rng(parallel.rank, tree, tensors)
-    return writer.close()
-
-
 def _optimizer_scalars(state: TrainState, run: RunConfig) -> dict[str, Any] | None:
-    if state.optimizer is None or run.checkpoint.no_save_optim:
+    if _saved_optimizer(state, run) is None:
         return None
     return {"steps": sorted(adam_steps(state.optimizer)), "grad_scaler": scaler_state(state.optimizer)}
 
@@ -154,32 +256,6 @@ def _merged_scalars(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
             "the ranks have different loss scales", fix="nothing was saved; this is a bug, please report it"
         )
     return {"step": steps[0] if steps else 0, "grad_scaler": scaler}
-
-
-def _commit(
-    attempt: protocol.Attempt, gathered: Sequence[_Written], state: TrainState, run: RunConfig, parallel: ParallelState
-) -> None:
-    part = merge_parts(item for item, _ in gathered)
-    branch, tokenizer = state.branch or Branch.opening(attempt.root), tokenizer_of(run)
-    companions = carry_companions(_companion_source(attempt.root, run), attempt.temporary / COMPANIONS)
-    manifest = Manifest(
-        step=state.step,
-        consumed_samples=state.consumed_samples,
-        config=dump_run_config(run),
-        topology=topology(run, parallel),
-        versions=versions(),
-        files={**part.files, **companions},
-        tensors=part.tensors,
-        optimizer=_merged_scalars([scalars for _, scalars in gathered]),
-        rng=tuple(item.rng for item, _ in gathered if item.rng),
-        data_fingerprint=state.data_fingerprint,
-        extra={**state.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
-        lineage=branch.next().to_json(),
-        save=attempt.save,
-    )
-    branch.saved(look_at(protocol.commit(attempt, manifest)))
-    remember_manifest(attempt.final, manifest.files)
-    prune(attempt.root, run.checkpoint.keep_last, state.resumed_from)
 
 
 def _companion_source(root: Path, run: RunConfig) -> Path | None:
