@@ -59,7 +59,7 @@ def owned_tensors(shards: Sequence[LocalParameter], optimizer: Any, parallel: Pa
         yield from _boxes_of(one)
 
 
-def expected_bytes(shards: Sequence[LocalParameter], optimizer: Any, parallel: ParallelState) -> int:
+def bytes_after_a_step(shards: Sequence[LocalParameter], optimizer: Any, parallel: ParallelState) -> int:
     """Bytes of the tensors that this rank will write once the optimizer has taken a step."""
     return sum(one.values.nbytes for one in _owned_ranges(shards, optimizer, parallel, with_moments=True))
 

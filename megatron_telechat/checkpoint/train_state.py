@@ -28,8 +28,8 @@ from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.names import committed_folders
-from megatron_telechat.checkpoint.optimizer_state import MOMENTS, adam_steps, optimizer_slices
-from megatron_telechat.checkpoint.owned import OwnedTensor, owned_tensors
+from megatron_telechat.checkpoint.optimizer_state import adam_steps
+from megatron_telechat.checkpoint.owned import OwnedTensor, bytes_after_a_step, owned_tensors
 from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.checkpoint.verify import remember_files, remember_manifest
 from megatron_telechat.config.schema import RunConfig
@@ -38,7 +38,6 @@ from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
-from megatron_telechat.tensors.pieces import is_first_over_tensor
 
 
 @dataclass
@@ -204,16 +203,8 @@ def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record:
 
 
 def expected_bytes(state: TrainState, run: RunConfig, parallel: ParallelState) -> int:
-    """About the bytes that this rank will write once the optimizer has taken a step."""
-    optimizer = _saved_optimizer(state, run)
-    found = sum(item.tensor.nbytes for item in owned_tensors(state.shards, optimizer, parallel))
-    for item in optimizer_slices(optimizer, state.shards) if optimizer is not None else ():
-        spec = item.shard.piece.spec
-        if is_first_over_tensor(spec, parallel):
-            replicas = parallel.edp_size if spec.expert else parallel.dp_size * parallel.cp_size
-            missing = sum(name not in item.tensors for name in MOMENTS) * (item.stop - item.start)
-            found += missing * torch.float32.itemsize // (1 if item.sharded else replicas)
-    return found
+    """Bytes of the tensors that this rank will write once the optimizer has taken a step."""
+    return bytes_after_a_step(state.shards, _saved_optimizer(state, run), parallel)
 
 
 def _saved_optimizer(state: TrainState, run: RunConfig) -> Any:

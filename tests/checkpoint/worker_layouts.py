@@ -267,12 +267,12 @@ for _name, _pair in PAIRS.items():
 def replicas_share_the_writing() -> dict:
     """Bytes of tensors that each rank writes, by layout; what was expected of this rank; whether any is cut."""
     from megatron_telechat.checkpoint import CheckpointReader, save_checkpoint
-    from megatron_telechat.checkpoint.owned import expected_bytes
+    from megatron_telechat.checkpoint.train_state import expected_bytes
 
     found = {}
     for name, (model, layout) in SHARED_WRITING.items():
         built = Built(run_config(model, "bf16", layout, seed=1))
-        expected = expected_bytes(built.shards, built.optimizer, built.parallel)
+        expected = expected_bytes(built.state(), built.run, built.parallel)
         built.step()
         reader = CheckpointReader(
             save_checkpoint(SHARED / f"shared_{name}", built.state(1, 4), built.run, built.parallel)
@@ -437,28 +437,28 @@ def generators_of_another_device_are_not_restored() -> list[str]:
 @cases.case
 def an_error_on_one_rank_is_an_error_on_all() -> str:
     """One rank cannot write; nothing is committed and the older checkpoint still loads."""
-    from megatron_telechat.checkpoint import format as form
-    from megatron_telechat.checkpoint import latest_checkpoint, save_checkpoint
+    import errno
+
+    from megatron_telechat.checkpoint import files, latest_checkpoint, save_checkpoint
     from megatron_telechat.errors import ResourceError
 
     built = Built(run_config("dense", "bf16", TP2, seed=1))
     root = SHARED / "failing"
     older = save_checkpoint(root, built.state(1, 4), built.run, built.parallel)
-    original = form.write_safetensors
+    original = files._write
 
-    def full_disk(path: Path, *args: Any) -> Any:
-        with open(path, "xb") as stream:
-            stream.write(b"half")
-        raise ResourceError("cannot write: No space left on device", str(path))
+    def full_disk(stream: Any, data: memoryview, beside: Any) -> None:
+        stream.write(data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if built.parallel.rank == 1:
-        form.write_safetensors = full_disk
+        files._write = full_disk
     try:
         save_checkpoint(root, built.state(2, 8), built.run, built.parallel)
     except ResourceError as error:
         message = str(error)
     finally:
-        form.write_safetensors = original
+        files._write = original
     assert latest_checkpoint(root) == older
     if built.parallel.rank == 0:  # the rank that clears up
         assert sorted(path.name for path in root.iterdir()) == ["iter_0000001", "latest"]
