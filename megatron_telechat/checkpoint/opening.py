@@ -57,7 +57,7 @@ def open_verified(
         reader, found = _checked(folder, named, fits, wanted)
         if reader is not None:
             notes = tuple(f"passed over: {problem.what} ({problem.where})" for problem in problems)
-            for note in notes:
+            for note in notes if this_rank() == 0 else ():
                 log.warning("%s", note)
             return reader, notes
         if named:

@@ -12,6 +12,7 @@ import json
 import os
 import struct
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +30,9 @@ _SETTLED_S = 0.1
 
 _Signature = tuple[int, int, int, int, str]
 _sound: dict[str, _Signature] = {}
-_manifests: dict[str, tuple[_Signature, Mapping[str, FileEntry]]] = {}
+_manifests: OrderedDict[str, tuple[_Signature, Mapping[str, FileEntry]]] = OrderedDict()
+_MOST_MANIFESTS = 32
+"""Kept in memory; those of thousands of ranks list thousands of files."""
 
 
 def remember_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
@@ -45,6 +48,9 @@ def remember_manifest(folder: Path, files: Mapping[str, FileEntry]) -> None:
     signature = _signature(folder / MANIFEST)
     if signature is not None:
         _manifests[os.path.realpath(folder)] = signature, files
+        _manifests.move_to_end(os.path.realpath(folder))
+        if len(_manifests) > _MOST_MANIFESTS:
+            _manifests.popitem(last=False)
 
 
 def forget() -> None:
