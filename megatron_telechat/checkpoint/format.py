@@ -8,7 +8,7 @@ Neither side needs torch.distributed: conversion writes a checkpoint alone
 from __future__ import annotations
 
 import platform
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -277,11 +277,15 @@ class CheckpointReader:
             out[common.slices(box.offset)] = values
         return out
 
-    def files_of(self, key: str, box: Box) -> set[str]:
-        """The files that hold elements of this box of ``key``; none where there is no such tensor."""
+    def files_of(self, key: str, box: Box) -> Counter[str]:
+        """Bytes of this box of ``key`` in each file; none where there is no such tensor."""
+        found: Counter[str] = Counter()
         entry = self.entries.get(key)
-        boxes = entry.boxes if entry is not None else ()
-        return {stored.file for stored in boxes if intersect(stored.box, box) is not None}
+        for stored in entry.boxes if entry is not None else ():
+            common = intersect(stored.box, box)
+            if common is not None:
+                found[stored.file] += common.numel * self.dtype(key).itemsize
+        return found
 
     def read_rng(self, rank: int) -> tuple[Any, dict[str, torch.Tensor]] | None:
         """(JSON state, its tensors) of one rank's generators, None where none was saved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,15 +120,15 @@ def load_checkpoint(
     )
 
 
-def _files_to_read(reader: CheckpointReader, state: TrainState, weights_only: bool) -> set[str]:
-    """The files that hold what this rank will read."""
-    files: set[str] = set()
+def _files_to_read(reader: CheckpointReader, state: TrainState, weights_only: bool) -> Counter[str]:
+    """Bytes that this rank will read of each file."""
+    files: Counter[str] = Counter()
     for item in state.shards:
-        files |= reader.files_of(weight_key(reader, item.piece.key, item.parameter.dtype), item.piece.box)
+        files += reader.files_of(weight_key(reader, item.piece.key, item.parameter.dtype), item.piece.box)
     for item in optimizer_slices(state.optimizer, state.shards) if state.optimizer is not None else ():
         for part in flat_boxes(item.shard, item.start, item.stop):
             for name in (MASTER,) if weights_only else (MASTER, *MOMENTS):
-                files |= reader.files_of(f"optimizer/{name}/{item.shard.piece.key}", part.box)
+                files += reader.files_of(f"optimizer/{name}/{item.shard.piece.key}", part.box)
     return files
 
 

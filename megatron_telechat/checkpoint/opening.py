@@ -7,7 +7,7 @@ older one of its lineage, unless the user has named it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_telechat.checkpoint.find import candidates
@@ -19,8 +19,8 @@ from megatron_telechat.checkpoint.verify import check_together, read_sound_manif
 from megatron_telechat.errors import CheckpointError, Problem
 from megatron_telechat.parallel.agreement import from_rank_0, this_rank, together
 
-Wanted = Callable[[CheckpointReader], Iterable[str]]
-"""The files of a checkpoint that this rank will read."""
+Wanted = Callable[[CheckpointReader], Mapping[str, int]]
+"""Bytes that this rank will read of each file of a checkpoint."""
 Fits = Callable[[CheckpointReader], None]
 """Raises CheckpointError for a checkpoint that is none of this run: none older is tried then."""
 
@@ -88,11 +88,12 @@ def _checked(
     if manifest is None:
         return None, problems
     reader = CheckpointReader(folder, check_sizes=False, manifest=manifest)
-    files: set[str] = set()
+    files: Mapping[str, int] = {}
     with together():
         if fits is not None:
             fits(reader)
-        files.update(wanted(reader) if wanted is not None else ())
+        if wanted is not None:
+            files = wanted(reader)
     problems = check_together(folder, manifest, files)
     return (None, problems) if problems else (reader, [])
 

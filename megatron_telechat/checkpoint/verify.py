@@ -173,16 +173,17 @@ def read_sound_manifest(folder: Path) -> Manifest:
 
 
 def shares(
-    sizes: Mapping[str, int], wanted: Sequence[Iterable[str]], known: Sequence[Iterable[str]]
+    sizes: Mapping[str, int], wanted: Sequence[Mapping[str, int]], known: Sequence[Iterable[str]]
 ) -> list[list[str]]:
     """Who checks which file: each file on exactly one rank, about as many bytes everywhere.
 
-    A file that a rank knows to be sound is checked there, for nothing; else, where that leaves the shares even, by a
-    rank that will read it anyway.
+    A file that a rank knows to be sound is checked there, for nothing; else, where that leaves the shares even, by the
+    rank that will read most of it.
 
     Args:
         sizes: bytes of each file.
-        wanted, known: by rank, the files that it will read, and those that it knows to be sound.
+        wanted: by rank, bytes that it will read of each file.
+        known: by rank, the files that it knows to be sound.
 
     Returns:
         The files of each rank, by rank.
@@ -190,10 +191,10 @@ def shares(
     out: list[list[str]] = [[] for _ in wanted]
     load = [0] * len(wanted)
     knowing = {name: rank for rank in reversed(range(len(known))) for name in known[rank]}
-    readers: dict[str, list[int]] = {}
-    for rank, names in enumerate(wanted):
-        for name in names:
-            readers.setdefault(name, []).append(rank)
+    readers: dict[str, list[tuple[int, int]]] = {}
+    for rank, files in enumerate(wanted):
+        for name, count in files.items():
+            readers.setdefault(name, []).append((-count, rank))
     left = []
     for name in sorted(sizes):
         if name in knowing:
@@ -205,32 +206,32 @@ def shares(
     for name in sorted(left, key=lambda one: (-sizes[one], one)):
         while load[idlest[0][1]] != idlest[0][0]:
             heapq.heapreplace(idlest, (load[idlest[0][1]], idlest[0][1]))
-        rank = min(readers.get(name, (idlest[0][1],)), key=lambda one: (load[one], one))
+        _, rank = min(readers.get(name, [idlest[0]]))
         if load[rank] + sizes[name] > 1.1 * fair:
-            rank = min(rank, idlest[0][1], key=lambda one: (load[one], one != rank))
+            rank = idlest[0][1] if load[idlest[0][1]] < load[rank] else rank
         out[rank].append(name)
         load[rank] += sizes[name]
     return out
 
 
-def check_together(folder: Path, manifest: Manifest, wanted: Iterable[str]) -> list[Problem]:
+def check_together(folder: Path, manifest: Manifest, wanted: Mapping[str, int]) -> list[Problem]:
     """Check every file of a checkpoint, the work shared over the ranks; a collective. All ranks get all problems.
 
     Args:
-        wanted: the files that this rank will read.
+        wanted: bytes that this rank will read of each file.
     """
     names = list(manifest.files)
     numbers = {name: number for number, name in enumerate(names)}
-    mine: tuple[list[int], list[int]] = [], []
+    mine: tuple[dict[int, int], list[int]] = {}, []
     found: list[Problem] = []
     with together():
         known = [number for name, number in numbers.items() if is_known_sound(folder / name, manifest.files[name])]
-        mine = sorted({numbers[name] for name in wanted}), known
+        mine = {numbers[name]: count for name, count in wanted.items()}, known
     said = gather_objects(mine)
     with together():
         share = shares(
             {name: entry.size for name, entry in manifest.files.items()},
-            [[names[number] for number in one] for one, _ in said],
+            [{names[number]: count for number, count in one.items()} for one, _ in said],
             [[names[number] for number in one] for _, one in said],
         )[this_rank()]
         found = check_files(folder, manifest, share)

@@ -56,10 +56,10 @@ def test_shares_are_even_each_file_once_and_where_it_is_read_anyway():
     random_ = random.Random(3)
     for ranks in (1, 2, 3, 8, 64):
         own = {f"rank_{rank:05d}": random_.randint(900, 1000) for rank in range(ranks)}
-        found = verify.shares(own, [[name] for name in own], [()] * ranks)
+        found = verify.shares(own, [{name: 1} for name in own], [()] * ranks)
         assert found == [[name] for name in own], "in the same layout each rank checks its own"
         sizes = {f"file_{number:03d}": random_.randint(1, 1000) for number in range(200)}
-        wanted = [random_.sample(sorted(sizes), 5) for _ in range(ranks)]
+        wanted = [dict.fromkeys(random_.sample(sorted(sizes), 5), rank + 1) for rank in range(ranks)]
         known = [[], *[["file_000"]] * (ranks - 1)]
         found = verify.shares(sizes, wanted, known)
         assert sorted(name for share in found for name in share) == sorted(sizes)

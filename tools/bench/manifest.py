@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +100,12 @@ def parts(ranks: int) -> Iterator[Part]:
 
 def wanted_by_one(reader: CheckpointReader, stages: int) -> int:
     """Unpack and search the boxes of the tensors that a rank of the first stage reads; returns how many files."""
-    files: set[str] = set()
+    files: Counter[str] = Counter()
     for key, entry in reader.entries.items():
         layer = layer_of(key.rsplit("/", 1)[-1])
         if layer is not None and layer < 96 // stages:
             rows = max(1, entry.shape[0] // TP)
-            files |= reader.files_of(key, Box((0,) * len(entry.shape), (rows, *entry.shape[1:])))
+            files += reader.files_of(key, Box((0,) * len(entry.shape), (rows, *entry.shape[1:])))
     return len(files)
 
 
@@ -147,8 +148,7 @@ def measure(ranks: int, root: Path) -> dict[str, Any]:
     timed("find what one rank reads", lambda: wanted_by_one(reader, pipeline(ranks)))
     names = list(manifest.files)
     sizes = {name: manifest.files[name].size for name in names}
-    none = [()] * ranks
-    timed("share the files out", lambda: verify.shares(sizes, none, none))
+    timed("share the files out", lambda: verify.shares(sizes, [{}] * ranks, [()] * ranks))
     problems = timed("verify every file, one rank alone", lambda: verify.check_files(folder, manifest, names))
     assert not problems, problems[0]
     timed("retention, in a new process", lambda: prune(root, 2))
