@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -121,6 +123,30 @@ class Backend(ABC):
 
         with getattr(torch, self.name).device(self.device):  # a new thread begins on device 0
             return tensor.pin_memory()
+
+    def pin(self, memory: torch.Tensor) -> None:  # noqa: B027 (most devices read any memory of the host alike)
+        """Let the device copy from and to this memory of the host by itself, until `unpin`."""
+
+    def unpin(self, memory: torch.Tensor) -> None:  # noqa: B027
+        """Take `pin` back, before the memory is given back."""
+
+    @contextmanager
+    def copies_beside(self) -> Iterator[None]:
+        """Copies from the device to the host that are queued inside run beside its kernels; leaving waits for them.
+
+        Any thread may use it. What they read must be there: see `synchronize`.
+        """
+        if not self.traits.pins_uploads:
+            yield
+            return
+        import torch
+
+        module = getattr(torch, self.name)
+        with module.device(self.device):  # a new thread begins on device 0
+            stream = module.Stream()
+            with module.stream(stream):
+                yield
+            stream.synchronize()
 
     @abstractmethod
     def memory(self) -> DeviceMemory:

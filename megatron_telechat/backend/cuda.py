@@ -112,6 +112,20 @@ class CudaBackend(Backend):
 
         torch.cuda.synchronize(self.device)
 
+    def pin(self, memory: torch.Tensor) -> None:
+        """cudaHostRegister; memory that the driver does not take stays as it is, and copies are slower."""
+        import torch
+
+        with torch.cuda.device(self.device):
+            _runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """cudaHostUnregister."""
+        import torch
+
+        with torch.cuda.device(self.device):
+            _runtime().cudaHostUnregister(memory.data_ptr())
+
     def memory(self) -> DeviceMemory:
         """Bytes of tensors in torch's allocator, now and at most since `reset_peak_memory`, and the memory of the GPU.
 
@@ -156,6 +170,13 @@ class CudaBackend(Backend):
         import torch
 
         torch.cuda.set_rng_state(state, self.device)
+
+
+def _runtime() -> Any:
+    """The CUDA runtime's functions."""
+    import torch
+
+    return torch.cuda.cudart()
 
 
 def _is_available() -> bool:

@@ -34,7 +34,13 @@ class Attempt:
 
     root: Path
     step: int
-    identifier: str
+    save: str
+    """Id of the save, in its manifest and in each of its files."""
+
+    @property
+    def identifier(self) -> str:
+        """The beginning of the id, for names of folders."""
+        return self.save[:8]
 
     @property
     def temporary(self) -> Path:
@@ -52,7 +58,7 @@ def begin(root: Path, step: int) -> Attempt:
 
     Only one process of one job may call this at a time. Raises ResourceError.
     """
-    attempt = Attempt(root, step, uuid.uuid4().hex[:8])
+    attempt = Attempt(root, step, uuid.uuid4().hex)
     try:
         root.mkdir(parents=True, exist_ok=True)
         clean_leftovers(root)

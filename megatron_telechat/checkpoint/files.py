@@ -11,17 +11,21 @@ import os
 import shutil
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import torch
 
-from megatron_telechat.checkpoint.names import DTYPE_TAGS, FileEntry
+from megatron_telechat.checkpoint.names import DTYPE_TAGS, RESTORE_OR_OTHER, FileEntry
 from megatron_telechat.errors import CheckpointError, ResourceError
 
 FREE_SPACE_FACTOR = 1.2
 _CHUNK_BYTES = 16 << 20
+_SYNC_BYTES = 128 << 20
 
 # name in a manifest -> (torch dtype, name in a safetensors header)
 DTYPES: Mapping[str, tuple[torch.dtype, str]] = {name: (getattr(torch, name), tag) for name, tag in DTYPE_TAGS.items()}
@@ -75,10 +79,27 @@ def write_safetensors(
 
     Raises ResourceError when the disk is full, read-only or failing, or the file exists.
     """
+    prefix = safetensors_prefix(path.name, tensors, metadata)
+    try:
+        with open(path, "xb", buffering=0) as stream, _BesideTheWrite(stream.fileno()) as beside:
+            _write(stream, memoryview(prefix), beside)
+            for tensor in tensors:
+                _write(stream, _bytes_of(tensor), beside)
+            checksum = beside.finish()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return FileEntry(len(prefix) + sum(tensor.nbytes for tensor in tensors), f"{checksum:08x}")
+
+
+def safetensors_prefix(
+    file_name: str, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What a safetensors file begins with; the values of the tensors follow it in their order, without gaps."""
     header: dict = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for tensor in tensors:
-        assert tensor.name not in header, f"{tensor.name} twice in {path.name}"
+        assert tensor.name not in header, f"{tensor.name} twice in {file_name}"
         span = [position, position + tensor.nbytes]
         header[tensor.name] = {
             "dtype": DTYPES[_NAME_OF[tensor.dtype]][1],
@@ -88,20 +109,61 @@ def write_safetensors(
         position = span[1]
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    prefix = struct.pack("<Q", len(head)) + head
-    try:
-        with open(path, "xb") as stream:
-            stream.write(prefix)
-            checksum = zlib.crc32(prefix)
-            for tensor in tensors:
-                data = _bytes_of(tensor)
-                stream.write(data)
-                checksum = zlib.crc32(data, checksum)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise disk_error(path, error) from error
-    return FileEntry(len(prefix) + position, f"{checksum:08x}")
+    return struct.pack("<Q", len(head)) + head
+
+
+def _write(stream: RawIOBase, data: memoryview, beside: _BesideTheWrite) -> None:
+    beside.add(data)
+    while data:
+        count = stream.write(data[:_CHUNK_BYTES])
+        assert count is not None  # of a file that does not block
+        data = data[count:]
+        beside.written(count)
+
+
+class _BesideTheWrite:
+    """What another thread does while one writes a file: its checksum, and bringing what is written to the disk.
+
+    Both let go of the interpreter's lock. At most two tensors are kept for the checksum.
+    """
+
+    def __init__(self, handle: int):
+        self._handle = handle
+        self._sums, self._syncs = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._value, self._unsynced = 0, 0
+        self._summing: deque[Future] = deque()
+        self._syncing: Future | None = None
+
+    def __enter__(self) -> _BesideTheWrite:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sums.shutdown()
+        self._syncs.shutdown()
+
+    def add(self, data: memoryview) -> None:
+        """The next bytes of the file; they must not change before `finish`."""
+        while len(self._summing) > 1:
+            self._summing.popleft().result()
+        self._summing.append(self._sums.submit(self._sum, data))
+
+    def written(self, count: int) -> None:
+        """So many bytes were handed to the system. Raises OSError where an earlier part does not reach the disk."""
+        self._unsynced += count
+        if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            if self._syncing is not None:
+                self._syncing.result()
+            self._unsynced = 0
+            self._syncing = self._syncs.submit(os.fsync, self._handle)
+
+    def finish(self) -> int:
+        """The CRC-32 of all bytes. Raises OSError as `written` does."""
+        for one in (*self._summing, *((self._syncing,) if self._syncing is not None else ())):
+            one.result()
+        return self._value
+
+    def _sum(self, data: memoryview) -> None:
+        self._value = zlib.crc32(data, self._value)
 
 
 def _bytes_of(tensor: LazyTensor) -> memoryview:
@@ -120,15 +182,6 @@ def disk_error(path: Path, error: OSError) -> ResourceError:
         fix="free some space, or give another folder (--save of a run, --output of a conversion); committed "
         "checkpoints are untouched",
     )
-
-
-def crc32_of(path: Path) -> str:
-    """CRC-32 of a whole file, 8 hex digits, as `FileEntry` keeps it; holds 16 MiB at a time. Raises OSError."""
-    checksum = 0
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-    return f"{checksum:08x}"
 
 
 def write_bytes(path: Path, data: bytes) -> FileEntry:
@@ -166,9 +219,6 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
             where=str(folder),
             fix="free some space, give another folder with --save, or keep fewer with --keep-last",
         )
-
-
-RESTORE_OR_OTHER = "restore the file from a copy, or use another checkpoint (--load-step)"
 
 
 def read_file_error(path: Path, error: Exception, fix: str = RESTORE_OR_OTHER) -> CheckpointError:

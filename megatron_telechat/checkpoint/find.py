@@ -11,8 +11,9 @@ import torch
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.lineage import live, readable
 from megatron_telechat.checkpoint.manifest import MANIFEST
-from megatron_telechat.checkpoint.names import committed_folders, folder_of_step, step_of
+from megatron_telechat.checkpoint.names import committed_folders, folder_of_step
 from megatron_telechat.checkpoint.optimizer_state import MASTER
+from megatron_telechat.checkpoint.verify import read_sound_manifest
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import run_config_from_yaml
 from megatron_telechat.errors import CheckpointError, ConfigError, Problem
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint under ``root`` whose manifest and file sizes are right, None where nothing was saved.
+    """The newest checkpoint under ``root`` whose manifest and file sizes are right, None where nothing was saved;
+    what a run loads is read whole before (`opening.open_verified`).
 
     ``root`` may also be one checkpoint. Raises CheckpointError when there are checkpoints but
     every one is damaged: a run must not begin anew over them.
@@ -35,14 +37,14 @@ def latest_checkpoint(root: Path) -> Path | None:
 def find_checkpoint(root: Path, step: int | None = None) -> tuple[Path | None, tuple[str, ...]]:
     """(folder, what had to be passed over). See :func:`latest_checkpoint`."""
     if (root / MANIFEST).is_file():
-        CheckpointReader(root)
+        _open(root)
         return root, ()
     if step is not None:
         folder = folder_of_step(root, step)
         _open(folder)
         return folder, ()
     problems: list[Problem] = []
-    for folder in _candidates(root):
+    for folder in candidates(root):
         try:
             _open(folder)
         except CheckpointError as error:
@@ -59,18 +61,12 @@ def find_checkpoint(root: Path, step: int | None = None) -> tuple[Path | None, t
 
 def _open(folder: Path) -> None:
     """Check the manifest and the sizes of all files. Raises CheckpointError."""
-    found = CheckpointReader(folder).manifest.step
-    if found != step_of(folder):
-        raise CheckpointError(
-            f"the manifest is of step {found}, the folder is named after step {step_of(folder)}",
-            str(folder),
-            "use another checkpoint (--load-step), or restore this folder from a copy",
-        )
+    CheckpointReader(folder, manifest=read_sound_manifest(folder))
 
 
-def _candidates(root: Path) -> list[Path]:
-    """The lineage, newest first; among it, by their steps, those whose manifests say nothing, which a reader must hear
-    of."""
+def candidates(root: Path) -> list[Path]:
+    """What a load tries, in this order: the lineage, newest first; among it, by their steps, those whose manifests say
+    nothing, which a reader must hear of."""
     known = readable(root)
     told = {saved.path for saved in known}
     mute = [(step, path) for step, path in reversed(committed_folders(root)) if path not in told]

@@ -8,8 +8,8 @@ Neither side needs torch.distributed: conversion writes a checkpoint alone
 from __future__ import annotations
 
 import platform
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ import torch
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint.files import (
-    RESTORE_OR_OTHER,
     FileEntry,
     LazyTensor,
-    crc32_of,
     dtype_name,
     dtype_named,
     dtype_of_tag,
@@ -30,8 +28,10 @@ from megatron_telechat.checkpoint.files import (
     write_safetensors,
 )
 from megatron_telechat.checkpoint.lineage import Branch, look_at
-from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, read_manifest
-from megatron_telechat.errors import CheckpointError, Problem
+from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, read_manifest, usual_name
+from megatron_telechat.checkpoint.names import RESTORE_OR_OTHER
+from megatron_telechat.checkpoint.verify import RANK, SAVE, STEP, check_files, size_fault
+from megatron_telechat.errors import CheckpointError
 from megatron_telechat.tensors.boxes import Box, intersect, tiling_fault, whole
 
 MAX_FILE_BYTES = 4 << 30
@@ -48,16 +48,27 @@ class Part:
 
 
 class PartWriter:
-    """Writes the boxes of one rank into ``folder/rank_00012.safetensors`` (and ``…-00001``, when large).
+    """Writes the boxes of one rank into ``rank_00012.safetensors`` of a save (and ``…-00001``, when large).
 
     Tensors are kept by reference until their file is full; they must not change before
     :meth:`close` returns.
+
+    Args:
+        write_file: writes a file of these tensors and returns its entry; `staging.FileImages.add` keeps it in memory.
     """
 
-    def __init__(self, folder: Path, rank: int, max_file_bytes: int = MAX_FILE_BYTES):
-        self._folder = folder
+    def __init__(
+        self,
+        attempt: protocol.Attempt,
+        rank: int,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        write_file: Callable[[Path, Sequence[LazyTensor], Mapping[str, str]], FileEntry] = write_safetensors,
+    ):
+        self._folder = attempt.temporary
         self._rank = rank
+        self._metadata = {SAVE: attempt.save, STEP: str(attempt.step), RANK: str(rank)}
         self._max_file_bytes = max_file_bytes
+        self._write_file = write_file
         self._pending: list[LazyTensor] = []
         self._pending_bytes = 0
         self._part = Part()
@@ -66,12 +77,13 @@ class PartWriter:
         """One box of the global tensor ``key``; every element of it must be added once by some rank."""
         box = Box(tuple(offset), tuple(tensor.shape))
         assert box.inside(global_shape), (key, box, global_shape)
-        name = f"{key}@{','.join(map(str, offset))}"
+        name = usual_name(key, offset)
         stored = StoredBox(self._queue(lazy(name, tensor)), name, box)
         dtype, shape = dtype_name(tensor.dtype), tuple(global_shape)
-        known = self._part.tensors.setdefault(key, TensorEntry(dtype, shape, ()))
+        known = self._part.tensors.setdefault(key, TensorEntry(dtype, shape, []))
         assert (known.dtype, known.shape) == (dtype, shape), key
-        self._part.tensors[key] = replace(known, boxes=known.boxes + (stored,))
+        assert isinstance(known.boxes, list)
+        known.boxes.append(stored)
 
     def add_rng(self, rank: int, state: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         """State of this rank's random generators: JSON with the names of its tensors."""
@@ -98,24 +110,22 @@ class PartWriter:
     def _flush(self) -> None:
         if self._pending:
             name = self._file_name()
-            self._part.files[name] = write_safetensors(self._folder / name, self._pending)
+            self._part.files[name] = self._write_file(self._folder / name, self._pending, self._metadata)
             self._pending, self._pending_bytes = [], 0
 
 
 def merge_parts(parts: Iterable[Part]) -> Part:
     """The parts of all ranks as one. Raises CheckpointError when they do not tile every tensor exactly."""
     merged, problems = Part(), []
+    boxes: dict[str, list[StoredBox]] = {}
     for part in parts:
         assert not merged.files.keys() & part.files.keys(), "two ranks wrote the same file"
         merged.files.update(part.files)
         for key, entry in part.tensors.items():
-            known = merged.tensors.get(key)
-            if known is None:
-                merged.tensors[key] = entry
-                continue
+            known = merged.tensors.setdefault(key, replace(entry, boxes=boxes.setdefault(key, [])))
             if (known.dtype, known.shape) != (entry.dtype, entry.shape):
                 problems.append(f"{key}: {known.dtype} {known.shape} and {entry.dtype} {entry.shape}")
-            merged.tensors[key] = replace(known, boxes=known.boxes + entry.boxes)
+            boxes[key].extend(entry.boxes)
     for key, entry in merged.tensors.items():
         fault = tiling_fault(entry.shape, [stored.box for stored in entry.boxes])
         if fault:
@@ -164,7 +174,7 @@ class CheckpointWriter:
     ):
         self._branch = branch
         self._attempt = protocol.begin(Path(root), step)
-        self._writer = PartWriter(self._attempt.temporary, 0, max_file_bytes)
+        self._writer = PartWriter(self._attempt, 0, max_file_bytes)
         self._config = config
         self.extra: dict[str, Any] = dict(extra or {})
         self.files: dict[str, FileEntry] = {}
@@ -198,6 +208,7 @@ class CheckpointWriter:
                 tensors=part.tensors,
                 extra=self.extra,
                 lineage=self._branch.next().to_json() if self._branch is not None else None,
+                save=self._attempt.save,
             )
             self.path = protocol.commit(self._attempt, manifest, keep_replaced=self._branch is not None)
             if self._branch is not None:
@@ -212,11 +223,14 @@ class CheckpointReader:
 
     Opening checks the manifest and the size of every file; ``verify=True`` also the
     checksum of every byte. Raises CheckpointError naming the file at fault.
+
+    Args:
+        manifest: that of ``path``, where it was read and checked already.
     """
 
-    def __init__(self, path: Path, verify: bool = False, check_sizes: bool = True):
+    def __init__(self, path: Path, verify: bool = False, check_sizes: bool = True, manifest: Manifest | None = None):
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        self.manifest = read_manifest(self.path) if manifest is None else manifest
         self._open: OrderedDict[str, Any] = OrderedDict()
         if check_sizes:
             self.check_files(checksums=verify)
@@ -233,11 +247,7 @@ class CheckpointReader:
 
     def check_files(self, checksums: bool = False) -> None:
         """Sizes (and checksums) of all files. Raises CheckpointError listing every file at fault."""
-        problems = []
-        for name, entry in self.manifest.files.items():
-            what = _file_fault(self.path, name, entry, checksums)
-            if what:
-                problems.append(Problem(what, str(self.path / name), RESTORE_OR_OTHER))
+        problems = check_files(self.path, self.manifest, self.manifest.files, checksums)
         if problems:
             raise CheckpointError(problems)
 
@@ -266,6 +276,16 @@ class CheckpointReader:
         for common, values in parts:
             out[common.slices(box.offset)] = values
         return out
+
+    def files_of(self, key: str, box: Box) -> Counter[str]:
+        """Bytes of this box of ``key`` in each file; none where there is no such tensor."""
+        found: Counter[str] = Counter()
+        entry = self.entries.get(key)
+        for stored in entry.boxes if entry is not None else ():
+            common = intersect(stored.box, box)
+            if common is not None:
+                found[stored.file] += common.numel * self.dtype(key).itemsize
+        return found
 
     def read_rng(self, rank: int) -> tuple[Any, dict[str, torch.Tensor]] | None:
         """(JSON state, its tensors) of one rank's generators, None where none was saved."""
@@ -299,7 +319,7 @@ class CheckpointReader:
             return self._open[name]
         from safetensors import safe_open
 
-        fault = _file_fault(self.path, name, self.manifest.files[name], checksums=False)
+        fault = size_fault(self.path / name, self.manifest.files[name])
         if fault:
             raise CheckpointError(fault, where=str(self.path / name), fix=RESTORE_OR_OTHER)
         try:
@@ -310,17 +330,3 @@ class CheckpointReader:
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)
         return handle
-
-
-def _file_fault(folder: Path, name: str, entry: FileEntry, checksums: bool) -> str | None:
-    path = folder / name
-    if path.is_symlink():
-        return "the file is a symbolic link"
-    if not path.is_file():
-        return "the file is missing"
-    size = path.stat().st_size
-    if size != entry.size:
-        return f"the file has {size} bytes, the manifest says {entry.size}"
-    if checksums and crc32_of(path) != entry.crc32:
-        return "the file's checksum differs from the manifest's: its content has changed"
-    return None

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_telechat.checkpoint.manifest import MANIFEST, is_sound_head, read_manifest
 from megatron_telechat.checkpoint.names import aside_name, committed_folders, folders_aside, is_replaced, step_of
 from megatron_telechat.errors import CheckpointError
 
-_HEAD = ("digest", "step", "consumed_samples", "config", "optimizer", "data_fingerprint", "extra", "lineage")
+_HEAD = ("digest", "step", "consumed_samples", "config", "optimizer", "data_fingerprint", "extra", "lineage", "save")
 _BEHIND_THE_HEAD = ("rng", "files", "tensors")
 _HEAD_BYTES = 4 << 20
 
@@ -136,7 +136,7 @@ def _values(text: str) -> dict[str, Any]:
             found[key], at = decoder.raw_decode(text, _skip(text, at, " \r\n\t:"))
     except (ValueError, RecursionError):
         return {}
-    return {key: found[key] for key in _HEAD if key in found}
+    return {key: found[key] for key in _HEAD if key in found} if is_sound_head(found) else {}
 
 
 def _skip(text: str, at: int, blanks: str) -> int:

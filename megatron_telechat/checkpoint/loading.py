@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any, Protocol
 import torch
 
 from megatron_telechat.checkpoint import rng as rng_tree
-from megatron_telechat.checkpoint.find import find_checkpoint, require_fit, saved_config, weight_key
+from megatron_telechat.checkpoint.find import require_fit, saved_config, weight_key
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.loss_scale import diverged_scales, load_scaler_state, one_scale, require_one_scale
 from megatron_telechat.checkpoint.meaning import require_meaning
+from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.optimizer_state import (
     MASTER,
     MOMENTS,
@@ -25,7 +27,7 @@ from megatron_telechat.checkpoint.train_state import TrainState, topology
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import LocalParameter
-from megatron_telechat.parallel.agreement import from_rank_0, together
+from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState, seed_generators
 
 
@@ -73,6 +75,8 @@ def load_checkpoint(
 ) -> LoadedInfo:
     """Fill the parameters, the optimizer and the random generators; a collective over all ranks.
 
+    Before any of them is touched every byte of the checkpoint is checked (`open_verified`).
+
     Args:
         root: a folder of checkpoints (the newest sound one is taken, or that of ``step``) or one checkpoint.
         weights_only: take the weights only, for a run that begins at step 0.
@@ -80,22 +84,15 @@ def load_checkpoint(
 
     Raises CheckpointError on every rank when any rank cannot load.
     """
-    found: Any = None
-    with together(parallel):
-        if parallel.rank == 0:
-            found = find_checkpoint(Path(root), step)
-            if found[0] is None:
-                raise CheckpointError(
-                    "no checkpoint there",
-                    where=str(root),
-                    fix="give a folder that holds iter_… folders, or one of these",
-                )
-    folder, passed_over = from_rank_0(found)
-    with together(parallel):
-        reader = CheckpointReader(folder, check_sizes=False)  # rank 0 has checked every file
+
+    def fits(reader: CheckpointReader) -> None:
         require_fit(reader, run.model)
-        require_meaning(reader.config, reader.manifest.extra, run, folder, saved_by)
-    notes = list(passed_over)
+        require_meaning(reader.config, reader.manifest.extra, run, reader.path, saved_by)
+
+    reader, passed_over = open_verified(
+        Path(root), step, fits=fits, wanted=lambda reader: _files_to_read(reader, state, weights_only)
+    )
+    folder, notes = reader.path, list(passed_over)
     with together(parallel):
         _load_parameters(reader, state.shards)
         notes += _load_optimizer(reader, state, run, weights_only)
@@ -121,6 +118,18 @@ def load_checkpoint(
         manifest.optimizer["step"] if manifest.optimizer else None,
         manifest.digest,
     )
+
+
+def _files_to_read(reader: CheckpointReader, state: TrainState, weights_only: bool) -> Counter[str]:
+    """Bytes that this rank will read of each file."""
+    files: Counter[str] = Counter()
+    for item in state.shards:
+        files += reader.files_of(weight_key(reader, item.piece.key, item.parameter.dtype), item.piece.box)
+    for item in optimizer_slices(state.optimizer, state.shards) if state.optimizer is not None else ():
+        for part in flat_boxes(item.shard, item.start, item.stop):
+            for name in (MASTER,) if weights_only else (MASTER, *MOMENTS):
+                files += reader.files_of(f"optimizer/{name}/{item.shard.piece.key}", part.box)
+    return files
 
 
 def _load_parameters(reader: CheckpointReader, shards: Sequence[LocalParameter]) -> None:

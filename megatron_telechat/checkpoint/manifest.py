@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,16 @@ class StoredBox:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A global tensor of a checkpoint."""
+    """A global tensor of a checkpoint; its boxes tile it."""
 
     dtype: str
     shape: tuple[int, ...]
-    boxes: tuple[StoredBox, ...]
+    boxes: Sequence[StoredBox]
+
+
+def usual_name(key: str, offset: Sequence[int]) -> str:
+    """The name of a box of tensor ``key`` in its file."""
+    return f"{key}@{','.join(map(str, offset))}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Manifest:
     data_fingerprint: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     lineage: Mapping[str, Any] | None = None
+    save: str | None = None
+    """Id of the save, also in the metadata of each of its safetensors files; None where an older release saved it."""
     digest: str = ""
     """Of a manifest that was read; to_bytes takes it anew."""
 
@@ -71,7 +78,7 @@ class Manifest:
         Its first entry is the digest of all others: BLAKE2b, 16 bytes, over their JSON with sorted keys. The lists that
         grow with ranks and tensors come last, so that `lineage.look_at` need not read them.
         """
-        body = {
+        head = {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
             **{
@@ -86,10 +93,15 @@ class Manifest:
                     "data_fingerprint",
                     "extra",
                     "lineage",
+                    "save",
                 )
             },
+        }
+        body = {
+            HEAD_DIGEST: _digest(head),
+            **head,
             "rng": list(self.rng),
-            "files": {name: asdict(entry) for name, entry in self.files.items()},
+            "files": {name: {"size": entry.size, "crc32": entry.crc32} for name, entry in self.files.items()},
             "tensors": {
                 key: {
                     "dtype": entry.dtype,
@@ -107,7 +119,38 @@ class Manifest:
                 for key, entry in self.tensors.items()
             },
         }
-        return json.dumps({"digest": _digest(body), **body}, indent=1, ensure_ascii=False).encode()
+        return _as_lines({"digest": _digest(body), **body}).encode()
+
+
+HEAD_DIGEST = "head_digest"
+_LISTS = ("rng", "files", "tensors")
+
+
+def _as_lines(body: Mapping[str, Any]) -> str:
+    """JSON with one line for each file, tensor and rank; an encoder that indents everything is slow and makes lists of
+    many ranks twice as long."""
+    fields = [
+        f"{_json(name)}: {_list_as_lines(value) if name in _LISTS else json.dumps(value, indent=1, ensure_ascii=False)}"
+        for name, value in body.items()
+    ]
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _list_as_lines(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{\n" + ",\n".join(f" {_json(key)}: {_json(item)}" for key, item in value.items()) + "\n}"
+    return "[\n" + ",\n".join(f" {_json(item)}" for item in value) + "\n]"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def is_sound_head(found: Mapping[str, Any]) -> bool:
+    """Whether the fields that stand before the lists of a manifest are those that were written; true for manifests of
+    older releases, which cannot tell without the lists."""
+    said = found.get(HEAD_DIGEST)
+    return said is None or said == _digest({k: v for k, v in found.items() if k not in ("digest", HEAD_DIGEST)})
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -153,7 +196,8 @@ def _parse(path: Path, body: Any) -> Manifest:
             fix="use the release that wrote the checkpoint, or convert it through the Hugging Face layout",
         )
     digest = body.pop("digest", None)
-    if digest != _digest(body):
+    head = {name: value for name, value in body.items() if name not in _LISTS}
+    if digest != _digest(body) or not is_sound_head(head):
         raise _damaged(path, "has changed since it was written (its digest differs)")
     files = {
         _file_name(path, name): FileEntry(_natural(e["size"]), str(e["crc32"])) for name, e in body["files"].items()
@@ -162,6 +206,11 @@ def _parse(path: Path, body: Any) -> Manifest:
     for state in body["rng"]:
         if state["file"] not in files:
             raise _damaged(path, f"names the file {state['file']!r}, which it does not list")
+        _natural(state["rank"])
+        _mapping(state["state"])
+    if body["optimizer"] is not None:
+        _natural(body["optimizer"]["step"])
+        _mapping(body["optimizer"]["grad_scaler"])
     return Manifest(
         step=_natural(body["step"]),
         consumed_samples=_natural(body["consumed_samples"]),
@@ -171,6 +220,7 @@ def _parse(path: Path, body: Any) -> Manifest:
         files=files,
         tensors=tensors,
         optimizer=body["optimizer"],
+        save=_text(body["save"]) if body.get("save") is not None else None,
         rng=tuple(body["rng"]),
         data_fingerprint=body["data_fingerprint"],
         extra=dict(body["extra"]),
@@ -207,6 +257,12 @@ def _file_name(path: Path, name: Any) -> str:
 def _natural(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{value!r} is not an integer from 0")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is not an object")
     return value
 
 

@@ -24,6 +24,8 @@ DTYPE_TAGS: Mapping[str, str] = {
     "bool": "BOOL",
 }
 
+RESTORE_OR_OTHER = "restore the file from a copy, or use another checkpoint (--load-step)"
+
 _COMMITTED = re.compile(r"iter_(\d{7,})")
 _REPLACED = re.compile(r"iter_(\d{7,})\.replaced-[0-9a-f]+")
 _ASIDE = re.compile(r"iter_(\d{7,})\.aside-[0-9a-f]+")
@@ -72,6 +74,12 @@ def step_of(path: Path) -> int | None:
     """The step of a committed checkpoint's folder by its name, None for any other name."""
     match = _COMMITTED.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
     return int(match.group(1)) if match else None
+
+
+def step_of_name(path: Path) -> int | None:
+    """The step that the name of a checkpoint's folder says, also of one set aside; None for any other name."""
+    match = _ASIDE.fullmatch(path.name)
+    return int(match.group(1)) if match else step_of(path)
 
 
 def committed_folders(root: Path) -> list[tuple[int, Path]]:

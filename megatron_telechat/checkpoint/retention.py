@@ -8,10 +8,9 @@ import shutil
 import uuid
 from pathlib import Path
 
-from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.lineage import saved_in
 from megatron_telechat.checkpoint.names import temporary_name
-from megatron_telechat.errors import CheckpointError
+from megatron_telechat.checkpoint.verify import is_whole
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ def prune(root: Path, keep_last: int, protected: Path | None = None) -> list[Pat
     """
     if keep_last <= 0:
         return []
-    sound = [(saved.step, saved.path) for saved in saved_in(root) if _is_sound(saved.path)]
+    sound = [(saved.step, saved.path) for saved in saved_in(root) if is_whole(saved.path)]
     removed = []
     for step, path in sound[:-keep_last]:
         if protected is not None and path.resolve() == protected.resolve():
@@ -40,11 +39,3 @@ def prune(root: Path, keep_last: int, protected: Path | None = None) -> list[Pat
             continue
         removed.append(path)
     return removed
-
-
-def _is_sound(folder: Path) -> bool:
-    try:
-        CheckpointReader(folder)
-    except CheckpointError:
-        return False
-    return True

@@ -2,11 +2,15 @@
 
 Every rank writes the boxes of global tensors it owns and reads those it needs; who owned
 what when the checkpoint was written plays no part in reading it.
+
+A save has three parts: all ranks begin it (`begin_save`), each writes its own files (`write_part`), and rank 0 commits
+them (`commit_parts`). `save_checkpoint` does one after the other; `asynchronous.py` lets training go on beside the last
+two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,22 +21,23 @@ import torch.distributed as dist
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint import rng as rng_tree
 from megatron_telechat.checkpoint.companions import carry_companions
-from megatron_telechat.checkpoint.files import require_free_space
+from megatron_telechat.checkpoint.files import FileEntry, require_free_space, write_safetensors
 from megatron_telechat.checkpoint.format import Part, PartWriter, merge_parts, versions
 from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.names import committed_folders
-from megatron_telechat.checkpoint.optimizer_state import adam_steps, flat_boxes, optimizer_slices
+from megatron_telechat.checkpoint.optimizer_state import adam_steps
+from megatron_telechat.checkpoint.owned import OwnedTensor, bytes_after_a_step, owned_tensors
 from megatron_telechat.checkpoint.retention import prune
+from megatron_telechat.checkpoint.verify import remember_files, remember_manifest
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
-from megatron_telechat.tensors.pieces import is_first_over_tensor
 
 
 @dataclass
@@ -63,14 +68,36 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class _OwnedTensor:
-    key: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensor: torch.Tensor
+class CommitRecord:
+    """What a manifest says beside the parts of the ranks: host values, as they were when the save began.
+
+    Attributes:
+        resumed_from: see :class:`TrainState`.
+    """
+
+    run: RunConfig
+    topology: Mapping[str, Any]
+    step: int
+    consumed_samples: int
+    data_fingerprint: Mapping[str, Any] | None
+    extra: Mapping[str, Any]
+    lineage: Mapping[str, Any]
+    resumed_from: Path | None
 
 
-_Written = tuple[Part, dict[str, Any] | None]
+@dataclass(frozen=True)
+class BegunSave:
+    """A save whose folder is there, and what this rank adds to it. ``owned`` is kept by reference."""
+
+    attempt: protocol.Attempt
+    owned: Sequence[OwnedTensor]
+    generators: tuple[Any, Mapping[str, torch.Tensor]] | None
+    scalars: dict[str, Any] | None
+    record: CommitRecord
+    branch: Branch
+
+
+Written = tuple[Part, dict[str, Any] | None]
 """What one rank has written, and the scalars of its optimizer."""
 
 
@@ -87,23 +114,57 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
     Raises ResourceError (disk) or CheckpointError on every rank when any rank fails; nothing is
     committed then. With overlap_param_gather the parameters must have been gathered before.
     """
-    owned = list(_owned_tensors(state, run, parallel))
-    attempt = _begin_together(Path(root), state.step, owned, parallel)
+    begun = begin_save(root, state, run, parallel)
     try:
         with together(parallel):
-            part = _write_part(attempt, owned, state, parallel)
-        gathered = _gathered_on_rank_0((part, _optimizer_scalars(state, run)), parallel)
+            part = write_part(begun, parallel.rank)
+        gathered = gathered_on_rank_0((part, begun.scalars), parallel)
         with together(parallel):
             if parallel.rank == 0:
-                _commit(attempt, gathered, state, run, parallel)
+                begun.branch.saved(look_at(commit_parts(begun.attempt, gathered, begun.record)))
     except BaseException:
         if parallel.rank == 0:
-            protocol.abandon(attempt)
+            protocol.abandon(begun.attempt)
         raise
-    return attempt.final
+    remember_files(begun.attempt.final, part.files)
+    return begun.attempt.final
 
 
-def _gathered_on_rank_0(mine: _Written, parallel: ParallelState) -> list[_Written]:
+def begin_save(root: Path, state: TrainState, run: RunConfig, parallel: ParallelState) -> BegunSave:
+    """Make the folder of a save and take what a checkpoint holds beside tensors; a collective over all ranks.
+
+    Raises ResourceError on every rank.
+    """
+    owned = list(owned_tensors(state.shards, _saved_optimizer(state, run), parallel))
+    attempt = _begin_together(Path(root), state.step, owned, parallel)
+    branch = state.branch
+    if branch is None:
+        branch = Branch.opening(attempt.root) if parallel.rank == 0 else Branch()
+    generators = None if state.backend is None else rng_tree.flatten(state.backend.rng_state())
+    record = CommitRecord(
+        run=run,
+        topology=topology(run, parallel),
+        step=state.step,
+        consumed_samples=state.consumed_samples,
+        data_fingerprint=state.data_fingerprint,
+        extra=dict(state.extra),
+        lineage=branch.next().to_json(),
+        resumed_from=state.resumed_from,
+    )
+    return BegunSave(attempt, owned, generators, _optimizer_scalars(state, run), record, branch)
+
+
+def write_part(begun: BegunSave, rank: int, write_file: Callable[..., FileEntry] = write_safetensors) -> Part:
+    """Write the files of this rank; see :class:`PartWriter` for ``write_file``. Raises ResourceError."""
+    writer = PartWriter(begun.attempt, rank, write_file=write_file)
+    for item in begun.owned:
+        writer.add(item.key, item.global_shape, item.offset, item.tensor)
+    if begun.generators is not None:
+        writer.add_rng(rank, *begun.generators)
+    return writer.close()
+
+
+def gathered_on_rank_0(mine: Written, parallel: ParallelState) -> list[Written]:
     """What every rank gives, on rank 0; nothing on the others. Collective."""
     if parallel.world_size == 1:
         return [mine]
@@ -112,29 +173,45 @@ def _gathered_on_rank_0(mine: _Written, parallel: ParallelState) -> list[_Writte
     return gathered
 
 
-def _owned_tensors(state: TrainState, run: RunConfig, parallel: ParallelState) -> Iterator[_OwnedTensor]:
-    """The boxes that this rank, and no other, writes."""
-    for shard in state.shards:
-        if shard.writer:
-            yield from _boxes_of("model", shard, 0, shard.parameter.detach().view(-1))
-    if state.optimizer is None or run.checkpoint.no_save_optim:
-        return
-    for item in optimizer_slices(state.optimizer, state.shards):
-        # The slices of one parameter differ over the data-parallel ranks. Only a tensor that every rank of the tensor
-        # (or expert-tensor) domain holds whole has replicas left.
-        if is_first_over_tensor(item.shard.piece.spec, parallel) if item.sharded else item.shard.writer:
-            for name, tensor in item.tensors.items():
-                yield from _boxes_of(f"optimizer/{name}", item.shard, item.start, tensor)
+def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record: CommitRecord) -> Path:
+    """Merge the parts, commit the folder and remove what is beyond --keep-last; by one process, without the ranks.
+
+    Raises ResourceError or CheckpointError.
+    """
+    part = merge_parts(item for item, _ in gathered)
+    run, tokenizer = record.run, tokenizer_of(record.run)
+    companions = carry_companions(_companion_source(attempt.root, run), attempt.temporary / COMPANIONS)
+    manifest = Manifest(
+        step=record.step,
+        consumed_samples=record.consumed_samples,
+        config=dump_run_config(run),
+        topology=record.topology,
+        versions=versions(),
+        files={**part.files, **companions},
+        tensors=part.tensors,
+        optimizer=_merged_scalars([scalars for _, scalars in gathered]),
+        rng=tuple(item.rng for item, _ in gathered if item.rng),
+        data_fingerprint=record.data_fingerprint,
+        extra={**record.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
+        lineage=record.lineage,
+        save=attempt.save,
+    )
+    folder = protocol.commit(attempt, manifest)
+    remember_manifest(folder, manifest.files)
+    prune(attempt.root, run.checkpoint.keep_last, record.resumed_from)
+    return folder
 
 
-def _boxes_of(prefix: str, shard: LocalParameter, start: int, flat: torch.Tensor) -> Iterator[_OwnedTensor]:
-    spec = shard.piece.spec
-    for part in flat_boxes(shard, start, start + flat.numel()):
-        values = flat[part.start - start : part.stop - start].view(part.box.shape)
-        yield _OwnedTensor(f"{prefix}/{spec.key}", spec.shape, part.box.offset, values)
+def expected_bytes(state: TrainState, run: RunConfig, parallel: ParallelState) -> int:
+    """Bytes of the tensors that this rank will write once the optimizer has taken a step."""
+    return bytes_after_a_step(state.shards, _saved_optimizer(state, run), parallel)
 
 
-def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
+def _saved_optimizer(state: TrainState, run: RunConfig) -> Any:
+    return None if run.checkpoint.no_save_optim else state.optimizer
+
+
+def _begin_together(root: Path, step: int, owned: Sequence[OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
     needed = sum(gather_objects(sum(item.tensor.nbytes for item in owned)))
     attempt: protocol.Attempt | None = None
     with together(parallel):
@@ -148,20 +225,8 @@ def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parall
     return from_rank_0(attempt)
 
 
-def _write_part(
-    attempt: protocol.Attempt, owned: Sequence[_OwnedTensor], state: TrainState, parallel: ParallelState
-) -> Part:
-    writer = PartWriter(attempt.temporary, parallel.rank)
-    for item in owned:
-        writer.add(item.key, item.global_shape, item.offset, item.tensor)
-    if state.backend is not None:
-        tree, tensors = rng_tree.flatten(state.backend.rng_state())
-        writer.add_rng(parallel.rank, tree, tensors)
-    return writer.close()
-
-
 def _optimizer_scalars(state: TrainState, run: RunConfig) -> dict[str, Any] | None:
-    if state.optimizer is None or run.checkpoint.no_save_optim:
+    if _saved_optimizer(state, run) is None:
         return None
     return {"steps": sorted(adam_steps(state.optimizer)), "grad_scaler": scaler_state(state.optimizer)}
 
@@ -182,30 +247,6 @@ def _merged_scalars(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
             "the ranks have different loss scales", fix="nothing was saved; this is a bug, please report it"
         )
     return {"step": steps[0] if steps else 0, "grad_scaler": scaler}
-
-
-def _commit(
-    attempt: protocol.Attempt, gathered: Sequence[_Written], state: TrainState, run: RunConfig, parallel: ParallelState
-) -> None:
-    part = merge_parts(item for item, _ in gathered)
-    branch, tokenizer = state.branch or Branch.opening(attempt.root), tokenizer_of(run)
-    companions = carry_companions(_companion_source(attempt.root, run), attempt.temporary / COMPANIONS)
-    manifest = Manifest(
-        step=state.step,
-        consumed_samples=state.consumed_samples,
-        config=dump_run_config(run),
-        topology=topology(run, parallel),
-        versions=versions(),
-        files={**part.files, **companions},
-        tensors=part.tensors,
-        optimizer=_merged_scalars([scalars for _, scalars in gathered]),
-        rng=tuple(item.rng for item, _ in gathered if item.rng),
-        data_fingerprint=state.data_fingerprint,
-        extra={**state.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
-        lineage=branch.next().to_json(),
-    )
-    branch.saved(look_at(protocol.commit(attempt, manifest)))
-    prune(attempt.root, run.checkpoint.keep_last, state.resumed_from)
 
 
 def _companion_source(root: Path, run: RunConfig) -> Path | None:

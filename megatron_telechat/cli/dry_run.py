@@ -32,7 +32,14 @@ from megatron_telechat.costs import (
 )
 from megatron_telechat.costs.communicators import communicators, sending_pairs
 from megatron_telechat.costs.imbalance import uneven_rows
-from megatron_telechat.costs.memory import StageMemory, checkpoint_bytes, stage_memory
+from megatron_telechat.costs.memory import (
+    LEAST_STAGING_BYTES,
+    STAGING_SHARE,
+    StageMemory,
+    checkpoint_bytes,
+    stage_memory,
+    staging_bytes,
+)
 from megatron_telechat.data.blend import DataPlan, data_plan
 from megatron_telechat.data.formats import corpus_factory, data_files, require_enough
 from megatron_telechat.data.order import Progress, SampleOrder, progress_ahead, resumed_order
@@ -306,7 +313,21 @@ def _files(run: RunConfig, out: _Report) -> list[str]:
         f"{save}/  a checkpoint of {gib(size)} GiB {every}"
         + (f", the newest {run.checkpoint.keep_last} kept" if run.checkpoint.keep_last else ""),
         f"free there: {gib(free)} GiB",
+        _save_mode(run),
     ]
+
+
+def _save_mode(run: RunConfig) -> str:
+    """Whether saves go on beside the steps, as far as it can be told without the ranks."""
+    mode, rank = run.checkpoint.checkpoint_mode, staging_bytes(run)
+    if mode == "sync" or (mode == "auto" and (not run.checkpoint.save_interval or rank < LEAST_STAGING_BYTES)):
+        return "training waits while a checkpoint is written"
+    node = rank * Topology.from_config(run.parallel).ranks_per_node
+    limit = f", if that is at most {STAGING_SHARE:.0%} of its free memory" if mode == "auto" else ""
+    return (
+        f"saved beside the training, from copies in host memory: about {gib(rank)} GiB a rank, {gib(node)} GiB a "
+        f"node{limit}; no device memory"
+    )
 
 
 def _beginning(start: Start, saved: Saved | None) -> list[str]:

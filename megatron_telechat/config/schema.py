@@ -491,6 +491,10 @@ class CheckpointConfig:
     differ from the checkpoint. Heads, groups, widths and biases must always match."""
     keep_last: int = 0
     """Keep only this number of newest checkpoints; 0 keeps all."""
+    checkpoint_mode: Literal["auto", "sync", "async"] = "auto"
+    """Whether training waits while a checkpoint is written: sync waits; async copies it to host memory and goes on,
+    and a process of each rank writes it. auto: async if save_interval is set, the copies are large enough to matter
+    and take at most half of each node's free memory."""
 
 
 @dataclass(frozen=True)

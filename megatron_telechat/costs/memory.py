@@ -143,6 +143,24 @@ def _stage(run: RunConfig, layout: PipelineLayout, rank: int, layers: list[Layer
     )
 
 
+STAGING_SHARE = 0.5
+"""Of the free memory of a node, what the copies of its ranks may take where nobody asked for asynchronous saves."""
+LEAST_STAGING_BYTES = 64 << 20
+"""Where every rank writes less, a save is over sooner than processes and copies are worth."""
+
+
+def staging_bytes(run: RunConfig) -> float:
+    """Host memory that an asynchronous save takes on the busiest rank: a copy of what that rank writes.
+
+    Replicas share the writing: of the ranks that hold the same parameters each writes its part.
+    """
+    dense_ranks, expert_ranks = run.parallel.gradient_ranks
+    size = BYTES[run.training.precision]
+    if not run.checkpoint.no_save_optim:
+        size += MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
+    return max(size * (count.dense / dense_ranks + count.expert / expert_ranks) for count in stage_parameters(run))
+
+
 def checkpoint_bytes(run: RunConfig, total_parameters: int) -> float:
     """Size of one checkpoint: weights in the compute type; with the optimizer, master weights and both moments in
     fp32."""

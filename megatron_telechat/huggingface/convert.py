@@ -18,11 +18,12 @@ import torch
 
 from megatron_telechat.checkpoint.companions import carry_companions, companions
 from megatron_telechat.checkpoint.files import LazyTensor, disk_error, dtype_name, dtype_named, require_free_space
-from megatron_telechat.checkpoint.find import find_checkpoint, require_fit, weight_key
+from megatron_telechat.checkpoint.find import require_fit, weight_key
 from megatron_telechat.checkpoint.format import CheckpointReader, CheckpointWriter
 from megatron_telechat.checkpoint.lineage import look_at
 from megatron_telechat.checkpoint.manifest import COMPANIONS
 from megatron_telechat.checkpoint.names import committed_folders
+from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
 from megatron_telechat.data.order import SAVED_AS
@@ -162,12 +163,8 @@ def export_hf(
 
     Raises CheckpointError or ResourceError; ``output`` is not made then.
     """
-    folder, _ = find_checkpoint(Path(checkpoint), step)
-    if folder is None:
-        raise CheckpointError(
-            "no checkpoint there", where=str(checkpoint), fix="give a folder iter_… or one that holds some"
-        )
-    reader = CheckpointReader(folder)
+    reader, passed_over = open_verified(Path(checkpoint), step)
+    folder = reader.path
     run = _saved_run(reader)
     model = run.model
     require_fit(reader, model)
@@ -194,7 +191,7 @@ def export_hf(
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    return Converted(output, len(tensors), sum(tensor.nbytes for tensor in tensors), tuple(notes))
+    return Converted(output, len(tensors), sum(tensor.nbytes for tensor in tensors), (*passed_over, *notes))
 
 
 def _saved_run(reader: CheckpointReader) -> RunConfig:

@@ -133,6 +133,13 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def this_rank() -> int:
+    """Of the default group; 0 where there is none."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def from_rank_0(value: T | None) -> T:
     """Rank 0's value on every rank; a collective for small host objects.
 

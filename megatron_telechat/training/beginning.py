@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.checkpoint import LoadedInfo
-from megatron_telechat.checkpoint.find import find_checkpoint
-from megatron_telechat.checkpoint.lineage import Branch, look_at
+from megatron_telechat.checkpoint.lineage import Branch, Saved
+from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.start import Start, position_of, require_start
 from megatron_telechat.config.run_stages import Position, RunStages
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data import fingerprint_differences
 from megatron_telechat.data.datasets import SEQUENCE_LENGTH
 from megatron_telechat.errors import DataError
+from megatron_telechat.parallel.agreement import from_rank_0, this_rank, together
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,31 @@ class Beginning:
 
 
 def find_beginning(stages: RunStages) -> Beginning:
-    """Decide where a training begins; by one rank, because a stale cache of a shared folder would part the ranks.
+    """Decide where a training begins; a collective over all ranks. Rank 0 decides, because a stale cache of a shared
+    folder would part the ranks.
 
     Raises:
-        CheckpointError: see :func:`require_start`.
+        CheckpointError: see :func:`require_start`, and `open_verified`.
     """
-    start, saved = require_start(stages)
+    found: tuple[Start, Saved | None] | None = None
+    with together():
+        if this_rank() == 0:
+            found = require_start(stages)
+    start, saved = from_rank_0(found)
     if start.root is None or saved is None or start.weights_only:
         return Beginning(start, Position())
     if stages.several:
         # A load passes damaged checkpoints over, and an older one may be of another stage.
-        folder, _ = find_checkpoint(start.root, start.step)
-        if folder is not None and folder != saved.path:
-            saved = look_at(folder)
-            start = replace(start, step=saved.step)
-    return Beginning(start, position_of(saved))
+        reader, passed_over = open_verified(start.root, start.step)
+        if reader.path != saved.path:
+            manifest = reader.manifest
+            start = replace(start, step=manifest.step, notes=(*start.notes, *passed_over))
+            saved = replace(
+                saved, path=reader.path, step=manifest.step, config=manifest.config, extra=manifest.extra,
+                consumed_samples=manifest.consumed_samples,
+            )  # fmt: skip
+    with together():
+        return Beginning(start, position_of(saved))
 
 
 def require_same_data(info: LoadedInfo, fingerprint: Mapping[str, Any], run: RunConfig, before: RunConfig) -> None:

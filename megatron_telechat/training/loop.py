@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.backend import get_backend
-from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint, save_checkpoint
+from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint
+from megatron_telechat.checkpoint.asynchronous import CommittedSave
 from megatron_telechat.checkpoint.lineage import Began, Branch
 from megatron_telechat.checkpoint.start import Start
 from megatron_telechat.config.run_stages import Position, RunStages
@@ -26,7 +27,7 @@ from megatron_telechat.data import (
 )
 from megatron_telechat.data.loader import EVEN_COSTS
 from megatron_telechat.data.order import saved_tokens
-from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError
+from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, UserError
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
 from megatron_telechat.training.banner import banner, resume_differences, stage_event, stage_line, stages_lines
@@ -46,6 +47,7 @@ from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.progress import progress_at
 from megatron_telechat.training.reports import Reports
 from megatron_telechat.training.routing import StepRouting
+from megatron_telechat.training.saving import Saving
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.step import StepResult, close_iterators, data_iterators, evaluate
 from megatron_telechat.training.steps_taken import StepsTaken
@@ -113,6 +115,8 @@ class Trainer:
         with together(self.state):
             self.writer = before.writer if before else MetricsWriter(run, self.paths.run_dir, first, self.step)
         self._iterators_open: list = []
+        self.saving = Saving(run, self.state, self.backend, self.requests, self._train_state({}))
+        self.train_step.saves = self.saving
         self._introduce(origins or {}, before)
         self.chunk_setting = self._set_chunks()
         self.context_setting = self._set_context()
@@ -145,12 +149,25 @@ class Trainer:
 
         Returns:
             The exit code; None: another stage goes on from the checkpoint just saved.
+
+        Raises:
+            UserError: where all ranks have the same error, the save under way was finished before.
         """
         if self._is_last():
             return self._already_done()
+        try:
+            return self._steps()
+        except UserError as error:
+            if error.agreed:
+                self._settle(self.saving.finish())
+            raise
+
+    def _steps(self) -> int | None:
         self._iterators_open = iterators = self.training_iterators()
         while not self._is_last():
             result, lr = self.take_step(iterators)
+            save_asked = result.save and not self.saving.answers_request
+            self._settle(self.saving.settle())
             if result.skipped is not None:
                 self._say_skipped(result.skipped)
             over = self._is_over()
@@ -163,10 +180,12 @@ class Trainer:
             if self._due(self.run.evaluation.eval_interval) and not self._is_last() and not stop:
                 stop = not self._evaluate()
             leave = stop or self._due(self.run.training.exit_interval)
-            if leave or over or result.save or self._due(self.run.checkpoint.save_interval) or self._is_last():
-                self._save()
+            wait = leave or over or self._is_last()
+            if wait or save_asked or self._due(self.run.checkpoint.save_interval):
+                self._save(wait, save_asked)
                 stop = stop or self._asked_to_stop()
             if (stop or leave) and not self._is_last():
+                self._settle(self.saving.finish())
                 self._compare(self.forecast.line())
                 return self._leave(stop)
             if over:
@@ -243,6 +262,7 @@ class Trainer:
     def hand_over(self) -> Reports:
         """Give threads back; files and signal handlers stay open for the next stage."""
         close_iterators(self._iterators_open)
+        self.saving.close()
         return self.reports
 
     def continuation(self) -> Beginning:
@@ -305,19 +325,30 @@ class Trainer:
             self._warned = True
             self.console.say(f"note: {note}")
 
-    def _save(self) -> None:
-        started = time.perf_counter()
+    def _save(self, wait: bool = True, requested: bool = False) -> None:
+        """Save this step, after the save under way.
+
+        Args:
+            wait: for the commit, whatever the mode.
+            requested: by a trigger file.
+        """
         with self.meter.excluded():
+            started = time.perf_counter()
+            self._settle(self.saving.finish())
             with gathered_parameters(self.virtual_stages):
                 require_finite_weights(self.step, self.shards)
                 extra = {**self.steps_taken.extra, **self.datasets.order.saved()}
                 for each in (self.chunk_setting, self.context_setting):
                     extra |= each.extra if each is not None else {}
-                folder = save_checkpoint(self.paths.save_dir, self._train_state(extra), self.run, self.state)
-                self.saved = folder
-            if self.state.rank == 0:
-                self.requests.clear_files()
-            self.console.say(f"step {self.step}  saved {folder} in {time.perf_counter() - started:.1f} s")
+                self._settle(self.saving.save(self._train_state(extra), wait, requested, started))
+
+    def _settle(self, committed: CommittedSave | None) -> None:
+        """A save has become the newest checkpoint."""
+        if committed is None:
+            return
+        self.saved = committed.folder
+        waited = f", waited {committed.blocked_s:.2f} s" if committed.blocked_s < committed.seconds else ""
+        self.console.say(f"step {committed.step}  saved {committed.folder} in {committed.seconds:.1f} s{waited}")
 
     def _leave(self, stop: bool) -> int:
         reason = "stop request" if stop else f"exit_interval {self.run.training.exit_interval}"
@@ -363,11 +394,7 @@ class Trainer:
 
     def _resume(self, beginning: Beginning | None) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
-        found = beginning
-        with together(self.state):
-            if self.state.rank == 0 and found is None:
-                found = find_beginning(self.stages)
-        found = beginning or from_rank_0(found)
+        found = beginning or find_beginning(self.stages)
         start = found.start
         info = None
         if start.root is not None:
@@ -466,6 +493,7 @@ class Trainer:
             self.writer.write(stage_event(self.step, self.stage, changes))
             return
         self.console.say(banner(self.run, self.state, self.backend, self.paths, self.datasets, origins))
+        self.console.say(f"  saves     {self.saving.about}")
         for line in stages_lines(self.stages, self.position):
             self.console.say(line)
         if self.resumed is not None:

@@ -75,8 +75,15 @@ def require_finite_validation(loss: float) -> None:
         raise NumericsError(f"validation loss {loss}", "evaluation", _FIX).on_every_rank()
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite. One pass over them: a sum is finite only then; one that overflows is looked at
+    again."""
+    total = tensor.detach().sum(dtype=torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
 def _culprits(tensors: Iterable[tuple[LocalParameter, torch.Tensor | None]]) -> str:
     """Where the tensors of all ranks are not finite, four ranks and three tensors of each; "" where all are."""
-    bad = (shard.piece.key for shard, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all())
+    bad = (shard.piece.key for shard, tensor in tensors if tensor is not None and not is_finite(tensor))
     everyone = gather_objects(list(islice(bad, 3)))
     return "; ".join([f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(everyone) if keys][:4])

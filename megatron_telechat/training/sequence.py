@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import gc
 
-import torch.distributed as dist
-
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.run_stages import RunStages
 from megatron_telechat.data import progress_ahead
 from megatron_telechat.data.sources import require_lasting
-from megatron_telechat.parallel.agreement import agree, from_rank_0, together
+from megatron_telechat.parallel.agreement import agree, together
 from megatron_telechat.parallel.state import destroy, join
 from megatron_telechat.training.beginning import Beginning, find_beginning
 from megatron_telechat.training.loop import Trainer
@@ -41,11 +39,7 @@ class StageSequence:
         """Where the run goes on decides the layout of the ranks, so it is agreed before there are groups."""
         join(self._stages.stages[0].run, self._backend)
         agree("stages", [(str(stage.start), stage.run) for stage in self._stages.stages])
-        found: Beginning | None = None
-        with together():
-            if dist.get_rank() == 0:
-                found = find_beginning(self._stages)
-        return from_rank_0(found)
+        return find_beginning(self._stages)
 
     def _require_data(self, trainer: Trainer) -> None:
         """What the stages to come will read must be there before the first step."""

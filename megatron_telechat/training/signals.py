@@ -115,10 +115,10 @@ class StopRequests:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def clear_files(self) -> None:
-        """Remove the trigger files once they have been obeyed."""
+    def clear_files(self, save_only: bool = False) -> None:
+        """Remove the trigger files once they have been obeyed; ``save_only``: a stop is still to come."""
         if self._watch_files:
-            for name in (STOP_FILE, SAVE_FILE):
+            for name in (SAVE_FILE,) if save_only else (STOP_FILE, SAVE_FILE):
                 (self._run_dir / name).unlink(missing_ok=True)
 
     def close(self) -> None:

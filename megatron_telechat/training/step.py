@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,22 @@ class StepResult:
     stop: bool
     save: bool
     loss_scale: float | None = None
+
+
+class SavesBeside(Protocol):
+    """Saves that go on beside the steps, as a step sees them (`training.saving`)."""
+
+    def report(self) -> tuple[bool, bool]:
+        """Whether this rank's work on the save under way is over, and whether it failed."""
+        ...
+
+    def heard(self, over: int, failed: int) -> None:
+        """So many ranks reported it; the same on every rank."""
+        ...
+
+    def staged(self) -> None:
+        """Wait until parameters and optimizer state may change."""
+        ...
 
 
 def masked_loss(
@@ -188,7 +204,11 @@ def run_schedule(
 
 
 class TrainStep:
-    """Takes optimizer steps on the wrapped virtual stages of this rank."""
+    """Takes optimizer steps on the wrapped virtual stages of this rank.
+
+    Attributes:
+        saves: what goes on beside the steps; None: nothing.
+    """
 
     def __init__(
         self,
@@ -205,6 +225,7 @@ class TrainStep:
         self.run = run
         self.state = state
         self.backend = backend
+        self.saves: SavesBeside | None = None
         self._gather_unproved = is_overlapped(virtual_stages)
 
     def forward_backward(self, iterators: MicroBatches) -> torch.Tensor:
@@ -268,6 +289,8 @@ class TrainStep:
         loss_scale = self.optimizer.loss_scale
         if not tokens:
             return StepResult(None, 0, None, NOTHING_LEARNED, stop, save, loss_scale)
+        if self.saves is not None:
+            self.saves.staged()
         if self.optimizer.prepare_grads():
             assert loss_scale is not None, "only fp16 gradients are scaled, and overflow"
             if loss_scale <= self.run.optimizer.min_loss_scale:
@@ -281,14 +304,20 @@ class TrainStep:
         return StepResult(loss, tokens, grad_norm, None, stop, save, loss_scale)
 
     def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool]) -> tuple[float, int, bool, bool]:
-        """One small all-reduce: the loss over the ranks that computed it, and what any rank was asked."""
+        """One small all-reduce: the loss over the ranks that computed it, what any rank was asked, and how many ranks
+        are done with the save under way."""
         contributes = self.state.tp_rank == 0
-        values = torch.zeros(4, dtype=self.backend.widest_float, device=self.backend.device)
+        values = torch.zeros(6, dtype=self.backend.widest_float, device=self.backend.device)
         if contributes:
             values[:2] = local
-        values[2], values[3] = float(requests[0]), float(requests[1])
+        report = self.saves.report() if self.saves is not None else (False, False)
+        for place, flag in enumerate((*requests, *report), 2):
+            if flag:
+                values[place] = 1.0
         dist.all_reduce(values)
-        loss_sum, tokens, stop, save = values.tolist()
+        loss_sum, tokens, stop, save, over, failed = values.tolist()
+        if self.saves is not None:
+            self.saves.heard(int(over), int(failed))
         return loss_sum / max(tokens, 1.0), int(tokens), stop > 0, save > 0
 
     def _clip(self, grad_norm: float) -> None:

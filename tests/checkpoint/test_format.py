@@ -49,7 +49,8 @@ def edit_manifest(path: Path, change) -> None:
     """Change the manifest and give it a right digest again: a forger, not an accident."""
     file = path / "manifest.json"
     body = json.loads(file.read_text())
-    body.pop("digest")
+    for field in ("digest", "head_digest"):
+        body.pop(field)
     change(body)
     file.write_text(json.dumps({"digest": _digest(body), **body}))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.huggingface import import_hf
-from tests.checkpoint.worker_layouts import HF_LAYOUTS, PAIRS, PRECISION_CHANGES, SLOW
+from tests.checkpoint.worker_layouts import HF_LAYOUTS, PAIRS, PRECISION_CHANGES, SHARED_WRITING, SLOW
 from tests.harness import run_cases
 from tests.huggingface.folders import PRESET_HEADS, telechat_config, telechat_shapes, write_folder
 
@@ -31,6 +31,22 @@ def report(tmp_path_factory, request):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PAIRS])
 def test_another_layout_loads_the_same_tensors_and_goes_on_alike(report, name):
     assert report.check(name)[0]["tensors"] > 40
+
+
+def test_there_are_thirty_pairs():
+    assert len(PAIRS) >= 30
+
+
+@pytest.mark.parametrize("name", SHARED_WRITING)
+def test_replicas_share_the_writing(report, name):
+    found = report.check("replicas_share_the_writing")[0][name]
+    mean = sum(found["written"]) / 4
+    assert all(0.9 * mean < written < 1.1 * mean for written in found["written"]), found
+    assert found["boxes"] < 40, "large tensors are cut, and no more"
+
+
+def test_a_checkpoint_of_the_first_release_loads(report):
+    report.check("as_the_first_release_wrote_it")
 
 
 @pytest.mark.parametrize("name", PRECISION_CHANGES)

@@ -18,6 +18,7 @@ from megatron_telechat.checkpoint import CheckpointReader, CheckpointWriter, lat
 from megatron_telechat.checkpoint.find import find_checkpoint
 from megatron_telechat.checkpoint.lineage import Began, Branch, look_at, saved_in
 from megatron_telechat.checkpoint.names import committed_folders, folders_aside
+from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.checkpoint.start import find_start
 from megatron_telechat.config.schema import CheckpointConfig, RunConfig
@@ -148,7 +149,8 @@ def test_checkpoints_of_older_releases_stay_readable_and_are_rolled_back_like_ot
         assert body.pop("lineage") is None
         from megatron_telechat.checkpoint.manifest import _digest
 
-        body.pop("digest")
+        for field in ("digest", "head_digest", "save"):
+            body.pop(field)
         file.write_text(json.dumps({"digest": _digest(body), **body}, indent=1))
     assert latest_checkpoint(tmp_path).name == "iter_0000030" and steps(tmp_path) == [10, 20, 30]
     assert begin(tmp_path).root == tmp_path and begin(tmp_path, step=20).opens == str(tmp_path)
@@ -164,6 +166,23 @@ def test_a_damaged_head_falls_back_along_the_lineage(tmp_path):
     (tmp_path / "iter_0000040" / "manifest.json").write_text("{")
     found, notes = find_checkpoint(tmp_path)
     assert found == tmp_path / "iter_0000020" and "iter_0000040" in notes[0]
+
+
+def test_what_a_load_went_back_to_stays_and_what_it_passed_over_is_set_aside(tmp_path):
+    line(tmp_path, 10, 20, 30)
+    shard = tmp_path / "iter_0000030" / "rank_00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 4
+    shard.write_bytes(data)
+    reader, notes = open_verified(tmp_path)
+    assert reader.path.name == "iter_0000020" and "content has changed" in notes[0] and str(shard) in notes[0]
+    branch = on(tmp_path, 20)
+    for again in (25, 35):
+        line(tmp_path, again, branch=branch)
+        prune(tmp_path, 1, protected=reader.path)
+    assert [step for step, _ in committed_folders(tmp_path)] == [20, 35]
+    assert [path.name.split(".")[0] for path in folders_aside(tmp_path)] == ["iter_0000030"]
+    assert open_verified(tmp_path)[0].path.name == "iter_0000035"
 
 
 def test_a_manifest_of_another_step_is_no_checkpoint(tmp_path):

@@ -31,6 +31,10 @@ def expert(size: int) -> dict[str, int]:
     return {"expert_model_parallel_size": size}
 
 
+def etp(size: int) -> dict[str, int]:
+    return {"expert_tensor_parallel_size": size}
+
+
 # name: model, precision, saved in, loaded in
 PAIRS: dict[str, tuple[str, str, dict, dict]] = {
     "tp2_to_pp2": ("dense", "bf16", TP2, PP2),
@@ -49,9 +53,42 @@ PAIRS: dict[str, tuple[str, str, dict, dict]] = {
     "cp4_distributed_to_cp2_tp2": ("dense", "bf16", {**CP4, **DISTRIBUTED}, {**CP2, **TP2, **DISTRIBUTED}),
     "cp2_ep4_to_dp4": ("moe", "bf16", {**CP2, **expert(4)}, expert(1)),
     "fp16_with_loss_scale": ("moe", "fp16", expert(2), {**FOLDED, **DISTRIBUTED}),
+    "ep4_to_ep1_distributed": ("moe", "bf16", expert(4), {**expert(1), **DISTRIBUTED}),
+    "ep1_to_ep4": ("moe", "bf16", expert(1), expert(4)),
+    "ep1_distributed_to_ep4_distributed": ("moe", "fp32", {**expert(1), **DISTRIBUTED}, {**expert(4), **DISTRIBUTED}),
+    "etp4_to_tp2_ep2": ("moe", "bf16", {**TP2, **etp(4)}, FOLDED),
+    "etp2_to_etp4_distributed": ("moe", "bf16", etp(2), {**TP2, **etp(4), **DISTRIBUTED}),
+    "ep2_etp2_distributed_to_dp4": ("moe", "fp32", {**expert(2), **etp(2), **DISTRIBUTED}, expert(1)),
+    "uneven_to_interleaved": ("dense", "bf16", UNEVEN, INTERLEAVED),
+    "uneven_distributed_to_interleaved_distributed": (
+        *("dense", "bf16"),
+        {**UNEVEN, **DISTRIBUTED},
+        {**INTERLEAVED, **DISTRIBUTED},
+    ),
+    "dp4_to_tp4": ("dense", "fp32", {}, {"tensor_model_parallel_size": 4}),
+    "tp4_distributed_to_dp4_distributed": (
+        *("dense", "bf16"),
+        {"tensor_model_parallel_size": 4, **DISTRIBUTED},
+        DISTRIBUTED,
+    ),
+    "pp4_to_dp4_distributed": ("dense", "fp32", {"pipeline_model_parallel_size": 4}, DISTRIBUTED),
+    "tp2_pp2_to_cp2_tp2": ("dense", "bf16", {**TP2, **PP2}, {**CP2, **TP2}),
+    "moe_uneven_ep2_to_ep4": ("moe", "bf16", {**UNEVEN, **expert(2)}, {**expert(4), **DISTRIBUTED}),
+    "moe_interleaved_ep2_distributed_to_etp2": (
+        *("moe", "bf16"),
+        {**INTERLEAVED, **expert(2), **DISTRIBUTED},
+        {**TP2, **etp(2)},
+    ),
+    "ep4_distributed_to_tp2_ep2": ("moe", "fp32", {**expert(4), **DISTRIBUTED}, FOLDED),
+    "cp2_ep2_distributed_to_pp2": ("moe", "bf16", {**CP2, **expert(2), **DISTRIBUTED}, PP2),
 }
 
-SLOW = {"tp2_to_pp2", "interleaved_to_tp2", "uneven_to_tp4", "ep2_to_ep1", "ep1_distributed_to_ep2", "cp2_ep4_to_dp4"}
+SHORT_FORM = {
+    *("tp2_distributed_to_pp2_plain", "dp4_plain_to_tp2_distributed", "interleaved_distributed_to_uneven"),
+    *("dp4_distributed_to_itself", "ep2_distributed_to_ep4", "tp2_ep2_to_pp2", "tp2_pp2_ep2_to_etp2"),
+    *("etp2_distributed_to_ep4", "cp4_distributed_to_cp2_tp2", "fp16_with_loss_scale", "ep4_to_ep1_distributed"),
+}
+SLOW = set(PAIRS) - SHORT_FORM
 """Pairs whose parts others hold too: with the tests marked slow."""
 
 PRECISION_CHANGES = {
@@ -226,6 +263,74 @@ for _name, _pair in PAIRS.items():
         cases.add(_name, lambda name=_name, about=_pair: pair(name, *about))
 
 
+@cases.case
+def replicas_share_the_writing() -> dict:
+    """Bytes of tensors that each rank writes, by layout; what was expected of this rank; whether any is cut."""
+    from megatron_telechat.checkpoint import CheckpointReader, save_checkpoint
+    from megatron_telechat.checkpoint.train_state import expected_bytes
+
+    found = {}
+    for name, (model, layout) in SHARED_WRITING.items():
+        built = Built(run_config(model, "bf16", layout, seed=1))
+        expected = expected_bytes(built.state(), built.run, built.parallel)
+        built.step()
+        reader = CheckpointReader(
+            save_checkpoint(SHARED / f"shared_{name}", built.state(1, 4), built.run, built.parallel)
+        )
+        written = [0] * 4
+        for key, entry in reader.entries.items():
+            for stored in entry.boxes:
+                written[int(stored.file[5:10])] += stored.box.numel * reader.dtype(key).itemsize
+        assert written[built.parallel.rank] == expected, (written, expected)
+        found[name] = {"written": written, "boxes": max(len(entry.boxes) for entry in reader.entries.values())}
+    return found
+
+
+SHARED_WRITING = {
+    "dp4": ("dense", {}),
+    "dp4_distributed": ("dense", DISTRIBUTED),
+    "dp2_tp2": ("dense", TP2),
+    "cp2": ("dense", CP2),
+    "ep1": ("moe", expert(1)),
+    "ep2": ("moe", expert(2)),
+    "ep4_distributed": ("moe", {**expert(4), **DISTRIBUTED}),
+}
+
+
+@cases.case
+def as_the_first_release_wrote_it() -> None:
+    """Neither a lineage, nor an id of the save, nor metadata in the files (commit 3d9b954)."""
+    from megatron_telechat.checkpoint import load_checkpoint, save_checkpoint
+
+    first = Built(run_config("moe", "bf16", {**expert(2), **DISTRIBUTED}, seed=1))
+    first.step()
+    path = save_checkpoint(SHARED / "first_release", first.state(1, 4), first.run, first.parallel)
+    wanted = first.full()
+    if first.parallel.rank == 0:
+        as_first_release(path)
+    second = Built(run_config("moe", "bf16", FOLDED, seed=2))
+    assert load_checkpoint(path.parent, second.state(), second.run, second.parallel).step == 1
+    require_equal(second.full(), wanted)
+
+
+def as_first_release(path: Path) -> None:
+    import json
+    import zlib
+
+    from safetensors.torch import load_file, save_file
+
+    from megatron_telechat.checkpoint.manifest import _digest
+
+    body = json.loads((path / "manifest.json").read_text())
+    for name in ("digest", "head_digest", "save", "lineage"):
+        del body[name]
+    for name, entry in body["files"].items():
+        save_file(load_file(path / name), path / name)
+        data = (path / name).read_bytes()
+        entry.update(size=len(data), crc32=f"{zlib.crc32(data):08x}")
+    (path / "manifest.json").write_text(json.dumps({"digest": _digest(body), **body}, indent=1, ensure_ascii=False))
+
+
 def precision_change(name: str, saved_in: str, loaded_in: str) -> None:
     """The master weights survive bitwise; without masters in the file the fp32 weights become them."""
     from megatron_telechat.checkpoint import load_checkpoint, save_checkpoint
@@ -332,28 +437,28 @@ def generators_of_another_device_are_not_restored() -> list[str]:
 @cases.case
 def an_error_on_one_rank_is_an_error_on_all() -> str:
     """One rank cannot write; nothing is committed and the older checkpoint still loads."""
-    from megatron_telechat.checkpoint import format as form
-    from megatron_telechat.checkpoint import latest_checkpoint, save_checkpoint
+    import errno
+
+    from megatron_telechat.checkpoint import files, latest_checkpoint, save_checkpoint
     from megatron_telechat.errors import ResourceError
 
     built = Built(run_config("dense", "bf16", TP2, seed=1))
     root = SHARED / "failing"
     older = save_checkpoint(root, built.state(1, 4), built.run, built.parallel)
-    original = form.write_safetensors
+    original = files._write
 
-    def full_disk(path: Path, *args: Any) -> Any:
-        with open(path, "xb") as stream:
-            stream.write(b"half")
-        raise ResourceError("cannot write: No space left on device", str(path))
+    def full_disk(stream: Any, data: memoryview, beside: Any) -> None:
+        stream.write(data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if built.parallel.rank == 1:
-        form.write_safetensors = full_disk
+        files._write = full_disk
     try:
         save_checkpoint(root, built.state(2, 8), built.run, built.parallel)
     except ResourceError as error:
         message = str(error)
     finally:
-        form.write_safetensors = original
+        files._write = original
     assert latest_checkpoint(root) == older
     if built.parallel.rank == 0:  # the rank that clears up
         assert sorted(path.name for path in root.iterdir()) == ["iter_0000001", "latest"]

@@ -45,6 +45,7 @@ ALIASES: Mapping[str, Answer] = {
     "disable-bias-linear": Alias(("add_bias_linear", "attention_output_bias", "mlp_output_bias"), "false"),
     "recompute-activations": Alias(("recompute_granularity",), "selective"),
     "checkpoint-activations": Alias(("recompute_granularity",), "full"),
+    "async-save": Alias(("checkpoint_mode",), "async"),
     "deterministic-mode": Alias(("deterministic",), "true"),
     "tensorboard-dir": Alias(("tensorboard",), "true", but="events go to tensorboard/ in the run folder"),
 }

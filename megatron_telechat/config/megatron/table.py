@@ -695,7 +695,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
             "checkpoints have this framework's own format, which any layout reads and which is committed by a rename"
         ),
         """
-        async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-save async-strategy
+        async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-strategy
         auto-detect-ckpt-format ckpt-assume-constant-structure ckpt-convert-format ckpt-convert-save
         ckpt-convert-update-legacy-dist-opt-format ckpt-drop-redundant-extra-state ckpt-format
         ckpt-fully-parallel-load ckpt-fully-parallel-load-exchange-algo

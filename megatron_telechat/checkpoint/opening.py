@@ -1,0 +1,107 @@
+"""Opening the checkpoint that a run, or a tool, goes on from: the newest whose every byte is what was saved.
+
+Nothing is loaded before all ranks know that the whole checkpoint is sound. One that is not is passed over for the next
+older one of its lineage, unless the user has named it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from megatron_telechat.checkpoint.find import candidates
+from megatron_telechat.checkpoint.format import CheckpointReader
+from megatron_telechat.checkpoint.handed import to_hand_out
+from megatron_telechat.checkpoint.manifest import MANIFEST, Manifest
+from megatron_telechat.checkpoint.names import folder_of_step
+from megatron_telechat.checkpoint.verify import check_together, read_sound_manifest
+from megatron_telechat.errors import CheckpointError, Problem
+from megatron_telechat.parallel.agreement import from_rank_0, this_rank, together
+
+Wanted = Callable[[CheckpointReader], Mapping[str, int]]
+"""Bytes that this rank will read of each file of a checkpoint."""
+Fits = Callable[[CheckpointReader], None]
+"""Raises CheckpointError for a checkpoint that is none of this run: none older is tried then."""
+
+log = logging.getLogger(__name__)
+
+
+def open_verified(
+    root: Path, step: int | None = None, *, fits: Fits | None = None, wanted: Wanted | None = None
+) -> tuple[CheckpointReader, tuple[str, ...]]:
+    """Open the newest sound checkpoint; a collective over all ranks, where there are several.
+
+    Rank 0 reads the manifest and hands it out; each file is read and checked by one rank.
+
+    Args:
+        root: a folder of checkpoints, or one checkpoint.
+        step: the one to take; then, and where ``root`` is one checkpoint, no other is tried.
+        fits, wanted: asked on every rank, with the manifest read and the files not yet checked.
+
+    Returns:
+        The reader, and what was passed over.
+
+    Raises:
+        CheckpointError: on every rank: there is none, or none is sound; with every file at fault.
+    """
+    folders: list[Path] | None = None
+    named = False
+    with together():
+        if this_rank() == 0:
+            named = step is not None or (root / MANIFEST).is_file()
+            folders = _folders(root, step)
+    folders, named = from_rank_0((folders, named))
+    problems: list[Problem] = []
+    for folder in folders or ():
+        reader, found = _checked(folder, named, fits, wanted)
+        if reader is not None:
+            notes = tuple(f"passed over: {problem.what} ({problem.where})" for problem in problems)
+            for note in notes if this_rank() == 0 else ():
+                log.warning("%s", note)
+            return reader, notes
+        if named:
+            raise CheckpointError(found).on_every_rank()
+        problems += found
+    if problems:
+        raise CheckpointError(problems).on_every_rank()
+    raise CheckpointError(
+        "no checkpoint there", str(root), "give a folder that holds iter_… folders, or one of these"
+    ).on_every_rank()
+
+
+def _folders(root: Path, step: int | None) -> list[Path]:
+    if (root / MANIFEST).is_file():
+        return [root]
+    return [folder_of_step(root, step)] if step is not None else candidates(root)
+
+
+def _checked(
+    folder: Path, named: bool, fits: Fits | None, wanted: Wanted | None
+) -> tuple[CheckpointReader | None, list[Problem]]:
+    """A reader of a sound checkpoint, or what is wrong with it; a collective."""
+    given: tuple[Manifest | None, list[Problem]] | None = None
+    with together():
+        if this_rank() == 0:
+            given = _manifest_to_hand_out(folder, named)
+    manifest, problems = from_rank_0(given)
+    if manifest is None:
+        return None, problems
+    reader = CheckpointReader(folder, check_sizes=False, manifest=manifest)
+    files: Mapping[str, int] = {}
+    with together():
+        if fits is not None:
+            fits(reader)
+        if wanted is not None:
+            files = wanted(reader)
+    problems = check_together(folder, manifest, files)
+    return (None, problems) if problems else (reader, [])
+
+
+def _manifest_to_hand_out(folder: Path, named: bool) -> tuple[Manifest | None, list[Problem]]:
+    if folder.is_symlink() and not named:
+        return None, [Problem("the folder is a symbolic link", str(folder), "copy the folder, or name it with --load")]
+    try:
+        return to_hand_out(read_sound_manifest(folder)), []
+    except CheckpointError as error:
+        return None, list(error.problems)

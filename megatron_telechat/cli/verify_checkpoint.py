@@ -1,0 +1,95 @@
+"""``tools/verify_checkpoint.py``: read every byte of checkpoints and say what is not as it was saved."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_telechat.cli.text import gib
+from megatron_telechat.cli.tool import ToolParser, purpose, run_tool
+from megatron_telechat.errors import EXIT_CHECKPOINT, EXIT_OK, CheckpointError, Problem
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit code (0 all sound, 2 arguments, 4 something is damaged or not there)."""
+    return run_tool(_run, argv)
+
+
+def _run(argv: list[str]) -> int:
+    parser = ToolParser(prog="tools/verify_checkpoint.py", description=purpose(__doc__))
+    add = parser.add_argument
+    add(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="checkpoints, or folders of them: all they hold, also set aside",
+    )
+    add("--json", action="store_true", help="print one JSON list in place of text")
+    args = parser.parse_args(argv)
+    verdicts = [_verdict(folder) for path in args.paths for folder in _folders(path)]
+    problems = [problem for verdict in verdicts for problem in verdict["problems"]]
+    if args.json:
+        print(
+            json.dumps(
+                [{**verdict, "problems": list(map(vars, verdict["problems"]))} for verdict in verdicts], indent=1
+            )
+        )
+    else:
+        for verdict in verdicts:
+            print(_line(verdict))
+    if problems and not args.json:
+        print(CheckpointError(problems).render(), file=sys.stderr)
+    return EXIT_CHECKPOINT if problems else EXIT_OK
+
+
+def _folders(path: Path) -> list[Path]:
+    from megatron_telechat.checkpoint.manifest import MANIFEST
+    from megatron_telechat.checkpoint.names import committed_folders, folders_aside, step_of_name
+
+    if (path / MANIFEST).is_file() or step_of_name(path) is not None:
+        return [path]
+    found = [folder for _, folder in committed_folders(path)] + folders_aside(path)
+    if not found:
+        raise CheckpointError(
+            "no checkpoint there", str(path), "give a folder iter_… or one that holds some (checkpoints/ of a run)"
+        )
+    return found
+
+
+def _verdict(folder: Path) -> dict[str, Any]:
+    """Everything that is wrong with one checkpoint, and what it holds."""
+    from megatron_telechat.checkpoint.manifest import MANIFEST
+    from megatron_telechat.checkpoint.verify import check_files, read_sound_manifest
+
+    began = time.perf_counter()
+    problems: list[Problem] = []
+    facts: dict[str, Any] = {"path": str(folder), "step": None, "save": None, "files": 0, "bytes": 0}
+    try:
+        manifest = read_sound_manifest(folder)
+    except CheckpointError as error:
+        problems = list(error.problems)
+    else:
+        problems = check_files(folder, manifest, manifest.files)
+        size = sum(entry.size for entry in manifest.files.values())
+        facts |= {"step": manifest.step, "save": manifest.save, "files": len(manifest.files), "bytes": size}
+        known = {MANIFEST, *manifest.files}
+        found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir())
+        facts["unknown_files"] = [name for name in found if name not in known]
+    return {**facts, "seconds": round(time.perf_counter() - began, 3), "problems": problems}
+
+
+def _line(verdict: dict[str, Any]) -> str:
+    if verdict["problems"]:
+        return f"{verdict['path']}: DAMAGED"
+    unknown = verdict["unknown_files"]
+    more = f"; not of this save: {', '.join(unknown[:5])}" if unknown else ""
+    save = verdict["save"][:8] if verdict["save"] else "no id (an older release)"
+    return (
+        f"{verdict['path']}: sound, step {verdict['step']}, save {save}, {verdict['files']} files, "
+        f"{gib(verdict['bytes'])} GiB in {verdict['seconds']:.1f} s{more}"
+    )

@@ -1,0 +1,33 @@
+"""The benches of checkpoints: small ones run as large ones do, and the manifest of a thousand ranks takes seconds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.bench.doors import bench
+
+pytestmark = pytest.mark.heavy
+
+
+@pytest.mark.slow
+def test_saving_and_loading_beside_a_copy_and_a_read(tmp_path):
+    found = tmp_path / "found.json"
+    done = bench("checkpoint.py", "--megabytes", "20", "--rounds", "1", "--folder", str(tmp_path), "--json", str(found))
+    assert done.returncode == 0, done.stderr
+    body = json.loads(found.read_text())
+    assert 10e6 < body["bytes"] < 40e6 and len(body["checks"]) == 4
+    assert {len(values) for values in body["seconds"].values()} == {1}
+    assert body["checks"][-1]["ok"], "bytes of a rank under DP4"
+
+
+def test_the_manifest_of_a_thousand_ranks_takes_seconds(tmp_path):
+    found = tmp_path / "found.json"
+    done = bench("manifest.py", "--ranks", "1024", "--json", str(found))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(found.read_text())
+    slow = {name: value for name, value in row["seconds"].items() if value > 10}
+    assert row["ranks"] == 1024 and row["boxes"] > 10000 and not slow
+    # What each rank does, and what each save does, does not grow with the manifest.
+    assert row["seconds"]["find what one rank reads"] < 2 and row["seconds"]["retention, after a save"] < 1
