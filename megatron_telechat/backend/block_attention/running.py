@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_telechat.backend.kernels import kernels
+
+_WORTH_A_KERNEL = 1 << 22
+"""Numbers. Triton's start of a kernel takes the host longer than torch's of several: an H100 was slower with them where
+blocks were smaller."""
 
 
 class Running:
@@ -39,7 +44,7 @@ class Running:
 
         ``lse = max + log(1 + exp(min - max))``, ``out = sum of out_i exp(lse_i - lse)``: nothing overflows.
         """
-        fused = kernels("merging", out)
+        fused = _fused(out)
         if fused is not None:
             fused.merge(self.out, self.lse, rows, out.contiguous(), lse.contiguous())
             return
@@ -53,6 +58,11 @@ class Running:
         self.lse[:, rows] = after
 
 
+def _fused(part: Tensor) -> Any | None:
+    """The kernels of this device for a part of that size."""
+    return kernels("merging", part) if part.numel() >= _WORTH_A_KERNEL else None
+
+
 def add_rows(total: Tensor, rows: slice | Tensor, part: Tensor) -> None:
     """``total[rows] += part``, in one order.
 
@@ -61,7 +71,7 @@ def add_rows(total: Tensor, rows: slice | Tensor, part: Tensor) -> None:
         rows: a slice, or numbers on the device, none of them twice.
         part: [n, groups, d].
     """
-    fused = kernels("merging", part)
+    fused = _fused(part)
     if fused is not None:
         fused.add_rows(total, rows, part.contiguous())
     else:

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,18 @@ def make_manifest(ranks: int) -> int:
 
 @contextmanager
 def training(folder: Path, nbytes: float) -> Iterator[Any]:
-    """A trainer whose checkpoint has about so many bytes, some steps in."""
+    """A trainer whose checkpoint has about so many bytes."""
+    layers = max(1, round((nbytes - BYTES_OTHER) / BYTES_A_LAYER))
+    with trainer_of([*MODEL, "--num-layers", str(layers), "--run-dir", str(folder)]) as trainer:
+        yield trainer
+
+
+@contextmanager
+def trainer_of(flags: Sequence[str]) -> Iterator[Any]:
+    """A trainer of one process."""
     from megatron_telechat.config import load_run_config
     from megatron_telechat.training.loop import Trainer
 
-    layers = max(1, round((nbytes - BYTES_OTHER) / BYTES_A_LAYER))
-    flags = [*MODEL, "--num-layers", str(layers), "--run-dir", str(folder)]
     trainer = Trainer(load_run_config(flags, os.environ).run)
     try:
         yield trainer
