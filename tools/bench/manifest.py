@@ -29,12 +29,13 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_telechat.checkpoint import commit, verify  # noqa: E402
 from megatron_telechat.checkpoint.find import candidates  # noqa: E402
-from megatron_telechat.checkpoint.format import CheckpointReader, Part, merge_parts  # noqa: E402
+from megatron_telechat.checkpoint.format import CheckpointReader  # noqa: E402
 from megatron_telechat.checkpoint.handed import to_hand_out  # noqa: E402
 from megatron_telechat.checkpoint.lineage import Branch, look_at  # noqa: E402
 from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, usual_name  # noqa: E402
 from megatron_telechat.checkpoint.names import FileEntry  # noqa: E402
 from megatron_telechat.checkpoint.optimizer_state import MASTER, MOMENTS  # noqa: E402
+from megatron_telechat.checkpoint.parts import Part, merge_parts  # noqa: E402
 from megatron_telechat.checkpoint.retention import prune  # noqa: E402
 from megatron_telechat.config import load_run_config  # noqa: E402
 from megatron_telechat.tensors.boxes import Box, flat_range_boxes  # noqa: E402
