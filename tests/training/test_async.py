@@ -52,8 +52,8 @@ def test_a_disk_that_is_full_on_one_rank_ends_all_at_one_step(report):
     first, second = report.check("disk_full_on_one_rank")
     assert first == second and first["code"] == 6
     assert "rank 1" in first["error"] and "cannot write: File too large" in first["error"]
-    assert first["there"] == ["iter_0000002", "latest"], "the save before, and no folder of this one"
-    assert first["step"] < 100
+    assert first["there"] == ["iter_0000020", "latest"], "the save before, and no folder of this one"
+    assert 40 < first["step"] < 60, "the ranks hear of it in a step, not at the next save"
 
 
 @pytest.mark.gloo
@@ -66,7 +66,7 @@ def test_a_writer_that_is_killed_ends_all(report):
 @pytest.mark.gloo
 def test_a_numerics_error_leaves_the_save_under_way(report):
     for rank in report.check("numerics_error_beside_a_save"):
-        assert rank["code"] == 5 and "step 4: loss nan" in rank["error"]
+        assert rank["code"] == 5 and "step 3: loss nan" in rank["error"]
         assert rank["there"] == ["iter_0000002"]
 
 
@@ -85,9 +85,9 @@ def test_a_stop_waits_for_the_save_under_way(report):
         assert rank["there"] == ["iter_0000002", f"iter_{rank['last']:07d}"]
 
 
-SHORT = ("fsync:7", "fsync:8", "rename:2")
+SHORT = ("fsync:7",)
 """Calls of the writer before which the rank is killed. A save has six fsync (its file, manifest, folder, root, hint,
-root), one rename and one replace: these are of the second save."""
+root), one rename and one replace: this is the file of the second save."""
 LONG = (
     *(f"fsync:{number}" for number in range(1, 13)),
     *("rename:1", "rename:2", "replace:1", "replace:2"),
@@ -106,8 +106,8 @@ def committed_before(point: str) -> int:
 @pytest.mark.parametrize(
     "points",
     [
-        pytest.param(SHORT, marks=pytest.mark.heavy, id="short"),
-        pytest.param(LONG, marks=pytest.mark.slow, id="all"),
+        pytest.param(SHORT, marks=pytest.mark.heavy, id="while_it_writes"),
+        pytest.param(LONG, marks=pytest.mark.slow, id="everywhere"),
     ],
 )
 def test_a_rank_killed_at_any_point_of_a_save(points, tmp_path):
