@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_telechat.checkpoint import commit as protocol
-from megatron_telechat.checkpoint.files import disk_error
-from megatron_telechat.checkpoint.format import Part
+from megatron_telechat.checkpoint.committing import commit_parts
+from megatron_telechat.checkpoint.disk import disk_error
 from megatron_telechat.checkpoint.lineage import look_at
 from megatron_telechat.checkpoint.names import FileEntry
+from megatron_telechat.checkpoint.parts import Part
 from megatron_telechat.checkpoint.staging import FileImages, StagingBuffer
 from megatron_telechat.checkpoint.train_state import (
     BegunSave,
     TrainState,
     begin_save,
-    commit_parts,
     gathered_on_rank_0,
     write_part,
 )

@@ -17,7 +17,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_telechat.checkpoint.files import disk_error, fsync_folder, write_bytes
+from megatron_telechat.checkpoint.disk import disk_error, fsync_folder, write_bytes
 from megatron_telechat.checkpoint.lineage import set_aside
 from megatron_telechat.checkpoint.manifest import MANIFEST, Manifest
 from megatron_telechat.checkpoint.names import folder_name, is_leftover, replaced_name, temporary_name

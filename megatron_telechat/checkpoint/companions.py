@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_telechat.checkpoint.checksums import crc32_of
-from megatron_telechat.checkpoint.files import disk_error
+from megatron_telechat.checkpoint.disk import disk_error
 from megatron_telechat.checkpoint.manifest import FileEntry
 
 _WEIGHT_SUFFIXES = frozenset(

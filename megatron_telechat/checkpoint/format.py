@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,13 @@ from megatron_telechat.checkpoint.files import (
 from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, read_manifest, usual_name
 from megatron_telechat.checkpoint.names import RESTORE_OR_OTHER
+from megatron_telechat.checkpoint.parts import Part, merge_parts
 from megatron_telechat.checkpoint.verify import RANK, SAVE, STEP, check_files, size_fault
 from megatron_telechat.errors import CheckpointError
-from megatron_telechat.tensors.boxes import Box, intersect, tiling_fault, whole
+from megatron_telechat.tensors.boxes import Box, intersect, whole
 
 MAX_FILE_BYTES = 4 << 30
 _OPEN_FILES = 16
-
-
-@dataclass
-class Part:
-    """What one rank wrote: its files and its boxes of global tensors."""
-
-    files: dict[str, FileEntry] = field(default_factory=dict)
-    tensors: dict[str, TensorEntry] = field(default_factory=dict)
-    rng: dict[str, Any] | None = None
 
 
 class PartWriter:
@@ -112,30 +103,6 @@ class PartWriter:
             name = self._file_name()
             self._part.files[name] = self._write_file(self._folder / name, self._pending, self._metadata)
             self._pending, self._pending_bytes = [], 0
-
-
-def merge_parts(parts: Iterable[Part]) -> Part:
-    """The parts of all ranks as one. Raises CheckpointError when they do not tile every tensor exactly."""
-    merged, problems = Part(), []
-    boxes: dict[str, list[StoredBox]] = {}
-    for part in parts:
-        assert not merged.files.keys() & part.files.keys(), "two ranks wrote the same file"
-        merged.files.update(part.files)
-        for key, entry in part.tensors.items():
-            known = merged.tensors.setdefault(key, replace(entry, boxes=boxes.setdefault(key, [])))
-            if (known.dtype, known.shape) != (entry.dtype, entry.shape):
-                problems.append(f"{key}: {known.dtype} {known.shape} and {entry.dtype} {entry.shape}")
-            boxes[key].extend(entry.boxes)
-    for key, entry in merged.tensors.items():
-        fault = tiling_fault(entry.shape, [stored.box for stored in entry.boxes])
-        if fault:
-            problems.append(f"{key}: {fault}")
-    if problems:
-        raise CheckpointError(
-            "the ranks do not hold every tensor exactly once: " + "; ".join(problems[:5]),
-            fix="nothing was saved; this is a bug, please report it with the layout",
-        )
-    return merged
 
 
 def versions() -> dict[str, str]:

@@ -20,21 +20,18 @@ import torch.distributed as dist
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint import rng as rng_tree
-from megatron_telechat.checkpoint.companions import carry_companions
-from megatron_telechat.checkpoint.files import FileEntry, require_free_space, write_safetensors
-from megatron_telechat.checkpoint.format import Part, PartWriter, merge_parts, versions
+from megatron_telechat.checkpoint.committing import CommitRecord, Written, commit_parts
+from megatron_telechat.checkpoint.disk import require_free_space
+from megatron_telechat.checkpoint.files import FileEntry, write_safetensors
+from megatron_telechat.checkpoint.format import PartWriter, versions
 from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.loss_scale import scaler_state
-from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
-from megatron_telechat.checkpoint.names import committed_folders
 from megatron_telechat.checkpoint.optimizer_state import adam_steps
 from megatron_telechat.checkpoint.owned import OwnedTensor, bytes_after_a_step, owned_tensors
-from megatron_telechat.checkpoint.retention import prune
-from megatron_telechat.checkpoint.verify import remember_files, remember_manifest
+from megatron_telechat.checkpoint.parts import Part
+from megatron_telechat.checkpoint.verify import remember_files
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.config.yaml_io import dump_run_config
-from megatron_telechat.errors import CheckpointError
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
@@ -68,24 +65,6 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class CommitRecord:
-    """What a manifest says beside the parts of the ranks: host values, as they were when the save began.
-
-    Attributes:
-        resumed_from: see :class:`TrainState`.
-    """
-
-    run: RunConfig
-    topology: Mapping[str, Any]
-    step: int
-    consumed_samples: int
-    data_fingerprint: Mapping[str, Any] | None
-    extra: Mapping[str, Any]
-    lineage: Mapping[str, Any]
-    resumed_from: Path | None
-
-
-@dataclass(frozen=True)
 class BegunSave:
     """A save whose folder is there, and what this rank adds to it. ``owned`` is kept by reference."""
 
@@ -95,10 +74,6 @@ class BegunSave:
     scalars: dict[str, Any] | None
     record: CommitRecord
     branch: Branch
-
-
-Written = tuple[Part, dict[str, Any] | None]
-"""What one rank has written, and the scalars of its optimizer."""
 
 
 def topology(run: RunConfig, parallel: ParallelState) -> dict[str, Any]:
@@ -141,13 +116,15 @@ def begin_save(root: Path, state: TrainState, run: RunConfig, parallel: Parallel
     if branch is None:
         branch = Branch.opening(attempt.root) if parallel.rank == 0 else Branch()
     generators = None if state.backend is None else rng_tree.flatten(state.backend.rng_state())
+    tokenizer = tokenizer_of(run) if parallel.rank == 0 else None
     record = CommitRecord(
         run=run,
+        versions=versions(),
         topology=topology(run, parallel),
         step=state.step,
         consumed_samples=state.consumed_samples,
         data_fingerprint=state.data_fingerprint,
-        extra=dict(state.extra),
+        extra={**state.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
         lineage=branch.next().to_json(),
         resumed_from=state.resumed_from,
     )
@@ -171,35 +148,6 @@ def gathered_on_rank_0(mine: Written, parallel: ParallelState) -> list[Written]:
     gathered: list[Any] = [None] * parallel.world_size if parallel.rank == 0 else []
     dist.gather_object(mine, gathered if parallel.rank == 0 else None, dst=0)
     return gathered
-
-
-def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record: CommitRecord) -> Path:
-    """Merge the parts, commit the folder and remove what is beyond --keep-last; by one process, without the ranks.
-
-    Raises ResourceError or CheckpointError.
-    """
-    part = merge_parts(item for item, _ in gathered)
-    run, tokenizer = record.run, tokenizer_of(record.run)
-    companions = carry_companions(_companion_source(attempt.root, run), attempt.temporary / COMPANIONS)
-    manifest = Manifest(
-        step=record.step,
-        consumed_samples=record.consumed_samples,
-        config=dump_run_config(run),
-        topology=record.topology,
-        versions=versions(),
-        files={**part.files, **companions},
-        tensors=part.tensors,
-        optimizer=_merged_scalars([scalars for _, scalars in gathered]),
-        rng=tuple(item.rng for item, _ in gathered if item.rng),
-        data_fingerprint=record.data_fingerprint,
-        extra={**record.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
-        lineage=record.lineage,
-        save=attempt.save,
-    )
-    folder = protocol.commit(attempt, manifest)
-    remember_manifest(folder, manifest.files)
-    prune(attempt.root, run.checkpoint.keep_last, record.resumed_from)
-    return folder
 
 
 def expected_bytes(state: TrainState, run: RunConfig, parallel: ParallelState) -> int:
@@ -229,30 +177,3 @@ def _optimizer_scalars(state: TrainState, run: RunConfig) -> dict[str, Any] | No
     if _saved_optimizer(state, run) is None:
         return None
     return {"steps": sorted(adam_steps(state.optimizer)), "grad_scaler": scaler_state(state.optimizer)}
-
-
-def _merged_scalars(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    saved = [item for item in found if item is not None]
-    if not saved:
-        return None
-    steps = sorted({step for item in saved for step in item["steps"]})
-    if len(steps) > 1:
-        raise CheckpointError(
-            f"parameters have taken different numbers of optimizer steps: {steps}",
-            fix="nothing was saved; this is a bug, please report it",
-        )
-    scaler = saved[0]["grad_scaler"]
-    if any(item["grad_scaler"] != scaler for item in saved):
-        raise CheckpointError(
-            "the ranks have different loss scales", fix="nothing was saved; this is a bug, please report it"
-        )
-    return {"step": steps[0] if steps else 0, "grad_scaler": scaler}
-
-
-def _companion_source(root: Path, run: RunConfig) -> Path | None:
-    """Where the Hugging Face files of this model's origin lie: a newer checkpoint of the run, or its first weights."""
-    folders = [path for _, path in reversed(committed_folders(root))]
-    first = run.checkpoint.pretrained_checkpoint
-    if first:
-        folders += [Path(first), *(path for _, path in reversed(committed_folders(Path(first))))]
-    return next((path / COMPANIONS for path in folders if (path / COMPANIONS).is_dir()), None)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from megatron_telechat.checkpoint.companions import carry_companions, companions
-from megatron_telechat.checkpoint.files import LazyTensor, disk_error, dtype_name, dtype_named, require_free_space
+from megatron_telechat.checkpoint.disk import disk_error, require_free_space
+from megatron_telechat.checkpoint.files import LazyTensor, dtype_name, dtype_named
 from megatron_telechat.checkpoint.find import require_fit, weight_key
 from megatron_telechat.checkpoint.format import CheckpointReader, CheckpointWriter
 from megatron_telechat.checkpoint.lineage import look_at

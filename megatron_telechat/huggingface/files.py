@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from megatron_telechat.checkpoint.disk import fsync_folder
 from megatron_telechat.checkpoint.files import (
     LazyTensor,
     dtype_of_tag,
-    fsync_folder,
     read_file_error,
     write_safetensors,
 )

@@ -48,9 +48,7 @@ def decide_save_mode(run: RunConfig, needed_bytes: int) -> SaveMode:
         free[node] = min(free.get(node, available), available)
     tight = max(needed, key=lambda node: needed[node] / max(free[node], 1))
     largest = max(bytes_of_rank for _, _, bytes_of_rank, _ in everyone)
-    memory = (
-        f"{_gib(largest)} GiB of host memory a rank, {_gib(needed[tight])} of {_gib(free[tight])} GiB free on a node"
-    )
+    memory = f"{_size(largest)} of host memory a rank, {_size(needed[tight])} of {_size(free[tight])} free on a node"
     waits = "training waits while a checkpoint is written"
     beside = f"beside the training: copies take {memory}"
     can = all(capable for _, capable, _, _ in everyone)
@@ -64,7 +62,7 @@ def decide_save_mode(run: RunConfig, needed_bytes: int) -> SaveMode:
     if not can:
         return SaveMode(False, f"{waits} (copies need Linux)")
     if largest < LEAST_STAGING_BYTES:
-        return SaveMode(False, f"{waits} ({largest / 2**20:.1f} MiB a rank; --checkpoint-mode async does not wait)")
+        return SaveMode(False, f"{waits} ({_size(largest)} a rank; --checkpoint-mode async does not wait)")
     if needed[tight] > STAGING_SHARE * free[tight]:
         share = f"more than {STAGING_SHARE:.0%} of what is free"
         return SaveMode(False, f"{waits} (copies would take {memory}: {share})")
@@ -97,5 +95,5 @@ def available_bytes() -> int:
     return max(free, 0)
 
 
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.2f}"
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

@@ -216,13 +216,13 @@ def test_a_step_saved_again_replaces_the_old_folder_as_a_whole(tmp_path):
 
 
 def test_a_full_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch):
-    from megatron_telechat.checkpoint import files
+    from megatron_telechat.checkpoint import disk
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(100, 0, 119))
-    files.require_free_space(tmp_path, 99)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(100, 0, 119))
+    disk.require_free_space(tmp_path, 99)
     with pytest.raises(ResourceError, match="free"):
-        files.require_free_space(tmp_path, 100)
+        disk.require_free_space(tmp_path, 100)
 
 
 def test_only_the_newest_sound_checkpoints_are_kept(tmp_path):

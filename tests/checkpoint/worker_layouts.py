@@ -288,10 +288,8 @@ def replicas_share_the_writing() -> dict:
 
 SHARED_WRITING = {
     "dp4": ("dense", {}),
-    "dp4_distributed": ("dense", DISTRIBUTED),
     "dp2_tp2": ("dense", TP2),
     "cp2": ("dense", CP2),
-    "ep1": ("moe", expert(1)),
     "ep2": ("moe", expert(2)),
     "ep4_distributed": ("moe", {**expert(4), **DISTRIBUTED}),
 }

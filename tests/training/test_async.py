@@ -14,17 +14,33 @@ from tests.harness import ROOT, run_cases
 FOLDERS = {f"iter_{step:07d}" for step in range(1, 7)}
 
 
+WORKER = Path(__file__).with_name("worker_async.py")
+CASES = (
+    *("dense_bf16_distributed_overlap", "disk_full_on_one_rank", "writer_is_killed", "numerics_error_beside_a_save"),
+    *("requests", "stop_beside_a_save"),
+)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("async")
-    return run_cases(Path(__file__).with_name("worker_async.py"), 2, env={"ASYNC_DIR": str(folder)})
+    return run_cases(WORKER, 2, CASES, env={"ASYNC_DIR": str(tmp_path_factory.mktemp("async"))})
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", ["dense_bf16_distributed_overlap", "moe_fp16_ep2"])
-def test_the_same_bytes_as_a_save_that_training_waits_for(report, name):
+def test_the_same_bytes_as_a_save_that_training_waits_for(report):
     """Every step is saved, sooner than the save before is written; then a resume from the middle."""
-    for rank in report.check(name):
+    same_bytes(report.check("dense_bf16_distributed_overlap"))
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_the_same_bytes_with_experts_in_fp16(tmp_path):
+    """Some steps overflow; the loss scale and its counts are those of the step that was saved."""
+    same_bytes(run_cases(WORKER, 2, ["moe_fp16_ep2"], env={"ASYNC_DIR": str(tmp_path)}).check("moe_fp16_ep2"))
+
+
+def same_bytes(ranks: list[dict]) -> None:
+    for rank in ranks:
         assert rank["steps"] == [sorted(FOLDERS)] * 2
         assert rank["different"] == [] and rank["joined"] == {} and rank["on"] == ["4", "5", "6"]
         assert rank["numbers"] == [1, 2, 3, 4, 5, 6] and rank["chained"]
@@ -36,8 +52,8 @@ def test_a_disk_that_is_full_on_one_rank_ends_all_at_one_step(report):
     first, second = report.check("disk_full_on_one_rank")
     assert first == second and first["code"] == 6
     assert "rank 1" in first["error"] and "cannot write: File too large" in first["error"]
-    assert first["there"] == ["iter_0000002", "latest"], "the save before, and no folder of this one"
-    assert first["step"] < 100
+    assert first["there"] == ["iter_0000020", "latest"], "the save before, and no folder of this one"
+    assert 40 < first["step"] < 60, "the ranks hear of it in a step, not at the next save"
 
 
 @pytest.mark.gloo
@@ -50,7 +66,7 @@ def test_a_writer_that_is_killed_ends_all(report):
 @pytest.mark.gloo
 def test_a_numerics_error_leaves_the_save_under_way(report):
     for rank in report.check("numerics_error_beside_a_save"):
-        assert rank["code"] == 5 and "step 4: loss nan" in rank["error"]
+        assert rank["code"] == 5 and "step 3: loss nan" in rank["error"]
         assert rank["there"] == ["iter_0000002"]
 
 
@@ -69,9 +85,9 @@ def test_a_stop_waits_for_the_save_under_way(report):
         assert rank["there"] == ["iter_0000002", f"iter_{rank['last']:07d}"]
 
 
-SHORT = ("fsync:7", "fsync:8", "rename:2")
+SHORT = ("fsync:7",)
 """Calls of the writer before which the rank is killed. A save has six fsync (its file, manifest, folder, root, hint,
-root), one rename and one replace: these are of the second save."""
+root), one rename and one replace: this is the file of the second save."""
 LONG = (
     *(f"fsync:{number}" for number in range(1, 13)),
     *("rename:1", "rename:2", "replace:1", "replace:2"),
@@ -90,8 +106,8 @@ def committed_before(point: str) -> int:
 @pytest.mark.parametrize(
     "points",
     [
-        pytest.param(SHORT, marks=pytest.mark.heavy, id="short"),
-        pytest.param(LONG, marks=pytest.mark.slow, id="all"),
+        pytest.param(SHORT, marks=pytest.mark.heavy, id="while_it_writes"),
+        pytest.param(LONG, marks=pytest.mark.slow, id="everywhere"),
     ],
 )
 def test_a_rank_killed_at_any_point_of_a_save(points, tmp_path):

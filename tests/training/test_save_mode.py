@@ -30,7 +30,7 @@ ROOMY = [("a", GIB, 8 * GIB), ("a", GIB, 9 * GIB), ("b", GIB, 8 * GIB)]
 @pytest.mark.parametrize(
     "mode, ranks, options, asynchronous, said",
     [
-        ("auto", ROOMY, {}, True, "1.00 GiB of host memory a rank, 2.00 of 8.00 GiB free on a node"),
+        ("auto", ROOMY, {}, True, "1.00 GiB of host memory a rank, 2.00 GiB of 8.00 GiB free on a node"),
         ("sync", ROOMY, {}, False, "training waits"),
         ("auto", ROOMY, {"interval": None}, False, "no --save-interval"),
         ("async", ROOMY, {"interval": None}, True, "beside the training"),
@@ -38,7 +38,7 @@ ROOMY = [("a", GIB, 8 * GIB), ("a", GIB, 9 * GIB), ("b", GIB, 8 * GIB)]
         ("auto", [("a", GIB >> 10, GIB)], {}, False, "1.0 MiB a rank; --checkpoint-mode async"),
         ("async", [("a", GIB >> 10, GIB)], {}, True, "beside the training"),
         ("auto", [("b", GIB, 9 * GIB), ("a", GIB, 3 * GIB), ("a", GIB, 3 * GIB)], {}, False, "more than 50%"),
-        ("async", [("a", GIB, 3 * GIB), ("a", GIB, 3 * GIB)], {}, True, "2.00 of 3.00 GiB"),
+        ("async", [("a", GIB, 3 * GIB), ("a", GIB, 3 * GIB)], {}, True, "2.00 GiB of 3.00 GiB"),
     ],
 )
 def test_the_decision(monkeypatch, mode, ranks, options, asynchronous, said):
@@ -48,7 +48,10 @@ def test_the_decision(monkeypatch, mode, ranks, options, asynchronous, said):
 
 @pytest.mark.parametrize(
     "ranks, linux, said",
-    [([("n1", GIB, GIB), ("n1", GIB, GIB)], True, r"2.00 of 1.00 GiB free on a node \(n1\)"), (ROOMY, False, "Linux")],
+    [
+        ([("n1", GIB, GIB), ("n1", GIB, GIB)], True, r"2.00 GiB of 1.00 GiB free on a node \(n1\)"),
+        (ROOMY, False, "Linux"),
+    ],
 )
 def test_what_was_asked_for_and_cannot_be(monkeypatch, ranks, linux, said):
     with pytest.raises(ResourceError, match=said) as caught:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,8 +31,24 @@ ALIKE = ("step", "consumed_samples", "topology", "optimizer", "rng", "data_finge
 cases = Cases()
 
 
-def trainer_of(run: str, *flags: str):
-    return make_trainer([*flags, "--train-iters", "6"], FOLDER / run)
+def trainer_of(run: str, *flags: str, steps: int = 6):
+    return make_trainer([*flags, "--train-iters", str(steps)], FOLDER / run)
+
+
+class SlowCopies:
+    """A device whose copies to the host begin late: an optimizer step that does not wait for them is seen in them."""
+
+    def __init__(self, backend):
+        self._backend = backend
+
+    def __getattr__(self, name: str):
+        return getattr(self._backend, name)
+
+    @contextmanager
+    def copies_beside(self):
+        time.sleep(0.1)
+        with self._backend.copies_beside():
+            yield
 
 
 def in_writer(trainer, function, *args) -> None:
@@ -96,6 +113,7 @@ def _both_ways(name: str, flags: list[str]) -> dict:
         trainer = trainer_of(f"{name}_{mode}", *flags, "--save-interval", "1", "--checkpoint-mode", mode)
         if mode == "async":
             in_writer(trainer, writer_faults.slow_disk, 0.02)
+            trainer.saving._beside._backend = SlowCopies(trainer.backend)
         code, error = ended(trainer)
         destroy()
         assert code == 0, error
@@ -142,7 +160,7 @@ def moe_fp16_ep2() -> dict:
 @cases.case
 def disk_full_on_one_rank() -> dict:
     """The writer of rank 1 cannot finish its second file: both ranks end at one step, with the first save intact."""
-    trainer = trainer_of("full", *DENSE_BF16, *ASYNC, "--save-interval", "2", "--train-iters", "100")
+    trainer = trainer_of("full", *DENSE_BF16, *ASYNC, "--save-interval", "20", steps=100)
     if trainer.state.rank == 1:
         in_writer(trainer, writer_faults.full_disk_after, 1, 4096)
     code, error = ended(trainer)
@@ -154,7 +172,7 @@ def disk_full_on_one_rank() -> dict:
 
 @cases.case
 def writer_is_killed() -> dict:
-    trainer = trainer_of("killed", *DENSE_BF16, *ASYNC, "--save-interval", "2", "--train-iters", "100")
+    trainer = trainer_of("killed", *DENSE_BF16, *ASYNC, "--save-interval", "2", steps=100)
     if trainer.state.rank == 1:
         writer = trainer.saving._beside._writer
         writer.submit(writer_faults.end)
@@ -169,11 +187,14 @@ def writer_is_killed() -> dict:
 def numerics_error_beside_a_save() -> dict:
     """The save under way is of a sound step: it is committed before the run ends with 5."""
     trainer = trainer_of("numerics", *DENSE_BF16, *ASYNC, "--save-interval", "2")
-    in_writer(trainer, writer_faults.slow_disk, 0.3)
+    in_writer(trainer, writer_faults.slow_disk, 1.0, 1)
     forward = trainer.train_step.forward_backward
 
     def poisoned(iterators):
-        return forward(iterators) * (float("nan") if trainer.step == 3 else 1.0)
+        sums = forward(iterators)
+        if trainer.step == 2:
+            sums[0] = float("nan")
+        return sums
 
     trainer.train_step.forward_backward = poisoned
     code, error = ended(trainer)
@@ -185,7 +206,7 @@ def numerics_error_beside_a_save() -> dict:
 @cases.case
 def requests() -> dict:
     """A file save-now at step 1 is one save and stays until the commit; a stop-now beside that save is a second one."""
-    trainer = trainer_of("asked", *DENSE_BF16, *ASYNC, "--train-iters", "100000")
+    trainer = trainer_of("asked", *DENSE_BF16, *ASYNC, steps=100000)
     in_writer(trainer, writer_faults.slow_disk, 0.05)
     run = FOLDER / "asked"
     if trainer.state.rank == 0:
@@ -221,8 +242,8 @@ def requests() -> dict:
 @cases.case
 def stop_beside_a_save() -> dict:
     """A stop request while files are written: that save is committed, then the step reached, and the code is 75."""
-    trainer = trainer_of("stopped", *DENSE_BF16, *ASYNC, "--save-interval", "2", "--train-iters", "100000")
-    in_writer(trainer, writer_faults.slow_disk, 0.3)
+    trainer = trainer_of("stopped", *DENSE_BF16, *ASYNC, "--save-interval", "2", steps=100000)
+    in_writer(trainer, writer_faults.slow_disk, 1.0, 1)
     take_step = trainer.take_step
 
     def watched(iterators):

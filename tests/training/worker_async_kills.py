@@ -106,11 +106,13 @@ def newest(root: Path) -> int | None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there after a second at most."""
-    for _ in range(100):
+    """Whether a process still runs after some seconds; one that nobody has waited for does not."""
+    for _ in range(300):
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+        if state == "Z":
             return False
         time.sleep(0.01)
     return True

@@ -24,12 +24,14 @@ def kill_rank_before(name: str, ordinal: int) -> None:
     setattr(os, name, call)
 
 
-def slow_disk(seconds: float) -> None:
-    """Every fsync takes so long."""
+def slow_disk(seconds: float, calls: int | None = None) -> None:
+    """Every fsync takes so long, or the first ones do."""
     original = os.fsync
 
     def fsync(handle):
-        time.sleep(seconds)
+        _made["slow"] = _made.get("slow", 0) + 1
+        if calls is None or _made["slow"] <= calls:
+            time.sleep(seconds)
         return original(handle)
 
     os.fsync = fsync

@@ -19,7 +19,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,21 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_telechat.checkpoint import commit, verify  # noqa: E402
 from megatron_telechat.checkpoint.find import candidates  # noqa: E402
-from megatron_telechat.checkpoint.format import CheckpointReader, Part, merge_parts  # noqa: E402
+from megatron_telechat.checkpoint.format import CheckpointReader  # noqa: E402
 from megatron_telechat.checkpoint.handed import to_hand_out  # noqa: E402
 from megatron_telechat.checkpoint.lineage import Branch, look_at  # noqa: E402
 from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, usual_name  # noqa: E402
 from megatron_telechat.checkpoint.names import FileEntry  # noqa: E402
 from megatron_telechat.checkpoint.optimizer_state import MASTER, MOMENTS  # noqa: E402
+from megatron_telechat.checkpoint.parts import Part, merge_parts  # noqa: E402
 from megatron_telechat.checkpoint.retention import prune  # noqa: E402
 from megatron_telechat.config import load_run_config  # noqa: E402
 from megatron_telechat.tensors.boxes import Box, flat_range_boxes  # noqa: E402
-from megatron_telechat.tensors.pieces import piece_at  # noqa: E402
+from megatron_telechat.tensors.pieces import Piece, piece_at  # noqa: E402
 from megatron_telechat.tensors.table import TensorSpec, layer_of, tensor_table  # noqa: E402
 
 TP = 8
+BUCKET = 40_000_000  # elements
 CONTENT = bytes(4096)
 
 
@@ -78,24 +80,45 @@ def parts(ranks: int) -> Iterator[Part]:
     for stage in by_stage:
         for tp_rank in range(TP):
             pieces = [piece_at(spec, _Place(tp_rank)) for spec in stage if spec.tensor_axis is not None or not tp_rank]
-            kinds = [("model", "bfloat16"), *((f"optimizer/{name}", "float32") for name in (MASTER, *MOMENTS))]
-            total = sum(piece.numel for piece in pieces)
             for number in range(replicas):
                 part = Part()
                 file = f"rank_{rank:05d}.safetensors"
                 part.files[file] = FileEntry(len(CONTENT), f"{zlib.crc32(CONTENT):08x}")
                 part.rng = {"rank": rank, "file": file, "state": {"dict": {"cpu": {"tensor": "rng/cpu"}}}}
-                low, high = total * number // replicas, total * (number + 1) // replicas
-                for piece in pieces:
-                    begin, end = max(0, min(low, piece.numel)), max(0, min(high, piece.numel))
-                    low, high = low - piece.numel, high - piece.numel
-                    boxes = [box.shifted(piece.box.offset) for _, box in flat_range_boxes(piece.box.shape, begin, end)]
-                    for kind, dtype in kinds if boxes else ():
-                        key = f"{kind}/{piece.key}"
-                        stored = [StoredBox(file, usual_name(key, box.offset), box) for box in boxes]
-                        part.tensors[key] = TensorEntry(dtype, piece.spec.shape, stored)
+                add(part, file, ("model",), "bfloat16", pieces, number, replicas)
+                kinds = tuple(f"optimizer/{name}" for name in (MASTER, *MOMENTS))
+                for bucket in buckets(pieces):
+                    add(part, file, kinds, "float32", bucket, number, replicas)
                 yield part
                 rank += 1
+
+
+def buckets(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+    """As megatron-core cuts its buffers with overlapped communication: a rank owns a part of each."""
+    bucket: list[Piece] = []
+    for piece in pieces:
+        bucket.append(piece)
+        if sum(one.numel for one in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+def add(
+    part: Part, file: str, kinds: Sequence[str], dtype: str, pieces: Sequence[Piece], number: int, replicas: int
+) -> None:
+    """Share ``number`` of ``replicas`` of the elements in a row."""
+    total = sum(piece.numel for piece in pieces)
+    low, high = total * number // replicas, total * (number + 1) // replicas
+    for piece in pieces:
+        begin, end = max(0, min(low, piece.numel)), max(0, min(high, piece.numel))
+        low, high = low - piece.numel, high - piece.numel
+        boxes = [box.shifted(piece.box.offset) for _, box in flat_range_boxes(piece.box.shape, begin, end)]
+        for kind in kinds if boxes else ():
+            key = f"{kind}/{piece.key}"
+            stored = [StoredBox(file, usual_name(key, box.offset), box) for box in boxes]
+            part.tensors[key] = TensorEntry(dtype, piece.spec.shape, stored)
 
 
 def wanted_by_one(reader: CheckpointReader, stages: int) -> int:

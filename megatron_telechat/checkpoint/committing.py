@@ -1,0 +1,103 @@
+"""The commit of a save by one process, once every rank has written its part: merge, manifest, rename, retention.
+
+No torch: the process that does it beside a training need not load it (`writer_process`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_telechat.checkpoint import commit as protocol
+from megatron_telechat.checkpoint.companions import carry_companions
+from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
+from megatron_telechat.checkpoint.names import committed_folders
+from megatron_telechat.checkpoint.parts import Part, merge_parts
+from megatron_telechat.checkpoint.retention import prune
+from megatron_telechat.checkpoint.verify import remember_manifest
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.yaml_io import dump_run_config
+from megatron_telechat.errors import CheckpointError
+
+Written = tuple[Part, dict[str, Any] | None]
+"""What one rank has written, and the scalars of its optimizer."""
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What a manifest says beside the parts of the ranks: host values, as they were when the save began.
+
+    Attributes:
+        run: the configuration of the run.
+        versions: see `format.versions`.
+        extra: with the identity of the tokenizer.
+        resumed_from: the checkpoint this run began from; --keep-last never removes it.
+    """
+
+    run: RunConfig
+    versions: Mapping[str, str]
+    topology: Mapping[str, Any]
+    step: int
+    consumed_samples: int
+    data_fingerprint: Mapping[str, Any] | None
+    extra: Mapping[str, Any]
+    lineage: Mapping[str, Any]
+    resumed_from: Path | None
+
+
+def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record: CommitRecord) -> Path:
+    """Merge the parts, commit the folder and remove what is beyond --keep-last; by one process, without the ranks.
+
+    Raises ResourceError or CheckpointError.
+    """
+    part = merge_parts(item for item, _ in gathered)
+    run = record.run
+    companions = carry_companions(_companion_source(attempt.root, run), attempt.temporary / COMPANIONS)
+    manifest = Manifest(
+        step=record.step,
+        consumed_samples=record.consumed_samples,
+        config=dump_run_config(run),
+        topology=record.topology,
+        versions=record.versions,
+        files={**part.files, **companions},
+        tensors=part.tensors,
+        optimizer=_merged_scalars([scalars for _, scalars in gathered]),
+        rng=tuple(item.rng for item, _ in gathered if item.rng),
+        data_fingerprint=record.data_fingerprint,
+        extra=record.extra,
+        lineage=record.lineage,
+        save=attempt.save,
+    )
+    folder = protocol.commit(attempt, manifest)
+    remember_manifest(folder, manifest.files)
+    prune(attempt.root, run.checkpoint.keep_last, record.resumed_from)
+    return folder
+
+
+def _merged_scalars(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    saved = [item for item in found if item is not None]
+    if not saved:
+        return None
+    steps = sorted({step for item in saved for step in item["steps"]})
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"parameters have taken different numbers of optimizer steps: {steps}",
+            fix="nothing was saved; this is a bug, please report it",
+        )
+    scaler = saved[0]["grad_scaler"]
+    if any(item["grad_scaler"] != scaler for item in saved):
+        raise CheckpointError(
+            "the ranks have different loss scales", fix="nothing was saved; this is a bug, please report it"
+        )
+    return {"step": steps[0] if steps else 0, "grad_scaler": scaler}
+
+
+def _companion_source(root: Path, run: RunConfig) -> Path | None:
+    """Where the Hugging Face files of this model's origin lie: a newer checkpoint of the run, or its first weights."""
+    folders = [path for _, path in reversed(committed_folders(root))]
+    first = run.checkpoint.pretrained_checkpoint
+    if first:
+        folders += [Path(first), *(path for _, path in reversed(committed_folders(Path(first))))]
+    return next((path / COMPANIONS for path in folders if (path / COMPANIONS).is_dir()), None)
