@@ -6,7 +6,7 @@ what when the checkpoint was written plays no part in reading it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class TrainState:
         resumed_from: the checkpoint this run began from; --keep-last never removes it.
         extra: anything else of the run, JSON, the same on all ranks (rank 0's is kept).
         branch: the line of saves that this run continues; None: one without a parent.
+        require_writable: called on rank 0 before the first byte and before the commit; raises a UserError where the
+            folder belongs to another job by now.
     """
 
     shards: Sequence[LocalParameter]
@@ -60,6 +62,7 @@ class TrainState:
     resumed_from: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     branch: Branch | None = None
+    require_writable: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
     committed then. With overlap_param_gather the parameters must have been gathered before.
     """
     owned = list(_owned_tensors(state, run, parallel))
-    attempt = _begin_together(Path(root), state.step, owned, parallel)
+    attempt = _begin_together(Path(root), state, owned, parallel)
     try:
         with together(parallel):
             part = _write_part(attempt, owned, state, parallel)
@@ -134,12 +137,15 @@ def _boxes_of(prefix: str, shard: LocalParameter, start: int, flat: torch.Tensor
         yield _OwnedTensor(f"{prefix}/{spec.key}", spec.shape, part.box.offset, values)
 
 
-def _begin_together(root: Path, step: int, owned: Sequence[_OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
+def _begin_together(
+    root: Path, state: TrainState, owned: Sequence[_OwnedTensor], parallel: ParallelState
+) -> protocol.Attempt:
     needed = sum(gather_objects(sum(item.tensor.nbytes for item in owned)))
     attempt: protocol.Attempt | None = None
     with together(parallel):
         if parallel.rank == 0:
-            attempt = protocol.begin(root, step)
+            state.require_writable()
+            attempt = protocol.begin(root, state.step)
             try:
                 require_free_space(root, needed)
             except BaseException:
@@ -204,6 +210,7 @@ def _commit(
         extra={**state.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
         lineage=branch.next().to_json(),
     )
+    state.require_writable()
     branch.saved(look_at(protocol.commit(attempt, manifest)))
     prune(attempt.root, run.checkpoint.keep_last, state.resumed_from)
 

@@ -113,7 +113,7 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
         from megatron_telechat.backend.transformer_engine import require_for_fp8
 
         require_for_fp8(get_backend(loaded.run.training.device).traits)
-    return train(loaded.stages)
+    return train(loaded.stages, loaded.actions.steal_lock)
 
 
 def _execute(loaded: LoadedConfig) -> None:

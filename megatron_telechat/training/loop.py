@@ -110,7 +110,7 @@ class Trainer:
         self.datasets: Datasets = build_datasets(run, self.state, self.progress, self.data_plan)
 
         with together(self.state):
-            self.writer = before.writer if before else MetricsWriter(run, self.paths.run_dir, first, self.step)
+            self.writer = before.writer if before else self._open_writer()
         self._iterators_open: list = []
         self._introduce(origins or {}, before)
         self.chunk_setting = self._set_chunks()
@@ -358,7 +358,12 @@ class Trainer:
             resumed_from=self.protected,
             extra=extra,
             branch=self.branch,
+            require_writable=self.requests.require_leases,
         )
+
+    def _open_writer(self) -> MetricsWriter:
+        first = self.state.rank == 0
+        return MetricsWriter(self.run, self.paths.run_dir, first, self.step, self.requests.may_write)
 
     def _resume(self, beginning: Beginning | None) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
