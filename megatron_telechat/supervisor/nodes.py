@@ -31,7 +31,6 @@ class Node(Protocol):
     Attributes:
         number: of the node.
         ranks: how many run on it.
-        running: whether one of them has not ended yet.
         asked: signals that its supervisor received, in order.
     """
 
@@ -40,7 +39,9 @@ class Node(Protocol):
     asked: list[int]
 
     @property
-    def running(self) -> bool: ...
+    def running(self) -> bool:
+        """Whether a rank has not ended yet."""
+        ...
 
     def start(self, layout: Layout) -> None:
         """Start the ranks of an attempt."""
