@@ -158,6 +158,7 @@ class Goodput:
     def started(self) -> None:
         """The ranks were started."""
         self._is_ours = False
+        self._follower.skip()
         self._attempt = Attempt(self._clock())
         self._attempts.append(self._attempt)
 
@@ -168,6 +169,7 @@ class Goodput:
             return
         if not self._is_ours:
             self._is_ours = self._ours()
+        if not self._is_ours:
             self._follower.skip()
         for record in self._follower.new():
             attempt.see(record, now)
