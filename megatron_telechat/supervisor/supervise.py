@@ -176,7 +176,7 @@ class Supervisor:
             time.sleep(_TURN_S)
         self._end(nodes)
         worst = cause(ended)
-        if self._goodput is not None and is_worth_a_restart(worst.code):
+        if self._goodput is not None and is_worth_a_restart(worst.code) and not self._asked():
             now = time.monotonic()
             self._goodput.died(what_happened(worst), noticed or now, now)
         return ended
