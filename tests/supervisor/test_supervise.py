@@ -222,6 +222,21 @@ def test_a_wrong_command_is_said():
         assert job.returncode in (2, 6) and message in errors and "Traceback" not in errors, errors
 
 
+def test_a_wrong_configuration_is_said_once_and_starts_nothing(tmp_path):
+    program = [
+        str(ROOT / "pretrain" / "pretrain_telechat2.py"),
+        "--preset",
+        "telechat2-tiny",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*LAUNCH, "--nproc-per-node", "3", *program], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stderr.count("no training data") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nodes_and_ranks_of_the_cluster():
     """Kubeflow's variables, and a Slurm step of one task a node."""
     shell = "echo $RANK $WORLD_SIZE"

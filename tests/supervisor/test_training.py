@@ -78,7 +78,7 @@ def test_stops_in_every_phase_and_a_killed_supervisor(tmp_path):
             assert process.wait(timeout=120) == 75, out.read_text()
         finally:
             process.kill()
-        assert "restart" not in out.read_text() and "Traceback" not in out.read_text()
+        assert "; restart" not in out.read_text() and "Traceback" not in out.read_text()
 
     stopped(lambda: len(rank_pids(run)) == 2)
     assert saved(run) == [], "before the first step there is nothing to save"
