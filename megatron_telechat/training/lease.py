@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from megatron_telechat.errors import LeaseError, ResourceError
 
@@ -96,7 +97,7 @@ class Holder:
         return f"process {self.pid} on host {self.host}, since {self.since}" if self.pid else "an unreadable lease"
 
 
-_FIELDS: dict[str, Callable[[str], object]] = {
+_FIELDS: dict[str, Callable[[Any], Any]] = {
     "identifier": str, "host": str, "pid": int, "start": int, "boot": str, "namespace": str, "since": str,
 }  # fmt: skip
 
