@@ -102,6 +102,42 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Claims:
+    """What a run holds; called before a write, by this process or by one that writes for it.
+
+    Attributes:
+        leases: the files, and the identifier that each must have.
+    """
+
+    leases: tuple[tuple[Path, str], ...] = ()
+
+    def __call__(self) -> None:
+        """Look at the leases.
+
+        Raises:
+            LeaseError: another job holds one by now, or nobody does.
+            ResourceError: one cannot be read.
+        """
+        for path, identifier in self.leases:
+            try:
+                holder = Holder.from_bytes(path.read_bytes()) if path.exists() else None
+            except OSError as error:
+                raise ResourceError(
+                    f"cannot read the lease of the run folder: {error.strerror or error}",
+                    str(path),
+                    "check the file system; run the same command again",
+                ) from error
+            if holder is None or holder.identifier != identifier:
+                what = f"was taken by {holder}" if holder else "is gone"
+                raise LeaseError(
+                    f"the lease of the run folder {what}",
+                    str(path),
+                    "nothing was written since; if that was not meant, stop the other job and run the same command "
+                    "again",
+                )
+
+
 class Lease:
     """The lease of one folder; `take` before the first write, `release` after the last.
 
@@ -151,48 +187,22 @@ class Lease:
         with contextlib.suppress(OSError):
             if self._file is not None:
                 os.utime(self._file)
-            self._look()
+            self.lost = self.lost or _identifier(self.path) != self.me.identifier
 
-    def require(self) -> None:
-        """Look at the lease before a write.
-
-        Raises:
-            LeaseError: another job holds it by now, or nobody does.
-        """
-        try:
-            holder = self._look()
-        except OSError as error:
-            raise ResourceError(
-                f"cannot read the lease of the run folder: {error.strerror or error}",
-                str(self.path),
-                "check the file system; run the same command again",
-            ) from error
-        if self.lost:
-            what = f"was taken by {holder}" if holder else "is gone"
-            raise LeaseError(
-                f"the lease of the run folder {what}",
-                str(self.path),
-                "nothing was written since; if that was not meant, stop the other job and run the same command again",
-            )
+    @property
+    def claim(self) -> tuple[Path, str]:
+        """The file, and what it must say."""
+        return self.path, self.me.identifier
 
     def release(self) -> None:
         """Give the folder free, if it is still ours; never raises."""
         with contextlib.suppress(OSError):
-            self._look()
+            self.lost = self.lost or _identifier(self.path) != self.me.identifier
             if not self.lost:
                 self.path.unlink()
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-    def _look(self) -> Holder | None:
-        """The holder; notes that it is another one. Raises OSError where the file cannot be read."""
-        try:
-            holder = Holder.from_bytes(self.path.read_bytes())
-        except FileNotFoundError:
-            holder = None
-        self.lost = self.lost or holder is None or holder.identifier != self.me.identifier
-        return holder
 
     def _put_in_place(self, mine: Path, steal: bool) -> None:
         first: tuple[str, int] | None = None
@@ -264,10 +274,10 @@ class Leases:
         """Whether another job was seen to hold one of them."""
         return any(lease.lost for lease in self._leases)
 
-    def require(self) -> None:
-        """Look at all before a write. Raises LeaseError where another job holds one by now."""
-        for lease in self._leases:
-            lease.require()
+    @property
+    def claims(self) -> Claims:
+        """What is held, for whoever writes for the run."""
+        return Claims(tuple(lease.claim for lease in self._leases))
 
     def keep(self) -> None:
         """Touch them until they are released; the body of a thread."""
@@ -301,6 +311,14 @@ def held(folders: Sequence[Path], steal: bool, say: Callable[[str], None]) -> It
         stack.callback(thread.join)
         stack.callback(leases.end)
         yield leases
+
+
+def _identifier(path: Path) -> str:
+    """Who a lease belongs to; "" where there is none."""
+    try:
+        return Holder.from_bytes(path.read_bytes()).identifier
+    except FileNotFoundError:
+        return ""
 
 
 def _link(source: Path, target: Path) -> bool:

@@ -358,7 +358,7 @@ class Trainer:
             resumed_from=self.protected,
             extra=extra,
             branch=self.branch,
-            require_writable=self.requests.require_leases,
+            require_writable=self.requests.claims,
         )
 
     def _open_writer(self) -> MetricsWriter:

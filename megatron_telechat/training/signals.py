@@ -8,12 +8,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_telechat.errors import StopAtStart
-
-if TYPE_CHECKING:
-    from megatron_telechat.training.lease import Leases
+from megatron_telechat.training.lease import Claims, Leases
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "stop-now"
@@ -115,10 +113,10 @@ class StopRequests:
         """Whether the folders of the run are still ours, as far as was seen last."""
         return self.leases is None or not self.leases.lost
 
-    def require_leases(self) -> None:
-        """Look at the leases before a write. Raises LeaseError where another job holds one by now."""
-        if self.leases is not None:
-            self.leases.require()
+    @property
+    def claims(self) -> Claims:
+        """To be called before a write to the folders of the run; raises LeaseError where they are another job's."""
+        return self.leases.claims if self.leases is not None else Claims()
 
     def asked_anywhere(self, device: Any) -> bool:
         """Whether some rank was asked to stop by now; a small collective over all ranks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from megatron_telechat.errors import LeaseError
 from megatron_telechat.training import lease as module
-from megatron_telechat.training.lease import LEASE_FILE, Holder, Lease, held
+from megatron_telechat.training.lease import LEASE_FILE, Claims, Holder, Lease, held
 from tests.harness import ROOT
 from tests.training.runs import DENSE
 
@@ -40,6 +41,10 @@ def take(folder: Path, steal: bool = False) -> tuple[Lease, list[str]]:
     return lease, said
 
 
+def require(lease: Lease) -> None:
+    Claims((lease.claim,))()
+
+
 def elsewhere() -> Holder:
     """A process of another host."""
     return replace(Holder.this_process(), host="gpu17", boot="another", namespace="pid:[1]", pid=4711)
@@ -49,8 +54,11 @@ def test_a_free_folder_is_taken_and_given_back(tmp_path):
     with held([tmp_path / "run", tmp_path / "run", tmp_path / "run" / "checkpoints"], False, print) as leases:
         files = [tmp_path / "run" / LEASE_FILE, tmp_path / "run" / "checkpoints" / LEASE_FILE]
         assert all(json.loads(file.read_text())["pid"] == os.getpid() for file in files)
-        leases.require()
         assert not leases.lost
+        written_elsewhere = pickle.loads(pickle.dumps(leases.claims))
+        written_elsewhere()
+    with pytest.raises(LeaseError, match="is gone"):
+        written_elsewhere()
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -60,7 +68,7 @@ def test_a_job_that_lives_here_is_named_at_once(tmp_path):
     with pytest.raises(LeaseError, match=rf"process {os.getpid()} on host \S+, since (?s:.*)--steal-lock") as refused:
         take(tmp_path)
     assert time.monotonic() - began < 1 and refused.value.exit_code == 4
-    first.require()
+    require(first)
     assert sorted(os.listdir(tmp_path)) == [LEASE_FILE]
 
 
@@ -72,7 +80,7 @@ def test_a_dead_process_of_this_host_is_succeeded_at_once(tmp_path, change):
     leave(tmp_path, dead[change], age_s=11 if change == "boot" else 0)
     lease, said = take(tmp_path)
     assert len(said) == 1 and "its process is gone" in said[0]
-    lease.require()
+    require(lease)
     assert sorted(os.listdir(tmp_path)) == [LEASE_FILE]
 
 
@@ -112,12 +120,12 @@ def test_a_stolen_lease_stops_its_holder_before_the_next_write(tmp_path):
     first.beat()
     assert first.lost
     with pytest.raises(LeaseError, match=f"was taken by process {os.getpid()}"):
-        first.require()
+        require(first)
     first.release()
-    second.require()
+    require(second)
     (tmp_path / LEASE_FILE).unlink()
     with pytest.raises(LeaseError, match="is gone"):
-        second.require()
+        require(second)
 
 
 def test_of_many_jobs_that_find_a_dead_lease_one_takes_it(tmp_path):
@@ -141,7 +149,7 @@ def test_of_many_jobs_that_find_a_dead_lease_one_takes_it(tmp_path):
         for thread in threads:
             thread.join()
         assert len(won) == 1
-        won[0].require()
+        require(won[0])
         assert sorted(os.listdir(folder)) == [LEASE_FILE]
 
 
@@ -151,7 +159,7 @@ def test_a_take_over_that_was_cut_off_holds_nobody_up(tmp_path):
     claim = tmp_path / f".{LEASE_FILE}-claim-{dead.identifier}"
     claim.touch()
     os.utime(claim, (time.time() - 20,) * 2)
-    take(tmp_path)[0].require()
+    require(take(tmp_path)[0])
     assert sorted(os.listdir(tmp_path)) == [LEASE_FILE]
 
 
@@ -161,7 +169,7 @@ def test_without_hard_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.os, "link", refuse)
     lease, _ = take(tmp_path)
-    lease.require()
+    require(lease)
     with pytest.raises(LeaseError):
         take(tmp_path)
     before = os.stat(tmp_path / LEASE_FILE).st_mtime_ns
