@@ -5,13 +5,14 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
-# One torchrun a node under Slurm; the flags of the training follow the script's name:
+# One supervisor (tools/launch.py) a node under Slurm; the flags of the training follow the script's name:
 #
 #   sbatch --nodes 128 launch/slurm.sh --preset telechat2-39b-a12b --run-dir /shared/runs/39b --data-json data.json ...
 #
-# Ten minutes before the time limit (and on scancel --signal=USR1 --batch) the run is asked to save and stop through the file
-# stop-now in its run folder, which all ranks follow at the same step; torchrun would allow only 30 s after a signal. The job is then
-# requeued and resumes from its checkpoint. RANKS_PER_NODE, MASTER_PORT and VENV may be set.
+# A rank that is lost is started again with all others, inside the job. Ten minutes before the time limit (and on
+# scancel --signal=USR1 --batch) the run is asked to save and stop through the file stop-now in its run folder, which all ranks
+# follow at the same step. The job is then requeued and resumes from its checkpoint. The job's exit code is the training's: 75
+# after a stop. RANKS_PER_NODE, MASTER_PORT and VENV may be set.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 venv="${VENV:-$PWD/.venv}"
@@ -37,9 +38,9 @@ ask_to_stop() {
 }
 trap ask_to_stop USR1
 
-head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-srun --kill-on-bad-exit=1 "$venv/bin/torchrun" --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${RANKS_PER_NODE:-8}" \
-    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:${MASTER_PORT:-29500}" \
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-29500}"
+srun --kill-on-bad-exit=1 "$venv/bin/python" tools/launch.py --nproc-per-node "${RANKS_PER_NODE:-8}" \
     pretrain/pretrain_telechat2.py "$@" &
 job=$!
 code=0

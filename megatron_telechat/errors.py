@@ -111,6 +111,13 @@ class CheckpointError(UserError):
     kind = "checkpoint error"
 
 
+class LeaseError(UserError):
+    """The run folder belongs to another job. Not EXIT_RESOURCE: nothing is gained by trying again."""
+
+    exit_code = EXIT_CHECKPOINT
+    kind = "run folder error"
+
+
 class NumericsError(UserError):
     """A number that is not finite, or too many steps in a row that were not taken; nothing of it was saved."""
 
@@ -119,7 +126,7 @@ class NumericsError(UserError):
 
 
 class ResourceError(UserError):
-    """A lock, a disk or a device that cannot be had."""
+    """A lock of an index, a disk or a device that cannot be had, or a rank that is gone."""
 
     exit_code = EXIT_RESOURCE
     kind = "resource error"

@@ -35,11 +35,13 @@ MAY_IMPORT = {
     "huggingface": ("checkpoint",),
     "training": ("checkpoint", "data", "model", "planner"),
     "virtual": ("training",),
-    "cli": ("training", "huggingface", "planner", "virtual"),
+    "supervisor": ("errors",),
+    "cli": ("training", "huggingface", "planner", "virtual", "supervisor"),
 }
 """What a room imports; what those import in turn is allowed too."""
 
-WITHOUT_TORCH = ("errors", "lazy", "device_kinds", "config", "tensors", "costs", "planner")
+WITHOUT_TORCH = ("errors", "lazy", "device_kinds", "config", "tensors", "costs", "planner", "supervisor")
+WITHOUT_TORCH_FILES = (f"{PACKAGE}.parallel.topology", f"{PACKAGE}.parallel.cluster", f"{PACKAGE}.training.lease")
 WITHOUT_TORCH_IN_VIRTUAL = tuple(
     f"{PACKAGE}.virtual.{name}" for name in ("compare", "launch", "match", "records", "shim")
 )
@@ -257,7 +259,7 @@ def test_rooms_without_torch_never_name_it():
     wrong = [
         at(path, found)
         for path in sources(PACKAGE)
-        if room_of(module_name(path)) in WITHOUT_TORCH or module_name(path) == f"{PACKAGE}.parallel.topology"
+        if room_of(module_name(path)) in WITHOUT_TORCH or module_name(path) in WITHOUT_TORCH_FILES
         for found in imports_of(path)
         if found.name.split(".")[0] in HEAVY
     ]
@@ -370,9 +372,10 @@ def test_light_rooms_leave_torch_alone():
         if room_of(name) in WITHOUT_TORCH
         or name
         in (
-            f"{PACKAGE}.parallel.topology",
+            *WITHOUT_TORCH_FILES,
             f"{PACKAGE}.cli.dry_run",
             f"{PACKAGE}.cli.doctor",
+            f"{PACKAGE}.cli.launch",
             *WITHOUT_TORCH_IN_VIRTUAL,
         )
     ]

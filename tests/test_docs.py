@@ -35,6 +35,7 @@ FOREIGN_FLAGS = {
         "--max-restarts",
     ),  # torchrun
     *("--nodes", "--ntasks-per-node", "--ntasks", "--gpus-per-node", "--gres", "--map-by"),  # srun, sbatch, mpirun
+    *("--kill-on-bad-exit", "--signal", "--batch"),  # srun, scancel
     *("--use-gigatoken", "--padded-vocab-size"),  # Megatron-LM's tools and its tokenizer options
     *("--no-build-isolation", "--no-deps"),  # pip
 }

@@ -5,7 +5,7 @@ No torch: the process that does it beside a training need not load it (`writer_p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ Written = tuple[Part, dict[str, Any] | None]
 """What one rank has written, and the scalars of its optimizer."""
 
 
+def always_writable() -> None:
+    """The folder of a save that no other job can take."""
+
+
 @dataclass(frozen=True)
 class CommitRecord:
     """What a manifest says beside the parts of the ranks: host values, as they were when the save began.
@@ -34,6 +38,7 @@ class CommitRecord:
         versions: see `format.versions`.
         extra: with the identity of the tokenizer.
         resumed_from: the checkpoint this run began from; --keep-last never removes it.
+        require_writable: raises a UserError where the folder belongs to another job by now.
     """
 
     run: RunConfig
@@ -45,12 +50,13 @@ class CommitRecord:
     extra: Mapping[str, Any]
     lineage: Mapping[str, Any]
     resumed_from: Path | None
+    require_writable: Callable[[], None] = always_writable
 
 
 def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record: CommitRecord) -> Path:
     """Merge the parts, commit the folder and remove what is beyond --keep-last; by one process, without the ranks.
 
-    Raises ResourceError or CheckpointError.
+    Raises ResourceError, CheckpointError, or what the record raises.
     """
     part = merge_parts(item for item, _ in gathered)
     run = record.run
@@ -70,6 +76,7 @@ def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record:
         lineage=record.lineage,
         save=attempt.save,
     )
+    record.require_writable()
     folder = protocol.commit(attempt, manifest)
     remember_manifest(folder, manifest.files)
     prune(attempt.root, run.checkpoint.keep_last, record.resumed_from)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint import rng as rng_tree
-from megatron_telechat.checkpoint.committing import CommitRecord, Written, commit_parts
+from megatron_telechat.checkpoint.committing import CommitRecord, Written, always_writable, commit_parts
 from megatron_telechat.checkpoint.disk import require_free_space
 from megatron_telechat.checkpoint.files import FileEntry, write_safetensors
 from megatron_telechat.checkpoint.format import PartWriter, versions
@@ -51,6 +51,8 @@ class TrainState:
         resumed_from: the checkpoint this run began from; --keep-last never removes it.
         extra: anything else of the run, JSON, the same on all ranks (rank 0's is kept).
         branch: the line of saves that this run continues; None: one without a parent.
+        require_writable: called before the first byte, by rank 0, and before the commit, perhaps by the process that
+            writes for it; raises a UserError where the folder belongs to another job by now.
     """
 
     shards: Sequence[LocalParameter]
@@ -62,6 +64,7 @@ class TrainState:
     resumed_from: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     branch: Branch | None = None
+    require_writable: Callable[[], None] = always_writable
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def begin_save(root: Path, state: TrainState, run: RunConfig, parallel: Parallel
     Raises ResourceError on every rank.
     """
     owned = list(owned_tensors(state.shards, _saved_optimizer(state, run), parallel))
-    attempt = _begin_together(Path(root), state.step, owned, parallel)
+    attempt = _begin_together(Path(root), state, owned, parallel)
     branch = state.branch
     if branch is None:
         branch = Branch.opening(attempt.root) if parallel.rank == 0 else Branch()
@@ -127,6 +130,7 @@ def begin_save(root: Path, state: TrainState, run: RunConfig, parallel: Parallel
         extra={**state.extra, **({TOKENIZER: tokenizer} if tokenizer else {})},
         lineage=branch.next().to_json(),
         resumed_from=state.resumed_from,
+        require_writable=state.require_writable,
     )
     return BegunSave(attempt, owned, generators, _optimizer_scalars(state, run), record, branch)
 
@@ -159,12 +163,15 @@ def _saved_optimizer(state: TrainState, run: RunConfig) -> Any:
     return None if run.checkpoint.no_save_optim else state.optimizer
 
 
-def _begin_together(root: Path, step: int, owned: Sequence[OwnedTensor], parallel: ParallelState) -> protocol.Attempt:
+def _begin_together(
+    root: Path, state: TrainState, owned: Sequence[OwnedTensor], parallel: ParallelState
+) -> protocol.Attempt:
     needed = sum(gather_objects(sum(item.tensor.nbytes for item in owned)))
     attempt: protocol.Attempt | None = None
     with together(parallel):
         if parallel.rank == 0:
-            attempt = protocol.begin(root, step)
+            state.require_writable()
+            attempt = protocol.begin(root, state.step)
             try:
                 require_free_space(root, needed)
             except BaseException:

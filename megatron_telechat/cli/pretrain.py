@@ -13,6 +13,7 @@ from megatron_telechat.config import LoadedConfig, load_run_config
 from megatron_telechat.config.flags import Actions, read_command_line
 from megatron_telechat.config.show import config_table, config_yaml, help_text, list_presets
 from megatron_telechat.errors import EXIT_BUG, EXIT_OK, EXIT_SIGNAL, ConfigError, StopAtStart, UserError
+from megatron_telechat.parallel.cluster import rank_variables, require_started_ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        os.environ.update(rank_variables(os.environ))
         return _run(arguments, os.environ)
     except UserError as error:
         _report(error, os.environ)
@@ -103,6 +105,7 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
             if loaded.actions.executes:
                 _execute(loaded)
         return EXIT_OK
+    require_started_ranks(environ)
     from megatron_telechat.checkpoint.start import require_start
     from megatron_telechat.training import train
 
@@ -112,7 +115,7 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
     from megatron_telechat.model.transformer_config import require_transformer_engine
 
     require_transformer_engine(loaded.run, get_backend(loaded.run.training.device).traits)
-    return train(loaded.stages)
+    return train(loaded.stages, loaded.actions.steal_lock)
 
 
 def _execute(loaded: LoadedConfig) -> None:

@@ -30,6 +30,7 @@ class Actions:
         execute_ranks: these ranks instead.
         execute_all: every rank, and compare what they exchange.
         execute_json: file for what was executed.
+        steal_lock: take the run folder, also from a job that holds it.
         help, version, list_presets: print that and stop.
     """
 
@@ -39,6 +40,7 @@ class Actions:
     execute_ranks: tuple[int, ...] = ()
     execute_all: bool = False
     execute_json: str | None = None
+    steal_lock: bool = False
     help: bool = False
     version: bool = False
     list_presets: bool = False
@@ -100,6 +102,7 @@ ACTION_FLAGS = {
     "execute-ranks": "with --dry-run: execute these ranks, such as 0,512",
     "execute-all": "with --dry-run: execute every rank (64 at most) and check that their exchanges meet",
     "execute-json": "with --dry-run: execute, and write everything that was recorded to this file",
+    "steal-lock": "take the run folder from the job that holds it, which then stops before its next write",
     "list-presets": "list the presets and exit",
     "help": "this text",
     "version": "print the version and exit",

@@ -83,8 +83,8 @@ class ParallelState:
 def initialize(run: RunConfig, backend: Backend) -> ParallelState:
     """Join the ranks and build the process groups of the layout; a collective over all ranks.
 
-    Ranks come from torchrun's environment; without it this is one process of its own. The default
-    group of an earlier call is used again. Seeds every generator.
+    Ranks come from torchrun's variables (`cluster` makes them of those of other launchers); without them this is one
+    process of its own. The default group of an earlier call is used again. Seeds every generator.
 
     Raises:
         ConfigError: the environment does not fit the configuration, or the ranks do not hold the same one.

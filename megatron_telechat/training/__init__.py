@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 
 from megatron_telechat.config.run_stages import RunStages
+from megatron_telechat.training.lease import held
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.signals import StopRequests
 
 
-def train(stages: RunStages) -> int:
+def train(stages: RunStages, steal_lock: bool = False) -> int:
     """Run a training from its start, or its resume, to its end.
+
+    Args:
+        steal_lock: take the folders of the run, also from a job that holds them.
 
     Returns:
         The exit code: 0 done, 75 stopped by a signal with a checkpoint saved.
@@ -23,24 +30,38 @@ def train(stages: RunStages) -> int:
     # Before the imports, which take seconds.
     first = os.environ.get("RANK", "0") == "0"
     requests = StopRequests(RunPaths.of(run).run_dir, watch_files=first, speaks=first)
-    with requests.starting():
-        from megatron_telechat.backend import get_backend
+    with ExitStack() as holding:
+        with requests.starting():
+            if first:
+                # One rank for all, and at once: the launcher ends the others with it.
+                requests.leases = holding.enter_context(held(_folders(stages), steal_lock, _say))
+            from megatron_telechat.backend import get_backend
 
-        backend = get_backend(run.training.device)
-        if any(stage.run.exchanges_overlap for stage in stages.stages):
-            backend.open_queues()
-        # The fixes for megatron.core hook its import: they come before the first module that needs it.
-        backend.install()
-        from megatron_telechat.parallel.agreement import lost_ranks_reported
-        from megatron_telechat.parallel.state import destroy
-        from megatron_telechat.training.sequence import StageSequence
+            backend = get_backend(run.training.device)
+            if any(stage.run.exchanges_overlap for stage in stages.stages):
+                backend.open_queues()
+            # The fixes for megatron.core hook its import: they come before the first module that needs it.
+            backend.install()
+            from megatron_telechat.parallel.agreement import lost_ranks_reported
+            from megatron_telechat.parallel.state import destroy
+            from megatron_telechat.training.sequence import StageSequence
 
+            with lost_ranks_reported():
+                sequence = StageSequence(stages, requests, backend)
         with lost_ranks_reported():
-            sequence = StageSequence(stages, requests, backend)
-    with lost_ranks_reported():
-        code = sequence.fit()
-        destroy()
-        return code
+            code = sequence.fit()
+            destroy()
+            return code
+
+
+def _folders(stages: RunStages) -> list[Path]:
+    """Where the run writes."""
+    paths = [RunPaths.of(stage.run) for stage in stages.stages]
+    return [folder for path in paths for folder in (path.run_dir, path.save_dir)]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 __all__ = ["train"]

@@ -113,7 +113,7 @@ class Trainer:
         self.datasets: Datasets = build_datasets(run, self.state, self.progress, self.data_plan)
 
         with together(self.state):
-            self.writer = before.writer if before else MetricsWriter(run, self.paths.run_dir, first, self.step)
+            self.writer = before.writer if before else self._open_writer()
         self._iterators_open: list = []
         self.saving = Saving(run, self.state, self.backend, self.requests, self._train_state({}))
         self.train_step.saves = self.saving
@@ -390,7 +390,12 @@ class Trainer:
             resumed_from=self.protected,
             extra=extra,
             branch=self.branch,
+            require_writable=self.requests.claims,
         )
+
+    def _open_writer(self) -> MetricsWriter:
+        first = self.state.rank == 0
+        return MetricsWriter(self.run, self.paths.run_dir, first, self.step, self.requests.may_write)
 
     def _resume(self, beginning: Beginning | None) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
@@ -472,7 +477,7 @@ class Trainer:
         event = setting.event(self.step)
         if event is not None:
             self.writer.write(event)
-            if self.state.rank == 0:
+            if self.state.rank == 0 and self.requests.may_write():
                 note_measured(self.paths.run_dir, setting.extra)
 
     def _measured_before(self) -> list[Mapping[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.errors import StopAtStart
+from megatron_telechat.training.lease import Claims, Leases
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "stop-now"
@@ -39,6 +40,8 @@ class StopRequests:
         self._run_dir = run_dir
         self._watch_files = watch_files
         self._speaks = speaks
+        self.leases: Leases | None = None
+        """Those of the run's folders, where this rank holds them. Losing one is a stop, without a checkpoint."""
         self._first: int | None = None
         self._at_start = False
         self._previous: dict[int, Any] = {}
@@ -104,7 +107,16 @@ class StopRequests:
         if self._watch_files:
             stop = stop or (self._run_dir / STOP_FILE).exists()
             save = (self._run_dir / SAVE_FILE).exists()
-        return stop, save
+        return stop or not self.may_write(), save
+
+    def may_write(self) -> bool:
+        """Whether the folders of the run are still ours, as far as was seen last."""
+        return self.leases is None or not self.leases.lost
+
+    @property
+    def claims(self) -> Claims:
+        """To be called before a write to the folders of the run; raises LeaseError where they are another job's."""
+        return self.leases.claims if self.leases is not None else Claims()
 
     def asked_anywhere(self, device: Any) -> bool:
         """Whether some rank was asked to stop by now; a small collective over all ranks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,9 +26,18 @@ class MetricsWriter:
     Args:
         step: where the run goes on. What a killed run has written beyond it is taken back, also where it begins anew at
             0.
+        may_write: asked before each record; False leaves it out (the folder belongs to another job by now).
     """
 
-    def __init__(self, run: RunConfig, run_dir: Path, enabled: bool, step: int = 0):
+    def __init__(
+        self,
+        run: RunConfig,
+        run_dir: Path,
+        enabled: bool,
+        step: int = 0,
+        may_write: Callable[[], bool] = lambda: True,
+    ):
+        self._may_write = may_write
         self._file: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -46,7 +56,7 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; its ``step`` places it on the curves."""
-        if self._file is None:
+        if self._file is None or not self._may_write():
             return
         self._file.write(json.dumps(_finite(record)) + "\n")
         self._file.flush()
