@@ -7,6 +7,7 @@ import os
 from megatron_telechat.config.run_stages import RunStages
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.signals import StopRequests
+from megatron_telechat.training.watch import Watch
 
 
 def train(stages: RunStages) -> int:
@@ -23,6 +24,7 @@ def train(stages: RunStages) -> int:
     # Before the imports, which take seconds.
     first = os.environ.get("RANK", "0") == "0"
     requests = StopRequests(RunPaths.of(run).run_dir, watch_files=first, speaks=first)
+    watch = Watch(run, os.environ)
     with requests.starting():
         from megatron_telechat.backend import get_backend
 
@@ -31,15 +33,15 @@ def train(stages: RunStages) -> int:
             backend.open_queues()
         # The fixes for megatron.core hook its import: they come before the first module that needs it.
         backend.install()
-        from megatron_telechat.parallel.agreement import lost_ranks_reported
         from megatron_telechat.parallel.state import destroy
         from megatron_telechat.training.sequence import StageSequence
 
-        with lost_ranks_reported():
-            sequence = StageSequence(stages, requests, backend)
-    with lost_ranks_reported():
+        with watch.reporting():
+            sequence = StageSequence(stages, requests, backend, watch)
+    with watch.reporting():
         code = sequence.fit()
         destroy()
+        watch.close()
         return code
 
 
