@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_telechat.checkpoint import CheckpointWriter
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.training import tolerance
 from megatron_telechat.training.metrics_file import read_metrics
@@ -91,6 +93,17 @@ def test_a_full_disk_costs_lines_and_no_more(small_disk, capfd):
     metrics = read_metrics(small_disk)
     assert list(metrics.train)[-1] == 300 and len(metrics.torn) == 1 and len(metrics.train) > 20
     assert capfd.readouterr().err.count("cannot be written (No space left on device)") == 1
+
+
+def test_what_follows_a_commit_ends_no_run(tmp_path, caplog):
+    """The hint cannot be replaced: the save is whole all the same, and the next one, too."""
+    (tmp_path / "latest" / "not a file").mkdir(parents=True)
+    for step in (1, 2):
+        with CheckpointWriter(tmp_path, step=step, config="model: {}\n", max_file_bytes=100) as writer:
+            writer.add("model/a", (2,), (0,), torch.ones(2))
+    assert {path.name for path in tmp_path.glob("iter_*")} == {"iter_0000001", "iter_0000002"}
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "iter_0000001 is saved, but" in said[0], said
 
 
 @pytest.mark.gloo
