@@ -144,8 +144,8 @@ class Ranks:
             return 0
         if counters is None:
             return 0
-        read = getattr(counters, "read_chars", counters.read_bytes)
-        return read + getattr(counters, "write_chars", counters.write_bytes)
+        # What is mapped into memory is read without a call.
+        return sum(value for name, value in counters._asdict().items() if name.endswith(("_chars", "_bytes")))
 
     def computed_s(self, beat: Beat) -> float:
         """Seconds of the CPU so far."""

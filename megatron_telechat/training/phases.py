@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from megatron_telechat.backend import traits_of
+from megatron_telechat.parallel.clock import EVENTS
 from megatron_telechat.training.pulse import PULSE, Phase
 
 _EXCHANGES = (
@@ -44,14 +45,21 @@ class ComputeClock:
             self._total_s += time.perf_counter() - self._begin
         else:
             self._events.append((self._begin, self._event()))
+            if len(self._events) >= EVENTS:
+                self._drain()
         self._begin = None
 
     def take_s(self) -> float:
         """Seconds since the last call. On an accelerator: call it once the device is synchronised."""
-        total_s = self._total_s + sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
-        self._total_s = 0.0
-        self._events.clear()
+        self._drain()
+        total_s, self._total_s = self._total_s, 0.0
         return total_s
+
+    def _drain(self) -> None:
+        """Read what the device has behind it; never waits for the rest."""
+        passed = next((number for number, (_, end) in enumerate(self._events) if not end.query()), len(self._events))
+        self._total_s += sum(begin.elapsed_time(end) for begin, end in self._events[:passed]) / 1e3
+        del self._events[:passed]
 
     def _event(self) -> Any:
         event = self._module.Event(enable_timing=True)

@@ -78,9 +78,10 @@ def test_steps_are_passed_over_and_a_resume_does_the_same(report):
         assert resumed["taken"] == whole["taken"]
         assert whole["taken"] == {"taken": 5, "skipped_in_a_row": 0, "on_request": [[3, 4], [7, 7]]}
         assert resumed["window"] == whole["window"] and len(whole["window"]["loss"]) == 5
-        # the warm-up counts steps that were taken: its fourth one is step 6
+        # the warm-up of four steps counts those that were taken: 1, 2, 5 and 6
         rates = [record["lr"] for record in whole["records"]]
-        assert rates[4] < rates[5] == pytest.approx(1e-3) and whole["records"][-1]["consumed_samples"] == 64
+        assert rates[1] < rates[2] == rates[3] == rates[4] < rates[5] < rates[6] == rates[7] == pytest.approx(1e-3)
+        assert whole["records"][-1]["consumed_samples"] == 64
 
 
 def test_an_overflow_of_one_expert_moves_one_loss_scale(report):
