@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.loader import BatchIterator, micro_batch_samples
 from megatron_telechat.errors import NumericsError, UserError
 from megatron_telechat.moe import moe_blocks
@@ -22,8 +21,6 @@ from megatron_telechat.training.phases import ScheduleTimers
 from megatron_telechat.training.pulse import PULSE, Activity, Phase
 
 if TYPE_CHECKING:
-    from megatron_telechat.backend import Backend
-    from megatron_telechat.parallel.state import ParallelState
     from megatron_telechat.training.step import TrainStep
 
 _OF_A_RANK, _SHOWN = 3, 4
@@ -58,19 +55,17 @@ class Again:
     @classmethod
     def of_step(
         cls,
+        step: TrainStep,
         iterators: Callable[[], Sequence[BatchIterator | None]],
-        run: RunConfig,
-        state: ParallelState,
-        backend: Backend,
         consumed_samples: int,
         tell: Callable[[dict[str, Any]], None],
     ) -> Again:
         """The step that begins now, after so many samples."""
-        size, dp_rank, dp_size = run.training.micro_batch_size, state.dp_rank, state.dp_size
+        size, dp_rank, dp_size = step.run.training.micro_batch_size, step.state.dp_rank, step.state.dp_size
         return cls(
             iterators,
             lambda number: micro_batch_samples(number, dp_rank, dp_size, size, consumed_samples),
-            backend.rng_state(),
+            step.backend.rng_state(),
             tell,
         )
 

@@ -243,12 +243,12 @@ class Trainer:
         if any(self.step + 1 in window for window in self._passed_over):
             result = self.train_step.pass_over(iterators, self.requests.poll())
         else:
-            make, state = self.training_iterators, self.state
-            again = Again.of_step(make, self.run, state, self.backend, self.consumed_samples, self.writer.write)
+            step, make = self.train_step, self.training_iterators
+            again = Again.of_step(step, make, self.consumed_samples, self.writer.write)
             with ExitStack() as watched:
                 for each in (*self.traces, self.routing):
                     watched.enter_context(each.step(self.step + 1))
-                result = self.train_step(iterators, self.step, self.requests.poll(), again)
+                result = step(iterators, self.step, self.requests.poll(), again)
         self.position = self.position.after(self.run)
         self.meter.add(result)
         self.steps_taken.add(result, self.step, self.run.optimizer.max_skipped_steps)

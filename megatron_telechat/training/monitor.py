@@ -358,8 +358,11 @@ def _say(text: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The process: ``python -m megatron_telechat.training.monitor JOB PARENT``, where the job is JSON and the parent
-    the process id of local rank 0."""
+    """The process.
+
+    Args:
+        argv: the job as JSON, and the process id of local rank 0.
+    """
     job, parent = Job(**json.loads(argv[0])), int(argv[1])
     monitor = Monitor(job)
     try:
@@ -370,7 +373,3 @@ def main(argv: Sequence[str]) -> int:
         if job.owns_folder:
             shutil.rmtree(job.folder, ignore_errors=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -24,6 +24,7 @@ from megatron_telechat.training.pulse import PULSE, PULSE_DIR, Activity, Phase, 
 
 _SHARE_OF_COLLECTIVE_LIMIT = 0.8
 _LOOK_S = 1.0
+_MONITOR = "import sys; from megatron_telechat.training.monitor import main; sys.exit(main(sys.argv[1:]))"
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -135,7 +136,7 @@ class Watch:
         package = str(Path(megatron_telechat.__file__).parents[1])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         return subprocess.Popen(
-            [sys.executable, "-m", "megatron_telechat.training.monitor", json.dumps(asdict(job)), str(os.getpid())],
+            [sys.executable, "-c", _MONITOR, json.dumps(asdict(job)), str(os.getpid())],
             env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

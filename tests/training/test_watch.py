@@ -173,7 +173,11 @@ def test_a_stopped_process_ends_its_node_with_its_name(tmp_path):
             process.kill()
     errors = (tmp_path / "0.err").read_text()
     assert codes == [-signal.SIGABRT] * 2, errors
-    assert errors.count("hang: rank 1 (host ") == 1 and "its process is stopped (SIGSTOP" in errors
+    assert (
+        errors.startswith("hang: rank 1 (host ")
+        and errors.count("hang: ") == 1
+        and "its process is stopped (SIGSTOP" in errors
+    )
     record = json.loads((tmp_path / "hang.json").read_text())
     assert (record["rank"], record["pid"], record["phase"]) == (1, processes[1].pid, "forward")
     assert record["others"] == {"pipeline exchange (training), step 1": 1}
