@@ -52,6 +52,8 @@ OPTIONAL = {
     "apex",
     "amp_C",
     "wandb",
+    "mlflow",
+    "swanlab",
     "matplotlib",
     "torch_npu",
     "tensorboard",

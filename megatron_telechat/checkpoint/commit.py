@@ -98,14 +98,22 @@ def commit(attempt: Attempt, manifest: Manifest, keep_replaced: bool = True) -> 
             os.rename(attempt.final, replaced)
         os.rename(attempt.temporary, attempt.final)
         fsync_folder(attempt.root)
-        if replaced is not None and not keep_replaced:
-            shutil.rmtree(replaced)
+    except OSError as error:
+        raise disk_error(attempt.temporary, error) from error
+    _tidy_up(attempt, None if keep_replaced else replaced)
+    return attempt.final
+
+
+def _tidy_up(attempt: Attempt, doomed: Path | None) -> None:
+    """What follows a commit. The save is whole: an error is a warning, and `begin` of the next save tries again."""
+    try:
+        if doomed is not None:
+            shutil.rmtree(doomed)
         if set_aside(attempt.root, attempt.identifier):
             fsync_folder(attempt.root)
         _point_latest(attempt)
     except OSError as error:
-        raise disk_error(attempt.temporary, error) from error
-    return attempt.final
+        log.warning("%s is saved, but %s could not be tidied up: %s", attempt.final, attempt.root, error)
 
 
 def _point_latest(attempt: Attempt) -> None:

@@ -25,7 +25,11 @@ def prune(root: Path, keep_last: int, protected: Path | None = None) -> list[Pat
     """
     if keep_last <= 0:
         return []
-    sound = [(saved.step, saved.path) for saved in saved_in(root) if is_whole(saved.path)]
+    try:
+        sound = [(saved.step, saved.path) for saved in saved_in(root) if is_whole(saved.path)]
+    except OSError as error:
+        log.warning("cannot look for old checkpoints in %s: %s", root, error)
+        return []
     removed = []
     for step, path in sound[:-keep_last]:
         if protected is not None and path.resolve() == protected.resolve():

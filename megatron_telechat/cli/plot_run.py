@@ -188,8 +188,11 @@ def _plot(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     first = arguments.runs[0]
     output = arguments.output or (first if first.is_dir() else first.parent) / "metrics.png"
-    plot_runs([read_metrics(run) for run in arguments.runs], output)
-    for run in map(read_metrics, arguments.runs):
+    runs = [read_metrics(run) for run in arguments.runs]
+    plot_runs(runs, output)
+    for run in runs:
+        if run.torn:
+            print(f"{run.name}: {len(run.torn)} cut-off lines are passed over, the first is line {run.torn[0]}")
         line = predicted_and_measured(run)
         if line is not None:
             print(f"{run.name}: {line}")

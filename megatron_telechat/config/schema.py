@@ -231,6 +231,9 @@ class ParallelConfig:
     """Overlap pipeline sends with compute. Unset: on for the interleaved schedule."""
     distributed_timeout_minutes: float = 10.0
     """Time limit of a collective."""
+    hang_timeout_minutes: float | None = None
+    """When no rank of a node has moved for so long, the job ends with a message that names the rank, its host and its
+    phase; 0: never. Unset: 0.8 of distributed_timeout_minutes."""
 
     @property
     def data_parallel_size(self) -> int:
@@ -340,6 +343,9 @@ class TrainingConfig:
     """Rows of logits that the output layer holds at once: the loss is computed in chunks of so many rows, whose logits
     are made again in the backward. 0: all rows, and nothing is made again; auto: in chunks where the fp32 logits of a
     micro-batch would take more than 4 GiB of a rank."""
+    iterations_to_skip: tuple[str, ...] = ()
+    """Steps, such as 1000-1010,2000, whose data is read and not trained on. They count as steps, and their samples as
+    consumed; the learning rate does not move."""
     deterministic: bool = True
     """Use deterministic algorithms only; a resume is then bitwise equal to an uninterrupted run."""
     empty_unused_memory_level: int = 0
@@ -521,6 +527,26 @@ class LoggingConfig:
     """Weights & Biases project. Unset: off. A resume keeps the run id."""
     wandb_exp_name: str | None = None
     """Weights & Biases run name. Unset: the name of the run folder."""
+    straggler_factor: float = 1.5
+    """A rank that computes so many times longer than the median of the ranks with the same layers, in 3 logging
+    intervals in a row, is named; 0: none is."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment. Unset: off. A resume keeps the run id."""
+    mlflow_run_name: str | None = None
+    """MLflow run name. Unset: the name of the run folder."""
+    mlflow_tracking_uri: str | None = None
+    """MLflow server or folder. Unset: MLFLOW_TRACKING_URI, else mlflow.db in the run folder, which needs no server."""
+    swanlab_project: str | None = None
+    """SwanLab project. Unset: off. A resume keeps the run id."""
+    swanlab_exp_name: str | None = None
+    """SwanLab experiment name. Unset: the name of the run folder."""
+    swanlab_mode: Literal["online", "local", "offline", "disabled"] | None = None
+    """SwanLab mode: online, local (a dashboard on this machine), offline (synchronised later) or disabled. Unset:
+    SWANLAB_MODE, else online."""
+    spike_window: int = 128
+    """Steps whose mean and standard deviation a new loss or gradient norm is compared with."""
+    spike_threshold: float = 6.0
+    """Standard deviations above the mean from which on a loss or gradient norm is reported as a spike; 0: none is."""
     progress: bool | None = None
     """Show a progress bar instead of plain lines. Unset: if the output is a terminal."""
     peak_tflops: float | None = None

@@ -1,8 +1,9 @@
-"""Which steps are traced, recorded or replayed."""
+"""Which steps are traced, recorded, replayed or skipped."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 def trace_steps(text: str) -> range:
@@ -19,3 +20,12 @@ def trace_steps(text: str) -> range:
     if first < 1 or last < first:
         raise ValueError("steps from 1 on, the first one first")
     return range(first, last + 1)
+
+
+def step_windows(texts: Sequence[str]) -> tuple[range, ...]:
+    """The steps that ``--iterations-to-skip`` names, counted from 1: ``1000-1010,2000`` or ``1000-1010 2000``.
+
+    Raises:
+        ValueError: a part names no step; the message says what is expected.
+    """
+    return tuple(trace_steps(part) for text in texts for part in str(text).split(",") if part.strip())

@@ -117,6 +117,11 @@ class RoutingTape:
         self.noted: list[Noted] = []
         self.calls = 0
 
+    def rewind(self) -> None:
+        """The step is taken again from its first micro-batch."""
+        self.noted.clear()
+        self.calls = 0
+
     def choose(self, logits: Tensor, own: Tensor) -> Tensor:
         """The [n, k] int64 experts of the next micro-batch.
 

@@ -40,7 +40,7 @@ def collect_expert_load(virtual_stages: Sequence[nn.Module], state: ParallelStat
         state: the process groups.
 
     Returns:
-        The load, the same on every rank; None for a model without MoE layers.
+        The load, the same on every rank; None for a model without MoE layers, and where nothing was routed.
     """
     routers = [module for stage in virtual_stages for module in stage.modules() if isinstance(module, Router)]
     device = next((p.device for stage in virtual_stages for p in stage.parameters()), torch.device(HOST))
@@ -68,6 +68,8 @@ def collect_expert_load(virtual_stages: Sequence[nn.Module], state: ParallelStat
         dist.all_reduce(counts)
         dist.all_reduce(sums)
     present = sums[:, 1].cpu() > 0
+    if not present.any():
+        return None
     counts, (losses, tokens) = counts.cpu()[present], sums.cpu()[present].unbind(1)
     loads = counts.double()
     return ExpertLoad(

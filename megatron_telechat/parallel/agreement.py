@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from megatron_telechat.errors import ConfigError, Problem, ResourceError, UserError
@@ -83,8 +83,11 @@ def together(state: Any = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lost_ranks_reported() -> Iterator[None]:
+def lost_ranks_reported(who: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Turn a collective that broke, because a rank died or hangs, into a readable error.
+
+    Args:
+        who: asked which ranks are gone; "" where that is not known.
 
     Raises:
         ResourceError: a collective of this block failed or ran out of time.
@@ -95,8 +98,9 @@ def lost_ranks_reported() -> Iterator[None]:
         if not is_lost_rank(error):
             raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        gone = who()
         raise ResourceError(
-            f"lost contact with another rank: {first_line}",
+            f"lost contact with another rank: {f'{gone}; here: ' if gone else ''}{first_line}",
             "torch.distributed",
             "look at the output of the rank that ended first; a rank that is only slow needs a larger "
             "--distributed-timeout-minutes",

@@ -11,6 +11,7 @@ from megatron_telechat.config.run_stages import RunStages
 from megatron_telechat.training.lease import held
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.signals import StopRequests
+from megatron_telechat.training.watch import Watch
 
 
 def train(stages: RunStages, steal_lock: bool = False) -> int:
@@ -30,6 +31,7 @@ def train(stages: RunStages, steal_lock: bool = False) -> int:
     # Before the imports, which take seconds.
     first = os.environ.get("RANK", "0") == "0"
     requests = StopRequests(RunPaths.of(run).run_dir, watch_files=first, speaks=first)
+    watch = Watch(run, os.environ)
     with ExitStack() as holding:
         with requests.starting():
             if first:
@@ -42,15 +44,15 @@ def train(stages: RunStages, steal_lock: bool = False) -> int:
                 backend.open_queues()
             # The fixes for megatron.core hook its import: they come before the first module that needs it.
             backend.install()
-            from megatron_telechat.parallel.agreement import lost_ranks_reported
             from megatron_telechat.parallel.state import destroy
             from megatron_telechat.training.sequence import StageSequence
 
-            with lost_ranks_reported():
-                sequence = StageSequence(stages, requests, backend)
-        with lost_ranks_reported():
+            with watch.reporting():
+                sequence = StageSequence(stages, requests, backend, watch)
+        with watch.reporting():
             code = sequence.fit()
             destroy()
+            watch.close()
             return code
 
 

@@ -16,6 +16,7 @@ from megatron_telechat.checkpoint.lineage import Began, Branch
 from megatron_telechat.checkpoint.start import Start
 from megatron_telechat.config.run_stages import Position, RunStages
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.trace import step_windows
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.data import (
     Datasets,
@@ -38,22 +39,27 @@ from megatron_telechat.training.console import Console
 from megatron_telechat.training.context import ContextSetting, set_context
 from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.learning_rate import StageRates
+from megatron_telechat.training.locate import Again
 from megatron_telechat.training.measured import note_measured, read_measured
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.numerics import require_finite_weights
 from megatron_telechat.training.optimizer import set_learning_rate
 from megatron_telechat.training.param_gather import gathered_parameters
 from megatron_telechat.training.paths import RunPaths
+from megatron_telechat.training.phases import ScheduleTimers
 from megatron_telechat.training.progress import progress_at
+from megatron_telechat.training.pulse import PULSE, Activity, Phase
 from megatron_telechat.training.reports import Reports
 from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.saving import Saving
 from megatron_telechat.training.signals import StopRequests
+from megatron_telechat.training.spikes import SpikeWindow
 from megatron_telechat.training.step import StepResult, close_iterators, data_iterators, evaluate
 from megatron_telechat.training.steps_taken import StepsTaken
+from megatron_telechat.training.tolerance import tolerated
 from megatron_telechat.training.trace import exchange_traces
 from megatron_telechat.training.unsaved import unsaved_note
-from megatron_telechat.training.writers import MetricsWriter, recorded_at
+from megatron_telechat.training.writers import METRICS_FILE, MetricsWriter, recorded_at
 
 
 class Trainer:
@@ -88,6 +94,7 @@ class Trainer:
             self.backend.use_deterministic_algorithms()
         self.state = initialize(run, self.backend)
 
+        PULSE.enter(Phase.MODEL)
         self.paths = RunPaths.of(run)
         self.requests = requests or StopRequests(self.paths.run_dir, watch_files=self.state.rank == 0)
         first = self.state.rank == 0
@@ -98,19 +105,27 @@ class Trainer:
         built = build_trained(run, self.state, self.backend)
         self.virtual_stages, self.shards = built.virtual_stages, built.shards
         self.optimizer, self.train_step = built.optimizer, built.train_step
+        self.timers = ScheduleTimers(self.backend.device)
+        self.timers.install(self.virtual_stages)
 
         with together(self.state):
             self.data_plan = data_plan(run.data)
             self.fingerprint = data_fingerprint(run, self.data_plan) if first else None
         self.position = Position()
         self.steps_taken = StepsTaken()
+        self.spikes = SpikeWindow(run.logging.spike_window, run.logging.spike_threshold)
+        self._passed_over = step_windows(run.training.iterations_to_skip)
         self.resumed: LoadedInfo | None = None
         self.protected: Path | None = None
         self.saved: Path | None = None
         self.branch = Branch()
+        PULSE.enter(Phase.LOADING)
         self.resumed = self._resume(beginning)
+        PULSE.step = self.step
+        PULSE.enter(Phase.DATA_INDEX)
         self.progress = self._progress()
         self.datasets: Datasets = build_datasets(run, self.state, self.progress, self.data_plan)
+        PULSE.enter(Phase.MEASURING)
 
         with together(self.state):
             self.writer = before.writer if before else self._open_writer()
@@ -130,7 +145,7 @@ class Trainer:
         self._reported = self.step
         self._warned = before is not None and before.warned
         self._warn_if_unsaved(self.forecast.iteration_s, "predicted")
-        self.meter = Meter(run, self.state, self.backend, self.virtual_stages)
+        self.meter = Meter(run, self.state, self.backend, self.virtual_stages, self.timers.clock)
 
     @property
     def step(self) -> int:
@@ -163,6 +178,7 @@ class Trainer:
             raise
 
     def _steps(self) -> int | None:
+        PULSE.turn_to(Activity.TRAINING, Phase.BATCH)
         self._iterators_open = iterators = self.training_iterators()
         while not self._is_last():
             result, lr = self.take_step(iterators)
@@ -170,6 +186,9 @@ class Trainer:
             self._settle(self.saving.settle())
             if result.skipped is not None:
                 self._say_skipped(result.skipped)
+            for spike in self.spikes.observe(result.loss, result.grad_norm):
+                self.console.say(spike.line(self.step, self.spikes.length))
+                self.writer.write(spike.event(self.step))
             over = self._is_over()
             if self.step % self.run.logging.log_interval == 0 or self._is_last() or over:
                 self._report(result, lr)
@@ -204,7 +223,8 @@ class Trainer:
         found: set[str] = set()
         with together(self.state):
             if self.state.rank == 0:
-                found = recorded_at(self.paths.run_dir, self.step)
+                with tolerated(METRICS_FILE):
+                    found = recorded_at(self.paths.run_dir, self.step)
         return self._finish(from_rank_0(found))
 
     def _finish(self, recorded: Collection[str] = ()) -> int:
@@ -237,12 +257,18 @@ class Trainer:
 
         A step that is not taken moves these counters too, but not the learning rate.
         """
+        PULSE.step = self.step
         lr = self.rates.at(self.steps_taken.taken, self.position.tokens)
         set_learning_rate(self.optimizer, self.run, lr)
-        with ExitStack() as watched:
-            for each in (*self.traces, self.routing):
-                watched.enter_context(each.step(self.step + 1))
-            result = self.train_step(iterators, self.step, self.requests.poll())
+        if any(self.step + 1 in window for window in self._passed_over):
+            result = self.train_step.pass_over(iterators, self.requests.poll())
+        else:
+            step, make = self.train_step, self.training_iterators
+            again = Again.of_step(step, make, self.consumed_samples, self.writer.write)
+            with ExitStack() as watched:
+                for each in (*self.traces, self.routing):
+                    watched.enter_context(each.step(self.step + 1))
+                result = step(iterators, self.step, self.requests.poll(), again)
         self.position = self.position.after(self.run)
         self.meter.add(result)
         self.steps_taken.add(result, self.step, self.run.optimizer.max_skipped_steps)
@@ -273,10 +299,14 @@ class Trainer:
     # ---- between steps ----------------------------------------------------------------------
 
     def _report(self, result: StepResult, lr: float) -> None:
+        PULSE.enter(Phase.REPORT)
         record = {**self.meter.record(self.position, lr, result), **self.forecast.fields()}
         self.writer.write(record)
         total = self.backend.memory().total_bytes
         self.console.step(record, total / 2**30 if total else None, self._steps_left())
+        for slow in self.meter.slow_ranks:
+            self.console.say(slow.line())
+            self.writer.write(slow.event(self.step))
         self._compare(self.forecast.observe(record, self.step - self._reported))
         self._warn_if_unsaved(self.forecast.measured_s, "measured")
         self._reported = self.step
@@ -295,7 +325,7 @@ class Trainer:
         """Evaluate the weights on the validation data, or for ``test_loss`` on the test data. False: a stop request cut
         it off."""
         dataset, name = (self.datasets.valid, "validation") if key == "valid_loss" else (self.datasets.test, "test")
-        with self.meter.excluded():
+        with self.meter.excluded(), PULSE.within(Activity.EVALUATION, Phase.BATCH):
             iterators = self._iterators(dataset, 0)
             with gathered_parameters(self.virtual_stages):
                 evaluation = evaluate(
@@ -332,12 +362,12 @@ class Trainer:
             wait: for the commit, whatever the mode.
             requested: by a trigger file.
         """
-        with self.meter.excluded():
+        with self.meter.excluded(), PULSE.within(Activity.SAVING, Phase.WRITING):
             started = time.perf_counter()
             self._settle(self.saving.finish())
             with gathered_parameters(self.virtual_stages):
                 require_finite_weights(self.step, self.shards)
-                extra = {**self.steps_taken.extra, **self.datasets.order.saved()}
+                extra = {**self.steps_taken.extra, **self.spikes.extra, **self.datasets.order.saved()}
                 for each in (self.chunk_setting, self.context_setting):
                     extra |= each.extra if each is not None else {}
                 self._settle(self.saving.save(self._train_state(extra), wait, requested, started))
@@ -421,6 +451,7 @@ class Trainer:
                     if self.fingerprint is not None:
                         require_same_data(info, self.fingerprint, self.run, self.stages.before(self.position).run)
                 self.steps_taken, note = StepsTaken.of(info)
+                self.spikes = SpikeWindow.of(self.spikes.length, self.spikes.threshold, info.extra)
                 notes += [note] if note else []
             info = replace(info, message="\n".join([info.message, *notes]))
         self.protected = found.protected or (info.path if info is not None else None)
@@ -507,4 +538,5 @@ class Trainer:
                 self.console.say(f"  changed since the checkpoint: {line}")
         if self.state.rank == 0:
             document = self.stages.document or dump_run_config(self.run)
-            (self.paths.run_dir / "config.yaml").write_text(document, encoding="utf-8")
+            with tolerated(str(self.paths.run_dir / "config.yaml")):
+                (self.paths.run_dir / "config.yaml").write_text(document, encoding="utf-8")

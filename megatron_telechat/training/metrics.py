@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,11 @@ from megatron_telechat.costs.devices import device_spec
 from megatron_telechat.costs.flops import training_flops_per_token
 from megatron_telechat.model.context_attention import context_attentions
 from megatron_telechat.moe import collect_expert_load, moe_blocks
+from megatron_telechat.parallel.agreement import gather_objects
 from megatron_telechat.parallel.clock import ExchangeClock
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.phases import ComputeClock
+from megatron_telechat.training.slow_ranks import SlowRank, SlowRanks
 from megatron_telechat.training.step import StepResult
 
 
@@ -41,6 +45,8 @@ class Window:
     tokens: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Steps that were not taken, by reason."""
+    compute_s: float = 0.0
+    """Time of forwards and backwards on this rank, as far as it was read."""
     exposed_s: Counter[str] = field(default_factory=Counter)
     """Time in which this rank's computation stood still for an exchange, by its kind, as far as it was read."""
 
@@ -54,10 +60,22 @@ class Meter:
     ``a2a_exposed`` is the share of that time in which the computation of a rank stood still for a transfer of the
     experts (dispatch, combine, and the same for gradients), the mean over all ranks; only where the experts are spread
     over ranks. ``cp_exposed`` is the same for the attention of rows that are spread over ranks.
+
+    ``compute_s_max`` are the seconds a step that the slowest rank, ``slowest_rank``, was at forwards and backwards,
+    without these waits, and ``compute_over_median`` how many times longer than the ranks with the same layers; not
+    where no two ranks have the same. Tensor-parallel ranks wait for each other inside a layer: they are slow together.
+
+    Attributes:
+        slow_ranks: to be named with the last record.
     """
 
     def __init__(
-        self, run: RunConfig, state: ParallelState, backend: Backend, virtual_stages: Sequence[torch.nn.Module]
+        self,
+        run: RunConfig,
+        state: ParallelState,
+        backend: Backend,
+        virtual_stages: Sequence[torch.nn.Module],
+        compute: ComputeClock,
     ):
         self._run, self._state, self._backend, self._virtual_stages = run, state, backend, virtual_stages
         self._flops_per_token = training_flops_per_token(run.model, run.training.seq_length)
@@ -69,19 +87,24 @@ class Meter:
         if run.parallel.context_parallel_size > 1:
             self._clocks["cp_exposed"] = [each.clock for each in context_attentions(virtual_stages)]
         self._take_exposed_s()
+        self._compute = compute
+        compute.take_s()
+        places = gather_objects((state.pp_rank, socket.gethostname()))
+        self._slow = SlowRanks(run.logging.straggler_factor, [pp for pp, _ in places], [host for _, host in places])
+        self.slow_ranks: list[SlowRank] = []
         self._window = Window(time.perf_counter())
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
         """Leave what runs inside out of the open window: its time, and its waits for exchanges."""
-        if self._clocks:
-            self._backend.synchronize()
-            self._window.exposed_s += self._take_exposed_s()
+        self._backend.synchronize()
+        self._window.exposed_s += self._take_exposed_s()
+        self._window.compute_s += self._compute.take_s()
         started = time.perf_counter()
         yield
-        if self._clocks:
-            self._backend.synchronize()
-            self._take_exposed_s()
+        self._backend.synchronize()
+        self._take_exposed_s()
+        self._compute.take_s()
         self._window.started_s += time.perf_counter() - started
 
     def _take_exposed_s(self) -> Counter[str]:
@@ -121,8 +144,11 @@ class Meter:
         if load is not None:
             record["expert_load_max_over_mean"] = load.max_over_mean.max().item()
             record["aux_loss"] = load.aux_loss
+        taken = self._take_exposed_s()
+        mine = Counter({kind: self._window.exposed_s[kind] + taken[kind] for kind in self._clocks})
         if self._clocks:
-            record |= {kind: exposed / seconds for kind, exposed in self._mean_exposed_s().items()}
+            record |= {kind: exposed / seconds for kind, exposed in self._mean_exposed_s(mine).items()}
+        record |= self._compare_ranks(self._window.compute_s + self._compute.take_s() - mine.total())
         self._window = Window(time.perf_counter())
         return record
 
@@ -131,10 +157,16 @@ class Meter:
             return None
         return tokens_per_s * self._flops_per_token / (self._peak * 1e12 * self._state.world_size)
 
-    def _mean_exposed_s(self) -> dict[str, float]:
-        taken = self._take_exposed_s()
-        mine = [self._window.exposed_s[kind] + taken[kind] for kind in self._clocks]
-        exposed = torch.tensor(mine, device=self._backend.device)
+    def _compare_ranks(self, compute_s: float) -> dict[str, Any]:
+        """Which rank computes longest among those with the same layers; `slow_ranks` are those to be named."""
+        mine = torch.tensor([compute_s / self._window.steps], device=self._backend.device)
+        everyone = torch.empty(self._state.world_size, device=self._backend.device)
+        dist.all_gather_into_tensor(everyone, mine)
+        fields, self.slow_ranks = self._slow.observe(everyone.tolist())
+        return fields
+
+    def _mean_exposed_s(self, mine: Counter[str]) -> dict[str, float]:
+        exposed = torch.tensor([mine[kind] for kind in self._clocks], device=self._backend.device)
         dist.all_reduce(exposed)
         return dict(zip(self._clocks, (exposed / self._state.world_size).tolist(), strict=True))
 

@@ -22,6 +22,8 @@ class Metrics:
     valid: dict[int, dict[str, Any]] = field(default_factory=dict)
     test: dict[int, dict[str, Any]] = field(default_factory=dict)
     resumes: list[int] = field(default_factory=list)
+    torn: list[int] = field(default_factory=list)
+    """Numbers of lines that a killed or failed write cut off; they are passed over."""
 
     def series(self, key: str, of: str = "train") -> tuple[list[int], list[float]]:
         """Steps and values of one key, where it was recorded; text such as ``nan`` is read as a number."""
@@ -52,7 +54,7 @@ def read_metrics(run: Path) -> Metrics:
     """The records of a run folder (or of a metrics file).
 
     A line ``{"event": "resume", "step": N}`` takes back every record beyond step N; a step recorded
-    twice counts as last recorded. An unfinished last line, which a killed run leaves, is passed over.
+    twice counts as last recorded. A line that a killed or failed write cut off is passed over, and noted.
 
     Raises:
         DataError: no such file, a line that is not a record, or no record at all.
@@ -68,8 +70,7 @@ def read_metrics(run: Path) -> Metrics:
     metrics = Metrics(run.resolve().name if run.is_dir() else run.resolve().parent.name)
     for number, line in enumerate(lines, 1):
         if line.strip():
-            unfinished = number == len(lines) and not line.endswith("\n")
-            _take(metrics, line, f"{path}:{number}", unfinished)
+            _take(metrics, line, f"{path}:{number}", number)
     if not metrics.train and not metrics.valid:
         raise DataError(f"{path} holds no step yet", str(run), "wait for the first logged step")
     metrics.train = dict(sorted(metrics.train.items()))
@@ -78,13 +79,15 @@ def read_metrics(run: Path) -> Metrics:
     return metrics
 
 
-def _take(metrics: Metrics, line: str, where: str, unfinished: bool) -> None:
+def _take(metrics: Metrics, line: str, where: str, number: int) -> None:
     try:
         record = json.loads(line)
+    except ValueError:
+        metrics.torn.append(number)
+        return
+    try:
         step = int(record["step"])
     except (ValueError, KeyError, TypeError) as error:
-        if unfinished:
-            return
         raise DataError(
             f"{where} is not a metrics record", where, "a line is one JSON object with a step; fix or drop it"
         ) from error

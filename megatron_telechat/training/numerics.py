@@ -13,10 +13,10 @@ from megatron_telechat.errors import NumericsError, UserError
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import gather_objects
 
-_FIX = "resume from the last checkpoint; lower lr, look at the data of this step, or train in fp32 to compare"
+FIX = "resume from the last checkpoint; lower lr, look at the data of this step, or train in fp32 to compare"
 
 
-def step_error(found: str, step: int, shards: Sequence[LocalParameter], fix: str = _FIX) -> UserError:
+def step_error(found: str, step: int, shards: Sequence[LocalParameter], fix: str = FIX) -> UserError:
     """The error of a step that was not taken; collective, since it names the gradients of all ranks.
 
     Args:
@@ -26,27 +26,20 @@ def step_error(found: str, step: int, shards: Sequence[LocalParameter], fix: str
         fix: what to do.
     """
     gradients = ((shard, getattr(shard.parameter, "main_grad", None)) for shard in shards)
-    where = _culprits(gradients) or "no single gradient is non-finite"
+    where = culprits(gradients) or "no single gradient is non-finite"
     return NumericsError(f"step {step + 1}: {found}; the optimizer step was not taken", where, fix).on_every_rank()
 
 
-def require_finite_norm(
-    grad_norm: float, loss: float, step: int, shards: Sequence[LocalParameter], device: torch.device
-) -> None:
-    """Collective: the norm may differ between model replicas, so it is agreed on.
+def finite_everywhere(value: float, device: torch.device) -> bool:
+    """Whether a number is finite on every rank. Collective: the gradient norm may differ between model replicas, so it
+    is agreed on.
 
     Args:
-        step: completed steps.
-        shards: whose gradients the message names.
         device: of the agreement.
-
-    Raises:
-        NumericsError: on every rank.
     """
-    bad = torch.tensor([float(not math.isfinite(grad_norm))], device=device)
+    bad = torch.tensor([float(not math.isfinite(value))], device=device)
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    if bad.item():
-        raise step_error(f"loss {loss}, gradient norm {grad_norm}", step, shards)
+    return not bad.item()
 
 
 def require_finite_weights(step: int, shards: Sequence[LocalParameter]) -> None:
@@ -58,10 +51,10 @@ def require_finite_weights(step: int, shards: Sequence[LocalParameter]) -> None:
     Raises:
         NumericsError: on every rank, naming ranks and parameters.
     """
-    where = _culprits((shard, shard.parameter) for shard in shards)
+    where = culprits((shard, shard.parameter) for shard in shards)
     if where:
         raise NumericsError(
-            f"step {step} left weights that are not finite; they were not saved", where, _FIX
+            f"step {step} left weights that are not finite; they were not saved", where, FIX
         ).on_every_rank()
 
 
@@ -72,7 +65,7 @@ def require_finite_validation(loss: float) -> None:
         NumericsError: on every rank.
     """
     if not math.isfinite(loss):
-        raise NumericsError(f"validation loss {loss}", "evaluation", _FIX).on_every_rank()
+        raise NumericsError(f"validation loss {loss}", "evaluation", FIX).on_every_rank()
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -82,8 +75,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
-def _culprits(tensors: Iterable[tuple[LocalParameter, torch.Tensor | None]]) -> str:
-    """Where the tensors of all ranks are not finite, four ranks and three tensors of each; "" where all are."""
+def culprits(tensors: Iterable[tuple[LocalParameter, torch.Tensor | None]]) -> str:
+    """Where the tensors of all ranks are not finite, four ranks and three tensors of each; "" where all are.
+    Collective."""
     bad = (shard.piece.key for shard, tensor in tensors if tensor is not None and not is_finite(tensor))
     everyone = gather_objects(list(islice(bad, 3)))
     return "; ".join([f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(everyone) if keys][:4])

@@ -13,6 +13,7 @@ from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.save_mode import decide_save_mode
 from megatron_telechat.training.signals import StopRequests
+from megatron_telechat.training.tolerance import tolerated
 
 
 class Saving:
@@ -59,7 +60,8 @@ class Saving:
         """
         if wait or self._beside is None:
             folder = save_checkpoint(self._run.save_dir, state, self._run, self._parallel)
-            self._requests.clear_files()
+            with tolerated("the trigger files"):
+                self._requests.clear_files()
             seconds = time.perf_counter() - started_s
             return CommittedSave(state.step, folder, seconds, seconds)
         self._beside.begin(self._run.save_dir, state, self._run, started_s)
@@ -96,6 +98,7 @@ class Saving:
 
     def _noted(self, committed: CommittedSave | None) -> CommittedSave | None:
         if committed is not None and self.answers_request:
-            self._requests.clear_files(save_only=True)
+            with tolerated("the trigger files"):
+                self._requests.clear_files(save_only=True)
             self.answers_request = False
         return committed

@@ -16,18 +16,27 @@ from megatron_telechat.parallel.agreement import agree, together
 from megatron_telechat.parallel.state import destroy, join
 from megatron_telechat.training.beginning import Beginning, find_beginning
 from megatron_telechat.training.loop import Trainer
+from megatron_telechat.training.pulse import PULSE, Activity, Phase
 from megatron_telechat.training.signals import StopRequests
+from megatron_telechat.training.watch import Watch
 
 
 class StageSequence:
     """The stages of a run from where it begins; the constructor is ready for the first step.
 
+    Args:
+        watch: over this rank, which gets its folder once the ranks are joined; None: nobody watches.
+
     Raises:
         UserError: on every rank.
     """
 
-    def __init__(self, stages: RunStages, requests: StopRequests, backend: Backend):
+    def __init__(self, stages: RunStages, requests: StopRequests, backend: Backend, watch: Watch | None = None):
         self._stages, self._requests, self._backend = stages, requests, backend
+        PULSE.enter(Phase.JOINING)
+        join(stages.stages[0].run, backend)
+        if watch is not None:
+            watch.open_together()
         beginning = self._beginning() if stages.several else None
         stage = stages.at(beginning.position) if beginning is not None else stages.stages[0]
         self._trainer: Trainer | None = Trainer(stage.run, stage.origins, requests, stages, beginning)
@@ -37,7 +46,6 @@ class StageSequence:
 
     def _beginning(self) -> Beginning:
         """Where the run goes on decides the layout of the ranks, so it is agreed before there are groups."""
-        join(self._stages.stages[0].run, self._backend)
         agree("stages", [(str(stage.start), stage.run) for stage in self._stages.stages])
         return find_beginning(self._stages)
 
@@ -65,6 +73,7 @@ class StageSequence:
 
     def _switch(self) -> None:
         """Go over to the stage of the next step."""
+        PULSE.turn_to(Activity.SWITCHING_A_STAGE, Phase.MODEL)
         assert self._trainer is not None
         reports, beginning = self._trainer.hand_over(), self._trainer.continuation()
         reports.console.forget_speed()

@@ -16,12 +16,14 @@ import torch.distributed as dist
 from megatron_telechat.backend import Backend
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.loader import BatchIterator
-from megatron_telechat.errors import DataError
+from megatron_telechat.errors import DataError, UserError
 from megatron_telechat.model.attention import Segments
 from megatron_telechat.moe.counted import CountedTokens, real_tokens
 from megatron_telechat.parallel.state import ParallelState
-from megatron_telechat.training.numerics import require_finite_norm, require_finite_validation, step_error
+from megatron_telechat.training.locate import Again, located_error
+from megatron_telechat.training.numerics import FIX, finite_everywhere, require_finite_validation, step_error
 from megatron_telechat.training.param_gather import every_parameter_awaited, is_overlapped
+from megatron_telechat.training.pulse import PULSE, Phase
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -38,6 +40,8 @@ OVERFLOW = "fp16 overflow"
 _OF_THE_HOST = ("segment_lengths", "padding", "context", "real_tokens")
 """Parts of a batch that are read before the forward, by the host."""
 
+ON_REQUEST = "iterations_to_skip"
+"""Why a step was not taken: its data is passed over."""
 NOTHING_LEARNED = "the loss mask leaves no token of the global batch to learn from"
 
 
@@ -114,13 +118,11 @@ def forward_step(
     """
     if data_iterator is None:
         return model(None, None), None
+    PULSE.enter(Phase.BATCH)
     host = next(data_iterator, None)
+    PULSE.enter(Phase.FORWARD)
     if host is None:
-        raise DataError(
-            "the samples end before the run",
-            "training data",
-            "this is a bug, please report it; the last checkpoint is complete, and the same command resumes from it",
-        )
+        raise _samples_end()
     lengths, plan = host.get("segment_lengths"), host.get("context")
     segments = plan if lengths is None else Segments.of(lengths, host["tokens"].shape[0])
     counted = None
@@ -136,6 +138,14 @@ def forward_step(
         counted=counted,
     )
     return output, partial(masked_loss, batch["loss_mask"])
+
+
+def _samples_end() -> DataError:
+    return DataError(
+        "the samples end before the run",
+        "training data",
+        "this is a bug, please report it; the last checkpoint is complete, and the same command resumes from it",
+    )
 
 
 def data_iterators(
@@ -274,8 +284,13 @@ class TrainStep:
         dist.all_reduce(counts, group=self.state.dp_cp_group)
         return [iter(batches) for batches in ahead], (counts[0] / counts[1].clamp(min=1)).float()
 
-    def __call__(self, iterators, step: int, requests: tuple[bool, bool] = (False, False)) -> StepResult:
+    def __call__(
+        self, iterators, step: int, requests: tuple[bool, bool] = (False, False), again: Again | None = None
+    ) -> StepResult:
         """One optimizer step; not taken where no token is learned, or where fp16 gradients overflow.
+
+        Args:
+            again: how to take the step once more where a number is not finite, to say where it comes from.
 
         Raises:
             NumericsError: loss or gradient norm is not finite, or fp16 overflowed at the smallest loss scale; the
@@ -283,9 +298,10 @@ class TrainStep:
             ConfigError: at the first step, see `param_gather.every_parameter_awaited`.
         """
         local = self.forward_backward(iterators)
+        PULSE.enter(Phase.LOSS_REDUCTION)
         loss, tokens, stop, save = self._reduce(local, requests)
         if not math.isfinite(loss):  # the same sum on every rank; no smaller loss scale would fix it
-            raise step_error(f"loss {loss}", step, self.shards)
+            raise self._not_finite(f"loss {loss}", step, local, again)
         loss_scale = self.optimizer.loss_scale
         if not tokens:
             return StepResult(None, 0, None, NOTHING_LEARNED, stop, save, loss_scale)
@@ -295,13 +311,30 @@ class TrainStep:
             assert loss_scale is not None, "only fp16 gradients are scaled, and overflow"
             if loss_scale <= self.run.optimizer.min_loss_scale:
                 fix = "train in bf16, whose range is that of fp32; or allow a smaller scale: --min-loss-scale"
-                raise step_error(f"{OVERFLOW} at the smallest loss scale {loss_scale:g}", step, self.shards, fix)
+                found = f"{OVERFLOW} at the smallest loss scale {loss_scale:g}"
+                raise self._not_finite(found, step, local, again, fix)
             return StepResult(loss, tokens, None, OVERFLOW, stop, save, loss_scale)
+        PULSE.enter(Phase.GRADIENT_NORM)
         grad_norm = float(self.optimizer.get_grad_norm())
-        require_finite_norm(grad_norm, loss, step, self.shards, self.backend.device)
+        if not finite_everywhere(grad_norm, self.backend.device):
+            raise self._not_finite(f"loss {loss}, gradient norm {grad_norm}", step, local, again)
+        PULSE.enter(Phase.OPTIMIZER)
         self._clip(grad_norm)
         self.optimizer.step_with_ready_grads()
         return StepResult(loss, tokens, grad_norm, None, stop, save, loss_scale)
+
+    def pass_over(self, iterators: MicroBatches, requests: tuple[bool, bool] = (False, False)) -> StepResult:
+        """Read the data of a step and do not train on it. Collective over all ranks."""
+        read = [list(islice(each, self.run.num_microbatches)) for each in iterators if each is not None]
+        if any(len(batches) < self.run.num_microbatches for batches in read):
+            raise _samples_end()
+        _, _, stop, save = self._reduce(torch.zeros(2, device=self.backend.device), requests)
+        return StepResult(None, 0, None, ON_REQUEST, stop, save, self.optimizer.loss_scale)
+
+    def _not_finite(self, found: str, step: int, local: torch.Tensor, again: Again | None, fix: str = "") -> UserError:
+        if again is None:
+            return step_error(found, step, self.shards, fix or FIX)
+        return located_error(self, again, found, step + 1, local, fix)
 
     def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool]) -> tuple[float, int, bool, bool]:
         """One small all-reduce: the loss over the ranks that computed it, what any rank was asked, and how many ranks

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_telechat.checkpoint import LoadedInfo
 from megatron_telechat.errors import NumericsError
-from megatron_telechat.training.step import StepResult
+from megatron_telechat.training.step import ON_REQUEST, StepResult
 
 KEY = "steps"
 """Of these counts in the ``extra`` of a checkpoint."""
@@ -20,11 +20,13 @@ class StepsTaken:
 
     Attributes:
         taken: optimizer steps that changed the parameters. The learning rate is a function of it.
-        skipped_in_a_row: steps since the last one that was taken.
+        skipped_in_a_row: steps since the last one that was taken; those passed over on request do not count.
+        on_request: first and last step of each window that was passed over on request.
     """
 
     taken: int = 0
     skipped_in_a_row: int = 0
+    on_request: list[list[int]] = field(default_factory=list)
 
     def add(self, result: StepResult, step: int, limit: int) -> None:
         """Count one step.
@@ -39,6 +41,12 @@ class StepsTaken:
         if result.skipped is None:
             self.taken += 1
             self.skipped_in_a_row = 0
+            return
+        if result.skipped == ON_REQUEST:
+            if self.on_request and self.on_request[-1][1] == step - 1:
+                self.on_request[-1][1] = step
+            else:
+                self.on_request.append([step, step])
             return
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row == limit:
@@ -65,7 +73,8 @@ class StepsTaken:
     @property
     def extra(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {KEY: {"taken": self.taken, "skipped_in_a_row": self.skipped_in_a_row}}
+        counts: dict[str, Any] = {"taken": self.taken, "skipped_in_a_row": self.skipped_in_a_row}
+        return {KEY: counts | ({"on_request": self.on_request} if self.on_request else {})}
 
     @classmethod
     def of(cls, info: LoadedInfo) -> tuple[StepsTaken, str | None]:
@@ -76,7 +85,8 @@ class StepsTaken:
         """
         saved = info.extra.get(KEY)
         if isinstance(saved, Mapping):
-            return cls(int(saved["taken"]), int(saved["skipped_in_a_row"])), None
+            windows = [[int(first), int(last)] for first, last in saved.get("on_request", ())]
+            return cls(int(saved["taken"]), int(saved["skipped_in_a_row"]), windows), None
         config = info.config
         if config is None or config.training.precision != "fp16" or config.checkpoint.no_load_optim:
             return cls(info.step), None

@@ -13,12 +13,12 @@ from torch import nn
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.trace import trace_steps
-from megatron_telechat.errors import ResourceError
 from megatron_telechat.model.context_attention import context_attentions
 from megatron_telechat.moe import moe_blocks
-from megatron_telechat.parallel.agreement import gather_objects, together
+from megatron_telechat.parallel.agreement import gather_objects
 from megatron_telechat.parallel.clock import ExchangeClock, Span
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.training.tolerance import tolerated
 
 ROWS = {"steps": 0, "compute": 1, "link": 2}
 """Rows of a rank in the picture, and their thread numbers in the file."""
@@ -47,11 +47,8 @@ class ExchangeTrace:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the step with this number, from 1; collective over all ranks if it is traced.
-
-        Raises:
-            ResourceError: on all ranks, if one cannot write its file.
-        """
+        """Around the step with this number, from 1; collective over all ranks if it is traced. A file that cannot be
+        written is a warning."""
         if number not in self._steps:
             yield
             return
@@ -71,7 +68,7 @@ class ExchangeTrace:
             _event(self._state.rank, "steps", f"step {number}", begin, self._now_us(), {"step": number})
         )
         self._collect(number)
-        with together(self._state):
+        with tolerated(str(self._file)):
             self._write()
 
     def _now_us(self) -> float:
@@ -111,16 +108,9 @@ class ExchangeTrace:
         return _event(self._state.rank, span.track, name, start, span.end_us, details)
 
     def _write(self) -> None:
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"displayTimeUnit": "ms", "traceEvents": self._events})
-            self._file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ResourceError(
-                f"cannot write {self._file}: {error.strerror}",
-                self._flag,
-                f"free the disk, or leave --{self._flag.replace('_', '-')} out",
-            ) from error
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"displayTimeUnit": "ms", "traceEvents": self._events})
+        self._file.write_text(text, encoding="utf-8")
 
 
 def exchange_traces(

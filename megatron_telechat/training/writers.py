@@ -1,32 +1,67 @@
-"""Where the records go: metrics.jsonl always, TensorBoard and Weights & Biases when asked for."""
+"""Where the records go: metrics.jsonl always, trackers when asked for (`training.trackers`). None ends a run."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.errors import ConfigError
+from megatron_telechat.training.metrics_file import METRICS_FILE
+from megatron_telechat.training.tolerance import reason, tolerated, warn_once
+from megatron_telechat.training.trackers import Tracker, open_trackers
 
-METRICS_FILE = "metrics.jsonl"
-WANDB_ID_FILE = "wandb_id"
 _BLOCK = 1 << 16
+
+
+class LineFile:
+    """A file of lines, opened for each: so a folder that vanished, a file that was replaced or a disk that was full for
+    an hour costs the lines of that time, one warning, and nothing else."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lost = 0
+        """Lines in a row that could not be written."""
+
+    def append(self, line: str) -> None:
+        """Write one line. What a write that failed has left of another does not swallow it."""
+        try:
+            with open(self.path, "ab+", buffering=0) as stream:
+                data = line.encode() + b"\n"
+                if stream.seek(0, os.SEEK_END):
+                    stream.seek(-1, os.SEEK_END)
+                    if stream.read(1) != b"\n":
+                        data = b"\n" + data
+                if stream.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.lost += 1
+            what = f"{self.path} cannot be written ({reason(error)})"
+            warn_once(str(self.path), f"{what}; the training goes on, the lines until it can are lost")
+            return
+        if self.lost:
+            warn_once(f"{self.path} again", f"{self.path} is written again; {self.lost} lines are lost")
+            self.lost = 0
 
 
 class MetricsWriter:
     """Writes on one rank; elsewhere it does nothing.
 
-    Each record is one JSON object a line, flushed at once, so that a killed run keeps its curve. A
+    Each record is one JSON object a line, written at once, so that a killed run keeps its curve. A
     line ``{"event": "resume", "step": N}`` says that later lines replace those beyond step N. TensorBoard is told the
-    same; Weights & Biases keeps both, each at its step.
+    same; the other trackers keep both, each at its step. A tracker that fails is switched off with a warning.
 
     Args:
         step: where the run goes on. What a killed run has written beyond it is taken back, also where it begins anew at
             0.
         may_write: asked before each record; False leaves it out (the folder belongs to another job by now).
+
+    Raises:
+        ConfigError: the package of a tracker is missing.
     """
 
     def __init__(
@@ -38,42 +73,38 @@ class MetricsWriter:
         may_write: Callable[[], bool] = lambda: True,
     ):
         self._may_write = may_write
-        self._file: TextIO | None = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._lines: LineFile | None = None
+        self._trackers: dict[str, Tracker] = {}
         if not enabled:
             return
-        if run.logging.tensorboard:
-            self._tensorboard = _open_tensorboard(run_dir / "tensorboard", step)
-        if run.logging.wandb_project:
-            self._wandb = _open_wandb(run, run_dir)
+        self._trackers = open_trackers(run, run_dir, step)
         path = run_dir / METRICS_FILE
-        _drop_unfinished_line(path)
-        written = path.exists() and path.stat().st_size > 0
-        self._file = open(path, "a", encoding="utf-8")
-        if step or written:
+        with tolerated(str(path)):
+            _drop_unfinished_line(path)
+        self._lines = LineFile(path)
+        if step or (path.exists() and path.stat().st_size > 0):
             self.write({"event": "resume", "step": step})
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; its ``step`` places it on the curves."""
-        if self._file is None or not self._may_write():
+        if self._lines is None or not self._may_write():
             return
-        self._file.write(json.dumps(_finite(record)) + "\n")
-        self._file.flush()
+        self._lines.append(json.dumps(_finite(record)))
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, record["step"])
-        if self._wandb is not None and numbers:
-            self._wandb.log({**numbers, "step": record["step"]})
+        for name in list(self._trackers) if numbers else ():
+            self._guarded(name, lambda tracker: tracker.write(record["step"], numbers))
 
     def close(self) -> None:
-        """Close all sinks; Weights & Biases is told that the run ended."""
-        for sink in (self._file, self._tensorboard):
-            if sink is not None:
-                sink.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Close all sinks; the trackers are told that the run ended."""
+        for name in list(self._trackers):
+            self._guarded(name, lambda tracker: tracker.close())
+        self._trackers.clear()
+
+    def _guarded(self, name: str, use: Callable[[Tracker], None]) -> None:
+        tracker = self._trackers.pop(name)
+        with tolerated(name, Exception):
+            use(tracker)
+            self._trackers[name] = tracker
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
@@ -114,40 +145,3 @@ def recorded_at(run_dir: Path, step: int) -> set[str]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
     return keys
-
-
-def _open_tensorboard(folder: Path, step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "logging.tensorboard is on, but the package tensorboard is missing",
-            fix='pip install "megatron_telechat[tensorboard]", or leave --tensorboard out',
-        ) from error
-    used = folder.is_dir() and any(folder.iterdir())
-    # Events of a killed run beyond the step it resumes from would be drawn twice.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step or used else None)
-
-
-def _open_wandb(run: RunConfig, run_dir: Path):
-    try:
-        import wandb  # pyright: ignore[reportMissingImports] (optional)
-    except ImportError as error:
-        raise ConfigError(
-            f"logging.wandb_project={run.logging.wandb_project}, but the package wandb is missing",
-            fix='pip install "megatron_telechat[wandb]", or leave --wandb-project out',
-        ) from error
-    id_file = run_dir / WANDB_ID_FILE
-    run_id: str | None = id_file.read_text().strip() if id_file.exists() else None
-    session = wandb.init(
-        project=run.logging.wandb_project,
-        name=run.logging.wandb_exp_name or run_dir.name,
-        id=run_id,
-        resume="allow",
-        dir=str(run_dir),
-    )
-    id_file.write_text(session.id)
-    # Its own counter only grows: after a crash it would drop the steps that are taken again.
-    session.define_metric("step")
-    session.define_metric("*", step_metric="step")
-    return session

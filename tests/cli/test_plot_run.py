@@ -76,11 +76,17 @@ def test_unfinished_last_line_and_values_that_are_no_numbers(tmp_path):
     assert metrics.series("mfu") == ([], [])
 
 
-@pytest.mark.parametrize("text", ['{"step": 1\n{"step": 2}\n', "[1, 2]\n", '{"loss": 1.0}\n', "", "\n"])
+@pytest.mark.parametrize("text", ['{"step": 1\n', "[1, 2]\n", '{"loss": 1.0}\n', "", "\n"])
 def test_a_file_that_is_no_record_of_a_run(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(DataError, match="metrics.jsonl"):
         read_metrics(tmp_path)
+
+
+def test_cut_off_lines_are_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n{"ste')
+    metrics = read_metrics(tmp_path)
+    assert list(metrics.train) == [2] and metrics.torn == [1, 3]
 
 
 def test_running_mean_leaves_out_what_is_not_finite():

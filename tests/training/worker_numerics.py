@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -85,6 +86,128 @@ def gradient_of_one_rank():
 @cases.case
 def gradient_of_one_expert():
     return step_with(lambda trainer, sums: put_nan(trainer, 1, SECOND_LAYER))
+
+
+def step_with_hooks(attach, *flags: str) -> dict:
+    """Take a step after ``attach(trainer, modules by name)``; the number of tries, too."""
+    import torch
+
+    from megatron_telechat.errors import NumericsError
+
+    trainer = make_trainer([*MOE, *EP2, *flags], Path(os.environ["RUN_DIR"]) / "hooks")
+    before = [shard.parameter.detach().clone() for shard in trainer.shards]
+    attach(trainer, dict(trainer.virtual_stages[0].module.named_modules()))
+    tries, inner = [], trainer.train_step.forward_backward
+
+    def counted(iterators):
+        tries.append(float(torch.rand(1)))
+        return inner(iterators)
+
+    trainer.train_step.forward_backward = counted
+    found = {"raised": False, "message": "", "exit_code": 0}
+    try:
+        trainer.take_step(trainer.training_iterators())
+    except NumericsError as error:
+        found = {"raised": True, "message": error.render(), "exit_code": error.exit_code}
+    finally:
+        trainer.release()
+    # The rank that writes: others may be here first.
+    metrics = trainer.paths.run_dir / "metrics.jsonl"
+    event = json.loads(metrics.read_text().splitlines()[-1]) if trainer.state.rank == 0 else None
+    unchanged = all(torch.equal(old, shard.parameter) for old, shard in zip(before, trainer.shards, strict=True))
+    return {**found, "unchanged": unchanged, "tries": tries, "event": event, "step": trainer.step}
+
+
+def nan_in_the_output(rank: int, name: str, calls: tuple[int, ...]):
+    """In these calls of a module, counted from 0 over all tries, on one rank."""
+
+    def attach(trainer, modules):
+        count = iter(range(1000))
+
+        def hook(module, inputs, output):
+            if next(count) in calls:
+                first, *rest = output if isinstance(output, tuple) else (output,)
+                first = first.masked_fill(first == first.max(), float("nan"))
+                return (first, *rest) if isinstance(output, tuple) else first
+
+        if trainer.state.rank == rank:
+            modules[name].register_forward_hook(hook)
+
+    return attach
+
+
+@cases.case
+def output_of_one_module():
+    """Two micro-batches a rank; the second one is hit, in each try."""
+    return step_with_hooks(nan_in_the_output(1, "decoder.layers.2.self_attention.linear_qkv", (1, 3)))
+
+
+@cases.case
+def output_of_one_module_once():
+    return step_with_hooks(nan_in_the_output(1, "decoder.layers.2.self_attention.linear_qkv", (1,)))
+
+
+@cases.case
+def gradient_of_one_module():
+    def attach(trainer, modules):
+        def hook(module, inputs, output):
+            first = output[0] if isinstance(output, tuple) else output
+            if first.requires_grad:
+                first.register_hook(lambda gradient: gradient * float("inf"))
+
+        if trainer.state.rank == 1:
+            modules["decoder.layers.1.self_attention.linear_proj"].register_forward_hook(hook)
+
+    return step_with_hooks(attach, "--use-distributed-optimizer", "--overlap-grad-reduce")
+
+
+@cases.case
+def steps_passed_over():
+    """Steps 3, 4 and 7 of 8 are passed over; then the same from the checkpoint of step 3, in the middle of a window."""
+    import torch
+
+    from megatron_telechat.parallel.state import destroy
+
+    flags = [
+        *MOE,
+        *EP2,
+        "--train-iters",
+        "8",
+        "--lr-warmup-iters",
+        "4",
+        "--lr-warmup-init",
+        "1e-5",
+        "--iterations-to-skip",
+        "3-4,7",
+    ]
+    folder = Path(os.environ["RUN_DIR"])
+    runs = {"whole": ["--save-interval", "3"], "resumed": ["--load", f"{folder}/whole/checkpoints", "--load-step", "3"]}
+    found: dict = {}
+    for name, more in runs.items():
+        trainer = make_trainer([*flags, *more], folder / name)
+        changed, inner = [], trainer.take_step
+
+        def step(iterators, trainer=trainer, changed=changed, inner=inner):
+            before = [shard.parameter.detach().clone() for shard in trainer.shards]
+            result = inner(iterators)
+            changed.append(any(not torch.equal(a, b.parameter) for a, b in zip(before, trainer.shards, strict=True)))
+            return result
+
+        trainer.take_step = step
+        code = trainer.fit()
+        trainer.release()
+        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        keys = ("step", "loss", "grad_norm", "lr", "consumed_samples")
+        found[name] = {
+            "code": code,
+            "changed": changed,
+            "records": [{key: line[key] for key in keys} for line in lines if "loss" in line],
+            "events": [line for line in lines if line.get("event") == "skipped_step"],
+            "taken": trainer.steps_taken.extra["steps"],
+            "window": trainer.spikes.extra["spike_window"],
+        }
+        destroy(keep_world=True)
+    return found
 
 
 @cases.case

@@ -684,7 +684,6 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         start-eval-at-iter validation-set-names
         """,
     ),
-    (Refused("no iterations are skipped; a resume continues with the next sample"), "iterations-to-skip"),
     (Refused("tokenizers are named by one file or folder", "--tokenizer-model"), "merge-file vocab-file"),
     (Always("the attention is causal; no mask is built in the loader"), "no-create-attention-mask-in-dataloader"),
     (Ignored("only training and validation data are read"), "test-data-path"),

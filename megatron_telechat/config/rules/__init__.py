@@ -21,6 +21,7 @@ from megatron_telechat.config.rules import (
     pipeline,
     recompute,
     values,
+    watch,
 )
 
 VALUE_RULES: tuple[Rule, ...] = values.RULES
@@ -37,4 +38,5 @@ ALL_RULES: tuple[Rule, ...] = (
     *learning_rate.RULES,
     *data.RULES,
     *files.RULES,
+    *watch.RULES,
 )

@@ -73,19 +73,9 @@ def finetune_has_weights(check: Check) -> Iterator[Problem]:
         )
 
 
-def wandb_name_needs_project(check: Check) -> Iterator[Problem]:
-    """A Weights & Biases run name needs a project."""
-    project, name = check.take("wandb_project", "wandb_exp_name")
-    if name is not None and project is None:
-        yield check.problem(
-            "wandb_exp_name without wandb_project logs nowhere", "wandb_exp_name", fix="--wandb-project NAME"
-        )
-
-
 RULES: tuple[Rule, ...] = (
     folders_are_folders,
     checkpoint_to_resume_from,
     pretrained_weights_are_there,
     finetune_has_weights,
-    wandb_name_needs_project,
 )

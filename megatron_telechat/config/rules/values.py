@@ -44,7 +44,8 @@ NOT_NEGATIVE = (
         "clip_grad",
         "max_skipped_steps",
     ),
-    *("load_step", "keep_last", "fp8_margin", "loss_chunk_rows"),
+    *("load_step", "keep_last", "fp8_margin", "loss_chunk_rows", "hang_timeout_minutes"),
+    *("spike_threshold", "straggler_factor"),
 )
 MORE_THAN_ZERO = (
     *("norm_epsilon", "rotary_base", "distributed_timeout_minutes", "lr", "adam_eps"),
