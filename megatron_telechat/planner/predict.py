@@ -19,6 +19,13 @@ MOST_OPS = 16384
 MIN_ROUNDS = 8
 """Groups of P micro-batches that are simulated in any case: the pipeline is full after two."""
 
+HIDDEN = 0.68
+"""Of the backward of one micro-batch, the share beside which gradients are reduced."""
+LEFT = 0.16
+"""Share of an overlapped reduction that is exposed at least: its last bucket, and what it slows the compute down."""
+MESSAGES_EXPOSED = 0.19
+"""Share of the messages between stages that stands in the way of compute even where the schedule has time for them."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -99,6 +106,11 @@ def _pace(
     return expected / simulation.makespan
 
 
+def _exposed(exchange: float, compute: float, overlapped: bool) -> float:
+    """What is left of an exchange once a step beside the `compute` of one micro-batch."""
+    return max(exchange - HIDDEN * compute, LEFT * exchange) if overlapped else exchange
+
+
 def predict(run: RunConfig, device: DeviceSpec, software: Software | None = None) -> Prediction:
     """One iteration of this run: its own layout and recompute, on Megatron-Core's schedule, then the optimizer.
 
@@ -112,12 +124,12 @@ def predict(run: RunConfig, device: DeviceSpec, software: Software | None = None
     makespan, simulation = simulated(problem, assignment)
     times = TimeModel(run, device, software)
     pace = _pace(run, times, problem, assignment, simulation)
+    if problem.P > 1 and times.measured is None:
+        makespan += MESSAGES_EXPOSED * 2 * problem.m * problem.V * problem.p2p
     counts = stage_parameters(run)
-    hidden = [0.0] * problem.P
-    if run.parallel.overlap_grad_reduce:
-        for op in simulation.ops:
-            if op.kind == "B" and op.microbatch == 0:
-                hidden[op.device] += op.end - op.start
+    stages, ranks = problem.num_stages, range(problem.P)
+    seconds = stage_times(problem, assignment)
+    cover = [(sum(seconds[rank : stages : problem.P]), sum(seconds[stages + rank :: problem.P])) for rank in ranks]
     return Prediction(
         problem=problem,
         assignment=assignment,
@@ -125,7 +137,11 @@ def predict(run: RunConfig, device: DeviceSpec, software: Software | None = None
         pace=pace,
         simulation=simulation,
         reduction=times.tied_embedding()
-        + max(max(0.0, times.gradient_reduction(count) - cover) for count, cover in zip(counts, hidden, strict=True)),
+        + max(
+            _exposed(times.gradient_reduction(count), backward, run.parallel.overlap_grad_reduce)
+            + _exposed(times.parameter_gather(count), forward, run.parallel.overlap_param_gather)
+            for count, (forward, backward) in zip(counts, cover, strict=True)
+        ),
         optimizer=max(times.optimizer_step(count) for count in counts),
         constant=times.step_constant(),
         tokens=run.training.global_batch_size * run.training.seq_length,
