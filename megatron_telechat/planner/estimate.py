@@ -16,8 +16,11 @@ from megatron_telechat.costs.devices import DeviceSpec
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.costs.software import Software
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.build import RESERVE_GIB
 from megatron_telechat.planner.predict import Prediction, predict
+
+CONTEXT_GIB = 0.7
+"""Memory that the device's context takes. A plan leaves more free (`planner.build.RESERVE_GIB`): this answers whether a
+run would go, not whether it would be wise."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Estimate:
         error: of published runs like this one nine in ten lie within this share of the prediction.
         tokens_per_s: tokens a second and device.
         memory_bytes: of the fullest rank, without what the device keeps for itself.
-        usable_bytes: of a device, with a reserve taken off; None where its file names no memory.
+        usable_bytes: of a device, without its context; None where its file names no memory.
         prediction: the parts of `step_s`.
     """
 
@@ -80,7 +83,7 @@ def estimate(
     _check(run)
     prediction = predict(run, device, software)
     memory = max(stage.device_bytes for stage in stage_memory(run, software.moe_imbalance, software))
-    usable = (device.memory_gib - RESERVE_GIB) * 2**30 if device.memory_gib else None
+    usable = (device.memory_gib - CONTEXT_GIB) * 2**30 if device.memory_gib else None
     return Estimate(
         step_s=prediction.iteration,
         error=0.15,

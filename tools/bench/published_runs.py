@@ -153,11 +153,12 @@ def report(answers: Sequence[Answer]) -> dict[str, Any]:
     ran, not_ran = [one for one in memory if one.row.ran], [one for one in memory if not one.row.ran]
     right, pairs, losses = ordering(core)
     peaks = [one.memory_gib * 2**30 / 1e9 / one.row.peak_gb for one in ran if one.memory_gib and one.row.peak_gb]
-    sources = dict.fromkeys(one.row.source for one in answers if one.ratio is not None)
+    graded = [one for one in answers if one.ratio is not None and one.row.grade in "AB"]
+    sources = dict.fromkeys(one.row.source for one in graded)
     tables = {
         "all": [summary("all", core)],
         "sources": [
-            summary(name, [one for one in answers if one.row.source == name and one.ratio is not None])
+            summary(name, [one for one in graded if one.row.source == name])
             for name in sources
         ],
         "programs": [

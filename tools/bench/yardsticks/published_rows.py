@@ -42,8 +42,8 @@ PROGRAMS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"InternEvo", {"gradient_bytes": 2, "all_reduces": True}),
     # its recipes set tp_comm_overlap
     (r"Megatron-Bridge|NeMo", {"tensor_overlap": TENSOR_OVERLAP}),
-    # MindSpore's parallel optimizer shards the weights too, and reduces gradients in their type
-    (r"MindFormers|TeleChat2", {"sharding": "gradients", "gradient_bytes": 2}),
+    # MindSpore's parallel optimizer shards the weights, too, and gathers them for a layer; in a pipeline once a step
+    (r"MindFormers|TeleChat2", {"sharding": "full"}),
     # mixed_precision PURE: FSDP reduces in bf16
     (r"llm-foundry", {"gradient_bytes": 2, "plain_kernels": True, "attention": "flash2"}),
     (r"AA-Scaling", {"plain_kernels": True, "all_reduces": True, "reduction_share": 0.28}),
@@ -176,8 +176,13 @@ class Row:
             raise ConfigError(f"no device file for {self.entry.get('hardware')!r}", self.id, "a file in costs/devices/")
         device = replace(device, **(self.entry.get("device_overrides") or {}))
         if self.entry["model"].get("preset"):
-            return (*self._preset(), device, self.software())
-        return self.model(), self.parallel(), self.training(), device, self.software()
+            model, parallel, training = self._preset()
+        else:
+            model, parallel, training = self.model(), self.parallel(), self.training()
+        software = self.software()
+        if parallel.pipeline_model_parallel_size > 1 and not self.fsdp:
+            software = replace(software, sharding="none")
+        return model, parallel, training, device, software
 
     def _preset(self) -> tuple[ModelConfig, ParallelConfig, TrainingConfig]:
         """The YAMLs of MindFormers say nothing of overlaps, which the presets turn on for this program."""
