@@ -19,7 +19,6 @@ from megatron_telechat.costs.activations import (
     layer_activations,
     output_layer_bytes,
 )
-from megatron_telechat.costs.communication import GRADIENT_BYTES
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.op_order import Op, peak_in_flight
 from megatron_telechat.costs.parameters import LocalCount, local_count
@@ -138,15 +137,9 @@ def _stage(
         fixed = embedding_bytes(run) if layout.has_embedding(rank, virtual_stage) else 0.0
         fixed += output_layer_bytes(run) if layout.has_loss(rank, virtual_stage) else 0.0
         kept.append(fixed + sum(layer.kept for layer in own))
-        gathered = max(
-            (
-                whole_layers_bytes(run, local_count(layer_table(run.model, layer), run.parallel), software)
-                for layer in {
-                    run.model.layer_is_moe(layer): layer for layer in layout.layers_of(rank, virtual_stage)
-                }.values()
-            ),
-            default=0.0,
-        )
+        kinds = {run.model.layer_is_moe(layer): layer for layer in layout.layers_of(rank, virtual_stage)}
+        counts = (local_count(layer_table(run.model, layer), run.parallel) for layer in kinds.values())
+        gathered = max((whole_layers_bytes(run, count, software) for count in counts), default=0.0)
         repeated.append(max((layer.working_set for layer in own), default=0.0) + gathered)
 
     def transient(op: Op) -> float:

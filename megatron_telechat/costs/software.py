@@ -33,10 +33,10 @@ class Software:
         sharding: of the parameters over the data-parallel ranks, as in PyTorch's FSDP. full: gathered for a forward and
             again for a backward; gradients: gathered once for both (shard_grad_op).
         gradient_bytes: of an element of the gradients, as they are accumulated and reduced.
-        message_pieces: pieces over the tensor-parallel ranks in which hidden states go to the next stage where the
-            sequence is not split (scatter and gather of Megatron-LM before 2023): True for all of them.
+        message_pieces: where the sequence is not split, each tensor-parallel rank sends its part of the hidden states
+            to the next stage, and they are gathered there (Megatron-LM before 2023).
         experts_in_fp8: the experts' products are in FP8 too, where others are.
-        plain_kernels: PyTorch's own, one for each operation, where Megatron-Core has Transformer Engine's and fused ones.
+        plain_kernels: PyTorch's own, one for each operation, where Megatron-Core has fused ones.
         all_reduces: every rank gets all gradients, also where it steps a part of the parameters (DeepSpeed's ZeRO-1).
         reduction_share: of the links' speed that its exchange of gradients and parameters after a step reaches.
     """

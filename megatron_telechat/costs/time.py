@@ -15,7 +15,6 @@ from typing import Any
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import BYTES, loss_chunks, tokens_of
 from megatron_telechat.costs.communication import (
-    GRADIENT_BYTES,
     Links,
     expert_exchange_seconds,
     p2p_seconds,

@@ -29,7 +29,7 @@ class Estimate:
 
     Attributes:
         step_s: seconds of an iteration.
-        error: of published runs like this one nine in ten lie within this share of the prediction.
+        error: nine in ten runs like this one lie within this share of the prediction (`planner.predict.error_bar`).
         tokens_per_s: tokens a second and device.
         memory_bytes: of the fullest rank, without what the device keeps for itself.
         usable_bytes: of a device, without its context; None where its file names no memory.
@@ -86,7 +86,7 @@ def estimate(
     usable = (device.memory_gib - CONTEXT_GIB) * 2**30 if device.memory_gib else None
     return Estimate(
         step_s=prediction.iteration,
-        error=0.15,
+        error=prediction.error,
         tokens_per_s=prediction.tokens_per_s_per_device,
         memory_bytes=memory,
         usable_bytes=usable,

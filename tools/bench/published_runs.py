@@ -157,10 +157,7 @@ def report(answers: Sequence[Answer]) -> dict[str, Any]:
     sources = dict.fromkeys(one.row.source for one in graded)
     tables = {
         "all": [summary("all", core)],
-        "sources": [
-            summary(name, [one for one in graded if one.row.source == name])
-            for name in sources
-        ],
+        "sources": [summary(name, [one for one in graded if one.row.source == name]) for name in sources],
         "programs": [
             summary(name, [one for one in core if one.row.program == name])
             for name in dict.fromkeys(one.row.program for one in core)
