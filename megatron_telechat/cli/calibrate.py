@@ -47,7 +47,7 @@ def calibrate_door(request: Request) -> int:
     device = calibrate(run, request.kinds, named or _base(output, backend), options.rounds)
     try:
         if os.environ.get("RANK", "0") == "0":
-            _write(output, device)
+            write_file(output, device)
             print("\n".join(_summary(device, output, backend.traits.ranks_share_cores)), flush=True)
     finally:
         if dist.is_initialized():
@@ -73,7 +73,12 @@ def _base(output: Path, backend: Backend) -> DeviceSpec:
     return device_spec(backend.known_as) or DeviceSpec(name, kind=backend.name, device_names=(name,))
 
 
-def _write(path: Path, device: DeviceSpec) -> None:
+def write_file(path: Path, device: DeviceSpec) -> None:
+    """Write a device file whole, or not at all.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,8 @@ from megatron_telechat.planner.layout_text import layout_picture
 from megatron_telechat.planner.predict import predict
 from megatron_telechat.training.unsaved import unsaved_note
 
+HELD_ERROR = 0.2
+"""A device file with a larger error bar has shares that are assumed."""
 SHORTEST_STEP_S = 0.02
 """Below this the time estimate says nothing and is left out."""
 
@@ -161,9 +163,10 @@ def _layout(run: RunConfig) -> list[str]:
 
 
 def _devices(run: RunConfig) -> list[DeviceSpec]:
-    """The devices to compare with: those of the kind that training.device names, all for auto; their memory is
-    known."""
+    """The devices to compare with: those of the kind that training.device names, all for auto, whose memory is known
+    and whose shares were held against published runs: of the others --device of the planner tells."""
     specs = [spec for spec in map(device_spec, device_spec_names()) if spec is not None and spec.memory_gib]
+    specs = [spec for spec in specs if spec.error <= HELD_ERROR]
     return [spec for spec in specs if run.training.device in ("auto", spec.kind)]
 
 
@@ -264,7 +267,7 @@ def _steps(run: RunConfig, iterations: int | None, out: _Report, name: str) -> l
         whole = f", {name} {_duration(prediction.iteration * iterations)}" if iterations else ""
         times.append((prediction.iteration, spec.name))
         lines.append(
-            f"predicted on {spec.name}: {prediction.iteration:.3g} s a step, "
+            f"predicted on {spec.name}: {prediction.iteration:.3g} s a step (± {prediction.error:.0%}), "
             f"{prediction.tokens_per_s_per_device:,.0f} tokens/s a device, MFU {mfu:.0%}, "
             f"bubble {prediction.bubble:.0%}{whole}"
         )

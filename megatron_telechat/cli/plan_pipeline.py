@@ -55,6 +55,8 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"--{' and --'.join(chosen)} cannot be combined", "command line", "give one of them")
     if options.reserve_gib is not None and not 0 <= options.reserve_gib < float("inf"):
         raise ConfigError(f"--reserve-gib {options.reserve_gib:g}", "command line", "a number of GiB, at least 0")
+    if options.from_ and not options.calibrate:
+        raise ConfigError("--from belongs to --calibrate", "command line", "--calibrate --from RUN_DIR, or drop it")
     if options.problem:
         return _problem(request)
     if options.calibrate:
@@ -62,6 +64,10 @@ def _run(argv: list[str]) -> int:
 
         if not options.output:
             raise ConfigError("--calibrate needs --output", "command line", "--output FILE.yaml")
+        if options.from_:
+            from megatron_telechat.cli.calibrate_from import calibrate_from_door
+
+            return calibrate_from_door(request)
         if options.rounds < 1:
             raise ConfigError(f"--rounds {options.rounds}", "command line", "at least 1")
         quiet_imports()

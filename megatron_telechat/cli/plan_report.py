@@ -117,7 +117,7 @@ def _uneven(plan: Plan) -> list[str]:
     if not run.model.is_moe or limit >= UNLIMITED_BYTES:
         return []
     rows = uneven_rows(run)
-    worst = max(stage_memory(run, rows), key=lambda stage: stage.total_bytes)
+    worst = max(stage_memory(run, rows, plan.question.software), key=lambda stage: stage.total_bytes)
     if worst.total_bytes <= limit - plan.problem.const_mem:
         return []
     need = f"stage {worst.pipeline_rank} needs {gib(worst.total_bytes)} GiB"
@@ -143,7 +143,12 @@ def _seconds(value: float) -> str:
 def _times(plan: Plan) -> list[str]:
     found = plan.prediction
     parts = [f"pipeline {_seconds(found.makespan)} (the busiest stage waits {found.bubble:.0%})"]
-    rest = (("gradient reduction", found.reduction), ("optimizer", found.optimizer), ("rest", found.constant))
+    rest = (
+        ("messages", found.messages),
+        ("gradient reduction", found.reduction),
+        ("optimizer", found.optimizer),
+        ("rest", found.constant),
+    )
     parts += [f"{name} {_seconds(value)}" for name, value in rest if value > 0]
     entry = TimeModel(plan.question.run, plan.question.device).measured
     source = (
@@ -157,8 +162,8 @@ def _times(plan: Plan) -> list[str]:
             f"comparison leaves out"
         )
     return [
-        f"predicted: {_seconds(found.iteration)} a step, {found.tokens_per_s_per_device:,.0f} tokens/s a device: "
-        + ", ".join(parts),
+        f"predicted: {_seconds(found.iteration)} a step (± {found.error:.0%}), "
+        f"{found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
         f"  times of the layers: {source}",
         *(f"  counted: {one}" for one in plan.question.counted if entry is None),
     ]
@@ -265,7 +270,9 @@ def _flags(plan: Plan) -> list[str]:
 def plan_file(plan: Plan, path: str) -> PlanFile:
     """What --output writes."""
     found = plan.prediction
-    memory = tuple(round(stage.total_bytes / 2**30, 4) for stage in stage_memory(plan.planned.run))
+    memory = tuple(
+        round(stage.total_bytes / 2**30, 4) for stage in stage_memory(plan.planned.run, software=plan.question.software)
+    )
     predicted = Predicted(plan.question.device.name, found.iteration, memory, found.tokens_per_s_per_device)
     about = {
         "flags": list(plan_flags(plan)),

@@ -20,6 +20,7 @@ from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.context import KEEP, SPLIT
 
 if TYPE_CHECKING:  # the solver's libraries are loaded when there is something to solve: --help is quick
+    from megatron_telechat.costs.software import Software
     from megatron_telechat.planner.plan import Question
 
 _GIB = 2**30
@@ -33,6 +34,7 @@ An exact solver proves it for a model of memory and time. The training reads the
   plan_pipeline.py --preset telechat2-35b --world-size 64 --device a100-80g --sweep
   plan_pipeline.py --problem problem.json --json
   torchrun --nproc-per-node 2 tools/plan_pipeline.py --preset telechat2-tiny --calibrate --output mine.yaml
+  plan_pipeline.py --calibrate --from 2950 --preset telechat2-7b --device ascend-910b-64g --output mine.yaml
 
 All other flags are training flags (pretrain_telechat2.py --help) or Megatron-LM flags."""
 
@@ -153,6 +155,13 @@ def _parser() -> _Parser:
         "torchrun) and write "
         "a device file to --output",
     )
+    add(
+        "--from",
+        dest="from_",
+        metavar="RUN_DIR|N",
+        help="with --calibrate: measure nothing; fit the factor of a program (efficiency.stack of --device) to the "
+        "throughput of a run folder, or to N tokens a second and device",
+    )
     add("--rounds", type=natural, default=15, metavar="N", help="rounds of the calibration [15]")
     add("--problem", metavar="FILE", help="solve an abstract balance problem (JSON, see docs/planner.md)")
     add("--json", action="store_true", help="print the answer as JSON")
@@ -200,6 +209,14 @@ def said_ways(loaded: LoadedConfig) -> list[str]:
     return [name for name, origin in origins if origin not in open_ones and not origin.startswith("preset ")]
 
 
+def software_of(loaded: LoadedConfig, run: RunConfig) -> tuple[Software, tuple[str, ...]]:
+    """What the program of this run does beyond its shapes, and what of it was said: Megatron-LM's of a pasted command,
+    else our own training."""
+    from megatron_telechat.costs.software import megatron_software
+
+    return megatron_software(run, loaded.given, own=MEGATRON not in loaded.origins.values())
+
+
 def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: DeviceSpec) -> Question:
     """The planner's question of this run under the tool's options.
 
@@ -207,11 +224,10 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
         loaded: with the flags of Megatron-LM that say what its program overlaps.
         run: the run as it is on the device.
     """
-    from megatron_telechat.costs.software import megatron_software
     from megatron_telechat.planner.plan import Question
 
     options = request.options
-    software, counted = megatron_software(run, loaded.given)
+    software, counted = software_of(loaded, run)
     return Question(
         run,
         device,

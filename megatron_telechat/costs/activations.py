@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_telechat.config.loss_chunks import WEIGHT_PIECES, loss_chunk_rows
 from megatron_telechat.config.schema import ModelConfig, RunConfig
+from megatron_telechat.costs.software import Software
 from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.tensors.table import expert_ffn_hidden_size
 
@@ -65,9 +66,11 @@ def tokens_of(run: RunConfig, imbalance: float = 1.0) -> Tokens:
     return Tokens(whole, split, routed, tensor, expert, expert_tensor, imbalance)
 
 
-def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...], imbalance: float = 1.0) -> LayerActivations:
+def layer_activations(
+    run: RunConfig, layer: int, modes: tuple[str, ...], imbalance: float = 1.0, software: Software | None = None
+) -> LayerActivations:
     """Activations of the zero-based `layer` under its recompute modes, on a rank whose experts get `imbalance` times
-    the mean of rows.
+    the mean of rows; `software`: of the program, unset: our own.
 
     Elements a token, after Korthikanti et al. (arXiv 2205.05198, section 4) for a flash attention,
     which keeps no score matrix, and a SwiGLU that keeps its input alone:
@@ -97,6 +100,8 @@ def layer_activations(run: RunConfig, layer: int, modes: tuple[str, ...], imbala
         attention += (size * (query + 2 * key) + 4 * heads * (not device.fused_rms_norm)) * tokens.whole / tokens.tensor
     masks = 2 * _mask_bytes(run)
     core, exchange = _core_attention(run, tokens)
+    if software is not None and software.attention == "unfused":
+        core = _scores(run, tokens)
     block, block_dropped = _block_activations(model, layer, size, tokens)
     everything = layer_input + norms + residual + attention + core + block + masks
 
@@ -145,6 +150,14 @@ def _core_attention(run: RunConfig, tokens: Tokens) -> tuple[float, float]:
     under_way = 2 * max(2, each)
     pieces = 0.75 * (3 + under_way if parallel.cp_keep_received else 4 + 2 * under_way) * (ring > 1) / each
     return kept * share, (4 * (query + key_value) + size * key_value * pieces) * share
+
+
+def _scores(run: RunConfig, tokens: Tokens) -> float:
+    """Bytes of the matrix of scores that an attention without a flash kernel keeps: the softmax, and with dropout its
+    mask and what is left (arXiv 2205.05198, section 4: 5 a s^2 b)."""
+    size = BYTES[run.training.precision]
+    element = size + (1 + size) * (run.model.attention_dropout > 0)
+    return element * run.model.num_attention_heads * run.training.seq_length * tokens.whole / tokens.tensor
 
 
 def _block_activations(model: ModelConfig, layer: int, size: int, tokens: Tokens) -> tuple[float, float]:

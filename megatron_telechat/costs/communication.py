@@ -36,8 +36,10 @@ class Links:
         """Links of this device; an unknown bandwidth counts as free."""
         share = device.efficiency.get("link", 1.0)
         intra = (device.intra_node_bandwidth_gb_s or float("inf")) * 1e9 * share
+        share = device.efficiency.get("link_between_nodes", share)
         inter = (device.inter_node_bandwidth_gb_s or float("inf")) * 1e9 * share
-        return cls(intra, inter, device.collective_latency_s, run.parallel.node_size)
+        ranks = run.parallel.ranks_per_node or device.node_devices or run.parallel.node_size
+        return cls(intra, inter, device.collective_latency_s, ranks)
 
     def members(self, stride: int) -> int:
         """Ranks of a group that share a node."""
@@ -117,7 +119,15 @@ def tied_embedding_seconds(run: RunConfig, links: Links) -> float:
     return GRADIENT_BYTES * table / links.between(apart) + 2 * links.latency
 
 
-def p2p_seconds(run: RunConfig, links: Links) -> float:
-    """One micro-batch's hidden states from a pipeline stage to the next."""
+def p2p_seconds(run: RunConfig, links: Links, in_pieces: bool = False) -> float:
+    """One micro-batch's hidden states from a pipeline stage to the next.
+
+    in_pieces: where tensor-parallel ranks hold all of them, each sends a part, and they gather it (scatter and gather,
+    arXiv 2104.04473, section 4.1).
+    """
     tokens, size = tokens_of(run), BYTES[run.training.precision]
-    return size * run.model.hidden_size * tokens.split / links.between(run.parallel.ranks_per_stage) + links.latency
+    whole = size * run.model.hidden_size * tokens.split
+    apart = run.parallel.ranks_per_stage
+    if not in_pieces or tokens.split < tokens.whole or tokens.tensor == 1:
+        return whole / links.between(apart) + links.latency
+    return whole / tokens.tensor / links.between(apart) + links.latency + links.gather(whole, tokens.tensor)

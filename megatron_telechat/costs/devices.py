@@ -15,7 +15,10 @@ from megatron_telechat.errors import ConfigError
 _FOLDER = Path(__file__).parent / "devices"
 
 
-EFFICIENCIES = ("gemm", "grouped_gemm", "attention", "hbm", "link")
+EFFICIENCIES = (
+    *("gemm", "grouped_gemm", "fp8_gemm", "attention", "attention_flash2", "attention_flash2_ordered"),
+    *("hbm", "link", "link_between_nodes", "stack"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,18 @@ class DeviceSpec:
     """Bandwidth to the other devices of the node, in one direction."""
     inter_node_bandwidth_gb_s: float | None = None
     """Bandwidth to other nodes for each device, in one direction."""
+    error: float = 0.3
+    """Share of a prediction within which nine in ten runs lie that were held against it."""
+    node_devices: int | None = None
+    """Devices that the links inside a node join, where they are more than the usual eight."""
     efficiency: Mapping[str, float] = field(default_factory=dict)
-    """Share of a peak that real work reaches: gemm, grouped_gemm, attention (of peak_tflops), hbm and link
-    (of the bandwidths)."""
+    """Share that real work reaches. Of peak_tflops: gemm, grouped_gemm, fp8_gemm, attention (attention_flash2: with
+    FlashAttention-2, attention_flash2_ordered: its backward in a fixed order). Of the bandwidths: hbm, link,
+    link_between_nodes. Of all of it: stack, which a program's throughput fits (`--calibrate --from`)."""
+    gemm_edge: float = 0.0
+    """Elements by which a product of c columns and depth d is longer: 1 + gemm_edge (1/c + 1/d) times."""
+    gemm_start_s: float = 0.0
+    """Seconds of one product apart from its size."""
     collective_latency_s: float = 0.0
     """Seconds of one collective or message apart from its bytes."""
     measured: tuple[Measured, ...] = ()
@@ -124,7 +136,8 @@ def _checked(entries: Any, where: str) -> DeviceSpec:
         entries[key] = entries.get(key) or {}
         _check_numbers(entries[key], key, where)
     single = ("memory_gib", "hbm_bandwidth_gb_s", "intra_node_bandwidth_gb_s", "inter_node_bandwidth_gb_s")
-    _check_numbers({key: entries[key] for key in single if entries.get(key) is not None}, "", where)
+    single += ("error", "gemm_edge", "gemm_start_s", "node_devices")
+    _check_numbers({key: entries[key] for key in single if entries.get(key)}, "", where)
     entries["device_names"] = tuple(entries.get("device_names") or ())
     try:
         entries["measured"] = tuple(Measured(**entry) for entry in entries.get("measured") or ())

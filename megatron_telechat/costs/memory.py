@@ -19,11 +19,12 @@ from megatron_telechat.costs.activations import (
     layer_activations,
     output_layer_bytes,
 )
-from megatron_telechat.costs.communication import GRADIENT_BYTES
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.op_order import Op, peak_in_flight
 from megatron_telechat.costs.parameters import LocalCount, local_count
+from megatron_telechat.costs.software import Software
 from megatron_telechat.tensors.pieces import virtual_stage_table
+from megatron_telechat.tensors.table import layer_table
 
 MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""
@@ -66,13 +67,29 @@ def optimizer_shards(run: RunConfig) -> tuple[int, int]:
     return run.parallel.gradient_ranks if run.parallel.use_distributed_optimizer else (1, 1)
 
 
-def resident_bytes(run: RunConfig, count: LocalCount) -> tuple[float, float, float]:
-    """Bytes of parameters, gradients and optimizer state of a rank that holds these parameters."""
-    size = BYTES[run.training.precision]
+def resident_bytes(run: RunConfig, count: LocalCount, software: Software | None = None) -> tuple[float, float, float]:
+    """Bytes of parameters, gradients and optimizer state of a rank that holds these parameters; `software`: of the
+    program, unset: our own."""
+    size, program = BYTES[run.training.precision], software or Software()
     state = MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
     dense_shards, expert_shards = optimizer_shards(run)
     optimizer = state * (count.dense / dense_shards + count.expert / expert_shards)
-    return size * count.total, GRADIENT_BYTES * count.total, optimizer
+    if program.sharding == "none":
+        return size * count.total, program.gradient_bytes * count.total, optimizer
+    dense, routed = run.parallel.gradient_ranks
+    shard = count.dense / dense + count.expert / routed
+    held = shard if program.sharding == "full" else count.total  # gathered once, and kept for the backward
+    return size * held, program.gradient_bytes * shard, state * shard
+
+
+def whole_layers_bytes(run: RunConfig, layer: LocalCount, software: Software | None = None) -> float:
+    """Bytes that sharded parameters (FSDP) take beside their shards: two layers gathered, the one at work and the next,
+    and the gradients of one."""
+    program = software or Software()
+    if program.sharding == "none":
+        return 0.0
+    gathered = 2 * BYTES[run.training.precision] * (program.sharding == "full")
+    return (gathered + program.gradient_bytes) * layer.total
 
 
 def stage_parameters(run: RunConfig) -> list[LocalCount]:
@@ -88,9 +105,9 @@ def _stage_count(run: RunConfig, layout: PipelineLayout, rank: int) -> LocalCoun
     return count
 
 
-def stage_memory(run: RunConfig, imbalance: float = 1.0) -> list[StageMemory]:
+def stage_memory(run: RunConfig, imbalance: float = 1.0, software: Software | None = None) -> list[StageMemory]:
     """Memory of one rank of each pipeline stage, at the worst moment of a step; `imbalance`: rows of the busiest rank's
-    experts over the mean.
+    experts over the mean; `software`: of the program, unset: our own.
 
     The rules are those of a balance problem (docs/planner.md), so the planner's figures are these: what a layer, the
     embedding or the output layer keeps is held from the start of its forward to the end of the virtual stage's
@@ -106,19 +123,24 @@ def stage_memory(run: RunConfig, imbalance: float = 1.0) -> list[StageMemory]:
     for layer, modes in enumerate(plan):
         kind = (run.model.layer_is_moe(layer), modes)
         if kind not in cache:
-            cache[kind] = layer_activations(run, layer, modes, imbalance)
+            cache[kind] = layer_activations(run, layer, modes, imbalance, software)
         layers.append(cache[kind])
-    return [_stage(run, layout, rank, layers) for rank in range(layout.pipeline_size)]
+    return [_stage(run, layout, rank, layers, software) for rank in range(layout.pipeline_size)]
 
 
-def _stage(run: RunConfig, layout: PipelineLayout, rank: int, layers: list[LayerActivations]) -> StageMemory:
+def _stage(
+    run: RunConfig, layout: PipelineLayout, rank: int, layers: list[LayerActivations], software: Software | None
+) -> StageMemory:
     kept, repeated = [], []
     for virtual_stage in range(layout.num_virtual_stages):
         own = [layers[layer] for layer in layout.layers_of(rank, virtual_stage)]
         fixed = embedding_bytes(run) if layout.has_embedding(rank, virtual_stage) else 0.0
         fixed += output_layer_bytes(run) if layout.has_loss(rank, virtual_stage) else 0.0
         kept.append(fixed + sum(layer.kept for layer in own))
-        repeated.append(max((layer.working_set for layer in own), default=0.0))
+        kinds = {run.model.layer_is_moe(layer): layer for layer in layout.layers_of(rank, virtual_stage)}
+        counts = (local_count(layer_table(run.model, layer), run.parallel) for layer in kinds.values())
+        gathered = max((whole_layers_bytes(run, count, software) for count in counts), default=0.0)
+        repeated.append(max((layer.working_set for layer in own), default=0.0) + gathered)
 
     def transient(op: Op) -> float:
         return 0.0 if op.forward else repeated[op.virtual_stage]
@@ -128,7 +150,7 @@ def _stage(run: RunConfig, layout: PipelineLayout, rank: int, layers: list[Layer
         rank, layout.pipeline_size, layout.num_virtual_stages, num_microbatches, kept, transient
     )
     count = _stage_count(run, layout, rank)
-    parameters, gradients, optimizer = resident_bytes(run, count)
+    parameters, gradients, optimizer = resident_bytes(run, count, software)
     held = sum(number * size for number, size in zip(in_flight, kept, strict=True))
     return StageMemory(
         pipeline_rank=rank,

@@ -15,7 +15,6 @@ from typing import Any
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import BYTES, loss_chunks, tokens_of
 from megatron_telechat.costs.communication import (
-    GRADIENT_BYTES,
     Links,
     expert_exchange_seconds,
     p2p_seconds,
@@ -24,9 +23,10 @@ from megatron_telechat.costs.communication import (
 )
 from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.devices import DeviceSpec, Measured
-from megatron_telechat.costs.flops import head_forward_flops, layer_forward_flops, mlp_forward_flops
+from megatron_telechat.costs.flops import layer_forward_flops
 from megatron_telechat.costs.memory import MASTER_BYTES, MOMENT_BYTES, optimizer_shards
 from megatron_telechat.costs.parameters import LocalCount, local_count
+from megatron_telechat.costs.software import Software
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.tensors.table import expert_ffn_hidden_size, layer_table, stage_table
 
@@ -36,36 +36,18 @@ FLASH_BACKWARD = 2.5
 """A flash attention makes five products in its backward, one of them again (arXiv 2307.08691, section 3.1)."""
 
 
-AUTO_CHUNKS = 4
-"""Pieces of a MoE layer's input where the run chooses their number itself, by trying."""
-
-
-@dataclass(frozen=True)
-class Software:
-    """What the training program does beyond the shapes.
-
-    Attributes:
-        tensor_overlap: share of the tensor-parallel communication of the layers that compute hides; 0 for plain
-            Megatron-Core.
-        moe_chunks: pieces of a micro-batch whose dispatch, experts and way back overlap; 1: one after the other.
-        moe_imbalance: rows of the busiest rank's experts over the mean.
-        expert_overlap: share of the expert exchange that the compute of another micro-batch hides.
-        expert_by_node: rows of experts cross to another node once (`expert_exchange_seconds`).
-        shared_overlap: a shared expert is computed beside the exchange of the routed ones.
-    """
-
-    tensor_overlap: float = 0.0
-    moe_chunks: int = 1
-    moe_imbalance: float = 1.0
-    expert_overlap: float = 0.0
-    expert_by_node: bool = False
-    shared_overlap: bool = False
-
-    @classmethod
-    def of(cls, run: RunConfig) -> Software:
-        """Our own training of this run; `moe_input_chunks` auto counts as AUTO_CHUNKS."""
-        chunks = run.parallel.moe_input_chunks
-        return cls(moe_chunks=AUTO_CHUNKS if chunks == "auto" else int(chunks))
+UNFUSED_SHARE = 0.52
+"""Products of single heads reach so much of what those of a layer do."""
+UNFUSED_PASSES = 1.9
+"""Passes over the scores, each of which reads and writes them: scale, mask and softmax in one kernel, and dropout."""
+FP8_CAST_BYTES = 3
+"""An input in 16 bits is read, and written in 8, before its product."""
+PLAIN_PASSES = 3.1
+"""Times that PyTorch's own kernels, one for each operation, read and write what fused ones do once."""
+SHARDS_EXPOSED = 0.4
+"""Share of the gathers and reductions of sharded parameters that is lost beside a compute that could hide them."""
+EXPERTS_EXPOSED = 0.77
+"""Share of the expert exchange that is exposed where nothing is meant to hide it: its kernels overlap at their ends."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +146,7 @@ class TimeModel:
                 "measure it: tools/plan_pipeline.py --calibrate; or name a device whose file has figures",
             )
         self._peak = (peak or float("inf")) * 1e12
+        self._fp8 = run.training.fp8_format is not None
         self._memory = (device.hbm_bandwidth_gb_s or float("inf")) * 1e9 * device.efficiency.get("hbm", 1.0)
         self._tokens = tokens_of(run)
         self._size = BYTES[run.training.precision]
@@ -179,14 +162,15 @@ class TimeModel:
         """Forward and backward of the zero-based `layer`, and what recompute with these modes adds."""
         if self.measured is not None:
             return self._measured_layer(layer, modes)
-        parts = self.layer_parts(layer)
+        parts, count = self.layer_parts(layer), self._layer_count(layer)
         whole = sum(parts.values(), PartTime(0.0, 0.0))
         extra = sum(parts[name].forward for name in repeated_parts(modes))
         if "moe" in modes and "full" not in modes:
             extra += self._experts_again()
-        # every parameter's gradient is added to its fp32 sum: read both, write one
-        backward = whole.backward + self._accumulate(self._layer_count(layer))
-        return LayerTime(whole.forward, backward, extra)
+        # every parameter's gradient is added to its sum: read both, write one
+        whole += PartTime(0.0, self._accumulate(count))
+        shards = self._sharded(count, whole)
+        return LayerTime(*(self._stack(part) for part in (shards.forward, shards.backward, extra)))
 
     def embedding(self) -> PartTime:
         """A look-up, and the scatter of its output over the sequence."""
@@ -196,8 +180,8 @@ class TimeModel:
         exchange = tensor_exchange_seconds(self.run, self.links) / 2
         table = stage_table(self.run.model, (), has_embedding=True, has_loss=False)
         count = local_count(table, self.run.parallel)
-        backward = self._bytes(bytes_moved) + exchange + self._accumulate(count)
-        return PartTime(self._bytes(bytes_moved) + exchange, backward)
+        forward = self._bytes(bytes_moved) + exchange
+        return self._end(count, PartTime(forward, forward + self._accumulate(count)))
 
     def output_layer(self) -> PartTime:
         """Final norm, logits and cross entropy; where the loss is computed in chunks the backward makes the logits and
@@ -205,7 +189,7 @@ class TimeModel:
         if self.measured is not None:
             return PartTime(self.measured.output_layer["forward"], self.measured.output_layer["backward"])
         tokens, model = self._tokens, self.run.model
-        product = self._gemm(head_forward_flops(model) * tokens.whole / tokens.tensor)
+        product = self._product(tokens.whole, model.vocab_size / tokens.tensor, model.hidden_size, fp8=False)
         logits = model.vocab_size * tokens.whole / tokens.tensor
         # forward: cast to fp32, maximum, exponent and sum in fp32; backward: scaled softmax, cast back
         norm = self._norm()
@@ -216,11 +200,13 @@ class TimeModel:
         chunks = loss_chunks(self.run)
         if chunks:
             backward += product + self._bytes(logits * (2 * self._size + 8)) + (chunks - 1) * self._accumulate(count)
-        return PartTime(forward, backward + self._accumulate(count))
+        return self._end(count, PartTime(forward, backward + self._accumulate(count)))
 
     def p2p(self) -> float:
         """Hidden states of one micro-batch, from one stage to the next."""
-        return self.measured.p2p if self.measured is not None else p2p_seconds(self.run, self.links)
+        if self.measured is not None:
+            return self.measured.p2p
+        return self._stack(p2p_seconds(self.run, self.links, in_pieces=self.software.message_pieces))
 
     def optimizer_step(self, count: LocalCount) -> float:
         """Seconds of norm, clipping and AdamW on a rank that holds these parameters, once an iteration.
@@ -233,28 +219,44 @@ class TimeModel:
         if self.measured is not None:
             return self.measured.optimizer_per_parameter * own
         master = 2 * MASTER_BYTES if self.run.training.precision != "fp32" else 0
-        a_parameter = GRADIENT_BYTES + 2 * MOMENT_BYTES + master + self._size
-        return self._bytes(2 * GRADIENT_BYTES * count.total + a_parameter * own)
+        gradient = self.software.gradient_bytes
+        held = count.total if self.software.sharding == "none" else own
+        a_parameter = gradient + 2 * MOMENT_BYTES + master + self._size
+        return self._stack(self._bytes(2 * gradient * held + a_parameter * own))
 
     def gradient_reduction(self, count: LocalCount) -> float:
-        """Seconds of reducing fp32 gradients over the data-parallel ranks and, with the distributed optimizer, of
-        gathering the weights; overlap with the backward is taken off where the run asks for it
-        (`exposed_reduction`)."""
+        """Seconds of reducing the gradients over the data-parallel ranks, once a step; without the distributed
+        optimizer of an all-reduce. Sharded parameters have it in each micro-batch (`layer`)."""
+        if self.software.sharding != "none":
+            return 0.0
+        software = self.software
+        once = self.run.parallel.use_distributed_optimizer and not software.all_reduces
+        seconds = self._over_data(count, software.gradient_bytes * (1 if once else 2))
+        return seconds / software.reduction_share
+
+    def parameter_gather(self, count: LocalCount) -> float:
+        """Seconds of gathering the weights that the distributed optimizer has updated, once a step."""
+        if self.software.sharding != "none" or not self.run.parallel.use_distributed_optimizer:
+            return 0.0
+        return self._over_data(count, self._size) / self.software.reduction_share
+
+    def _over_data(self, count: LocalCount, element: float) -> float:
+        """A gather or a reduce-scatter of `element` bytes for each parameter, over the ranks that hold the same."""
         parallel = self.run.parallel
         expert, expert_tensor = parallel.expert_sizes
         dense, routed = parallel.gradient_ranks
-        back = self._size if parallel.use_distributed_optimizer else GRADIENT_BYTES
-        return sum(
-            self.links.gather((GRADIENT_BYTES + back) * number, size, stride)
+        seconds = sum(
+            self.links.gather(element * number, size, stride)
             for number, size, stride in (
                 (count.dense, dense, parallel.tensor_model_parallel_size),
                 (count.expert, routed, expert * expert_tensor),
             )
         )
+        return self._stack(seconds)
 
     def tied_embedding(self) -> float:
         """Seconds of adding up, once a step, the gradients of a matrix that the first and the last stage share."""
-        return tied_embedding_seconds(self.run, self.links)
+        return self._stack(tied_embedding_seconds(self.run, self.links))
 
     def step_constant(self) -> float:
         """The rest of an iteration, whatever its size; known only where it was measured."""
@@ -266,12 +268,13 @@ class TimeModel:
         """Estimated times of the parts of a layer: norms, projections, core_attn, block (its MLP or its experts)."""
         model, tokens = self.run.model, self._tokens
         flops = layer_forward_flops(model, layer, self.run.training.seq_length)
-        share = tokens.whole / tokens.tensor
+        share, hidden = tokens.whole / tokens.tensor, model.hidden_size
         query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
-        products = self._gemm(flops.projections * share)
+        products = self._product(tokens.whole, (query + 2 * key) / tokens.tensor, hidden)
+        products += self._product(tokens.whole, hidden, query / tokens.tensor)
         rotates = model.position_embedding_type == "rope"
-        rotary = self._bytes(2 * self._size * (query + 2 * key) * share) if rotates else 0.0
-        residual = self._bytes(3 * self._size * model.hidden_size * tokens.split)
+        rotary = self._passes(2 * self._size * (query + 2 * key) * share) if rotates else 0.0
+        residual = self._passes(3 * self._size * model.hidden_size * tokens.split)
         exchange = self._exposed_tensor()
         norms = self._norm() + self._norm()
         if model.qk_layernorm:
@@ -292,27 +295,46 @@ class TimeModel:
         The work of the ranks is equal (zigzag). Each piece that arrives adds its output to the one so far: both are
         read and the sum written, in fp32; three quarters of the queries see a piece.
         """
-        core = flops / (self._peak * self._efficiency("attention"))
+        core = self._attention_products(flops)
         if self.run.parallel.context_parallel_size == 1:
-            return PartTime(core, FLASH_BACKWARD * core)
+            return core
         exchange = ContextExchange.of(self.run)
         outputs = exchange.output / self._size
         sums = self._bytes((8 + self._size) * 0.75 * outputs * (exchange.ring - 1) * exchange.pieces)
-        forward = exchange.forward_seconds(self.links, core + sums)
-        return PartTime(forward, exchange.backward_seconds(self.links, FLASH_BACKWARD * core + sums))
+        forward = exchange.forward_seconds(self.links, core.forward + sums)
+        return PartTime(forward, exchange.backward_seconds(self.links, core.backward + sums))
+
+    def _attention_products(self, flops: float) -> PartTime:
+        """The products of the attention whose causal half has `flops`, by the program's kernel.
+
+        unfused (Megatron-LM's core attention before flash): the whole square as plain products, no mask left out; each
+        pass over the scores (scale and mask, softmax, dropout) reads and writes them.
+        """
+        kernel = self.software.attention
+        if kernel == "unfused":
+            scores = flops / (2 * self.run.model.head_dim)  # the half of them; the products do 4 d for each
+            square = 2 * flops / (self._peak * self._efficiency("gemm") * UNFUSED_SHARE)
+            passes = self._bytes(UNFUSED_PASSES * 2 * scores * self._size)
+            return PartTime(square + passes, GEMM_BACKWARD * (square + passes))
+        fused = self._efficiency("attention")
+        forward = fused if kernel == "fused" else self.device.efficiency.get("attention_flash2", fused)
+        backward = forward if kernel != "ordered" else self.device.efficiency.get("attention_flash2_ordered", forward)
+        return PartTime(flops / (self._peak * forward), FLASH_BACKWARD * flops / (self._peak * backward))
 
     def _dense(self, width: int) -> PartTime:
         """An MLP of this width, and the residual sum behind it."""
         model, tokens = self.run.model, self._tokens
         share = tokens.whole / tokens.tensor
-        product = self._gemm(mlp_forward_flops(model, width) * share)
+        inner = width / tokens.tensor
+        product = self._product(tokens.whole, (2 if model.is_gated else 1) * inner, model.hidden_size)
+        product += self._product(tokens.whole, model.hidden_size, inner)
         element = self._size * width * share
         forward, backward = self._activation_passes
-        residual = self._bytes(self._size * model.hidden_size * tokens.split)
+        residual = self._passes(self._size * model.hidden_size * tokens.split)
         exchange = self._exposed_tensor()
         return PartTime(
-            product + self._bytes(forward * element) + 3 * residual + exchange,
-            GEMM_BACKWARD * product + self._bytes(backward * element) + residual + exchange,
+            product + self._passes(forward * element) + 3 * residual + exchange,
+            GEMM_BACKWARD * product + self._passes(backward * element) + residual + exchange,
         )
 
     @property
@@ -327,18 +349,20 @@ class TimeModel:
         model, tokens = self.run.model, self._tokens
         width = expert_ffn_hidden_size(model) / tokens.expert_tensor
         hidden, rows = model.hidden_size, tokens.routed * self.software.moe_imbalance
-        product = mlp_forward_flops(model, width) * rows / (self._peak * self._efficiency("grouped_gemm"))
+        local = (model.num_experts or 1) / tokens.expert
+        gate_up = self._grouped(rows, (2 if model.is_gated else 1) * width, hidden, local)
+        product = gate_up + self._grouped(rows, hidden, width, local)
         element, row = self._size * width * rows, self._size * hidden * rows
         # the rows are copied out, sorted where they arrive, put back and summed: four passes that read and write
         moves = self._bytes(8 * row)
-        router = self._gemm(2 * hidden * (model.num_experts or 0) * tokens.split)
+        router = 2 * hidden * (model.num_experts or 0) * tokens.split / (self._peak * self._efficiency("gemm"))
         exchange = (
             expert_exchange_seconds(self.run, self.links, self.software.expert_by_node) * self.software.moe_imbalance
         )
         read, again = self._activation_passes
         forward, backward = (
-            product + self._bytes(read * element),
-            GEMM_BACKWARD * product + self._bytes(again * element),
+            product + self._passes(read * element),
+            GEMM_BACKWARD * product + self._passes(again * element),
         )
         exposed = PartTime(self._exposed_experts(exchange, forward), self._exposed_experts(exchange, backward))
         block = PartTime(router + moves + forward, GEMM_BACKWARD * router + moves + backward)
@@ -355,13 +379,8 @@ class TimeModel:
         model, tokens = self.run.model, self._tokens
         rows = tokens.routed * self.software.moe_imbalance
         width = expert_ffn_hidden_size(model) / tokens.expert_tensor
-        again = (
-            (4 if model.is_gated else 2)
-            * model.hidden_size
-            * width
-            * rows
-            / (self._peak * self._efficiency("grouped_gemm"))
-        )
+        local = (model.num_experts or 1) / tokens.expert
+        again = self._grouped(rows, (2 if model.is_gated else 1) * width, model.hidden_size, local)
         shared = model.moe_shared_expert_intermediate_size
         return again + (self._dense(shared).forward if shared else 0.0)
 
@@ -369,14 +388,14 @@ class TimeModel:
         """What is left of the exchange: beside another micro-batch a share of it; when the block runs in chunks the
         first dispatch, the last way back, and whatever the experts' compute does not cover of the rest."""
         chunks = self.software.moe_chunks
-        left = exchange * (1 - self.software.expert_overlap)
+        left = exchange * EXPERTS_EXPOSED * (1 - self.software.expert_overlap)
         return left / chunks + max(0.0, left - compute) * (chunks - 1) / chunks
 
     def _norm(self) -> PartTime:
         return self._norm_of(self.run.model.hidden_size * self._tokens.split)
 
     def _norm_of(self, elements: float) -> PartTime:
-        element = self._bytes(self._size * elements)
+        element = self._passes(self._size * elements)
         return PartTime(
             2 * element, 4 * element
         )  # read, write; input and gradient read, gradient written, weight's sum
@@ -389,14 +408,58 @@ class TimeModel:
     def _efficiency(self, name: str) -> float:
         return self.device.efficiency.get(name, 1.0)
 
-    def _gemm(self, flops: float) -> float:
-        return flops / (self._peak * self._efficiency("gemm"))
+    def _product(self, rows: float, columns: float, depth: float, *, fp8: bool = True) -> float:
+        """Seconds of one product [rows, depth] x [depth, columns] of this rank; each of the two of its backward takes
+        as long.
+
+        A share of the peak that falls towards narrow and shallow products (tiles at the edges, waves that do not fill
+        the device), the operands through memory, and a start. In FP8 where the run has it (`fp8`: and this product).
+        """
+        return self._products(rows, columns, depth, 1, "gemm", fp8 and self._fp8)
+
+    def _grouped(self, rows: float, columns: float, depth: float, experts: float) -> float:
+        """The same of `rows` in all that lie on so many experts, each with a matrix of its own."""
+        fp8 = self._fp8 and self.software.experts_in_fp8
+        return self._products(rows, columns, depth, experts, "grouped_gemm", fp8)
+
+    def _products(self, rows: float, columns: float, depth: float, matrices: float, kind: str, fp8: bool) -> float:
+        peak, share = self._peak, self._efficiency(kind)
+        if fp8:
+            peak = (self.device.peak("fp8") or 0.0) * 1e12 or peak
+            share = self.device.efficiency.get("fp8_gemm", share)
+        edges = 1 + self.device.gemm_edge * (1 / columns + 1 / depth)
+        element = 1 if fp8 else self._size
+        moved = element * (rows * depth + matrices * depth * columns) + self._size * rows * columns
+        moved += FP8_CAST_BYTES * rows * depth * fp8
+        operands = self._bytes(moved) if self.device.gemm_edge else 0.0
+        return 2 * rows * columns * depth * edges / (peak * share) + operands + self.device.gemm_start_s
+
+    def _sharded(self, count: LocalCount, part: PartTime) -> PartTime:
+        """A part with these parameters whose weights are gathered for each of its passes, and whose gradients are
+        reduced in each micro-batch, beside its compute."""
+        if self.software.sharding == "none":
+            return part
+        gather = self._over_data(count, self._size)
+        backward = self._over_data(count, self.software.gradient_bytes) + gather * (self.software.sharding == "full")
+        return PartTime(_beside(part.forward, gather), _beside(part.backward, backward))
+
+    def _end(self, count: LocalCount, part: PartTime) -> PartTime:
+        shards = self._sharded(count, part)
+        return PartTime(self._stack(shards.forward), self._stack(shards.backward))
+
+    def _stack(self, seconds: float) -> float:
+        """What the rest of the program makes of them: `efficiency.stack`."""
+        return seconds / self._efficiency("stack")
 
     def _bytes(self, count: float) -> float:
         return count / self._memory
 
+    def _passes(self, count: float) -> float:
+        """Element-wise work: norms, rotary, activation, residual sums."""
+        return self._bytes(count * (PLAIN_PASSES if self.software.plain_kernels else 1.0))
+
     def _accumulate(self, count: LocalCount) -> float:
-        return self._bytes((self._size + 2 * GRADIENT_BYTES) * count.total)
+        return self._bytes((self._size + 2 * self.software.gradient_bytes) * count.total)
 
     def _layer_count(self, layer: int) -> LocalCount:
         return local_count(layer_table(self.run.model, layer), self.run.parallel)
@@ -413,6 +476,11 @@ class TimeModel:
                 "calibrate again with this recompute kind among those asked for",
             )
         return LayerTime(times["forward"], times["backward"], times.get(f"extra.{name}", 0.0))
+
+
+def _beside(compute: float, exchange: float) -> float:
+    """Seconds of both where they run at once: the longer one, and a part of the other that nothing hides."""
+    return max(compute, exchange) + SHARDS_EXPOSED * min(compute, exchange)
 
 
 def repeated_parts(modes: tuple[str, ...]) -> tuple[str, ...]:

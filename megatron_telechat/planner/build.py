@@ -12,7 +12,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import embedding_bytes, layer_activations, output_layer_bytes
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.devices import DeviceSpec
-from megatron_telechat.costs.memory import resident_bytes
+from megatron_telechat.costs.memory import resident_bytes, whole_layers_bytes
 from megatron_telechat.costs.parameters import local_count
 from megatron_telechat.costs.time import Software, TimeModel, mode_name
 from megatron_telechat.errors import ConfigError
@@ -86,13 +86,13 @@ def balance_problem(
     for is_moe, members in groupby(layers, run.model.layer_is_moe):
         numbers = list(members)
         own = dict.fromkeys([(), *(of_layer(modes, is_moe) for modes in wanted)])
-        groups.append(_group(run, times, numbers[0], len(numbers), tuple(own)))
+        groups.append(_group(run, times, numbers[0], len(numbers), tuple(own), software))
     embedding, output = times.embedding(), times.output_layer()
     ends = [stage_table(run.model, (), has_embedding=first, has_loss=not first) for first in (True, False)]
     parallel = run.parallel
     if parallel.pipeline_model_parallel_size == 1:  # a tied matrix lies on the one stage once
         ends[1] = {key: spec for key, spec in ends[1].items() if key not in ends[0]}
-    embed_bytes, head_bytes = (_weights(run, table) for table in ends)
+    embed_bytes, head_bytes = (_weights(run, table, software) for table in ends)
     return BalanceProblem(
         P=parallel.pipeline_model_parallel_size,
         V=parallel.num_virtual_stages_per_pipeline_rank,
@@ -107,17 +107,20 @@ def balance_problem(
     )
 
 
-def _weights(run: RunConfig, table: Table) -> float:
-    return sum(resident_bytes(run, local_count(table, run.parallel)))
+def _weights(run: RunConfig, table: Table, software: Software | None) -> float:
+    return sum(resident_bytes(run, local_count(table, run.parallel), software))
 
 
-def _group(run: RunConfig, times: TimeModel, layer: int, count: int, kinds: tuple[Modes, ...]) -> LayerGroup:
-    plain = times.layer(layer, ())
+def _group(
+    run: RunConfig, times: TimeModel, layer: int, count: int, kinds: tuple[Modes, ...], software: Software | None
+) -> LayerGroup:
+    plain, table = times.layer(layer, ()), layer_table(run.model, layer)
+    gathered = whole_layers_bytes(run, local_count(table, run.parallel), software)
     modes = []
     for kind in kinds:
-        memory = layer_activations(run, layer, kind)
-        modes.append(Mode(mode_name(kind), times.layer(layer, kind).extra, memory.kept, memory.working_set))
-    return LayerGroup(count, plain.forward, plain.backward, _weights(run, layer_table(run.model, layer)), tuple(modes))
+        memory = layer_activations(run, layer, kind, software=software)
+        modes.append(Mode(mode_name(kind), times.layer(layer, kind).extra, memory.kept, memory.working_set + gathered))
+    return LayerGroup(count, plain.forward, plain.backward, _weights(run, table, software), tuple(modes))
 
 
 def mtp_block(run: RunConfig, device: DeviceSpec, layer: int = -1, software: Software | None = None) -> Block:
@@ -128,11 +131,11 @@ def mtp_block(run: RunConfig, device: DeviceSpec, layer: int = -1, software: Sof
     times = TimeModel(run, device, software)
     decoder, output = times.layer(layer, ()), times.output_layer()
     hidden, tensor = run.model.hidden_size, run.parallel.tensor_model_parallel_size
-    per_parameter = (
-        _weights(run, layer_table(run.model, layer)) / local_count(layer_table(run.model, layer), run.parallel).total
-    )
-    kept = layer_activations(run, layer, ()).kept + output_layer_bytes(run)
-    weights = _weights(run, layer_table(run.model, layer)) + per_parameter * 2 * hidden * hidden / tensor
+    table = layer_table(run.model, layer)
+    own = _weights(run, table, software)
+    per_parameter = own / local_count(table, run.parallel).total
+    kept = layer_activations(run, layer, (), software=software).kept + output_layer_bytes(run)
+    weights = own + per_parameter * 2 * hidden * hidden / tensor
     return Block(decoder.forward + output.forward, decoder.backward + output.backward, weights, kept)
 
 

@@ -19,6 +19,13 @@ MOST_OPS = 16384
 MIN_ROUNDS = 8
 """Groups of P micro-batches that are simulated in any case: the pipeline is full after two."""
 
+HIDDEN = 0.68
+"""Of the backward of one micro-batch, the share beside which gradients are reduced."""
+LEFT = 0.16
+"""Share of an overlapped reduction that is exposed at least: its last bucket, and what it slows the compute down."""
+MESSAGES_EXPOSED = 0.19
+"""Share of the messages between stages that stands in the way of compute even where the schedule has time for them."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -29,11 +36,13 @@ class Prediction:
         makespan: from its first forward to the end of its last backward.
         pace: of the makespan, the factor for waiting neighbours and varying ops; 1 where no calibration measured them.
         simulation: its ops; of the first micro-batches alone where there are very many.
+        messages: between stages, which stand in the way of compute where the schedule has time for them.
         reduction: gradient reduction and weight gathering that the backward does not cover, of the slowest stage.
         optimizer: optimizer step of the stage with the most parameters.
         constant: the rest of an iteration; measured, or 0.
         tokens: tokens of one iteration.
         ranks: ranks that share them.
+        error: nine in ten runs like this one lie within this share of the prediction (`error_bar`).
     """
 
     problem: BalanceProblem
@@ -41,16 +50,18 @@ class Prediction:
     makespan: float
     pace: float
     simulation: SimResult
+    messages: float
     reduction: float
     optimizer: float
     constant: float
     tokens: int
     ranks: int
+    error: float = 0.0
 
     @property
     def iteration(self) -> float:
         """Seconds of the whole iteration."""
-        return self.makespan + self.reduction + self.optimizer + self.constant
+        return self.makespan + self.messages + self.reduction + self.optimizer + self.constant
 
     @property
     def tokens_per_s_per_device(self) -> float:
@@ -99,6 +110,29 @@ def _pace(
     return expected / simulation.makespan
 
 
+FAR_EXPERTS, WIDE_TENSOR = 0.1, 0.03
+"""What published runs add to the error: experts exchanged between nodes, and tensor parallelism over a node."""
+MEASURED_ERROR, CALIBRATED_ERROR = 0.1, 0.1
+
+
+def error_bar(run: RunConfig, device: DeviceSpec, times: TimeModel) -> float:
+    """Share of the prediction within which nine in ten runs lie (docs/costs.md): of the device's file, more where links
+    between nodes or small products matter, less where times or a throughput were measured."""
+    if times.measured is not None:
+        return MEASURED_ERROR
+    if "stack" in device.efficiency:
+        return CALIBRATED_ERROR
+    expert, expert_tensor = run.parallel.expert_sizes
+    far = run.model.is_moe and expert * expert_tensor > times.links.ranks_per_node
+    wide = run.parallel.tensor_model_parallel_size >= 8
+    return device.error + FAR_EXPERTS * far + WIDE_TENSOR * wide
+
+
+def _exposed(exchange: float, compute: float, overlapped: bool) -> float:
+    """What is left of an exchange once a step beside the `compute` of one micro-batch."""
+    return max(exchange - HIDDEN * compute, LEFT * exchange) if overlapped else exchange
+
+
 def predict(run: RunConfig, device: DeviceSpec, software: Software | None = None) -> Prediction:
     """One iteration of this run: its own layout and recompute, on Megatron-Core's schedule, then the optimizer.
 
@@ -112,22 +146,29 @@ def predict(run: RunConfig, device: DeviceSpec, software: Software | None = None
     makespan, simulation = simulated(problem, assignment)
     times = TimeModel(run, device, software)
     pace = _pace(run, times, problem, assignment, simulation)
+    messages = 0.0
+    if problem.P > 1 and times.measured is None:
+        messages = MESSAGES_EXPOSED * 2 * problem.m * problem.V * problem.p2p
     counts = stage_parameters(run)
-    hidden = [0.0] * problem.P
-    if run.parallel.overlap_grad_reduce:
-        for op in simulation.ops:
-            if op.kind == "B" and op.microbatch == 0:
-                hidden[op.device] += op.end - op.start
+    stages, ranks = problem.num_stages, range(problem.P)
+    seconds = stage_times(problem, assignment)
+    cover = [(sum(seconds[rank : stages : problem.P]), sum(seconds[stages + rank :: problem.P])) for rank in ranks]
     return Prediction(
         problem=problem,
         assignment=assignment,
         makespan=makespan * pace,
         pace=pace,
         simulation=simulation,
+        messages=messages,
         reduction=times.tied_embedding()
-        + max(max(0.0, times.gradient_reduction(count) - cover) for count, cover in zip(counts, hidden, strict=True)),
+        + max(
+            _exposed(times.gradient_reduction(count), backward, run.parallel.overlap_grad_reduce)
+            + _exposed(times.parameter_gather(count), forward, run.parallel.overlap_param_gather)
+            for count, (forward, backward) in zip(counts, cover, strict=True)
+        ),
         optimizer=max(times.optimizer_step(count) for count in counts),
         constant=times.step_constant(),
         tokens=run.training.global_batch_size * run.training.seq_length,
         ranks=max(run.parallel.world_size, 1),
+        error=error_bar(run, device, times),
     )

@@ -204,7 +204,7 @@ def test_many_micro_batches_are_carried_on_exactly(monkeypatch, virtual_stages):
 def test_prediction_adds_what_the_schedule_does_not_see():
     run = load("115b")
     prediction = predict(run, NPU)
-    parts = prediction.makespan + prediction.reduction + prediction.optimizer
+    parts = prediction.makespan + prediction.messages + prediction.reduction + prediction.optimizer
     assert prediction.iteration == pytest.approx(parts)
     assert prediction.tokens_per_s_per_device == pytest.approx(64 * 8192 / 512 / prediction.iteration)
     exposed = predict(replace(run, parallel=replace(run.parallel, overlap_grad_reduce=False)), NPU)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_telechat.config.layout import pipeline_layout
@@ -23,17 +25,24 @@ def test_layouts_are_the_published_ones():
     assert moe.training.recompute_layout == "full*3,none*12|none*15"
 
 
-def test_the_device_file_holds_the_fit_to_one_of_them():
-    device = published_device()
-    fitted = fit_gemm(BY_NAME["telechat2-115b"], device)
-    assert device.efficiency["gemm"] == pytest.approx(fitted.efficiency["gemm"], abs=2e-3)
-
-
 @pytest.mark.parametrize("name", BY_NAME)
-def test_throughput_within_17_percent(name):
-    """The 39B is the far one, 1.16: its gradient groups have two adapters a node, and nothing yet says how much of
-    their time the backward cannot hide."""
-    assert BY_NAME[name].ratio(published_device()) == pytest.approx(1.0, abs=0.17)
+def test_throughput_within_15_percent(name):
+    """The device file is fitted to runs of other models; of these the 39B alone is in it, by the grouped products."""
+    assert BY_NAME[name].ratio(published_device()) == pytest.approx(1.0, abs=0.15)
+
+
+def test_one_known_throughput_brings_all_of_them_within_ten_percent():
+    device = published_device()
+    stack = 1 / BY_NAME["telechat2-35b"].ratio(device)
+    calibrated = replace(device, efficiency={**device.efficiency, "stack": stack})
+    ratios = {name: entry.ratio(calibrated) for name, entry in BY_NAME.items()}
+    assert ratios["telechat2-35b"] == pytest.approx(1.0)
+    assert all(abs(ratio - 1) < 0.1 for ratio in ratios.values()), ratios
+
+
+def test_a_fit_of_the_products_meets_its_run():
+    entry = BY_NAME["telechat2-115b"]
+    assert entry.ratio(fit_gemm(entry, published_device())) == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.heavy
