@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "huggingface": ("checkpoint",),
     "training": ("checkpoint", "data", "model", "planner"),
     "virtual": ("training",),
-    "cli": ("training", "huggingface", "planner", "virtual"),
+    "merging": ("huggingface",),
+    "cli": ("training", "merging", "planner", "virtual"),
 }
 """What a room imports; what those import in turn is allowed too."""
 
