@@ -106,10 +106,9 @@ def _add_examples(parser: ToolParser) -> None:
         "--temperature", type=positive(float), default=5.0, help="weights are softmax(-loss / temperature); default 5"
     )
     group.add_argument("--tokenizer", type=Path, help="file or folder; default: that of the inputs")
-    for flag, name in (("--template", "sft_template"), ("--loss-mask", "sft_loss_mask")):
-        field = fields_by_name()[name]
-        said = f"of dialogs, as {field.flag} (default {field.default})"
-        group.add_argument(flag, choices=field.choices, default=field.default, help=said)
+    template, mask = fields_by_name()["sft_template"], fields_by_name()["sft_loss_mask"]
+    group.add_argument("--template", choices=template.choices, default=template.default, help="as --sft-template")
+    group.add_argument("--loss-mask", choices=mask.choices, default=mask.default, help="as --sft-loss-mask")
     group.add_argument("--device", choices=DEVICE_CHOICES, default=HOST, help="of the forward; default cpu")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default fp32 on the CPU, else bf16")
 

@@ -10,9 +10,12 @@ import torch
 from megatron_telechat.errors import CheckpointError, NumericsError
 from megatron_telechat.merging.inputs import MODEL, Input, master_key
 from megatron_telechat.merging.methods import Method, Rule
-from megatron_telechat.merging.sums import flat_start, pieces
+from megatron_telechat.merging.sums import chunks, flat_start, pieces
 from megatron_telechat.tensors.boxes import Box
 from megatron_telechat.tensors.table import tensor_table
+
+_MAPPED_BYTES = 128 << 20
+"""Pages of the inputs' files that may stay mapped; what was read counts to the resident set until they are closed."""
 
 
 class Merged:
@@ -41,6 +44,7 @@ class Merged:
         self._from_masters, self._dtype = from_masters, dtype
         self._counting = [inputs[number] for number in counting]
         self.table = tensor_table(inputs[0].run.model)
+        self._mapped = 0
         self._rule = functools.lru_cache(maxsize=1)(self._make_rule)
 
     def dtype(self, key: str) -> torch.dtype:
@@ -75,14 +79,17 @@ class Merged:
             if rule.copied is not None:
                 part.copy_(self._checked(rule.copied, self._copied_from(rule.copied, key, dtype), place))
             else:
-                terms = [self._checked(number, self._key(number, key), place).double() for number in rule.inputs]
-                part.copy_(rule.combine(terms, flat_start(place.offset, self.shape(key))))
+                values = [self._checked(number, self._key(number, key), place) for number in rule.inputs]
+                first = flat_start(place.offset, self.shape(key))
+                for chunk in chunks(piece.numel):
+                    part[chunk].copy_(rule.combine([each[chunk].double() for each in values], first + chunk.start))
                 self._require_finite(part, key, dtype)
             at += piece.numel
         return out
 
     def release(self) -> None:
         """Let go of what reads have mapped."""
+        self._mapped = 0
         for one in self.inputs:
             one.release()
 
@@ -101,6 +108,9 @@ class Merged:
 
     def _checked(self, number: int, key: str, box: Box) -> torch.Tensor:
         values = self.inputs[number].read(key, box.offset, box.shape).reshape(-1)
+        self._mapped += values.nbytes
+        if self._mapped > _MAPPED_BYTES:
+            self.release()
         if not bool(torch.isfinite(values).all()):
             raise NumericsError(
                 f"{key} holds values that are not finite", str(self.inputs[number].path), "leave this input out"
@@ -128,8 +138,9 @@ class _Pieces:
     def pieces(self, key: str, numbers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
         merged, stored = self._merged, MODEL + key
         for box in pieces(merged.shape(stored)):
-            yield [merged._checked(number, merged._key(number, stored), box) for number in numbers]
-        merged.release()
+            values = [merged._checked(number, merged._key(number, stored), box) for number in numbers]
+            for chunk in chunks(box.numel):
+                yield [each[chunk] for each in values]
 
 
 def _bare(key: str) -> str:

@@ -107,7 +107,6 @@ def write_checkpoint(merged: Merged, output: Path, progress: Progress, provenanc
         for key in keys:
             for box in pieces(merged.shape(key), _BOX):
                 writer.add(key, merged.shape(key), box.offset, merged.read(key, box.offset, box.shape))
-            merged.release()
         part = merge_parts([writer.close()])
         first = merged.inputs[0]
         manifest = Manifest(
@@ -192,7 +191,7 @@ def write_folder(
         key = MODEL + link.key
         if link.key in absent and not merged.read(key, link.box.offset, link.box.shape).any():
             continue
-        read = functools.partial(_read, merged, key, link.box.offset, link.box.shape)
+        read = functools.partial(merged.read, key, link.box.offset, link.box.shape)
         tensors += link_tensors(link, read, [merged.hf_dtype(key, name) for name in link.names])
     notes = write_hf_folder(
         output,
@@ -205,9 +204,3 @@ def write_folder(
         more=functools.partial(_write_provenance, provenance=provenance),
     )
     return Written(output, sum(tensor.nbytes for tensor in tensors), tuple(notes))
-
-
-def _read(merged: Merged, key: str, offset: Sequence[int], shape: Sequence[int]) -> Any:
-    values = merged.read(key, offset, shape)
-    merged.release()
-    return values

@@ -9,8 +9,10 @@ import torch
 
 from megatron_telechat.tensors.boxes import Box, Shape
 
-PIECE = 1 << 21
-"""Elements that are computed at a time: 16 MiB for each fp64 term."""
+PIECE = 1 << 22
+"""Elements that are read at a time."""
+CHUNK = 1 << 17
+"""Elements that are computed at a time: 1 MiB for each fp64 term, so that all terms stay in a core's cache."""
 _ROW = 1 << 12
 
 
@@ -66,6 +68,12 @@ def pieces(shape: Shape, limit: int = PIECE) -> Iterator[Box]:
     step = limit // row
     for index in range(0, shape[0], step):
         yield Box((index, *(0,) * (len(shape) - 1)), (min(step, shape[0] - index), *shape[1:]))
+
+
+def chunks(count: int) -> Iterator[slice]:
+    """Cut a flat piece into what is computed at a time."""
+    for start in range(0, count, CHUNK):
+        yield slice(start, min(start + CHUNK, count))
 
 
 def flat_start(offset: Sequence[int], shape: Sequence[int]) -> int:

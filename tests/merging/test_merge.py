@@ -107,7 +107,25 @@ def test_neither_order_nor_layout_nor_pieces_change_a_bit(tmp_path, method, monk
     for number, order in enumerate(orders if method == "linear" else orders[-1:]):
         same(wanted, merged(f"order{number}", sharded, order))
     monkeypatch.setattr(sums.pieces, "__defaults__", (256,))
+    monkeypatch.setattr(sums, "CHUNK", 100)
     same(wanted, merged("pieces", sharded, tuple(numbers)))
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare"])
+def test_no_read_is_larger_than_a_piece(tmp_path, monkeypatch, method):
+    paths = [checkpoint(tmp_path / str(seed), random_state(seed, optimizer=False)) for seed in (1, 2, 3)]
+    sizes, read = [], CheckpointReader.read
+
+    def noted(self, key, offset=None, shape=None):
+        values = read(self, key, offset, shape)
+        sizes.append(values.numel())
+        return values
+
+    monkeypatch.setattr(CheckpointReader, "read", noted)
+    monkeypatch.setattr(sums.pieces, "__defaults__", (1000,))
+    inputs = paths[:2] if method in ("linear", "slerp") else [*paths[:2], "--base", paths[2]]
+    merge(*inputs, "--method", method, "--output", tmp_path / "out")
+    assert max(sizes) <= 1000 < 16 * sum(sizes)
 
 
 def test_the_average_of_sharded_checkpoints_is_the_plain_one(tmp_path):

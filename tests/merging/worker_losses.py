@@ -100,15 +100,14 @@ def of_a_sharded_checkpoint() -> dict:
     from megatron_telechat.checkpoint.format import CheckpointReader
     from megatron_telechat.cli.convert_checkpoint import main as convert
     from megatron_telechat.config.yaml_io import run_config_from_yaml
-    from tests.merging.material import SHARED as LAYOUTS
-    from tests.merging.material import checkpoint
+    from tests.merging.material import SHARDED, checkpoint
 
     _, folders, examples = _folders()
     convert(["import", "--hf", str(folders[0]), "--output", str(SHARED / "imported")])
     reader = CheckpointReader(SHARED / "imported" / "iter_0000000")
     run = run_config_from_yaml(reader.config, "manifest")
     state = {key: reader.read(key) for key in reader.entries}
-    sharded = checkpoint(SHARED / "sharded", state, LAYOUTS["tp2 ep2"], model=run.model, run=run)
+    sharded = checkpoint(SHARED / "sharded", state, SHARDED["tp2 ep2"], model=run.model, run=run)
     flags = ["--examples", examples, "--output", SHARED / "of layouts", "--tokenizer", folders[0]]
     code = _tools()([str(word) for word in (sharded, folders[0], *flags)])
     told = json.loads((SHARED / "of layouts" / "merge_provenance.json").read_text())
