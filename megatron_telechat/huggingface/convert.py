@@ -166,25 +166,66 @@ def export_hf(
     """
     reader, passed_over = open_verified(Path(checkpoint), step)
     folder = reader.path
-    run = _saved_run(reader)
+    run = readable_config(reader)
     model = run.model
     require_fit(reader, model)
     tensors = _export_list(reader, weight_map(model), None if dtype == KEEP else DTYPES[dtype])
     source = template if template is not None else folder / COMPANIONS
-    moved, notes = _check_template(Path(source), run, reader, required=template is not None)
-    output = Path(output)
+    notes = write_hf_folder(
+        Path(output),
+        tensors,
+        run,
+        reader.manifest.extra,
+        Path(source),
+        template_required=template is not None,
+        tokenizer=tokenizer,
+        max_shard_bytes=max_shard_bytes,
+    )
+    return Converted(Path(output), len(tensors), sum(tensor.nbytes for tensor in tensors), (*passed_over, *notes))
+
+
+def write_hf_folder(
+    output: Path,
+    tensors: Sequence[LazyTensor],
+    run: RunConfig,
+    extra: Mapping[str, Any],
+    source: Path,
+    *,
+    template_required: bool = False,
+    tokenizer: Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    more: Callable[[Path], object] | None = None,
+) -> list[str]:
+    """Write weights and all that belongs beside them as a new Hugging Face folder, whole or not at all.
+
+    Args:
+        output: a folder that does not exist yet, or is empty.
+        tensors: every Hugging Face tensor of the model.
+        run: configuration of the model that they are of.
+        extra: ``extra`` of the checkpoint's manifest.
+        source: folder whose other files are carried over, if it is there.
+        template_required: the source must hold the config.json of this very model.
+        tokenizer: a tokenizer file, or a folder with one, to put beside the weights.
+        more: called with the folder under way, before it gets its name.
+
+    Returns:
+        What a person should know.
+    """
+    moved, notes = _check_template(source, run, extra, template_required)
     staged = _stage(output, sum(tensor.nbytes for tensor in tensors))
     try:
-        carry_companions(Path(source) if Path(source).is_dir() else None, staged)
+        carry_companions(source if source.is_dir() else None, staged)
         if tokenizer is not None:
             _copy_tokenizer(Path(tokenizer), staged)
         if moved:
-            config = with_reached_positions(read_json(staged / CONFIG), model, run.training.seq_length)
+            config = with_reached_positions(read_json(staged / CONFIG), run.model, run.training.seq_length)
             _write_json(staged / CONFIG, config)
         if not (staged / CONFIG).exists():
             _write_config(staged, run, tensors)
             notes.append("config.json was made from the checkpoint's configuration; no modelling file is in the folder")
         write_hf_weights(staged, tensors, max_shard_bytes)
+        if more is not None:
+            more(staged)
         os.rename(staged, output)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
@@ -192,10 +233,11 @@ def export_hf(
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    return Converted(output, len(tensors), sum(tensor.nbytes for tensor in tensors), (*passed_over, *notes))
+    return notes
 
 
-def _saved_run(reader: CheckpointReader) -> RunConfig:
+def readable_config(reader: CheckpointReader) -> RunConfig:
+    """Configuration of the run that saved a checkpoint. Raises CheckpointError where this release cannot read it."""
     try:
         return run_config_from_yaml(reader.config, str(reader.path))
     except ConfigError as error:
@@ -215,16 +257,20 @@ def _export_list(reader: CheckpointReader, links: Sequence[Link], dtype: torch.d
         key = f"model/{link.key}" if dtype is None else weight_key(reader, link.key, dtype)
         if dtype is None and link.key in absent and not reader.read(key).any():
             continue
-        parts = functools.lru_cache(maxsize=1)(functools.partial(_split, reader, key, link))
-        for number, (name, shape) in enumerate(zip(link.names, link.shapes, strict=True)):
-            wanted = dtype or (dtype_named(odd[name]) if name in odd else reader.dtype(key))
-            last = number == len(link.names) - 1
-            tensors.append(LazyTensor(name, wanted, tuple(shape), _part(parts, number, wanted, last)))
+        read = functools.partial(reader.read, key, link.box.offset, link.box.shape)
+        dtypes = [dtype or (dtype_named(odd[name]) if name in odd else reader.dtype(key)) for name in link.names]
+        tensors += link_tensors(link, read, dtypes)
     return tensors
 
 
-def _split(reader: CheckpointReader, key: str, link: Link) -> list[torch.Tensor]:
-    return link.split(reader.read(key, link.box.offset, link.box.shape))
+def link_tensors(link: Link, read: Callable[[], torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[LazyTensor]:
+    """The Hugging Face tensors of a link in these dtypes; ``read`` gives the values of its box when the first is
+    written, and they are let go after the last."""
+    parts = functools.lru_cache(maxsize=1)(lambda: link.split(read()))
+    return [
+        LazyTensor(name, dtype, tuple(shape), _part(parts, number, dtype, last=number == len(link.names) - 1))
+        for number, (name, shape, dtype) in enumerate(zip(link.names, link.shapes, dtypes, strict=True))
+    ]
 
 
 def _part(parts: Any, number: int, dtype: torch.dtype, last: bool) -> Callable[[], torch.Tensor]:
@@ -237,7 +283,7 @@ def _part(parts: Any, number: int, dtype: torch.dtype, last: bool) -> Callable[[
     return load
 
 
-def _check_template(folder: Path, run: RunConfig, reader: CheckpointReader, required: bool) -> tuple[bool, list[str]]:
+def _check_template(folder: Path, run: RunConfig, extra: Mapping[str, Any], required: bool) -> tuple[bool, list[str]]:
     """Whether its config.json must follow what the run changed on its way, and notes.
 
     Raises CheckpointError when it is of another architecture or not there.
@@ -252,7 +298,7 @@ def _check_template(folder: Path, run: RunConfig, reader: CheckpointReader, requ
     except CheckpointError as error:
         return False, [f"config.json was carried over, but could not be compared: {error.problems[0].what}"]
     differences = config_differences(run.model, theirs)
-    changed_length = len(reader.manifest.extra.get(SAVED_AS, {}).get("legs", ())) > 1
+    changed_length = len(extra.get(SAVED_AS, {}).get("legs", ())) > 1
     if not required and (differences or changed_length) and set(differences) <= set(POSITIONS):
         reached = "; ".join(differences.values()) or f"seq_length: {run.training.seq_length} in the checkpoint"
         return True, [f"config.json has the positions and lengths that the run has reached ({reached})"]

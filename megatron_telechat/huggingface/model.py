@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from megatron_telechat.backend import get_backend
-from megatron_telechat.checkpoint.loading import load_weights
-from megatron_telechat.config.schema import ParallelConfig, Precision, RunConfig, TrainingConfig
+from megatron_telechat.checkpoint.loading import WeightSource, load_weights
+from megatron_telechat.config.schema import ModelConfig, ParallelConfig, Precision, RunConfig, TrainingConfig
 from megatron_telechat.device_kinds import HOST, DeviceChoice
 from megatron_telechat.huggingface.weights import HfWeights
 from megatron_telechat.model import build_model, parameter_shards
@@ -20,7 +20,7 @@ from megatron_telechat.parallel.state import destroy, initialize
 
 @dataclass(frozen=True)
 class HfModel:
-    """The model with the folder's weights; use through :func:`hf_model`."""
+    """A model with its weights; use through :func:`hf_model` or :func:`running_model`."""
 
     run: RunConfig
     module: torch.nn.Module
@@ -51,10 +51,25 @@ def hf_model(
     Raises CheckpointError for what does not fit.
     """
     weights = HfWeights(Path(folder))
+    model = replace(weights.model, rotary_table_dtype=rotary_table_dtype)
+    with running_model(weights, model, device=device, precision=precision, seq_length=seq_length) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def running_model(
+    weights: WeightSource,
+    model: ModelConfig,
+    *,
+    device: DeviceChoice = HOST,
+    precision: Precision = "fp32",
+    seq_length: int = 1,
+) -> Iterator[HfModel]:
+    """The same of any source of global tensors."""
     backend = get_backend(device)
     backend.install()
     run = RunConfig(
-        model=replace(weights.model, rotary_table_dtype=rotary_table_dtype),
+        model=model,
         parallel=ParallelConfig(world_size=1),
         training=TrainingConfig(device=device, precision=precision, seq_length=seq_length),
     )

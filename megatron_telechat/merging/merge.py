@@ -1,0 +1,280 @@
+"""One merge, from what was asked to what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_telechat import __version__
+from megatron_telechat.checkpoint.lineage import saved_in
+from megatron_telechat.checkpoint.names import folder_of_step
+from megatron_telechat.errors import CheckpointError, ConfigError
+from megatron_telechat.huggingface.convert import DTYPES, KEEP
+from megatron_telechat.merging.alike import require_alike
+from megatron_telechat.merging.inputs import MODEL, CheckpointInput, Input, has_masters, open_input, provenance_of
+from megatron_telechat.merging.losses import losses_of
+from megatron_telechat.merging.merged import Merged, optimizer_keys
+from megatron_telechat.merging.methods import Dare, Linear, Method, Slerp, TaskArithmetic, Ties
+from megatron_telechat.merging.outputs import Progress, progress_of, require_new, write_checkpoint, write_folder
+from megatron_telechat.merging.request import ON_A_BASE, MergeRequest
+from megatron_telechat.merging.weighting import (
+    LayerWeights,
+    decay_weights,
+    loss_weights,
+    read_layer_weights,
+    settled,
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        path: the checkpoint or the Hugging Face folder.
+        inputs: the paths that were merged, in order.
+        weights: common weight of each.
+        losses: of each, where the weights come from them.
+        from_masters: fp32 master weights took part.
+        size_bytes: of the tensors written.
+        notes: what a person should know.
+    """
+
+    path: Path
+    inputs: tuple[Path, ...]
+    weights: tuple[float, ...]
+    losses: tuple[float, ...] | None
+    from_masters: bool
+    size_bytes: int
+    notes: tuple[str, ...]
+
+
+def merge(request: MergeRequest) -> MergeReport:
+    """Merge as asked.
+
+    Raises:
+        ConfigError: arguments that do not go together.
+        CheckpointError: an input is missing, damaged or of another model or tokenizer; the output is there already.
+        DataError: examples or tokenizer cannot be used.
+        NumericsError: a value is not finite.
+        ResourceError: the disk. Nothing is left behind by any of them.
+    """
+    require_sense(request)
+    require_new(request.output)
+    models = [open_input(path, request.verify) for path in _input_paths(request)]
+    base = [] if request.base is None else [open_input(request.base, request.verify)]
+    inputs: list[Input] = [*models, *base]
+    notes = [note for one in inputs for note in getattr(one, "notes", ())]
+    notes += require_alike(inputs, request.allow_model_change)
+    weights, losses = _weights(request, models)
+    weights.require_use(list(_keys(models[0])))
+    counting = _counting(weights, len(models), len(base))
+    from_masters = _from_masters(request, [inputs[number] for number in counting])
+    dtype = None if request.dtype == KEEP else DTYPES[request.dtype]
+    merged = Merged(inputs, _method(request, weights), from_masters, counting, dtype)
+    progress = Progress()
+    if request.optimizer:
+        _require_no_negative(weights, "--optimizer", "would make a second moment of Adam negative")
+        progress = progress_of(models, optimizer_keys(models))
+    provenance = _provenance(request, inputs, weights, losses, from_masters)
+    as_checkpoint = request.format == "checkpoint" or (
+        request.format is None and all(isinstance(one, CheckpointInput) for one in inputs)
+    )
+    if request.optimizer and not as_checkpoint:
+        raise ConfigError("a Hugging Face folder has no optimizer state", "--optimizer", "--format checkpoint")
+    if as_checkpoint:
+        written = write_checkpoint(merged, request.output, progress, provenance)
+    else:
+        tokenizer = request.examples.tokenizer if request.examples else None
+        written = write_folder(merged, request.output, provenance, tokenizer, request.max_shard_bytes)
+    return MergeReport(
+        written.path,
+        tuple(one.path for one in models),
+        weights.common,
+        losses,
+        from_masters,
+        written.size_bytes,
+        (*notes, *written.notes),
+    )
+
+
+def require_sense(request: MergeRequest) -> None:
+    """Raises ConfigError where what is asked does not go together; nothing is opened."""
+    given = {
+        "--weights": request.weights,
+        "--layer-weights": request.layer_weights,
+        "--examples": request.examples,
+        "--window or --steps": request.window,
+    }
+    told = [flag for flag, value in given.items() if value is not None]
+    if len(told) > 1:
+        raise ConfigError(f"{' and '.join(told)} each give the weights", "command line", "one of them")
+    count = len(request.inputs)
+    if request.weights is not None and len(request.weights) != count:
+        raise ConfigError(f"{len(request.weights)} weights for {count} inputs", "--weights", "one weight an input")
+    if request.window is not None and count != 1:
+        raise ConfigError(f"a window of one run, and {count} inputs", "command line", "one folder of checkpoints")
+    on_base = request.method in ON_A_BASE
+    if on_base != (request.base is not None):
+        what = "needs the model that the others began from" if on_base else "has no base"
+        raise ConfigError(f"--method {request.method} {what}", "--base", "--base PATH" if on_base else "leave it out")
+    if request.method == "slerp" and (count != 2 or request.window is not None):
+        raise ConfigError(f"slerp is between two models, not {count}", "--method", "two inputs, or --method linear")
+    if request.optimizer and request.method != "linear":
+        raise ConfigError(
+            f"the optimizer's state has no {request.method}", "--optimizer", "--method linear, or no optimizer state"
+        )
+
+
+def _input_paths(request: MergeRequest) -> Sequence[Path]:
+    window = request.window
+    if window is None:
+        return request.inputs
+    (root,) = request.inputs
+    if window.steps is not None:
+        return [folder_of_step(root, step) for step in sorted(window.steps)]
+    assert window.last is not None
+    saved = saved_in(root)
+    if len(saved) < window.last:
+        steps = ", ".join(str(one.step) for one in saved) or "none"
+        raise CheckpointError(
+            f"a window of {window.last} checkpoints, and these steps are there: {steps}",
+            str(root),
+            "a smaller --window",
+        )
+    return [one.path for one in saved[-window.last :]]
+
+
+def _weights(request: MergeRequest, models: Sequence[Input]) -> tuple[LayerWeights, tuple[float, ...] | None]:
+    """The weights of the models, and the losses that they come from."""
+    on_base, count = request.method in ON_A_BASE, len(models)
+    how = request.weights_sum or ("any" if on_base else "one")
+    if request.layer_weights is not None:
+        return read_layer_weights(request.layer_weights, count, how), None
+    if request.examples is not None:
+        losses = tuple(losses_of(models, request.examples))
+        return LayerWeights(loss_weights(losses, request.examples.temperature)), losses
+    if request.window is not None:
+        _require_equal_steps(request, models)
+        return LayerWeights(decay_weights(request.window.decay, count)), None
+    if request.weights is not None:
+        return LayerWeights(settled(request.weights, how, "--weights")), None
+    return LayerWeights((1.0 if on_base else 1.0 / count,) * count), None
+
+
+def _require_equal_steps(request: MergeRequest, models: Sequence[Input]) -> None:
+    assert request.window is not None
+    steps = [one.step or 0 for one in models]
+    distances = {b - a for a, b in zip(steps, steps[1:], strict=False)}
+    if len(distances) > 1 and request.window.decay not in ("latest", "mean"):
+        raise ConfigError(
+            f"the steps {', '.join(map(str, steps))} are not equally spaced, so that their average stands for no "
+            f"{request.window.decay} decay",
+            "--decay",
+            "equally spaced --steps, or --decay mean",
+        )
+
+
+def _counting(weights: LayerWeights, models: int, bases: int) -> list[int]:
+    lists = [weights.common, *(rule.weights for rule in weights.rules)]
+    return [number for number in range(models) if any(one[number] != 0 for one in lists)] + [
+        models + number for number in range(bases)
+    ]
+
+
+def _from_masters(request: MergeRequest, inputs: Sequence[Input]) -> bool:
+    without = [one for one in inputs if not has_masters(one)]
+    if request.values == "master" and without:
+        raise CheckpointError(
+            "it holds no fp32 master weights", str(without[0].path), "--values weights, or a checkpoint of a training"
+        )
+    if request.optimizer:
+        return True  # else weights and masters would part; of fp32 parameters there are none
+    return request.values != "weights" and not without
+
+
+def _require_no_negative(weights: LayerWeights, where: str, why: str) -> None:
+    if any(weight < 0 for weight in [*weights.common, *(w for rule in weights.rules for w in rule.weights)]):
+        raise ConfigError(f"a negative weight {why}", where, "weights from 0")
+
+
+def _method(request: MergeRequest, weights: LayerWeights) -> Method:
+    if request.method == "linear":
+        return Linear(weights)
+    if request.method == "slerp":
+        return Slerp(weights)
+    if request.method == "task-arithmetic":
+        return TaskArithmetic(weights, request.scale)
+    if request.method in ("ties", "dare-ties"):
+        _require_no_negative(weights, "--method", "has no part in an election of signs")
+    if request.method == "ties":
+        return Ties(weights, request.scale, request.density, request.trim == "model")
+    return Dare(weights, request.scale, request.drop, request.seed, request.method == "dare-ties")
+
+
+def _keys(one: Input) -> list[str]:
+    return [key.removeprefix(MODEL) for key in one.keys if key.startswith(MODEL)]
+
+
+def _provenance(
+    request: MergeRequest,
+    inputs: Sequence[Input],
+    weights: LayerWeights,
+    losses: Sequence[float] | None,
+    from_masters: bool,
+) -> dict[str, Any]:
+    models = len(inputs) - (request.base is not None)
+    described = []
+    for number, one in enumerate(inputs):
+        entry: dict[str, Any] = {"path": str(one.path), **one.identity()}
+        if number < models:
+            entry["weight"] = weights.common[number]
+        if losses is not None and number < models:
+            entry["loss"] = losses[number]
+        if one.tokenizer is not None:
+            entry["tokenizer"] = dict(one.tokenizer)
+        earlier = provenance_of(one)
+        if earlier is not None:
+            entry["merged_from"] = earlier
+        described.append(entry)
+    return {
+        "program": "megatron_telechat",
+        "version": __version__,
+        "command": list(request.command),
+        "method": {"name": request.method, **_parameters(request)},
+        "weights_from": _weights_from(request),
+        "rules": [
+            {"layers": None if rule.layers is None else sorted(rule.layers), "tensors": rule.tensors,
+             "weights": list(rule.weights)}
+            for rule in weights.rules
+        ],
+        "values": "master" if from_masters else "weights",
+        "dtype": request.dtype,
+        "optimizer": "average" if request.optimizer else "none",
+        "inputs": described[:models],
+        "base": described[models] if len(described) > models else None,
+    }  # fmt: skip
+
+
+def _parameters(request: MergeRequest) -> dict[str, Any]:
+    """The numbers that the method computes with."""
+    scale = {"scale": request.scale}
+    return {
+        "task-arithmetic": scale,
+        "ties": {**scale, "density": request.density, "trim": request.trim},
+        "dare": {**scale, "drop": request.drop, "seed": request.seed},
+        "dare-ties": {**scale, "drop": request.drop, "seed": request.seed},
+    }.get(request.method, {})
+
+
+def _weights_from(request: MergeRequest) -> Mapping[str, Any]:
+    if request.examples is not None:
+        wanted = request.examples
+        return {"losses on": str(wanted.file), "temperature": wanted.temperature}
+    if request.window is not None:
+        return {"decay": request.window.decay}
+    if request.layer_weights is not None:
+        return {"file": str(request.layer_weights)}
+    return {"given": list(request.weights)} if request.weights is not None else {"equal": True}
