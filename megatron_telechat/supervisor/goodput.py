@@ -249,7 +249,7 @@ class Goodput:
         death.cost["load"] = loaded - attempt.began
         death.cost["first_step"] = first_step - loaded
         shown = ", ".join(f"{_words(part)} {death.cost[part]:.1f}" for part in ("end", "wait", "load", "first_step"))
-        again = f"; {death.repeated} steps are done again" if death.repeated else ""
+        again = f"; {death.repeated} step{'' if death.repeated == 1 else 's'} done again" if death.repeated else ""
         self._say(f"recovered in {death.recovery_s:.1f} s ({shown}), on from step {attempt.resumed_at}{again}")
         self._write(
             {

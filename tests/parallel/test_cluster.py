@@ -11,6 +11,7 @@ import pytest
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.parallel.cluster import rank_variables, require_started_ranks
 from tests.harness import ROOT
+from tests.training.runs import DENSE
 
 SRUN = {
     "SLURM_JOB_ID": "12",
@@ -114,3 +115,33 @@ def test_the_command_says_it():
         text=True,
     )
     assert done.returncode == 2 and "srun says rank 0 of 8" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_a_training_without_torchrun(tmp_path, launcher):
+    """Two processes with what the launcher gives them, no address and no port."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "PMIX_NAMESPACE": f"prterun-{os.getpid()}", "OMP_NUM_THREADS": "1"}
+    words = {
+        "srun": "SLURM_STEP_ID=0 SLURM_PROCID={0} SLURM_NTASKS=2 SLURM_LOCALID={0} SLURM_STEP_NUM_NODES=1 "
+        "SLURM_STEP_TASKS_PER_NODE=2",
+        "mpirun": "OMPI_COMM_WORLD_RANK={0} OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK={0} "
+        "OMPI_COMM_WORLD_LOCAL_SIZE=2",
+    }[launcher]
+    base = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, str(ROOT / "pretrain" / "pretrain_telechat2.py"), *DENSE, "--train-iters", "2"]
+    command += ["--pipeline-model-parallel-size", "2", "--run-dir", str(tmp_path)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**base, **job, **dict(word.split("=") for word in words.format(rank).split())},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert "step 2/2" in outputs[0] and "step 2/2" not in outputs[1]
