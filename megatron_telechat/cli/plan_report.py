@@ -24,6 +24,8 @@ from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.remedy import Change, Shortage
 from megatron_telechat.planner.simulate import stage_times
 
+WORTH_A_WORD = 0.005
+"""Share of a step below which what the messages between stages take is not named."""
 SHORTEST_STEP_S = 0.02
 """Below this an estimate from FLOPs says nothing."""
 WORTH = 0.005
@@ -143,12 +145,9 @@ def _seconds(value: float) -> str:
 def _times(plan: Plan) -> list[str]:
     found = plan.prediction
     parts = [f"pipeline {_seconds(found.makespan)} (the busiest stage waits {found.bubble:.0%})"]
-    rest = (
-        ("messages", found.messages),
-        ("gradient reduction", found.reduction),
-        ("optimizer", found.optimizer),
-        ("rest", found.constant),
-    )
+    if found.messages > WORTH_A_WORD * found.iteration:
+        parts.append(f"messages {_seconds(found.messages)}")
+    rest = (("gradient reduction", found.reduction), ("optimizer", found.optimizer), ("rest", found.constant))
     parts += [f"{name} {_seconds(value)}" for name, value in rest if value > 0]
     entry = TimeModel(plan.question.run, plan.question.device).measured
     source = (

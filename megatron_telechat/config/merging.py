@@ -48,6 +48,11 @@ A preset's layouts, for one, are for the preset's own pipeline; with another pip
 _TOKENIZER = ("tokenizer-type", "tokenizer-model", "vocab-file")
 TOKENIZER_FILES = ("--vocab-file", "--merge-file")
 """Flags that our training refuses and that a description reads."""
+MODELLED = {
+    *("--use-torch-fsdp2", "--use-megatron-fsdp", "--use-custom-fsdp", "--data-parallel-sharding-strategy"),
+    "--grad-reduce-in-bf16",
+}
+"""Flags that the training refuses and the cost model knows (`costs.software`)."""
 
 
 def _flag_of(problem: Problem) -> str:
@@ -82,7 +87,7 @@ class Merge:
         self.notes: list[str] = list(line.notes)
         if described:
             flags = (_flag_of(one) for one in line.refused)
-            flags = [one for one in flags if one not in TOKENIZER_FILES]
+            flags = [one for one in flags if one not in TOKENIZER_FILES and one.split()[0] not in MODELLED]
             self.notes += [f"{one} is not modelled and was ignored for the plan" for one in flags]
         self.unreadable: set[str] = set(line.unreadable)
         self.preset: str | None = None

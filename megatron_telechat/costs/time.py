@@ -214,13 +214,14 @@ class TimeModel:
         Bytes: gradients zeroed, and read for the norm (4 each); of the rank's share gradient read, moments and master
         weight read and written, weight written.
         """
-        dense, expert = optimizer_shards(self.run)
+        sharded = self.software.sharding != "none"
+        dense, expert = self.run.parallel.gradient_ranks if sharded else optimizer_shards(self.run)
         own = count.dense / dense + count.expert / expert
         if self.measured is not None:
             return self.measured.optimizer_per_parameter * own
         master = 2 * MASTER_BYTES if self.run.training.precision != "fp32" else 0
         gradient = self.software.gradient_bytes
-        held = count.total if self.software.sharding == "none" else own
+        held = own if sharded else count.total
         a_parameter = gradient + 2 * MOMENT_BYTES + master + self._size
         return self._stack(self._bytes(2 * gradient * held + a_parameter * own))
 
