@@ -11,10 +11,12 @@ from typing import Any
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint.companions import carry_companions
-from megatron_telechat.checkpoint.files import FileEntry, LazyTensor, dtype_name, require_free_space, write_bytes
-from megatron_telechat.checkpoint.format import PartWriter, merge_parts, versions
+from megatron_telechat.checkpoint.disk import require_free_space, write_bytes
+from megatron_telechat.checkpoint.files import FileEntry, LazyTensor, dtype_name
+from megatron_telechat.checkpoint.format import PartWriter, versions
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER
+from megatron_telechat.checkpoint.parts import merge_parts
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
 from megatron_telechat.huggingface.convert import link_tensors, write_hf_folder
@@ -103,7 +105,7 @@ def write_checkpoint(merged: Merged, output: Path, progress: Progress, provenanc
     attempt = protocol.begin(output, progress.step)
     try:
         require_free_space(output, size)
-        writer = PartWriter(attempt.temporary, 0, _FILE_BYTES)
+        writer = PartWriter(attempt, 0, _FILE_BYTES)
         for key in keys:
             for box in pieces(merged.shape(key), _BOX):
                 writer.add(key, merged.shape(key), box.offset, merged.read(key, box.offset, box.shape))
@@ -120,6 +122,7 @@ def write_checkpoint(merged: Merged, output: Path, progress: Progress, provenanc
             optimizer=progress.optimizer,
             data_fingerprint=progress.data_fingerprint,
             extra={**progress.extra, **_extra(merged)},
+            save=attempt.save,
         )
         return Written(protocol.commit(attempt, manifest), size)
     except BaseException:

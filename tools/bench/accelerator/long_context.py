@@ -139,7 +139,7 @@ class _Ring:
         clocks = PassClock(clock, 0, False, shard.query.device), PassClock(clock, 0, True, shard.query.device)
         way = Way(_FromMemory(self, rank), self.kernel, self.pieces, False, clocks)
         leaves = [each.detach().requires_grad_() for each in shard[:3]]
-        out = attend(*leaves, self.plans[rank], way)
+        out = attend(leaves[0], leaves[1], leaves[2], self.plans[rank], way)
         return Result(out.detach(), *torch.autograd.grad(out, leaves, shard.grad))
 
     def result(self) -> Result:
