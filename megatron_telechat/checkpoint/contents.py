@@ -74,7 +74,7 @@ def facts(reader: CheckpointReader, key: str) -> Facts:
     """Read a tensor whole. Raises CheckpointError."""
     digest, squares, largest, not_finite = hashlib.blake2b(digest_size=16), 0.0, 0.0, 0
     for _, values in _slices(reader, key):
-        digest.update(memoryview(_as_bits(values).view(torch.uint8).numpy()))
+        digest.update(_as_bits(values).numpy().tobytes())
         numbers = values.reshape(-1).double()
         finite = numbers.isfinite()
         not_finite += int((~finite).sum())

@@ -27,7 +27,8 @@ def test_the_manifest_of_a_thousand_ranks_takes_seconds(tmp_path):
     done = bench("manifest.py", "--ranks", "1024", "--json", str(found))
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(found.read_text())
-    slow = {name: value for name, value in row["seconds"].items() if value > 10}
+    cpu = row["cpu_seconds"]  # a busy machine fails nothing
+    slow = {name: value for name, value in cpu.items() if value > 10}
     assert row["ranks"] == 1024 and row["boxes"] > 10000 and not slow
     # What each rank does, and what each save does, does not grow with the manifest.
-    assert row["seconds"]["find what one rank reads"] < 2 and row["seconds"]["retention, after a save"] < 1
+    assert cpu["find what one rank reads"] < 1 and cpu["retention, after a save"] < 0.5 and cpu["unpack it"] < 0.5
