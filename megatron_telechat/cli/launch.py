@@ -177,11 +177,11 @@ class _Folders:
     def __init__(self, run_dir: Path, save_dir: Path):
         self.run_dir, self._save_dir = run_dir, save_dir
 
-    def newest_checkpoint(self) -> str | None:
-        """The digest of the newest checkpoint's manifest."""
+    def newest_checkpoint(self) -> tuple[int, str] | None:
+        """Step and digest of the newest checkpoint."""
         try:
             saved = saved_in(self._save_dir)
-            return saved[-1].digest if saved else None
+            return (saved[-1].step, saved[-1].digest) if saved else None
         except (CheckpointError, OSError):
             return None
 

@@ -173,7 +173,7 @@ class Goodput:
             self._follower.skip()
         for record in self._follower.new():
             attempt.see(record, now)
-        if self._open is not None and attempt.first_step is not None:
+        if self._open is not None and self._open.attempt is not attempt and attempt.first_step is not None:
             self._recovered(self._open, attempt, attempt.first_step)
 
     def died(self, why: str, noticed: float, gone: float) -> None:
@@ -191,8 +191,12 @@ class Goodput:
         self._open = death
         self._write({"event": "death", "why": why, "step": attempt.last_step})
 
-    def ended(self, code: int, why: str = "") -> None:
-        """The job is over; prints and writes the account."""
+    def ended(self, code: int, why: str = "", saved_step: int = 0) -> None:
+        """The job is over; prints and writes the account.
+
+        Args:
+            saved_step: that of the newest checkpoint; more was not kept where the last attempt was lost.
+        """
         self.look()
         if not any(attempt.loaded for attempt in self._attempts):
             return
@@ -205,7 +209,7 @@ class Goodput:
         repeated = sum(death.repeated for death in deaths)
         recoveries = [death.recovery_s for death in self.deaths if "first_step" in death.cost]
         goodput = max(total - start - lost, 0.0) / total
-        restarts, kept = len(self._attempts) - 1, self._kept()
+        restarts, kept = len(self._attempts) - 1, self._kept(saved_step)
         self._say(
             f"goodput {goodput:.1%} of {total:.1f} s: {kept} steps kept, {repeated} done again, {restarts} restart"
             f"{'' if restarts == 1 else 's'}; {start:.1f} s to the first step"
@@ -235,11 +239,11 @@ class Goodput:
         """When the job made its first step."""
         return next((each.first_step for each in self._attempts if each.first_step is not None), None)
 
-    def _kept(self) -> int:
-        """Steps that the run went on by. Of an attempt that was lost, those before its beginning are known to be."""
+    def _kept(self, saved_step: int) -> int:
+        """Steps that the run went on by."""
         loaded = [attempt for attempt in self._attempts if attempt.loaded is not None]
-        lost = self._open is not None and self._open.attempt is loaded[-1]
-        return (loaded[-1].resumed_at if lost else loaded[-1].last_step) - loaded[0].resumed_at
+        reached = saved_step if self._open is not None else loaded[-1].last_step
+        return max(reached - loaded[0].resumed_at, 0)
 
     def _recovered(self, death: Death, attempt: Attempt, first_step: float) -> None:
         self._open = None

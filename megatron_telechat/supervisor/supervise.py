@@ -32,8 +32,8 @@ _LONGEST_BACK_OFF_S = 60.0
 class Progress(Protocol):
     """What a supervisor sees of the run."""
 
-    def newest_checkpoint(self) -> str | None:
-        """Anything that another newest checkpoint changes; None without one."""
+    def newest_checkpoint(self) -> tuple[int, str] | None:
+        """Step and digest of the newest checkpoint; None without one."""
         ...
 
 
@@ -115,7 +115,7 @@ class Supervisor:
             self._local.end()
             self._others.finish(code)
             if self._goodput is not None:
-                self._goodput.ended(code, why)
+                self._goodput.ended(code, why, (self._newest() or (0, ""))[0])
 
     def _attempts(self) -> tuple[int, str]:
         attempt = 0
@@ -195,7 +195,7 @@ class Supervisor:
     def _asked(self) -> list[int]:
         return [number for node in self._nodes() for number in node.asked]
 
-    def _newest(self) -> str | None:
+    def _newest(self) -> tuple[int, str] | None:
         return self._progress.newest_checkpoint() if self._progress is not None else None
 
     def _refusal(self, attempt: int, progressed: bool) -> str:

@@ -76,6 +76,19 @@ def test_a_restart_that_makes_no_step_is_lost_as_a_whole(tmp_path):
     assert end["restarts"] == 2 and recovered["recovery_s"] == 3.0 and end["exit_code"] == 75
 
 
+def test_a_loss_that_is_not_restarted_keeps_what_was_saved(tmp_path):
+    job = Job(tmp_path)
+    job.goodput.started()
+    job.after(1.0)
+    job.steps(1, 7)
+    job.goodput.died("a", job.now, job.now + 0.5)
+    job.now += 0.5
+    job.goodput.ended(137, "a", saved_step=4)
+    death, end = job.told()
+    assert death["event"] == "death" and (end["steps_kept"], end["steps_repeated"], end["restarts"]) == (4, 0, 0)
+    assert min(end["lost_s"].values()) >= 0 and end["mean_time_to_recover_s"] is None
+
+
 def test_a_job_that_was_refused_writes_nothing_into_the_folder_of_another(tmp_path):
     job = Job(tmp_path)
     job.ours = False

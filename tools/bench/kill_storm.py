@@ -55,13 +55,16 @@ MODELS = {
 
 
 class Kill(NamedTuple):
-    """One kill: which rank, what the job was at, the last step it had logged, where it went on, after how long."""
+    """One kill: which rank, what the job was at, the last step it had logged, where it went on, after how long.
+
+    The last two are None where the next kill came before the first new step.
+    """
 
     rank: int
     phase: str
     step: int
-    resumed: int
-    recovery_s: float
+    resumed: int | None = None
+    recovery_s: float | None = None
 
 
 class Job:
@@ -140,11 +143,13 @@ def storm(job: Job, count: int, last_step: int, start_s: float, draw: random.Ran
     """Kill ranks so many times, seeing to it that the run goes on after each."""
     # Steps that wait to be reached; the run must not be complete before the last kill.
     targets = sorted(draw.sample(range(2, last_step - MARGIN), count))
+    early = [draw.random() < SHARE_BEFORE_THE_FIRST_STEP for _ in targets]
     before = 0
-    for target in targets:
-        if draw.random() < SHARE_BEFORE_THE_FIRST_STEP:
+    for number, target in enumerate(targets):
+        if early[number]:
             moment = time.monotonic() + draw.uniform(0.0, start_s)
-            wait_until(lambda moment=moment: time.monotonic() >= moment and len(job.pids()) == job.ranks, job)
+            wait_until(lambda: len(job.pids()) == job.ranks, job)
+            wait_until(lambda at=moment, n=before: time.monotonic() >= at or len(job.steps()) > n, job)
         else:
             wait_until(lambda target=target: max(job.steps(), default=0) >= target, job)
             time.sleep(draw.uniform(0.0, 0.15))
@@ -163,6 +168,9 @@ def storm(job: Job, count: int, last_step: int, start_s: float, draw: random.Ran
         gone = set(pids.values())
         wait_until(lambda gone=gone: len(job.pids()) == job.ranks and not gone & set(job.pids().values()), job)
         before = len(job.steps())
+        if any(early[number + 1 : number + 2]):
+            yield Kill(rank, phase, max(seen, default=0))
+            continue
         if not wait_until(lambda before=before: len(job.steps()) > before, job):
             raise SystemExit(f"exit code {job.process.returncode} after a kill\n{job.tail()}")
         yield Kill(rank, phase, max(seen, default=0), job.steps()[before] - 1, time.monotonic() - killed)
@@ -194,8 +202,11 @@ def table(kills: Sequence[Kill]) -> str:
     """The kills, one a line."""
     lines = [f"{'kill':>4}  {'rank':>4}  {'phase':<6} {'step':>5}  {'on from':>7}  {'recovered in':>12}"]
     for number, kill in enumerate(kills, 1):
-        place = f"{number:>4}  {kill.rank:>4}  {kill.phase:<6} {kill.step:>5}  {kill.resumed:>7}"
-        lines.append(f"{place}  {kill.recovery_s:>10.2f} s")
+        place = f"{number:>4}  {kill.rank:>4}  {kill.phase:<6} {kill.step:>5}"
+        if kill.resumed is None or kill.recovery_s is None:
+            lines.append(f"{place}  {'-':>7}  {'-':>12}")
+        else:
+            lines.append(f"{place}  {kill.resumed:>7}  {kill.recovery_s:>10.2f} s")
     return "\n".join(lines)
 
 
@@ -246,7 +257,7 @@ def main() -> int:
         job.process.kill()
     if code != 0:
         raise SystemExit(f"exit code {code}\n{job.tail()}")
-    mean = statistics.mean(kill.recovery_s for kill in kills)
+    mean = statistics.mean(kill.recovery_s for kill in kills if kill.recovery_s is not None)
     print(f"mean time to recover {mean:.2f} s, {mean / start_s:.2f} of a plain start ({start_s:.2f} s)")
     same = joined(whole.run_dir) == joined(job.run_dir)
     tensors = last_tensors(whole.run_dir) == last_tensors(job.run_dir)
