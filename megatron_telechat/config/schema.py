@@ -529,7 +529,7 @@ class LoggingConfig:
     """Weights & Biases run name. Unset: the name of the run folder."""
     straggler_factor: float = 1.5
     """A rank that computes so many times longer than the median of the ranks with the same layers, in 3 logging
-    intervals in a row, is named; 0: none is."""
+    intervals in a row of together a minute or more, is named; 0: none is."""
     mlflow_experiment: str | None = None
     """MLflow experiment. Unset: off. A resume keeps the run id."""
     mlflow_run_name: str | None = None

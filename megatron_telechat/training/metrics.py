@@ -148,7 +148,7 @@ class Meter:
         mine = Counter({kind: self._window.exposed_s[kind] + taken[kind] for kind in self._clocks})
         if self._clocks:
             record |= {kind: exposed / seconds for kind, exposed in self._mean_exposed_s(mine).items()}
-        record |= self._compare_ranks(self._window.compute_s + self._compute.take_s() - mine.total())
+        record |= self._compare_ranks(self._window.compute_s + self._compute.take_s() - mine.total(), seconds)
         self._window = Window(time.perf_counter())
         return record
 
@@ -157,12 +157,12 @@ class Meter:
             return None
         return tokens_per_s * self._flops_per_token / (self._peak * 1e12 * self._state.world_size)
 
-    def _compare_ranks(self, compute_s: float) -> dict[str, Any]:
+    def _compare_ranks(self, compute_s: float, interval_s: float) -> dict[str, Any]:
         """Which rank computes longest among those with the same layers; `slow_ranks` are those to be named."""
         mine = torch.tensor([compute_s / self._window.steps], device=self._backend.device)
         everyone = torch.empty(self._state.world_size, device=self._backend.device)
         dist.all_gather_into_tensor(everyone, mine)
-        fields, self.slow_ranks = self._slow.observe(everyone.tolist())
+        fields, self.slow_ranks = self._slow.observe(everyone.tolist(), interval_s)
         return fields
 
     def _mean_exposed_s(self, mine: Counter[str]) -> dict[str, float]:

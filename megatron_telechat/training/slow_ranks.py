@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
@@ -10,16 +10,19 @@ from typing import Any
 
 INTERVALS = 3
 """So many logging intervals in a row must a rank be slow before it is named."""
+LEAST_S = 60.0
+"""So long must they last together: what another process takes of a short interval is no news."""
 
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank that was slow for `INTERVALS` logging intervals; times are of the last one."""
+    """A rank that was slow for some time; times are of the last logging interval."""
 
     rank: int
     host: str
     compute_s: float
     median_s: float
+    slow_s: float
 
     def event(self, step: int) -> dict[str, Any]:
         """Of metrics.jsonl."""
@@ -30,7 +33,7 @@ class SlowRank:
             "host": self.host,
             "compute_s": self.compute_s,
             "median_s": self.median_s,
-            "intervals": INTERVALS,
+            "slow_s": self.slow_s,
         }
 
     def line(self) -> str:
@@ -38,7 +41,7 @@ class SlowRank:
         return (
             f"slow rank: rank {self.rank} (host {self.host}) computes {self.compute_s:.3g} s a step, "
             f"{self.compute_s / self.median_s:.2f} times the median of its pipeline rank ({self.median_s:.3g} s), for "
-            f"{INTERVALS} intervals; look at that host and device"
+            f"{self.slow_s:.0f} s; look at that host and device"
         )
 
 
@@ -56,13 +59,15 @@ class SlowRanks:
         self._peers: dict[int, list[int]] = defaultdict(list)
         for rank, pipeline_rank in enumerate(pipeline_ranks):
             self._peers[pipeline_rank].append(rank)
-        self._in_a_row: Counter[int] = Counter()
+        self._slow: dict[int, tuple[int, float]] = {}
+        self._named: set[int] = set()
 
-    def observe(self, compute_s: Sequence[float]) -> tuple[dict[str, Any], list[SlowRank]]:
+    def observe(self, compute_s: Sequence[float], interval_s: float) -> tuple[dict[str, Any], list[SlowRank]]:
         """One logging interval.
 
         Args:
             compute_s: seconds of compute a step, by rank.
+            interval_s: how long it was.
 
         Returns:
             The fields of the record (none where no rank has a peer), and the ranks that are named now.
@@ -76,10 +81,15 @@ class SlowRanks:
                 mine = compute_s[rank] / median_s if median_s > 0 else 1.0
                 if mine > ratio:
                     slowest, ratio = rank, mine
-                slow = self._factor > 0 and mine > self._factor
-                self._in_a_row[rank] = self._in_a_row[rank] + 1 if slow else 0
-                if self._in_a_row[rank] == INTERVALS:
-                    named.append(SlowRank(rank, self._hosts[rank], compute_s[rank], median_s))
+                if not 0 < self._factor < mine:
+                    self._slow.pop(rank, None)
+                    self._named.discard(rank)
+                    continue
+                intervals, slow_s = self._slow.get(rank, (0, 0.0))
+                self._slow[rank] = intervals, slow_s = intervals + 1, slow_s + interval_s
+                if intervals >= INTERVALS and slow_s >= LEAST_S and rank not in self._named:
+                    self._named.add(rank)
+                    named.append(SlowRank(rank, self._hosts[rank], compute_s[rank], median_s, slow_s))
         if slowest is None:
             return {}, []
         fields = {

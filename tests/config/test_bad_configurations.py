@@ -575,6 +575,21 @@ BAD = [
         "--max-skipped-steps 54",
     ),
     case("negative skipped steps", "--max-skipped-steps -1", "max_skipped_steps=-1 is negative"),
+    # what watches the run
+    case(
+        "a hang that collectives end first",
+        "--hang-timeout-minutes 10",
+        "hang_timeout_minutes=10 is not below distributed_timeout_minutes=10",
+        "--hang-timeout-minutes 8",
+    ),
+    case("negative hang limit", "--hang-timeout-minutes -1", "hang_timeout_minutes=-1.0 is negative"),
+    case("steps to skip that are none", "--iterations-to-skip 4-", "iterations_to_skip=4- names no steps", "10-12"),
+    case("steps to skip backwards", "--iterations-to-skip 1,9-4", "iterations_to_skip=1,9-4 names no steps"),
+    case("window of no spikes", "--spike-window 2", "spike_window=2 is too short", "--spike-threshold 0"),
+    case("everyone is a straggler", "--straggler-factor 0.9", "straggler_factor=0.9 is not above 1"),
+    case("a tracker's name alone", "--mlflow-run-name x", "mlflow_run_name without mlflow_experiment", "--mlflow-exp"),
+    case("a tracker's mode alone", "--swanlab-mode local", "swanlab_mode without swanlab_project logs nowhere"),
+    case("a W&B name alone", "--wandb-exp-name x", "wandb_exp_name without wandb_project logs nowhere"),
     # the data
     case("no data", "", "no training data", "--mock-data", model=("--preset", "telechat2-tiny")),
     case("data and mock data", "--data-path /nowhere/x", "mock_data and data_path contradict", "drop one of them"),

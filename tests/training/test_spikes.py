@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from megatron_telechat.config.trace import step_windows
 from megatron_telechat.training.spikes import SpikeWindow
 
 
@@ -65,3 +66,9 @@ def test_a_resume_goes_on_with_the_same_window():
     shorter = SpikeWindow.of(8, 2.0, whole.extra)
     assert shorter.extra["spike_window"]["loss"] == values[-8:]
     assert SpikeWindow.of(8, 2.0, {}).extra["spike_window"]["loss"] == []
+
+
+@pytest.mark.parametrize("texts", [("3-4,7",), ("3-4", "7"), ("3", "4", "7"), ("3,4,", "7-7")])
+def test_windows_of_steps_are_typed_as_one_likes(texts):
+    """Megatron-LM's list of steps, and ranges."""
+    assert [step for window in step_windows(texts) for step in window] == [3, 4, 7]

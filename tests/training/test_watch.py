@@ -115,19 +115,25 @@ def test_a_rank_is_slow_against_those_with_the_same_layers():
     """Pipeline rank 1 has more to do than pipeline rank 0: nobody is slow for that."""
     slow = SlowRanks(1.5, [0, 0, 0, 1, 1, 1], [f"node{rank}" for rank in range(6)])
     times = [1.0, 1.1, 1.7, 3.0, 3.1, 2.9]
-    fields, named = slow.observe(times)
+    fields, named = slow.observe(times, 30.0)
     assert fields["slowest_rank"] == 2 and fields["compute_over_median"] == pytest.approx(1.7 / 1.1)
     assert fields["compute_s_max"] == 1.7 and named == []
-    assert slow.observe(times)[1] == []
-    (found,) = slow.observe(times)[1]
-    assert (found.rank, found.host, found.median_s) == (2, "node2", 1.1)
+    assert slow.observe(times, 30.0)[1] == []
+    (found,) = slow.observe(times, 30.0)[1]
+    assert (found.rank, found.host, found.median_s, found.slow_s) == (2, "node2", 1.1, 90.0)
     assert found.event(30)["event"] == "slow_rank" and "rank 2 (host node2)" in found.line()
-    assert slow.observe(times)[1] == [], "named once"
-    slow.observe([1.0] * 6)
-    assert [slow.observe(times)[1] for _ in range(2)] == [[], []] and len(slow.observe(times)[1]) == 1, "and again"
-    assert SlowRanks(1.5, [0, 1], ["a", "b"]).observe([1.0, 9.0]) == ({}, []), "no two hold the same layers"
+    assert slow.observe(times, 30.0)[1] == [], "named once"
+    slow.observe([1.0] * 6, 30.0)
+    assert [slow.observe(times, 30.0)[1] for _ in range(2)] == [[], []], "it was well in between"
+    assert len(slow.observe(times, 30.0)[1]) == 1
+
+
+def test_a_moment_a_stage_of_one_rank_and_a_factor_of_zero_name_nobody():
+    short = SlowRanks(1.5, [0, 0], ["a", "b"])
+    assert [short.observe([1.0, 9.0], 0.1)[1] for _ in range(20)] == [[]] * 20, "two seconds of noise"
+    assert SlowRanks(1.5, [0, 1], ["a", "b"]).observe([1.0, 9.0], 60.0) == ({}, []), "no two hold the same layers"
     off = SlowRanks(0, [0, 0], ["a", "b"])
-    assert [off.observe([1.0, 9.0])[1] for _ in range(4)] == [[]] * 4
+    assert [off.observe([1.0, 9.0], 60.0)[1] for _ in range(4)] == [[]] * 4
 
 
 RANK = """
