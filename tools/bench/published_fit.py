@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -134,15 +134,21 @@ class Fit:
         counts = Counter((row.source, row.device_name) for row, _ in rows)
         self.weights = np.array([1 / counts[row.source, row.device_name] for row, _ in rows])
 
-    def solve(self, use: np.ndarray, base: np.ndarray | None = None) -> np.ndarray:
-        """Steps of the logarithms of the parameters that fit the rows `use`; `base`: their logarithms now."""
+    def solve(self, use: np.ndarray, base: np.ndarray | None = None, fixed: Collection[str] = ()) -> np.ndarray:
+        """Steps of the logarithms of the parameters that fit the rows `use`.
+
+        Args:
+            base: logarithms of the rows now; unset: those of the model as it is.
+            fixed: parameters that stay where they are.
+        """
         base = self.now if base is None else base
         steps = np.zeros(len(self.names))
+        slopes = self.slopes * np.array([name not in fixed for name in self.names])
         for _ in range(30):
-            left = base + self.slopes @ steps
+            left = base + slopes @ steps
             weight = self.weights * np.minimum(1, DELTA / np.maximum(np.abs(left), 1e-9)) / DELTA**2 * use
-            hessian = self.slopes.T @ (weight[:, None] * self.slopes) + PRIOR * np.diag(1 / self.scale**2)
-            steps -= np.linalg.solve(hessian, self.slopes.T @ (weight * left) + PRIOR * steps / self.scale**2)
+            hessian = slopes.T @ (weight[:, None] * slopes) + PRIOR * np.diag(1 / self.scale**2)
+            steps -= np.linalg.solve(hessian, slopes.T @ (weight * left) + PRIOR * steps / self.scale**2)
         return steps
 
     def after(self, steps: np.ndarray, base: np.ndarray | None = None) -> np.ndarray:
@@ -188,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.terms:
         for name, values in TERMS.items():
             base = logarithms(rows, values)
-            print(line(f"without: {name}", fit.after(fit.solve(everything, base), base)))
+            print(line(f"without: {name}", fit.after(fit.solve(everything, base, values), base)))
     return 0
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.schema import ModelConfig, ParallelConfig, TrainingConfig
@@ -29,6 +29,7 @@ HARDWARE = (
 )  # fmt: skip
 """What a text on hardware names, where a row names no device file."""
 
+POSITIONS: dict[str, Literal["rope", "learned_absolute"]] = {"rope": "rope", "learned": "learned_absolute"}
 TENSOR_OVERLAPS = (("mc2", 0.8), ("interleave", 0.27))
 """Share of the tensor-parallel exchange that two programs on Ascend hide, fitted: ModelLink's fused kernels (MC2), and
 MindSpore's two halves of a micro-batch (fine_grain_interleave 2)."""
@@ -211,7 +212,7 @@ class Row:
             attention_output_bias=False,
             mlp_output_bias=False,
             add_bias_linear=gpt,
-            position_embedding_type={"rope": "rope", "learned": "learned_absolute"}.get(model["positions"], "none"),
+            position_embedding_type=POSITIONS.get(model["positions"], "none"),
             max_position_embeddings=model["seq"],
             attention_dropout=0.1 if re.match(r"Megatron-LM 202[0-2]", self.program) else 0.0,
             hidden_dropout=0.1 if re.match(r"Megatron-LM 202[0-2]", self.program) else 0.0,
