@@ -181,11 +181,16 @@ def open_input(path: Path, verify: bool = True) -> CheckpointInput | HfInput:
     )
 
 
-def has_masters(one: Input) -> bool:
-    """Whether it holds fp32 master weights of every tensor that is not stored in fp32."""
+def without_master(one: Input) -> str | None:
+    """The first weight that it does not hold in fp32, neither itself nor as a master; None where it holds all."""
     keys = set(one.keys)
-    narrow = [key for key in keys if key.startswith(MODEL) and one.dtype(key) != torch.float32]
-    return bool(narrow) and all(master_key(key) in keys for key in narrow)
+    narrow = (key for key in one.keys if key.startswith(MODEL) and one.dtype(key) != torch.float32)
+    return next((key for key in narrow if master_key(key) not in keys), None)
+
+
+def has_masters(one: Input) -> bool:
+    """Whether it holds fp32 master weights beside its own."""
+    return any(key.startswith(f"optimizer/{MASTER}/") for key in one.keys)
 
 
 def master_key(key: str) -> str:
