@@ -93,9 +93,9 @@ class CheckpointInput:
         require_fit(self.reader, self.run.model)
         manifest = self.reader.manifest
         self.step: int | None = manifest.step
-        self.extra = manifest.extra
+        self.extra: Mapping[str, Any] = manifest.extra
         self.companions = folder / COMPANIONS
-        self.keys = self.reader.entries.keys()
+        self.keys: Iterable[str] = self.reader.entries.keys()
         said = saved_values(manifest.config)
         self.tokenizer: Mapping[str, str] | None = (
             self.extra.get(TOKENIZER)
@@ -138,7 +138,7 @@ class HfInput:
         self.run = RunConfig(model=self.weights.model)
         self.step: int | None = None
         self.companions = path
-        self.keys = [MODEL + key for key in dict.fromkeys(link.key for link in self.weights.links)]
+        self.keys: Iterable[str] = [MODEL + key for key in dict.fromkeys(link.key for link in self.weights.links)]
         self.extra: Mapping[str, Any] = {"hf": {"absent": list(self.weights.absent)}}
         self.tokenizer: Mapping[str, str] | None = _tokenizer_at(None, str(path))
 

@@ -71,7 +71,7 @@ def merge(request: MergeRequest) -> MergeReport:
     """
     require_sense(request)
     require_new(request.output)
-    models = [open_input(path, request.verify) for path in _input_paths(request)]
+    models: list[Input] = [open_input(path, request.verify) for path in _input_paths(request)]
     base = [] if request.base is None else [open_input(request.base, request.verify)]
     inputs: list[Input] = [*models, *base]
     notes = [note for one in inputs for note in getattr(one, "notes", ())]
