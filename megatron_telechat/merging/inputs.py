@@ -93,9 +93,9 @@ class CheckpointInput:
         require_fit(self.reader, self.run.model)
         manifest = self.reader.manifest
         self.step: int | None = manifest.step
-        self.extra = manifest.extra
+        self.extra: Mapping[str, Any] = manifest.extra
         self.companions = folder / COMPANIONS
-        self.keys = self.reader.entries.keys()
+        self.keys: Iterable[str] = self.reader.entries.keys()
         said = saved_values(manifest.config)
         self.tokenizer: Mapping[str, str] | None = (
             self.extra.get(TOKENIZER)
@@ -138,7 +138,7 @@ class HfInput:
         self.run = RunConfig(model=self.weights.model)
         self.step: int | None = None
         self.companions = path
-        self.keys = [MODEL + key for key in dict.fromkeys(link.key for link in self.weights.links)]
+        self.keys: Iterable[str] = [MODEL + key for key in dict.fromkeys(link.key for link in self.weights.links)]
         self.extra: Mapping[str, Any] = {"hf": {"absent": list(self.weights.absent)}}
         self.tokenizer: Mapping[str, str] | None = _tokenizer_at(None, str(path))
 
@@ -181,11 +181,16 @@ def open_input(path: Path, verify: bool = True) -> CheckpointInput | HfInput:
     )
 
 
-def has_masters(one: Input) -> bool:
-    """Whether it holds fp32 master weights of every tensor that is not stored in fp32."""
+def without_master(one: Input) -> str | None:
+    """The first weight that it does not hold in fp32, neither itself nor as a master; None where it holds all."""
     keys = set(one.keys)
-    narrow = [key for key in keys if key.startswith(MODEL) and one.dtype(key) != torch.float32]
-    return bool(narrow) and all(master_key(key) in keys for key in narrow)
+    narrow = (key for key in one.keys if key.startswith(MODEL) and one.dtype(key) != torch.float32)
+    return next((key for key in narrow if master_key(key) not in keys), None)
+
+
+def has_masters(one: Input) -> bool:
+    """Whether it holds fp32 master weights beside its own."""
+    return any(key.startswith(f"optimizer/{MASTER}/") for key in one.keys)
 
 
 def master_key(key: str) -> str:

@@ -13,7 +13,15 @@ from megatron_telechat.checkpoint.names import folder_of_step
 from megatron_telechat.errors import CheckpointError, ConfigError
 from megatron_telechat.huggingface.convert import DTYPES, KEEP
 from megatron_telechat.merging.alike import require_alike
-from megatron_telechat.merging.inputs import MODEL, CheckpointInput, Input, has_masters, open_input, provenance_of
+from megatron_telechat.merging.inputs import (
+    MODEL,
+    CheckpointInput,
+    Input,
+    has_masters,
+    open_input,
+    provenance_of,
+    without_master,
+)
 from megatron_telechat.merging.losses import losses_of
 from megatron_telechat.merging.merged import Merged, optimizer_keys
 from megatron_telechat.merging.methods import Dare, Linear, Method, Slerp, TaskArithmetic, Ties
@@ -63,7 +71,7 @@ def merge(request: MergeRequest) -> MergeReport:
     """
     require_sense(request)
     require_new(request.output)
-    models = [open_input(path, request.verify) for path in _input_paths(request)]
+    models: list[Input] = [open_input(path, request.verify) for path in _input_paths(request)]
     base = [] if request.base is None else [open_input(request.base, request.verify)]
     inputs: list[Input] = [*models, *base]
     notes = [note for one in inputs for note in getattr(one, "notes", ())]
@@ -185,14 +193,16 @@ def _counting(weights: LayerWeights, models: int, bases: int) -> list[int]:
 
 
 def _from_masters(request: MergeRequest, inputs: Sequence[Input]) -> bool:
-    without = [one for one in inputs if not has_masters(one)]
-    if request.values == "master" and without:
-        raise CheckpointError(
-            "it holds no fp32 master weights", str(without[0].path), "--values weights, or a checkpoint of a training"
-        )
-    if request.optimizer:
-        return True  # else weights and masters would part; of fp32 parameters there are none
-    return request.values != "weights" and not without
+    """Whether master weights take part. With the optimizer's state they do, else weights and masters would part."""
+    for one in inputs:
+        key = without_master(one)
+        if key is not None and request.values == "master":
+            raise CheckpointError(
+                f"it holds no fp32 master of {key}", str(one.path), "--values weights, or a checkpoint of a training"
+            )
+        if key is not None:
+            return False
+    return (request.optimizer or request.values != "weights") and any(map(has_masters, inputs))
 
 
 def _require_no_negative(weights: LayerWeights, where: str, why: str) -> None:

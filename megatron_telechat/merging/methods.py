@@ -255,7 +255,8 @@ class Dare:
         digests = [hashlib.blake2b(f"{self._seed} {key} ".encode(), digest_size=8) for _ in range(count)]
         for values in tensors.pieces(key, range(count)):
             for digest, value in zip(digests, values, strict=True):
-                digest.update(value.contiguous().view(torch.uint8).numpy())
+                # numpy's stubs do not say below Python 3.12 that an array has a buffer
+                digest.update(value.contiguous().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         return [int.from_bytes(digest.digest(), "little") for digest in digests]
 
 

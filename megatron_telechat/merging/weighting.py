@@ -149,7 +149,8 @@ def read_layer_weights(path: Path, count: int, how: Sum) -> LayerWeights:
 
 class _LayerFile:
     def __init__(self, file: str, count: int, how: Sum):
-        self.file, self.count, self.how = file, count, how
+        self.file, self.count = file, count
+        self.how: Sum = how
         self.problems: list[Problem] = []
 
     def read(self, body: Any) -> LayerWeights | None:

@@ -22,6 +22,8 @@ from tests.data.chat_material import letters_tokenizer
 from tests.huggingface.folders import all_tensors, assert_same_folder
 from tests.merging.material import DENSE, MODEL, MOE, SHARDED, checkpoint, hf_folder, random_state
 
+pytestmark = pytest.mark.heavy
+
 
 def merge(*argv: object, code: int = 0) -> None:
     assert main([str(word) for word in argv]) == code
