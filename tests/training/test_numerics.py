@@ -33,7 +33,7 @@ def test_names_rank_and_parameter(report):
     assert "(rank 1: gradient of decoder.layers.2.mlp.experts.linear_fc2.weight)" in message
 
 
-HOOKED = ("output_of_one_module", "output_of_one_module_once", "gradient_of_one_module")
+HOOKED = ("output_of_one_module", "output_of_one_module_once", "interleaved_pipeline", "gradient_of_one_module")
 
 
 @pytest.mark.parametrize("name", HOOKED)
@@ -52,6 +52,13 @@ def test_names_rank_micro_batch_samples_and_module(report):
     where = found["event"]["where"]
     assert where.startswith("rank 1, micro-batch 1, samples 6-7: output of decoder.layers.2.self_attention.linear_qkv")
     assert found["event"]["repeats"] and "--iterations-to-skip 1 " in found["message"]
+
+
+def test_names_layers_of_the_whole_model_in_a_pipeline(report):
+    """And the cause before the stage that got the NaN from it."""
+    where = report.check("interleaved_pipeline")[0]["event"]["where"]
+    assert where.startswith("rank 0, micro-batch 1, samples 2-3: output of decoder.layers.2.self_attention.linear_qkv;")
+    assert "rank 1, micro-batch 1, samples 2-3: output of decoder.layers.3." in where
 
 
 def test_names_the_module_whose_gradient_came_first(report):

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.harness import Cases  # noqa: E402
-from tests.training.runs import MOE, make_trainer  # noqa: E402
+from tests.training.runs import DENSE, MOE, make_trainer  # noqa: E402
 
 cases = Cases()
 
@@ -88,15 +88,15 @@ def gradient_of_one_expert():
     return step_with(lambda trainer, sums: put_nan(trainer, 1, SECOND_LAYER))
 
 
-def step_with_hooks(attach, *flags: str) -> dict:
+def step_with_hooks(attach, *flags: str, base=(*MOE, *EP2)) -> dict:
     """Take a step after ``attach(trainer, modules by name)``; the number of tries, too."""
     import torch
 
     from megatron_telechat.errors import NumericsError
 
-    trainer = make_trainer([*MOE, *EP2, *flags], Path(os.environ["RUN_DIR"]) / "hooks")
+    trainer = make_trainer([*base, *flags], Path(os.environ["RUN_DIR"]) / "hooks")
     before = [shard.parameter.detach().clone() for shard in trainer.shards]
-    attach(trainer, dict(trainer.virtual_stages[0].module.named_modules()))
+    attach(trainer, dict(trainer.virtual_stages[-1].module.named_modules()))
     tries, inner = [], trainer.train_step.forward_backward
 
     def counted(iterators):
@@ -145,6 +145,14 @@ def output_of_one_module():
 @cases.case
 def output_of_one_module_once():
     return step_with_hooks(nan_in_the_output(1, "decoder.layers.2.self_attention.linear_qkv", (1,)))
+
+
+@cases.case
+def interleaved_pipeline():
+    """The second virtual stage of the first pipeline rank holds layer 2; its second micro-batch of four is hit."""
+    hit = nan_in_the_output(0, "decoder.layers.0.self_attention.linear_qkv", (1, 5))
+    flags = ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")
+    return step_with_hooks(hit, *flags, base=DENSE)
 
 
 @cases.case
