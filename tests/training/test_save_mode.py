@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from megatron_telechat.training.save_mode import decide_save_mode
 GIB = 1 << 30
 
 
-def decide(monkeypatch, mode: str, ranks: list[tuple[str, int, int]], interval: int | None = 10, linux: bool = True):
+def decide(monkeypatch, mode: Any, ranks: list[tuple[str, int, int]], interval: int | None = 10, linux: bool = True):
     """Of ranks with a node, bytes and free bytes each."""
     everyone = [(node, linux, needed, free) for node, needed, free in ranks]
     monkeypatch.setattr(save_mode, "gather_objects", lambda value: everyone)

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -31,7 +32,7 @@ ALIKE = ("step", "consumed_samples", "topology", "optimizer", "rng", "data_finge
 cases = Cases()
 
 
-def trainer_of(run: str, *flags: str, steps: int = 6):
+def trainer_of(run: str, *flags: str, steps: int = 6) -> Any:
     return make_trainer([*flags, "--train-iters", str(steps)], FOLDER / run)
 
 
