@@ -46,7 +46,7 @@ PLAIN_PASSES = 3.1
 """Times that PyTorch's own kernels, one for each operation, read and write what fused ones do once."""
 SHARDS_EXPOSED = 0.4
 """Share of the gathers and reductions of sharded parameters that is lost beside a compute that could hide them."""
-EXPERTS_EXPOSED = 0.77
+EXPERTS_EXPOSED = 0.74
 """Share of the expert exchange that is exposed where nothing is meant to hide it: its kernels overlap at their ends."""
 
 

@@ -266,8 +266,10 @@ def test_pasted_megatron_command(ask, tmp_path):
     assert code == 0, text
     assert "vocabulary 32,000; 4,096 learned positions" in text
     assert "TP2 x PP4 x DP2, 16 ranks" in text and "8 ranks" not in text.replace("16 ranks", "")
-    assert "note: --grad-reduce-in-bf16 is not modelled and was ignored for the plan" in text
+    assert "counted: gradients are accumulated and reduced in 16 bits" in text and "ignored for the plan" not in text
     words = MEGATRON.replace("\\\n", " ").split()
+    sharded = ask("--device", "a100-80g", "--", *words, "--use-torch-fsdp2")[1]
+    assert "counted: parameters are sharded" in sharded and "ignored for the plan" not in sharded
     behind = answer(ask, "--device", "a100-80g", "--", *words)
     again = answer(ask, "--device", "a100-80g", "--command", str(script))
     assert behind["modes"] == again["modes"]
