@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.checkpoint import LoadedInfo
-from megatron_telechat.checkpoint.lineage import Branch, Saved
+from megatron_telechat.checkpoint.lineage import Began, Branch, Saved
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.start import Start, position_of, require_start
 from megatron_telechat.config.run_stages import Position, RunStages
@@ -88,3 +88,20 @@ def require_same_data(info: LoadedInfo, fingerprint: Mapping[str, Any], run: Run
             fix="give the data, seed and seq_length of the run that saved it (a stage of the run can have another "
             "length: stages:), or --allow-data-change to continue anyway",
         )
+
+
+def continued_branch(found: Beginning, info: LoadedInfo | None, save_dir: Path) -> Branch:
+    """The line of saves that the next checkpoint continues; a collective over all ranks, of which only rank 0's line
+    says anything.
+
+    Args:
+        info: what was loaded; None where nothing was.
+    """
+    if found.branch is not None:
+        return found.branch
+    began, start = found.start.began, found.start
+    if start.opens is not None and info is not None:
+        began = (*began, Began(start.opens, info.step, info.digest))
+    parent = (info.step, info.digest) if info is not None and not start.weights_only else None
+    with together():
+        return Branch.opening(save_dir, parent, began) if this_rank() == 0 else Branch()

@@ -68,9 +68,9 @@ class Console:
         self._drawn = 0
         self._smoothed_s: float | None = None
 
-    def say(self, text: str) -> None:
-        """One or more plain lines."""
-        if self._enabled:
+    def say(self, text: str | None) -> None:
+        """One or more plain lines; None or "": nothing."""
+        if self._enabled and text:
             self._clear_bar()
             self._print(text + "\n")
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint
 from megatron_telechat.checkpoint.asynchronous import CommittedSave
-from megatron_telechat.checkpoint.lineage import Began, Branch
+from megatron_telechat.checkpoint.lineage import Branch
 from megatron_telechat.checkpoint.start import Start
 from megatron_telechat.config.run_stages import Position, RunStages
 from megatron_telechat.config.schema import RunConfig
@@ -26,21 +26,18 @@ from megatron_telechat.data import (
     data_fingerprint,
     data_plan,
 )
-from megatron_telechat.data.loader import EVEN_COSTS
 from megatron_telechat.data.order import saved_tokens
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, UserError
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
+from megatron_telechat.training.auto import AutoSettings, settle_auto
 from megatron_telechat.training.banner import banner, resume_differences, stage_event, stage_line, stages_lines
-from megatron_telechat.training.beginning import Beginning, find_beginning, require_same_data
+from megatron_telechat.training.beginning import Beginning, continued_branch, find_beginning, require_same_data
 from megatron_telechat.training.build import build_trained
-from megatron_telechat.training.chunks import ChunkSetting, set_chunks
 from megatron_telechat.training.console import Console
-from megatron_telechat.training.context import ContextSetting, set_context
 from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.learning_rate import StageRates
 from megatron_telechat.training.locate import Again
-from megatron_telechat.training.measured import note_measured, read_measured
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.numerics import require_finite_weights
 from megatron_telechat.training.optimizer import set_learning_rate
@@ -128,13 +125,13 @@ class Trainer:
         PULSE.enter(Phase.MEASURING)
 
         with together(self.state):
-            self.writer = before.writer if before else self._open_writer()
+            records = (self.paths.run_dir, first, self.step, self.requests.may_write)
+            self.writer = before.writer if before else MetricsWriter(run, *records)
         self._iterators_open: list = []
         self.saving = Saving(run, self.state, self.backend, self.requests, self._train_state({}))
         self.train_step.saves = self.saving
         self._introduce(origins or {}, before)
-        self.chunk_setting = self._set_chunks()
-        self.context_setting = self._set_context()
+        self.auto = self._settle_auto()
         self.traces = exchange_traces(self.virtual_stages, run, self.state, self.paths.run_dir)
         self.routing = StepRouting(self.virtual_stages, run, self.state, self.fingerprint, self.step + 1)
         for line in self.routing.about():
@@ -205,12 +202,12 @@ class Trainer:
                 stop = stop or self._asked_to_stop()
             if (stop or leave) and not self._is_last():
                 self._settle(self.saving.finish())
-                self._compare(self.forecast.line())
+                self.console.say(self.forecast.line())
                 return self._leave(stop)
             if over:
-                self._compare(self.forecast.line())
+                self.console.say(self.forecast.line())
                 return None
-        self._compare(self.forecast.line())
+        self.console.say(self.forecast.line())
         return self._finish()
 
     def _already_done(self) -> int:
@@ -244,9 +241,8 @@ class Trainer:
         return self._iterators(self.datasets.train, self.consumed_samples)
 
     def _iterators(self, dataset, consumed_samples: int):
-        costs = self.context_setting.costs if self.context_setting is not None else EVEN_COSTS
         return data_iterators(
-            lambda: batches(dataset, self.run, self.state, consumed_samples, costs),
+            lambda: batches(dataset, self.run, self.state, consumed_samples, self.auto.row_costs),
             len(self.virtual_stages),
             self.run,
             self.state,
@@ -307,7 +303,7 @@ class Trainer:
         for slow in self.meter.slow_ranks:
             self.console.say(slow.line())
             self.writer.write(slow.event(self.step))
-        self._compare(self.forecast.observe(record, self.step - self._reported))
+        self.console.say(self.forecast.observe(record, self.step - self._reported))
         self._warn_if_unsaved(self.forecast.measured_s, "measured")
         self._reported = self.step
 
@@ -315,11 +311,6 @@ class Trainer:
         """A step that was not taken, at once and whatever the log interval."""
         self.console.say(f"step {self.step} skipped: {reason}")
         self.writer.write({"event": "skipped_step", "step": self.step, "reason": reason})
-
-    def _compare(self, line: str | None) -> None:
-        """What was predicted of the run, beside what is measured."""
-        if line is not None:
-            self.console.say(line)
 
     def _evaluate(self, key: str = "valid_loss") -> bool:
         """Evaluate the weights on the validation data, or for ``test_loss`` on the test data. False: a stop request cut
@@ -367,9 +358,12 @@ class Trainer:
             self._settle(self.saving.finish())
             with gathered_parameters(self.virtual_stages):
                 require_finite_weights(self.step, self.shards)
-                extra = {**self.steps_taken.extra, **self.spikes.extra, **self.datasets.order.saved()}
-                for each in (self.chunk_setting, self.context_setting):
-                    extra |= each.extra if each is not None else {}
+                extra = {
+                    **self.steps_taken.extra,
+                    **self.spikes.extra,
+                    **self.datasets.order.saved(),
+                    **self.auto.extra,
+                }
                 self._settle(self.saving.save(self._train_state(extra), wait, requested, started))
 
     def _settle(self, committed: CommittedSave | None) -> None:
@@ -423,10 +417,6 @@ class Trainer:
             require_writable=self.requests.claims,
         )
 
-    def _open_writer(self) -> MetricsWriter:
-        first = self.state.rank == 0
-        return MetricsWriter(self.run, self.paths.run_dir, first, self.step, self.requests.may_write)
-
     def _resume(self, beginning: Beginning | None) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
         found = beginning or find_beginning(self.stages)
@@ -455,21 +445,8 @@ class Trainer:
                 notes += [note] if note else []
             info = replace(info, message="\n".join([info.message, *notes]))
         self.protected = found.protected or (info.path if info is not None else None)
-        self._go_on_with(found, info)
+        self.branch = continued_branch(found, info, self.paths.save_dir)
         return info
-
-    def _go_on_with(self, found: Beginning, info: LoadedInfo | None) -> None:
-        """The line of saves that the next checkpoint continues."""
-        if found.branch is not None:
-            self.branch = found.branch
-            return
-        began, start = found.start.began, found.start
-        if start.opens is not None and info is not None:
-            began = (*began, Began(start.opens, info.step, info.digest))
-        parent = (info.step, info.digest) if info is not None and not start.weights_only else None
-        with together(self.state):
-            if self.state.rank == 0:
-                self.branch = Branch.opening(self.paths.save_dir, parent, began)
 
     def _progress(self) -> Progress:
         """How far the run has read: the samples it needs, and their order, follow from that."""
@@ -485,36 +462,16 @@ class Trainer:
                 return progress_at(self.stages, self.position, {}, None, "")
             return progress_at(self.stages, self.position, info.extra, info.config, str(info.path))
 
-    def _set_chunks(self) -> ChunkSetting | None:
-        """The pieces of the experts' input, where the run leaves their number to us and something is left to train."""
-        if self._is_last():
-            return None
-        setting = set_chunks(self.virtual_stages, self.run, self.state, self.backend, self._measured_before())
-        self._tell(setting)
-        return setting
-
-    def _set_context(self) -> ContextSetting | None:
-        """The pieces and costs of the attention over ranks, where the run leaves them to us."""
-        setting = set_context(self.virtual_stages, self.run, self.state, self.backend, self._measured_before())
-        self._tell(setting)
-        return setting
-
-    def _tell(self, setting: ChunkSetting | ContextSetting | None) -> None:
-        """What was left open, and what it is now."""
-        if setting is None:
-            return
-        if setting.message:
-            self.console.say(setting.message)
-        event = setting.event(self.step)
-        if event is not None:
-            self.writer.write(event)
-            if self.state.rank == 0 and self.requests.may_write():
-                note_measured(self.paths.run_dir, setting.extra)
-
-    def _measured_before(self) -> list[Mapping[str, Any]]:
-        """What the run has measured of itself: as its checkpoint has it, then as its folder has it."""
-        saved = self.resumed.extra if self.resumed else {}
-        return [saved, read_measured(self.paths.run_dir) if self.state.rank == 0 else {}]
+    def _settle_auto(self) -> AutoSettings:
+        """What the run leaves to us, once its checkpoint is loaded."""
+        saved, trains = self.resumed.extra if self.resumed else {}, not self._is_last()
+        ranks = (self.virtual_stages, self.run, self.state, self.backend)
+        found = settle_auto(*ranks, saved, self.paths.run_dir, trains, self.requests.may_write)
+        for message, event in found.news(self.step):
+            self.console.say(message)
+            if event is not None:
+                self.writer.write(event)
+        return found
 
     def _introduce(self, origins: Mapping[str, str], before: Reports | None) -> None:
         """Banner, what a resume changed, and the resolved configuration in the run folder; between two stages of one

@@ -72,7 +72,7 @@ def resume_takes_the_number_of_the_checkpoint():
         return {"numbers": numbers(trainer), "first": first, "rest": steps(trainer, 3)}
 
     def again(trainer):
-        message = trainer.chunk_setting.message
+        message = trainer.auto.chunks.message
         return {"numbers": numbers(trainer), "step": trainer.step, "message": message, "rest": steps(trainer, 3)}
 
     with chosen(3):
@@ -84,7 +84,7 @@ def resume_takes_the_number_of_the_checkpoint():
     with chosen(2):
         found["other_batch"] = with_trainer([*AUTO, "--micro-batch-size", "1"], "resumed", again)
         found["fixed"] = with_trainer(
-            [*AUTO, "--moe-input-chunks", "4"], "resumed", lambda t: [numbers(t), t.chunk_setting]
+            [*AUTO, "--moe-input-chunks", "4"], "resumed", lambda t: [numbers(t), t.auto.chunks]
         )
     return found
 
