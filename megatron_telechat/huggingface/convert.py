@@ -38,6 +38,7 @@ from megatron_telechat.huggingface.config import (
 )
 from megatron_telechat.huggingface.files import CONFIG, read_json, write_hf_weights
 from megatron_telechat.huggingface.weights import HfWeights, Link, weight_map
+from megatron_telechat.parallel.agreement import alone
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEEP = "keep"
@@ -164,7 +165,8 @@ def export_hf(
 
     Raises CheckpointError or ResourceError; ``output`` is not made then.
     """
-    reader, passed_over = open_verified(Path(checkpoint), step)
+    with alone():
+        reader, passed_over = open_verified(Path(checkpoint), step)
     folder = reader.path
     run = readable_config(reader)
     model = run.model

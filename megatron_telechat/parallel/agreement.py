@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from megatron_telechat.errors import ConfigError, Problem, ResourceError, UserError
@@ -66,6 +67,19 @@ def all_ranks_ok(error: BaseException | None, state: Any = None) -> None:
         located = dataclasses.replace(first, what=f"{where}: {first.what}")
         raise type(user_error)([located, *rest]).on_every_rank() from error
     raise RuntimeError(f"{where}: {kind}: {text}") from error
+
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """What this rank does by itself, such as an export: inside, it agrees with nobody and is the first."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 @contextlib.contextmanager
@@ -130,7 +144,7 @@ def gather_objects(value: Any) -> list[Any]:
     """The value of every rank, by rank; a collective for small host objects."""
     import torch.distributed as dist
 
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _alone.get() or not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
@@ -138,10 +152,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def this_rank() -> int:
-    """Of the default group; 0 where there is none."""
+    """Of the default group; 0 where there is none, and inside `alone`."""
     import torch.distributed as dist
 
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone.get() else 0
 
 
 def from_rank_0(value: T | None) -> T:
@@ -153,7 +167,7 @@ def from_rank_0(value: T | None) -> T:
     import torch.distributed as dist
 
     box: list[Any] = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1 and not _alone.get():
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
