@@ -22,13 +22,14 @@ def test_saving_and_loading_beside_a_copy_and_a_read(tmp_path):
     assert body["checks"][-1]["ok"], "bytes of a rank under DP4"
 
 
-def test_the_manifest_of_a_thousand_ranks_takes_seconds(tmp_path):
+@pytest.mark.parametrize("ranks", [128, pytest.param(1024, marks=pytest.mark.slow)])
+def test_the_manifest_of_many_ranks_takes_seconds(ranks, tmp_path):
     found = tmp_path / "found.json"
-    done = bench("manifest.py", "--ranks", "1024", "--json", str(found))
+    done = bench("manifest.py", "--ranks", str(ranks), "--json", str(found))
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(found.read_text())
     cpu = row["cpu_seconds"]  # a busy machine fails nothing
     slow = {name: value for name, value in cpu.items() if value > 10}
-    assert row["ranks"] == 1024 and row["boxes"] > 10000 and not slow
+    assert row["ranks"] == ranks and row["boxes"] > 5 * ranks and not slow
     # What each rank does, and what each save does, does not grow with the manifest.
     assert cpu["find what one rank reads"] < 1 and cpu["retention, after a save"] < 0.5 and cpu["unpack it"] < 0.5
