@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_telechat.checkpoint import commit
-from megatron_telechat.checkpoint.format import PartWriter, merge_parts, versions
+from megatron_telechat.checkpoint.format import PartWriter, versions
 from megatron_telechat.checkpoint.manifest import Manifest
+from megatron_telechat.checkpoint.parts import merge_parts
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.tensors.boxes import Box, flat_range_boxes
@@ -111,7 +112,7 @@ def checkpoint(
     attempt = commit.begin(root, step)
     table, parts = tensor_table(model), []
     for number, place in enumerate(places):
-        writer = PartWriter(attempt.temporary, number)
+        writer = PartWriter(attempt, number)
         for key, tensor in state.items():
             name = key.removeprefix("model/") if key.startswith("model/") else key.split("/", 2)[2]
             spec = table[name]
@@ -131,6 +132,7 @@ def checkpoint(
         tensors=part.tensors,
         optimizer={"step": step, "grad_scaler": {}} if with_optimizer else None,
         extra=dict(extra or {}),
+        save=attempt.save,
     )
     return commit.commit(attempt, manifest)
 

@@ -53,6 +53,23 @@ def rounded(tensor: torch.Tensor) -> torch.Tensor:
     return tensor + (low.to(tensor.dtype) - tensor).detach()
 
 
+class Gathered(torch.autograd.Function):
+    """The tensors of all ranks, [ranks, ...]; the gradient of each goes to its rank."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        out = tensor.new_empty((group.size(), *tensor.shape))
+        torch.distributed.all_gather(list(out), tensor.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad, group=ctx.group)
+        return grad[ctx.group.rank()], None
+
+
 def install(release: str) -> Log:
     """Put the stand-in of a release into ``sys.modules``; before megatron-core is imported."""
     log = Log(release)
@@ -135,12 +152,10 @@ def _modules(log: Log) -> dict[str, Any]:
 
         def over_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             """Rank r of N holds chunks r and 2 N - 1 - r of 2 N, as the real ring wants it."""
-            from torch.distributed.nn.functional import all_gather
-
             size, half = self.ranks.size(), query.shape[2] // 2
             places = [[rank * half + n for n in range(half)] for rank in range(2 * size)]
             held = [torch.tensor(places[rank] + places[2 * size - 1 - rank]) for rank in range(size)]
-            keys, values = (torch.cat(all_gather(part.contiguous(), self.ranks), 2) for part in (key, value))
+            keys, values = (torch.cat(tuple(Gathered.apply(part, self.ranks)), 2) for part in (key, value))
             seen = held[self.ranks.rank()][:, None] >= torch.cat(held)[None, :]
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True)
 
