@@ -111,10 +111,11 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
 
     # Every rank looks for itself: all come to one answer, before a process group in which one would wait for another.
     require_start(loaded.stages)
-    from megatron_telechat.backend import get_backend
-    from megatron_telechat.model.transformer_config import require_transformer_engine
+    if loaded.run.needs_transformer_engine:
+        from megatron_telechat.backend import get_backend
+        from megatron_telechat.model.transformer_config import require_transformer_engine
 
-    require_transformer_engine(loaded.run, get_backend(loaded.run.training.device).traits)
+        require_transformer_engine(loaded.run, get_backend(loaded.run.training.device).traits)
     return train(loaded.stages, loaded.actions.steal_lock)
 
 

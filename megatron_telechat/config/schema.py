@@ -615,6 +615,11 @@ class RunConfig:
         return experts or parallel.context_sizes[1] > 1
 
     @property
+    def needs_transformer_engine(self) -> bool:
+        """Whether something is asked for that only Transformer Engine does."""
+        return self.training.fp8_format is not None or self.parallel.cp_implementation == "transformer_engine"
+
+    @property
     def routers_read_masks(self) -> bool:
         """Whether the routers must be told which tokens are padding, and how many of a step are learned."""
         data = self.data

@@ -109,8 +109,8 @@ def test_what_follows_a_commit_ends_no_run(tmp_path, caplog):
 @pytest.mark.gloo
 @NOT_ROOT
 def test_a_run_whose_folder_takes_no_byte_trains_to_its_end(small_disk, tmp_path):
-    """D2: configuration, metrics and traces of two ranks; the checkpoints lie elsewhere."""
-    (small_disk / "filler").write_bytes(b"x" * 16384)
+    """Configuration, metrics and traces of two ranks; the checkpoints lie elsewhere. The lease takes the last room."""
+    (small_disk / "filler").write_bytes(b"x" * 12288)
     flags = [*MOE, "--expert-model-parallel-size", "2", "--no-fold-tensor-into-experts", "--moe-trace", "2-3"]
     places = ["--run-dir", str(small_disk), "--save", str(tmp_path / "saved"), "--data-cache-path", str(tmp_path)]
     result = launch(PRETRAIN, 2, *flags, *places, "--train-iters", "4", timeout=110).ok()
