@@ -35,10 +35,9 @@ def parts() -> Iterator[None]:
     sys.path.remove(str(BENCH))
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
-@pytest.mark.parametrize(
-    ("flags", "arms"), [((), ONE_DOCUMENT), pytest.param(("--packed",), PACKED, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("flags", "arms"), [((), ONE_DOCUMENT), (("--packed",), PACKED)])
 def test_arms_agree_and_take_turns(tmp_path, flags, arms):
     path = tmp_path / "context.json"
     done = bench("context_parallel.py", "--quick", "--stand-in", "5", "--json", str(path), *flags)

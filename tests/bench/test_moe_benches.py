@@ -11,6 +11,7 @@ import pytest
 from tests.bench.doors import BENCH, bench
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_overlap(tmp_path):
     path = tmp_path / "overlap.json"
@@ -37,7 +38,9 @@ def test_training_over_links(tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def test_one_device(tmp_path, device):
     path = tmp_path / "device.json"
     done = bench("moe_gpu.py", "--device", device, "--quick", "--json", str(path), "--trace", str(tmp_path / "trace"))

@@ -149,7 +149,7 @@ def test_the_model_on_the_wrappers_is_the_model_on_torch(report):
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("release", [OLDEST, NEWEST])
+@pytest.mark.parametrize("release", [pytest.param(OLDEST, marks=pytest.mark.slow), NEWEST])
 def test_the_attention_over_ranks_of_the_wrappers_is_ours(release):
     """The stand-in's ring holds its rows in the order that the real one wants; loss and gradients are those of ours."""
     done = launch(Path(__file__).with_name("worker_te.py"), 2, release, timeout=240).ok()

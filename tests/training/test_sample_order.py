@@ -37,6 +37,7 @@ def epochs(output: str) -> list[float]:
     return [float(number) for number in re.findall(r"train: .* = ([\d.]+) epochs", output)]
 
 
+@pytest.mark.slow
 def test_a_run_made_longer_reads_what_the_long_run_reads_and_then_takes_another_batch(flags, tmp_path):
     whole = train(flags, tmp_path / "whole", 12).ok()
     short = train(flags, tmp_path / "run", 6).ok()

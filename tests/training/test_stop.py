@@ -67,7 +67,7 @@ def test_ctrl_c_under_torchrun_saves_on_all_ranks(tmp_path):
     assert re.search(r"note: the run takes .* \(measured\) and has no save interval.*--save-interval \d+", output)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_closed_terminal_stops_an_evaluation_and_the_run_saves(tmp_path):
     """SIGHUP in the middle of an endless evaluation, with an output that nobody reads any more."""
     run = tmp_path / "run"
