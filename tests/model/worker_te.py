@@ -168,10 +168,10 @@ def moved(ranks: Ranks, run: Any, virtual_stages: Any) -> list[bool]:
 
 def over_ranks(log: te_stand_in.Log, size: int) -> None:
     """Its attention over the ranks of this launch beside ours."""
+    ranks = Ranks(size)
     from megatron.core.extensions import transformer_engine as extension
 
     extension.TEDotProductAttention.cp_stream = object()  # megatron-core would make one of CUDA
-    ranks = Ranks(size)
     found = {name: as_torch_computes(ranks, model) for name, model in (("dense", DENSE), ("moe", MOE))}
     if ranks.state.rank == 0:
         print(json.dumps({**found, "calls": {name: sorted(set(calls)) for name, calls in log.calls.items()}}))
