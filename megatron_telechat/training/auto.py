@@ -45,7 +45,7 @@ class AutoSettings:
         """By which rows of several documents are laid out."""
         return self.context.costs if self.context is not None else EVEN_COSTS
 
-    def news(self, step: int) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
+    def news(self, step: int) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """For each a line for a person, empty where nothing was open, and the record of a measurement before step
         `step` + 1."""
         return ((each.message, each.event(step)) for each in self)
