@@ -27,7 +27,7 @@ def test_two_kills_of_a_moe_run_under_the_supervisor(tmp_path):
     assert found["equal"] and len(found["kills"]) == 2
     told = [json.loads(line) for line in (tmp_path / "runs" / "killed" / "goodput.jsonl").read_text().splitlines()]
     assert sum(one["event"] == "death" for one in told) == 2
-    assert told[-1]["event"] == "end" and told[-1]["restarts"] == 2 and told[-1]["steps_kept"] == 24
+    assert told[-1]["event"] == "end" and told[-1]["restarts"] == 2 and told[-1]["steps_kept"] == 18
 
 
 @pytest.mark.slow
