@@ -21,6 +21,8 @@ PACKAGE = "megatron_telechat"
 MAY_IMPORT = {
     "errors": (),
     "lazy": (),
+    "host": (),
+    "files": (),
     "device_kinds": (),
     "config": ("errors", "device_kinds"),
     "tensors": ("config",),
@@ -30,18 +32,29 @@ MAY_IMPORT = {
     "parallel": ("backend", "config", "lazy"),
     "moe": ("parallel", "backend", "tensors"),
     "model": ("moe", "parallel", "tensors"),
-    "data": ("config", "parallel"),
-    "checkpoint": ("model", "parallel", "data"),
+    "data": ("config", "parallel", "files"),
+    "checkpoint": ("model", "parallel", "data", "host"),
     "huggingface": ("checkpoint",),
     "training": ("checkpoint", "data", "model", "planner"),
     "virtual": ("training",),
     "merging": ("huggingface",),
-    "supervisor": ("errors",),
+    "supervisor": ("errors", "host", "files"),
     "cli": ("training", "merging", "planner", "virtual", "supervisor"),
 }
 """What a room imports; what those import in turn is allowed too."""
 
-WITHOUT_TORCH = ("errors", "lazy", "device_kinds", "config", "tensors", "costs", "planner", "supervisor")
+WITHOUT_TORCH = (
+    "errors",
+    "lazy",
+    "host",
+    "files",
+    "device_kinds",
+    "config",
+    "tensors",
+    "costs",
+    "planner",
+    "supervisor",
+)
 WITHOUT_TORCH_FILES = (f"{PACKAGE}.parallel.topology", f"{PACKAGE}.parallel.cluster", f"{PACKAGE}.training.lease")
 WITHOUT_TORCH_IN_VIRTUAL = tuple(
     f"{PACKAGE}.virtual.{name}" for name in ("compare", "launch", "match", "records", "shim")

@@ -10,7 +10,6 @@ sockets that no other process has, and share the memory of a file descriptor.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import mmap
 import os
@@ -26,8 +25,8 @@ from typing import Any
 
 from megatron_telechat.checkpoint.names import FileEntry
 from megatron_telechat.errors import ResourceError
+from megatron_telechat.host import EndWithParent
 
-_PR_SET_PDEATHSIG = 1
 _CHUNK_BYTES = 4 << 20
 """Checksum and write take turns on so many bytes: what one has read the other finds in the processor's cache."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -157,7 +156,7 @@ def main() -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    _end_with(parent)
+    EndWithParent(parent)()  # where the system cannot (macOS), the end of the pipe tells
     _take(memory_fd, memory_bytes)
     for module in sys.argv[6:]:
         importlib.import_module(module)
@@ -172,14 +171,6 @@ def main() -> None:
             except Exception as error:
                 answer = (True, error)
             connection.send(answer)
-
-
-def _end_with(parent: int) -> None:
-    """Be killed when the rank ends; where the system cannot (macOS), the end of the pipe tells."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)
 
 
 def _take(memory_fd: int, memory_bytes: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,12 @@ from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.manifest import COMPANIONS, MANIFEST
 from megatron_telechat.checkpoint.meaning import TOKENIZER, saved_values
 from megatron_telechat.checkpoint.names import committed_folders
+from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.optimizer_state import MASTER
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.tokenizers import tokenizer_identity
 from megatron_telechat.errors import CheckpointError, ConfigError, DataError
+from megatron_telechat.files import sha256_of
 from megatron_telechat.huggingface.convert import readable_config
 from megatron_telechat.huggingface.files import CONFIG
 from megatron_telechat.huggingface.weights import HfWeights
@@ -27,7 +28,6 @@ from megatron_telechat.huggingface.weights import HfWeights
 PROVENANCE = "merge_provenance.json"
 """Beside the weights of what this program merged: from what, how."""
 MODEL = "model/"
-_READ_BYTES = 1 << 24
 
 
 class Input(Protocol):
@@ -76,19 +76,16 @@ class CheckpointInput:
     """A checkpoint of this program, whatever layout it was saved in. See :class:`Input`.
 
     Args:
-        path: a checkpoint, or a folder of them: the newest is taken.
-        verify: compare the checksum of every byte.
+        path: a checkpoint, or a folder of them: the newest sound one is taken.
+        verify: compare the checksum of every byte; without it a checkpoint is sound if its files have their sizes.
 
     Raises:
         CheckpointError: nothing there, damaged, or of a configuration that cannot be read.
     """
 
     def __init__(self, path: Path, verify: bool = True):
-        folder, self.notes = find_checkpoint(path)
-        if folder is None:
-            raise CheckpointError("no checkpoint there", str(path), "give a folder iter_… or one that holds some")
-        self.path = folder
-        self.reader = CheckpointReader(folder, verify=verify)
+        self.reader = open_verified(path)[0] if verify else _open_unverified(path)
+        self.path = folder = self.reader.path
         self.run = readable_config(self.reader)
         require_fit(self.reader, self.run.model)
         manifest = self.reader.manifest
@@ -209,6 +206,13 @@ def provenance_of(one: Input) -> Any:
         raise read_file_error(path, error, "restore or remove the file") from error
 
 
+def _open_unverified(path: Path) -> CheckpointReader:
+    folder, _ = find_checkpoint(path)
+    if folder is None:
+        raise CheckpointError("no checkpoint there", str(path), "give a folder iter_… or one that holds some")
+    return CheckpointReader(folder)
+
+
 def _tokenizer_at(kind: str | None, path: str | None) -> Mapping[str, str] | None:
     if not path or not Path(path).exists():
         return None
@@ -219,11 +223,7 @@ def _tokenizer_at(kind: str | None, path: str | None) -> Mapping[str, str] | Non
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise read_file_error(path, error, "copy the file again") from error
-    return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -12,9 +11,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from megatron_telechat.files import METRICS_FILE, append_lines
+
 GOODPUT_FILE = "goodput.jsonl"
-_METRICS_FILE = "metrics.jsonl"
 _REMEMBERED_STEPS = 100_000
+_LOOK_EVERY_S = 0.1
+"""Seconds between two looks at the run folder, which may lie on a file system of many hosts."""
 
 PARTS = {
     "steps": "steps that were done again",
@@ -31,7 +33,7 @@ class MetricsFollower:
     """Reads what a run appends to its metrics.jsonl."""
 
     def __init__(self, run_dir: Path):
-        self._path = run_dir / _METRICS_FILE
+        self._path = run_dir / METRICS_FILE
         self._at = 0
         self.skip()
 
@@ -151,6 +153,7 @@ class Goodput:
         self._attempt: Attempt | None = None
         self._attempts: list[Attempt] = []
         self._open: Death | None = None
+        self._looked = -_LOOK_EVERY_S
         self._unwritten: list[dict[str, Any]] = []
         self._warned = False
         self.deaths: list[Death] = []
@@ -163,8 +166,13 @@ class Goodput:
         self._attempts.append(self._attempt)
 
     def look(self) -> None:
-        """Read what the ranks have logged since; several times a second."""
+        """Read what the ranks have logged since the last look; asked again within 0.1 s, do nothing."""
+        if self._clock() - self._looked >= _LOOK_EVERY_S:
+            self._look()
+
+    def _look(self) -> None:
         attempt, now = self._attempt, self._clock()
+        self._looked = now
         if attempt is None:
             return
         if not self._is_ours:
@@ -178,7 +186,7 @@ class Goodput:
 
     def died(self, why: str, noticed: float, gone: float) -> None:
         """The attempt is over, and another one will follow."""
-        self.look()
+        self._look()
         assert self._attempt is not None
         if self._open is not None:
             self._never_stepped(self._open, self._attempt, noticed)
@@ -197,7 +205,7 @@ class Goodput:
         Args:
             saved_step: that of the newest checkpoint; more was not kept where the last attempt was lost.
         """
-        self.look()
+        self._look()
         if not any(attempt.loaded for attempt in self._attempts):
             return
         total = self._clock() - self._start
@@ -286,14 +294,8 @@ class Goodput:
         self._unwritten.append({"time": now, **record})
         if not any(attempt.loaded for attempt in self._attempts):
             return
-        lines = "".join(json.dumps(one) + "\n" for one in self._unwritten).encode()
         try:
-            with open(self._path, "ab+") as stream:
-                # A line that a kill cut off must not join the next one.
-                if stream.seek(0, os.SEEK_END):
-                    stream.seek(-1, os.SEEK_END)
-                    lines = lines if stream.read(1) == b"\n" else b"\n" + lines
-                stream.write(lines)
+            append_lines(self._path, "".join(json.dumps(one) + "\n" for one in self._unwritten))
             self._unwritten.clear()
         except OSError as error:
             if not self._warned:

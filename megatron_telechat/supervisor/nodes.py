@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from megatron_telechat.errors import ConfigError, ResourceError
+from megatron_telechat.errors import EXIT_SIGNAL, ConfigError, ResourceError
 from megatron_telechat.supervisor.processes import Ended, Layout, LocalRanks
 
 _HELLO_S = 5.0
@@ -259,7 +259,7 @@ def follow(
     while True:
         line = _connect(address, port, wait_s, lambda: bool(local.asked))
         if line is None:
-            return 75  # asked to stop while no rank runs
+            return EXIT_SIGNAL  # asked to stop while no rank runs
         try:
             line.send(kind="hello", node=node, ranks=local.ranks, host=os.uname().nodename, job=job)
             code = _obey(local, line)

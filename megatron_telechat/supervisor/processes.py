@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from shutil import rmtree
 
-PULSE_VARIABLE = "MEGATRON_TELECHAT_PULSE_DIR"
-"""Names the folder in which the ranks of this node and attempt say what they are at."""
+from megatron_telechat.host import PULSE_DIR, EndWithParent, shared_memory
 
-_PR_SET_PDEATHSIG = 1
 _PATIENCE_S = 0.01
 
 
@@ -77,17 +73,17 @@ class LocalRanks:
 
     def __init__(self, command: Sequence[str], environ: Mapping[str, str], layout: Layout):
         self._layout = layout
-        self._pulses = tempfile.mkdtemp(prefix="ranks_", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+        self._pulses = tempfile.mkdtemp(prefix="ranks_", dir=shared_memory())
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         for local_rank in range(layout.count):
-            variables = {**layout.variables(local_rank), PULSE_VARIABLE: self._pulses}
+            variables = {**layout.variables(local_rank), PULSE_DIR: self._pulses}
             self._running[layout.first + local_rank] = subprocess.Popen(
                 command,
                 env={**environ, **variables},
                 stdin=subprocess.DEVNULL,
                 # Ctrl-C of a terminal goes to the supervisor alone, which passes it on once.
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=EndWithParent(os.getpid()),
             )
         self.pids = [process.pid for process in self._running.values()]
 
@@ -134,17 +130,3 @@ def _kill_session(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass  # PermissionError: macOS, for a process that has ended
-
-
-def _die_with(parent: int):
-    """What a child does before it becomes the program: on Linux the system ends it with its supervisor, also when that
-    one is killed."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        if library is not None:
-            library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)  # it was killed before the line above
-
-    return prepare

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.errors import LeaseError, ResourceError
+from megatron_telechat.host import boot_id
 
 LEASE_FILE = "lease.json"
 BEAT_S = 1.0
@@ -68,7 +69,7 @@ class Holder:
         """A new lease of this process."""
         pid, now = os.getpid(), datetime.now(timezone.utc)
         return cls(
-            uuid.uuid4().hex, socket.gethostname(), pid, _start_of(pid) or 0, _boot(), _namespace(),
+            uuid.uuid4().hex, socket.gethostname(), pid, _start_of(pid) or 0, boot_id(), _namespace(),
             now.isoformat(timespec="seconds"),
         )  # fmt: skip
 
@@ -351,13 +352,6 @@ def _copy(source: Path, target: Path, refused: OSError) -> bool:
     finally:
         os.close(handle)
     return True
-
-
-def _boot() -> str:
-    """Identifier of this boot of the machine; "" where the system has none."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
 
 
 def _namespace() -> str:

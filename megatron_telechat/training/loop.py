@@ -56,7 +56,7 @@ from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.tolerance import tolerated
 from megatron_telechat.training.trace import exchange_traces
 from megatron_telechat.training.unsaved import unsaved_note
-from megatron_telechat.training.writers import METRICS_FILE, MetricsWriter, recorded_at
+from megatron_telechat.training.writers import MetricsWriter, recorded_at
 
 
 class Trainer:
@@ -220,8 +220,7 @@ class Trainer:
         found: set[str] = set()
         with together(self.state):
             if self.state.rank == 0:
-                with tolerated(METRICS_FILE):
-                    found = recorded_at(self.paths.run_dir, self.step)
+                found = recorded_at(self.paths.run_dir, self.step)
         return self._finish(from_rank_0(found))
 
     def _finish(self, recorded: Collection[str] = ()) -> int:

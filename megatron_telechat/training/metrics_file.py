@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.errors import DataError
-
-METRICS_FILE = "metrics.jsonl"
+from megatron_telechat.files import METRICS_FILE
 
 
 @dataclass

@@ -17,9 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PULSE_DIR = "MEGATRON_TELECHAT_PULSE_DIR"
-"""Environment variable: the folder of the pulse files of this node, empty at the start of each attempt."""
-
 _MAGIC = b"pulse/01"
 _WHO = struct.Struct("<8sqqq64s")
 """Magic, rank, local rank, process id, host."""

@@ -18,14 +18,14 @@ from typing import TextIO
 import megatron_telechat
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import StopAtStart, UserError
+from megatron_telechat.host import PULSE_DIR, boot_id, shared_memory
 from megatron_telechat.parallel.agreement import gather_objects, is_lost_rank, lost_ranks_reported
 from megatron_telechat.training.monitor import STACKS_SIGNAL, Job, Ranks
-from megatron_telechat.training.pulse import PULSE, PULSE_DIR, Activity, Phase, read_pulses, stack_path
+from megatron_telechat.training.pulse import PULSE, Activity, Phase, read_pulses, stack_path
 
 _SHARE_OF_COLLECTIVE_LIMIT = 0.8
 _LOOK_S = 1.0
 _MONITOR = "import sys; from megatron_telechat.training.monitor import main; sys.exit(main(sys.argv[1:]))"
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 def hang_limit_s(run: RunConfig) -> float:
@@ -60,7 +60,7 @@ class Watch:
         made: str | None = None
         if not self._given and self._local_rank == 0:
             with contextlib.suppress(OSError):
-                made = tempfile.mkdtemp(prefix="megatron_telechat_pulse_", dir=_shared_memory())
+                made = tempfile.mkdtemp(prefix="megatron_telechat_pulse_", dir=shared_memory())
         everyone = gather_objects((_node(), made))
         if self._given:
             return
@@ -147,15 +147,7 @@ class Watch:
 
 def _node() -> str:
     """Names a node and what it sees as its files: containers of one machine are several."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{os.uname().nodename}/{boot}"
-    return os.uname().nodename
-
-
-def _shared_memory() -> Path | None:
-    """In memory, so that no slow disk holds a rank up; None: where temporary files go."""
-    return _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
+    return f"{os.uname().nodename}/{boot_id()}"
 
 
 def _warn(text: str) -> None:

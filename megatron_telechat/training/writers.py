@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.training.metrics_file import METRICS_FILE
+from megatron_telechat.files import METRICS_FILE, append_lines
 from megatron_telechat.training.tolerance import reason, tolerated, warn_once
 from megatron_telechat.training.trackers import Tracker, open_trackers
 
@@ -30,14 +28,7 @@ class LineFile:
     def append(self, line: str) -> None:
         """Write one line. What a write that failed has left of another does not swallow it."""
         try:
-            with open(self.path, "ab+", buffering=0) as stream:
-                data = line.encode() + b"\n"
-                if stream.seek(0, os.SEEK_END):
-                    stream.seek(-1, os.SEEK_END)
-                    if stream.read(1) != b"\n":
-                        data = b"\n" + data
-                if stream.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            append_lines(self.path, line + "\n")
         except OSError as error:
             self.lost += 1
             what = f"{self.path} cannot be written ({reason(error)})"
@@ -130,11 +121,11 @@ def _drop_unfinished_line(path: Path) -> None:
 
 
 def recorded_at(run_dir: Path, step: int) -> set[str]:
-    """The keys of all records of one step that later lines did not take back."""
+    """The keys of all records of one step that later lines did not take back; none where the file cannot be read."""
     path, keys = run_dir / METRICS_FILE, set()
     if not path.exists():
         return keys
-    with open(path, encoding="utf-8") as lines:
+    with tolerated(str(path)), open(path, encoding="utf-8") as lines:
         for line in lines:
             try:
                 record = json.loads(line)

@@ -279,6 +279,20 @@ def test_damaged_inputs_are_refused_by_name(tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_damaged_newest_of_a_folder_is_passed_over_for_the_sound_one_before_it(tmp_path, caplog):
+    a = checkpoint(tmp_path / "a", random_state(1))
+    older = checkpoint(tmp_path / "b", random_state(2), step=10)
+    newer = checkpoint(tmp_path / "b", random_state(3), step=20)
+    file = next(newer.glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    merge(a, older, "--output", tmp_path / "expected")
+    caplog.clear()
+    merge(a, tmp_path / "b", "--output", tmp_path / "merged")
+    assert "passed over" in caplog.text and str(file) in caplog.text
+    assert equal(stored(tmp_path / "merged"), stored(tmp_path / "expected"))
+
+
 @pytest.mark.parametrize("form", ["hf", "checkpoint"])
 @pytest.mark.parametrize("method", ["linear", "ties", "dare", "slerp"])
 def test_values_that_are_not_finite_are_named_and_nothing_is_left(tmp_path, capsys, form, method):

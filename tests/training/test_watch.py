@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.host import PULSE_DIR
 from megatron_telechat.training.monitor import Job, Standing, Stillness, Verdict, hang_message, judge
-from megatron_telechat.training.pulse import PULSE_DIR, Activity, Beat, Phase, Pulse, pulse_path, read_pulses
+from megatron_telechat.training.pulse import Activity, Beat, Phase, Pulse, pulse_path, read_pulses
 from megatron_telechat.training.slow_ranks import SlowRanks
 from megatron_telechat.training.watch import Watch
 from tests.harness import ROOT, launch

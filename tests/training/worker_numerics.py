@@ -22,12 +22,7 @@ SECOND_LAYER = "decoder.layers.2.mlp.experts.linear_fc2.weight"
 
 def step_with(poison, base=MOE, *flags: str) -> dict:
     """Take a step whose forward_backward is followed by ``poison(trainer, sums)``."""
-    import torch
-
-    from megatron_telechat.errors import NumericsError
-
     trainer = make_trainer([*base, *EP2, *flags], Path(os.environ["RUN_DIR"]))
-    before = [shard.parameter.detach().clone() for shard in trainer.shards]
     inner = trainer.train_step.forward_backward
 
     def poisoned(iterators):
@@ -36,6 +31,16 @@ def step_with(poison, base=MOE, *flags: str) -> dict:
         return sums
 
     trainer.train_step.forward_backward = poisoned
+    return outcome(trainer)
+
+
+def outcome(trainer) -> dict:
+    """Of one step: the error, and whether the weights are what they were. The trainer is released."""
+    import torch
+
+    from megatron_telechat.errors import NumericsError
+
+    before = [shard.parameter.detach().clone() for shard in trainer.shards]
     found = {"raised": False, "message": "", "exit_code": 0}
     try:
         trainer.take_step(trainer.training_iterators())
@@ -43,10 +48,8 @@ def step_with(poison, base=MOE, *flags: str) -> dict:
         found = {"raised": True, "message": error.render(), "exit_code": error.exit_code}
     finally:
         trainer.release()
-    found["unchanged"] = all(
-        torch.equal(old, shard.parameter) for old, shard in zip(before, trainer.shards, strict=True)
-    )
-    return found
+    unchanged = all(torch.equal(old, shard.parameter) for old, shard in zip(before, trainer.shards, strict=True))
+    return {**found, "unchanged": unchanged}
 
 
 def put_nan(trainer, rank: int, key: str) -> None:
@@ -92,10 +95,7 @@ def step_with_hooks(attach, *flags: str, base=(*MOE, *EP2)) -> dict:
     """Take a step after ``attach(trainer, modules by name)``; the number of tries, too."""
     import torch
 
-    from megatron_telechat.errors import NumericsError
-
     trainer = make_trainer([*base, *flags], Path(os.environ["RUN_DIR"]) / "hooks")
-    before = [shard.parameter.detach().clone() for shard in trainer.shards]
     attach(trainer, dict(trainer.virtual_stages[-1].module.named_modules()))
     tries, inner = [], trainer.train_step.forward_backward
 
@@ -104,18 +104,11 @@ def step_with_hooks(attach, *flags: str, base=(*MOE, *EP2)) -> dict:
         return inner(iterators)
 
     trainer.train_step.forward_backward = counted
-    found = {"raised": False, "message": "", "exit_code": 0}
-    try:
-        trainer.take_step(trainer.training_iterators())
-    except NumericsError as error:
-        found = {"raised": True, "message": error.render(), "exit_code": error.exit_code}
-    finally:
-        trainer.release()
+    found = outcome(trainer)
     # The rank that writes: others may be here first.
     metrics = trainer.paths.run_dir / "metrics.jsonl"
     event = json.loads(metrics.read_text().splitlines()[-1]) if trainer.state.rank == 0 else None
-    unchanged = all(torch.equal(old, shard.parameter) for old, shard in zip(before, trainer.shards, strict=True))
-    return {**found, "unchanged": unchanged, "tries": tries, "event": event, "step": trainer.step}
+    return {**found, "tries": tries, "event": event, "step": trainer.step}
 
 
 def nan_in_the_output(rank: int, name: str, calls: tuple[int, ...]):

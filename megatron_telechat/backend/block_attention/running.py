@@ -60,7 +60,7 @@ class Running:
 
 def _fused(part: Tensor) -> Any | None:
     """The kernels of this device for a part of that size."""
-    return kernels("merging", part) if part.numel() >= _WORTH_A_KERNEL else None
+    return kernels("block_sums", part) if part.numel() >= _WORTH_A_KERNEL else None
 
 
 def add_rows(total: Tensor, rows: slice | Tensor, part: Tensor) -> None:

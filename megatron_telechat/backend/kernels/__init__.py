@@ -25,7 +25,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a module takes unless it has `TYPES` of its own."""
 
 FAMILIES = {
-    "triton": (__name__, ("sums", "rotary", "swiglu", "adding", "merging")),
+    "triton": (__name__, ("sums", "rotary", "swiglu", "adding", "block_sums")),
     "torch_npu": (f"{__name__}.ascend", ("grouped", "attention", "blocks", "norm", "rotary", "swiglu")),
 }
 """For each package that kernels need: where the modules are that use it, and their names. Modules of one name offer the

@@ -19,12 +19,12 @@ from megatron_telechat.data.chat.template import ChatVocabulary, render, tokeniz
 from megatron_telechat.data.indexed.dataset import IndexedDataset, IndexedWriter, token_dtype
 from megatron_telechat.data.pieces import Say
 from megatron_telechat.errors import DataError, Problem, ResourceError
+from megatron_telechat.files import sha256_of
 
 # Takes part in the name of an encoded file: raise it when the same input gives other tokens.
 _FORMAT = 1
 _BATCH = 512
 _COMPLAINTS = 20
-_READ_BYTES = 1 << 20
 
 
 class ChatDataset(IndexedDataset):
@@ -65,14 +65,10 @@ def file_digest(path: str) -> str:
     Raises:
         DataError: it cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", path, "correct the path of the jsonl file") from error
-    return digest.hexdigest()
 
 
 def encoding_of(data: DataConfig, vocab_size: int) -> dict:
