@@ -27,8 +27,8 @@ def calibrate_from_door(request: Request) -> int:
     """Write a device file whose `efficiency.stack` makes this run's prediction the throughput that was seen.
 
     Raises:
-        ConfigError: no device; a number that is no throughput; times of the device were measured for these shapes.
-        DataError: a run folder without steps.
+        ConfigError: no device; a number that is no throughput, or a run folder without steps; times of the device were
+            measured for these shapes.
         ResourceError: the file cannot be written.
     """
     from megatron_telechat.planner.predict import predict

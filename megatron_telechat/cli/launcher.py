@@ -129,6 +129,9 @@ _NO_START = {
 }
 _SHELLS = {"bash", "sh", "zsh"}
 _PYTHON = re.compile(r"python[\d.]*")
+_OURS = "launch.py"
+_ONCE_A_NODE = ("torchrun", _OURS)
+"""Agents that say how many nodes there are."""
 
 
 def _chains(command: Command, job: tuple[str, ...]) -> Iterator[_Chain]:
@@ -219,6 +222,8 @@ def _program(words: Sequence[str], at: int) -> tuple[int | None, Start | None]:
         if words[at] == "-c":
             return None, None
         at += 2 if words[at] in ("-W", "-X") else 1
+    if at < len(words) and words[at].rsplit("/", 1)[-1] == _OURS:
+        return _of_agent(_OURS, words, at + 1)
     return (at if at < len(words) else None), None
 
 
@@ -260,15 +265,24 @@ def _number(text: str | None) -> int | None:
 
 def _torchrun(words: Sequence[str], at: int) -> tuple[int, Start]:
     """One process a node, and one node, where it says nothing else."""
+    return _a_node("torchrun", words, at, "1")
+
+
+def _launch_py(words: Sequence[str], at: int) -> tuple[int, Start]:
+    """tools/launch.py, with torchrun's options; the nodes it is not told are those of the Slurm step."""
+    return _a_node(_OURS, words, at, "")
+
+
+def _a_node(name: str, words: Sequence[str], at: int, default: str) -> tuple[int, Start]:
     end, options = _options(words, at, "-m --module --standalone --no-python --run-path --use-env --virtual-local-rank")
     each = options.get("--nproc-per-node", "1")
-    nodes = "1" if "--standalone" in options else options.get("--nnodes", "1")
+    nodes = "1" if "--standalone" in options else options.get("--nnodes", default)
     low, _, high = nodes.partition(":")
     count = _number(low) if high in ("", low) else None
-    why = "" if count else f"torchrun's number of nodes is open (--nnodes {shown(nodes)})"
+    why = "" if count or not nodes else f"{name}'s number of nodes is open (--nnodes {shown(nodes)})"
     if _number(each) is None:
-        why = f"torchrun counts the devices of the machine (--nproc-per-node {shown(each)})"
-    return end, Start("torchrun", True, None, count, _number(each), why=why).filled()
+        why = f"{name} counts the devices of the machine (--nproc-per-node {shown(each)})"
+    return end, Start(name, True, None, count, _number(each), why=why).filled()
 
 
 def _deepspeed(words: Sequence[str], at: int) -> tuple[int, Start]:
@@ -303,6 +317,7 @@ def _accelerate(words: Sequence[str], at: int) -> tuple[int, Start]:
 
 _AGENTS: dict[str, Callable[[Sequence[str], int], tuple[int, Start]]] = {
     "torchrun": _torchrun,
+    _OURS: _launch_py,
     "deepspeed": _deepspeed,
     "accelerate": _accelerate,
 }
@@ -463,15 +478,15 @@ def _launch(chain: _Chain) -> Launch:
         return Launch(flags, tasks.ranks, tasks.per_node, "" if tasks.ranks else tasks.why)
     agents = tasks.ranks if tasks is not None else 1
     nodes, each = agent.nodes, agent.per_node
-    if agent.name == "torchrun":
+    if agent.name in _ONCE_A_NODE:
         devices = (tasks.devices if tasks else None) or chain.devices
         each = each or devices
-        nodes = nodes or (agents if tasks is not None else None)
+        nodes = nodes or (agents if tasks is not None or not agent.why else None)
         agent = replace(agent, nodes=nodes, per_node=each, ranks=None).filled()
     if agent.ranks is None:
         return Launch(flags, why=agent.why)
     if tasks is not None and agents is not None and agents != (nodes if agent.name != "deepspeed" else 1):
-        own = f"each for {nodes} node{'s' * (nodes != 1)}" if agent.name == "torchrun" else f"for {nodes} machines"
+        own = f"each for {nodes} node{'s' * (nodes != 1)}" if agent.name in _ONCE_A_NODE else f"for {nodes} machines"
         return Launch(flags, why=f"{tasks.name} starts {agents} times {agent.name}, {own}")
     sharing = agents // tasks.nodes if tasks is not None and agents and tasks.nodes and agents % tasks.nodes == 0 else 1
     return Launch(flags, agent.ranks, agent.per_node and agent.per_node * max(sharing, 1))

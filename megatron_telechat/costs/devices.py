@@ -124,7 +124,8 @@ _FILE_HELP = f"a file as those in costs/devices/, or one of {', '.join(sorted(p.
 def _checked(entries: Any, where: str) -> DeviceSpec:
     if not isinstance(entries, dict) or not isinstance(entries.get("name"), str):
         raise ConfigError("the device file has no name", where, _FILE_HELP)
-    entries = {**entries, "kind": entries.get("kind") or _kind_by_name(entries["name"])}
+    entries = {key: value for key, value in entries.items() if value is not None}
+    entries["kind"] = entries.get("kind") or _kind_by_name(entries["name"])
     entries.pop("variants", None)
     if entries["kind"] and entries["kind"] not in DEVICE_KINDS:
         raise ConfigError(f"kind: {entries['kind']!r} is no kind of device", where, f"one of {', '.join(DEVICE_KINDS)}")
@@ -136,8 +137,9 @@ def _checked(entries: Any, where: str) -> DeviceSpec:
         entries[key] = entries.get(key) or {}
         _check_numbers(entries[key], key, where)
     single = ("memory_gib", "hbm_bandwidth_gb_s", "intra_node_bandwidth_gb_s", "inter_node_bandwidth_gb_s")
-    single += ("error", "gemm_edge", "gemm_start_s", "node_devices")
-    _check_numbers({key: entries[key] for key in single if entries.get(key)}, "", where)
+    may_be_0 = ("error", "gemm_edge", "gemm_start_s", "collective_latency_s")
+    given = {key: entries[key] for key in (*single, "node_devices", *may_be_0) if key in entries}
+    _check_numbers({key: value for key, value in given.items() if key not in may_be_0 or value != 0}, "", where)
     entries["device_names"] = tuple(entries.get("device_names") or ())
     try:
         entries["measured"] = tuple(Measured(**entry) for entry in entries.get("measured") or ())

@@ -81,11 +81,22 @@ def require_started_ranks(environ: Mapping[str, str]) -> None:
 
 
 def _torchrun(environ: Mapping[str, str]) -> Ranks | None:
-    rank, world = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    return _named(environ, "torchrun's variables", "")
+
+
+def _mpirun(environ: Mapping[str, str]) -> Ranks | None:
+    return _named(environ, "mpirun", "OMPI_COMM_WORLD_")
+
+
+def _named(environ: Mapping[str, str], launcher: str, prefix: str) -> Ranks | None:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE behind a prefix; mpirun leaves the WORLD of it out once."""
+    size = f"{prefix}SIZE" if prefix else "WORLD_SIZE"
+    local_size = f"{prefix}LOCAL_SIZE" if prefix else "LOCAL_WORLD_SIZE"
+    rank, world = _number(environ, f"{prefix}RANK"), _number(environ, size)
     if rank is None or world is None:
         return None
-    local, each = _number(environ, "LOCAL_RANK"), _number(environ, "LOCAL_WORLD_SIZE")
-    return Ranks("torchrun's variables", "RANK, WORLD_SIZE", rank, world, local, each)
+    local, each = _number(environ, f"{prefix}LOCAL_RANK"), _number(environ, local_size)
+    return Ranks(launcher, f"{prefix}RANK, {size}", rank, world, local, each)
 
 
 def _srun(environ: Mapping[str, str]) -> Ranks | None:
@@ -100,14 +111,6 @@ def _srun(environ: Mapping[str, str]) -> Ranks | None:
     each = _tasks_of_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""), _number(environ, "SLURM_NODEID") or 0)
     local = _number(environ, "SLURM_LOCALID")
     return Ranks("srun", "SLURM_PROCID, SLURM_NTASKS", rank, world, local, each, nodes)
-
-
-def _mpirun(environ: Mapping[str, str]) -> Ranks | None:
-    rank, world = _number(environ, "OMPI_COMM_WORLD_RANK"), _number(environ, "OMPI_COMM_WORLD_SIZE")
-    if rank is None or world is None:
-        return None
-    local, each = _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"), _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
-    return Ranks("mpirun", "OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE", rank, world, local, each)
 
 
 def _pet(environ: Mapping[str, str]) -> Ranks | None:

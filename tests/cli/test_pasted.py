@@ -40,6 +40,11 @@ SAID = [
     (f"CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --nproc-per-node gpu {P}", 4, 4),
     (f"env A=1 CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc-per-node auto {P}", 2, 2),
     (f"OMP_NUM_THREADS=4 taskset -c 0-63 torchrun --nproc-per-node 8 {P}", 8, 8),
+    # tools/launch.py
+    (f"python tools/launch.py --nproc-per-node 8 {P}", 8, 8),
+    (f"python -u /opt/telechat/tools/launch.py --max-restarts 3 --nnodes=4 --nproc-per-node 8 {P}", 32, 8),
+    (f"tools/launch.py --standalone --nproc-per-node 4 -m pretrain_gpt {P.split(' ', 1)[1]}", 4, 4),
+    (f"srun -N 4 --ntasks-per-node 1 python tools/launch.py --nproc-per-node 8 {P}", 32, 8),
     # srun
     (f"srun -N 8 --ntasks-per-node 8 python -u {P}", 64, 8),
     (f"srun -N8 -n64 python {P}", 64, 8),
@@ -92,6 +97,7 @@ OPEN = [
     (f"torchrun --nproc-per-node $GPUS {P}", "--nproc-per-node $GPUS"),
     (f"torchrun --nnodes 2:4 --nproc-per-node 8 {P}", "--nnodes 2:4"),
     (f"torchrun --nnodes $N --nproc-per-node 8 {P}", "--nnodes $N"),
+    (f"python tools/launch.py --nnodes $N --nproc-per-node 8 {P}", "--nnodes $N"),
     (f"srun python {P}", "srun names no nodes and tasks"),
     (f"srun -N 2-4 --ntasks-per-node 8 python {P}", "srun's nodes is 2-4"),
     (f"srun -N $NODES python {P}", "srun's nodes is $NODES"),
@@ -105,6 +111,10 @@ OPEN = [
     (
         f"srun -N 4 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 8 {P}",
         "srun starts 4 times torchrun, each for 2 nodes",
+    ),
+    (
+        f"srun -N 4 --ntasks-per-node 1 python tools/launch.py --nnodes 2 --nproc-per-node 8 {P}",
+        "srun starts 4 times launch.py, each for 2 nodes",
     ),
 ]
 

@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from throttled_links import Links, start_ranks  # noqa: E402
+from timeline import add_arguments, draw_rank_0  # noqa: E402
 
 COLOURS = {"own": "#8aa6d6", "A": "#4878cf", "B": "#d65f5f", "K": "#6acc65", "G": "#3a8f5f"}
 WARM_UP = 3
@@ -29,13 +30,10 @@ WARM_UP = 3
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--links", action="store_true", help="make throttled links, run, remove them")
-    parser.add_argument("--mbit", type=float, default=130.0, help="rate of the links")
+    add_arguments(parser, 130.0, "the products")
     parser.add_argument("--ranks", type=int, default=4, help="without torchrun: so many")
     parser.add_argument("--tokens", type=int, default=1024, help="of a rank")
     parser.add_argument("--pieces", type=int, default=2, help="of each step")
-    parser.add_argument("--stand-in", type=float, metavar="GFLOPS", help="the products sleep flops / rate")
-    parser.add_argument("--plot", type=Path, required=True)
     return parser.parse_args(argv)
 
 
@@ -74,15 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(argv)
     if "RANK" in os.environ:
-        spans = trace(options)
-        if os.environ["RANK"] == "0":
-            from timeline import draw
-
-            products = f"stand-in products at {options.stand_in:g} GFLOP/s" if options.stand_in else "real products"
-            link = f"{options.mbit:g} Mbit/s" if options.links else "no limit"
-            title = f"attention over ranks, rank 0 of {os.environ['WORLD_SIZE']}, {options.pieces} pieces a step"
-            draw(options.plot, spans, COLOURS, f"{title}, {link}, {products}")
-        return 0
+        title = f"attention over ranks, rank 0 of {os.environ['WORLD_SIZE']}, {options.pieces} pieces a step"
+        return draw_rank_0(options, trace, COLOURS, title)
     command = [sys.executable, "-u", "-W", "ignore", __file__, *argv]
     return start_ranks(command, options.ranks, options.links, True, 300.0)
 

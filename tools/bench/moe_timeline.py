@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from throttled_links import LinksError, links_up, run_ranks  # noqa: E402
+from timeline import add_arguments, draw_rank_0  # noqa: E402
 
 COLOURS = {"F": "#4878cf", "B": "#d65f5f", "W": "#e0a458", "R": "#956cb4", "D": "#6acc65", "C": "#3a8f5f"}
 COLOURS |= {f"{name}'": COLOURS[name] for name in "DC"}
@@ -30,11 +31,8 @@ COLOURS |= {f"{name}'": COLOURS[name] for name in "DC"}
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--links", action="store_true", help="make throttled links, run, remove them")
-    parser.add_argument("--mbit", type=float, default=300.0, help="rate of the links")
+    add_arguments(parser, 300.0, "the experts' products")
     parser.add_argument("--chunks", type=int, default=4)
-    parser.add_argument("--stand-in", type=float, metavar="GFLOPS", help="the experts' products sleep flops / rate")
-    parser.add_argument("--plot", type=Path, required=True)
     return parser.parse_args(argv)
 
 
@@ -77,19 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(argv)
     if "RANK" in os.environ:
-        spans = trace(options)
-        if os.environ["RANK"] == "0":
-            products = f"stand-in products at {options.stand_in:g} GFLOP/s" if options.stand_in else "real products"
-            link = f"{options.mbit:g} Mbit/s" if options.links else "no limit"
-            from timeline import draw
-
-            draw(
-                options.plot,
-                spans,
-                COLOURS,
-                f"one expert block, rank 0 of 2, {options.chunks} chunks, {link}, {products}",
-            )
-        return 0
+        return draw_rank_0(options, trace, COLOURS, f"one expert block, rank 0 of 2, {options.chunks} chunks")
     command = [sys.executable, str(Path(__file__).resolve()), *argv]
     try:
         if not options.links:

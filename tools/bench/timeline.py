@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from over_links import pyplot_to_files
@@ -11,6 +13,40 @@ from megatron_telechat.parallel.clock import Span
 
 LABELLED_US = 9000.0
 """Shorter spans have no room for their letters; microseconds."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, mbit: float, what: str) -> None:
+    """The options of every picture.
+
+    Args:
+        mbit: default rate of the links.
+        what: sleeps in place of the real products.
+    """
+    parser.add_argument("--links", action="store_true", help="make throttled links, run, remove them")
+    parser.add_argument("--mbit", type=float, default=mbit, help="rate of the links")
+    parser.add_argument("--stand-in", type=float, metavar="GFLOPS", help=f"{what} sleep flops / rate")
+    parser.add_argument("--plot", type=Path, required=True)
+
+
+def draw_rank_0(
+    options: argparse.Namespace,
+    trace: Callable[[argparse.Namespace], Sequence[Span]],
+    colours: Mapping[str, str],
+    title: str,
+) -> int:
+    """What each rank does: trace, and draw on rank 0; the exit code.
+
+    Args:
+        options: with those of :func:`add_arguments`.
+        trace: spans of one forward and backward on this rank; collective.
+        title: of the picture; the link and the products are added.
+    """
+    spans = trace(options)
+    if os.environ["RANK"] == "0":
+        products = f"stand-in products at {options.stand_in:g} GFLOP/s" if options.stand_in else "real products"
+        link = f"{options.mbit:g} Mbit/s" if options.links else "no limit"
+        draw(options.plot, spans, colours, f"{title}, {link}, {products}")
+    return 0
 
 
 def draw(path: Path, spans: Sequence[Span], colours: Mapping[str, str], title: str) -> None:
