@@ -94,7 +94,7 @@ def _memory(axes: Any, problem: BalanceProblem, assignment: Assignment, real: bo
     stages = range(problem.P)
     bottom = [0.0] * problem.P
     parts = [("held back", [problem.const_mem] * problem.P, HELD), ("weights, gradients, optimizer", weights, WEIGHTS)]
-    parts += [("activations", kept, KEPT), ("recompute", working, WORKING)]
+    parts += [("activations", kept, KEPT), ("working set", working, WORKING)]
     for name, sizes, color in parts:
         if not any(sizes):
             continue
@@ -122,7 +122,7 @@ def _parts(problem: BalanceProblem, assignment: Assignment) -> tuple[list[float]
         used = [group.modes[mode] for group, mode in zip(groups, modes, strict=True)]
         resident.append(fixed.w + sum(group.w for group in groups))
         kept.append(fixed.act + sum(mode.act for mode in used))
-        working.append(max((mode.ws for mode in used), default=0.0))
+        working.append(max([fixed.ws, *(mode.ws for mode in used)]))
     held, again = [], []
     for device, moments in enumerate(in_flight(problem.P, problem.V, problem.m)):
         own = range(device, problem.num_stages, problem.P)

@@ -216,26 +216,19 @@ def _mask_bytes(run: RunConfig) -> float:
     return each * run.model.hidden_size * tokens_of(run).split
 
 
-def output_layer_bytes(run: RunConfig) -> float:
-    """Final norm, logits and loss of one micro-batch, from the forward to the end of the backward.
+def output_layer_activations(run: RunConfig) -> LayerActivations:
+    """Final norm, logits and loss of one micro-batch.
 
-    The norm's input and output; the softmax, fp32, that the vocabulary-parallel cross entropy keeps; the logits in the
-    compute type beside it (in the forward) or their gradient (in the backward). In chunks: what is kept, and
-    `_chunk_bytes`.
+    Kept between forward and backward are the norm's input and output and, of the loss, the softmax, fp32, of the
+    vocabulary-parallel cross entropy; in chunks, of each row the label, the largest logit, the sum of the exponentials
+    and the label's logit. The working set is what is free again before the first layer recomputes: the logits in the
+    compute type (in the forward) or their gradient (in the backward), in chunks `_chunk_bytes`.
     """
-    if loss_chunks(run):
-        return output_layer_saved_bytes(run) + _chunk_bytes(run)
-    return output_layer_saved_bytes(run) + _columns(run) * BYTES[run.training.precision] * tokens_of(run).whole
-
-
-def output_layer_saved_bytes(run: RunConfig) -> float:
-    """Of `output_layer_bytes`, what lies between forward and backward: all but the logits in the compute type. In
-    chunks the norm's input and output, and of each row the label, the largest logit, the sum of the exponentials and
-    the label's logit."""
-    tokens, size = tokens_of(run), BYTES[run.training.precision]
+    tokens, size, chunks = tokens_of(run), BYTES[run.training.precision], loss_chunks(run)
     norm = 2 * size * run.model.hidden_size * tokens.split
-    a_row = INDEX_BYTES + 3 * _FP32 if loss_chunks(run) else _FP32 * _columns(run)
-    return norm + a_row * tokens.whole
+    a_row = INDEX_BYTES + 3 * _FP32 if chunks else _FP32 * _columns(run)
+    working_set = _chunk_bytes(run) if chunks else _columns(run) * size * tokens.whole
+    return LayerActivations(norm + a_row * tokens.whole, working_set)
 
 
 def _chunk_bytes(run: RunConfig) -> float:

@@ -17,7 +17,7 @@ from megatron_telechat.costs.activations import (
     LayerActivations,
     embedding_bytes,
     layer_activations,
-    output_layer_bytes,
+    output_layer_activations,
 )
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.op_order import Op, peak_in_flight
@@ -45,7 +45,7 @@ class StageMemory:
     activations_bytes: float
     """Largest sum, over the op order, of the activations kept and the transient part below."""
     transient_bytes: float
-    """Of activations_bytes: the largest working set of a recompute."""
+    """Of activations_bytes: the largest working set of a recompute, or of the loss."""
     in_flight: tuple[int, ...]
     """Micro-batches in flight in each virtual stage at that moment."""
     buffers_bytes: float = 0.0
@@ -111,8 +111,7 @@ def stage_memory(run: RunConfig, imbalance: float = 1.0, software: Software | No
 
     The rules are those of a balance problem (docs/planner.md), so the planner's figures are these: what a layer, the
     embedding or the output layer keeps is held from the start of its forward to the end of the virtual stage's
-    backward, and a backward is charged the largest working set of its layers once. On the last stage that is a little
-    more than there is, since the logits are freed before the layers are recomputed.
+    backward, and a backward is charged the largest working set of its layers, or of the loss, once.
 
     Raises:
         ConfigError: the layout or the recompute plan of the run does not fit the model.
@@ -131,19 +130,20 @@ def stage_memory(run: RunConfig, imbalance: float = 1.0, software: Software | No
 def _stage(
     run: RunConfig, layout: PipelineLayout, rank: int, layers: list[LayerActivations], software: Software | None
 ) -> StageMemory:
-    kept, repeated = [], []
+    kept, transients = [], []
     for virtual_stage in range(layout.num_virtual_stages):
         own = [layers[layer] for layer in layout.layers_of(rank, virtual_stage)]
         fixed = embedding_bytes(run) if layout.has_embedding(rank, virtual_stage) else 0.0
-        fixed += output_layer_bytes(run) if layout.has_loss(rank, virtual_stage) else 0.0
-        kept.append(fixed + sum(layer.kept for layer in own))
+        ends = [output_layer_activations(run)] if layout.has_loss(rank, virtual_stage) else []
+        kept.append(fixed + sum(layer.kept for layer in [*own, *ends]))
         kinds = {run.model.layer_is_moe(layer): layer for layer in layout.layers_of(rank, virtual_stage)}
         counts = (local_count(layer_table(run.model, layer), run.parallel) for layer in kinds.values())
         gathered = max((whole_layers_bytes(run, count, software) for count in counts), default=0.0)
-        repeated.append(max((layer.working_set for layer in own), default=0.0) + gathered)
+        recomputed = max((layer.working_set for layer in own), default=0.0) + gathered
+        transients.append(max([recomputed, *(end.working_set for end in ends)]))
 
     def transient(op: Op) -> float:
-        return 0.0 if op.forward else repeated[op.virtual_stage]
+        return 0.0 if op.forward else transients[op.virtual_stage]
 
     num_microbatches = max(run.num_microbatches, 1)
     activations, in_flight = peak_in_flight(

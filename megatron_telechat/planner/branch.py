@@ -267,5 +267,5 @@ class Tree(Relaxation):
 def _least_work(problem: BalanceProblem) -> float:
     """Some device has at least its share of the work, and does one op at a time."""
     layers = [group.count * (group.f + group.b + min(mode.extra_b for mode in group.modes)) for group in problem.groups]
-    blocks = [block.f + block.b for block in (problem.embed, problem.head, problem.mtp) if block is not None]
+    blocks = [block.f + block.b for block in problem.blocks]
     return problem.m * math.fsum(layers + blocks) / problem.P * (1 - 1e-12)

@@ -9,7 +9,7 @@ from itertools import groupby
 from megatron_telechat.config.layout import PipelineLayout, pipeline_layout
 from megatron_telechat.config.recompute import MODULES, Modes, recompute_plan
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs.activations import embedding_bytes, layer_activations, output_layer_bytes
+from megatron_telechat.costs.activations import embedding_bytes, layer_activations, output_layer_activations
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.devices import DeviceSpec
 from megatron_telechat.costs.memory import resident_bytes, whole_layers_bytes
@@ -92,6 +92,7 @@ def balance_problem(
     parallel = run.parallel
     if parallel.pipeline_model_parallel_size == 1:  # a tied matrix lies on the one stage once
         ends[1] = {key: spec for key, spec in ends[1].items() if key not in ends[0]}
+    loss = output_layer_activations(run)
     embed_bytes, head_bytes = (_weights(run, table, software) for table in ends)
     return BalanceProblem(
         P=parallel.pipeline_model_parallel_size,
@@ -102,7 +103,7 @@ def balance_problem(
         p2p=times.p2p(),
         groups=tuple(groups),
         embed=Block(embedding.forward, embedding.backward, embed_bytes, embedding_bytes(run)),
-        head=Block(output.forward, output.backward, head_bytes, output_layer_bytes(run)),
+        head=Block(output.forward, output.backward, head_bytes, loss.kept, loss.working_set),
         mtp=mtp,
     )
 
@@ -134,7 +135,9 @@ def mtp_block(run: RunConfig, device: DeviceSpec, layer: int = -1, software: Sof
     table = layer_table(run.model, layer)
     own = _weights(run, table, software)
     per_parameter = own / local_count(table, run.parallel).total
-    kept = layer_activations(run, layer, (), software=software).kept + output_layer_bytes(run)
+    loss = output_layer_activations(run)
+    # its loss and the model's own are held at the same time: no working set beside that of the head
+    kept = layer_activations(run, layer, (), software=software).kept + loss.kept + loss.working_set
     weights = own + per_parameter * 2 * hidden * hidden / tensor
     return Block(decoder.forward + output.forward, decoder.backward + output.backward, weights, kept)
 

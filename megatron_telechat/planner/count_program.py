@@ -15,7 +15,7 @@ from megatron_telechat.planner.simulate import in_flight
 
 class Space:
     """Columns: the makespan M; n[c, k], layers of kind k (a group in a mode) on stage c; y[c], the MTP block is on
-    stage c; z[c, l], a layer of stage c has a working set of at least level l.
+    stage c; z[c, l], a layer or block of stage c has a working set of at least level l.
 
     Times are in units of `time_unit`, bytes in units of the memory limit.
 
@@ -36,6 +36,7 @@ class Space:
         C, K = problem.num_stages, len(self.kinds)
         self.places = [place for place in problem.mtp_places() if place is not None]
         used = {group.modes[j].ws for group in problem.groups for j in range(len(group.modes))}
+        used |= {block.ws for block in problem.blocks}
         self.levels = [] if self.loose else sorted(used - {0})
         self.n = 1 + np.arange(C * K).reshape(C, K)
         self.y = {place: 1 + C * K + at for at, place in enumerate(self.places)}
@@ -128,6 +129,10 @@ class Space:
                 self.memory_rows.append(self._row(entries, -INF, (problem.mem_limit * (1 + 1e-9) - used) / unit))
         for stage in range(problem.num_stages):
             for at, level in enumerate(self.levels):
+                if level <= problem.fixed_block(stage, None).ws:
+                    self.lo[self.z[stage, at]] = 1.0
+                if stage in self.y and problem.mtp is not None and level <= problem.mtp.ws:
+                    self._row({self.y[stage]: 1.0, int(self.z[stage, at]): -1.0}, -INF, 0.0)
                 high = [kind for kind, (g, j) in enumerate(self.kinds) if problem.groups[g].modes[j].ws >= level]
                 most = min(sum(group.count for group in problem.groups), problem.num_layers)
                 self._row(
@@ -184,6 +189,7 @@ def memory_is_loose(problem: BalanceProblem) -> bool:
         mode = group.modes[fastest_mode(group)]
         used += group.count * (group.w + most * mode.act)
         transient = max(transient, mode.ws)
-    for block in (problem.embed, problem.head, problem.mtp):
-        used += 0.0 if block is None else block.w + most * block.act
+    for block in problem.blocks:
+        used += block.w + most * block.act
+        transient = max(transient, block.ws)
     return used + transient <= problem.mem_limit

@@ -58,9 +58,10 @@ class Evaluator:
         problem, plans = self.problem, self.plans
         extra = inside @ self.b0
         fits = np.ones(len(inside), dtype=bool)
-        act = inside @ self.act0 + [problem.fixed_block(stage, place).act for stage in range(problem.num_stages)]
-        weight = inside @ self.w + [problem.fixed_block(stage, place).w for stage in range(problem.num_stages)]
-        transient = np.max((inside > 0) * self.ws0, axis=2)
+        blocks = [problem.fixed_block(stage, place) for stage in range(problem.num_stages)]
+        act = inside @ self.act0 + [block.act for block in blocks]
+        weight = inside @ self.w + [block.w for block in blocks]
+        transient = np.maximum(np.max((inside > 0) * self.ws0, axis=2), [block.ws for block in blocks])
         for device in range(problem.P):
             stages = slice(device, None, problem.P)
             most = act[:, stages] @ plans.held[device].T

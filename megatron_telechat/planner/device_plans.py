@@ -97,18 +97,19 @@ class DevicePlans:
         choices = [self.stage_choices(one) for one in virtual_stages]
         sizes = self._thin([len(one.modes) for one in choices])
         picked = [grid.ravel() for grid in np.meshgrid(*(size for size in sizes), indexing="ij")]
-        weights, fixed_act = problem.const_mem, []
+        weights, fixed_act, fixed_ws = problem.const_mem, [], []
         for virtual_stage, one in enumerate(virtual_stages):
             stage = virtual_stage * problem.P + device
             block = problem.fixed_block(stage, stage if virtual_stage == mtp_virtual_stage else None)
             weights += block.w + math.fsum(count * group.w for count, group in zip(one, problem.groups, strict=True))
             fixed_act.append(block.act)
+            fixed_ws.append(block.ws)
         act = [choice.act[at] + fixed for choice, at, fixed in zip(choices, picked, fixed_act, strict=True)]
         fits = np.full(len(picked[0]), weights <= problem.mem_limit)
         for held, backward in zip(self.held[device], self.backward[device], strict=True):
             most = sum(count * size for count, size in zip(held, act, strict=True))
             if backward is not None:
-                most = most + choices[backward].ws[picked[backward]]
+                most = most + np.maximum(choices[backward].ws[picked[backward]], fixed_ws[backward])
             fits &= weights + most <= problem.mem_limit
         where = np.flatnonzero(fits)
         picked = [at[where] for at in picked]

@@ -43,12 +43,17 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Block:
-    """The embedding, the head or the multi-token-prediction block: a layer without modes."""
+    """The embedding, the head or the multi-token-prediction block: a layer without modes.
+
+    Attributes:
+        ws: transient bytes, as of a `Mode`: its stage is charged the largest of its layers and blocks once.
+    """
 
     f: float = 0.0
     b: float = 0.0
     w: float = 0.0
     act: float = 0.0
+    ws: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,15 @@ class BalanceProblem:
         return sum(group.count for group in self.groups)
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Embedding, head, and the MTP block where there is one."""
+        return (self.embed, self.head) if self.mtp is None else (self.embed, self.head, self.mtp)
+
+    @property
     def integral(self) -> bool:
         """Whether every time is an integer, so that every makespan is one too."""
         times = [self.p2p]
-        for block in (self.embed, self.head, self.mtp or Block()):
+        for block in self.blocks:
             times += [block.f, block.b]
         for group in self.groups:
             times += [group.f, group.b, *(mode.extra_b for mode in group.modes)]
@@ -123,11 +133,12 @@ class BalanceProblem:
         return tuple(fewest)
 
     def fixed_block(self, stage: int, mtp_stage: int | None) -> Block:
-        """Sum of the blocks without modes (embedding, head, MTP) on a virtual stage."""
+        """The blocks without modes (embedding, head, MTP) on a virtual stage as one: sums, and the largest `ws`."""
         found = [self.embed] * (stage == 0) + [self.head] * (stage == self.num_stages - 1)
         if self.mtp is not None and stage == mtp_stage:
             found.append(self.mtp)
-        return Block(*(math.fsum(getattr(block, key) for block in found) for key in ("f", "b", "w", "act")))
+        sums = (math.fsum(getattr(block, key) for block in found) for key in ("f", "b", "w", "act"))
+        return Block(*sums, ws=max((block.ws for block in found), default=0.0))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str, where: str = "balance problem") -> BalanceProblem:
@@ -154,7 +165,7 @@ class BalanceProblem:
         for key in ("embed", "head", "mtp"):
             block = getattr(self, key)
             if block is not None:
-                out[key] = _values(block, ("f", "b", "w", "act"))
+                out[key] = _values(block, ("f", "b", "w", "act", "ws"))
         return {**out, **{key: getattr(self, key) for key in _MIN_LAYERS}}
 
 
@@ -197,7 +208,7 @@ def _check_values(problem: BalanceProblem) -> None:
                 check(_is_amount(value), f"{name}.modes[{at}].{key} = {value!r}", "a finite number, at least 0")
     for name in ("embed", "head", "mtp"):
         block = getattr(problem, name)
-        for key in ("f", "b", "w", "act") if block is not None else ():
+        for key in ("f", "b", "w", "act", "ws") if block is not None else ():
             value = getattr(block, key)
             check(_is_amount(value), f"{name}.{key} = {value!r}", "a finite number, at least 0")
     if not found:
@@ -261,8 +272,9 @@ class _Reader:
         return Mode(data["name"], *(self._amount(data, key, f"{name}.") for key in ("extra_b", "act", "ws")))
 
     def _block(self, data: Any, name: str) -> Block:
-        data = self._object(data, name, ("f", "b", "w", "act"))
-        return Block(*(self._amount(data, key, f"{name}.") for key in ("f", "b", "w", "act")))
+        data = self._object(data, name, ("f", "b", "w", "act"), ("ws",))
+        given = (key for key in ("f", "b", "w", "act", "ws") if key in data)
+        return Block(**{key: self._amount(data, key, f"{name}.") for key in given})
 
     def _object(
         self, data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()

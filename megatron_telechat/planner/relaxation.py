@@ -177,5 +177,5 @@ def _serial_time(problem: BalanceProblem) -> float:
     layers = sum(
         group.count * (group.f + group.b + max(mode.extra_b for mode in group.modes)) for group in problem.groups
     )
-    blocks = sum(block.f + block.b for block in (problem.embed, problem.head, problem.mtp) if block is not None)
+    blocks = sum(block.f + block.b for block in problem.blocks)
     return problem.m * (layers + blocks + 2 * problem.num_stages * problem.p2p) + 1.0

@@ -127,7 +127,7 @@ def peak_bytes(problem: BalanceProblem, assignment: Assignment) -> tuple[float, 
         used = [group.modes[mode] for group, mode in zip(groups, modes, strict=True)]
         weights.append(math.fsum([fixed.w, *(group.w for group in groups)]))
         kept.append(math.fsum([fixed.act, *(mode.act for mode in used)]))
-        transient.append(max((mode.ws for mode in used), default=0.0))
+        transient.append(max([fixed.ws, *(mode.ws for mode in used)]))
     out = []
     for device, moments in enumerate(in_flight(problem.P, problem.V, problem.m)):
         stages = range(device, problem.num_stages, problem.P)

@@ -10,7 +10,7 @@ import torch
 from megatron_telechat import parallel
 from megatron_telechat.backend import get_backend
 from megatron_telechat.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
-from megatron_telechat.costs.activations import embedding_bytes, layer_activations, output_layer_saved_bytes
+from megatron_telechat.costs.activations import embedding_bytes, layer_activations, output_layer_activations
 from megatron_telechat.costs.memory import stage_memory
 from tests.harness import Cases
 
@@ -95,7 +95,7 @@ def activations(moe: bool, precision: str, dropout: float = 0.0, **more) -> dict
             run = runs[0]
             length = run.training.seq_length // run.parallel.context_parallel_size
             tables = 2 * 4 * length * run.model.head_dim // 2  # cos and sin, shared by all layers
-            ends = embedding_bytes(run) + output_layer_saved_bytes(run)
+            ends = embedding_bytes(run) + output_layer_activations(run).kept
             found["ends"] = [two - 2 * (three - two) - tables, ends]
     return found
 

@@ -79,5 +79,5 @@ def _stages(problem: BalanceProblem, assignment: Assignment) -> tuple[list[float
         b.append(sum(x.b for x in [*mine, *blocks]) + sum(mode.extra_b for mode in used))
         w.append(sum(x.w for x in [*mine, *blocks]))
         act.append(sum(x.act for x in [*used, *blocks]))
-        ws.append(max([mode.ws for mode in used], default=0.0))
+        ws.append(max([x.ws for x in [*used, *blocks]], default=0.0))
     return f, b, w, act, ws

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.op_graph import op_graph
@@ -11,7 +12,7 @@ from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup,
 
 def small_problem(seed: int) -> BalanceProblem:
     """One of any kind: V 1 to 3, one or two groups, one to three modes, MTP, p2p, m < P, tight and loose memory,
-    whole and fractional times, empty stages."""
+    whole and fractional times, empty stages, blocks with and without a working set."""
     rng = random.Random(seed)
     P, V = rng.choice([(1, 1), (2, 1), (3, 1), (4, 1), (4, 1), (2, 2), (2, 2), (3, 2), (2, 3)])
     m = rng.choice([1, 2, 3, 4, 5, 6, 8])
@@ -48,9 +49,13 @@ def small_problem(seed: int) -> BalanceProblem:
     tight = rng.random() < 0.65
     mean_w = sum(group.count * group.w for group in groups) / P
     limit = int(rng.uniform(1.0, 2.6) * mean_w + rng.uniform(0.3, 1.2) * 100 * layers * V) if tight else 10**9
-    return BalanceProblem(
+    problem = BalanceProblem(
         P, V, m, limit, rng.choice([0, 100]), rng.choice([0, 0, amount(1, 20)]), tuple(groups),
         embed=Block(amount(0, 10), amount(0, 10), amount(50, 250), amount(5, 20)),
         head=Block(amount(30, 150), amount(60, 300), amount(50, 250), amount(30, 110)),
         mtp=mtp, min_layers=minimum, min_layers_first=min(minimum, rng.choice([0, 1])), min_layers_last=0,
     )  # fmt: skip
+    if rng.random() < 0.5:
+        return problem
+    blocks = {key: replace(getattr(problem, key), ws=amount(0, 150)) for key in ("embed", "head")}
+    return replace(problem, **blocks, mtp=mtp and replace(mtp, ws=amount(0, 150)))

@@ -184,11 +184,12 @@ def rank(options: argparse.Namespace) -> None:
 
 def modelled_mb(options: argparse.Namespace, tensor: int, rows: int) -> float:
     """What the memory model says of the arm, without the norm's input and output."""
-    from megatron_telechat.costs.activations import BYTES, output_layer_bytes
+    from megatron_telechat.costs.activations import BYTES, output_layer_activations
 
     run = run_of(options, tensor, rows)
     size = BYTES[options.dtype]
-    return (output_layer_bytes(run) - 2 * size * options.hidden * options.tokens / tensor) / MB
+    output = output_layer_activations(run)
+    return (output.kept + output.working_set - 2 * size * options.hidden * options.tokens / tensor) / MB
 
 
 def start(options: argparse.Namespace, tensor: int) -> dict[str, Any]:

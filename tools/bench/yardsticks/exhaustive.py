@@ -153,7 +153,8 @@ def _device_peak(
         groups = [group for group, count in zip(problem.groups, in_stage[stage], strict=True) for _ in range(count)]
         weights += fixed.w + math.fsum(group.w for group in groups)
         kept.append(fixed.act + math.fsum(group.modes[mode].act for group, mode in zip(groups, modes, strict=True)))
-        transient.append(max((group.modes[mode].ws for group, mode in zip(groups, modes, strict=True)), default=0.0))
+        used = [group.modes[mode].ws for group, mode in zip(groups, modes, strict=True)]
+        transient.append(max([fixed.ws, *used]))
     most = max(
         sum(count * size for count, size in zip(moment.held, kept, strict=True))
         + (0.0 if moment.backward is None else transient[moment.backward])
