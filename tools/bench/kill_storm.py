@@ -1,12 +1,13 @@
 """Kill ranks until the run is complete, and compare it with one that nobody killed.
 
     python tools/bench/kill_storm.py --count 50 --model dense --through-supervisor
-    python tools/bench/kill_storm.py --count 50 --model moe
+    python tools/bench/kill_storm.py --count 50 --model moe --asynchronous
+    python tools/bench/kill_storm.py --count 5 --model one-rank --device cuda --through-supervisor
 
 A random rank gets SIGKILL at a random moment: while the processes start and load, between steps, or in a save (the run
 saves every second step). Then the same command is given again, by this program or, with ``--through-supervisor``, by
 ``tools/launch.py`` itself. At the end the joined metrics and all tensors of the last checkpoint must be those of an
-uninterrupted run, bit for bit. Exit code 0: they are. Tiny models, on the CPU.
+uninterrupted run, bit for bit. Exit code 0: they are. Tiny models.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ SHARE_BEFORE_THE_FIRST_STEP = 0.3
 KEYS = ("loss", "grad_norm", "lr", "consumed_samples", "loss_scale", "skipped_steps", "aux_loss")
 SMALL = (
     "--seq-length 32 --vocab-size 256 --hidden-size 64 --kv-channels 8 --init-method-std 0.05 --micro-batch-size 2 "
-    "--global-batch-size 8 --lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 0 --mock-data --device cpu --fp32 "
+    "--global-batch-size 8 --lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 0 --mock-data --fp32 "
     "--no-progress --log-interval 1 --hidden-dropout 0.1 "
 )
 MODELS = {
+    "one-rank": (1, "--preset telechat2-tiny --ffn-hidden-size 128 " + SMALL),
     "dense": (
         4,
         "--preset telechat2-tiny --ffn-hidden-size 128 --tensor-model-parallel-size 2 "
@@ -222,6 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=50, help="number of kills (default: %(default)s)")
     parser.add_argument("--model", choices=sorted(MODELS), default="dense")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--through-supervisor", action="store_true", help="let tools/launch.py restart by itself")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the kills and times to this file")
@@ -233,7 +236,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     ranks, text = MODELS[args.model]
     last_step = STEPS_A_KILL * (args.count + 1)
-    flags = [*text.split(), "--train-iters", str(last_step), "--save-interval", str(SAVE_INTERVAL), "--keep-last", "3"]
+    flags = [*text.split(), "--device", args.device, "--train-iters", str(last_step)]
+    flags += ["--save-interval", str(SAVE_INTERVAL), "--keep-last", "3"]
     if getattr(args, "asynchronous", False):
         flags += asynchronous_flags()
 

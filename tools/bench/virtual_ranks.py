@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Every preset on virtual ranks: a rank of each pipeline stage at the published layout, beside the models of costs; and
-the largest ones with rows of 128K and 256K tokens over context-parallel ranks.
+of the first and the last stage of the largest ones with rows of 128K and 256K tokens over context-parallel ranks.
 
     python tools/bench/virtual_ranks.py [--presets telechat2-3b,telechat2-39b-a12b] [--json FILE]
 
@@ -91,12 +91,13 @@ def run_of(name: str) -> RunConfig:
 
 
 def execute_preset(name: str) -> list[Row]:
-    """A rank of each stage."""
+    """A rank of each stage; of the long rows of the first and the last one."""
     whole = run_of(name)
     run = executable(whole)
     stages = stage_memory(run)
     rows: list[Row] = []
-    for record in execute(run, one_of_each_stage(run)):
+    ranks = one_of_each_stage(run)
+    for record in execute(run, [ranks[0], ranks[-1]] if name in LONG else ranks):
         shares = [
             entry.bytes / entry.modelled
             for entry in exchanged(whole, record)
