@@ -185,8 +185,11 @@ def judge(beat: Beat, status: str, stack: str) -> Verdict:
     if not stack:
         disk = " in the kernel, for a disk or a device" if status == psutil.STATUS_DISK_SLEEP else ""
         return Verdict(beat, Standing.SILENT, f"it does not answer; it waits{disk}" if disk else "it does not answer")
-    if beat.phase in WAITS or beat.phase in OVER or waits_by_stack(stack):
+    if waits_by_stack(stack):
         return Verdict(beat, Standing.WAITING, "it waits for other ranks")
+    if beat.phase in WAITS or beat.phase in OVER:
+        # The number that a reduction gave is read from the device: a kernel that does not end shows here.
+        return Verdict(beat, Standing.WAITING, "it waits for other ranks, or for its device")
     return Verdict(beat, Standing.AT_WORK, "it does not wait for another rank")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import sys
 import time
 import traceback
@@ -17,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import psutil
+
 from megatron_telechat.errors import EXIT_BUG, EXIT_OK, UserError
 from megatron_telechat.parallel.topology import Topology
-from megatron_telechat.virtual.launch import RANK_LIMIT_S, Order
+from megatron_telechat.virtual.launch import RANK_LIMIT_S, STANDING_LIMIT_S, Order
 from megatron_telechat.virtual.records import RankRecord
 from megatron_telechat.virtual.shim import load_shim
 
@@ -91,16 +92,24 @@ def _fork(order: Order, memory: Memory, record: Record) -> int:
 
 
 def _await(order: Order, child: int) -> None:
-    """Wait for a rank to end, for as long as it may take; one that was killed has told nothing itself."""
-    limit = time.monotonic() + RANK_LIMIT_S
+    """Wait for a rank to end, for as long as it may take; one that was killed has told nothing itself.
+
+    Counted is the processor's time, since other work may slow it down; a rank that uses none stands: nothing that it
+    does waits for another process.
+    """
+    process, used, moved = psutil.Process(child), 0.0, time.monotonic()
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        if time.monotonic() > limit:
-            os.kill(child, signal.SIGKILL)
+        times = process.cpu_times()
+        if times.user + times.system > used:
+            used, moved = times.user + times.system, time.monotonic()
+        if used > RANK_LIMIT_S or time.monotonic() > moved + STANDING_LIMIT_S:
+            process.kill()
             os.waitpid(child, 0)
-            _tell(order, TimeoutError(f"not done after {RANK_LIMIT_S:g} s"))
+            stands = "" if used > RANK_LIMIT_S else f", and it stands for {STANDING_LIMIT_S:g} s"
+            _tell(order, TimeoutError(f"not done after {used:.0f} s of the processor{stands}"))
             return
         time.sleep(0.02)
     if not Path(order.record).exists() and not Path(order.error).exists():

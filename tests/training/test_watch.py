@@ -85,6 +85,11 @@ def test_how_a_rank_stands(phase, status, stack, standing):
     assert judge(beat(0, phase, 1.0), status, stack).standing is standing
 
 
+def test_a_rank_that_reads_a_number_may_wait_for_its_device():
+    read, reduced = (judge(beat(0, Phase.LOSS_REDUCTION, 1.0), "sleeping", stack) for stack in (IN_MODEL, IN_COLLECTIVE))
+    assert (read.why, reduced.why) == ("it waits for other ranks, or for its device", "it waits for other ranks")
+
+
 def test_the_message_names_the_cause_and_not_who_waits_longest():
     verdicts = [
         Verdict(beat(0, Phase.PIPELINE_EXCHANGE, 10.0), Standing.WAITING, "it waits"),
