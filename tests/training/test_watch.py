@@ -86,8 +86,9 @@ def test_how_a_rank_stands(phase, status, stack, standing):
 
 
 def test_a_rank_that_reads_a_number_may_wait_for_its_device():
-    read, reduced = (judge(beat(0, Phase.LOSS_REDUCTION, 1.0), "sleeping", stack) for stack in (IN_MODEL, IN_COLLECTIVE))
-    assert (read.why, reduced.why) == ("it waits for other ranks, or for its device", "it waits for other ranks")
+    at = beat(0, Phase.LOSS_REDUCTION, 1.0)
+    assert judge(at, "sleeping", IN_MODEL).why == "it waits for other ranks, or for its device"
+    assert judge(at, "sleeping", IN_COLLECTIVE).why == "it waits for other ranks"
 
 
 def test_the_message_names_the_cause_and_not_who_waits_longest():
