@@ -54,6 +54,9 @@ MODELS = {
 }
 
 
+AVERAGE = "--ema-decay 0.9 --average-window-steps 5 --eval-interval 3 --eval-iters 1"
+
+
 class Kill(NamedTuple):
     """One kill: which rank, what the job was at, the last step it had logged, where it went on, after how long.
 
@@ -226,6 +229,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the kills and times to this file")
     parser.add_argument("--keep", type=Path, help="folder for both runs (default: a temporary one)")
+    parser.add_argument("--average", action="store_true", help="keep averages of the weights, and evaluate them")
     if asynchronous_flags():
         parser.add_argument("--asynchronous", action="store_true", help="save with --checkpoint-mode async")
     args = parser.parse_args()
@@ -234,6 +238,8 @@ def main() -> int:
     ranks, text = MODELS[args.model]
     last_step = STEPS_A_KILL * (args.count + 1)
     flags = [*text.split(), "--train-iters", str(last_step), "--save-interval", str(SAVE_INTERVAL), "--keep-last", "3"]
+    if args.average:
+        flags += AVERAGE.split()
     if getattr(args, "asynchronous", False):
         flags += asynchronous_flags()
 
