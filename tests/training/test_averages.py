@@ -15,17 +15,19 @@ from tests.harness import CaseReport, run_cases
 from tests.training.worker_averages import DECAY, START, STEPS, WINDOW
 
 WORKER = Path(__file__).with_name("worker_averages.py")
-SLOW = "dense_tp2_pp2_interleaved"
+FOUR = "dense_tp2_pp2_interleaved"
+SLOW = {"moe_ep2_distributed", FOUR}
+"""With the tests marked slow; the kill storm and the layouts of checkpoints hold their parts too."""
 RUNS = {
     "dense": 1,
     "moe_fp16": 1,
     "dense_bf16_distributed_overlap": 2,
     "moe_ep2_distributed": 2,
-    SLOW: 4,
+    FOUR: 4,
 }
 """Case → ranks."""
 OTHERS = {1: ["switched_on_and_off"], 2: ["beside_the_training", "weights_that_no_master_gives_back"], 4: []}
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name == SLOW)) for name in RUNS]
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS]
 REPEATED = ("loss", "grad_norm", "lr", "loss_scale", "skipped_steps", "consumed_samples")
 
 pytestmark = pytest.mark.gloo
@@ -37,12 +39,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(folder):
+def report(folder, request):
     done: dict[int, CaseReport] = {}
+    slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
 
     def of(ranks: int) -> CaseReport:
         if ranks not in done:
-            names = [*(name for name, count in RUNS.items() if count == ranks), *OTHERS[ranks]]
+            names = [name for name, count in RUNS.items() if count == ranks and (slow or name not in SLOW)]
+            names += OTHERS[ranks]
             done[ranks] = run_cases(WORKER, ranks, names, timeout=300, env={"AVERAGES_DIR": str(folder)})
         return done[ranks]
 
@@ -145,9 +149,9 @@ def test_the_validation_loss_is_told_of_the_averages_too(report, folder, name):
 
 @pytest.mark.slow
 def test_the_averages_of_a_layout_are_those_of_one_rank(report, folder):
-    for name in ("dense", SLOW):
+    for name in ("dense", FOUR):
         report(RUNS[name]).check(name)
-    one, four = folder / "dense_whole", folder / f"{SLOW}_whole"
+    one, four = folder / "dense_whole", folder / f"{FOUR}_whole"
     for kind in ("ema", "window", "window_under_way"):
         wanted, found = (tensors(run, STEPS, f"average/{kind}/") for run in (one, four))
         assert wanted.keys() == found.keys() and wanted
