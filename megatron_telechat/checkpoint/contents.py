@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_telechat.checkpoint.averages import entries
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.manifest import COMPANIONS
 
@@ -156,6 +157,7 @@ def overview(reader: CheckpointReader) -> dict[str, Any]:
         "topology": dict(manifest.topology),
         "versions": dict(manifest.versions),
         "optimizer": manifest.optimizer,
+        "averages": dict(entries(manifest.extra)),
         "files": len(manifest.files),
         "tensors": len(reader.entries),
         "parameters": sum(math.prod(entry.shape) for entry in weights),

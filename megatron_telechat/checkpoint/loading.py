@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_telechat.checkpoint import rng as rng_tree
+from megatron_telechat.checkpoint.averages import average_key, saved_kinds
 from megatron_telechat.checkpoint.find import require_fit, saved_config, weight_key
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.loss_scale import diverged_scales, load_scaler_state, one_scale, require_one_scale
@@ -97,6 +98,7 @@ def load_checkpoint(
         _load_parameters(reader, state.shards)
         notes += _load_optimizer(reader, state, run, weights_only)
         if not weights_only:
+            _load_averages(reader, state)
             notes += _load_generators(reader, state, run, parallel)
     reader.close()
     manifest = reader.manifest
@@ -129,6 +131,10 @@ def _files_to_read(reader: CheckpointReader, state: TrainState, weights_only: bo
         for part in flat_boxes(item.shard, item.start, item.stop):
             for name in (MASTER,) if weights_only else (MASTER, *MOMENTS):
                 files += reader.files_of(f"optimizer/{name}/{item.shard.piece.key}", part.box)
+    for item in () if weights_only else state.averages:
+        for part in flat_boxes(item.shard, item.start, item.stop):
+            for name in item.tensors:
+                files += reader.files_of(average_key(name, item.shard.piece.key), part.box)
     return files
 
 
@@ -186,6 +192,22 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
         return notes
     why = "--no-load-optim was given" if saved is not None else "the checkpoint holds none"
     return [*notes, f"the optimizer state is fresh: {why}"]
+
+
+def _load_averages(reader: CheckpointReader, state: TrainState) -> None:
+    """The averages that the run keeps and the checkpoint holds."""
+    kinds = saved_kinds(reader.manifest.extra)
+    for item in state.averages:
+        for name in item.tensors.keys() & set(kinds):
+            stored = average_key(name, item.shard.piece.key)
+            if stored not in reader.entries:
+                raise CheckpointError(
+                    f"the averages lack {stored}",
+                    where=str(reader.path),
+                    fix="resume without --ema-decay and --average-window-steps, or use another checkpoint",
+                )
+            for part in flat_boxes(item.shard, item.start, item.stop):
+                _fill(item.tensors[name][part.start - item.start : part.stop - item.start], reader, stored, part.box)
 
 
 def _load_generators(reader: CheckpointReader, state: TrainState, run: RunConfig, parallel: ParallelState) -> list[str]:

@@ -77,6 +77,31 @@ def optimizer_slices(
             yield OptimizerSlice(by_parameter[id(leaf.parameter)], leaf.start, stop, tensors, leaf.sharded)
 
 
+class MasterSlice(NamedTuple):
+    """The fp32 weights of elements [start, stop) of a local parameter: 1-D, what the optimizer steps on; the parameter
+    itself where it is fp32. ``sharded`` as in :class:`OptimizerSlice`."""
+
+    shard: LocalParameter
+    start: int
+    values: torch.Tensor
+    sharded: bool
+
+    @property
+    def stop(self) -> int:
+        """End of the range."""
+        return self.start + self.values.numel()
+
+
+def master_slices(optimizer: Any, shards: Sequence[LocalParameter]) -> Iterator[MasterSlice]:
+    """Every flat range of fp32 weights that this rank's optimizer owns, always in the same order."""
+    by_parameter = {id(item.parameter): item for item in shards}
+    for part in leaf_optimizers(optimizer):
+        for leaf in _leaves(part):
+            yield MasterSlice(
+                by_parameter[id(leaf.parameter)], leaf.start, leaf.stepped.detach().view(-1), leaf.sharded
+            )
+
+
 def _leaves(part: Any) -> Iterator[_Leaf]:
     if hasattr(part, "shard_fp32_from_float16_groups"):  # DistributedOptimizer
         pairs = (

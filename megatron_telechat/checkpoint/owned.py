@@ -7,13 +7,14 @@ one rank that writes for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_telechat.checkpoint.optimizer_state import MOMENTS, flat_boxes, optimizer_slices
+from megatron_telechat.checkpoint.averages import PREFIX
+from megatron_telechat.checkpoint.optimizer_state import MOMENTS, OptimizerSlice, flat_boxes, optimizer_slices
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.tensors.pieces import is_first_over_tensor
@@ -49,23 +50,32 @@ class _FlatRange:
         return max(0, count - (self.start + count) % shape[-1])
 
 
-def owned_tensors(shards: Sequence[LocalParameter], optimizer: Any, parallel: ParallelState) -> Iterator[OwnedTensor]:
+def owned_tensors(
+    shards: Sequence[LocalParameter], optimizer: Any, averages: Iterable[OptimizerSlice], parallel: ParallelState
+) -> Iterator[OwnedTensor]:
     """What this rank writes; over all ranks it is every element of every tensor once.
 
     Args:
         optimizer: None leaves the optimizer's state out.
+        averages: of the weights, on the ranges of the optimizer.
     """
-    for one in _owned_ranges(shards, optimizer, parallel):
+    for one in _owned_ranges(shards, optimizer, averages, parallel):
         yield from _boxes_of(one)
 
 
-def bytes_after_a_step(shards: Sequence[LocalParameter], optimizer: Any, parallel: ParallelState) -> int:
+def bytes_after_a_step(
+    shards: Sequence[LocalParameter], optimizer: Any, averages: Iterable[OptimizerSlice], parallel: ParallelState
+) -> int:
     """Bytes of the tensors that this rank will write once the optimizer has taken a step."""
-    return sum(one.values.nbytes for one in _owned_ranges(shards, optimizer, parallel, with_moments=True))
+    return sum(one.values.nbytes for one in _owned_ranges(shards, optimizer, averages, parallel, with_moments=True))
 
 
 def _owned_ranges(
-    shards: Sequence[LocalParameter], optimizer: Any, parallel: ParallelState, with_moments: bool = False
+    shards: Sequence[LocalParameter],
+    optimizer: Any,
+    averages: Iterable[OptimizerSlice],
+    parallel: ParallelState,
+    with_moments: bool = False,
 ) -> list[_FlatRange]:
     ranges = [_FlatRange("model", shard, 0, shard.parameter.detach().view(-1)) for shard in shards]
     own: list[_FlatRange] = []
@@ -75,6 +85,9 @@ def _owned_ranges(
             place_holder = torch.empty(item.stop - item.start, dtype=torch.float32, device="meta")
             tensors = dict.fromkeys(MOMENTS, place_holder) | tensors
         found = [_FlatRange(f"optimizer/{name}", item.shard, item.start, each) for name, each in tensors.items()]
+        (own if item.sharded else ranges).extend(found)
+    for item in averages:
+        found = [_FlatRange(f"{PREFIX}/{name}", item.shard, item.start, each) for name, each in item.tensors.items()]
         (own if item.sharded else ranges).extend(found)
     own, ranges = ([one for one in each if _counts(one, parallel)] for each in (own, ranges))
     for expert in (False, True):

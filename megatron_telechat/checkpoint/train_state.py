@@ -27,7 +27,7 @@ from megatron_telechat.checkpoint.format import PartWriter, versions
 from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.loss_scale import scaler_state
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
-from megatron_telechat.checkpoint.optimizer_state import adam_steps
+from megatron_telechat.checkpoint.optimizer_state import OptimizerSlice, adam_steps
 from megatron_telechat.checkpoint.owned import OwnedTensor, bytes_after_a_step, owned_tensors
 from megatron_telechat.checkpoint.parts import Part
 from megatron_telechat.checkpoint.verify import remember_files
@@ -51,6 +51,8 @@ class TrainState:
         resumed_from: the checkpoint this run began from; --keep-last never removes it.
         extra: anything else of the run, JSON, the same on all ranks (rank 0's is kept).
         branch: the line of saves that this run continues; None: one without a parent.
+        averages: of the weights, by kind (`checkpoint.averages`), on the ranges of the optimizer; a load fills those
+            that the checkpoint holds.
         require_writable: called before the first byte, by rank 0, and before the commit, perhaps by the process that
             writes for it; raises a UserError where the folder belongs to another job by now.
     """
@@ -64,6 +66,7 @@ class TrainState:
     resumed_from: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     branch: Branch | None = None
+    averages: Sequence[OptimizerSlice] = ()
     require_writable: Callable[[], None] = always_writable
 
 
@@ -113,7 +116,7 @@ def begin_save(root: Path, state: TrainState, run: RunConfig, parallel: Parallel
 
     Raises ResourceError on every rank.
     """
-    owned = list(owned_tensors(state.shards, _saved_optimizer(state, run), parallel))
+    owned = list(owned_tensors(state.shards, _saved_optimizer(state, run), state.averages, parallel))
     attempt = _begin_together(Path(root), state, owned, parallel)
     branch = state.branch
     if branch is None:
@@ -156,7 +159,7 @@ def gathered_on_rank_0(mine: Written, parallel: ParallelState) -> list[Written]:
 
 def expected_bytes(state: TrainState, run: RunConfig, parallel: ParallelState) -> int:
     """Bytes of the tensors that this rank will write once the optimizer has taken a step."""
-    return bytes_after_a_step(state.shards, _saved_optimizer(state, run), parallel)
+    return bytes_after_a_step(state.shards, _saved_optimizer(state, run), state.averages, parallel)
 
 
 def _saved_optimizer(state: TrainState, run: RunConfig) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_telechat.checkpoint.averages import KINDS
 from megatron_telechat.cli.text import gib
 from megatron_telechat.cli.tool import ToolParser, add_overwrite, natural, run_tool
 from megatron_telechat.errors import EXIT_OK
@@ -42,6 +43,12 @@ def build_parser() -> ToolParser:
         default="keep",
         help="keep: as stored (default); fp32: the master weights, if there are any",
     )
+    out.add_argument(
+        "--values",
+        choices=("weights", *KINDS),
+        default="weights",
+        help="the weights (default), or an average that the run has kept of them (docs/merging.md)",
+    )
     out.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default 5GB)")
     return parser
 
@@ -64,6 +71,7 @@ def _run(argv: list[str]) -> int:
             template=args.hf_template,
             tokenizer=args.tokenizer,
             dtype=args.dtype,
+            values=args.values,
             max_shard_bytes=parse_size(args.max_shard_size),
             step=args.step,
         )

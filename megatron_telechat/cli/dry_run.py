@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_telechat.checkpoint.averages import resume_notes
 from megatron_telechat.checkpoint.lineage import Saved
 from megatron_telechat.checkpoint.meaning import saved_values
 from megatron_telechat.checkpoint.start import Start, position_of, require_start
@@ -18,6 +19,7 @@ from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_ta
 from megatron_telechat.cli.stage_table import stage_table
 from megatron_telechat.cli.text import context_text, count_text, flop_text, gib, table
 from megatron_telechat.config import LoadedConfig
+from megatron_telechat.config.averages import average_lines
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.loss_chunks import loss_lines
 from megatron_telechat.config.plan_file import read_plan
@@ -36,6 +38,7 @@ from megatron_telechat.costs.memory import (
     LEAST_STAGING_BYTES,
     STAGING_SHARE,
     StageMemory,
+    averages_bytes,
     checkpoint_bytes,
     stage_memory,
     staging_bytes,
@@ -85,7 +88,7 @@ def report(loaded: LoadedConfig) -> str:
     for stage in stages.stages:
         _of_stage(stage, spans.get(stage.number), stages, out)
     out.section("files", _files(loaded.run, out))
-    out.section("begins with", _beginning(start, saved))
+    out.section("begins with", _beginning(start, saved, loaded.run))
     ahead = list(progress_ahead(stages, position, _order_so_far(stages, saved if goes_on else None, position)))
     out.section("data", _data(loaded.run, ahead, out))
     changed = _said_by_person(loaded)
@@ -155,6 +158,7 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
         f"  type    {run.training.precision_text}"
         + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
         *(f"  loss    {text}" for text in loss_lines(run)),
+        *(f"  average {text}" for text in average_lines(run.average)),
     ]
 
 
@@ -190,6 +194,9 @@ def _memory(run: RunConfig, out: _Report) -> list[str]:
             "More tensor or pipeline stages, recompute, or --use-distributed-optimizer lower it"
         )
     lines = table(rows)
+    if run.average.copies:
+        shares = ", ".join(gib(averages_bytes(run, stage.parameters)) for stage in stages)
+        lines.append(f"optimizer: of it the averages of the weights, by stage: {shares}")
     if buffers:
         lines += _buffers(run)
     if uneven:
@@ -333,13 +340,14 @@ def _save_mode(run: RunConfig) -> str:
     )
 
 
-def _beginning(start: Start, saved: Saved | None) -> list[str]:
+def _beginning(start: Start, saved: Saved | None, run: RunConfig) -> list[str]:
     """Where the weights come from; the model in that checkpoint was held against the run's."""
     if saved is None:
         return ["initial weights"]
     if start.weights_only:
         return [f"the weights of {saved.path}, at step 0 with a fresh optimizer", *start.notes]
-    return [f"{saved.path}: step {saved.step}", *start.notes]
+    notes = resume_notes(run.average, saved.extra, saved.step)
+    return [f"{saved.path}: step {saved.step}", *start.notes, *notes]
 
 
 def _data(run: RunConfig, ahead: Sequence[tuple[Span, Progress]], out: _Report) -> list[str]:

@@ -120,6 +120,8 @@ def _overview(found: dict[str, Any]) -> Iterable[str]:
     yield f"  versions  {_pairs(found['versions'])}"
     parameters = count_text(found["parameters"])
     yield f"  holds     {found['tensors']} tensors in {found['files']} files; {parameters} parameters"
+    for kind, entry in found["averages"].items():
+        yield f"  average   {kind}: {_pairs(entry)}"
     yield f"  GiB       {', '.join(f'{kind} {gib(size)}' for kind, size in found['bytes'].items())}"
 
 

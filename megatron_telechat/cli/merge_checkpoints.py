@@ -42,7 +42,8 @@ def build_parser() -> ToolParser:
         "--values",
         choices=VALUES,
         default="auto",
-        help="weights as stored, or fp32 master weights; auto (default): the masters where every input has them",
+        help="weights as stored, fp32 master weights, or an average that each run has kept (ema, window); auto "
+        "(default): the masters where every input has them",
     )
     parser.add_argument(
         "--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="of the output; default as stored"
@@ -154,7 +155,9 @@ def _run(argv: list[str]) -> int:
         print(f"{done.weights[number]:.9g}  {path}{loss}")
     for note in done.notes:
         print(f"note: {note}")
-    values = "fp32 master weights" if done.from_masters else "weights as stored"
+    values = {"master": "fp32 master weights", "weights": "weights as stored"}.get(
+        done.values, f"average {done.values}"
+    )
     print(f"merged {len(done.inputs)} inputs ({args.method}, {values}), {gib(done.size_bytes)} GiB: {done.path}")
     return EXIT_OK
 

@@ -91,14 +91,23 @@ def style(axes: Any, title: str) -> None:
     axes.margins(x=0.02)
 
 
+VALIDATION = {
+    "valid_loss": "validation",
+    "valid_loss_ema": "validation (ema)",
+    "valid_loss_window": "validation (window)",
+}
+"""Key of a record → what was evaluated; where there are several runs, the first of each."""
+
+
 def _draw_loss(axes: Any, runs: Sequence[Metrics]) -> None:
     several = len(runs) > 1
     for run, color in zip(runs, _colors(runs), strict=False):
         _curve(axes, *run.series("loss"), color, run.name if several else "train")
-        steps, values = run.series("valid_loss", "valid")
-        if steps:
-            axes.plot(steps, values, color=color if several else COLORS[1], linestyle="--", linewidth=1.2, marker="o",
-                      markersize=3.5, label=None if several else "validation")  # fmt: skip
+        for number, (key, label) in enumerate(VALIDATION.items(), 1):
+            steps, values = run.series(key, "valid")
+            if steps and (number == 1 or not several):
+                axes.plot(steps, values, color=color if several else COLORS[number], linestyle="--", linewidth=1.2,
+                          marker="o", markersize=3.5, label=None if several else label)  # fmt: skip
         for number, step in enumerate(run.resumes):
             label = "resumed" if number == 0 and not several else None
             axes.axvline(step, color=color if several else INK, linestyle=":", linewidth=1.2, alpha=0.8, label=label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_telechat.config.flags import Actions
 from megatron_telechat.config.loader import LoadedConfig, load_run_config
 from megatron_telechat.config.schema import (
+    AverageConfig,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
@@ -18,6 +19,7 @@ from megatron_telechat.config.schema import (
 
 __all__ = [
     "Actions",
+    "AverageConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",

@@ -514,6 +514,26 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class AverageConfig:
+    """Averages of the fp32 weights inside the run, kept in its checkpoints and evaluated beside the weights."""
+
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, such as 0.9999. Unset: none is kept."""
+    average_window_steps: int | None = None
+    """Steps of a window whose weights are averaged alike; the mean of the last whole window is kept. Windows end at
+    multiples of it. Unset: none is kept."""
+    average_interval: int = 1
+    """Steps between two weights that enter an average."""
+    average_start_step: int = 0
+    """The moving average begins with the weights after this step, and windows behind it."""
+
+    @property
+    def copies(self) -> int:
+        """How many fp32 values a parameter has for its averages: a window has its last mean, and that under way."""
+        return (self.ema_decay is not None) + 2 * (self.average_window_steps is not None)
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """Console, metrics and dashboards."""
 
@@ -579,6 +599,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property

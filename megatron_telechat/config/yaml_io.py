@@ -280,8 +280,8 @@ def _not_of_a_stage(key: str) -> str:
 
 
 _SECTIONS_HELP = (
-    "the sections are model, parallel, training, optimizer, data, checkpoint, evaluation, logging (and preset: NAME, "
-    "stages: a list)"
+    "the sections are model, parallel, training, optimizer, data, checkpoint, evaluation, average, logging (and "
+    "preset: NAME, stages: a list)"
 )
 _STAGES_HELP = "a list of entries such as {from_tokens: 0}, {from_tokens: 1000000, seq_length: 32768}"
 _OF_A_STAGE = "a stage sets " + ", ".join(STAGE_FIELDS)

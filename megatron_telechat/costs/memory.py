@@ -30,6 +30,8 @@ MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""
 MASTER_BYTES = 4
 """The fp32 master weight; where the compute type is fp32 the parameter itself serves."""
+AVERAGE_BYTES = 4
+"""A value of an average of the weights, fp32."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class StageMemory:
     parameters_bytes: float
     gradients_bytes: float
     optimizer_bytes: float
+    """The averages of the weights among them: they lie where the optimizer has its master weights."""
     activations_bytes: float
     """Largest sum, over the op order, of the activations kept and the transient part below."""
     transient_bytes: float
@@ -67,13 +70,19 @@ def optimizer_shards(run: RunConfig) -> tuple[int, int]:
     return run.parallel.gradient_ranks if run.parallel.use_distributed_optimizer else (1, 1)
 
 
+def averages_bytes(run: RunConfig, count: LocalCount) -> float:
+    """Bytes of the averages of the weights (`AverageConfig`) on a rank that holds these parameters."""
+    dense_shards, expert_shards = optimizer_shards(run)
+    return AVERAGE_BYTES * run.average.copies * (count.dense / dense_shards + count.expert / expert_shards)
+
+
 def resident_bytes(run: RunConfig, count: LocalCount, software: Software | None = None) -> tuple[float, float, float]:
     """Bytes of parameters, gradients and optimizer state of a rank that holds these parameters; `software`: of the
     program, unset: our own."""
     size, program = BYTES[run.training.precision], software or Software()
     state = MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
     dense_shards, expert_shards = optimizer_shards(run)
-    optimizer = state * (count.dense / dense_shards + count.expert / expert_shards)
+    optimizer = state * (count.dense / dense_shards + count.expert / expert_shards) + averages_bytes(run, count)
     if program.sharding == "none":
         return size * count.total, program.gradient_bytes * count.total, optimizer
     dense, routed = run.parallel.gradient_ranks
@@ -177,16 +186,16 @@ def staging_bytes(run: RunConfig) -> float:
     Replicas share the writing: of the ranks that hold the same parameters each writes its part.
     """
     dense_ranks, expert_ranks = run.parallel.gradient_ranks
-    size = BYTES[run.training.precision]
+    size = BYTES[run.training.precision] + AVERAGE_BYTES * run.average.copies
     if not run.checkpoint.no_save_optim:
         size += MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
     return max(size * (count.dense / dense_ranks + count.expert / expert_ranks) for count in stage_parameters(run))
 
 
 def checkpoint_bytes(run: RunConfig, total_parameters: int) -> float:
-    """Size of one checkpoint: weights in the compute type; with the optimizer, master weights and both moments in
-    fp32."""
-    size = BYTES[run.training.precision]
+    """Size of one checkpoint: weights in the compute type and their averages in fp32; with the optimizer, master
+    weights and both moments in fp32."""
+    size = BYTES[run.training.precision] + AVERAGE_BYTES * run.average.copies
     if run.checkpoint.no_save_optim:
         return size * total_parameters
     return (size + MASTER_BYTES + MOMENT_BYTES) * total_parameters

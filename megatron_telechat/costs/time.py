@@ -24,7 +24,7 @@ from megatron_telechat.costs.communication import (
 from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.flops import layer_forward_flops
-from megatron_telechat.costs.memory import MASTER_BYTES, MOMENT_BYTES, optimizer_shards
+from megatron_telechat.costs.memory import AVERAGE_BYTES, MASTER_BYTES, MOMENT_BYTES, optimizer_shards
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.costs.software import Software
 from megatron_telechat.errors import ConfigError
@@ -212,7 +212,8 @@ class TimeModel:
         """Seconds of norm, clipping and AdamW on a rank that holds these parameters, once an iteration.
 
         Bytes: gradients zeroed, and read for the norm (4 each); of the rank's share gradient read, moments and master
-        weight read and written, weight written.
+        weight read and written, weight written; of each average of the weights, where one enters, the weight read and
+        the average read and written.
         """
         sharded = self.software.sharding != "none"
         dense, expert = self.run.parallel.gradient_ranks if sharded else optimizer_shards(self.run)
@@ -222,7 +223,9 @@ class TimeModel:
         master = 2 * MASTER_BYTES if self.run.training.precision != "fp32" else 0
         gradient = self.software.gradient_bytes
         held = own if sharded else count.total
-        a_parameter = gradient + 2 * MOMENT_BYTES + master + self._size
+        average = self.run.average
+        averages = ((average.ema_decay is not None) + (average.average_window_steps is not None)) * 3 * AVERAGE_BYTES
+        a_parameter = gradient + 2 * MOMENT_BYTES + master + self._size + averages / average.average_interval
         return self._stack(self._bytes(2 * gradient * held + a_parameter * own))
 
     def gradient_reduction(self, count: LocalCount) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_telechat.checkpoint.averages import average_key, require_average
 from megatron_telechat.checkpoint.companions import carry_companions, companions
 from megatron_telechat.checkpoint.disk import disk_error, require_free_space
 from megatron_telechat.checkpoint.files import LazyTensor, dtype_name, dtype_named
@@ -42,6 +43,7 @@ from megatron_telechat.parallel.agreement import alone
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEEP = "keep"
+WEIGHTS = "weights"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|.*\.model|tokenization.*\.py)"
@@ -150,6 +152,7 @@ def export_hf(
     template: Path | None = None,
     tokenizer: Path | None = None,
     dtype: str = KEEP,
+    values: str = WEIGHTS,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     step: int | None = None,
 ) -> Converted:
@@ -161,7 +164,8 @@ def export_hf(
         template: folder whose config.json and other files are carried over unchanged; by default the
             files that the import kept, where config.json follows a run that changed its length or rotary base.
         tokenizer: a tokenizer file, or a folder with one, to put beside the weights.
-        dtype: keep (as stored), bf16, fp16 or fp32 (the fp32 master weights, where there are any).
+        dtype: keep (as the weights are stored), bf16, fp16 or fp32 (the fp32 master weights, where there are any).
+        values: weights, or the kind of an average of them (`checkpoint.averages`).
 
     Raises CheckpointError or ResourceError; ``output`` is not made then.
     """
@@ -171,7 +175,9 @@ def export_hf(
     run = readable_config(reader)
     model = run.model
     require_fit(reader, model)
-    tensors = _export_list(reader, weight_map(model), None if dtype == KEEP else DTYPES[dtype])
+    if values != WEIGHTS:
+        require_average(reader.manifest.extra, values, str(folder))
+    tensors = _export_list(reader, weight_map(model), None if dtype == KEEP else DTYPES[dtype], values)
     source = template if template is not None else folder / COMPANIONS
     notes = write_hf_folder(
         Path(output),
@@ -250,17 +256,22 @@ def readable_config(reader: CheckpointReader) -> RunConfig:
         ) from error
 
 
-def _export_list(reader: CheckpointReader, links: Sequence[Link], dtype: torch.dtype | None) -> list[LazyTensor]:
+def _export_list(
+    reader: CheckpointReader, links: Sequence[Link], dtype: torch.dtype | None, values: str
+) -> list[LazyTensor]:
     """Every Hugging Face tensor, to be read when its turn comes; a link that gives several is read once."""
     origin = reader.manifest.extra.get("hf", {})
     absent, odd = set(origin.get("absent", ())), origin.get("dtypes", {})
     tensors = []
     for link in links:
-        key = f"model/{link.key}" if dtype is None else weight_key(reader, link.key, dtype)
+        stored = f"model/{link.key}"
+        key = stored if dtype is None else weight_key(reader, link.key, dtype)
+        if values != WEIGHTS:
+            key = average_key(values, link.key)
         if dtype is None and link.key in absent and not reader.read(key).any():
             continue
         read = functools.partial(reader.read, key, link.box.offset, link.box.shape)
-        dtypes = [dtype or (dtype_named(odd[name]) if name in odd else reader.dtype(key)) for name in link.names]
+        dtypes = [dtype or (dtype_named(odd[name]) if name in odd else reader.dtype(stored)) for name in link.names]
         tensors += link_tensors(link, read, dtypes)
     return tensors
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_telechat.checkpoint.averages import KINDS, average_key
 from megatron_telechat.checkpoint.files import dtype_named, read_file_error
 from megatron_telechat.checkpoint.find import find_checkpoint, require_fit
 from megatron_telechat.checkpoint.format import CheckpointReader
@@ -193,6 +194,15 @@ def has_masters(one: Input) -> bool:
 def master_key(key: str) -> str:
     """Key of the master of ``model/<key>``."""
     return f"optimizer/{MASTER}/{key.removeprefix(MODEL)}"
+
+
+def values_key(key: str, values: str, keys: Iterable[str]) -> str:
+    """Where an input that stores ``keys`` keeps these values of ``model/<key>``; its weights where it has no master of
+    them."""
+    if values in KINDS:
+        return average_key(values, key.removeprefix(MODEL))
+    master = master_key(key)
+    return master if values == "master" and master in keys else key
 
 
 def provenance_of(one: Input) -> Any:

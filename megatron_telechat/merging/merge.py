@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat import __version__
+from megatron_telechat.checkpoint.averages import KINDS, require_average
 from megatron_telechat.checkpoint.lineage import saved_in
 from megatron_telechat.checkpoint.names import folder_of_step
 from megatron_telechat.errors import CheckpointError, ConfigError
@@ -45,7 +46,7 @@ class MergeReport:
         inputs: the paths that were merged, in order.
         weights: common weight of each.
         losses: of each, where the weights come from them.
-        from_masters: fp32 master weights took part.
+        values: what took part: weights, master, or the kind of an average.
         size_bytes: of the tensors written.
         notes: what a person should know.
     """
@@ -54,7 +55,7 @@ class MergeReport:
     inputs: tuple[Path, ...]
     weights: tuple[float, ...]
     losses: tuple[float, ...] | None
-    from_masters: bool
+    values: str
     size_bytes: int
     notes: tuple[str, ...]
 
@@ -79,14 +80,15 @@ def merge(request: MergeRequest) -> MergeReport:
     weights, losses = _weights(request, models)
     weights.require_use(list(_keys(models[0])))
     counting = _counting(weights, len(models), len(base))
-    from_masters = _from_masters(request, [inputs[number] for number in counting])
+    values = _values(request, [inputs[number] for number in counting])
     dtype = None if request.dtype == KEEP else DTYPES[request.dtype]
-    merged = Merged(inputs, _method(request, weights), from_masters, counting, dtype)
+    of_base = "master" if values in KINDS else values
+    merged = Merged(inputs, _method(request, weights), [values] * len(models) + [of_base] * len(base), counting, dtype)
     progress = Progress()
     if request.optimizer:
         _require_no_negative(weights, "--optimizer", "would make a second moment of Adam negative")
         progress = progress_of(models, optimizer_keys(models))
-    provenance = _provenance(request, inputs, weights, losses, from_masters)
+    provenance = _provenance(request, inputs, weights, losses, values)
     as_checkpoint = request.format == "checkpoint" or (
         request.format is None and all(isinstance(one, CheckpointInput) for one in inputs)
     )
@@ -102,7 +104,7 @@ def merge(request: MergeRequest) -> MergeReport:
         tuple(one.path for one in models),
         weights.common,
         losses,
-        from_masters,
+        values,
         written.size_bytes,
         (*notes, *written.notes),
     )
@@ -130,9 +132,25 @@ def require_sense(request: MergeRequest) -> None:
         raise ConfigError(f"--method {request.method} {what}", "--base", "--base PATH" if on_base else "leave it out")
     if request.method == "slerp" and (count != 2 or request.window is not None):
         raise ConfigError(f"slerp is between two models, not {count}", "--method", "two inputs, or --method linear")
+    if request.values in KINDS:
+        _require_averages_alone(request)
     if request.optimizer and request.method != "linear":
         raise ConfigError(
             f"the optimizer's state has no {request.method}", "--optimizer", "--method linear, or no optimizer state"
+        )
+
+
+def _require_averages_alone(request: MergeRequest) -> None:
+    """What belongs to the weights themselves does not go with an average of them."""
+    if request.optimizer:
+        raise ConfigError(
+            "the optimizer's state belongs to the weights, not to their average", "--optimizer", "leave it out"
+        )
+    if request.examples is not None:
+        raise ConfigError(
+            "losses are those of the weights, not of their average",
+            "--examples",
+            "export each average first (tools/convert_checkpoint.py export --values), and merge the folders",
         )
 
 
@@ -192,8 +210,17 @@ def _counting(weights: LayerWeights, models: int, bases: int) -> list[int]:
     ]
 
 
-def _from_masters(request: MergeRequest, inputs: Sequence[Input]) -> bool:
-    """Whether master weights take part. With the optimizer's state they do, else weights and masters would part."""
+def _values(request: MergeRequest, inputs: Sequence[Input]) -> str:
+    """Weights, master or the kind of an average: what takes part. With the optimizer's state the masters do, else
+    weights and masters would part.
+
+    Args:
+        inputs: those that count; a base, which is the last, has no average to give.
+    """
+    if request.values in KINDS:
+        for one in inputs[: len(inputs) - (request.base is not None)]:
+            require_average(one.extra, request.values, str(one.path))
+        return request.values
     for one in inputs:
         key = without_master(one)
         if key is not None and request.values == "master":
@@ -201,8 +228,9 @@ def _from_masters(request: MergeRequest, inputs: Sequence[Input]) -> bool:
                 f"it holds no fp32 master of {key}", str(one.path), "--values weights, or a checkpoint of a training"
             )
         if key is not None:
-            return False
-    return (request.optimizer or request.values != "weights") and any(map(has_masters, inputs))
+            return "weights"
+    masters = (request.optimizer or request.values != "weights") and any(map(has_masters, inputs))
+    return "master" if masters else "weights"
 
 
 def _require_no_negative(weights: LayerWeights, where: str, why: str) -> None:
@@ -233,7 +261,7 @@ def _provenance(
     inputs: Sequence[Input],
     weights: LayerWeights,
     losses: Sequence[float] | None,
-    from_masters: bool,
+    values: str,
 ) -> dict[str, Any]:
     models = len(inputs) - (request.base is not None)
     described = []
@@ -260,7 +288,7 @@ def _provenance(
              "weights": list(rule.weights)}
             for rule in weights.rules
         ],
-        "values": "master" if from_masters else "weights",
+        "values": values,
         "dtype": request.dtype,
         "optimizer": "average" if request.optimizer else "none",
         "inputs": described[:models],

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from megatron_telechat.checkpoint.averages import KINDS
 from megatron_telechat.errors import CheckpointError, NumericsError
-from megatron_telechat.merging.inputs import MODEL, Input, master_key
+from megatron_telechat.merging.inputs import MODEL, Input, values_key
 from megatron_telechat.merging.methods import Method, Rule
 from megatron_telechat.merging.sums import chunks, flat_start, pieces
 from megatron_telechat.tensors.boxes import Box
@@ -27,7 +28,7 @@ class Merged:
     Args:
         inputs: alike (`alike.require_alike`); of methods on task vectors the base is the last.
         method: of the weights.
-        from_masters: compute with fp32 master weights where an input has them.
+        values: of each input, what takes part: weights, master (where it has them), or the kind of an average.
         counting: numbers of the inputs that weigh anything.
         dtype: of the merged weights; None: the narrowest that holds those of every input that counts.
     """
@@ -36,12 +37,12 @@ class Merged:
         self,
         inputs: Sequence[Input],
         method: Method,
-        from_masters: bool,
+        values: Sequence[str],
         counting: Sequence[int],
         dtype: torch.dtype | None = None,
     ):
         self.inputs, self.method = inputs, method
-        self._from_masters, self._dtype = from_masters, dtype
+        self._values, self._dtype = values, dtype
         self._counting = [inputs[number] for number in counting]
         self.table = tensor_table(inputs[0].run.model)
         self._mapped = 0
@@ -98,13 +99,13 @@ class Merged:
 
     def _key(self, number: int, key: str) -> str:
         """Where an input keeps the values that take part."""
-        master = master_key(key)
-        there = key.startswith(MODEL) and self._from_masters and master in self.inputs[number].keys
-        return master if there else key
+        one, values = self.inputs[number], self._values[number]
+        return values_key(key, values, one.keys) if key.startswith(MODEL) else key
 
     def _copied_from(self, number: int, key: str, dtype: torch.dtype) -> str:
-        """A copy in the stored dtype is the stored tensor; in another one it is of the most exact values."""
-        return key if self.inputs[number].dtype(key) == dtype else self._key(number, key)
+        """A copy of weights in the stored dtype is the stored tensor; in another one it is of the most exact values."""
+        as_stored = self.inputs[number].dtype(key) == dtype and self._values[number] not in KINDS
+        return key if as_stored else self._key(number, key)
 
     def _checked(self, number: int, key: str, box: Box) -> torch.Tensor:
         values = self.inputs[number].read(key, box.offset, box.shape).reshape(-1)

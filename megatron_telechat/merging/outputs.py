@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.checkpoint import commit as protocol
+from megatron_telechat.checkpoint.averages import KEY
 from megatron_telechat.checkpoint.companions import carry_companions
 from megatron_telechat.checkpoint.disk import require_free_space, write_bytes
 from megatron_telechat.checkpoint.files import FileEntry, LazyTensor, dtype_name
@@ -48,7 +49,7 @@ class Progress:
         step, consumed_samples: where it goes on.
         optimizer: Adam's step and the loss scale, as the manifest keeps them.
         optimizer_keys: keys of the optimizer's tensors.
-        data_fingerprint, extra: of the newest input.
+        data_fingerprint, extra: of the newest input, without averages of its weights: they are not merged.
     """
 
     step: int = 0
@@ -81,7 +82,7 @@ def progress_of(inputs: Sequence[Input], optimizer_keys: Sequence[str]) -> Progr
         manifest.optimizer,
         tuple(optimizer_keys),
         manifest.data_fingerprint,
-        manifest.extra,
+        {name: value for name, value in manifest.extra.items() if name != KEY},
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_telechat.checkpoint.averages import KINDS
 from megatron_telechat.config.schema import Precision
 from megatron_telechat.device_kinds import HOST, DeviceChoice
 from megatron_telechat.merging.weighting import Sum
@@ -14,11 +15,11 @@ METHODS = ("linear", "slerp", "task-arithmetic", "ties", "dare", "dare-ties")
 ON_A_BASE = ("task-arithmetic", "ties", "dare", "dare-ties")
 """Methods on task vectors: what each input has learned beyond a common base."""
 FORMATS = ("checkpoint", "hf")
-VALUES = ("auto", "weights", "master")
+VALUES = ("auto", "weights", "master", *KINDS)
 
 Method = Literal["linear", "slerp", "task-arithmetic", "ties", "dare", "dare-ties"]
 Format = Literal["checkpoint", "hf"]
-Values = Literal["auto", "weights", "master"]
+Values = Literal["auto", "weights", "master", "ema", "window"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class MergeRequest:
         trim: whether TIES ranks the elements of the whole model or tensor by tensor.
         drop: share of a task vector that DARE drops.
         seed: of what DARE drops.
-        values: weights as stored, the fp32 master weights, or (auto) the masters where every input has them.
+        values: weights as stored, the fp32 master weights, (auto) the masters where every input has them, or an average
+            that each input's run has kept.
         dtype: keep, bf16, fp16 or fp32.
         optimizer: average the optimizer's state, too.
         allow_model_change: inputs may differ in what `--allow-model-change` of a training allows.

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_telechat import __version__
 from megatron_telechat.backend import Backend
+from megatron_telechat.config.averages import average_lines
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.loss_chunks import loss_lines
@@ -46,6 +47,7 @@ def banner(
         f"  ranks     {state.world_size} on {backend.device_name()}: {parallel_sizes(run)}",
         *(f"  experts   {line}" for line in expert_lines(run)),
         *(f"  loss      {line}" for line in loss_lines(run)),
+        *(f"  average   {line}" for line in average_lines(run.average)),
         f"  layout    {layout}",
         *(f"            {line}" for line in layout_picture(run).splitlines()),
         *_memory_lines(run, backend),
@@ -116,7 +118,7 @@ def resume_differences(run: RunConfig, saved: RunConfig | None) -> list[str]:
     if saved is None:
         return []
     lines = []
-    for section in ("model", "training", "optimizer", "data"):
+    for section in ("model", "training", "optimizer", "data", "average"):
         now, then = getattr(run, section), getattr(saved, section)
         for field in fields(now):
             a, b = getattr(then, field.name), getattr(now, field.name)

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_telechat.backend import get_backend
 from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint
 from megatron_telechat.checkpoint.asynchronous import CommittedSave
+from megatron_telechat.checkpoint.averages import resume_notes
 from megatron_telechat.checkpoint.lineage import Branch
 from megatron_telechat.checkpoint.start import Start
 from megatron_telechat.config.run_stages import Position, RunStages
@@ -31,10 +32,12 @@ from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, User
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
 from megatron_telechat.training.auto import AutoSettings, settle_auto
+from megatron_telechat.training.averages import Averages
 from megatron_telechat.training.banner import banner, resume_differences, stage_event, stage_line, stages_lines
 from megatron_telechat.training.beginning import Beginning, continued_branch, find_beginning, require_same_data
 from megatron_telechat.training.build import build_trained
 from megatron_telechat.training.console import Console
+from megatron_telechat.training.evaluation import Evaluations
 from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.learning_rate import StageRates
 from megatron_telechat.training.locate import Again
@@ -51,7 +54,7 @@ from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.saving import Saving
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.spikes import SpikeWindow
-from megatron_telechat.training.step import StepResult, close_iterators, data_iterators, evaluate
+from megatron_telechat.training.step import StepResult, close_iterators, data_iterators
 from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.tolerance import tolerated
 from megatron_telechat.training.trace import exchange_traces
@@ -102,6 +105,7 @@ class Trainer:
         built = build_trained(run, self.state, self.backend)
         self.virtual_stages, self.shards = built.virtual_stages, built.shards
         self.optimizer, self.train_step = built.optimizer, built.train_step
+        self.averages = Averages(self.optimizer, self.shards, run.average)
         self.timers = ScheduleTimers(self.backend.device)
         self.timers.install(self.virtual_stages)
 
@@ -130,6 +134,10 @@ class Trainer:
         self._iterators_open: list = []
         self.saving = Saving(run, self.state, self.backend, self.requests, self._train_state({}))
         self.train_step.saves = self.saving
+        self.evaluations = Evaluations(
+            *(self.virtual_stages, self.averages, lambda dataset: self._iterators(dataset, 0)),
+            *(run, self.state, self.backend, self.saving.staged, self._asked_to_stop),
+        )
         self._introduce(origins or {}, before)
         self.auto = self._settle_auto()
         self.traces = exchange_traces(self.virtual_stages, run, self.state, self.paths.run_dir)
@@ -265,6 +273,7 @@ class Trainer:
                     watched.enter_context(each.step(self.step + 1))
                 result = step(iterators, self.step, self.requests.poll(), again)
         self.position = self.position.after(self.run)
+        self.averages.follow(self.step, taken=result.skipped is None)
         self.meter.add(result)
         self.steps_taken.add(result, self.step, self.run.optimizer.max_skipped_steps)
         if self.run.training.empty_unused_memory_level:
@@ -312,28 +321,15 @@ class Trainer:
         self.writer.write({"event": "skipped_step", "step": self.step, "reason": reason})
 
     def _evaluate(self, key: str = "valid_loss") -> bool:
-        """Evaluate the weights on the validation data, or for ``test_loss`` on the test data. False: a stop request cut
-        it off."""
+        """Evaluate the weights and their averages on the validation data, or for ``test_loss`` on the test data.
+        False: a stop request cut it off."""
         dataset, name = (self.datasets.valid, "validation") if key == "valid_loss" else (self.datasets.test, "test")
         with self.meter.excluded(), PULSE.within(Activity.EVALUATION, Phase.BATCH):
-            iterators = self._iterators(dataset, 0)
-            with gathered_parameters(self.virtual_stages):
-                evaluation = evaluate(
-                    self.virtual_stages,
-                    iterators,
-                    self.run.evaluation.eval_iters,
-                    self.run,
-                    self.state,
-                    self.backend,
-                    self._asked_to_stop,
-                )
-            close_iterators(iterators)
-            if evaluation.complete:
-                self.writer.write({"step": self.step, key: evaluation.loss})
-                nothing = f"none: the loss mask leaves no token of the {name} data"
-                shown = f"{evaluation.loss:.4f}" if evaluation.loss is not None else nothing
-                self.console.say(f"step {self.step}  {name} loss {shown}")
-        return evaluation.complete
+            losses = self.evaluations.losses(dataset)
+            if losses is not None:
+                self.writer.write(losses.record(self.step, key))
+                self.console.say(losses.lines(self.step, name))
+        return losses is not None
 
     def _asked_to_stop(self) -> bool:
         return self.requests.asked_anywhere(self.backend.device)
@@ -362,8 +358,10 @@ class Trainer:
                     **self.spikes.extra,
                     **self.datasets.order.saved(),
                     **self.auto.extra,
+                    **self.averages.extra,
                 }
-                self._settle(self.saving.save(self._train_state(extra), wait, requested, started))
+                state = replace(self._train_state(extra), averages=self.averages.slices(begun=True))
+                self._settle(self.saving.save(state, wait, requested, started))
 
     def _settle(self, committed: CommittedSave | None) -> None:
         """A save has become the newest checkpoint."""
@@ -413,6 +411,7 @@ class Trainer:
             resumed_from=self.protected,
             extra=extra,
             branch=self.branch,
+            averages=self.averages.slices(),
             require_writable=self.requests.claims,
         )
 
@@ -441,8 +440,9 @@ class Trainer:
                         require_same_data(info, self.fingerprint, self.run, self.stages.before(self.position).run)
                 self.steps_taken, note = StepsTaken.of(info)
                 self.spikes = SpikeWindow.of(self.spikes.length, self.spikes.threshold, info.extra)
-                notes += [note] if note else []
+                notes += [*([note] if note else []), *resume_notes(self.run.average, info.extra, self.step)]
             info = replace(info, message="\n".join([info.message, *notes]))
+        self.averages.begin(self.step, info.extra if info is not None and not start.weights_only else {})
         self.protected = found.protected or (info.path if info is not None else None)
         self.branch = continued_branch(found, info, self.paths.save_dir)
         return info

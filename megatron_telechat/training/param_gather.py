@@ -46,6 +46,14 @@ def gathered_parameters(virtual_stages: Sequence[DistributedDataParallel]) -> It
             stage.enable_forward_pre_hook()
 
 
+def gather_parameters(virtual_stages: Sequence[DistributedDataParallel]) -> None:
+    """Send what each rank holds of its parameters to its replicas, where the distributed optimizer has cut them.
+    Collective; an overlapped gather is held back (`gathered_parameters`)."""
+    for stage in virtual_stages:
+        if stage.ddp_config.use_distributed_optimizer:
+            stage.start_param_sync(force_sync=True)
+
+
 @contextmanager
 def every_parameter_awaited(
     virtual_stages: Sequence[torch.nn.Module], shards: Sequence[LocalParameter], state: ParallelState

@@ -130,6 +130,7 @@ def _play(order: Order, memory: Memory, record: Record) -> None:
     from megatron_telechat.data.loader import batches
     from megatron_telechat.model.attention import Segments
     from megatron_telechat.parallel.state import initialize
+    from megatron_telechat.training.averages import Averages
     from megatron_telechat.training.build import build_trained
     from megatron_telechat.training.optimizer import set_learning_rate
     from megatron_telechat.training.step import data_iterators
@@ -153,6 +154,8 @@ def _play(order: Order, memory: Memory, record: Record) -> None:
         borders = patch.object(Segments, "of", staticmethod(on_host(Segments.of)))
         with borders, virtual_routing(), FakeTensorMode(allow_non_fake_inputs=True), Recorder(memory, record):
             trained = build_trained(run, state, backend)
+            averages = Averages(trained.optimizer, trained.shards, run.average)
+            averages.begin(0, {})
             set_learning_rate(trained.optimizer, run, run.optimizer.lr)
             # The moments and master weights are made by the first step; it needs no forward.
             trained.optimizer.prepare_grads()
@@ -162,6 +165,7 @@ def _play(order: Order, memory: Memory, record: Record) -> None:
             record.clear()
             memory.restart()
             step(read, 0)
+            averages.follow(1, taken=True)
     _write(order, memory, record, time.perf_counter() - begin)
 
 

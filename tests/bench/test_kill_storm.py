@@ -23,7 +23,11 @@ def storm(tmp_path, *options: str) -> dict:
 
 @pytest.mark.gloo
 def test_two_kills_of_a_moe_run_under_the_supervisor(tmp_path):
-    found = storm(tmp_path, "--count", "2", "--model", "moe", "--through-supervisor")
+    """With averages of the weights, which are compared with the other tensors of the last checkpoint."""
+    found = storm(tmp_path, "--count", "2", "--model", "moe", "--through-supervisor", "--average")
+    last = max((tmp_path / "runs" / "killed" / "checkpoints").glob("iter_*/manifest.json"))
+    kinds = {key.split("/")[1] for key in json.loads(last.read_text())["tensors"] if key.startswith("average/")}
+    assert kinds == {"ema", "window", "window_under_way"}
     assert found["equal"] and len(found["kills"]) == 2
     told = [json.loads(line) for line in (tmp_path / "runs" / "killed" / "goodput.jsonl").read_text().splitlines()]
     assert sum(one["event"] == "death" for one in told) == 2

@@ -122,6 +122,12 @@ def run_config(model: str, precision: str, layout: dict, seed: int) -> Any:
     )
 
 
+def averaged(run: Any) -> Any:
+    from megatron_telechat.config.schema import AverageConfig
+
+    return replace(run, average=AverageConfig(ema_decay=0.5, average_window_steps=3))
+
+
 class Built:
     """Model, wrapped, with its optimizer, in one layout."""
 
@@ -129,6 +135,7 @@ class Built:
         from megatron_telechat import parallel
         from megatron_telechat.backend import get_backend
         from megatron_telechat.model import build_model, parameter_shards
+        from megatron_telechat.training.averages import Averages
         from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
 
         parallel.destroy(keep_world=True)
@@ -139,11 +146,15 @@ class Built:
         self.shards = parameter_shards(models, run, self.parallel)
         self.virtual_stages = wrap_data_parallel(models, run, self.parallel)
         self.optimizer = build_optimizer(self.virtual_stages, run, self.parallel)
+        self.averages = Averages(self.optimizer, self.shards, run.average)
+        self.averages.begin(0, {})
+        self.steps = 0
 
     def state(self, step: int = 0, samples: int = 0, **more: Any) -> Any:
         from megatron_telechat.checkpoint import TrainState
 
-        return TrainState(self.shards, self.optimizer, step, samples, self.backend, **more)
+        averages = self.averages.slices(begun=step > 0)
+        return TrainState(self.shards, self.optimizer, step, samples, self.backend, averages=averages, **more)
 
     def step(self) -> None:
         """One optimizer step on gradients that depend on the global position only."""
@@ -154,9 +165,11 @@ class Built:
             flat.copy_(gradient(spec.key, spec.shape)[box.slices()].reshape(-1) * scale)
         done, _, _ = self.optimizer.step()
         assert done
+        self.steps += 1
+        self.averages.follow(self.steps, taken=True)
 
     def full(self) -> dict[str, Any]:
-        """Every global tensor, weights and optimizer state, on every rank."""
+        """Every global tensor, weights, optimizer state and averages, on every rank."""
         import torch
 
         from megatron_telechat.checkpoint.optimizer_state import optimizer_slices
@@ -165,7 +178,7 @@ class Built:
         mine: list[tuple[str, tuple, tuple, int, Any]] = []
         for item in self.shards:
             mine += _flat_parts("weight", item, 0, item.parameter.detach().view(-1))
-        for found in optimizer_slices(self.optimizer, self.shards):
+        for found in (*optimizer_slices(self.optimizer, self.shards), *self.averages.slices(begun=True)):
             for name, tensor in found.tensors.items():
                 mine += _flat_parts(name, found.shard, found.start, tensor)
         full: dict[str, Any] = {}
@@ -235,18 +248,22 @@ def pair(name: str, model: str, precision: str, saved_in: dict, loaded_in: dict)
     from megatron_telechat.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
 
     root = SHARED / name
-    first = Built(run_config(model, precision, saved_in, seed=1))
+    first = Built(averaged(run_config(model, precision, saved_in, seed=1)))
     first.step()
     first.step()
-    path = save_checkpoint(root, first.state(2, 8, extra={"note": "n"}), first.run, first.parallel)
+    extra = {"note": "n", **first.averages.extra}
+    path = save_checkpoint(root, first.state(2, 8, extra=extra), first.run, first.parallel)
     wanted = first.full()
     require_real_moments(wanted)
+    assert {key.split("/")[0] for key in wanted} >= {"ema", "window_under_way"}
     first.step()
     third = first.full()
 
-    second = Built(run_config(model, precision, loaded_in, seed=2))
+    second = Built(averaged(run_config(model, precision, loaded_in, seed=2)))
     info = load_checkpoint(root, second.state(), second.run, second.parallel)
-    assert (info.path, info.step, info.consumed_samples, dict(info.extra)) == (path, 2, 8, {"note": "n"})
+    assert (info.path, info.step, info.consumed_samples, dict(info.extra)) == (path, 2, 8, extra)
+    second.averages.begin(2, info.extra)
+    second.steps = 2
     assert ("reseeded" in info.message) == (saved_in != loaded_in), info.message
     require_equal(second.full(), wanted)
     second.step()

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_telechat.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_telechat.config.schema import AverageConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_telechat.costs import count_parameters
-from megatron_telechat.costs.memory import checkpoint_bytes, stage_memory
+from megatron_telechat.costs.memory import averages_bytes, checkpoint_bytes, stage_memory, staging_bytes
 from tests.costs.test_parameters import M39B, M115B
 
 TINY = ModelConfig(
@@ -130,6 +130,19 @@ def test_interleaving_keeps_more_in_flight():
     interleaved = stage_memory(make(M115B, training, **parallel, num_virtual_stages_per_pipeline_rank=3))
     assert interleaved[0].activations_bytes > plain[0].activations_bytes
     assert sum(interleaved[0].in_flight) == 2 * 7 + 2 * 8 + 1
+
+
+def test_averages_are_cut_like_the_optimizer_and_saved():
+    """Four bytes of the moving average; eight of a window, which has its last mean and the one under way."""
+    plain = make(M39B, world_size=4, expert_model_parallel_size=2, use_distributed_optimizer=True)
+    for average, size in ((AverageConfig(ema_decay=0.9), 4), (AverageConfig(average_window_steps=5), 8)):
+        run = replace(plain, average=average)
+        (without,), (stage,) = stage_memory(plain), stage_memory(run)
+        count = stage.parameters
+        own = count.dense / 4 + count.expert / 2
+        assert stage.optimizer_bytes - without.optimizer_bytes == size * own == averages_bytes(run, count)
+        assert staging_bytes(run) - staging_bytes(plain) == size * own
+        assert checkpoint_bytes(run, 100) - checkpoint_bytes(plain, 100) == 100 * size
 
 
 def test_checkpoint_size():

@@ -98,6 +98,18 @@ def random_state(seed: int, model: ModelConfig = MODEL, optimizer: bool = True) 
     return state
 
 
+def random_averages(seed: int, model: ModelConfig = MODEL) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Two averages of the weights by stored key, and the ``extra`` of their checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        f"average/{kind}/{key}": torch.randn(spec.shape, generator=generator)
+        for kind in ("ema", "window")
+        for key, spec in tensor_table(model).items()
+    }
+    window = {"first": 6, "last": 10, "averaged": 5}
+    return state, {"averages": {"ema": {"decay": 0.9, "since": 0, "updates": 10}, "window": window}}
+
+
 def checkpoint(
     root: Path,
     state: Mapping[str, torch.Tensor],
@@ -107,8 +119,8 @@ def checkpoint(
     extra: Mapping[str, Any] | None = None,
     run: RunConfig | None = None,
 ) -> Path:
-    """Commit a state as the ranks of a layout write it: weights by their pieces, the optimizer's state by flat halves
-    of these, as over two data-parallel ranks."""
+    """Commit a state as the ranks of a layout write it: weights by their pieces, the optimizer's state and averages by
+    flat halves of these, as over two data-parallel ranks."""
     attempt = commit.begin(root, step)
     table, parts = tensor_table(model), []
     for number, place in enumerate(places):
@@ -117,7 +129,7 @@ def checkpoint(
             name = key.removeprefix("model/") if key.startswith("model/") else key.split("/", 2)[2]
             spec = table[name]
             if is_writer(spec, place):
-                for box in _boxes(spec, place, halves=key.startswith("optimizer/")):
+                for box in _boxes(spec, place, halves=not key.startswith("model/")):
                     writer.add(key, spec.shape, box.offset, tensor[box.slices()].contiguous())
         parts.append(writer.close())
     part = merge_parts(parts)

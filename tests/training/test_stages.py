@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_telechat.checkpoint import contents
+from megatron_telechat.checkpoint.format import CheckpointReader
 from tests.data.material import write_dataset
 from tests.harness import launch, run_cases
 from tests.training.test_resume import PRETRAIN
@@ -71,6 +73,18 @@ def test_a_resume_around_each_switch_is_bitwise(report):
     for found in report.check("stopped"):
         assert found["codes"] == [0] * 5
         assert found["records"] == whole
+
+
+def test_a_switch_carries_the_averages_of_the_weights(report, folder):
+    for name in ("whole", "stopped"):
+        report.check(name)
+    for step in (4, 8, 10):
+        one, other = (CheckpointReader(folder / run / f"checkpoints/iter_{step:07d}") for run in ("whole", "stopped"))
+        assert not list(contents.differences(one, other, sorted({*one.entries, *other.entries})))
+        told = one.manifest.extra["averages"]
+        assert told == other.manifest.extra["averages"]
+        assert told["ema"] == {"decay": 0.8, "since": 0, "updates": step}
+        assert told["window_under_way"]["averaged"] == step % 3
 
 
 def test_a_run_killed_after_a_switch_goes_on_in_the_new_stage(report):

@@ -20,6 +20,7 @@ BASE = [
     *("--vocab-size", "512", "--hidden-dropout", "0.1", "--lr-decay-style", "cosine", "--train-iters", "10"),
     *("--split", "1", "--data-path", "3", str(FOLDER / "a"), "1", str(FOLDER / "b")),
     *("--data-cache-path", str(FOLDER / "cache"), "--config", str(FOLDER / "stages.yaml")),
+    *("--ema-decay", "0.8", "--average-window-steps", "3"),
 ]
 
 cases = Cases()

@@ -56,6 +56,9 @@ MODELS = {
 }
 
 
+AVERAGE = "--ema-decay 0.9 --average-window-steps 5 --eval-interval 3 --eval-iters 1"
+
+
 class Kill(NamedTuple):
     """One kill: which rank, what the job was at, the last step it had logged, where it went on, after how long.
 
@@ -229,6 +232,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the kills and times to this file")
     parser.add_argument("--keep", type=Path, help="folder for both runs (default: a temporary one)")
+    parser.add_argument("--average", action="store_true", help="keep averages of the weights, and evaluate them")
     if asynchronous_flags():
         parser.add_argument("--asynchronous", action="store_true", help="save with --checkpoint-mode async")
     args = parser.parse_args()
@@ -238,6 +242,8 @@ def main() -> int:
     last_step = STEPS_A_KILL * (args.count + 1)
     flags = [*text.split(), "--device", args.device, "--train-iters", str(last_step)]
     flags += ["--save-interval", str(SAVE_INTERVAL), "--keep-last", "3"]
+    if args.average:
+        flags += AVERAGE.split()
     if getattr(args, "asynchronous", False):
         flags += asynchronous_flags()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron_telechat.config.origins import Rule
 from megatron_telechat.config.rules import (
+    average,
     batch,
     context,
     data,
@@ -36,6 +37,7 @@ ALL_RULES: tuple[Rule, ...] = (
     *recompute.RULES,
     *fp8.RULES,
     *learning_rate.RULES,
+    *average.RULES,
     *data.RULES,
     *files.RULES,
     *watch.RULES,

@@ -30,6 +30,7 @@ AT_LEAST_ONE = (
     *("lr_decay_iters", "lr_wsd_decay_iters", "lr_decay_tokens", "lr_wsd_decay_tokens"),
     *("loss_scale_window", "hysteresis"),
     *("save_interval", "eval_interval", "eval_iters", "log_interval", "num_workers", "moe_input_chunks"),
+    *("average_window_steps", "average_interval"),
 )
 NOT_NEGATIVE = (
     *("ffn_hidden_size", "init_method_std", "router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
@@ -45,7 +46,7 @@ NOT_NEGATIVE = (
         "max_skipped_steps",
     ),
     *("load_step", "keep_last", "fp8_margin", "loss_chunk_rows", "hang_timeout_minutes"),
-    *("spike_threshold", "straggler_factor"),
+    *("spike_threshold", "straggler_factor", "average_start_step"),
 )
 MORE_THAN_ZERO = (
     *("norm_epsilon", "rotary_base", "distributed_timeout_minutes", "lr", "adam_eps"),
@@ -61,6 +62,7 @@ OFF_BY_ZERO = {
     "exit_interval": "to run to the end",
     "num_experts": "for a dense model",
     "moe_shared_expert_intermediate_size": "for no shared expert",
+    "average_window_steps": "to keep no mean of a window",
     "moe_input_chunks": "to exchange the whole input at once",
     "recompute_num_layers": "and --recompute-granularity with it, to recompute nothing",
 }
