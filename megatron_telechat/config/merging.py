@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_telechat.config.fields import did_you_mean, fields_by_name
 from megatron_telechat.config.flags import CommandLine
+from megatron_telechat.config.megatron.forks import READ, read_forks
 from megatron_telechat.config.megatron.meaning import MEGATRON, READ_BY_COSTS, SHAPE, Meaning, padded, read_meaning
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
 from megatron_telechat.config.plan_file import PlanFile, read_plan, same_value
@@ -18,6 +19,7 @@ from megatron_telechat.config.rules.learning_rate import ITERS
 from megatron_telechat.config.rules.pipeline import working_layout
 from megatron_telechat.config.run_stages import SCHEDULE_FIELDS, SCHEDULE_LENGTHS
 from megatron_telechat.config.stages import settle_stages
+from megatron_telechat.config.vocabulary import ASSUMED
 from megatron_telechat.config.yaml_io import Said, StageEntry, YamlFile, read_yaml
 from megatron_telechat.errors import ConfigError, Problem
 
@@ -109,6 +111,8 @@ class Merge:
         self.take(self.changes)
         if not any(one.name == "num_virtual_stages_per_pipeline_rank" for one in self.changes):
             settle_stages(self)
+        if self.described and self.is_megatrons():
+            self.take_forks()
         self.take_plan()
         self.world()
         if self.is_megatrons():
@@ -216,6 +220,17 @@ class Merge:
             said_as = ", ".join(f"{name}={value}" for name, value in taken.items())
             self.notes.append(f"missing flags as Megatron-LM reads them: {said_as}")
 
+    def take_forks(self) -> None:
+        """What flags of other programs say of the model; all others that are not known are left out, in one note."""
+        for name, taken in read_forks(self.line.given, self.values).items():
+            self.values[name], self.origins[name] = taken.value, f"flag {taken.flag}"
+            self.notes.append(f"{taken.flag}, a flag of another program: taken as {name}={taken.value}")
+        unknown = {problem: typed for problem, typed in self.line.unknown if problem in self.problems}
+        self.problems = [problem for problem in self.problems if problem not in unknown]
+        left_out = [typed for typed in unknown.values() if typed[2:].replace("_", "-") not in READ]
+        if left_out:
+            self.notes.append(f"not flags of Megatron-LM, not modelled: {' '.join(dict.fromkeys(left_out))}")
+
     def take_vocabulary(self, meaning: Meaning) -> None:
         """Rows of the embedding: those of --vocab-size or of the tokenizer, padded as Megatron-LM pads them."""
         name = "vocab_size"
@@ -232,9 +247,10 @@ class Merge:
             )
             if not tokenizer:
                 what = "neither a vocabulary size nor a tokenizer is given"
-            self.problems.append(Problem(what, "flag", "--vocab-size N, or --tokenizer-model with a file that is here"))
-            self.unreadable.add(name)
-            return
+            self.notes.append(f"assumed: {ASSUMED:,} tokens, because {what}; --vocab-size N")
+            size, source = ASSUMED, "an assumption"
+        extra = (self.line.given.get("extra-vocab-size") or ("",))[0]
+        size += int(extra) if extra.isdigit() else 0
         self.values[name] = padded(size, self.values.get("tensor_model_parallel_size", 1), self.line.given)
         if self.values[name] != size or source != "--vocab-size":
             more = f", padded to {self.values[name]:,} as Megatron-LM pads it" if self.values[name] != size else ""
@@ -284,9 +300,10 @@ class Merge:
         return []
 
     def drop_files(self) -> None:
-        """Drop settings about files, which may be on another machine."""
+        """Drop settings about files, which may be on another machine; of a pasted command also what no plan reads."""
+        unread = ("optimizer", "evaluation", "logging") if self.meaning is not None else ()
         for name, info in fields_by_name().items():
-            if info.section in ("data", "checkpoint") or name in RECORDINGS:
+            if info.section in ("data", "checkpoint") or name in RECORDINGS or info.section in unread:
                 self.values.pop(name, None)
                 self.origins[name] = DEFAULT
 

@@ -200,6 +200,11 @@ class TimeModel:
         chunks = loss_chunks(self.run)
         if chunks:
             backward += product + self._bytes(logits * (2 * self._size + 8)) + (chunks - 1) * self._accumulate(count)
+        for _ in range(model.mtp_num_layers or 0):
+            block = sum(self.layer_parts(model.num_layers - 1).values(), PartTime(0.0, 0.0))
+            joined = self._product(tokens.whole, model.hidden_size / tokens.tensor, 2 * model.hidden_size)
+            forward += block.forward + joined + product + self._bytes(logits * (2 * self._size + 16))
+            backward += block.backward + GEMM_BACKWARD * (joined + product) + self._bytes(logits * (8 + self._size))
         return self._end(count, PartTime(forward, backward + self._accumulate(count)))
 
     def p2p(self) -> float:
@@ -270,11 +275,10 @@ class TimeModel:
         model, tokens = self.run.model, self._tokens
         flops = layer_forward_flops(model, layer, self.run.training.seq_length)
         share, hidden = tokens.whole / tokens.tensor, model.hidden_size
-        query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
-        products = self._product(tokens.whole, (query + 2 * key) / tokens.tensor, hidden)
-        products += self._product(tokens.whole, hidden, query / tokens.tensor)
-        rotates = model.position_embedding_type == "rope"
-        rotary = self._passes(2 * self._size * (query + 2 * key) * share) if rotates else 0.0
+        query, key = model.query_width, model.key_width
+        products = self._attention_projections()
+        rotated = self._passes(2 * self._size * (query + key + model.value_width) * share)
+        rotary = rotated if model.rotates else 0.0
         residual = self._passes(3 * self._size * model.hidden_size * tokens.split)
         exchange = self._exposed_tensor()
         norms = self._norm() + self._norm()
@@ -289,6 +293,21 @@ class TimeModel:
             "core_attn": self._core_attention(flops.core_attention * share),
             "block": self._experts() if model.layer_is_moe(layer) else self._dense(model.ffn_hidden_size),
         }
+
+    def _attention_projections(self) -> float:
+        """The products around the core attention. The down projections of a multi-latent attention are whole on each
+        tensor-parallel rank, which has its part of the sequence there."""
+        model, tokens = self.run.model, self._tokens
+        inner = model.query_width + model.key_width + model.value_width
+        last = self._product(tokens.whole, model.hidden_size, model.output_width / tokens.tensor)
+        if not model.multi_latent_attention:
+            return self._product(tokens.whole, inner / tokens.tensor, model.hidden_size) + last
+        latent, query = model.kv_lora_rank, model.q_lora_rank
+        up = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
+        down = self._product(tokens.split, latent + model.qk_pos_emb_head_dim, model.hidden_size)
+        down += self._product(tokens.split, query, model.hidden_size) if query else 0.0
+        last += self._product(tokens.whole, model.query_width / tokens.tensor, query or model.hidden_size)
+        return down + self._product(tokens.whole, up / tokens.tensor, latent) + last
 
     def _core_attention(self, flops: float) -> PartTime:
         """Scores and their product with V, beside what context-parallel ranks exchange.
