@@ -78,6 +78,11 @@ class Script:
     devices: int = 8
 
 
+_JOB = {
+    **{"SLURM_JOB_ID": "1", "SLURM_JOBID": "1", "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"},
+    **{"SLURM_JOB_NODELIST": "node0", "SLURM_NODELIST": "node0", "SLURM_JOB_NAME": "job", "SLURM_SUBMIT_DIR": "/tmp"},
+}
+"""What Slurm sets in each job, whatever its size."""
 _MARK = re.compile(r"%([A-Za-z_]\w*|\d+)%")
 
 
@@ -99,9 +104,8 @@ def _run_in(folder: Path, script: Script, limit_s: float) -> Ran | None:
     _write_files(folder, script)
     environment = {
         **{name: f"%{name}%" for name in marks if not name.isdigit()},
-        **script.environment,
         "BASH_ENV": "/stub/.prelude", "PATH": "/stub:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
-        "HOME": "/tmp", "USER": "user", "HOSTNAME": "node0", "TELECHAT_DEVICES": str(script.devices),
+        **_JOB, **script.environment, "HOME": "/tmp", "USER": "user", "HOSTNAME": "node0", "TELECHAT_DEVICES": str(script.devices),
     }  # fmt: skip
     command = ["unshare", "-r", "-n", "-m", "-p", "-f", "-i", "-u", "--kill-child", "--propagation", "private"]
     command += ["/bin/bash", "-p", str(folder / "enter"), str(folder), str(shown_as), os.getcwd()]

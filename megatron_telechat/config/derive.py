@@ -18,6 +18,7 @@ def derive(check: Check) -> None:
     """Fill in every derived value of ``check.run``; a derivation that needs a wrong value leaves its field unset."""
     values = values_of(check.run)
     _finetune_begins_with_load(values, check)
+    _count_samples_as_tokens(values, check)
     for name, derivation in DERIVATIONS:
         if values[name] not in (None, ()) or name in check.bad:
             continue
@@ -30,6 +31,7 @@ def derive(check: Check) -> None:
             check.origins[name] = DERIVED
     _drop_sequence_parallel_without_tp(values, check)
     _raise_global_batch(values, check)
+    _count_samples_as_steps(values, check)
     check.run = make_run(values)
 
 
@@ -117,6 +119,41 @@ def _finetune_begins_with_load(values: dict[str, Any], check: Check) -> None:
     values["pretrained_checkpoint"], values["load"] = load, None
     check.origins["pretrained_checkpoint"] = check.origins.get("load", DEFAULT)
     check.origins["load"] = DERIVED
+
+
+SAMPLES = {
+    "lr_warmup_samples": "lr_warmup_tokens",
+    "lr_decay_samples": "lr_decay_tokens",
+    "lr_wsd_decay_samples": "lr_wsd_decay_tokens",
+}
+"""Lengths of a schedule in samples → the same in tokens."""
+
+
+def _count_samples_as_tokens(values: dict[str, Any], check: Check) -> None:
+    """A schedule by samples is one by tokens: the learning rate of both is the same at each step.
+
+    Megatron-LM's scheduler counts the samples of the steps taken (megatron/training/training.py,
+    get_optimizer_param_scheduler); without lr_decay_samples the decay ends with the run.
+    """
+    if {"seq_length", "train_samples", *SAMPLES} & check.bad or check.staged:
+        return
+    decays = values["lr_decay_samples"] or values["train_samples"]
+    for samples, tokens in SAMPLES.items():
+        number = decays if samples == "lr_decay_samples" else values[samples]
+        if number is not None and values[tokens] is None:
+            values[tokens] = number * values["seq_length"]
+            check.origins[tokens] = DERIVED
+
+
+def _count_samples_as_steps(values: dict[str, Any], check: Check) -> None:
+    """train_iters of train_samples: Megatron-LM rounds down."""
+    samples, batch = values["train_samples"], values["global_batch_size"]
+    if samples is None or {"train_samples", "global_batch_size"} & check.bad or batch < 1:
+        return
+    if check.said_by_person("train_iters"):
+        return  # a rule complains
+    values["train_iters"] = samples // batch
+    check.origins["train_iters"] = DERIVED
 
 
 def _drop_sequence_parallel_without_tp(values: dict[str, Any], check: Check) -> None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_telechat.config.derive import SAMPLES
 from megatron_telechat.config.fields import did_you_mean, fields_by_name
 from megatron_telechat.config.flags import CommandLine
 from megatron_telechat.config.megatron.forks import READ, read_forks
@@ -395,7 +396,8 @@ class Merge:
 
     def settle_schedule(self) -> None:
         """A preset counts steps; where the schedule counts tokens, its counts say nothing."""
-        tokens = [name for name in ITERS.values() if self.values.get(name) is not None]
+        by_tokens = (*ITERS.values(), "train_samples", *SAMPLES)
+        tokens = [name for name in by_tokens if self.values.get(name) is not None]
         if not tokens and not self.staged:
             return
         why = "the learning rate of a run with stages follows tokens" if self.staged else f"{tokens[0]} is given"

@@ -387,8 +387,14 @@ class TrainingConfig:
     """Samples per optimizer step, over all data-parallel ranks."""
     train_iters: int = 0
     """Optimizer steps of the whole run, including those before a resume."""
+    train_samples: int | None = None
+    """Samples of the whole run, in place of train_iters: train_iters is this divided by global_batch_size, rounded
+    down. The learning rate then follows samples (lr_decay_samples, lr_warmup_samples)."""
     exit_interval: int | None = None
     """Save a checkpoint and exit when the step count reaches a multiple of this."""
+    exit_duration_in_mins: float | None = None
+    """Save a checkpoint and exit (code 75: start it again to go on) after the first step that ends so many minutes after
+    the start of this process. Unset: no limit."""
     seed: int = 1234
     """Seed of the initial weights, of dropout and of the sample order. The initial weights do not depend on the
     layout."""
@@ -449,6 +455,12 @@ class OptimizerConfig:
     end of the run, or of its last stage before another schedule begins."""
     lr_wsd_decay_tokens: int | None = None
     """Tokens of the final decay of the WSD schedule; replaces lr_wsd_decay_iters."""
+    lr_warmup_samples: int | None = None
+    """Samples of linear warm-up: lr_warmup_tokens divided by seq_length."""
+    lr_decay_samples: int | None = None
+    """Samples after which min_lr is reached: lr_decay_tokens divided by seq_length. Unset, with train_samples: all."""
+    lr_wsd_decay_samples: int | None = None
+    """Samples of the final decay of the WSD schedule: lr_wsd_decay_tokens divided by seq_length."""
     lr_wsd_decay_style: Annotated[str, OneOf(SHAPES)] = "exponential"
     """Shape of the final decay of WSD."""
     weight_decay: float = 0.1

@@ -618,24 +618,13 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (Refused("weight decay is constant", "--weight-decay"), "end-weight-decay start-weight-decay wd-incr-steps"),
     (Refused("biases and norms have no weight decay, everything else has"), "no-weight-decay-cond-type"),
     (
-        Refused(
-            "the schedule counts optimizer steps or tokens",
-            "--lr-decay-tokens, --lr-warmup-tokens, --lr-wsd-decay-tokens (samples x --seq-length), or "
-            "--lr-decay-iters, --lr-warmup-iters, --lr-wsd-decay-iters (samples / --global-batch-size)",
-        ),
-        """
-        lr-decay-samples lr-decay-steps lr-warmup-samples lr-warmup-steps lr-wsd-decay-samples
-        phase-transition-iterations warmup wsd-decay-steps
-        """,
+        Refused("the schedule counts optimizer steps, samples or tokens", "--lr-decay-iters, --lr-warmup-iters"),
+        "lr-decay-steps lr-warmup-steps phase-transition-iterations warmup wsd-decay-steps",
     ),
     (Always("the optimizer is AdamW", ("adam", "adamw")), "optimizer"),
     (
         Ignored("the schedule is always the one of the present configuration, also after a resume"),
         "override-lr-scheduler override-opt-param-scheduler",
-    ),
-    (
-        Refused("the length of the run counts optimizer steps", "--train-iters (samples / --global-batch-size)"),
-        "train-samples",
     ),
     (
         Refused(
@@ -816,12 +805,5 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (
         Ignored("garbage collection is not scheduled by flags"),
         "disable-manual-gc-eval manual-gc manual-gc-interval no-manual-gc-eval",
-    ),
-    (
-        Refused(
-            "a time limit is set by the scheduler; a stop signal ends the run with a checkpoint",
-            "the scheduler's --signal, or --exit-interval",
-        ),
-        "exit-duration-in-mins",
     ),
 )
