@@ -102,6 +102,11 @@ case $base in torchrun|python*|deepspeed|accelerate) ;; *)
       bash|sh|zsh)
         for one in "$base" "${@:1:at-1}"; do TELECHAT_CHAIN+=$one$mark; done
         export TELECHAT_CHAIN
+        if [[ ${@:at+1:1} == -*c ]] && ! /bin/bash -p -n -c "${@:at+2:1}" 2>/dev/null; then
+          read -r -d '' -a inner <<< "${@:at+2:1}"  # the shell of the cluster would not read it either
+          chain; record command "$CUDA_VISIBLE_DEVICES" "$ASCEND_RT_VISIBLE_DEVICES" "${found[@]}" "${inner[@]}"
+          exit 0
+        fi
         exec /bin/bash "${@:at+1}" ;;
     esac
   done ;;

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,6 +111,8 @@ class Merge:
         self.take(self.line.said)
         self.take_stages()
         self.take(self.changes)
+        if self.described:
+            self.take_mtp_layout()
         if not any(one.name == "num_virtual_stages_per_pipeline_rank" for one in self.changes):
             settle_stages(self)
         if self.described and self.is_megatrons():
@@ -221,6 +224,14 @@ class Merge:
             said_as = ", ".join(f"{name}={value}" for name, value in taken.items())
             self.notes.append(f"missing flags as Megatron-LM reads them: {said_as}")
 
+    def take_mtp_layout(self) -> None:
+        """A layout string with blocks of multi-token prediction (m): the costs count them with the output layer."""
+        name = "pipeline_model_parallel_layout"
+        text = self.values.get(name)
+        if self.values.get("mtp_num_layers") and isinstance(text, str) and "m" in text and "[" not in text:
+            self.values[name] = re.sub(r"m(\*\d+)?", "", text)
+            self.notes.append(f"{text}: the multi-token-prediction block (m) is counted with the output layer (L)")
+
     def take_forks(self) -> None:
         """What flags of other programs say of the model; all others that are not known are left out, in one note."""
         for name, taken in read_forks(self.line.given, self.values).items():
@@ -250,8 +261,6 @@ class Merge:
                 what = "neither a vocabulary size nor a tokenizer is given"
             self.notes.append(f"assumed: {ASSUMED:,} tokens, because {what}; --vocab-size N")
             size, source = ASSUMED, "an assumption"
-        extra = (self.line.given.get("extra-vocab-size") or ("",))[0]
-        size += int(extra) if extra.isdigit() else 0
         self.values[name] = padded(size, self.values.get("tensor_model_parallel_size", 1), self.line.given)
         if self.values[name] != size or source != "--vocab-size":
             more = f", padded to {self.values[name]:,} as Megatron-LM pads it" if self.values[name] != size else ""

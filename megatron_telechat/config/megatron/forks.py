@@ -25,9 +25,20 @@ NUMBERS: Mapping[str, str] = {
     "pad-vocab-size-to": "vocab_size",
 }
 """Flag of a fork → our field of the same meaning, a number."""
+PATCHED: tuple[tuple[str, int | None, int], ...] = (
+    ("Qwen", None, 151643),
+    ("LLama3", None, 128000),
+    ("DeepSeekV2", 2400, 100000),
+    ("DeepSeekV2", None, 128813),
+    ("LLama", None, 32000),
+    ("Mi", None, 32000),
+)
+"""Beginning of the value of --patch-tokenizer-type, and --extra-vocab-size where it tells two apart → tokens without
+the extra ones, which Pai-Megatron-Patch adds without padding."""
 OTHERS = (
     *("first-k-dense-replace", "n-shared-experts", "glu-activation", "multiple-of", "hidden-dim-multiplier"),
     *("extra-vocab-size", "tokenizer-name-or-path", "shared-expert-gate", "noop-layers", "geglu", "gated-gelu"),
+    *("apply-layernorm-rms", "patch-tokenizer-type"),
 )
 """Flags of forks that are read in other ways: below, and for the vocabulary."""
 READ = frozenset((*NUMBERS, *OTHERS, "moe-layer-freq"))
@@ -75,9 +86,16 @@ def read_forks(given: Mapping[str, tuple[str, ...]], values: Mapping[str, Any]) 
         found["activation"] = Taken("swiglu" if glu == "swiglu" else "quick_geglu", "--glu-activation")
     if {"geglu", "gated-gelu"} & set(given):
         found["activation"] = Taken("quick_geglu", "--geglu" if "geglu" in given else "--gated-gelu")
+    if "apply-layernorm-rms" in given:
+        found["normalization"] = Taken("RMSNorm", "--apply-layernorm-rms")
+    patched, extra = (given.get("patch-tokenizer-type") or ("",))[0], _number(given, "extra-vocab-size")
+    base = next((size for name, more, size in PATCHED if patched.startswith(name) and more in (None, extra)), None)
+    if base is not None and extra is not None:
+        found["vocab_size"] = Taken(base + extra, "--extra-vocab-size")
     multiple, hidden = _number(given, "multiple-of"), values.get("hidden_size")
     if multiple and hidden and not values.get("ffn_hidden_size"):
-        factor = float((given.get("hidden-dim-multiplier") or ("1",))[0])
+        text = (given.get("hidden-dim-multiplier") or ("1",))[0]
+        factor = float(text) if re.fullmatch(r"\d{1,3}(\.\d{1,6})?", text) else 1.0
         ffn = int(factor * int(4 * hidden * 2 / 3))
         found["ffn_hidden_size"] = Taken(-(-ffn // multiple) * multiple, "--multiple-of")
     replaced = ("num_layers", "moe_layer_pattern")
