@@ -44,11 +44,12 @@ All other flags are training flags (pretrain_telechat2.py --help) or Megatron-LM
 
 @dataclass(frozen=True)
 class Request:
-    """Options of the tool, the words that describe the run, and how a pasted command was read."""
+    """Options of the tool, the words that describe the run, how a pasted command was read, and whether there is one."""
 
     options: argparse.Namespace
     words: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    pasted: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -96,7 +97,7 @@ def read_request(argv: Sequence[str]) -> Request:
         pasted = read_launch_script(_script(options.command, others), command, others)
     else:
         pasted = read_pasted(None, command, others)
-    return Request(options, (*pasted.words, *others), pasted.notes)
+    return Request(options, (*pasted.words, *others), pasted.notes, True)
 
 
 class _Parser(ToolParser):
@@ -158,6 +159,12 @@ def _parser() -> _Parser:
     )
     add("--stage", type=natural, metavar="N", help="of a run with stages (--config): the one to plan, from 1")
     add("--sweep", action="store_true", help="rank parallel layouts of --world-size ranks; sizes given as flags stay")
+    add(
+        "--free",
+        default="",
+        metavar="S,S",
+        help="with --sweep: sizes to vary though they are given: tp, pp, vp, cp, ep, mbs, or all",
+    )
     add("--top", type=natural, default=10, metavar="N", help="rows of the sweep [10]")
     add(
         "--calibrate",

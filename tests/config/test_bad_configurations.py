@@ -775,9 +775,10 @@ BAD = [
         "reset_attention_mask has no effect with mock_data, which has no documents",
     ),
     case("capacity", "--moe-expert-capacity-factor 1.25", "the experts are dropless", model=MOE),
-    case("samples", "--train-samples 1000000", "use --train-iters"),
+    case("samples and steps", "--train-samples 1000000", "both give the length of the run"),
+    case("samples of less than a step", "--train-iters 0 --train-samples 0", "train_samples"),
     case("sinkhorn", "--moe-router-load-balancing-type sinkhorn", "contradicts this framework", model=MOE),
-    case("spec", "--spec a b", "--spec (a Megatron-LM flag) is refused", "omit it"),
+    case("spec", "--spec a b", "--spec (a Megatron-LM flag) is refused", "leave it out"),
 ]
 
 
