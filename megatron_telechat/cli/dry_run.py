@@ -350,9 +350,7 @@ def _names(fields: set[str]) -> str:
     return ", ".join(sorted(fields))
 
 
-def _data_here(
-    run: RunConfig, ahead: Sequence[tuple[Span, Progress]], away: set[str], out: _Report
-) -> list[str]:
+def _data_here(run: RunConfig, ahead: Sequence[tuple[Span, Progress]], away: set[str], out: _Report) -> list[str]:
     """The data, as far as it is on this machine.
 
     Raises:

@@ -129,8 +129,8 @@ def _parser() -> _Parser:
     add(
         "--command",
         metavar="FILE",
-        help="launch script of a Megatron run to plan for, with variables before and arguments behind it where it takes "
-        "some ('NNODES=4 run.sh 7B 4096'); it runs in a sandbox with stubs for launchers; - reads stdin",
+        help="launch script of a Megatron run to plan for, with variables before and arguments behind it where it "
+        "takes some ('NNODES=4 run.sh 7B 4096'); it runs in a sandbox with stubs for launchers; - reads stdin",
     )
     add(
         "--recompute-kinds",
@@ -205,9 +205,7 @@ def _script(given: str, others: Sequence[str]) -> Script:
     if len(words) > 1 and words[0].rsplit("/", 1)[-1] in ("bash", "sh", "sbatch"):
         words.pop(0)
     file, *arguments = words
-    return replace(
-        found, text=_read_text(file), path=Path(file), arguments=tuple(arguments), environment=environment
-    )
+    return replace(found, text=_read_text(file), path=Path(file), arguments=tuple(arguments), environment=environment)
 
 
 def _words(text: str) -> list[str]:

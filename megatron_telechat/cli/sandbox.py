@@ -28,7 +28,21 @@ LIMIT_S = 10.0
 """Seconds that a script may take."""
 MOST_BYTES = 1 << 20
 """Of what a script writes down, what is read of one file."""
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/dev", "/proc", "/sys", "/etc", "/run", "/stub", "/out")
+_SYSTEM = (
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/dev",
+    "/proc",
+    "/sys",
+    "/etc",
+    "/run",
+    "/stub",
+    "/out",
+)
 _SHELLS_OWN = frozenset(
     """HOME PATH PWD OLDPWD USER LOGNAME HOSTNAME RANDOM SECONDS EPOCHSECONDS EPOCHREALTIME BASH BASHPID BASH_SOURCE
     BASH_VERSION BASH_REMATCH LINENO UID EUID PPID IFS SHELL SHLVL OSTYPE HOSTTYPE MACHTYPE FUNCNAME PIPESTATUS OPTARG
@@ -105,7 +119,8 @@ def _run_in(folder: Path, script: Script, limit_s: float) -> Ran | None:
     environment = {
         **{name: f"%{name}%" for name in marks if not name.isdigit()},
         "BASH_ENV": "/stub/.prelude", "PATH": "/stub:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
-        **_JOB, **script.environment, "HOME": "/tmp", "USER": "user", "HOSTNAME": "node0", "TELECHAT_DEVICES": str(script.devices),
+        **_JOB, **script.environment,
+        "HOME": "/tmp", "USER": "user", "HOSTNAME": "node0", "TELECHAT_DEVICES": str(script.devices),
     }  # fmt: skip
     command = ["unshare", "-r", "-n", "-m", "-p", "-f", "-i", "-u", "--kill-child", "--propagation", "private"]
     command += ["/bin/bash", "-p", str(folder / "enter"), str(folder), str(shown_as), os.getcwd()]
@@ -215,7 +230,9 @@ def unset_names(script: Script) -> list[str]:
     asked = set(re.findall(r"\$\{#?!?([A-Za-z_]\w*)(?:\[[^\]]*\])?(?::?[-=?+]|\[)", text))
     asked |= set(re.findall(r"-[znv]\s+[\"']?\$?\{?([A-Za-z_]\w*)", text)) | set(re.findall(r"\$\{[#!](\w+)", text))
     made = set(re.findall(r"([A-Za-z_]\w*)(?:\[[^\]]*\])?\+?=", text))
-    made |= set(re.findall(r"\b(?:for|select|read(?:\s+-\w+)*|getopts\s+\S+|local|declare(?:\s+-\w+)*)\s+([A-Za-z_]\w*)", text))
+    made |= set(
+        re.findall(r"\b(?:for|select|read(?:\s+-\w+)*|getopts\s+\S+|local|declare(?:\s+-\w+)*)\s+([A-Za-z_]\w*)", text)
+    )
     made |= set(re.findall(r"\b(?:mapfile|readarray)(?:\s+-\w+)*\s+([A-Za-z_]\w*)", text))
     found = sorted(
         name for name in read - asked - made - _SHELLS_OWN - set(script.environment)

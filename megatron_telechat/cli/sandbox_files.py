@@ -74,7 +74,7 @@ case $base in
     exit 0 ;;
   sh|zsh) exec /bin/bash "$@" ;;
   sudo) while [[ $1 == -* ]]; do shift; done; exec "$@" ;;
-  sleep|git|pip|pip3|conda|wget|curl|ssh|pdsh|pkill|killall|apt|apt-get|module|ulimit|huggingface-cli|ifconfig|ip) exit 0 ;;
+  sleep|git|pip|pip3|conda|wget|curl|ssh|pdsh|pkill|killall|apt|apt-get|huggingface-cli|ifconfig|ip) exit 0 ;;
   python*)
     if [ "$1" = -c ]; then
       case "$2" in *device_count*) : > /out/.devices; echo "$TELECHAT_DEVICES" ;; esac

@@ -137,6 +137,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
                 at += 1
         _Flag(line, name, values, bool(equals)).read()
     _check_spellings(line)
+    _join_unknown(line)
     if line.actions.executes and not line.actions.dry_run:
         line.problems.append(
             Problem(
@@ -144,6 +145,19 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
             )
         )
     return line
+
+
+def _join_unknown(line: CommandLine) -> None:
+    """One problem for all flags of other programs, which says what to remove."""
+    if len(line.unknown) < 2:
+        return
+    each = [problem for problem, _ in line.unknown]
+    typed = [typed for _, typed in line.unknown]
+    what = f"unknown flags: {' '.join(dict.fromkeys(typed))}"
+    joined = Problem(what, "flag", "remove them from the command; --help lists all flags")
+    at = line.problems.index(each[0])
+    line.problems[at:] = [joined, *(problem for problem in line.problems[at:] if problem not in each)]
+    line.unknown = [(joined, one) for one in typed]
 
 
 def _is_value(token: str) -> bool:

@@ -237,9 +237,9 @@ class Merge:
         for name, taken in read_forks(self.line.given, self.values).items():
             self.values[name], self.origins[name] = taken.value, f"flag {taken.flag}"
             self.notes.append(f"{taken.flag}, a flag of another program: taken as {name}={taken.value}")
-        unknown = {problem: typed for problem, typed in self.line.unknown if problem in self.problems}
+        unknown = [problem for problem, _ in self.line.unknown]
         self.problems = [problem for problem in self.problems if problem not in unknown]
-        left_out = [typed for typed in unknown.values() if typed[2:].replace("_", "-") not in READ]
+        left_out = [typed for _, typed in self.line.unknown if typed[2:].replace("_", "-") not in READ]
         if left_out:
             self.notes.append(f"not flags of Megatron-LM, not modelled: {' '.join(dict.fromkeys(left_out))}")
 

@@ -393,8 +393,8 @@ class TrainingConfig:
     exit_interval: int | None = None
     """Save a checkpoint and exit when the step count reaches a multiple of this."""
     exit_duration_in_mins: float | None = None
-    """Save a checkpoint and exit (code 75: start it again to go on) after the first step that ends so many minutes after
-    the start of this process. Unset: no limit."""
+    """Save a checkpoint and exit (code 75: start it again to go on) after the first step that ends so many minutes
+    after the start of this process. Unset: no limit."""
     seed: int = 1234
     """Seed of the initial weights, of dropout and of the sample order. The initial weights do not depend on the
     layout."""

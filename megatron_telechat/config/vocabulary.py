@@ -79,7 +79,10 @@ def named_vocabulary(given: Mapping[str, tuple[str, ...]]) -> Vocabulary | None:
             return Vocabulary(size, text)
     if kind in KNOWN and kind != "TikTokenizer":
         return Vocabulary(KNOWN[kind], kind)
-    names = (model, *(word for name in ("tokenizer-name-or-path", "patch-tokenizer-type") for word in given.get(name, ())))
+    names = (
+        model,
+        *(word for name in ("tokenizer-name-or-path", "patch-tokenizer-type") for word in given.get(name, ())),
+    )
     for name in filter(None, (*names, kind)):
         size = next((size for pattern, size in NAMED if re.search(pattern, name.lower())), None)
         if size is not None:

@@ -66,6 +66,25 @@ def projection_shapes(model: ModelConfig) -> list[tuple[int, int]]:
     return [*query, (latent + model.qk_pos_emb_head_dim, hidden), (up, latent), output]
 
 
+def attention_products(model: ModelConfig, whole: float, split: float, tensor: int) -> list[tuple[float, float, float]]:
+    """(rows, columns, depth) of each product around the attention that a rank computes for a micro-batch.
+
+    The down projections of a multi-latent attention are whole on each tensor-parallel rank, which has its part of the
+    sequence there.
+
+    Args:
+        whole, split: tokens of the micro-batch within a tensor-parallel region, and outside of it.
+        tensor: tensor-parallel size.
+    """
+    (*inner, output), hidden = projection_shapes(model), model.hidden_size
+    last = (whole, output[0], output[1] / tensor)
+    if not model.multi_latent_attention:
+        return [(whole, inner[0][0] / tensor, hidden), last]
+    latents = (model.q_lora_rank, model.kv_lora_rank + model.qk_pos_emb_head_dim)
+    down = [(split, rows, depth) for rows, depth in inner if rows in latents]
+    return [*down, *((whole, rows / tensor, depth) for rows, depth in inner if rows not in latents), last]
+
+
 def attended_positions(model: ModelConfig, seq_length: int) -> float:
     """Positions that a token of a causal sequence attends to, on average over tokens and layers: S/2 without a window
     (the diagonal counts half); with one of w tokens beside its own, v - v^2 / (2 S) for v = w + 1.

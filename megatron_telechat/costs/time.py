@@ -23,7 +23,7 @@ from megatron_telechat.costs.communication import (
 )
 from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.devices import DeviceSpec, Measured
-from megatron_telechat.costs.flops import layer_forward_flops
+from megatron_telechat.costs.flops import attention_products, layer_forward_flops
 from megatron_telechat.costs.memory import MASTER_BYTES, MOMENT_BYTES, optimizer_shards
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.costs.software import Software
@@ -274,9 +274,10 @@ class TimeModel:
         """Estimated times of the parts of a layer: norms, projections, core_attn, block (its MLP or its experts)."""
         model, tokens = self.run.model, self._tokens
         flops = layer_forward_flops(model, layer, self.run.training.seq_length)
-        share, hidden = tokens.whole / tokens.tensor, model.hidden_size
+        share = tokens.whole / tokens.tensor
         query, key = model.query_width, model.key_width
-        products = self._attention_projections()
+        shapes = attention_products(model, tokens.whole, tokens.split, tokens.tensor)
+        products = sum(self._product(*shape) for shape in shapes)
         rotated = self._passes(2 * self._size * (query + key + model.value_width) * share)
         rotary = rotated if model.rotates else 0.0
         residual = self._passes(3 * self._size * model.hidden_size * tokens.split)
@@ -293,21 +294,6 @@ class TimeModel:
             "core_attn": self._core_attention(flops.core_attention * share),
             "block": self._experts() if model.layer_is_moe(layer) else self._dense(model.ffn_hidden_size),
         }
-
-    def _attention_projections(self) -> float:
-        """The products around the core attention. The down projections of a multi-latent attention are whole on each
-        tensor-parallel rank, which has its part of the sequence there."""
-        model, tokens = self.run.model, self._tokens
-        inner = model.query_width + model.key_width + model.value_width
-        last = self._product(tokens.whole, model.hidden_size, model.output_width / tokens.tensor)
-        if not model.multi_latent_attention:
-            return self._product(tokens.whole, inner / tokens.tensor, model.hidden_size) + last
-        latent, query = model.kv_lora_rank, model.q_lora_rank
-        up = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
-        down = self._product(tokens.split, latent + model.qk_pos_emb_head_dim, model.hidden_size)
-        down += self._product(tokens.split, query, model.hidden_size) if query else 0.0
-        last += self._product(tokens.whole, model.query_width / tokens.tensor, query or model.hidden_size)
-        return down + self._product(tokens.whole, up / tokens.tensor, latent) + last
 
     def _core_attention(self, flops: float) -> PartTime:
         """Scores and their product with V, beside what context-parallel ranks exchange.

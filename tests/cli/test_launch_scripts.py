@@ -117,11 +117,10 @@ def test_variables_that_nobody_sets_are_marked_where_they_are_read_plainly() -> 
 
 @needs_sandbox
 def test_jobs_and_launchers_within_launchers() -> None:
-    job = "sbatch --nodes=4 <<EOF\n#!/bin/bash\n#SBATCH --ntasks-per-node=8\nsrun -l bash -c 'python -u p.py \\$X $Y'\nEOF"
+    text = "#!/bin/bash\n#SBATCH --ntasks-per-node=8\nsrun -l bash -c 'python -u p.py \\$X $Y'"
+    job = f"sbatch --nodes=4 <<EOF\n{text}\nEOF"
     found = ran(f"Y=5\n{job}")
-    assert [command.words for command in found.commands] == [
-        ("srun", "-l", "python", "-u", "p.py", unknown("X"), "5")
-    ]
+    assert [command.words for command in found.commands] == [("srun", "-l", "python", "-u", "p.py", unknown("X"), "5")]
     assert set(found.job) == {"--nodes=4", "--ntasks-per-node=8"}
     assert started("mpirun -np 4 bash -c 'python p.py --layers [0]*3 ([1]*2)'")[0][3:] == (
         *("python", "p.py", "--layers", "[0]*3", "([1]*2)"),

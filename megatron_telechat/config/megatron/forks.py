@@ -1,7 +1,8 @@
 """Flags of programs that grew from Megatron-LM, as far as they say which model or batch a command is about.
 
 Read for the planner only: the training refuses them as unknown. Sources, each in the program's argument parser:
-MindSpeed-LLM (noop-layers: layers that do nothing and fill the pipeline up, n-shared-experts, first-k-dense-replace, moe-intermediate-size, qk-rope-head-dim, padded-base-length),
+MindSpeed-LLM (noop-layers: layers that do nothing and fill the pipeline up, n-shared-experts, first-k-dense-replace,
+moe-intermediate-size, qk-rope-head-dim),
 Pai-Megatron-Patch (extra-vocab-size, intermediate-size, n-head-kv, shared-moe-ffn-hidden-size), BigScience's
 Megatron-DeepSpeed (glu-activation, pad-vocab-size-to), FlagScale (multiple-of, hidden-dim-multiplier).
 """
