@@ -144,8 +144,7 @@ def child(body: str) -> subprocess.Popen:
 
 
 LISTENS = (
-    "from megatron_telechat.errors import EXIT_SIGNAL
-from megatron_telechat.training.signals import StopRequests\nrequests = StopRequests(Path('.'), False, "
+    "from megatron_telechat.training.signals import StopRequests\nrequests = StopRequests(Path('.'), False, "
     "speaks=True)\n"
 )
 WAITS = "print('up', flush=True)\nfor _ in range(600): time.sleep(0.05)"
