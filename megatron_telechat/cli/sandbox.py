@@ -26,6 +26,8 @@ from megatron_telechat.cli.shell import Command, unknown
 
 LIMIT_S = 10.0
 """Seconds that a script may take."""
+GRACE_S = 5.0
+"""Seconds beside, to make the file system and to copy what was written down."""
 MOST_BYTES = 1 << 20
 """Of what a script writes down, what is read of one file."""
 _SYSTEM = (
@@ -123,18 +125,18 @@ def _run_in(folder: Path, script: Script, limit_s: float) -> Ran | None:
         "HOME": "/tmp", "USER": "user", "HOSTNAME": "node0", "TELECHAT_DEVICES": str(script.devices),
     }  # fmt: skip
     command = ["unshare", "-r", "-n", "-m", "-p", "-f", "-i", "-u", "--kill-child", "--propagation", "private"]
-    command += ["/bin/bash", "-p", str(folder / "enter"), str(folder), str(shown_as), os.getcwd()]
+    command += ["/bin/bash", "-p", str(folder / "enter"), str(folder), f"{limit_s:g}", str(shown_as), os.getcwd()]
     command += _bound(shown_as.parent if script.path else None)
     command += ["--", *script.arguments, *(f"%{name}%" for name in _positions(marks, len(script.arguments)))]
-    timed_out = _wait(command, environment, limit_s)
+    _wait(command, environment, limit_s + GRACE_S)
     if not (out / ".started").exists():
         return None
     lines = {name: _lines(out / name) for name in (".missing", ".stops")}
     ran = Ran(
         unset=tuple(marks), missing=lines[".missing"], stops=lines[".stops"],
-        counts_devices=(out / ".devices").exists(), timed_out=timed_out,
+        counts_devices=(out / ".devices").exists(), timed_out=(out / ".timed-out").exists(),
     )  # fmt: skip
-    for record in sorted(path for path in out.iterdir() if not path.name.startswith(".")):
+    for record in sorted(path for path in out.iterdir() if not path.name.startswith(".") and _is_plain(path)):
         ran = _with_record(ran, record.read_bytes()[:MOST_BYTES].decode("utf-8", "replace"), script)
     return ran
 
@@ -165,8 +167,13 @@ def _bound(folder: Path | None) -> list[str]:
     )
 
 
-def _wait(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> bool:
-    """Run to the end; whether the time limit was that end."""
+def _is_plain(path: Path) -> bool:
+    """Whether it is a file by itself: a script may leave links in the folder that is read."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _wait(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> None:
+    """Run to the end; the sandbox ends itself in time, and is ended where it does not."""
     process = subprocess.Popen(
         command, env={**environment, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
@@ -176,16 +183,14 @@ def _wait(command: Sequence[str], environment: Mapping[str, str], limit_s: float
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # --kill-child ends what is in the namespace of processes
         process.wait()
-        return True
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
-    return False
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    if not path.exists():
+    if not _is_plain(path):
         return ()
     return tuple(dict.fromkeys(path.read_text(encoding="utf-8", errors="replace")[:MOST_BYTES].splitlines()))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-ENTER = r"""# enter FOLDER SCRIPT PRESENT_FOLDER [FOLDERS TO READ] -- [ARGUMENTS]
+ENTER = r"""# enter FOLDER SECONDS SCRIPT PRESENT_FOLDER [FOLDERS TO READ] -- [ARGUMENTS]
 set -e
-folder=$1 script=$2 present=$3; shift 3
+folder=$1 seconds=$2 script=$3 present=$4; shift 4
 root=$folder/root
 mount -t tmpfs -o size=64m,mode=755 none "$root"
 for one in usr bin sbin lib lib32 lib64; do
@@ -18,7 +18,7 @@ for one in null zero urandom; do : > "$root/dev/$one"; mount --bind "/dev/$one" 
 ln -s /proc/self/fd "$root/dev/fd"; ln -s /proc/self/fd/1 "$root/dev/stdout"; ln -s /proc/self/fd/2 "$root/dev/stderr"
 mount -t proc none "$root/proc" 2>/dev/null || true
 mount --bind "$folder/stub" "$root/stub"; mount -o remount,bind,ro,nosuid "$root/stub"
-mount --bind "$folder/out" "$root/out"
+mount -t tmpfs -o size=16m,nr_inodes=4096,mode=755 none "$root/out"
 while [ "$1" != -- ]; do
   mkdir -p "$root$1"
   mount --bind "$1" "$root$1"; mount -o remount,bind,ro,nosuid "$root$1"
@@ -30,10 +30,15 @@ mkdir -p "$root$(dirname "$script")" "$root$present" 2>/dev/null || true
 mount --bind "$folder/script" "$root$script"; mount -o remount,bind,ro,nosuid "$root$script"
 : > "$folder/out/.started"
 ulimit -t 20; ulimit -v 4000000; ulimit -f 8000; ulimit -c 0
-exec chroot "$root" /usr/bin/setpriv --no-new-privs --bounding-set=-all --inh-caps=-all \
-  /bin/bash -c 'cd "$1" || cd /; shift; exec /bin/bash "$@"' run "$present" "$script" "$@"
+code=0
+timeout -s KILL "$seconds" chroot "$root" /usr/bin/setpriv --no-new-privs --bounding-set=-all --inh-caps=-all \
+  /bin/bash -c 'cd "$1" || cd /; shift; exec /bin/bash "$@"' run "$present" "$script" "$@" || code=$?
+[ $code != 137 ] || : > "$root/out/.timed-out"
+cp -r "$root/out/." "$folder/out/"
 """
-"""Makes the file system of the sandbox and runs the script in it; what fails before `.started` means: no sandbox."""
+"""Makes the file system of the sandbox and runs the script in it; what fails before `.started` means: no sandbox.
+
+The records are on a small file system of their own, and are copied out at the end: a script cannot fill a disk."""
 
 PRELUDE = r"""
 command_not_found_handle() { /stub/.stub "$@"; return 0; }
