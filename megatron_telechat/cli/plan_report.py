@@ -283,7 +283,12 @@ def plan_flags(plan: Plan) -> tuple[str, ...]:
 
 def _megatron_flags(plan: Plan) -> tuple[str | None, str]:
     try:
-        return shlex.join(plan.planned.megatron_flags()), ""
+        flags = plan.planned.megatron_flags()
+        blocks = plan.question.run.model.mtp_num_layers
+        if blocks and plan.problem.P > 1:  # Megatron-LM's layouts name them; the costs put them before the loss
+            block = "m" if blocks == 1 else f"m*{blocks}"
+            flags = (flags[0], flags[1].removesuffix("L") + f"{block}L", *flags[2:])
+        return shlex.join(flags), ""
     except ConfigError as error:
         return None, error.problems[0].what
 
@@ -303,7 +308,12 @@ def _flags(plan: Plan) -> list[str]:
     flags = shlex.join(plan_flags(plan))
     lines = [f"layout: {plan.planned.layout}", f"flags: {flags}"]
     line = megatron_line(plan)
-    return lines if line == f"Megatron-LM: {flags}" else [*lines, line]
+    lines += [line] if line != f"Megatron-LM: {flags}" else []
+    other = plan.question.run.model.not_built
+    if other:
+        names = ", ".join(f"{name}={value}" for name, value in other.items())
+        lines.append(f"planned only: the training does not build this model ({names})")
+    return lines
 
 
 def speed(plan: Plan) -> tuple[str, str]:

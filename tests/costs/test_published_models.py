@@ -77,6 +77,15 @@ def test_flops_of_latent_attention_written_out() -> None:
     assert training_flops_per_token(V2_LITE, length) == pytest.approx(3 * forward, rel=1e-12)
 
 
+def test_flops_of_a_prediction_block() -> None:
+    """A layer like the last one, a product of 2h with h, the output layer again."""
+    length = 4096
+    with_block = ModelConfig(**{**vars(V2_LITE), "mtp_num_layers": 1})
+    longer = ModelConfig(**{**vars(V2_LITE), "num_layers": 28, "moe_layer_pattern": "[0]*1+[1]*27"})
+    more = training_flops_per_token(with_block, length) - training_flops_per_token(longer, length)
+    assert more == pytest.approx(3 * (2 * 2 * 2048 * 2048 + 2 * 2048 * 102400))
+
+
 @pytest.mark.parametrize(
     "window, skip, share", [("127,0", None, 1.0), ("127,0", "2", 0.5), ("(127, -1)", "[1]*3+[0]", 0.75)]
 )
