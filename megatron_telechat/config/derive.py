@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_telechat.config.context import least_traffic
 from megatron_telechat.config.fields import make_run, values_of
+from megatron_telechat.config.layer_pattern import moe_layers
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
 from megatron_telechat.config.run_stages import counts_tokens
 
@@ -19,6 +20,7 @@ def derive(check: Check) -> None:
     values = values_of(check.run)
     _finetune_begins_with_load(values, check)
     _count_samples_as_tokens(values, check)
+    _pattern_as_frequency(values, check)
     for name, derivation in DERIVATIONS:
         if values[name] not in (None, ()) or name in check.bad:
             continue
@@ -119,6 +121,22 @@ def _finetune_begins_with_load(values: dict[str, Any], check: Check) -> None:
     values["pretrained_checkpoint"], values["load"] = load, None
     check.origins["pretrained_checkpoint"] = check.origins.get("load", DEFAULT)
     check.origins["load"] = DERIVED
+
+
+def _pattern_as_frequency(values: dict[str, Any], check: Check) -> None:
+    """A list of MoE layers that says every k-th from the first on is moe_layer_freq k, which the training builds."""
+    pattern, layers = values["moe_layer_pattern"], values["num_layers"]
+    if pattern is None or {"moe_layer_pattern", "num_layers", "moe_layer_freq"} & check.bad:
+        return
+    try:
+        found = moe_layers(pattern)
+    except ValueError:
+        return  # a rule complains
+    every = found[1:].index(1) + 1 if 1 in found[1:] else 0
+    if len(found) == layers and every and found == tuple(int(layer % every == 0) for layer in range(layers)):
+        values["moe_layer_pattern"], values["moe_layer_freq"] = None, every
+        check.origins["moe_layer_freq"] = check.origins.get("moe_layer_pattern", DEFAULT)
+        check.notes.append(f"moe_layer_pattern={pattern}: taken as moe_layer_freq={every}")
 
 
 SAMPLES = {

@@ -57,6 +57,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "MistralTokenizer": "TikTokenizer",
         "Llama3Tokenizer": "TikTokenizer",
         "AutoTokenizer": "HuggingFaceTokenizer",
+        "PretrainedFromHF": "HuggingFaceTokenizer",
+        "HFTokenizer": "HuggingFaceTokenizer",
     },
     "lr_decay_style": {"wsd": "WSD"},
     "lr_wsd_decay_style": {"minus-sqrt": "minus_sqrt"},
