@@ -3,6 +3,8 @@ of windows against a sum written out."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from megatron_telechat.config.schema import ModelConfig
@@ -10,19 +12,19 @@ from megatron_telechat.costs import count_parameters, training_flops_per_token
 from megatron_telechat.costs.flops import attended_positions
 
 
-def model(layers: int, hidden: int, ffn: int, heads: int, vocabulary: int, **more) -> ModelConfig:
-    plain = {"attention_output_bias": False, "mlp_output_bias": False}
+def model(layers: int, hidden: int, ffn: int, heads: int, vocabulary: int, **more: Any) -> ModelConfig:
+    plain: dict[str, Any] = {"attention_output_bias": False, "mlp_output_bias": False}
     return ModelConfig(
         num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads, vocab_size=vocabulary,
         **(plain | more),
     )  # fmt: skip
 
 
-GELU = {"activation": "gelu", "normalization": "LayerNorm", "add_bias_linear": True}
-LATENT = {"multi_latent_attention": True, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_layernorm": True}
+GELU: dict[str, Any] = {"activation": "gelu", "normalization": "LayerNorm", "add_bias_linear": True}
+LATENT: dict[str, Any] = {"multi_latent_attention": True, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_layernorm": True}
 
 
-def experts(number: int, width: int, topk: int, shared: int, pattern: str) -> dict:
+def experts(number: int, width: int, topk: int, shared: int, pattern: str) -> dict[str, Any]:
     return {
         "num_experts": number, "moe_ffn_hidden_size": width, "moe_router_topk": topk,
         "moe_shared_expert_intermediate_size": shared or None, "moe_layer_pattern": pattern,
