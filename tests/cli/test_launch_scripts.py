@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_telechat.cli.plan_pipeline import main
-from megatron_telechat.cli.plan_report import sizes_text
+from megatron_telechat.cli.plan_report import notes_of, sizes_text
 from megatron_telechat.cli.plan_request import read_request
+from megatron_telechat.cli.plan_sweep import freed_sizes
 from megatron_telechat.cli.sandbox import Ran, Script, run_script, unset_names
 from megatron_telechat.cli.shell import unknown
 from megatron_telechat.costs import count_parameters
@@ -146,3 +147,25 @@ def test_a_slip_is_no_flag_of_another_program(tmp_path: Path) -> None:
     words = "torchrun --nproc-per-node 2 p.py --num-layers 4 --hidden-size 64 --num-attention-heads 4 --vocab-size 128"
     with pytest.raises(ConfigError, match="unknown flag --tensor-model-parallel-sise"):
         read_request(["--", *words.split(), "--tensor-model-parallel-sise", "2"]).load()
+
+
+def test_sizes_that_a_sweep_frees() -> None:
+    assert freed_sizes("tp, MBS") == {"tensor_model_parallel_size", "micro_batch_size"}
+    assert len(freed_sizes("all")) == 6 and freed_sizes("") == set()
+    with pytest.raises(ConfigError, match="--free dp names no size"):
+        freed_sizes("tp,dp")
+
+
+def test_notes_stand_by_what_they_mean_for_the_plan() -> None:
+    notes = (
+        "--a: ignored, because it changes nothing",
+        "--b 2 is not modelled and was ignored for the plan",
+        "assumed: 131,072 tokens, because no tokenizer is given; --vocab-size N",
+        "--c is not modelled and was ignored for the plan",
+        "missing flags as Megatron-LM reads them: activation=gelu",
+    )
+    assert notes_of(notes) == [
+        "! assumed: 131,072 tokens, because no tokenizer is given; --vocab-size N",
+        "note: missing flags as Megatron-LM reads them: activation=gelu",
+        "note: not modelled, and ignored for the plan: --b 2 --c",
+    ]

@@ -21,7 +21,12 @@ def model(layers: int, hidden: int, ffn: int, heads: int, vocabulary: int, **mor
 
 
 GELU: dict[str, Any] = {"activation": "gelu", "normalization": "LayerNorm", "add_bias_linear": True}
-LATENT: dict[str, Any] = {"multi_latent_attention": True, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_layernorm": True}
+LATENT: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_layernorm": True,
+}
 
 
 def experts(number: int, width: int, topk: int, shared: int, pattern: str) -> dict[str, Any]:
