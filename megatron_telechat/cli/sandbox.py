@@ -30,6 +30,7 @@ GRACE_S = 5.0
 """Seconds beside, to make the file system and to copy what was written down."""
 MOST_BYTES = 1 << 20
 """Of what a script writes down, what is read of one file."""
+SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 _SYSTEM = (
     "/usr",
     "/bin",
@@ -120,15 +121,17 @@ def _run_in(folder: Path, script: Script, limit_s: float) -> Ran | None:
     _write_files(folder, script)
     environment = {
         **{name: f"%{name}%" for name in marks if not name.isdigit()},
-        "BASH_ENV": "/stub/.prelude", "PATH": "/stub:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
-        **_JOB, **script.environment,
+        "BASH_ENV": "/stub/.prelude", "PATH": f"/stub:{SYSTEM_PATH}",
+        **_JOB, **{name: value for name, value in script.environment.items() if name not in ("BASH_ENV", "ENV")},
         "HOME": "/tmp", "USER": "user", "HOSTNAME": "node0", "TELECHAT_DEVICES": str(script.devices),
     }  # fmt: skip
     command = ["unshare", "-r", "-n", "-m", "-p", "-f", "-i", "-u", "--kill-child", "--propagation", "private"]
     command += ["/bin/bash", "-p", str(folder / "enter"), str(folder), f"{limit_s:g}", str(shown_as), os.getcwd()]
     command += _bound(shown_as.parent if script.path else None)
     command += ["--", *script.arguments, *(f"%{name}%" for name in _positions(marks, len(script.arguments)))]
-    _wait(command, environment, limit_s + GRACE_S)
+    pairs = [f"{name}={value}" for name, value in environment.items() if "\0" not in name + value]
+    (folder / "variables").write_bytes(b"".join(pair.encode("utf-8", "surrogateescape") + b"\0" for pair in pairs))
+    _wait(command, limit_s + GRACE_S)
     if not (out / ".started").exists():
         return None
     lines = {name: _lines(out / name) for name in (".missing", ".stops")}
@@ -172,10 +175,13 @@ def _is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _wait(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> None:
-    """Run to the end; the sandbox ends itself in time, and is ended where it does not."""
+def _wait(command: Sequence[str], limit_s: float) -> None:
+    """Run to the end; the sandbox ends itself in time, and is ended where it does not.
+
+    No variable of a script is set outside of the sandbox, where it could name a library or a program to load.
+    """
     process = subprocess.Popen(
-        command, env={**environment, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        command, env={"LC_ALL": "C", "PATH": SYSTEM_PATH}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:

@@ -31,8 +31,10 @@ mount --bind "$folder/script" "$root$script"; mount -o remount,bind,ro,nosuid "$
 : > "$folder/out/.started"
 ulimit -t 20; ulimit -v 4000000; ulimit -f 8000; ulimit -c 0
 code=0
+mapfile -d '' variables < "$folder/variables"
 timeout -s KILL "$seconds" chroot "$root" /usr/bin/setpriv --no-new-privs --bounding-set=-all --inh-caps=-all \
-  /bin/bash -c 'cd "$1" || cd /; shift; exec /bin/bash "$@"' run "$present" "$script" "$@" || code=$?
+  /usr/bin/env -i "${variables[@]}" /bin/bash -c \
+  'cd "$1" || cd /; shift; exec /bin/bash "$@"' run "$present" "$script" "$@" || code=$?
 [ $code != 137 ] || : > "$root/out/.timed-out"
 cp -r "$root/out/." "$folder/out/"
 """

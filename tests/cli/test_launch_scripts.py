@@ -84,6 +84,18 @@ def test_a_script_cannot_change_or_reach_anything(tmp_path: Path) -> None:
 
 
 @needs_sandbox
+def test_no_variable_of_a_script_reaches_what_starts_the_sandbox(tmp_path: Path) -> None:
+    """A job that a script submits is a second sandbox, with its variables: within it, and only there."""
+    own = tmp_path / "run.sh"
+    own.write_text(f"export LD_PRELOAD={tmp_path}/a.so PATH={tmp_path}:$PATH X=1\nsbatch --wrap 'torchrun t.py $X'")
+    (tmp_path / "unshare").write_text(f"#!/bin/sh\ntouch {tmp_path}/escaped\n")
+    (tmp_path / "unshare").chmod(0o755)
+    found = run_script(Script(own.read_text(), own))
+    assert found is not None and [command.words for command in found.commands] == [("torchrun", "t.py", "1")]
+    assert not (tmp_path / "escaped").exists()
+
+
+@needs_sandbox
 def test_a_script_that_does_not_end_is_ended() -> None:
     found = run_script(Script("torchrun first.py\nwhile true; do :; done"), limit_s=1.0)
     assert found is not None and found.timed_out
