@@ -36,8 +36,8 @@ class LaunchScript:
         return " ".join(filter(None, (self.before, str(FOLDER / f"{self.name}.sh"), self.behind)))
 
 
-def _moe(name: str, parameters: int, active: int, ranks: int, layout: str, **more: str) -> LaunchScript:
-    return LaunchScript(name, parameters, ranks, layout, active, **more)
+def _moe(name: str, parameters: int, active: int, ranks: int, layout: str, behind: str = "") -> LaunchScript:
+    return LaunchScript(name, parameters, ranks, layout, active, behind=behind)
 
 
 LLAMA_70B, QWEN_235B, DEEPSEEK_LITE = 70_553_706_496, (235_093_634_560, 22_190_763_520), (15_706_484_224, 2_661_150_208)
