@@ -17,6 +17,8 @@ EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
 EXIT_NUMERICS = 5
 EXIT_RESOURCE = 6
+EXIT_NO_FIT = 3
+"""Of the planner, which reads no data: nothing was found that fits the memory. An answer, told apart from a plan."""
 EXIT_SIGNAL = 75
 EXIT_INTERRUPTED = 130
 """A tool ended by Ctrl-C; what a shell gives such a process."""
@@ -30,11 +32,14 @@ class Problem:
         what: the complaint, in terms of the user's own names and values.
         where: the origin of the value (``flag``, ``run.yaml:14``, ``preset telechat2-7b``, a path).
         fix: what to type or change instead; empty only if nothing sensible can be said.
+        missing: the setting whose file or folder is not on this machine, where that is all that is wrong: a run that is
+            only described warns of it, since the machine that trains may have it.
     """
 
     what: str
     where: str = ""
     fix: str = ""
+    missing: str = ""
 
     def lines(self) -> list[str]:
         """The message with its place, and the fix on a second line if there is one."""

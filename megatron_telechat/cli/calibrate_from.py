@@ -68,7 +68,7 @@ def calibrate_from_door(request: Request) -> int:
 
 
 def _conditions(run: RunConfig) -> dict:
-    from megatron_telechat.costs.time import conditions
+    from megatron_telechat.costs.conditions import conditions
 
     return conditions(run)
 

@@ -47,6 +47,7 @@ from megatron_telechat.data.blend import DataPlan, data_plan
 from megatron_telechat.data.formats import corpus_factory, data_files, require_enough
 from megatron_telechat.data.order import Progress, SampleOrder, progress_ahead, resumed_order
 from megatron_telechat.device_kinds import planned_device
+from megatron_telechat.errors import DataError
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.layout_text import layout_picture
 from megatron_telechat.planner.predict import predict
@@ -78,7 +79,10 @@ def report(loaded: LoadedConfig) -> str:
         CheckpointError: the checkpoint that the run begins with is not there, or of another model.
     """
     stages, out = loaded.stages, _Report()
-    start, saved = require_start(stages)
+    away = {one.missing for one in loaded.missing}
+    out.warnings += [f"{one.what}: not here; the run will refuse to start without it" for one in loaded.missing]
+    away_start = away & {"load", "pretrained_checkpoint"}
+    start, saved = (Start(None), None) if away_start else require_start(stages)
     goes_on = saved is not None and not start.weights_only
     position = position_of(saved) if saved is not None and goes_on else Position()
     spans = {span.stage.number: span for span in stages.spans(position)}
@@ -88,9 +92,10 @@ def report(loaded: LoadedConfig) -> str:
     for stage in stages.stages:
         _of_stage(stage, spans.get(stage.number), stages, out)
     out.section("files", _files(loaded.run, out))
-    out.section("begins with", _beginning(start, saved, loaded.run))
+    begins = [f"{_names(away_start)}: not here"] if away_start else _beginning(start, saved, loaded.run)
+    out.section("begins with", begins)
     ahead = list(progress_ahead(stages, position, _order_so_far(stages, saved if goes_on else None, position)))
-    out.section("data", _data(loaded.run, ahead, out))
+    out.section("data", _data_here(loaded.run, ahead, away - away_start, out))
     changed = _said_by_person(loaded)
     if changed:
         out.section("differs from the preset" if loaded.preset else "set", changed)
@@ -348,6 +353,27 @@ def _beginning(start: Start, saved: Saved | None, run: RunConfig) -> list[str]:
         return [f"the weights of {saved.path}, at step 0 with a fresh optimizer", *start.notes]
     notes = resume_notes(run.average, saved.extra, saved.step)
     return [f"{saved.path}: step {saved.step}", *start.notes, *notes]
+
+
+def _names(fields: set[str]) -> str:
+    return ", ".join(sorted(fields))
+
+
+def _data_here(run: RunConfig, ahead: Sequence[tuple[Span, Progress]], away: set[str], out: _Report) -> list[str]:
+    """The data, as far as it is on this machine.
+
+    Raises:
+        DataError: a dataset that is damaged.
+    """
+    if away:
+        return [f"{_names(away)}: not here, and not looked at"]
+    try:
+        return _data(run, ahead, out)
+    except DataError as error:
+        if not all(problem.missing for problem in error.problems):
+            raise
+        out.warnings += [f"{one.what}: not here; the run will refuse to start without it" for one in error.problems]
+        return ["not here, and not looked at"]
 
 
 def _data(run: RunConfig, ahead: Sequence[tuple[Span, Progress]], out: _Report) -> list[str]:

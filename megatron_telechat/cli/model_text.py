@@ -13,12 +13,18 @@ def model_text(model: ModelConfig) -> str:
     count = count_parameters(model)
     active = f", {count.active:,} active a token" if count.active != count.total else ""
     text = f"{count.total:,} parameters{active}, vocabulary {model.vocab_size:,}"
+    positions = {
+        "learned_absolute": f"{model.max_position_embeddings or 0:,} learned positions",
+        **{"none": "no positions", "alibi": "ALiBi", "mrope": "M-RoPE", "yarn": "YaRN"},
+    }
+    blocks = model.mtp_num_layers or 0
     features = [
+        "multi-latent attention" if model.multi_latent_attention else "",
+        f"{blocks} multi-token-prediction block{'s' * (blocks > 1)}" if blocks else "",
+        f"a window of {model.window + 1:,} tokens" if model.window is not None else "",
         ACTIVATIONS.get(model.activation, ""),
         "" if model.untie_embeddings_and_output_weights else "tied embeddings",
-        {"learned_absolute": f"{model.max_position_embeddings or 0:,} learned positions", "none": "no positions"}.get(
-            model.position_embedding_type, ""
-        ),
+        positions.get(model.position_embedding_type, ""),
         "LayerNorm" if model.normalization == "LayerNorm" else "",
         "norms on queries and keys" if model.qk_layernorm else "",
         "biases on all linear layers"

@@ -3,16 +3,20 @@ ranks."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_telechat.cli.launcher import WHERE, Launch, read_launch, slurm_variables
-from megatron_telechat.cli.shell import MAYBE, Command, read_script, shown, slurm_lines, unknown, unknown_names
+from megatron_telechat.cli.sandbox import Ran, Script, run_script, unmarked
+from megatron_telechat.cli.shell import MAYBE, Command, Value, read_script, shown, slurm_lines, unknown, unknown_names
+from megatron_telechat.cli.shell import Script as ScriptRead
 from megatron_telechat.config.fields import FieldInfo, fields_by_name
 from megatron_telechat.config.megatron.answers import Alias, Always, Answer, Ignored, Refused
 from megatron_telechat.config.megatron.flags import ANSWERS
+from megatron_telechat.config.megatron.forks import READ
 from megatron_telechat.errors import ConfigError, Problem
 
 OTHER_FAMILIES = (
@@ -32,6 +36,10 @@ OTHER_FAMILIES = (
 """Words in the names of Megatron-LM's programs for models that are no GPT."""
 
 
+TOKENIZERS = ("--vocab-file", "--merge-file", "--tokenizer-name-or-path")
+"""Flags whose being there says which tokenizer is meant, also where their file is not known."""
+
+
 @dataclass(frozen=True)
 class Pasted:
     """A command, read.
@@ -45,39 +53,101 @@ class Pasted:
     notes: tuple[str, ...] = ()
 
 
-def read_pasted(script: str | None, command: Sequence[str], others: Sequence[str]) -> Pasted:
-    """The flags of a launch script, or of a command given as words.
+def read_pasted(
+    script: str | None, command: Sequence[str], others: Sequence[str], variables: Mapping[str, Value] | None = None
+) -> Pasted:
+    """The flags of a launch script that is read without running it, or of a command given as words.
 
     Args:
         script: text of the script; None where there is none.
         command: words of a command; with a script, flags to add to its own.
         others: flags given beside it, which must not contradict its launcher.
+        variables: known before the first line of the script, its arguments ("1", "@") among them.
 
     Raises:
         ConfigError: no training in it, several, or one of no GPT model; variables whose value it does not say; ranks
             that it does not say, or that `others` contradict.
     """
-    notes: tuple[str, ...] = ()
     if script is None:
-        launch = read_launch([Command(tuple(_mark(word) for word in command), {}, {})])
-    else:
-        slurm = slurm_lines(script)
-        read = read_script(script, slurm_variables(slurm))
-        launch = read_launch(read.commands, slurm)
-        launch = replace(launch, flags=(*launch.flags, *command))
-        taken = [f"{name}={value}" for name, value in read.defaults.items() if value.isdigit()]
-        notes = (f"defaults of the script: {' '.join(taken)} (the environment may say otherwise)",) * bool(taken)
+        return _pasted(read_launch([Command(tuple(_mark(word) for word in command), {}, {})]), others)
+    slurm = slurm_lines(script)
+    read = read_script(script, {**slurm_variables(slurm), **(variables or {})})
+    launch = read_launch(read.commands, slurm)
+    return _pasted(replace(launch, flags=(*launch.flags, *command)), others, _defaults(read))
+
+
+def read_launch_script(script: Script, command: Sequence[str], others: Sequence[str]) -> Pasted:
+    """The flags of a launch script, which runs in a sandbox where there is one (`cli.sandbox`), else is read.
+
+    Args:
+        command: flags to add to its own.
+        others: flags given beside it, which must not contradict its launcher.
+
+    Raises:
+        ConfigError: as `read_pasted`.
+    """
+    slurm = slurm_lines(script.text)
+    started = {name: str(value) for name, value in slurm_variables(slurm).items()}
+    ran = run_script(replace(script, environment={**started, **script.environment}))
+    if ran is not None:
+        try:
+            launch = read_launch(ran.commands, ran.job or slurm)
+        except ConfigError:
+            launch = None
+        if launch is not None:
+            return _pasted(replace(launch, flags=(*launch.flags, *command)), others, _notes_of_run(ran, script), True)
+    arguments: dict[str, Value] = {str(number): word for number, word in enumerate(script.arguments, 1)}
+    known: dict[str, Value] = {**script.environment, **arguments, "@": list(script.arguments)}
+    found = read_pasted(script.text, command, others, known)
+    where = "no sandbox on this machine" if ran is None else "it started no training in the sandbox"
+    return replace(found, notes=(f"the script was read, not run: {where}", *found.notes))
+
+
+def _defaults(read: ScriptRead) -> tuple[str, ...]:
+    taken = [f"{name}={value}" for name, value in read.defaults.items() if value.isdigit()]
+    return (f"defaults of the script: {' '.join(taken)} (the environment may say otherwise)",) * bool(taken)
+
+
+def _notes_of_run(ran: Ran, script: Script) -> tuple[str, ...]:
+    """How the script was understood, where that is not a matter of course."""
+    try:
+        notes = list(_defaults(read_script(script.text)))
+    except ConfigError:  # bash reads more than the reader
+        notes = []
+    if ran.counts_devices:
+        notes.append(f"the script counts the devices of its machine: {script.devices} taken (--ranks-per-node N)")
+    if ran.missing:
+        notes.append(f"not here, and passed over: {', '.join(map(_unmarked_text, ran.missing[:5]))}")
+    if ran.stops:
+        notes.append(
+            f"a check of the script would have stopped it here (exit {', '.join(ran.stops)}), and was passed over"
+        )
+    if ran.timed_out:
+        notes.append("the script was ended after its time limit; what it started until then was read")
+    return tuple(notes)
+
+
+def _unmarked_text(text: str) -> str:
+    return shown(unmarked(text))
+
+
+def _pasted(launch: Launch, others: Sequence[str], notes: tuple[str, ...] = (), fresh: bool = False) -> Pasted:
+    """The flags of a launch, those of its ranks first; `fresh`: it ran in a fresh shell.
+
+    Raises:
+        ConfigError: as `read_pasted`.
+    """
     _refuse_other_families(launch.program)
-    found = _Flags()
+    found = _Flags(fresh)
     for word in launch.flags:
         found.take(word)
     try:
-        ranks = _ranks(launch, [*found.out, *others])
+        ranks, said = _ranks(launch, [*found.out, *others])
     except ConfigError as error:
         raise ConfigError([*error.problems, *found.problems]) from None
     if found.problems:
         raise ConfigError(found.problems)
-    return Pasted((*ranks, *found.out), (*notes, *found.dropped))
+    return Pasted((*ranks, *found.out), (*notes, *said, *found.dropped))
 
 
 def _refuse_other_families(program: str) -> None:
@@ -105,29 +175,56 @@ def _mark(word: str) -> str:
 # ---- ranks -------------------------------------------------------------------------------------
 
 
-def _ranks(launch: Launch, flags: Sequence[str]) -> tuple[str, ...]:
-    """--world-size and --ranks-per-node as the launcher says them."""
-    said = {name: _last(flags, name) for name in ("--world-size", "--ranks-per-node")}
+def _ranks(launch: Launch, flags: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """--world-size and --ranks-per-node as the launcher says them, and a note where its ranks cannot hold the model."""
+    said = {name: last_value(flags, name) for name in ("--world-size", "--ranks-per-node")}
     if launch.ranks is None:
         if said["--world-size"] is None:
             what = f"the number of ranks is not known: {launch.why}"
             raise ConfigError(what, WHERE, "give --world-size N (and --ranks-per-node N if a node does not have 8)")
-        return ()
+        return (), ()
     found = {"--world-size": launch.ranks, "--ranks-per-node": launch.per_node}
+    notes: tuple[str, ...] = ()
+    unit = _model_ranks(flags)
+    if launch.ranks % unit:
+        # A published script often starts one node, for the reader to change.
+        found["--world-size"] = -(-launch.ranks // unit) * unit
+        if launch.per_node and found["--world-size"] % launch.per_node:
+            found["--ranks-per-node"] = None
+        if said["--world-size"] is not None:
+            found["--world-size"] = None
+        else:
+            more = f"planned for {found['--world-size']}; --world-size N plans for others"
+            notes = (f"the launcher starts {launch.ranks} ranks, and one copy of the model takes {unit}: {more}",)
     for name, number in found.items():
         if number is not None and said[name] not in (None, str(number)):
             what = f"{name} {said[name]}, but the launcher starts {launch.ranks} ranks"
             what += f", {number} on a node" if name == "--ranks-per-node" else ""
             raise ConfigError(what, f"flag; {WHERE}", f"leave {name} out, or change the launcher's flags")
-    return tuple(
+    words = tuple(
         word
         for name, number in found.items()
         if number is not None and said[name] is None
         for word in (name, str(number))
     )
+    return words, notes
 
 
-def _last(flags: Sequence[str], name: str) -> str | None:
+def _model_ranks(flags: Sequence[str]) -> int:
+    """Ranks that one copy of the model takes, its experts included; 1 where the flags do not say it in numbers."""
+
+    def size(*names: str, default: int = 1) -> int:
+        found = next((value for name in names if (value := last_value(flags, f"--{name}"))), "")
+        return int(found) if re.fullmatch(r"[1-9]\d{0,6}", found) else default
+
+    tensor = size("tensor-model-parallel-size", "model-parallel-size")
+    dense = tensor * size("context-parallel-size")
+    experts = size("expert-model-parallel-size") if last_value(flags, "--num-experts") else 1
+    routed = experts * (size("expert-tensor-parallel-size", default=tensor) if experts > 1 else 1)
+    return size("pipeline-model-parallel-size") * math.lcm(dense, routed)
+
+
+def last_value(flags: Sequence[str], name: str) -> str | None:
     """The value of the last flag of this name."""
     value = None
     for at, word in enumerate(flags):
@@ -144,12 +241,14 @@ class _Flags:
     """The flags of a command without those that are not known and not needed to plan.
 
     Attributes:
+        fresh: whether the command ran in a fresh shell, where a variable that nobody sets adds no words.
         out: the flags.
         dropped: notes that name what was left out.
         problems: flags whose value is needed, and words that may be any flag.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fresh: bool) -> None:
+        self.fresh = fresh
         self.out: list[str] = []
         self.dropped: list[str] = []
         self.problems: list[Problem] = []
@@ -189,12 +288,16 @@ class _Flags:
         """A word with a variable that is not known; `inline`: behind the = of the last flag, `behind`: next to it."""
         info, answer = _field(self.last), _answer(self.last)
         takes = inline or behind and not _is_switch(self.last)
-        if takes and not _plans(self.last) and not (info is not None and info.kind is str):
+        if takes and self.last.replace("_", "-") in TOKENIZERS:
+            self.out.append(shown(word))  # the name of a file
+        elif takes and not _plans(self.last) and not (info is not None and info.kind is str):
             self.dropped.append(f"{self.last} {shown(value if inline else word)}: not known, and not needed to plan")
             if not inline and not isinstance(answer, Refused):
                 self.out.pop()
         elif (takes or _is_many(self.last)) and info is not None and info.kind is str and not info.choices:
             self.out.append(shown(word))  # the name of something
+        elif self.fresh and not takes and re.fullmatch(r"\x00[^\x01]*\x01", word):
+            self.dropped.append(f"{shown(word)} is not set, and adds no flags")
         else:
             names = ", ".join(unknown_names(word))
             what = f"the value of {self.last} is not known: {names}" if takes else f"what {names} holds is not known"
@@ -233,7 +336,8 @@ def _plans(flag: str) -> bool:
     """Whether a plan depends on the flag."""
     info = _field(flag[:2] + flag[5:]) if flag[2:5] == "no-" and _answer(flag) is None else _field(flag)
     if info is None:
-        return not isinstance(_answer(flag), (Ignored, Refused))
+        known = flag[2:].replace("_", "-") in ANSWERS or flag[2:].replace("_", "-") in READ
+        return known and not isinstance(_answer(flag), (Ignored, Refused))
     return info.section in ("model", "parallel", "training") and info.name not in (
         "train_iters",
         "exit_interval",

@@ -19,7 +19,7 @@ from megatron_telechat.cli.plan_request import (
     said_ways,
 )
 from megatron_telechat.cli.tool import interrupted
-from megatron_telechat.errors import EXIT_OK, ConfigError, UserError
+from megatron_telechat.errors import EXIT_NO_FIT, EXIT_OK, ConfigError, UserError
 from megatron_telechat.planner.context import SPLIT
 
 if TYPE_CHECKING:  # the solver's libraries are loaded when there is something to solve: --help is quick
@@ -132,7 +132,7 @@ def _plan(request: Request) -> int:
     if request.options.json:
         print(json.dumps(plan_json(plan, others)))
     else:
-        print(plan_text(plan, others, loaded.notes))
+        print(plan_text(plan, others, loaded.notes, loaded.given if request.pasted else {}))
     write_answers(request, plan)
     return EXIT_OK
 
@@ -140,9 +140,8 @@ def _plan(request: Request) -> int:
 def _no_plan(
     request: Request, question: Question, problem: BalanceProblem, solution: Solution, notes: Sequence[str]
 ) -> int:
-    """Why there is none, and the smallest changes with which there is one. An answer too: exit code 0 unless a file was
-    asked for."""
-    from megatron_telechat.cli.plan_report import no_plan_text, notes_of
+    """Why there is none, and the smallest changes with which there is one; no file is written. Returns EXIT_NO_FIT."""
+    from megatron_telechat.cli.plan_report import model_json, no_plan_text, notes_of
     from megatron_telechat.planner.remedy import remedies, shortage
 
     lack = shortage(problem) if solution.status == "infeasible" else None
@@ -153,11 +152,14 @@ def _no_plan(
     if request.options.json:
         print(
             json.dumps(
-                {**solution.to_json(), "stage": lack and lack.stage, "changes": [vars(change) for change in changes]}
+                {
+                    **solution.to_json(),
+                    "model": model_json(question.run.model),
+                    "stage": lack and lack.stage,
+                    "changes": [vars(change) for change in changes],
+                }
             )
         )
     else:
         print("\n".join([no_plan_text(question, problem, solution, lack, changes), *notes_of(notes)]))
-    if request.options.output:
-        raise ConfigError("there is no plan to write", "--output", "see above for what fits")
-    return EXIT_OK
+    return EXIT_NO_FIT

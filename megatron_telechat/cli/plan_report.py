@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.text import context_text, gib, table
 from megatron_telechat.config.loss_chunks import loss_lines
 from megatron_telechat.config.plan_file import PlanFile, Predicted, plan_of
-from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs import count_parameters
+from megatron_telechat.config.schema import ModelConfig, RunConfig
+from megatron_telechat.costs import count_parameters, model_tflops_per_device
 from megatron_telechat.costs.imbalance import uneven_rows
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.costs.time import TimeModel
@@ -66,8 +66,14 @@ def head(question: Question, problem: BalanceProblem) -> list[str]:
     ]
 
 
-def plan_text(plan: Plan, others: Sequence[Baseline], notes: Iterable[str] = ()) -> str:
-    """Table of the stages, times, comparisons, proof, flags."""
+def plan_text(
+    plan: Plan, others: Sequence[Baseline], notes: Iterable[str] = (), given: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """Table of the stages, times, comparisons, proof, flags.
+
+    Args:
+        given: flags of the command that was pasted, without their hyphens; of them, what the plan replaces is named.
+    """
     lines = [
         *head(plan.question, plan.problem),
         "",
@@ -78,14 +84,41 @@ def plan_text(plan: Plan, others: Sequence[Baseline], notes: Iterable[str] = ())
         "",
         *_comparison(plan, others),
     ]
-    lines += ["", _proof(plan), "", *_flags(plan)]
+    lines += ["", _proof(plan), "", *_flags(plan), *_replaced(given or {})]
     return "\n".join([*lines, *notes_of(notes)])
 
 
 def notes_of(notes: Iterable[str]) -> list[str]:
-    """What of the notes says how the run was understood."""
-    understood = ("not modelled", "as Megatron-LM", "is not used, because stage")
-    return [f"note: {note}" for note in notes if any(words in note for words in understood)]
+    """How the run was understood, by what it means for the plan: what was assumed, how flags were read, what is not
+    part of the model of time and memory. Notes on what changes no plan are left out."""
+    notes = list(notes)
+    assumed = [note.removeprefix("assumed: ") for note in notes if note.startswith("assumed: ")]
+    left_out = [note for note in notes if note.endswith(NOT_MODELLED)]
+    understood = ("as Megatron-LM", "is not used, because stage", "not flags of Megatron-LM", "of another program")
+    read = [note for note in notes if any(words in note for words in understood) and note not in assumed]
+    lines = [f"! assumed: {note}" for note in assumed] + [f"note: {note}" for note in read]
+    if left_out:
+        flags = " ".join(note.removesuffix(NOT_MODELLED) for note in left_out)
+        lines.append(f"note: not modelled, and ignored for the plan: {flags}")
+    return lines
+
+
+NOT_MODELLED = " is not modelled and was ignored for the plan"
+SPLITS = (
+    *("pipeline-model-parallel-layout", "num-layers-per-virtual-pipeline-stage", "account-for-loss-in-pipeline-split"),
+    *("num-virtual-stages-per-pipeline-rank", "virtual-pipeline-model-parallel-size"),
+    *("account-for-embedding-in-pipeline-split", "decoder-first-pipeline-num-layers", "num-layer-list"),
+    *("decoder-last-pipeline-num-layers", "num-layers-in-first-pipeline-stage", "num-layers-in-last-pipeline-stage"),
+    *("recompute-granularity", "recompute-method", "recompute-num-layers", "recompute-modules"),
+    *("recompute-activations", "checkpoint-activations", "recompute-layout"),
+)
+"""Flags whose place a plan takes."""
+
+
+def _replaced(given: Mapping[str, Sequence[str]]) -> list[str]:
+    """What to take out of the command that was pasted, before the flags of the plan go in."""
+    found = [" ".join((f"--{name}", *given[name])) for name in SPLITS if name in given]
+    return [f"remove from your command: {' '.join(found)}"] if found else []
 
 
 def _stages(plan: Plan) -> list[str]:
@@ -149,6 +182,7 @@ def _times(plan: Plan) -> list[str]:
         parts.append(f"messages {_seconds(found.messages)}")
     rest = (("gradient reduction", found.reduction), ("optimizer", found.optimizer), ("rest", found.constant))
     parts += [f"{name} {_seconds(value)}" for name, value in rest if value > 0]
+    run, (tflops, share) = plan.question.run, _speed(plan)
     entry = TimeModel(plan.question.run, plan.question.device).measured
     source = (
         f"measured: {entry.source}" if entry else "estimates from the device file's figures; --calibrate measures them"
@@ -163,6 +197,7 @@ def _times(plan: Plan) -> list[str]:
     return [
         f"predicted: {_seconds(found.iteration)} a step (± {found.error:.0%}), "
         f"{found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
+        f"  {tflops:.0f} TFLOP/s a device" + (f", MFU {share:.0%} (of {run.training.precision})" if share else ""),
         f"  times of the layers: {source}",
         *(f"  counted: {one}" for one in plan.question.counted if entry is None),
     ]
@@ -248,22 +283,57 @@ def plan_flags(plan: Plan) -> tuple[str, ...]:
 
 def _megatron_flags(plan: Plan) -> tuple[str | None, str]:
     try:
-        return shlex.join(plan.planned.megatron_flags()), ""
+        flags = plan.planned.megatron_flags()
+        blocks = plan.question.run.model.mtp_num_layers
+        if blocks and plan.problem.P > 1:  # Megatron-LM's layouts name them; the costs put them before the loss
+            block = "m" if blocks == 1 else f"m*{blocks}"
+            flags = (flags[0], flags[1].removesuffix("L") + f"{block}L", *flags[2:])
+        return shlex.join(flags), ""
     except ConfigError as error:
         return None, error.problems[0].what
 
 
-def _flags(plan: Plan) -> list[str]:
-    lines = [f"layout: {plan.planned.layout}", f"flags: {shlex.join(plan_flags(plan))}"]
-    flags, why = _megatron_flags(plan)
+def megatron_line(plan: Plan, sizes: Sequence[str] = ()) -> str:
+    """The plan in Megatron-LM's flags, behind these of the parallel sizes; or that it has no words for it."""
+    flags, _ = _megatron_flags(plan)
     if flags is None:
-        lines.append(
+        return (
             "Not expressible in Megatron-LM flags: recompute differs between stages; --plain-flags finds the best plan "
             "that is"
         )
-    elif flags != shlex.join(plan_flags(plan)):
-        lines.append(f"Megatron-LM: {flags}")
+    return f"Megatron-LM: {' '.join(filter(None, (shlex.join(sizes), flags)))}"
+
+
+def _flags(plan: Plan) -> list[str]:
+    flags = shlex.join(plan_flags(plan))
+    lines = [f"layout: {plan.planned.layout}", f"flags: {flags}"]
+    line = megatron_line(plan)
+    lines += [line] if line != f"Megatron-LM: {flags}" else []
+    other = plan.question.run.model.not_built
+    if other:
+        names = ", ".join(f"{name}={value}" for name, value in other.items())
+        lines.append(f"planned only: the training does not build this model ({names})")
     return lines
+
+
+def speed(plan: Plan) -> tuple[str, str]:
+    """Model TFLOP/s of a device as predicted, and their share of its peak."""
+    tflops, share = _speed(plan)
+    return f"{tflops:.0f}", "-" if share is None else f"{share:.0%}"
+
+
+def _speed(plan: Plan) -> tuple[float, float | None]:
+    run, device = plan.question.run, plan.question.device
+    rate = plan.prediction.tokens_per_s_per_device
+    tflops = model_tflops_per_device(run.model, run.training.seq_length, rate)
+    peak = device.peak(run.training.precision)
+    return tflops, tflops / peak if peak else None
+
+
+def model_json(model: ModelConfig) -> dict[str, int]:
+    """Size of a model."""
+    count = count_parameters(model)
+    return {"parameters": count.total, "active_parameters": count.active, "vocab_size": model.vocab_size}
 
 
 def plan_file(plan: Plan, path: str) -> PlanFile:
@@ -291,18 +361,17 @@ def plan_json(plan: Plan, others: Sequence[Baseline]) -> dict[str, Any]:
     found = plan.prediction
     answer = plan.solution.to_json()
     answer |= {"makespan": plan.makespan, "gap": plan.gap, "modes": [list(stage) for stage in plan.assignment.modes]}
-    model = plan.question.run.model
-    count = count_parameters(model)
+    tflops, share = _speed(plan)
     return {
         **answer,
-        "model": {"parameters": count.total, "active_parameters": count.active, "vocab_size": model.vocab_size},
+        "model": model_json(plan.question.run.model),
         "peak_bytes": [peak + plan.problem.const_mem for peak in plan.peak_bytes],
         "layers": list(plan.assignment.counts),
         "compared": {other.name: other.makespan for other in others},
         "predicted": {
             "iteration_s": found.iteration, "pipeline_s": found.makespan, "bubble": found.bubble,
             "gradient_reduction_s": found.reduction, "optimizer_s": found.optimizer, "rest_s": found.constant,
-            "tokens_per_s_per_device": found.tokens_per_s_per_device,
+            "tokens_per_s_per_device": found.tokens_per_s_per_device, "tflops_per_device": tflops, "mfu": share,
         },
         "plan": plan_file(plan, "").to_json(),
     }  # fmt: skip

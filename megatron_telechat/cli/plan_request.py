@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_telechat.cli.pasted import read_pasted
+from megatron_telechat.cli.pasted import last_value, read_launch_script, read_pasted
+from megatron_telechat.cli.sandbox import Script
 from megatron_telechat.cli.tool import ToolParser, natural, positive
 from megatron_telechat.config import LoadedConfig, load_run_config
 from megatron_telechat.config.megatron.meaning import MEGATRON
@@ -41,11 +44,12 @@ All other flags are training flags (pretrain_telechat2.py --help) or Megatron-LM
 
 @dataclass(frozen=True)
 class Request:
-    """Options of the tool, the words that describe the run, and how a pasted command was read."""
+    """Options of the tool, the words that describe the run, how a pasted command was read, and whether there is one."""
 
     options: argparse.Namespace
     words: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    pasted: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -89,8 +93,11 @@ def read_request(argv: Sequence[str]) -> Request:
     options.time_limit = options.time_limit or (60.0 if options.sweep else 30.0)
     if not (options.command or command):
         return Request(options, tuple(others))
-    pasted = read_pasted(_read_text(options.command) if options.command else None, command, others)
-    return Request(options, (*pasted.words, *others), pasted.notes)
+    if options.command:
+        pasted = read_launch_script(_script(options.command, others), command, others)
+    else:
+        pasted = read_pasted(None, command, others)
+    return Request(options, (*pasted.words, *others), pasted.notes, True)
 
 
 class _Parser(ToolParser):
@@ -119,7 +126,12 @@ def _parser() -> _Parser:
         metavar="NAME|FILE",
         help=f"{', '.join(device_spec_names())}, or a device file (--calibrate writes one)",
     )
-    add("--command", metavar="FILE", help="shell script with a Megatron command to plan for; - reads stdin")
+    add(
+        "--command",
+        metavar="FILE",
+        help="launch script of a Megatron run to plan for, with variables before and arguments behind it where it "
+        "takes some ('NNODES=4 run.sh 7B 4096'); it runs in a sandbox with stubs for launchers; - reads stdin",
+    )
     add(
         "--recompute-kinds",
         default="full",
@@ -147,6 +159,12 @@ def _parser() -> _Parser:
     )
     add("--stage", type=natural, metavar="N", help="of a run with stages (--config): the one to plan, from 1")
     add("--sweep", action="store_true", help="rank parallel layouts of --world-size ranks; sizes given as flags stay")
+    add(
+        "--free",
+        default="",
+        metavar="S,S",
+        help="with --sweep: sizes to vary though they are given: tp, pp, vp, cp, ep, mbs, or all",
+    )
     add("--top", type=natural, default=10, metavar="N", help="rows of the sweep [10]")
     add(
         "--calibrate",
@@ -168,6 +186,33 @@ def _parser() -> _Parser:
     add("--output", metavar="FILE", help="write the plan for --plan of the training; with --calibrate the device file")
     add("--plot", metavar="FILE.png", help="draw stage times, memory and the schedule")
     return parser
+
+
+def _script(given: str, others: Sequence[str]) -> Script:
+    """The script of --command: a file, or a file with variables before and arguments behind it, as in a shell.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    devices = last_value(others, "--ranks-per-node")
+    found = Script("", devices=int(devices) if devices and devices.isdigit() else 8)
+    if given == "-":
+        return replace(found, text=_read_text(given))
+    words = [given] if Path(given).is_file() else _words(given)
+    environment: dict[str, str] = {}
+    while len(words) > 1 and (name := re.match(r"([A-Za-z_]\w*)=", words[0])):
+        environment[name[1]] = words.pop(0)[name.end() :]
+    if len(words) > 1 and words[0].rsplit("/", 1)[-1] in ("bash", "sh", "sbatch"):
+        words.pop(0)
+    file, *arguments = words
+    return replace(found, text=_read_text(file), path=Path(file), arguments=tuple(arguments), environment=environment)
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text) or [text]
+    except ValueError as error:
+        raise ConfigError(f"cannot read --command {text}: {error}", "--command", "quote it as in a shell") from None
 
 
 def _read_text(path: str) -> str:

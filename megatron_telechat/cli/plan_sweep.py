@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.plan_answers import write_answers
-from megatron_telechat.cli.plan_report import notes_of, plan_file, plan_flags
+from megatron_telechat.cli.plan_report import megatron_line, notes_of, plan_file, plan_flags, speed
 from megatron_telechat.cli.plan_request import Request, question_of, read_device, said_ways
 from megatron_telechat.cli.text import context_text, gib, table
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.errors import EXIT_OK, ConfigError
+from megatron_telechat.errors import EXIT_NO_FIT, EXIT_OK, ConfigError
 from megatron_telechat.planner.build import UNLIMITED_BYTES
 from megatron_telechat.planner.plan import Plan
 from megatron_telechat.planner.sweep import FLAGS, Ranking, candidates, sweep
@@ -32,8 +34,10 @@ def sweep_door(request: Request) -> int:
         raise ConfigError("the sweep needs a number of ranks", "command line", "--world-size N")
     device, run = read_device(options.device, loaded.run)
     values = values_of(loaded.run)
-    fixed = {name: values[name] for name in FLAGS if loaded.origins[name].startswith("flag") and values[name]}
-    fixed |= {name: values[name] for name in said_ways(loaded)}
+    freed = freed_sizes(options.free)
+    given = {name: values[name] for name in FLAGS if loaded.origins[name].startswith("flag") and values[name]}
+    fixed = {name: value for name, value in given.items() if name not in freed}
+    fixed |= {name: values[name] for name in said_ways(loaded) if "context_parallel_size" not in freed}
     question = question_of(request, loaded, run, device)
     found = candidates(question, lambda *flags: request.load(*flags).run, fixed)
     if not found:
@@ -53,12 +57,46 @@ def sweep_door(request: Request) -> int:
             )
         )
     else:
-        print("\n".join([*_text(ranking, run, device.name, options.time_limit), *notes_of(loaded.notes)]))
+        held = _held(fixed)
+        print("\n".join([*_text(ranking, run, device.name, options.time_limit), *held, *notes_of(loaded.notes)]))
     if ranking.plans:
         write_answers(request, ranking.plans[0][1])
-    elif options.output:
-        raise ConfigError("there is no plan to write", "--output", "see above")
-    return EXIT_OK
+        return EXIT_OK
+    return EXIT_NO_FIT
+
+
+SHORT = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vp": "num_virtual_stages_per_pipeline_rank",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "mbs": "micro_batch_size",
+}
+"""Words of --free → sizes that a sweep varies."""
+
+
+def freed_sizes(text: str) -> set[str]:
+    """Sizes that the sweep varies though they are given.
+
+    Raises:
+        ConfigError: a word that names none.
+    """
+    words = [word.strip().lower() for word in text.split(",") if word.strip()]
+    wrong = [word for word in words if word not in (*SHORT, "all")]
+    if wrong:
+        raise ConfigError(f"--free {','.join(wrong)} names no size", "command line", f"of {','.join(SHORT)}, or all")
+    return set(SHORT.values()) if "all" in words else {SHORT[word] for word in words}
+
+
+def _held(fixed: Mapping[str, Any]) -> list[str]:
+    """What the sweep did not vary, since it was given."""
+    short = {name: word for word, name in SHORT.items()}
+    sizes = [f"{short[name]} {value}" for name, value in fixed.items() if name in short]
+    if not sizes:
+        return []
+    free = ",".join(short[name] for name in fixed if name in short)
+    return [f"held fixed, as given: {', '.join(sizes)}; --free {free} (or a part of it) varies them too"]
 
 
 def _flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
@@ -92,6 +130,8 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list
             "DP",
             "micro-batch",
             "tokens/s a device",
+            "TFLOP/s",
+            "MFU",
             "step",
             "waits",
             "GiB",
@@ -118,6 +158,7 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list
                 str(parallel.data_parallel_size),
                 str(plan.question.run.training.micro_batch_size),
                 f"{plan.prediction.tokens_per_s_per_device:,.0f}",
+                *speed(plan),
                 f"{plan.prediction.iteration:.4g} s",
                 f"{plan.prediction.bubble:.0%}",
                 gib(peak),
@@ -134,4 +175,11 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list
         *table(rows, left=(0, len(rows[0]) - 1)),
         "",
         "flags of the first: " + shlex.join(_flags(flags, plan)),
+        megatron_line(plan, _sizes(flags)),
     ]
+
+
+def _sizes(flags: tuple[str, ...]) -> tuple[str, ...]:
+    """Sizes of the sweep in Megatron-LM's flags; a layout string tells the virtual stages."""
+    virtual = flags.index(FLAGS["num_virtual_stages_per_pipeline_rank"])
+    return (*flags[:virtual], *flags[virtual + 2 :])

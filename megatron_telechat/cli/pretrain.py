@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import megatron_telechat
 from megatron_telechat.config import LoadedConfig, load_run_config
@@ -40,15 +44,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _leave(EXIT_SIGNAL)
     except Exception:
         traceback.print_exc()
+        _tell_torchrun(traceback.format_exc(), os.environ)
         return _leave(EXIT_BUG)
 
 
 def _report(error: UserError, environ: Mapping[str, str]) -> None:
     """Print the error once: rank 0 for all where they all have it, else the rank that met it."""
+    _tell_torchrun(error.render(), environ)
     if _speaks(environ):
         print(error.render(), file=sys.stderr)
     elif not error.agreed and "torch.distributed" in sys.modules:
         print(f"rank {environ['RANK']}: {error.render()}", file=sys.stderr)
+
+
+def _tell_torchrun(text: str, environ: Mapping[str, str]) -> None:
+    """Write the error where torchrun looks for the cause of a failure: its last lines then hold it.
+
+    The form is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
+    """
+    path = environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):  # the error was said already; a full disk must not hide it
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}), encoding="utf-8")
 
 
 def _say_stopped(text: str) -> None:

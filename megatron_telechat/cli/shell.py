@@ -327,10 +327,9 @@ class _Interpreter:
 
     def variable(self, text: str) -> Value:
         """The value of ``X`` with its modifiers."""
-        if text in ("@", "*"):
-            return []  # the script's own arguments: it is read as if started without any
-        if text == "#":
-            return "0"
+        if text in ("@", "*", "#"):
+            own = self.variables.get("@", [])  # the script's own arguments; it is read as if started with these
+            return str(len(own)) if text == "#" else own
         if length := re.fullmatch(r"#(\w+)(\[[@*]\])?", text):
             value = self.variables.get(length[1])
             return unknown(text) if value is None or unknown_names(_text(value)) else str(len(value))

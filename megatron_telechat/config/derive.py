@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_telechat.config.context import least_traffic
 from megatron_telechat.config.fields import make_run, values_of
+from megatron_telechat.config.layer_pattern import moe_layers
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
 from megatron_telechat.config.run_stages import counts_tokens
 
@@ -18,6 +19,8 @@ def derive(check: Check) -> None:
     """Fill in every derived value of ``check.run``; a derivation that needs a wrong value leaves its field unset."""
     values = values_of(check.run)
     _finetune_begins_with_load(values, check)
+    _count_samples_as_tokens(values, check)
+    _pattern_as_frequency(values, check)
     for name, derivation in DERIVATIONS:
         if values[name] not in (None, ()) or name in check.bad:
             continue
@@ -30,6 +33,7 @@ def derive(check: Check) -> None:
             check.origins[name] = DERIVED
     _drop_sequence_parallel_without_tp(values, check)
     _raise_global_batch(values, check)
+    _count_samples_as_steps(values, check)
     check.run = make_run(values)
 
 
@@ -117,6 +121,57 @@ def _finetune_begins_with_load(values: dict[str, Any], check: Check) -> None:
     values["pretrained_checkpoint"], values["load"] = load, None
     check.origins["pretrained_checkpoint"] = check.origins.get("load", DEFAULT)
     check.origins["load"] = DERIVED
+
+
+def _pattern_as_frequency(values: dict[str, Any], check: Check) -> None:
+    """A list of MoE layers that says every k-th from the first on is moe_layer_freq k, which the training builds."""
+    pattern, layers = values["moe_layer_pattern"], values["num_layers"]
+    if pattern is None or {"moe_layer_pattern", "num_layers", "moe_layer_freq"} & check.bad:
+        return
+    try:
+        found = moe_layers(pattern)
+    except ValueError:
+        return  # a rule complains
+    every = found[1:].index(1) + 1 if 1 in found[1:] else 0
+    if len(found) == layers and every and found == tuple(int(layer % every == 0) for layer in range(layers)):
+        values["moe_layer_pattern"], values["moe_layer_freq"] = None, every
+        check.origins["moe_layer_freq"] = check.origins.get("moe_layer_pattern", DEFAULT)
+        check.notes.append(f"moe_layer_pattern={pattern}: taken as moe_layer_freq={every}")
+
+
+SAMPLES = {
+    "lr_warmup_samples": "lr_warmup_tokens",
+    "lr_decay_samples": "lr_decay_tokens",
+    "lr_wsd_decay_samples": "lr_wsd_decay_tokens",
+}
+"""Lengths of a schedule in samples → the same in tokens."""
+
+
+def _count_samples_as_tokens(values: dict[str, Any], check: Check) -> None:
+    """A schedule by samples is one by tokens: the learning rate of both is the same at each step.
+
+    Megatron-LM's scheduler counts the samples of the steps taken (megatron/training/training.py,
+    get_optimizer_param_scheduler); without lr_decay_samples the decay ends with the run.
+    """
+    if {"seq_length", "train_samples", *SAMPLES} & check.bad or check.staged:
+        return
+    decays = values["lr_decay_samples"] or values["train_samples"]
+    for samples, tokens in SAMPLES.items():
+        number = decays if samples == "lr_decay_samples" else values[samples]
+        if number is not None and values[tokens] is None:
+            values[tokens] = number * values["seq_length"]
+            check.origins[tokens] = DERIVED
+
+
+def _count_samples_as_steps(values: dict[str, Any], check: Check) -> None:
+    """train_iters of train_samples: Megatron-LM rounds down."""
+    samples, batch = values["train_samples"], values["global_batch_size"]
+    if samples is None or {"train_samples", "global_batch_size"} & check.bad or batch < 1:
+        return
+    if check.said_by_person("train_iters"):
+        return  # a rule complains
+    values["train_iters"] = samples // batch
+    check.origins["train_iters"] = DERIVED
 
 
 def _drop_sequence_parallel_without_tp(values: dict[str, Any], check: Check) -> None:

@@ -76,7 +76,7 @@ class FieldInfo:
         if text in self.words:
             return text
         if self.kind is int:
-            if not re.fullmatch(r"[+-]?\d{1,18}", text.strip()):
+            if not re.fullmatch(r"[+-]?\d{1,18}|[+-]?\d{1,3}(?:_\d{3}){1,5}", text.strip()):
                 raise ValueError(self.expects())
             value = int(text)
         elif self.kind is float:

@@ -7,6 +7,7 @@ launch script can end in ``"$@"``; two different spellings that disagree are a p
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,7 @@ class CommandLine:
         unplanned: of the problems, those of fields that a planner does not read: data, checkpoints, logging.
         given: every flag without its hyphens, with hyphens inside → its values; the last of equal ones.
         unreadable: fields whose value could not be read.
+        unknown: of the problems, flags of other programs, each as typed.
     """
 
     said: list[Said] = field(default_factory=list)
@@ -87,8 +89,11 @@ class CommandLine:
     given: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
+    unknown: list[tuple[Problem, str]] = field(default_factory=list)
 
 
+SLIP = 0.9
+"""Likeness from which on an unknown flag is a known one, mistyped."""
 UNPLANNED = ("data", "checkpoint", "evaluation", "logging")
 """Sections that a planner does not read."""
 
@@ -132,6 +137,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
                 at += 1
         _Flag(line, name, values, bool(equals)).read()
     _check_spellings(line)
+    _join_unknown(line)
     if line.actions.executes and not line.actions.dry_run:
         line.problems.append(
             Problem(
@@ -139,6 +145,19 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
             )
         )
     return line
+
+
+def _join_unknown(line: CommandLine) -> None:
+    """One problem for all flags of other programs, which says what to remove."""
+    if len(line.unknown) < 2:
+        return
+    each = [problem for problem, _ in line.unknown]
+    typed = [typed for _, typed in line.unknown]
+    what = f"unknown flags: {' '.join(dict.fromkeys(typed))}"
+    joined = Problem(what, "flag", "remove them from the command; --help lists all flags")
+    at = line.problems.index(each[0])
+    line.problems[at:] = [joined, *(problem for problem in line.problems[at:] if problem not in each)]
+    line.unknown = [(joined, one) for one in typed]
 
 
 def _is_value(token: str) -> bool:
@@ -171,6 +190,9 @@ class _Flag:
         by_flag = {info.flag[2:]: info for info in fields_by_name().values()}
         if name in ACTION_FLAGS:
             self.action()
+        elif name == "moe-layer-freq" and self.values == ["-1"]:
+            self.line.notes.append(f"{self.typed} -1: taken as 1, every layer is a MoE layer")
+            self.say(by_flag[name], 1, "flag")
         elif name == "moe-layer-freq" and any("[" in value for value in self.values):
             self.field(by_flag["moe-layer-pattern"], "flag --moe-layer-freq")
         elif name in by_flag:
@@ -259,6 +281,8 @@ class _Flag:
                 value = self.single()
                 if value is None:
                     self.line.unreadable.add(info.name)
+                    if info.section in UNPLANNED:
+                        self.line.unplanned.append(self.line.problems[-1])
                     return
                 unset = info.optional and value.lower() in ("none", "null")
                 self.say(info, None if unset else info.convert(value), origin)
@@ -374,10 +398,14 @@ class _Flag:
         line.split_words[part] = " ".join([self.typed, *self.values])
 
     def unknown(self, by_flag: dict[str, FieldInfo]) -> None:
+        """A flag that nobody knows: of another program, unless it looks like a slip."""
         words = [*by_flag, *ACTION_FLAGS, *(f"no-{flag}" for flag, info in by_flag.items() if _is_bool(info))]
         found = closest(self.name, words) or closest(self.name, ANSWERS)
         mean = f": did you mean --{found}?" if found else ""
         self.problem(f"unknown flag {self.typed}{mean}", fix="" if found else "--help lists all flags")
+        planned = [flag for flag, info in by_flag.items() if info.section not in UNPLANNED]
+        if not difflib.get_close_matches(self.name, planned, n=1, cutoff=SLIP):
+            self.line.unknown.append((self.line.problems[-1], self.typed))
 
 
 def _is_bool(info: FieldInfo | None) -> bool:

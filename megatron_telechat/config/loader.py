@@ -32,6 +32,7 @@ class LoadedConfig:
         preset: name of the preset, if one was named.
         given: every flag without its hyphens, with hyphens inside → its values; the last of equal ones.
         stages: the stages of the run; ``run`` and ``origins`` are those of the first.
+        missing: of a run that is only described, files and folders that are not on this machine.
     """
 
     run: RunConfig
@@ -41,6 +42,7 @@ class LoadedConfig:
     preset: str | None
     given: Mapping[str, tuple[str, ...]]
     stages: RunStages
+    missing: tuple[Problem, ...] = ()
 
 
 def load_run_config(
@@ -89,6 +91,8 @@ def load_run_config(
         titles = [entry.title for entry in entries]
         problems = problems_once([problems for _, problems in found], titles)
         notes = notes_once([check.notes for check in checks], titles)
+    missing = [one for one in problems if one.missing] if line.actions.starts_nothing else []
+    problems = [one for one in problems if one not in missing]
     if not problems:
         stages = _stages(base, entries, checks)
         problems = list(problems_of_stages(stages, entries))
@@ -96,8 +100,9 @@ def load_run_config(
         raise ConfigError(problems)
     first = checks[0]
     return LoadedConfig(
-        first.run, first.origins, line.actions, (*notes, *notes_on_stages(stages)), base.preset, line.given, stages
-    )
+        first.run, first.origins, line.actions, (*notes, *notes_on_stages(stages)), base.preset, line.given, stages,
+        tuple(missing),
+    )  # fmt: skip
 
 
 def _asked_for(entries: tuple[StageEntry, ...], stage: int | None) -> tuple[StageEntry, ...]:

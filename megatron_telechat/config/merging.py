@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_telechat.config.derive import SAMPLES
 from megatron_telechat.config.fields import did_you_mean, fields_by_name
 from megatron_telechat.config.flags import CommandLine
+from megatron_telechat.config.megatron.forks import READ, read_forks
 from megatron_telechat.config.megatron.meaning import MEGATRON, READ_BY_COSTS, SHAPE, Meaning, padded, read_meaning
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
 from megatron_telechat.config.plan_file import PlanFile, read_plan, same_value
@@ -18,6 +21,7 @@ from megatron_telechat.config.rules.learning_rate import ITERS
 from megatron_telechat.config.rules.pipeline import working_layout
 from megatron_telechat.config.run_stages import SCHEDULE_FIELDS, SCHEDULE_LENGTHS
 from megatron_telechat.config.stages import settle_stages
+from megatron_telechat.config.vocabulary import ASSUMED
 from megatron_telechat.config.yaml_io import Said, StageEntry, YamlFile, read_yaml
 from megatron_telechat.errors import ConfigError, Problem
 
@@ -107,8 +111,12 @@ class Merge:
         self.take(self.line.said)
         self.take_stages()
         self.take(self.changes)
+        if self.described:
+            self.take_mtp_layout()
         if not any(one.name == "num_virtual_stages_per_pipeline_rank" for one in self.changes):
             settle_stages(self)
+        if self.described and self.is_megatrons():
+            self.take_forks()
         self.take_plan()
         self.world()
         if self.is_megatrons():
@@ -216,6 +224,25 @@ class Merge:
             said_as = ", ".join(f"{name}={value}" for name, value in taken.items())
             self.notes.append(f"missing flags as Megatron-LM reads them: {said_as}")
 
+    def take_mtp_layout(self) -> None:
+        """A layout string with blocks of multi-token prediction (m): the costs count them with the output layer."""
+        name = "pipeline_model_parallel_layout"
+        text = self.values.get(name)
+        if self.values.get("mtp_num_layers") and isinstance(text, str) and "m" in text and "[" not in text:
+            self.values[name] = re.sub(r"m(\*\d+)?", "", text)
+            self.notes.append(f"{text}: the multi-token-prediction block (m) is counted with the output layer (L)")
+
+    def take_forks(self) -> None:
+        """What flags of other programs say of the model; all others that are not known are left out, in one note."""
+        for name, taken in read_forks(self.line.given, self.values).items():
+            self.values[name], self.origins[name] = taken.value, f"flag {taken.flag}"
+            self.notes.append(f"{taken.flag}, a flag of another program: taken as {name}={taken.value}")
+        unknown = [problem for problem, _ in self.line.unknown]
+        self.problems = [problem for problem in self.problems if problem not in unknown]
+        left_out = [typed for _, typed in self.line.unknown if typed[2:].replace("_", "-") not in READ]
+        if left_out:
+            self.notes.append(f"not flags of Megatron-LM, not modelled: {' '.join(dict.fromkeys(left_out))}")
+
     def take_vocabulary(self, meaning: Meaning) -> None:
         """Rows of the embedding: those of --vocab-size or of the tokenizer, padded as Megatron-LM pads them."""
         name = "vocab_size"
@@ -232,9 +259,8 @@ class Merge:
             )
             if not tokenizer:
                 what = "neither a vocabulary size nor a tokenizer is given"
-            self.problems.append(Problem(what, "flag", "--vocab-size N, or --tokenizer-model with a file that is here"))
-            self.unreadable.add(name)
-            return
+            self.notes.append(f"assumed: {ASSUMED:,} tokens, because {what}; --vocab-size N")
+            size, source = ASSUMED, "an assumption"
         self.values[name] = padded(size, self.values.get("tensor_model_parallel_size", 1), self.line.given)
         if self.values[name] != size or source != "--vocab-size":
             more = f", padded to {self.values[name]:,} as Megatron-LM pads it" if self.values[name] != size else ""
@@ -284,9 +310,10 @@ class Merge:
         return []
 
     def drop_files(self) -> None:
-        """Drop settings about files, which may be on another machine."""
+        """Drop settings about files, which may be on another machine; of a pasted command also what no plan reads."""
+        unread = ("optimizer", "evaluation", "logging") if self.meaning is not None else ()
         for name, info in fields_by_name().items():
-            if info.section in ("data", "checkpoint") or name in RECORDINGS:
+            if info.section in ("data", "checkpoint") or name in RECORDINGS or info.section in unread:
                 self.values.pop(name, None)
                 self.origins[name] = DEFAULT
 
@@ -378,7 +405,8 @@ class Merge:
 
     def settle_schedule(self) -> None:
         """A preset counts steps; where the schedule counts tokens, its counts say nothing."""
-        tokens = [name for name in ITERS.values() if self.values.get(name) is not None]
+        by_tokens = (*ITERS.values(), "train_samples", *SAMPLES)
+        tokens = [name for name in by_tokens if self.values.get(name) is not None]
         if not tokens and not self.staged:
             return
         why = "the learning rate of a run with stages follows tokens" if self.staged else f"{tokens[0]} is given"

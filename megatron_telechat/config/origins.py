@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_telechat.config.fields import fields_by_name, values_of
@@ -68,6 +69,10 @@ class Check:
         mention."""
         alone = len(names) == 1 and what.startswith((f"{names[0]}=", f"{names[0]} "))
         return Problem(what, self.origins.get(names[0], DEFAULT) if alone else self.where(*names), fix)
+
+    def absent(self, what: str, path: str, name: str, fix: str = "") -> Problem:
+        """A problem of one field whose file or folder is not what it should be: `missing` where nothing is there."""
+        return replace(self.one(what, name, fix), missing="" if os.path.lexists(path) else name)
 
     def one(self, what: str, name: str, fix: str = "") -> Problem:
         """A problem of one field alone, which other rules then leave in peace."""

@@ -7,6 +7,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ Precision = Literal["bf16", "fp16", "fp32"]
 PLANNED_ONLY = (
     *("activation", "untie_embeddings_and_output_weights", "position_embedding_type", "normalization"),
     *("add_qkv_bias", "add_bias_linear", "moe_shared_expert_gate", "moe_layer_pattern"),
+    *("multi_latent_attention", "mtp_num_layers", "window_size"),
 )
 """Fields of a model of which the training builds the default alone; the costs and the planner know the others too."""
 
@@ -77,9 +79,9 @@ class ModelConfig:
     add_bias_linear: bool = False
     """Bias on every linear layer, including the router (Megatron-LM without --disable-bias-linear). Not supported
     by the training."""
-    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
-    """Positions: rope, learned_absolute (a table of max_position_embeddings rows) or none. The training supports
-    rope only."""
+    position_embedding_type: Literal["rope", "learned_absolute", "none", "alibi", "mrope", "yarn"] = "rope"
+    """Positions: rope, learned_absolute (a table of max_position_embeddings rows), none, alibi, mrope or yarn. The
+    training supports rope only."""
     max_position_embeddings: int | None = None
     """Rows of the learned position table; no effect with rope. Unset: seq_length."""
     rotary_base: float = 10000.0
@@ -118,6 +120,27 @@ class ModelConfig:
     """Width of the shared expert. Unset: no shared expert."""
     moe_shared_expert_gate: bool = False
     """The output of the shared expert is weighted by a gate. Not supported by the training."""
+    multi_latent_attention: bool = False
+    """Multi-latent attention (MLA): queries, keys and values come from narrow latent vectors. Not supported by the
+    training."""
+    q_lora_rank: int | None = None
+    """Width of the latent vector of the queries (MLA). Unset: queries come from the hidden state."""
+    kv_lora_rank: int = 32
+    """Width of the latent vector of keys and values (MLA)."""
+    qk_head_dim: int = 128
+    """Width of a query and key head without its rotary part (MLA)."""
+    qk_pos_emb_head_dim: int = 64
+    """Width of the rotary part of a query and key head (MLA)."""
+    v_head_dim: int = 128
+    """Width of a value head (MLA)."""
+    mtp_num_layers: int | None = None
+    """Number of multi-token-prediction blocks behind the last layer. Not supported by the training."""
+    window_size: str | None = None
+    """Sliding-window attention: earlier tokens that a token attends to beside itself, such as 127,0. Unset: all. Not
+    supported by the training."""
+    window_attn_skip_freq: str | None = None
+    """Which layers attend to all tokens in spite of window_size: N for every N-th, or a list with 0 for these layers.
+    Unset: none."""
 
     @property
     def head_dim(self) -> int:
@@ -128,6 +151,47 @@ class ModelConfig:
     def query_groups(self) -> int:
         """Number of key/value heads."""
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.position_embedding_type in ("rope", "mrope", "yarn")
+
+    @property
+    def query_width(self) -> int:
+        """Width of the queries of all heads."""
+        head = self.qk_head_dim + self.qk_pos_emb_head_dim if self.multi_latent_attention else self.head_dim
+        return self.num_attention_heads * head
+
+    @property
+    def key_width(self) -> int:
+        """Width of the keys of all groups; with multi-latent attention each head has its own."""
+        return self.query_width if self.multi_latent_attention else self.query_groups * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Width of the values of all groups."""
+        return self.num_attention_heads * self.v_head_dim if self.multi_latent_attention else self.key_width
+
+    @property
+    def output_width(self) -> int:
+        """Width of what the output projection of the attention reads."""
+        return self.num_attention_heads * (self.v_head_dim if self.multi_latent_attention else self.head_dim)
+
+    @property
+    def window(self) -> int | None:
+        """Earlier tokens that a token attends to in a layer with a window; None: no layer has one."""
+        found = re.fullmatch(r"[(]?\s*(\d+)\s*(?:,\s*-?\d+)?\s*[)]?", self.window_size or "")
+        return int(found[1]) if found else None
+
+    def layer_is_windowed(self, layer: int) -> bool:
+        """Whether the layer with this zero-based number attends to a window of tokens only."""
+        if self.window is None or self.window_attn_skip_freq is None:
+            return self.window is not None
+        if self.window_attn_skip_freq.isdigit():
+            return (layer + 1) % int(self.window_attn_skip_freq) != 0
+        pattern = moe_layers(self.window_attn_skip_freq)
+        return layer < len(pattern) and bool(pattern[layer])
 
     @property
     def is_moe(self) -> bool:
@@ -323,8 +387,14 @@ class TrainingConfig:
     """Samples per optimizer step, over all data-parallel ranks."""
     train_iters: int = 0
     """Optimizer steps of the whole run, including those before a resume."""
+    train_samples: int | None = None
+    """Samples of the whole run, in place of train_iters: train_iters is this divided by global_batch_size, rounded
+    down. The learning rate then follows samples (lr_decay_samples, lr_warmup_samples)."""
     exit_interval: int | None = None
     """Save a checkpoint and exit when the step count reaches a multiple of this."""
+    exit_duration_in_mins: float | None = None
+    """Save a checkpoint and exit (code 75: start it again to go on) after the first step that ends so many minutes
+    after the start of this process. Unset: no limit."""
     seed: int = 1234
     """Seed of the initial weights, of dropout and of the sample order. The initial weights do not depend on the
     layout."""
@@ -385,6 +455,12 @@ class OptimizerConfig:
     end of the run, or of its last stage before another schedule begins."""
     lr_wsd_decay_tokens: int | None = None
     """Tokens of the final decay of the WSD schedule; replaces lr_wsd_decay_iters."""
+    lr_warmup_samples: int | None = None
+    """Samples of linear warm-up: lr_warmup_tokens divided by seq_length."""
+    lr_decay_samples: int | None = None
+    """Samples after which min_lr is reached: lr_decay_tokens divided by seq_length. Unset, with train_samples: all."""
+    lr_wsd_decay_samples: int | None = None
+    """Samples of the final decay of the WSD schedule: lr_wsd_decay_tokens divided by seq_length."""
     lr_wsd_decay_style: Annotated[str, OneOf(SHAPES)] = "exponential"
     """Shape of the final decay of WSD."""
     weight_decay: float = 0.1

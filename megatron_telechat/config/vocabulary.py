@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,38 @@ KNOWN = {
     "TikTokenizer": 2**17,  # Megatron-LM's own limit where --vocab-size says none
 }
 """Megatron-LM's names of tokenizers → their size, where the name alone tells it."""
+
+NAMED = (
+    ("deepseek[-_]?v3|deepseek[-_]?r1", 128815),
+    ("deepseek[-_]?v2|deepseek[-_]?coder[-_]?v2", 100002),
+    ("qwen3", 151669),
+    ("qwen2[._]?5", 151665),
+    ("qwen", 151646),
+    ("llama[-_]?4", 201135),
+    ("llama[-_]?3", 128256),
+    ("code[-_]?llama", 32016),
+    ("llama", 32000),
+    ("mistral[-_]?nemo", 131072),
+    ("mixtral|mistral", 32000),
+    ("kimi[-_]?k2", 163840),
+    ("bloom|bigscience", 250680),
+    ("gpt[-_]?neox|pythia", 50277),
+    ("gpt[-_]?oss", 200019),
+    ("minitron|nemotron|gemma", 256000),
+    ("glm[-_]?4", 151343),
+    ("baichuan2", 125696),
+    ("baichuan", 64000),
+    ("internlm2", 92544),
+    ("aquila", 100008),
+    ("yi[-_]\\d+b", 64000),
+    ("falcon", 65024),
+    ("starcoder", 49152),
+    ("gpt2", 50257),
+)
+"""Pattern in the name of a published tokenizer → tokens it has, its added ones too; the first that fits counts. From
+the tokenizer files of the published models."""
+ASSUMED = 2**17
+"""Taken, and said, where nothing tells the size."""
 
 WORDPIECE = ("BertWordPieceLowerCase", "BertWordPieceCase")
 
@@ -37,12 +70,23 @@ def named_vocabulary(given: Mapping[str, tuple[str, ...]]) -> Vocabulary | None:
     kind, model, vocab_file, merges = (
         (given.get(name) or ("",))[0] for name in ("tokenizer-type", "tokenizer-model", "vocab-file", "merge-file")
     )
-    if not kind and vocab_file and merges:
+    folder = (given.get("tokenizer-name-or-path") or ("",))[0]
+    if kind == "" and (vocab_file or merges):
         kind = "GPT2BPETokenizer"
-    for text in (vocab_file,) if kind == "GPT2BPETokenizer" or kind in WORDPIECE else (model,):
+    for text in (vocab_file,) if kind == "GPT2BPETokenizer" or kind in WORDPIECE else (model, folder):
         size = vocabulary_of_file(Path(text)) if text and kind != "TikTokenizer" else None
         if size:
             return Vocabulary(size, text)
+    if kind in KNOWN and kind != "TikTokenizer":
+        return Vocabulary(KNOWN[kind], kind)
+    names = (
+        model,
+        *(word for name in ("tokenizer-name-or-path", "patch-tokenizer-type") for word in given.get(name, ())),
+    )
+    for name in filter(None, (*names, kind)):
+        size = next((size for pattern, size in NAMED if re.search(pattern, name.lower())), None)
+        if size is not None:
+            return Vocabulary(size, f"{name}, by its name")
     return Vocabulary(KNOWN[kind], kind) if kind in KNOWN else None
 
 

@@ -75,7 +75,8 @@ def layer_activations(
     Elements a token, after Korthikanti et al. (arXiv 2205.05198, section 4) for a flash attention,
     which keeps no score matrix, and a SwiGLU that keeps its input alone:
         norms      2h (inputs) + 2h (outputs)
-        attention  q + 2k (after rotary) + q (output) + `_core_attention`; with norms on q and k, q + k (their inputs)
+        attention  q + 2k (after rotary) + q (output) + `_core_attention`; with norms on q and k, q + k (their inputs);
+                   multi-latent attention: q + k + v + output, and its latent vectors twice
         SwiGLU     2f (gate, up) + f (product); without a gate f (input of the activation) + f (its output)
         MoE        `expert_activations`
         dropout    2h, one byte each (the masks of both residual branches; on the CPU in the compute type)
@@ -89,13 +90,17 @@ def layer_activations(
     size = BYTES[run.training.precision]
     device = planned_device(run.training.device)
     hidden = model.hidden_size
-    query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
+    query, key = model.query_width, model.key_width
 
     layer_input = size * hidden * tokens.split
     norms = (2 * size * hidden + 8 * (not device.fused_rms_norm)) * tokens.split
     residual = size * hidden * tokens.split  # the second norm's input
-    attention = size * (2 * query + 2 * key) * tokens.whole / tokens.tensor
-    if model.qk_layernorm:  # its input, the whole fused projection, and on the CPU a number a head
+    made = query + key + model.value_width + model.output_width
+    attention = size * made * tokens.whole / tokens.tensor
+    if model.multi_latent_attention:  # the latent vectors, before and behind their norms
+        latent = (model.q_lora_rank or 0) + model.kv_lora_rank
+        attention += size * (2 * latent + model.qk_pos_emb_head_dim) * tokens.split
+    elif model.qk_layernorm:  # its input, the whole fused projection, and on the CPU a number a head
         heads = model.num_attention_heads + model.query_groups
         attention += (size * (query + 2 * key) + 4 * heads * (not device.fused_rms_norm)) * tokens.whole / tokens.tensor
     masks = 2 * _mask_bytes(run)
@@ -138,7 +143,7 @@ def _core_attention(run: RunConfig, tokens: Tokens) -> tuple[float, float]:
     """
     model, parallel, size = run.model, run.parallel, BYTES[run.training.precision]
     share = tokens.whole / tokens.tensor
-    query, key_value = model.num_attention_heads * model.head_dim, 2 * model.query_groups * model.head_dim
+    query, key_value = model.output_width, model.key_width + model.value_width
     if parallel.context_parallel_size == 1:
         device = planned_device(run.training.device)
         statistics = device.attention_statistics_bytes * model.num_attention_heads
@@ -222,13 +227,18 @@ def output_layer_activations(run: RunConfig) -> LayerActivations:
     Kept between forward and backward are the norm's input and output and, of the loss, the softmax, fp32, of the
     vocabulary-parallel cross entropy; in chunks, of each row the label, the largest logit, the sum of the exponentials
     and the label's logit. The working set is what is free again before the first layer recomputes: the logits in the
-    compute type (in the forward) or their gradient (in the backward), in chunks `_chunk_bytes`.
+    compute type (in the forward) or their gradient (in the backward), in chunks `_chunk_bytes`. With multi-token
+    prediction each block adds its decoder layer, and a loss of its own, which is held at the same time.
     """
     tokens, size, chunks = tokens_of(run), BYTES[run.training.precision], loss_chunks(run)
     norm = 2 * size * run.model.hidden_size * tokens.split
     a_row = INDEX_BYTES + 3 * _FP32 if chunks else _FP32 * _columns(run)
     working_set = _chunk_bytes(run) if chunks else _columns(run) * size * tokens.whole
-    return LayerActivations(norm + a_row * tokens.whole, working_set)
+    kept = norm + a_row * tokens.whole
+    if run.model.mtp_num_layers:
+        block = layer_activations(run, run.model.num_layers - 1, ()).kept + kept + working_set
+        kept += run.model.mtp_num_layers * block
+    return LayerActivations(kept, working_set)
 
 
 def _chunk_bytes(run: RunConfig) -> float:

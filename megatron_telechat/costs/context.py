@@ -43,8 +43,8 @@ class ContextExchange:
         """That of a run; the layers do not differ."""
         model, parallel, tokens = run.model, run.parallel, tokens_of(run)
         heads, ring = parallel.context_sizes
-        element = BYTES[run.training.precision] * model.head_dim * tokens.whole / tokens.tensor
-        output, keys_values = element * model.num_attention_heads, element * 2 * model.query_groups
+        element = BYTES[run.training.precision] * tokens.whole / tokens.tensor
+        output, keys_values = element * model.output_width, element * (model.key_width + model.value_width)
         pieces, keeps = context_pieces(run), parallel.cp_keep_received
         return cls(heads, ring, tokens.tensor, output + keys_values, output, keys_values / 2, keeps, pieces)
 

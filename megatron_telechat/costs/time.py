@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.activations import BYTES, loss_chunks, tokens_of
@@ -21,9 +20,10 @@ from megatron_telechat.costs.communication import (
     tensor_exchange_seconds,
     tied_embedding_seconds,
 )
+from megatron_telechat.costs.conditions import conditions, nearest
 from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.devices import DeviceSpec, Measured
-from megatron_telechat.costs.flops import layer_forward_flops
+from megatron_telechat.costs.flops import attention_products, layer_forward_flops
 from megatron_telechat.costs.memory import AVERAGE_BYTES, MASTER_BYTES, MOMENT_BYTES, optimizer_shards
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.costs.software import Software
@@ -70,56 +70,9 @@ class LayerTime:
     extra: float
 
 
-def conditions(run: RunConfig) -> dict[str, Any]:
-    """What the times of a layer depend on, as a device file keeps it beside measured ones."""
-    model, parallel, training = run.model, run.parallel, run.training
-    expert, expert_tensor = parallel.expert_sizes
-    tokens = tokens_of(run)
-    context: dict[str, Any] = {}
-    if parallel.context_parallel_size > 1:
-        context = {"a2a_ranks": parallel.context_sizes[0], "cp_keep_received": parallel.cp_keep_received}
-    return {
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.query_groups,
-        "kv_channels": model.head_dim,
-        "vocab_size": model.vocab_size,
-        "num_experts": model.num_experts,
-        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
-        "moe_router_topk": model.moe_router_topk if model.is_moe else None,
-        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
-        # what only some models have is named only for those: device files of before hold
-        **model.not_built,
-        **({"loss_chunks": loss_chunks(run)} if loss_chunks(run) else {}),
-        "precision": training.precision,
-        "seq_length": training.seq_length,
-        "micro_batch_size": training.micro_batch_size,
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "sequence_parallel": tokens.split != tokens.whole,
-        "context_parallel_size": parallel.context_parallel_size,
-        **context,
-        "expert_model_parallel_size": expert if model.is_moe else 1,
-        "expert_tensor_parallel_size": expert_tensor if model.is_moe else 1,
-    }
-
-
 def mode_name(modes: Iterable[str]) -> str:
     """Recompute modes of a layer as one word: none, full, core_attn+mlp, …"""
     return "+".join(modes) or "none"
-
-
-def _nearest(device: DeviceSpec, wanted: dict[str, Any]) -> str:
-    """How the measured entry that differs least from these conditions differs."""
-    differences = [
-        [
-            f"{name}={entry.conditions.get(name)}, this run {value}"
-            for name, value in wanted.items()
-            if entry.conditions.get(name) != value
-        ]
-        for entry in device.measured
-    ]
-    return f"; measured was {'; '.join(min(differences, key=len))}" if differences else ""
 
 
 class TimeModel:
@@ -141,7 +94,7 @@ class TimeModel:
         if self.measured is None and not (peak and device.hbm_bandwidth_gb_s):
             raise ConfigError(
                 f"nothing is known of the speed of {device.name} at these shapes in {run.training.precision}"
-                + _nearest(device, conditions(run)),
+                + nearest(device, conditions(run)),
                 f"device {device.name}",
                 "measure it: tools/plan_pipeline.py --calibrate; or name a device whose file has figures",
             )
@@ -200,6 +153,11 @@ class TimeModel:
         chunks = loss_chunks(self.run)
         if chunks:
             backward += product + self._bytes(logits * (2 * self._size + 8)) + (chunks - 1) * self._accumulate(count)
+        for _ in range(model.mtp_num_layers or 0):
+            block = sum(self.layer_parts(model.num_layers - 1).values(), PartTime(0.0, 0.0))
+            joined = self._product(tokens.whole, model.hidden_size / tokens.tensor, 2 * model.hidden_size)
+            forward += block.forward + joined + product + self._bytes(logits * (2 * self._size + 16))
+            backward += block.backward + GEMM_BACKWARD * (joined + product) + self._bytes(logits * (8 + self._size))
         return self._end(count, PartTime(forward, backward + self._accumulate(count)))
 
     def p2p(self) -> float:
@@ -272,12 +230,12 @@ class TimeModel:
         """Estimated times of the parts of a layer: norms, projections, core_attn, block (its MLP or its experts)."""
         model, tokens = self.run.model, self._tokens
         flops = layer_forward_flops(model, layer, self.run.training.seq_length)
-        share, hidden = tokens.whole / tokens.tensor, model.hidden_size
-        query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
-        products = self._product(tokens.whole, (query + 2 * key) / tokens.tensor, hidden)
-        products += self._product(tokens.whole, hidden, query / tokens.tensor)
-        rotates = model.position_embedding_type == "rope"
-        rotary = self._passes(2 * self._size * (query + 2 * key) * share) if rotates else 0.0
+        share = tokens.whole / tokens.tensor
+        query, key = model.query_width, model.key_width
+        shapes = attention_products(model, tokens.whole, tokens.split, tokens.tensor)
+        products = sum(self._product(*shape) for shape in shapes)
+        rotated = self._passes(2 * self._size * (query + key + model.value_width) * share)
+        rotary = rotated if model.rotates else 0.0
         residual = self._passes(3 * self._size * model.hidden_size * tokens.split)
         exchange = self._exposed_tensor()
         norms = self._norm() + self._norm()

@@ -27,6 +27,14 @@ Models that only the planner knows have others, with Megatron-Core's names:
     ...linear_qkv.bias, ...linear_fc1.bias, ...router.bias   as their weight without its last axis
     ...linear_fc1.weight                          [ffn, hidden], [experts, ffn, hidden] where the MLP has no gate
     ...mlp.shared_experts.gate_weight             [1, hidden]
+    ...self_attention.linear_q_down_proj.weight   [q_lora_rank, hidden]; multi-latent attention, as the next four
+    ...self_attention.linear_q_up_proj.weight     [heads*(qk_head_dim + qk_pos_emb_head_dim), q_lora_rank]
+    ...self_attention.linear_q_proj.weight        [heads*(qk_head_dim + qk_pos_emb_head_dim), hidden], without a latent
+    ...self_attention.linear_kv_down_proj.weight  [kv_lora_rank + qk_pos_emb_head_dim, hidden]
+    ...self_attention.linear_kv_up_proj.weight    [heads*(qk_head_dim + v_head_dim), kv_lora_rank]
+    mtp.layers.N.{enorm,hnorm,final_layernorm}.weight   [hidden]; multi-token prediction
+    mtp.layers.N.eh_proj.weight                   [hidden, 2*hidden]
+    mtp.layers.N.transformer_layer.               as a decoder layer; the kind of the last one
 Tied, there is no output_layer.weight.
 """
 
@@ -174,11 +182,24 @@ def _output(model: ModelConfig) -> list[TensorSpec]:
     """Final norm and output layer; where the output layer is tied, its matrix is the embedding's."""
     key = "output_layer.weight" if model.untie_embeddings_and_output_weights else _EMBEDDING
     matrix = TensorSpec(key, (model.vocab_size, model.hidden_size), 0, Normal(model.init_method_std))
-    return [*_norm(model, "decoder.final_layernorm", model.hidden_size), matrix]
+    return [*_norm(model, "decoder.final_layernorm", model.hidden_size), matrix, *_mtp(model)]
 
 
-def _layer(model: ModelConfig, layer: int) -> list[TensorSpec]:
-    prefix = layer_key(layer, "")
+def _mtp(model: ModelConfig) -> list[TensorSpec]:
+    """Blocks of multi-token prediction, as Megatron-Core builds them behind the last layer; they read the embedding, of
+    which the last stage then holds a copy."""
+    hidden, rows = model.hidden_size, []
+    for number in range(model.mtp_num_layers or 0):
+        prefix, initial = f"mtp.layers.{number}.", Normal(model.init_method_std)
+        for name in ("enorm", "hnorm", "final_layernorm"):
+            rows += _norm(model, prefix + name, hidden)
+        rows.append(TensorSpec(f"{prefix}eh_proj.weight", (hidden, 2 * hidden), 0, initial))
+        rows += _layer(model, model.num_layers - 1, f"{prefix}transformer_layer.")
+    return [*_embedding(model)[:1], *rows] if rows else []
+
+
+def _layer(model: ModelConfig, layer: int, prefix: str = "") -> list[TensorSpec]:
+    prefix = prefix or layer_key(layer, "")
     mlp = _moe(model, prefix + "mlp") if model.layer_is_moe(layer) else _dense_mlp(model, prefix + "mlp")
     return [
         *_norm(model, prefix + "input_layernorm", model.hidden_size),
@@ -200,7 +221,34 @@ def _bias(key: str, shape: Shape, tensor_axis: int | None, expert: bool = False)
     return TensorSpec(key, shape, tensor_axis, Constant(0.0), expert, decays=False)
 
 
+def _latent_attention(model: ModelConfig, name: str) -> list[TensorSpec]:
+    """Multi-latent attention (arXiv 2405.04434, section 2.1). Down projections are whole on each tensor-parallel rank,
+    as in Megatron-Core; latents have a norm with qk_layernorm."""
+    hidden, heads, initial = model.hidden_size, model.num_attention_heads, Normal(model.init_method_std)
+
+    def linear(part: str, rows: int, columns: int, axis: int | None) -> TensorSpec:
+        return TensorSpec(f"{name}.{part}.weight", (rows, columns), axis, initial)
+
+    rows, query = [], model.q_lora_rank
+    if query:
+        rows.append(linear("linear_q_down_proj", query, hidden, None))
+        rows += _norm(model, f"{name}.q_layernorm", query) if model.qk_layernorm else []
+        rows.append(linear("linear_q_up_proj", model.query_width, query, 0))
+    else:
+        rows.append(linear("linear_q_proj", model.query_width, hidden, 0))
+    latent = model.kv_lora_rank
+    rows.append(linear("linear_kv_down_proj", latent + model.qk_pos_emb_head_dim, hidden, None))
+    rows += _norm(model, f"{name}.kv_layernorm", latent) if model.qk_layernorm else []
+    rows.append(linear("linear_kv_up_proj", heads * (model.qk_head_dim + model.v_head_dim), latent, 0))
+    rows.append(linear("linear_proj", hidden, model.output_width, 1))
+    if model.has_attention_output_bias:
+        rows.append(_bias(f"{name}.linear_proj.bias", (hidden,), None))
+    return rows
+
+
 def _attention(model: ModelConfig, name: str) -> list[TensorSpec]:
+    if model.multi_latent_attention:
+        return _latent_attention(model, name)
     hidden, query = model.hidden_size, model.num_attention_heads * model.head_dim
     fused = query + 2 * model.query_groups * model.head_dim
     initial = Normal(model.init_method_std)

@@ -31,6 +31,7 @@ def train(stages: RunStages, steal_lock: bool = False) -> int:
     # Before the imports, which take seconds.
     first = os.environ.get("RANK", "0") == "0"
     requests = StopRequests(RunPaths.of(run).run_dir, watch_files=first, speaks=first)
+    requests.end_after(run.training.exit_duration_in_mins)
     watch = Watch(run, os.environ)
     with ExitStack() as holding:
         with requests.starting():

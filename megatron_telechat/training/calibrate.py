@@ -24,10 +24,11 @@ from megatron_telechat import parallel
 from megatron_telechat.backend import get_backend
 from megatron_telechat.config.recompute import Modes
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.conditions import conditions
 from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.memory import optimizer_shards
 from megatron_telechat.costs.parameters import local_count
-from megatron_telechat.costs.time import conditions, mode_name
+from megatron_telechat.costs.time import mode_name
 from megatron_telechat.data.loader import EVEN_COSTS
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.model import compute_dtype

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class StopRequests:
         """Those of the run's folders, where this rank holds them. Losing one is a stop, without a checkpoint."""
         self._first: int | None = None
         self._at_start = False
+        self._started = time.monotonic()
+        self._ends_at: float | None = None
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return  # Python gives signals to the main thread only
@@ -101,12 +104,18 @@ class StopRequests:
         with contextlib.suppress(OSError):
             os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint, then the run ends{more}\n".encode())
 
+    def end_after(self, minutes: float | None) -> None:
+        """Ask for a stop so many minutes after this object was made, at the start of the process; None: never."""
+        self._ends_at = None if minutes is None else self._started + 60 * minutes
+
     def poll(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them now."""
         stop, save = self.asked, False
         if self._watch_files:
             stop = stop or (self._run_dir / STOP_FILE).exists()
             save = (self._run_dir / SAVE_FILE).exists()
+        if self._ends_at is not None and time.monotonic() >= self._ends_at:
+            stop = True
         return stop or not self.may_write(), save
 
     def may_write(self) -> bool:

@@ -15,7 +15,7 @@ from megatron_telechat.cli.dry_run import report
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.presets import preset_names
 from megatron_telechat.costs import count_parameters
-from megatron_telechat.errors import DataError
+from megatron_telechat.errors import ConfigError, DataError
 
 PUBLISHED = {
     "telechat2-3b": (3_070_528_512, 3_070_528_512),
@@ -204,8 +204,36 @@ def test_headers_of_the_data_are_read(tmp_path):
     data_json.write_text(json.dumps({str(tmp_path / "en"): 2}))
     assert "1k" in dry("--data-json", str(data_json))
     data_json.write_text(json.dumps({str(tmp_path / "fr"): 2, str(tmp_path / "de"): 1}))
+    text = dry("--data-json", str(data_json))
+    assert text.count("is missing: not here; the run will refuse to start without it") == 2
+    (tmp_path / "fr.idx").write_bytes(b"no index")
     with pytest.raises(DataError, match="2 problems"):
         dry("--data-json", str(data_json))
+
+
+AWAY = [
+    ("--data-path /cluster/en_document", "/cluster/en_document.bin and /cluster/en_document.idx are missing"),
+    ("--data-json /cluster/data.json", "data_json /cluster/data.json is not a file"),
+    ("--mock-data --load /cluster/checkpoints", "load /cluster/checkpoints is not a folder"),
+    ("--mock-data --pretrained-checkpoint /cluster/w", "pretrained_checkpoint /cluster/w is not a folder"),
+    ("--mock-data --tokenizer-model /cluster/tok.json", "tokenizer_model /cluster/tok.json does not exist"),
+]
+
+
+@pytest.mark.parametrize("flags, what", AWAY)
+def test_files_that_only_the_cluster_has_are_warned_of(flags, what):
+    """The rest is reported; the run itself refuses to start."""
+    text = dry(*flags.split(), "--world-size", "8", "--train-iters", "100")
+    assert f"! {what}: not here; the run will refuse to start without it" in text
+    assert "memory of a rank of each stage" in text and "not here" in text and text.endswith("nothing was started")
+    with pytest.raises(ConfigError, match=re.escape(what)):
+        load_run_config(["--preset", "telechat2-tiny-moe", "--train-iters", "100", *flags.split()], {"WORLD_SIZE": "8"})
+
+
+def test_what_is_here_and_wrong_stops_the_dry_run_too(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError, match="is not a folder"):
+        dry("--mock-data", "--pretrained-checkpoint", str(tmp_path / "file"))
 
 
 def test_data_that_is_read_once_and_ends_before_the_run_is_refused(tmp_path):

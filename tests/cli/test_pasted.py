@@ -344,4 +344,4 @@ def test_flags_that_a_launch_script_of_megatron_takes_as_arguments() -> None:
         f"--data-path $5 $6 --save=$1"
     )
     read = read_pasted(text, [], [])
-    assert list(read.words[4:]) == "--num-layers 4 --vocab-file --merge-file --data-path $5 $6 --save=$1".split()
+    assert list(read.words[4:]) == "--num-layers 4 --vocab-file $3 --merge-file $4 --data-path $5 $6 --save=$1".split()

@@ -15,9 +15,9 @@ from megatron_telechat.cli.dry_run import report as dry_run
 from megatron_telechat.cli.plan_pipeline import main
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.fields import values_of
+from megatron_telechat.costs.conditions import conditions
 from megatron_telechat.costs.devices import DeviceSpec, Measured, device_spec, write_device_file
 from megatron_telechat.costs.memory import stage_memory
-from megatron_telechat.costs.time import conditions
 from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.predict import predict
 from megatron_telechat.planner.problem import BalanceProblem
@@ -76,7 +76,7 @@ def ask(capsys):
 
 def answer(ask, *words: str) -> dict:
     code, text = ask("--json", *words)
-    assert code == 0, text
+    assert code in (0, 3), text
     return json.loads(text)
 
 
@@ -179,7 +179,7 @@ def test_plain_flags_are_plain_and_cost_something(ask):
 def test_infeasible_names_the_stage_and_changes_that_fit(ask):
     tight = [*RUN_35B, *ON_910B, "--memory-gib", "45", "--recompute-kinds", "none"]
     code, text = ask(*tight)
-    assert code == 0 and "does not fit: in the best case, stage 3 lacks 14.8 GiB" in text and "smallest first" in text
+    assert code == 3 and "does not fit: in the best case, stage 3 lacks 14.8 GiB" in text and "smallest first" in text
     found = answer(ask, *tight)
     assert found["status"] == "infeasible" and found["stage"] == 3
     assert found["shortfall"] == pytest.approx(14.8 * 2**30, rel=0.01)
@@ -259,6 +259,7 @@ torchrun --nproc-per-node 8 --nnodes=2 pretrain_gpt.py \\
 """
 
 
+@pytest.mark.heavy
 def test_pasted_megatron_command(ask, tmp_path):
     script = tmp_path / "run.sh"
     script.write_text(MEGATRON)

@@ -517,7 +517,7 @@ BAD = [
     case("modules without granularity", "--recompute-modules mlp", "belongs to recompute_granularity selective"),
     case(
         "unknown module",
-        "--recompute-granularity selective --recompute-modules core_attn moe_act",
+        "--recompute-granularity selective --recompute-modules core_attn moe_router",
         "any of core_attn, mlp, moe, layernorm",
     ),
     case(
@@ -796,9 +796,13 @@ BAD = [
         "no window of average_window_steps=60 behind average_start_step=50 ends within train_iters=100",
     ),
     case("capacity", "--moe-expert-capacity-factor 1.25", "the experts are dropless", model=MOE),
-    case("samples", "--train-samples 1000000", "use --train-iters"),
+    case("samples and steps", "--train-iters 5 --train-samples 1000000", "both give the length of the run"),
+    case("samples of less than a step", "--global-batch-size 8 --train-samples 7", "less than one step of"),
+    case("samples and tokens", "--lr-decay-samples 9 --lr-decay-tokens 9", "gives the same length"),
+    case("unknown flags", "--handler-name x --reuse-fp32-param", "unknown flags: --handler-name", "remove them"),
+    case("window", "--window-size x", "window_size=x is not a number of earlier tokens"),
     case("sinkhorn", "--moe-router-load-balancing-type sinkhorn", "contradicts this framework", model=MOE),
-    case("spec", "--spec a b", "--spec (a Megatron-LM flag) is refused", "omit it"),
+    case("spec", "--spec a b", "--spec (a Megatron-LM flag) is refused", "leave it out"),
 ]
 
 

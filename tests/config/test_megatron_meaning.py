@@ -186,9 +186,26 @@ def test_rows_of_the_embedding(words: str, tensor: int, rows: int) -> None:
     "words",
     ["", "--tokenizer-type HuggingFaceTokenizer --tokenizer-model org/name", "--tokenizer-type BertWordPieceCase"],
 )
-def test_a_vocabulary_that_nothing_says_is_asked_for(words: str) -> None:
-    error = refused(*shlex.split(sizes(4, 1024, 8)), *words.split(), planning=True)
-    assert len(error.problems) == 1 and "--vocab-size N" in error.render() and "vocabulary" in error.render()
+def test_a_vocabulary_that_nothing_says_is_assumed_and_said(words: str) -> None:
+    loaded = plan(f"{sizes(4, 1024, 8)} {words}")
+    assert loaded.run.model.vocab_size == 131072
+    assert any(note.startswith("assumed: 131,072 tokens") and "--vocab-size N" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize(
+    "words, rows",
+    [
+        ("--tokenizer-model deepseek-ai/DeepSeek-V3 --make-vocab-size-divisible-by 3232", 129280),
+        ("--tokenizer-model Qwen/Qwen3-30B-A3B --make-vocab-size-divisible-by 1187", 151936),
+        ("--tokenizer-model meta-llama/Llama-3.1-8B", 128256),
+        ("--tokenizer-name-or-path /data/Mixtral-8x7B-v0.1", 32000),
+        ("--extra-vocab-size 421 --patch-tokenizer-type Qwen2Tokenizer", 152064),
+        ("--extra-vocab-size 2400 --patch-tokenizer-type DeepSeekV2Tokenizer", 102400),
+        ("--pad-vocab-size-to 250880 --tokenizer-type PretrainedFromHF", 250880),
+    ],
+)
+def test_the_vocabulary_of_published_models_by_name(words: str, rows: int) -> None:
+    assert plan(f"{sizes(4, 1024, 8)} --tokenizer-type HuggingFaceTokenizer {words}").run.model.vocab_size == rows
 
 
 def test_the_size_of_a_tokenizer_that_is_here(tmp_path: Path) -> None:
@@ -225,13 +242,10 @@ def test_pieces_of_a_sentencepiece_model_are_those_its_library_counts(tmp_path: 
 @pytest.mark.parametrize(
     "flags",
     [
-        "--multi-latent-attention --kv-lora-rank 512",
-        "--mtp-num-layers 1",
         "--hybrid-override-pattern M-M*",
-        "--window-size 128,0",
         "--attention-output-gate",
         "--moe-latent-size 64",
-        "--position-embedding-type mrope",
+        "--position-embedding-type deepseek4",
     ],
 )
 def test_another_model_is_refused_by_name_also_by_the_planner(flags: str) -> None:

@@ -8,10 +8,11 @@ import pytest
 
 from megatron_telechat.costs.communication import Links
 from megatron_telechat.costs.communicators import communicators, sending_pairs
+from megatron_telechat.costs.conditions import conditions
 from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.devices import device_spec
 from megatron_telechat.costs.memory import stage_memory
-from megatron_telechat.costs.time import TimeModel, conditions
+from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.costs.volumes import stage_volumes
 from megatron_telechat.parallel.context.plan import whole_rows
 from tests.costs.test_memory import TINY, make

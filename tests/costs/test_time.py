@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_telechat.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_telechat.costs.conditions import conditions
 from megatron_telechat.costs.devices import (
     DeviceSpec,
     Measured,
@@ -16,7 +17,7 @@ from megatron_telechat.costs.devices import (
     write_device_file,
 )
 from megatron_telechat.costs.parameters import LocalCount
-from megatron_telechat.costs.time import Software, TimeModel, conditions
+from megatron_telechat.costs.time import Software, TimeModel
 from megatron_telechat.errors import ConfigError
 from tests.costs.test_parameters import M39B, M115B
 

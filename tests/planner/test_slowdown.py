@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_telechat.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_telechat.costs.conditions import conditions
 from megatron_telechat.costs.devices import DeviceSpec, Measured
-from megatron_telechat.costs.time import conditions
 from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.op_graph import makespans, op_graph
 from megatron_telechat.planner.predict import predict

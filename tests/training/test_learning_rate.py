@@ -2,11 +2,12 @@
 
 import pytest
 
-from megatron_telechat.config import lr_schedules
+from megatron_telechat.config import load_run_config, lr_schedules
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.config.lr_schedules import SCHEDULES, SHAPES
+from megatron_telechat.config.run_stages import Position
 from megatron_telechat.config.schema import OptimizerConfig
-from megatron_telechat.training.learning_rate import learning_rate
+from megatron_telechat.training.learning_rate import StageRates, learning_rate
 
 TRAIN_ITERS = 100
 
@@ -87,3 +88,30 @@ def test_every_schedule_is_a_flag_value_and_stays_between_its_two_rates(name):
 def test_two_schedules_cannot_share_a_name():
     with pytest.raises(ValueError, match="two learning-rate schedules are called cosine"):
         lr_schedules.schedule("cosine")(lambda moment: moment.lr)
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "WSD"])
+def test_a_schedule_in_samples_is_that_of_megatron(style):
+    """megatron-core's scheduler counts the samples of the steps; the warm-up ends within a step here."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    flags = "--train-samples 1000 --global-batch-size 8 --lr-warmup-samples 61 --lr-decay-samples 900 --lr 1e-3"
+    flags += " --min-lr 1e-5" + " --lr-wsd-decay-samples 300 --lr-wsd-decay-style linear" * (style == "WSD")
+    argv = ["--preset", "telechat2-tiny", "--mock-data", "--dry-run", "--lr-decay-style", style, *flags.split()]
+    loaded = load_run_config(argv, {})
+    run = loaded.run
+    assert run.training.train_iters == 125
+
+    class Groups:
+        param_groups = [{"lr": 0.0, "weight_decay": 0.0}]
+
+    core = OptimizerParamScheduler(
+        Groups(), init_lr=0.0, max_lr=1e-3, min_lr=1e-5, lr_warmup_steps=61, lr_decay_steps=900, lr_decay_style=style,
+        start_wd=0.0, end_wd=0.0, wd_incr_steps=900, wd_incr_style="constant",
+        wsd_decay_steps=300 if style == "WSD" else None, lr_wsd_decay_style="linear",
+    )  # fmt: skip
+    rates = StageRates(loaded.stages, loaded.stages.stages[0], Position())
+    for step in range(125):
+        ours = rates.at(step, step * 8 * run.training.seq_length)
+        assert ours == pytest.approx(Groups.param_groups[0]["lr"], rel=1e-12), step
+        core.step(8)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_telechat.errors import EXIT_SIGNAL
 from megatron_telechat.training.signals import StopRequests
 from tests.harness import ROOT
 from tests.training.runs import DENSE
@@ -192,3 +193,26 @@ def test_what_is_ignored_on_purpose_stays_ignored(tmp_path):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.gloo
+def test_a_time_limit_saves_and_ends_the_run(tmp_path):
+    run = tmp_path / "run"
+    flags = [*FLAGS, "--exit-duration-in-mins", "0.001", "--run-dir", str(run)]
+    done = subprocess.run(
+        [sys.executable, str(PRETRAIN), *flags], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == EXIT_SIGNAL and saved(run) == ["iter_0000001"], done.stdout + done.stderr
+    assert "stopped after step 1; run the same command again to continue" in done.stdout
+
+
+@pytest.mark.heavy
+def test_torchruns_last_lines_hold_our_error(tmp_path):
+    """The file that torchrun reads for the cause of a failure, in its form."""
+    path = tmp_path / "attempt_0" / "0" / "error.json"
+    environment = {**ENVIRONMENT, "TORCHELASTIC_ERROR_FILE": str(path), "RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, str(PRETRAIN), "--preset", "telechat2-tiny", "--data-path", "nowhere"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    message = json.loads(path.read_text())["message"]
+    assert done.returncode == 2 and "nowhere.bin" in message["message"] and "nowhere.bin" in done.stderr
+    assert int(message["extraInfo"]["timestamp"]) > 0

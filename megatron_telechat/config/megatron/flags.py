@@ -57,6 +57,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "MistralTokenizer": "TikTokenizer",
         "Llama3Tokenizer": "TikTokenizer",
         "AutoTokenizer": "HuggingFaceTokenizer",
+        "PretrainedFromHF": "HuggingFaceTokenizer",
+        "HFTokenizer": "HuggingFaceTokenizer",
     },
     "lr_decay_style": {"wsd": "WSD"},
     "lr_wsd_decay_style": {"minus-sqrt": "minus_sqrt"},
@@ -71,6 +73,11 @@ _GATHER = Refused(
 )
 REFUSED_WORDS: Mapping[str, Mapping[str, Refused]] = {
     "cp_comm_type": {"all_gather": _GATHER, "allgather": _GATHER},
+    "recompute_modules": {
+        "moe_act": Refused("the experts' activation alone is not recomputed", "--recompute-modules moe"),
+        "mla_up_proj": Refused("there is no multi-latent attention", "--recompute-modules core_attn"),
+        "shared_experts": Refused("the shared expert is recomputed with the routed ones", "--recompute-modules moe"),
+    },
 }
 """Field → Megatron's words for values that are not here."""
 

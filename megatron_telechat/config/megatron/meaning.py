@@ -187,7 +187,13 @@ def read_meaning(values: Mapping[str, Any], said: frozenset[str], given: Mapping
 def padded(size: int, tensor: int, given: Mapping[str, tuple[str, ...]]) -> int:
     """Rows of the embedding after Megatron-LM's padding: a multiple of --make-vocab-size-divisible-by (128) times the
     tensor-parallel size; --padded-vocab-size and --no-pad-vocab-size are left as they are."""
-    if {"padded-vocab-size", "no-pad-vocab-size", "disable-pad-vocab-size"} & set(given):
+    if {
+        "padded-vocab-size",
+        "no-pad-vocab-size",
+        "disable-pad-vocab-size",
+        "pad-vocab-size-to",
+        "extra-vocab-size",
+    } & set(given):
         return size
     text = (given.get("make-vocab-size-divisible-by") or ("128",))[0]
     multiple = (int(text) if text.isdigit() and int(text) else 128) * max(tensor, 1)

@@ -38,17 +38,22 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("multi-latent and sparse attention are not part of these models", another_model=True),
+        Refused("sparse attention is not part of these models", another_model=True),
         """
-        beta-fast beta-slow cache-mla-latents disable-dsa-indexer-rotate-activation
+        disable-dsa-indexer-rotate-activation
         disable-dsa-indexer-scoring-relu dsa-indexer-head-dim dsa-indexer-k-norm-epsilon
         dsa-indexer-k-norm-fp32 dsa-indexer-loss-coeff dsa-indexer-n-heads dsa-indexer-rope-interleaved
         dsa-indexer-skip-topk-offset dsa-indexer-topk dsa-indexer-topk-freq dsa-indexer-use-sparse-loss
-        dsa-kernel-backend fused-single-qkv-rope kv-lora-rank mla-down-proj-fusion mscale mscale-all-dim
-        multi-latent-attention no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu no-rope-freq
-        no-yarn-correction-range-round-to-int original-max-position-embeddings q-lora-rank qk-head-dim
-        qk-pos-emb-head-dim rope-type rotary-scaling-factor v-head-dim yarn-beta-fast yarn-beta-slow
-        yarn-correction-range-round-to-int yarn-original-max-position-embeddings
+        dsa-kernel-backend no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu
+        """,
+    ),
+    (
+        Refused("multi-latent attention is not part of these models"),
+        """
+        beta-fast beta-slow cache-mla-latents fused-single-qkv-rope mla-down-proj-fusion mscale mscale-all-dim
+        no-rope-freq no-yarn-correction-range-round-to-int original-max-position-embeddings rope-type
+        rotary-scaling-factor yarn-beta-fast yarn-beta-slow yarn-correction-range-round-to-int
+        yarn-original-max-position-embeddings
         """,
     ),
     (
@@ -86,9 +91,10 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         linear-conv-kernel-dim linear-key-head-dim linear-num-key-heads linear-num-value-heads
         linear-value-head-dim mamba-head-dim mamba-inference-conv-states-dtype
         mamba-inference-ssm-states-dtype mamba-int-list mamba-num-groups mamba-num-heads mamba-per-list
-        mamba-state-dim mamba-training-ssm-states-dtype spec use-mamba-mem-eff-path
+        mamba-state-dim mamba-training-ssm-states-dtype use-mamba-mem-eff-path
         """,
     ),
+    (Refused("the layers are those of this framework"), "spec"),
     (
         Refused("distillation is not part of this framework"),
         """
@@ -130,11 +136,12 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("multi-token prediction is not part of these models", another_model=True),
-        """
-        freeze-base-for-mtp mtp-detach-heads mtp-hsm mtp-hybrid-override-pattern mtp-loss-scaling-factor
-        mtp-num-layers mtp-standalone mtp-use-repeated-layer
-        """,
+        Refused("multi-token prediction is not part of these models"),
+        "freeze-base-for-mtp mtp-detach-heads mtp-loss-scaling-factor",
+    ),
+    (
+        Refused("multi-token prediction of this kind is not part of these models", another_model=True),
+        "mtp-hsm mtp-hybrid-override-pattern mtp-standalone mtp-use-repeated-layer",
     ),
     (
         Refused("reinforcement learning is not part of this framework"),
@@ -311,8 +318,8 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """,
     ),
     (
-        Refused("attention with a gate or a window is not part of these models", another_model=True),
-        "attention-output-gate window-attn-skip-freq window-size",
+        Refused("attention with a gate is not part of these models", another_model=True),
+        "attention-output-gate",
     ),
     (
         Refused("all data-parallel ranks start from the same weights"),
@@ -611,24 +618,13 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (Refused("weight decay is constant", "--weight-decay"), "end-weight-decay start-weight-decay wd-incr-steps"),
     (Refused("biases and norms have no weight decay, everything else has"), "no-weight-decay-cond-type"),
     (
-        Refused(
-            "the schedule counts optimizer steps or tokens",
-            "--lr-decay-tokens, --lr-warmup-tokens, --lr-wsd-decay-tokens (samples x --seq-length), or "
-            "--lr-decay-iters, --lr-warmup-iters, --lr-wsd-decay-iters (samples / --global-batch-size)",
-        ),
-        """
-        lr-decay-samples lr-decay-steps lr-warmup-samples lr-warmup-steps lr-wsd-decay-samples
-        phase-transition-iterations warmup wsd-decay-steps
-        """,
+        Refused("the schedule counts optimizer steps, samples or tokens", "--lr-decay-iters, --lr-warmup-iters"),
+        "lr-decay-steps lr-warmup-steps phase-transition-iterations warmup wsd-decay-steps",
     ),
     (Always("the optimizer is AdamW", ("adam", "adamw")), "optimizer"),
     (
         Ignored("the schedule is always the one of the present configuration, also after a resume"),
         "override-lr-scheduler override-opt-param-scheduler",
-    ),
-    (
-        Refused("the length of the run counts optimizer steps", "--train-iters (samples / --global-batch-size)"),
-        "train-samples",
     ),
     (
         Refused(
@@ -809,12 +805,5 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (
         Ignored("garbage collection is not scheduled by flags"),
         "disable-manual-gc-eval manual-gc manual-gc-interval no-manual-gc-eval",
-    ),
-    (
-        Refused(
-            "a time limit is set by the scheduler; a stop signal ends the run with a checkpoint",
-            "the scheduler's --signal, or --exit-interval",
-        ),
-        "exit-duration-in-mins",
     ),
 )

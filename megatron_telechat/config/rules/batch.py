@@ -57,4 +57,31 @@ def run_has_a_length(check: Check) -> Iterator[Problem]:
         )
 
 
-RULES: tuple[Rule, ...] = (batch_splits, interleaving_fills_the_pipeline, run_has_a_length)
+def samples_or_steps(check: Check) -> Iterator[Problem]:
+    """The length of a run is given in samples or in steps, and the stages of a run count neither in samples."""
+    samples, steps, batch = check.take("train_samples", "train_iters", BATCH)
+    if samples is None:
+        return
+    if check.said_by_person("train_iters"):
+        yield check.problem(
+            f"train_samples={samples} and train_iters={steps} both give the length of the run",
+            "train_samples",
+            "train_iters",
+            fix="keep one of them",
+        )
+    elif check.staged:
+        yield check.problem(
+            f"train_samples={samples}: the steps of this run's stages differ",
+            "train_samples",
+            fix=f"{flag('train_iters', samples // batch)}, and the schedule in tokens",
+        )
+    elif samples < batch:
+        yield check.problem(
+            f"train_samples={samples} is less than one step of {BATCH}={batch}",
+            "train_samples",
+            BATCH,
+            fix=flag("train_samples", batch),
+        )
+
+
+RULES: tuple[Rule, ...] = (samples_or_steps, batch_splits, interleaving_fills_the_pipeline, run_has_a_length)

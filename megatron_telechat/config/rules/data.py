@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_telechat.config.data_formats import DataFormat, data_format
 from megatron_telechat.config.data_names import data_json_entries, same_data
@@ -72,7 +73,8 @@ def blends_can_be_read(check: Check) -> Iterator[Problem]:
         for prefix in _prefixes(items):
             wrong = format.complaint(prefix)
             if wrong is not None:
-                yield check.problem(wrong.what, name, fix=wrong.fix)
+                gone = not any(os.path.lexists(file) for file in (prefix, *format.files(prefix)))
+                yield replace(check.problem(wrong.what, name, fix=wrong.fix), missing=name if gone else "")
 
 
 def _blend_complaint(items: tuple[str, ...]) -> str | None:
@@ -161,9 +163,8 @@ def data_json_can_be_read(check: Check) -> Iterator[Problem]:
     if path is None:
         return
     if not os.path.isfile(path):
-        yield check.one(
-            f"data_json {path} is not a file", "data_json", fix='a file such as {"corpus_text_document": 1.0}'
-        )
+        fix = 'a file such as {"corpus_text_document": 1.0}'
+        yield check.absent(f"data_json {path} is not a file", path, "data_json", fix)
         return
     try:
         data_json_entries(path, format)
@@ -259,11 +260,8 @@ def tokenizer_is_there(check: Check) -> Iterator[Problem]:
     """The tokenizer file exists, and a tokenizer type comes with a file where it needs one."""
     model, kind = check.take("tokenizer_model", "tokenizer_type")
     if model is not None and not os.path.exists(model):
-        yield check.problem(
-            f"tokenizer_model {model} does not exist",
-            "tokenizer_model",
-            fix="the path of a local file or folder (nothing is downloaded)",
-        )
+        fix = "the path of a local file or folder (nothing is downloaded)"
+        yield check.absent(f"tokenizer_model {model} does not exist", model, "tokenizer_model", fix)
     elif model is None and kind not in (None, "NullTokenizer"):
         yield check.problem(
             f"tokenizer_type={kind} needs tokenizer_model",

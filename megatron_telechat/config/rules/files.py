@@ -36,11 +36,8 @@ def checkpoint_to_resume_from(check: Check) -> Iterator[Problem]:
     # A run that has begun there needs it no longer; its own checkpoints tell whether it has.
     begun = save is not None and os.path.isdir(save) and any(name.startswith("iter_") for name in os.listdir(save))
     if load is not None and not there and not same and not begun:
-        yield check.problem(
-            f"load {load} is not a folder",
-            "load",
-            fix="the folder of the checkpoints, or drop --load to start a new run",
-        )
+        fix = "the folder of the checkpoints, or drop --load to start a new run"
+        yield check.absent(f"load {load} is not a folder", load, "load", fix)
     elif step is not None and not there and not begun:
         yield check.problem(
             f"load_step={step}, but there is no checkpoint folder {load}",
@@ -54,11 +51,8 @@ def pretrained_weights_are_there(check: Check) -> Iterator[Problem]:
     """pretrained_checkpoint is an existing folder."""
     path = check.take("pretrained_checkpoint")
     if path is not None and not os.path.isdir(path):
-        yield check.problem(
-            f"pretrained_checkpoint {path} is not a folder",
-            "pretrained_checkpoint",
-            fix="a checkpoint made by a run or by tools/convert_checkpoint.py import",
-        )
+        fix = "a checkpoint made by a run or by tools/convert_checkpoint.py import"
+        yield check.absent(f"pretrained_checkpoint {path} is not a folder", path, "pretrained_checkpoint", fix)
 
 
 def finetune_has_weights(check: Check) -> Iterator[Problem]:

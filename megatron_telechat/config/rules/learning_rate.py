@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_telechat.config.derive import SAMPLES
+from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.run_stages import counts_tokens
 from megatron_telechat.errors import Problem
@@ -56,6 +58,17 @@ def one_unit(check: Check) -> Iterator[Problem]:
             fix=f"{flag(name, value * training.global_batch_size * training.seq_length)} in its place, if steps of "
             "this batch and length are meant",
         )
+
+
+def samples_or_tokens(check: Check) -> Iterator[Problem]:
+    """A length is given in samples or in tokens; stages count tokens."""
+    for samples, tokens in SAMPLES.items():
+        number = check.take(samples)
+        if number is None:
+            continue
+        if check.staged or check.said_by_person(tokens):
+            why = "the stages of a run count tokens" if check.staged else f"{tokens} gives the same length"
+            yield check.problem(f"{samples}={number}, but {why}", samples, fix=f"keep {fields_by_name()[tokens].flag}")
 
 
 def one_warmup(check: Check) -> Iterator[Problem]:
@@ -160,6 +173,7 @@ RULES: tuple[Rule, ...] = (
     rates_in_order,
     warmup_starts_below,
     one_unit,
+    samples_or_tokens,
     one_warmup,
     warmup_before_decay,
     root_has_a_warmup,

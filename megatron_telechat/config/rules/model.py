@@ -37,8 +37,9 @@ def groups_divide_heads(check: Check) -> Iterator[Problem]:
 
 def head_dim_is_even(check: Check) -> Iterator[Problem]:
     """The rotary embedding pairs channels, so a head has an even width."""
-    head, positions = check.take("kv_channels", "position_embedding_type")
-    if head is not None and head % 2 and positions == "rope":
+    head = check.take("kv_channels")
+    check.take("position_embedding_type")
+    if head is not None and head % 2 and check.run.model.rotates:
         yield check.problem(
             f"a head {head} wide cannot be rotated: the rotary embedding pairs its channels",
             "kv_channels",
@@ -102,6 +103,25 @@ def pattern_is_one(check: Check) -> Iterator[Problem]:
             f"moe_layer_pattern={pattern} is of {length} layers, the model has num_layers={layers}",
             "moe_layer_pattern",
             fix="a list with one number for each layer",
+        )
+
+
+def window_is_one(check: Check) -> Iterator[Problem]:
+    """A window has a number of earlier tokens, and its exceptions are a frequency or a list with an entry a layer."""
+    window, exceptions, layers = check.take("window_size", "window_attn_skip_freq", "num_layers")
+    if window is not None and check.run.model.window is None:
+        yield check.one(f"window_size={window} is not a number of earlier tokens", "window_size", fix="127,0, for 128")
+    if exceptions is None or exceptions.isdigit() and int(exceptions) > 0:
+        return
+    try:
+        length = len(moe_layers(exceptions))
+    except ValueError as error:
+        length, layers = -1, f"a list: {error}"
+    if length != layers:
+        yield check.one(
+            f"window_attn_skip_freq={exceptions} is not N or a list with one number for each of {layers} layers",
+            "window_attn_skip_freq",
+            fix="N: every N-th layer attends to all tokens",
         )
 
 
@@ -206,6 +226,7 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 RULES: tuple[Rule, ...] = (
     pattern_is_one,
+    window_is_one,
     heads_divide_hidden,
     groups_divide_heads,
     head_dim_is_even,

@@ -26,6 +26,7 @@ AT_LEAST_ONE = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
     *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("seq_length", "micro_batch_size", "global_batch_size", "exit_interval", "recompute_num_layers"),
+    *("train_samples", "lr_decay_samples", "lr_wsd_decay_samples"),
     "fp8_amax_history_len",
     *("lr_decay_iters", "lr_wsd_decay_iters", "lr_decay_tokens", "lr_wsd_decay_tokens"),
     *("loss_scale_window", "hysteresis"),
@@ -40,6 +41,7 @@ NOT_NEGATIVE = (
         "min_lr",
         "lr_warmup_iters",
         "lr_warmup_tokens",
+        "lr_warmup_samples",
         "lr_warmup_init",
         "weight_decay",
         "clip_grad",
@@ -49,7 +51,7 @@ NOT_NEGATIVE = (
     *("spike_threshold", "straggler_factor", "average_start_step"),
 )
 MORE_THAN_ZERO = (
-    *("norm_epsilon", "rotary_base", "distributed_timeout_minutes", "lr", "adam_eps"),
+    *("norm_epsilon", "rotary_base", "distributed_timeout_minutes", "exit_duration_in_mins", "lr", "adam_eps"),
     *("initial_loss_scale", "min_loss_scale", "peak_tflops"),
 )
 BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction")

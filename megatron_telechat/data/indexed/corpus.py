@@ -14,7 +14,7 @@ from megatron_telechat.data.indexed.dataset import IndexedDataset
 from megatron_telechat.data.indexed.epochs import IndexedSamples
 from megatron_telechat.data.indexed.header import read_header
 from megatron_telechat.data.pieces import Say
-from megatron_telechat.errors import DataError
+from megatron_telechat.errors import DataError, Problem
 
 
 class IndexedCorpus:
@@ -67,7 +67,8 @@ class IndexedFactory(CorpusFactory):
         for path in (index, tokens):
             if not path.is_file():
                 fix = "correct the prefix (no suffix), or make it with tools/preprocess_data.py"
-                raise DataError(f"{path} is missing", name, fix)
+                gone = not (index.exists() or tokens.exists())
+                raise DataError(Problem(f"{path} is missing", name, fix, missing=name if gone else ""))
         try:
             header = read_header(index)
             count, rest = divmod(tokens.stat().st_size, header.item_bytes)
