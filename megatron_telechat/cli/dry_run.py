@@ -47,6 +47,7 @@ from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.layout_text import layout_picture
 from megatron_telechat.planner.predict import predict
+from megatron_telechat.tensors.frozen import frozen_keys, frozen_parameters
 from megatron_telechat.training.unsaved import unsaved_note
 
 HELD_ERROR = 0.2
@@ -155,7 +156,14 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
         f"  type    {run.training.precision_text}"
         + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
         *(f"  loss    {text}" for text in loss_lines(run)),
+        *_frozen(run),
     ]
+
+
+def _frozen(run: RunConfig) -> list[str]:
+    frozen, total = frozen_parameters(run), count_parameters(run.model).total
+    tensors = len(frozen_keys(run))
+    return [f"  frozen  {count_text(frozen)} of {count_text(total)} parameters, {tensors} tensors"] if frozen else []
 
 
 def _layout(run: RunConfig) -> list[str]:

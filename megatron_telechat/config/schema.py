@@ -343,6 +343,11 @@ class TrainingConfig:
     """Rows of logits that the output layer holds at once: the loss is computed in chunks of so many rows, whose logits
     are made again in the backward. 0: all rows, and nothing is made again; auto: in chunks where the fp32 logits of a
     micro-batch would take more than 4 GiB of a rank."""
+    freeze: tuple[str, ...] = ()
+    """Patterns over the keys of docs/checkpoints.md, such as embedding.* decoder.layers.0-11.*: tensors that keep their
+    values. They have no gradient and no optimizer state."""
+    freeze_except: tuple[str, ...] = ()
+    """Patterns of tensors that are trained although freeze names them; without freeze all others are frozen."""
     iterations_to_skip: tuple[str, ...] = ()
     """Steps, such as 1000-1010,2000, whose data is read and not trained on. They count as steps, and their samples as
     consumed; the learning rate does not move."""
