@@ -323,6 +323,9 @@ class TrainingConfig:
     """Samples per optimizer step, over all data-parallel ranks."""
     train_iters: int = 0
     """Optimizer steps of the whole run, including those before a resume."""
+    train_epochs: float | None = None
+    """Passes over the training data, such as 1 or 2.5; replaces train_iters, which follows once the data is indexed.
+    The last batch of the run is filled up with samples of the next pass."""
     exit_interval: int | None = None
     """Save a checkpoint and exit when the step count reaches a multiple of this."""
     seed: int = 1234

@@ -44,6 +44,7 @@ def banner(
         f"  batch     {run.training.global_batch_size} x {run.training.seq_length} = {format_count(tokens)} tokens a "
         f"step, {run.num_microbatches} micro-batches of {run.training.micro_batch_size}, "
         f"{run.training.precision_text}",
+        f"  length    {length_text(run)}",
         *(f"  frozen    {line}" for line in frozen_lines(run)),
         f"  ranks     {state.world_size} on {backend.device_name()}: {parallel_sizes(run)}",
         *(f"  experts   {line}" for line in expert_lines(run)),
@@ -60,6 +61,12 @@ def banner(
         lines.append("  given     " + ", ".join(f"{name}={_short(values[name])}" for name in said))
     lines += [f"  ! {warning}" for warning in warnings(run, backend)]
     return "\n".join(lines)
+
+
+def length_text(run: RunConfig) -> str:
+    """Steps of the run, and where they come from."""
+    epochs, steps = run.training.train_epochs, f"{run.training.train_iters:,} steps"
+    return steps if epochs is None else f"{steps}: {epochs:g} epoch{'s' * (epochs != 1)}"
 
 
 def frozen_lines(run: RunConfig) -> list[str]:

@@ -48,13 +48,42 @@ def interleaving_fills_the_pipeline(check: Check) -> Iterator[Problem]:
 
 
 def run_has_a_length(check: Check) -> Iterator[Problem]:
-    """A training needs train_iters; a dry run does not."""
-    if check.take("train_iters") == 0 and not check.dry_run:
+    """A training needs train_iters or train_epochs; a dry run does not."""
+    steps, epochs = check.take("train_iters", "train_epochs")
+    if steps == 0 and epochs is None and not check.dry_run:
         yield check.problem(
             "train_iters is 0: there is nothing to train",
             "train_iters",
-            fix="--train-iters N (optimizer steps of the whole run)",
+            fix="--train-iters N (optimizer steps of the whole run), or --train-epochs E (passes over the data)",
         )
 
 
-RULES: tuple[Rule, ...] = (batch_splits, interleaving_fills_the_pipeline, run_has_a_length)
+def one_length(check: Check) -> Iterator[Problem]:
+    """The length of a run is given in steps or in epochs, and epochs need data that has an end and samples of one
+    length."""
+    steps, epochs, mock = check.take("train_iters", "train_epochs", "mock_data")
+    if epochs is None:
+        return
+    if steps:
+        yield check.problem(
+            f"train_iters={steps} and train_epochs={epochs:g} both give the length of the run",
+            "train_iters",
+            "train_epochs",
+            fix="keep one of them",
+        )
+    if mock:
+        yield check.problem(
+            f"train_epochs={epochs:g}, but mock_data is a stream without an end",
+            "train_epochs",
+            "mock_data",
+            fix="--train-iters N",
+        )
+    if check.staged:
+        yield check.problem(
+            f"train_epochs={epochs:g} counts samples of one length and batch, and this run has stages",
+            "train_epochs",
+            fix="--train-iters N",
+        )
+
+
+RULES: tuple[Rule, ...] = (batch_splits, interleaving_fills_the_pipeline, run_has_a_length, one_length)
