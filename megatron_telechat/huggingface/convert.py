@@ -26,7 +26,7 @@ from megatron_telechat.checkpoint.manifest import COMPANIONS
 from megatron_telechat.checkpoint.names import committed_folders
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.config.schema import ModelConfig, RunConfig
-from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
+from megatron_telechat.config.yaml_io import dump_model_config, dump_run_config, run_config_from_yaml
 from megatron_telechat.data.order import SAVED_AS
 from megatron_telechat.errors import CheckpointError, ConfigError, DataError
 from megatron_telechat.huggingface.config import (
@@ -67,7 +67,7 @@ class Converted:
     notes: tuple[str, ...]
 
 
-def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
+def import_hf(hf: Path, root: Path, overwrite: bool = False, config: Path | None = None) -> Converted:
     """Turn a Hugging Face folder into ``root/iter_0000000``, a checkpoint of weights only.
 
     Every tensor keeps its dtype; the files that are not weights are carried along, unchanged, for
@@ -76,6 +76,7 @@ def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
     Args:
         overwrite: an earlier import in ``root`` is replaced, once the new one is whole. Checkpoints of a training never
             are.
+        config: file for the model section of a run with these weights, as ``--config`` reads it; None: none.
     """
     _require_free_place(Path(root), overwrite)
     source = HfWeights(Path(hf))
@@ -84,6 +85,8 @@ def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
     _make_folder(root)
     require_free_space(Path(root), size)
     model = replace(source.model, name=_model_name(Path(hf), source.model))
+    if config is not None:
+        _write_text(config, dump_model_config(model))
     with CheckpointWriter(Path(root), step=0, config=dump_run_config(RunConfig(model=model))) as writer:
         for link in source.links:
             writer.add(f"model/{link.key}", link.global_shape, link.box.offset, source.read_link(link))
@@ -118,6 +121,14 @@ def _is_import(folder: Path) -> bool:
         return "hf" in look_at(folder).extra
     except CheckpointError:
         return True  # of step 0 and damaged: an import, which the next one fixes
+
+
+def _write_text(path: Path, text: str) -> None:
+    _make_folder(path.parent)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def _make_folder(path: Path) -> None:
