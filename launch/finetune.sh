@@ -35,8 +35,8 @@ value_of() {
     shift 2
     for word in "$@"; do
         if [ "$previous" = "$name" ]; then found="$word"; fi
-        case "$word" in "$name="*) found="${word#*=}" ;; esac
-        previous="$word"
+        case "${word//_/-}" in "$name="*) found="${word#*=}" ;; esac
+        previous="${word//_/-}"
     done
     printf '%s' "$found"
 }
@@ -48,7 +48,7 @@ given() {
     shift
     for word in "$@"; do
         for name in "${names[@]}"; do
-            case "$word" in "$name" | "$name="*) return 0 ;; esac
+            case "${word//_/-}" in "$name" | "$name="*) return 0 ;; esac
         done
     done
     return 1
@@ -68,19 +68,11 @@ if u.find_spec("torch_npu"): import torch_npu
 print(max(1, torch.cuda.device_count(), torch.npu.device_count() if hasattr(torch, "npu") else 0))')"
 fi
 if [ "$nproc" -gt 1 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
-model_ranks=1
-for name in tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size; do
-    model_ranks=$((model_ranks * $(value_of "--$name" 1 "$@")))
-done
-replicas=$((nproc / model_ranks))
-if [ "$replicas" -lt 1 ]; then replicas=1; fi
-micro="$(value_of --micro-batch-size 1 "$@")"
 
 # What the published scripts set, or leave at the defaults of transformers' Trainer.
 flags=(--config "$output/model.yaml" --finetune --load "$output/weights" --run-dir "$output/run"
     --sft "${source[@]}" --split 1 --tokenizer-model "$hf"
-    --seq-length 4096 --micro-batch-size "$micro" --global-batch-size "$((4 * micro * replicas))"
-    --lr 3e-5 --min-lr 0 --lr-decay-style cosine
+    --seq-length 4096 --micro-batch-size 1 --lr 3e-5 --min-lr 0 --lr-decay-style cosine
     --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.999 --adam-eps 1e-8 --clip-grad 1.0 --seed 42
     --use-distributed-optimizer --recompute-granularity full --save-interval 100 --keep-last 1 --log-interval 10)
 # Of settings that can be said in several ways, only what was said.
@@ -102,6 +94,13 @@ else
 fi
 
 program="$here/pretrain/pretrain_telechat2.py"
+if ! given --global-batch-size -- "$@"; then
+    # Sizes as the training resolves them, from flags, YAML files and plans.
+    resolved="$("$python" "$program" "${flags[@]}" --world-size "$nproc" --print-config=yaml)"
+    size() { sed -n "s/^  $1: //p" <<<"$resolved"; }
+    model_ranks="$(($(size tensor_model_parallel_size) * $(size pipeline_model_parallel_size) * $(size context_parallel_size)))"
+    flags+=(--global-batch-size "$((4 * $(size micro_batch_size) * nproc / model_ranks))")
+fi
 case " $* " in *" --dry-run "*)
     run "$python" "$program" "${flags[@]}" --world-size "$nproc"
     exit 0
