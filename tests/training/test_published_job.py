@@ -77,23 +77,8 @@ def rows(tmp_path: Path, dialogs: str, tokenizer: Path, steps: int) -> list[list
     return [source.tokens(sample).tolist() for sample in range(steps * BATCH)]
 
 
-JOBS = [
-    pytest.param(1, "--fp32", True, None, id="one_rank"),
-    pytest.param(1, "--fp32 --sft-loss-mask answer", False, None, id="answers_alone", marks=pytest.mark.slow),
-    pytest.param(
-        1, "--loss-scale-window 4 --initial-loss-scale 64", True, (64.0, 4), id="fp16", marks=pytest.mark.slow
-    ),
-    pytest.param(
-        4, "--fp32 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", True, None,
-        id="tp2_pp2", marks=pytest.mark.slow,
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("ranks,flags,with_frame,scale", JOBS)
-def test_the_losses_are_those_of_the_published_loop(hf, dialogs, tmp_path, ranks, flags, with_frame, scale):
-    output = tmp_path / "out"
-    said = finetune(hf, output, dialogs, *flags.split(), ranks=ranks)
+def require_published(hf: Path, output: Path, said: str, dialogs: str, tmp_path: Path, with_frame: bool, scale) -> None:
+    """The losses of a finished job are those of the published loop, and its weights are where it says."""
     ours = records(output)
     steps = len(ours)
     assert steps >= 20 and f"{steps} steps: 1 epoch" in said
@@ -110,28 +95,54 @@ def test_the_losses_are_those_of_the_published_loop(hf, dialogs, tmp_path, ranks
     assert (output / "hf" / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
 
 
+FP32 = ("--fp32", "--save-interval", "4")
+
+
+@pytest.fixture(scope="module")
+def whole(hf, dialogs, tmp_path_factory) -> tuple[Path, str]:
+    """A job on one rank that nothing disturbs: its folder and its output."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    return output, finetune(hf, output, dialogs, *FP32)
+
+
+def test_the_losses_are_those_of_the_published_loop(hf, dialogs, whole, tmp_path):
+    require_published(hf, *whole, dialogs, tmp_path, True, None)
+
+
+JOBS = {
+    "answers_alone": (1, "--fp32 --sft-loss-mask answer", False, None),
+    "fp16": (1, "--loss-scale-window 4 --initial-loss-scale 64", True, (64.0, 4)),
+    "tp2_pp2": (4, "--fp32 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", True, None),
+}
+
+
 @pytest.mark.slow
-def test_a_killed_job_goes_on_and_another_epoch_extends_it(hf, dialogs, tmp_path):
-    flags = ("--fp32", "--save-interval", "4")
-    finetune(hf, tmp_path / "whole", dialogs, *flags)
+@pytest.mark.parametrize("name", JOBS)
+def test_so_are_those_of_another_mask_precision_or_layout(hf, dialogs, tmp_path, name):
+    ranks, flags, with_frame, scale = JOBS[name]
+    said = finetune(hf, tmp_path / "out", dialogs, *flags.split(), ranks=ranks)
+    require_published(hf, tmp_path / "out", said, dialogs, tmp_path, with_frame, scale)
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on(hf, dialogs, whole, tmp_path):
     environment = {**os.environ, "NPROC": "1", "VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "killed"
     killed = subprocess.Popen(
-        command(hf, tmp_path / "killed", dialogs, *flags), start_new_session=True, env=environment,
+        command(hf, output, dialogs, *FP32), start_new_session=True, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while not any((tmp_path / "killed" / "run" / "checkpoints").glob("iter_*")):
+    while not any((output / "run" / "checkpoints").glob("iter_*")):
         assert killed.poll() is None
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    again = finetune(hf, tmp_path / "killed", dialogs, *flags)
+    again = finetune(hf, output, dialogs, *FP32)
     assert "there already" in again and "resumed from" in again
-    last = {record["step"]: record["loss"] for record in records(tmp_path / "killed")}
-    assert last == {record["step"]: record["loss"] for record in records(tmp_path / "whole")}
-    a, b = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "killed"))
+    found, expected = ({one["step"]: one["loss"] for one in records(folder)} for folder in (output, whole[0]))
+    assert found == expected
+    a, b = (load_file(folder / "hf" / "model.safetensors") for folder in (whole[0], output))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    more = finetune(hf, tmp_path / "killed", dialogs, *flags, "--train-epochs", "1.5")
-    assert "1.5 epochs" in more and records(tmp_path / "killed")[-1]["step"] > max(last)
 
 
 def test_mistakes_are_told_before_anything_is_imported(hf, dialogs, tmp_path):
