@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_telechat.config.averages import first_window_end
-from megatron_telechat.config.schema import AverageConfig
+from megatron_telechat.config.schema import AverageConfig, RunConfig
 from megatron_telechat.errors import CheckpointError
+from megatron_telechat.tensors.frozen import frozen_keys
 
 KEY = "averages"
 """Of the entries in the ``extra`` of a checkpoint."""
@@ -31,6 +32,15 @@ PREFIX = "average"
 def average_key(kind: str, key: str) -> str:
     """Where a checkpoint keeps the average of the model's tensor ``key``."""
     return f"{PREFIX}/{kind}/{key}"
+
+
+def stored_average(kind: str, key: str, run: RunConfig) -> str:
+    """Where the average of the model's tensor ``key`` is read; a tensor that the run froze is its own average.
+
+    Args:
+        run: the run that saved the checkpoint.
+    """
+    return f"model/{key}" if key in frozen_keys(run) else average_key(kind, key)
 
 
 def entries(extra: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:

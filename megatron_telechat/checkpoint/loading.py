@@ -177,9 +177,10 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
             stored = weight_key(reader, key, tensor.dtype) if name == MASTER else f"optimizer/{name}/{key}"
             if stored not in reader.entries:
                 raise CheckpointError(
-                    f"the optimizer state lacks {stored}",
+                    f"the optimizer state lacks {stored}: the run that saved it did not train {key}",
                     where=str(reader.path),
-                    fix="resume with --no-load-optim, or use another checkpoint",
+                    fix="freeze what that run froze, begin a run with its weights (--finetune --load), or resume with "
+                    "--no-load-optim",
                 )
             for part in flat_boxes(item.shard, item.start, item.stop):
                 _fill(tensor[part.start - item.start : part.stop - item.start], reader, stored, part.box)

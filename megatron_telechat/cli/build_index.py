@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 
 from megatron_telechat.cli.tool import quiet_imports, run_tool
 from megatron_telechat.config import LoadedConfig, load_run_config
+from megatron_telechat.config.length import counts_epochs
 from megatron_telechat.errors import EXIT_OK, ConfigError
 
 USAGE = """usage: tools/build_index.py [the flags of the training command]
 
 Encode the dialogs (--sft) and build the sample index and the blend of a run into its cache (--data-cache-path, else
 cache/ in the run folder), as rank 0 would at the start. The order depends on the data, --split, --seed and
---seq-length; how much of it is built follows from --train-iters, --global-batch-size, the evaluation and the
-checkpoint the run resumes from.
+--seq-length; how much of it is built follows from --train-iters or --train-epochs, --global-batch-size, the evaluation
+and the checkpoint the run resumes from.
 """
 _SECONDS = 1.0
 
@@ -59,24 +60,26 @@ def _run(argv: list[str]) -> int:
         return EXIT_OK
     loaded = described_run(argv)
     run = loaded.run
-    if not run.training.train_iters:
+    if not run.training.train_iters and not counts_epochs(run):
         raise ConfigError(
             "train_iters is 0: the index is made for the samples of a whole run",
             "train_iters",
-            "--train-iters N, as the training will have it",
+            "--train-iters N or --train-epochs E, as the training will have it",
         )
     quiet_imports()
     from megatron_telechat.config.run_stages import Position
     from megatron_telechat.data import prepare_index, progress_ahead, read_sources, samples_needed
+    from megatron_telechat.training.length import counted_for_tool
     from megatron_telechat.training.progress import saved_progress
 
-    stage, progress = saved_progress(loaded.stages)
+    stages = counted_for_tool(loaded.stages, _paced_since(time.monotonic()))
+    stage, progress = saved_progress(stages)
     consumed = progress.consumed_samples
     tokens = progress.order.tokens(consumed, stage.run.training.seq_length) if progress.order is not None else 0
     position = Position(progress.steps, consumed, tokens)
-    for span, ahead in progress_ahead(loaded.stages, position, progress.order):
+    for span, ahead in progress_ahead(stages, position, progress.order):
         run, started = span.stage.run, time.monotonic()
-        if loaded.stages.several:
+        if stages.several:
             print(span.stage.title)
         said = _paced_since(started)
         index = prepare_index(run, said, ahead)

@@ -23,6 +23,7 @@ def build_parser() -> ToolParser:
         required=True,
         help="folder of checkpoints; iter_0000000 is made in it (for --pretrained-checkpoint)",
     )
+    into.add_argument("--write-config", type=Path, metavar="FILE", help="write the shape of the model, for --config")
     add_overwrite(into)
     out = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
     out.add_argument(
@@ -63,7 +64,7 @@ def _run(argv: list[str]) -> int:
     from megatron_telechat.huggingface.convert import export_hf, import_hf, parse_size
 
     if args.command == "import":
-        done = import_hf(args.hf, args.output, args.overwrite)
+        done = import_hf(args.hf, args.output, args.overwrite, args.write_config)
     else:
         done = export_hf(
             args.checkpoint,

@@ -21,6 +21,7 @@ from megatron_telechat.cli.text import context_text, count_text, flop_text, gib,
 from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.averages import average_lines
 from megatron_telechat.config.layout import pipeline_layout
+from megatron_telechat.config.length import counts_epochs, with_steps
 from megatron_telechat.config.loss_chunks import loss_lines
 from megatron_telechat.config.plan_file import read_plan
 from megatron_telechat.config.run_stages import Position, RunStage, RunStages, Span
@@ -38,19 +39,20 @@ from megatron_telechat.costs.memory import (
     LEAST_STAGING_BYTES,
     STAGING_SHARE,
     StageMemory,
-    averages_bytes,
     checkpoint_bytes,
     stage_memory,
     staging_bytes,
 )
 from megatron_telechat.data.blend import DataPlan, data_plan
 from megatron_telechat.data.formats import corpus_factory, data_files, require_enough
+from megatron_telechat.data.length import known_length
 from megatron_telechat.data.order import Progress, SampleOrder, progress_ahead, resumed_order
 from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.errors import DataError
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.layout_text import layout_picture
 from megatron_telechat.planner.predict import predict
+from megatron_telechat.tensors.frozen import frozen_keys, frozen_parameters
 from megatron_telechat.training.unsaved import unsaved_note
 
 HELD_ERROR = 0.2
@@ -85,6 +87,9 @@ def report(loaded: LoadedConfig) -> str:
     start, saved = (Start(None), None) if away_start else require_start(stages)
     goes_on = saved is not None and not start.weights_only
     position = position_of(saved) if saved is not None and goes_on else Position()
+    if counts_epochs(loaded.run) and (length := known_length(loaded.run)) is not None:
+        stages = with_steps(stages, length.steps(loaded.run, position))
+        loaded = replace(loaded, run=stages.stages[0].run, stages=stages)
     spans = {span.stage.number: span for span in stages.spans(position)}
     if stages.several:
         out.lines.append(f"{loaded.run.model.name}: a run in {len(stages.stages)} stages")
@@ -164,7 +169,14 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
         + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
         *(f"  loss    {text}" for text in loss_lines(run)),
         *(f"  average {text}" for text in average_lines(run.average)),
+        *_frozen(run),
     ]
+
+
+def _frozen(run: RunConfig) -> list[str]:
+    frozen, total = frozen_parameters(run), count_parameters(run.model).total
+    tensors = len(frozen_keys(run))
+    return [f"  frozen  {count_text(frozen)} of {count_text(total)} parameters, {tensors} tensors"] if frozen else []
 
 
 def _layout(run: RunConfig) -> list[str]:
@@ -200,7 +212,7 @@ def _memory(run: RunConfig, out: _Report) -> list[str]:
         )
     lines = table(rows)
     if run.average.copies:
-        shares = ", ".join(gib(averages_bytes(run, stage.parameters)) for stage in stages)
+        shares = ", ".join(gib(stage.averages_bytes) for stage in stages)
         lines.append(f"optimizer: of it the averages of the weights, by stage: {shares}")
     if buffers:
         lines += _buffers(run)
@@ -257,7 +269,7 @@ def _steps(run: RunConfig, iterations: int | None, out: _Report, name: str) -> l
     stages, virtual = run.parallel.pipeline_model_parallel_size, run.parallel.num_virtual_stages_per_pipeline_rank
     bubble = (stages - 1) / (virtual * run.num_microbatches + stages - 1)
     lines = [
-        (f"{iterations:,} steps, {count_text(iterations * tokens)} tokens" if iterations else "train_iters is not set")
+        (f"{iterations:,} steps, {count_text(iterations * tokens)} tokens" if iterations else _no_steps(run))
         + f"; {flop_text(flops)} a token, {flop_text(flops * tokens)} a step",
         f"pipeline bubble of an even split: {bubble:.1%} of a step",
     ]
@@ -288,6 +300,13 @@ def _steps(run: RunConfig, iterations: int | None, out: _Report, name: str) -> l
         note = unsaved_note(run, 0, fastest, f"as predicted for {name}")
         out.warnings += [note] if note is not None else []
     return lines
+
+
+def _no_steps(run: RunConfig) -> str:
+    epochs = run.training.train_epochs
+    if epochs is None:
+        return "train_iters is not set"
+    return f"{epochs:g} epochs: their steps are known once the data is indexed (tools/build_index.py, or the run)"
 
 
 def _duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ from megatron_telechat.config.flags import Actions, read_command_line
 from megatron_telechat.config.show import config_table, config_yaml, help_text, list_presets
 from megatron_telechat.errors import EXIT_BUG, EXIT_OK, EXIT_SIGNAL, ConfigError, StopAtStart, UserError
 from megatron_telechat.parallel.cluster import rank_variables, require_started_ranks
+from megatron_telechat.tensors.frozen import frozen_keys
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +93,7 @@ def _load(argv: list[str], environ: Mapping[str, str]) -> LoadedConfig:
     answer."""
     try:
         loaded = load_run_config(argv, environ)
+        frozen_keys(loaded.run)
     except ConfigError:
         _print_notes(read_command_line(argv).notes, environ)
         raise

@@ -62,9 +62,10 @@ def _run(argv: list[str]) -> int:
         )
     quiet_imports()
     from megatron_telechat.data import build_datasets, build_tokenizer
+    from megatron_telechat.training.length import counted_for_tool
     from megatron_telechat.training.progress import saved_progress
 
-    stage, progress = saved_progress(loaded.stages)
+    stage, progress = saved_progress(counted_for_tool(loaded.stages))
     run = stage.run
     dataset = getattr(build_datasets(run, _Alone(), progress), args.of)
     if dataset is None:

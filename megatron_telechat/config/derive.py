@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_telechat.config.context import least_traffic
-from megatron_telechat.config.fields import make_run, values_of
+from megatron_telechat.config.fields import fields_by_name, make_run, values_of
 from megatron_telechat.config.layer_pattern import moe_layers
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
 from megatron_telechat.config.run_stages import counts_tokens
@@ -19,6 +19,7 @@ def derive(check: Check) -> None:
     """Fill in every derived value of ``check.run``; a derivation that needs a wrong value leaves its field unset."""
     values = values_of(check.run)
     _finetune_begins_with_load(values, check)
+    _replace_values_of_the_preset(values, check)
     _count_samples_as_tokens(values, check)
     _pattern_as_frequency(values, check)
     for name, derivation in DERIVATIONS:
@@ -78,7 +79,9 @@ def _context_sizes(values: dict[str, Any], check: Check) -> tuple[int, int] | No
 
 def _lr_decay_iters(values: dict[str, Any], check: Check) -> int | None:
     by_tokens = check.staged or counts_tokens(make_run(values).optimizer)
-    return None if by_tokens else values["train_iters"]
+    if by_tokens or (values["train_epochs"] is not None and not values["train_iters"]):
+        return None  # the steps of epochs are known once the data is (`config.length`)
+    return values["train_iters"]
 
 
 def _copy_of(name: str) -> Derivation:
@@ -172,6 +175,15 @@ def _count_samples_as_steps(values: dict[str, Any], check: Check) -> None:
         return  # a rule complains
     values["train_iters"] = samples // batch
     check.origins["train_iters"] = DERIVED
+
+
+def _replace_values_of_the_preset(values: dict[str, Any], check: Check) -> None:
+    """A length that a person gives in another unit stands in place of the preset's."""
+    for given, preset in (("train_epochs", "train_iters"), ("lr_warmup_fraction", "lr_warmup_iters")):
+        of_preset = check.origins.get(preset, DEFAULT).startswith("preset ")
+        if of_preset and values[given] is not None and check.said_by_person(given):
+            values[preset] = fields_by_name()[preset].default
+            check.origins[preset] = DERIVED
 
 
 def _drop_sequence_parallel_without_tp(values: dict[str, Any], check: Check) -> None:

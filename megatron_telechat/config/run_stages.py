@@ -115,7 +115,7 @@ class RunStages:
     """All stages of a run, in order; a run that has none is one stage.
 
     Attributes:
-        document: the configuration with its stages as YAML, which ``--config`` reads back; empty for a run of one
+        document: the configuration as YAML, which ``--config`` reads back; empty where that is the run of the one
             stage.
     """
 

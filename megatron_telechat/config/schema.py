@@ -390,6 +390,9 @@ class TrainingConfig:
     train_samples: int | None = None
     """Samples of the whole run, in place of train_iters: train_iters is this divided by global_batch_size, rounded
     down. The learning rate then follows samples (lr_decay_samples, lr_warmup_samples)."""
+    train_epochs: float | None = None
+    """Passes over the training data, such as 1 or 2.5; replaces train_iters, which follows once the data is indexed.
+    The last batch of the run is filled up with samples of the next pass."""
     exit_interval: int | None = None
     """Save a checkpoint and exit when the step count reaches a multiple of this."""
     exit_duration_in_mins: float | None = None
@@ -413,6 +416,11 @@ class TrainingConfig:
     """Rows of logits that the output layer holds at once: the loss is computed in chunks of so many rows, whose logits
     are made again in the backward. 0: all rows, and nothing is made again; auto: in chunks where the fp32 logits of a
     micro-batch would take more than 4 GiB of a rank."""
+    freeze: tuple[str, ...] = ()
+    """Patterns over the keys of docs/checkpoints.md, such as embedding.* decoder.layers.0-11.*: tensors that keep their
+    values. They have no gradient and no optimizer state."""
+    freeze_except: tuple[str, ...] = ()
+    """Patterns of tensors that are trained although freeze names them; without freeze all others are frozen."""
     iterations_to_skip: tuple[str, ...] = ()
     """Steps, such as 1000-1010,2000, whose data is read and not trained on. They count as steps, and their samples as
     consumed; the learning rate does not move."""

@@ -21,7 +21,7 @@ from megatron_telechat.config.fields import (
 )
 from megatron_telechat.config.layout import text_of_lists
 from megatron_telechat.config.run_stages import STAGE_FIELDS, STAGES_KEY, START_KEYS, StageStart
-from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.errors import ConfigError, Problem
 
 PRESET_KEY = "preset"
@@ -291,6 +291,11 @@ def dump_run_config(run: RunConfig) -> str:
     """The run as YAML with every value, which ``--config`` and :func:`run_config_from_yaml` read back to an equal
     run."""
     return _dumped(values_of(run), {})
+
+
+def dump_model_config(model: ModelConfig) -> str:
+    """The model section as YAML, which ``--config`` reads."""
+    return _dumped(vars(model), {})
 
 
 def dump_stages(values: Mapping[str, Any], stages: Sequence[StageEntry]) -> str:

@@ -7,6 +7,7 @@ inside a kernel. ``docs/costs.md`` has the equations.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_telechat.config.layout import PipelineLayout, pipeline_layout
@@ -23,8 +24,9 @@ from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.op_order import Op, peak_in_flight
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.costs.software import Software
+from megatron_telechat.tensors.frozen import frozen_parameters, trained_part
 from megatron_telechat.tensors.pieces import virtual_stage_table
-from megatron_telechat.tensors.table import layer_table
+from megatron_telechat.tensors.table import Table, layer_table
 
 MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""
@@ -51,6 +53,8 @@ class StageMemory:
     """Of activations_bytes: the largest working set of a recompute, or of the loss."""
     in_flight: tuple[int, ...]
     """Micro-batches in flight in each virtual stage at that moment."""
+    averages_bytes: float = 0.0
+    """Of optimizer_bytes: the averages of the weights."""
     buffers_bytes: float = 0.0
     """Taken by the communication library, beside torch's allocator."""
 
@@ -70,25 +74,27 @@ def optimizer_shards(run: RunConfig) -> tuple[int, int]:
     return run.parallel.gradient_ranks if run.parallel.use_distributed_optimizer else (1, 1)
 
 
-def averages_bytes(run: RunConfig, count: LocalCount) -> float:
-    """Bytes of the averages of the weights (`AverageConfig`) on a rank that holds these parameters."""
+def averages_bytes(run: RunConfig, trained: LocalCount) -> float:
+    """Bytes of the averages of the weights (`AverageConfig`) on a rank that trains these parameters."""
     dense_shards, expert_shards = optimizer_shards(run)
-    return AVERAGE_BYTES * run.average.copies * (count.dense / dense_shards + count.expert / expert_shards)
+    return AVERAGE_BYTES * run.average.copies * (trained.dense / dense_shards + trained.expert / expert_shards)
 
 
-def resident_bytes(run: RunConfig, count: LocalCount, software: Software | None = None) -> tuple[float, float, float]:
-    """Bytes of parameters, gradients and optimizer state of a rank that holds these parameters; `software`: of the
-    program, unset: our own."""
+def resident_bytes(run: RunConfig, table: Table, software: Software | None = None) -> tuple[float, float, float]:
+    """Bytes of parameters, gradients and optimizer state of a rank that holds pieces of these tensors; frozen ones have
+    neither gradient nor state. `software`: of the program, unset: our own."""
+    count, trained = local_count(table, run.parallel), local_count(trained_part(run, table), run.parallel)
     size, program = BYTES[run.training.precision], software or Software()
     state = MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
     dense_shards, expert_shards = optimizer_shards(run)
-    optimizer = state * (count.dense / dense_shards + count.expert / expert_shards) + averages_bytes(run, count)
+    optimizer = state * (trained.dense / dense_shards + trained.expert / expert_shards) + averages_bytes(run, trained)
     if program.sharding == "none":
-        return size * count.total, program.gradient_bytes * count.total, optimizer
+        return size * count.total, program.gradient_bytes * trained.total, optimizer
     dense, routed = run.parallel.gradient_ranks
     shard = count.dense / dense + count.expert / routed
     held = shard if program.sharding == "full" else count.total  # gathered once, and kept for the backward
-    return size * held, program.gradient_bytes * shard, state * shard
+    own = trained.dense / dense + trained.expert / routed
+    return size * held, program.gradient_bytes * own, state * own
 
 
 def whole_layers_bytes(run: RunConfig, layer: LocalCount, software: Software | None = None) -> float:
@@ -108,10 +114,16 @@ def stage_parameters(run: RunConfig) -> list[LocalCount]:
 
 
 def _stage_count(run: RunConfig, layout: PipelineLayout, rank: int) -> LocalCount:
-    count = LocalCount(0, 0)
-    for virtual_stage in range(layout.num_virtual_stages):
-        count += local_count(virtual_stage_table(run.model, layout, rank, virtual_stage), run.parallel)
-    return count
+    return _sum(local_count(table, run.parallel) for table in _stage_tables(run, layout, rank))
+
+
+def _stage_tables(run: RunConfig, layout: PipelineLayout, rank: int) -> list[Table]:
+    """Of each virtual stage of a pipeline rank. A tied matrix is in two of them, and is held twice."""
+    return [virtual_stage_table(run.model, layout, rank, number) for number in range(layout.num_virtual_stages)]
+
+
+def _sum(counts: Iterable[LocalCount]) -> LocalCount:
+    return sum(counts, LocalCount(0, 0))
 
 
 def stage_memory(run: RunConfig, imbalance: float = 1.0, software: Software | None = None) -> list[StageMemory]:
@@ -159,7 +171,10 @@ def _stage(
         rank, layout.pipeline_size, layout.num_virtual_stages, num_microbatches, kept, transient
     )
     count = _stage_count(run, layout, rank)
-    parameters, gradients, optimizer = resident_bytes(run, count, software)
+    tables = _stage_tables(run, layout, rank)
+    parameters, gradients, optimizer = map(
+        sum, zip(*(resident_bytes(run, table, software) for table in tables), strict=True)
+    )
     held = sum(number * size for number, size in zip(in_flight, kept, strict=True))
     return StageMemory(
         pipeline_rank=rank,
@@ -170,6 +185,9 @@ def _stage(
         activations_bytes=activations,
         transient_bytes=activations - held,
         in_flight=in_flight,
+        averages_bytes=averages_bytes(
+            run, _sum(local_count(trained_part(run, table), run.parallel) for table in tables)
+        ),
         buffers_bytes=buffer_bytes(run),
     )
 
@@ -186,16 +204,23 @@ def staging_bytes(run: RunConfig) -> float:
     Replicas share the writing: of the ranks that hold the same parameters each writes its part.
     """
     dense_ranks, expert_ranks = run.parallel.gradient_ranks
-    size = BYTES[run.training.precision] + AVERAGE_BYTES * run.average.copies
-    if not run.checkpoint.no_save_optim:
-        size += MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
-    return max(size * (count.dense / dense_ranks + count.expert / expert_ranks) for count in stage_parameters(run))
+    size, layout = BYTES[run.training.precision], pipeline_layout(run)
+    state = MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
+    state *= not run.checkpoint.no_save_optim
+    state += AVERAGE_BYTES * run.average.copies
+
+    def written(tables: list[Table], each: int) -> float:
+        count = _sum(local_count(table, run.parallel) for table in tables)
+        return each * (count.dense / dense_ranks + count.expert / expert_ranks)
+
+    stages = [_stage_tables(run, layout, rank) for rank in range(layout.pipeline_size)]
+    return max(
+        written(tables, size) + written([trained_part(run, table) for table in tables], state) for tables in stages
+    )
 
 
 def checkpoint_bytes(run: RunConfig, total_parameters: int) -> float:
     """Size of one checkpoint: weights in the compute type and their averages in fp32; with the optimizer, master
     weights and both moments in fp32."""
-    size = BYTES[run.training.precision] + AVERAGE_BYTES * run.average.copies
-    if run.checkpoint.no_save_optim:
-        return size * total_parameters
-    return (size + MASTER_BYTES + MOMENT_BYTES) * total_parameters
+    state = AVERAGE_BYTES * run.average.copies + (MASTER_BYTES + MOMENT_BYTES) * (not run.checkpoint.no_save_optim)
+    return BYTES[run.training.precision] * total_parameters + state * (total_parameters - frozen_parameters(run))

@@ -96,6 +96,14 @@ class SampleSource(Protocol):
 class CorpusSamples(SampleSource, Protocol):
     """The samples of one split of a dataset, epoch after epoch; ``require`` says how many before any is read."""
 
+    def samples_in(self, epochs: float, once: bool) -> int:
+        """Samples of so many epochs, counted from the first; before ``require``.
+
+        Args:
+            once: no other epoch follows the first.
+        """
+        ...
+
     def require(self, size: int | None, index: IndexFolder, name: str) -> None:
         """Make the first ``size`` samples readable.
 
@@ -144,6 +152,11 @@ class Corpus(Protocol):
 
     def tokens_in(self, share: Share) -> int:
         """Tokens of a share."""
+        ...
+
+    def gives_none(self, share: Share) -> str:
+        """Why an evaluation finds nothing in a share and does without it; empty: it finds something, or a share
+        without anything is an error."""
         ...
 
     def size(self, share: Share) -> int:
@@ -227,6 +240,14 @@ class EncodingFactory(CorpusFactory):
 
         Raises:
             OSError: it is not to be seen here.
+        """
+
+    @abstractmethod
+    def open_if_encoded(self, name: str, run: RunConfig, cache: Path) -> Corpus | None:
+        """Open what was encoded before, in the cache; None where it was not.
+
+        Raises:
+            DataError: the file cannot be read.
         """
 
     @abstractmethod

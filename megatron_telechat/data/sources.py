@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -92,10 +92,12 @@ def _not_shared(error: OSError) -> DataError:
     return DataError(f"the sample index that rank 0 wrote is not visible here: {error.filename}", fix=_NOT_SHARED)
 
 
-def used_splits(run: RunConfig, plan: DataPlan, opened: Opened) -> tuple[str, ...]:
-    """The splits to build: those with samples to give and a share that holds tokens."""
+def used_splits(run: RunConfig, plan: DataPlan, opened: Opened) -> tuple[tuple[Split, ...], list[str]]:
+    """The splits to build: those with samples to give and a share that holds tokens; and a line for the banner about
+    each dataset that an evaluation does without."""
     splits = plan.splits
-    used = []
+    used: list[Split] = []
+    notes: list[str] = []
     for name, needed in zip(SPLITS, samples_needed(run), strict=True):
         if not needed:
             continue
@@ -112,8 +114,22 @@ def used_splits(run: RunConfig, plan: DataPlan, opened: Opened) -> tuple[str, ..
         empty = [prefix for prefix in split.blend.prefixes if not opened[prefix].tokens_in(split.share)]
         if empty and name == "test":
             continue  # a share of 1 in 1000 of a small dataset; nothing in the training needs it
-        used.append(name)
-    return tuple(used)
+        why = {prefix: opened[prefix].gives_none(split.share) for prefix in split.blend.prefixes}
+        if name != "train" and any(why.values()):
+            split = _without(split, [prefix for prefix in why if why[prefix]])
+            end = "" if split.blend.prefixes else "; there is no evaluation on it"
+            notes.append(f"{name}: {'; '.join(text for text in why.values() if text)}{end}")
+        if split.blend.prefixes:
+            used.append(split)
+    return tuple(used), notes
+
+
+def _without(split: Split, left_out: Sequence[str]) -> Split:
+    """The split without these datasets; the weights of the others keep their proportion."""
+    blend = split.blend
+    kept = [number for number, prefix in enumerate(blend.prefixes) if prefix not in left_out]
+    weights = blend.weights and tuple(blend.weights[number] for number in kept)
+    return replace(split, blend=replace(blend, prefixes=tuple(blend.prefixes[n] for n in kept), weights=weights))
 
 
 def index_key(run: RunConfig, plan: DataPlan, opened: Opened, progress: Progress = Progress()) -> str:
@@ -182,19 +198,21 @@ def split_sources(
     needed = dict(zip(SPLITS, samples_needed(run, progress), strict=True))
     order = order_of(run, progress)
     sources: dict[str, SampleSource] = {}
+    used, notes = used_splits(run, plan, opened)
     summary: list[str] = []
-    for name in used_splits(run, plan, opened):
+    for split in used:
+        name = split.name
         try:
             legs = order.legs if name == "train" else ()
             begin = legs[-1].begin if legs else 0
-            source, lines = _SplitSource(run, opened, plan.splits[name], order.built_for.get(name), legs, index).build(
+            source, lines = _SplitSource(run, opened, split, order.built_for.get(name), legs, index).build(
                 needed[name] - begin
             )
             sources[name] = LaterSamples(source, begin) if begin else source
         except FileNotFoundError as error:
             raise _not_shared(error) from error
         summary.extend(lines)
-    return sources, summary
+    return sources, [*summary, *notes]
 
 
 class _SplitSource:

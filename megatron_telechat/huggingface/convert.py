@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_telechat.checkpoint.averages import average_key, require_average
+from megatron_telechat.checkpoint.averages import require_average, stored_average
 from megatron_telechat.checkpoint.companions import carry_companions, companions
 from megatron_telechat.checkpoint.disk import disk_error, require_free_space
 from megatron_telechat.checkpoint.files import LazyTensor, dtype_name, dtype_named
@@ -27,7 +27,7 @@ from megatron_telechat.checkpoint.manifest import COMPANIONS
 from megatron_telechat.checkpoint.names import committed_folders
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.config.schema import ModelConfig, RunConfig
-from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
+from megatron_telechat.config.yaml_io import dump_model_config, dump_run_config, run_config_from_yaml
 from megatron_telechat.data.order import SAVED_AS
 from megatron_telechat.errors import CheckpointError, ConfigError, DataError
 from megatron_telechat.huggingface.config import (
@@ -69,7 +69,7 @@ class Converted:
     notes: tuple[str, ...]
 
 
-def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
+def import_hf(hf: Path, root: Path, overwrite: bool = False, config: Path | None = None) -> Converted:
     """Turn a Hugging Face folder into ``root/iter_0000000``, a checkpoint of weights only.
 
     Every tensor keeps its dtype; the files that are not weights are carried along, unchanged, for
@@ -78,6 +78,7 @@ def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
     Args:
         overwrite: an earlier import in ``root`` is replaced, once the new one is whole. Checkpoints of a training never
             are.
+        config: file for the model section of a run with these weights, as ``--config`` reads it; None: none.
     """
     _require_free_place(Path(root), overwrite)
     source = HfWeights(Path(hf))
@@ -86,6 +87,8 @@ def import_hf(hf: Path, root: Path, overwrite: bool = False) -> Converted:
     _make_folder(root)
     require_free_space(Path(root), size)
     model = replace(source.model, name=_model_name(Path(hf), source.model))
+    if config is not None:
+        _write_text(config, dump_model_config(model))
     with CheckpointWriter(Path(root), step=0, config=dump_run_config(RunConfig(model=model))) as writer:
         for link in source.links:
             writer.add(f"model/{link.key}", link.global_shape, link.box.offset, source.read_link(link))
@@ -120,6 +123,14 @@ def _is_import(folder: Path) -> bool:
         return "hf" in look_at(folder).extra
     except CheckpointError:
         return True  # of step 0 and damaged: an import, which the next one fixes
+
+
+def _write_text(path: Path, text: str) -> None:
+    _make_folder(path.parent)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def _make_folder(path: Path) -> None:
@@ -177,7 +188,7 @@ def export_hf(
     require_fit(reader, model)
     if values != WEIGHTS:
         require_average(reader.manifest.extra, values, str(folder))
-    tensors = _export_list(reader, weight_map(model), None if dtype == KEEP else DTYPES[dtype], values)
+    tensors = _export_list(reader, run, weight_map(model), None if dtype == KEEP else DTYPES[dtype], values)
     source = template if template is not None else folder / COMPANIONS
     notes = write_hf_folder(
         Path(output),
@@ -257,7 +268,7 @@ def readable_config(reader: CheckpointReader) -> RunConfig:
 
 
 def _export_list(
-    reader: CheckpointReader, links: Sequence[Link], dtype: torch.dtype | None, values: str
+    reader: CheckpointReader, run: RunConfig, links: Sequence[Link], dtype: torch.dtype | None, values: str
 ) -> list[LazyTensor]:
     """Every Hugging Face tensor, to be read when its turn comes; a link that gives several is read once."""
     origin = reader.manifest.extra.get("hf", {})
@@ -267,7 +278,7 @@ def _export_list(
         stored = f"model/{link.key}"
         key = stored if dtype is None else weight_key(reader, link.key, dtype)
         if values != WEIGHTS:
-            key = average_key(values, link.key)
+            key = stored_average(values, link.key, run)
         if dtype is None and link.key in absent and not reader.read(key).any():
             continue
         read = functools.partial(reader.read, key, link.box.offset, link.box.shape)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_telechat.checkpoint.averages import KINDS, average_key
+from megatron_telechat.checkpoint.averages import KINDS, stored_average
 from megatron_telechat.checkpoint.files import dtype_named, read_file_error
 from megatron_telechat.checkpoint.find import find_checkpoint, require_fit
 from megatron_telechat.checkpoint.format import CheckpointReader
@@ -25,6 +25,7 @@ from megatron_telechat.files import sha256_of
 from megatron_telechat.huggingface.convert import readable_config
 from megatron_telechat.huggingface.files import CONFIG
 from megatron_telechat.huggingface.weights import HfWeights
+from megatron_telechat.tensors.frozen import frozen_keys
 
 PROVENANCE = "merge_provenance.json"
 """Beside the weights of what this program merged: from what, how."""
@@ -180,9 +181,11 @@ def open_input(path: Path, verify: bool = True) -> CheckpointInput | HfInput:
 
 
 def without_master(one: Input) -> str | None:
-    """The first weight that it does not hold in fp32, neither itself nor as a master; None where it holds all."""
-    keys = set(one.keys)
-    narrow = (key for key in one.keys if key.startswith(MODEL) and one.dtype(key) != torch.float32)
+    """The first weight that it does not hold in fp32, neither itself nor as a master; None where it holds all. A frozen
+    weight has no master, and is exact as it is."""
+    keys, frozen = set(one.keys), frozen_keys(one.run)
+    trained = (key for key in one.keys if key.startswith(MODEL) and key.removeprefix(MODEL) not in frozen)
+    narrow = (key for key in trained if one.dtype(key) != torch.float32)
     return next((key for key in narrow if master_key(key) not in keys), None)
 
 
@@ -196,13 +199,12 @@ def master_key(key: str) -> str:
     return f"optimizer/{MASTER}/{key.removeprefix(MODEL)}"
 
 
-def values_key(key: str, values: str, keys: Iterable[str]) -> str:
-    """Where an input that stores ``keys`` keeps these values of ``model/<key>``; its weights where it has no master of
-    them."""
+def values_key(one: Input, key: str, values: str) -> str:
+    """Where an input keeps these values of ``model/<key>``; its weights where it has no master of them."""
     if values in KINDS:
-        return average_key(values, key.removeprefix(MODEL))
+        return stored_average(values, key.removeprefix(MODEL), one.run)
     master = master_key(key)
-    return master if values == "master" and master in keys else key
+    return master if values == "master" and master in one.keys else key
 
 
 def provenance_of(one: Input) -> Any:

@@ -100,7 +100,7 @@ class Merged:
     def _key(self, number: int, key: str) -> str:
         """Where an input keeps the values that take part."""
         one, values = self.inputs[number], self._values[number]
-        return values_key(key, values, one.keys) if key.startswith(MODEL) else key
+        return values_key(one, key, values) if key.startswith(MODEL) else key
 
     def _copied_from(self, number: int, key: str, dtype: torch.dtype) -> str:
         """A copy of weights in the stored dtype is the stored tensor; in another one it is of the most exact values."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_telechat.errors import ConfigError, Problem
-from megatron_telechat.tensors.table import layer_of
+from megatron_telechat.tensors.patterns import TensorPattern, layer_numbers
 
 Sum = Literal["one", "normalize", "any"]
 """What weights must add up to: one; divided by their sum; taken as they are."""
@@ -93,8 +92,7 @@ class LayerRule:
 
     def fits(self, key: str) -> bool:
         """Whether it names the tensor of the model with this key."""
-        in_layers = self.layers is None or layer_of(key) in self.layers
-        return in_layers and (self.tensors is None or fnmatch.fnmatchcase(key, self.tensors))
+        return TensorPattern(self.layers, self.tensors).fits(key)
 
 
 @dataclass(frozen=True)
@@ -176,16 +174,11 @@ class _LayerFile:
         return LayerRule(layers, tensors, self.weights(body["weights"], origin), origin)
 
     def layers(self, value: Any, origin: str) -> frozenset[int]:
-        found: set[int] = set()
         try:
-            for part in str(value).split(","):
-                first, _, last = part.partition("-")
-                found.update(range(int(first), int(last or first) + 1))
+            return layer_numbers(str(value))
         except ValueError:
-            found.clear()
-        if not found:
             self.complain(f"layers is {value!r}, not numbers and ranges such as 0-3,7", origin)
-        return frozenset(found)
+            return frozenset()
 
     def weights(self, value: Any, origin: str) -> tuple[float, ...]:
         numbers = value if isinstance(value, list) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.enums import ModelType
@@ -125,6 +126,10 @@ class TeleChatModel(LanguageModule):
             [b, s, vocab (/ tp)]; on the others the hidden states, [s (/ tp under sequence parallelism), b, hidden].
         """
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        if embedded is not None and not embedded.requires_grad and torch.is_grad_enabled():
+            # A frozen embedding. A layer that is recomputed gives its parameters no gradient where no input wants one,
+            # and a stage that is frozen as a whole must still hand gradients on to the stage before.
+            embedded.requires_grad_()
         entering = embedded if self.pre_process else self.decoder.input_tensor
         assert entering is not None, "a later stage needs set_input_tensor before each forward"
         hidden = self.decoder(

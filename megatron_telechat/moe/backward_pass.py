@@ -162,6 +162,8 @@ class BackwardPass:
     def _weight_gradients(self) -> None:
         """W of the chunk that has waited longest."""
         work = self._pending.popleft()
+        if not self.gradients.wanted:
+            return
         saved, arrivals = work.saved, self.dispatch.arrivals[work.chunk]
         with self.clock.computing("W", work.chunk):
             self.engine.weight_gradients(

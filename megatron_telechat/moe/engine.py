@@ -70,17 +70,23 @@ class Gradients(NamedTuple):
     bias: WeightGradient | None
 
     @classmethod
-    def of(cls, weights: ExpertWeights, chunks: int) -> Gradients:
+    def of(cls, weights: ExpertWeights, chunks: int, wanted: bool = True) -> Gradients:
         """Buffers for one backward.
 
         Args:
             weights: the parameters themselves: where Megatron's DistributedDataParallel gave them a ``main_grad``, that
                 is the buffer.
             chunks: how many times each part will be added to.
+            wanted: some weight is trained; then all gradients are computed.
         """
-        bias = None if weights.bias is None else WeightGradient(weights.bias, chunks)
-        fc1, fc2 = (WeightGradient(weight, chunks, weights.accumulate) for weight in (weights.fc1, weights.fc2))
+        bias = None if weights.bias is None else WeightGradient(weights.bias, chunks, wanted=wanted)
+        fc1, fc2 = (WeightGradient(weight, chunks, weights.accumulate, wanted) for weight in (weights.fc1, weights.fc2))
         return cls(fc1, fc2, bias)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether some weight is trained."""
+        return self.fc1.wanted
 
     def end_chunk(self) -> None:
         """Every weight has had its share of one chunk."""
@@ -88,8 +94,8 @@ class Gradients(NamedTuple):
             if gradient is not None:
                 gradient.end_chunk()
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For autograd: fc1, fc2, bias, each in the shape and type of its weight."""
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """For autograd: fc1, fc2, bias, each in the shape and type of its weight; None where all are frozen."""
         return self.fc1.result(), self.fc2.result(), None if self.bias is None else self.bias.result()
 
 

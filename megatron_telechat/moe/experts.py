@@ -190,6 +190,6 @@ class _ExpertsNode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, _, *parts = ctx.saved_tensors
         kept = [Saved(*parts[start : start + 3]) for start in range(0, len(parts), 3)]
-        gradients = Gradients.of(ctx.weights, len(kept))
+        gradients = Gradients.of(ctx.weights, len(kept), any(ctx.needs_input_grad[2:5]))
         grad_tokens, grad_probabilities = ctx.pipeline.backward(grad, ctx.weights.detached(), kept, gradients)
         return grad_tokens, grad_probabilities.to(ctx.probabilities_dtype), *gradients.results(), None, None, None

@@ -44,9 +44,10 @@ class WeightGradient:
         parameter: the weight.
         chunks: how many times each part will be added to.
         accumulate: TransformerEngine's product for :meth:`add_grouped_product`, where there is one.
+        wanted: something will be added.
     """
 
-    def __init__(self, parameter: Tensor, chunks: int, accumulate: Accumulate | None = None):
+    def __init__(self, parameter: Tensor, chunks: int, accumulate: Accumulate | None = None, wanted: bool = True):
         self.parameter = parameter
         main = main_grad_of(parameter)
         self.into_main = main is not None and hasattr(parameter, "grad_added_to_main_grad")
@@ -57,7 +58,8 @@ class WeightGradient:
             self.buffer = main
         else:
             wide = torch.promote_types(parameter.dtype, torch.float32) if chunks > 1 else parameter.dtype
-            self.buffer = torch.empty_like(parameter, dtype=wide)
+            self.buffer = torch.empty_like(parameter, dtype=wide) if wanted else parameter.new_empty(0)
+        self.wanted = wanted
         self._accumulate = accumulate if self.buffer.dtype == torch.float32 else None
         self._scratch: Tensor | None = None
 
@@ -127,8 +129,10 @@ class WeightGradient:
         """All parts have had their share of one chunk."""
         self.fresh = False
 
-    def result(self) -> Tensor:
-        """What autograd gets for the parameter."""
+    def result(self) -> Tensor | None:
+        """What autograd gets for the parameter; None where nothing was wanted."""
+        if not self.wanted:
+            return None
         if self.fresh:  # no chunk had a row
             self.buffer.zero_()
         if not self.into_main:

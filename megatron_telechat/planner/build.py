@@ -109,7 +109,7 @@ def balance_problem(
 
 
 def _weights(run: RunConfig, table: Table, software: Software | None) -> float:
-    return sum(resident_bytes(run, local_count(table, run.parallel), software))
+    return sum(resident_bytes(run, table, software))
 
 
 def _group(

@@ -19,6 +19,7 @@ from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.parallel.topology import Topology, expert_groups_text, placement_warnings
 from megatron_telechat.planner.layout_text import layout_picture
+from megatron_telechat.tensors.frozen import frozen_keys, frozen_parameters
 from megatron_telechat.training.console import format_count
 from megatron_telechat.training.paths import RunPaths
 
@@ -44,6 +45,8 @@ def banner(
         f"  batch     {run.training.global_batch_size} x {run.training.seq_length} = {format_count(tokens)} tokens a "
         f"step, {run.num_microbatches} micro-batches of {run.training.micro_batch_size}, "
         f"{run.training.precision_text}",
+        f"  length    {length_text(run)}",
+        *(f"  frozen    {line}" for line in frozen_lines(run)),
         f"  ranks     {state.world_size} on {backend.device_name()}: {parallel_sizes(run)}",
         *(f"  experts   {line}" for line in expert_lines(run)),
         *(f"  loss      {line}" for line in loss_lines(run)),
@@ -60,6 +63,19 @@ def banner(
         lines.append("  given     " + ", ".join(f"{name}={_short(values[name])}" for name in said))
     lines += [f"  ! {warning}" for warning in warnings(run, backend)]
     return "\n".join(lines)
+
+
+def length_text(run: RunConfig) -> str:
+    """Steps of the run, and where they come from."""
+    epochs, steps = run.training.train_epochs, f"{run.training.train_iters:,} steps"
+    return steps if epochs is None else f"{steps}: {epochs:g} epoch{'s' * (epochs != 1)}"
+
+
+def frozen_lines(run: RunConfig) -> list[str]:
+    """How much of the model is not trained."""
+    frozen, total = frozen_parameters(run), count_parameters(run.model).total
+    tensors = len(frozen_keys(run))
+    return [f"{format_count(frozen)} of {format_count(total)} parameters, {tensors} tensors"] if frozen else []
 
 
 def expert_lines(run: RunConfig) -> Iterator[str]:

@@ -11,6 +11,7 @@ from megatron_telechat.checkpoint import LoadedInfo
 from megatron_telechat.checkpoint.lineage import Began, Branch, Saved
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.start import Start, position_of, require_start
+from megatron_telechat.config.length import counts_epochs
 from megatron_telechat.config.run_stages import Position, RunStages
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data import fingerprint_differences
@@ -50,8 +51,9 @@ def find_beginning(stages: RunStages) -> Beginning:
     start, saved = from_rank_0(found)
     if start.root is None or saved is None or start.weights_only:
         return Beginning(start, Position())
-    if stages.several:
-        # A load passes damaged checkpoints over, and an older one may be of another stage.
+    if stages.several or counts_epochs(stages.stages[0].run):
+        # A load passes damaged checkpoints over, and an older one may be of another stage, or of another batch, from
+        # which the steps that are left of the epochs are counted.
         reader, passed_over = open_verified(start.root, start.step)
         if reader.path != saved.path:
             manifest = reader.manifest

@@ -11,6 +11,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model import build_model, parameter_shards, verify_tiling
 from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.tensors.frozen import frozen_keys
 from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_telechat.training.step import TrainStep
 
@@ -51,6 +52,10 @@ def build_trained(run: RunConfig, state: ParallelState, backend: Backend, initia
     with together(state):
         models = build_model(run, state, backend, initialize)
         shards = parameter_shards(models, run, state)
+        frozen = frozen_keys(run)
+        for shard in shards:
+            # Before data parallelism and the optimizer ask for it.
+            shard.parameter.requires_grad_(shard.piece.key not in frozen)
     verify_tiling(shards, run, state)
     virtual_stages = wrap_data_parallel(models, run, state)
     optimizer = build_optimizer(virtual_stages, run, state)

@@ -201,7 +201,8 @@ class Trainer:
                 self.steps_taken.require_some_taken(self.step)
             stop = result.stop
             # At the last step the weights are saved before they are evaluated.
-            if self._due(self.run.evaluation.eval_interval) and not self._is_last() and not stop:
+            evaluates = self.datasets.valid is not None and self._due(self.run.evaluation.eval_interval)
+            if evaluates and not self._is_last() and not stop:
                 stop = not self._evaluate()
             leave = stop or self._due(self.run.training.exit_interval)
             wait = leave or over or self._is_last()

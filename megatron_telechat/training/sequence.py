@@ -9,12 +9,14 @@ from __future__ import annotations
 import gc
 
 from megatron_telechat.backend import Backend
+from megatron_telechat.config.length import counts_epochs
 from megatron_telechat.config.run_stages import RunStages
 from megatron_telechat.data import progress_ahead
 from megatron_telechat.data.sources import require_lasting
 from megatron_telechat.parallel.agreement import agree, together
 from megatron_telechat.parallel.state import destroy, join
 from megatron_telechat.training.beginning import Beginning, find_beginning
+from megatron_telechat.training.length import counted_together
 from megatron_telechat.training.loop import Trainer
 from megatron_telechat.training.pulse import PULSE, Activity, Phase
 from megatron_telechat.training.signals import StopRequests
@@ -38,6 +40,10 @@ class StageSequence:
         if watch is not None:
             watch.open_together()
         beginning = self._beginning() if stages.several else None
+        if counts_epochs(stages.stages[0].run):
+            beginning = find_beginning(stages)
+            PULSE.enter(Phase.DATA_INDEX)
+            self._stages = stages = counted_together(stages, beginning.position)
         stage = stages.at(beginning.position) if beginning is not None else stages.stages[0]
         self._trainer: Trainer | None = Trainer(stage.run, stage.origins, requests, stages, beginning)
         self._reports = self._trainer.reports

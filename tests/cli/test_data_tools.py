@@ -124,3 +124,25 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as ended:
         show_sample.main(["--help"])
     assert ended.value.code == 0
+
+
+def test_an_index_of_epochs_gives_the_dry_run_its_steps(flags, tmp_path, capsys):
+    from megatron_telechat.cli.dry_run import report
+    from megatron_telechat.config import load_run_config
+
+    file = write_lines(tmp_path / "more.jsonl", [single("ab", "c" * (n % 9)) for n in range(40)])
+    flags = [*flags, "--train-iters", "0", "--train-epochs", "2", "--data-path", file]
+
+    def described() -> str:
+        return report(load_run_config([*flags, "--dry-run"], {}))
+
+    assert "2 epochs: their steps are known once the data is indexed" in described()
+    assert build_index.main(flags) == EXIT_OK
+    said = capsys.readouterr().out
+    steps = int(re.findall(r"for (\d+) steps", said)[0])
+    assert steps > 10 and f"{4 * steps} samples" in said
+    assert f"  {steps} steps, " in described()
+    assert build_index.main(flags) == EXIT_OK and "there already" in capsys.readouterr().out
+    flags += ["--lr-warmup-iters", str(steps)]
+    assert build_index.main(flags) == EXIT_CONFIG
+    assert f"leaves nothing of lr_decay_iters={steps} (= train_iters)" in capsys.readouterr().err

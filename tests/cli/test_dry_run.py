@@ -16,6 +16,7 @@ from megatron_telechat.config import load_run_config
 from megatron_telechat.config.presets import preset_names
 from megatron_telechat.costs import count_parameters
 from megatron_telechat.errors import ConfigError, DataError
+from tests.data import material
 
 PUBLISHED = {
     "telechat2-3b": (3_070_528_512, 3_070_528_512),
@@ -310,3 +311,15 @@ def test_buffers_of_the_communicators_stand_beside_what_is_allocated(monkeypatch
         "buffers: 2 of HCCL_BUFFSIZE for each of 8 communicators (all ranks, " in text and "experts' exchange" in text
     )
     assert "HCCL_BUFFSIZE" not in plain and "buffers" not in plain.split("memory of a rank")[1].split("steps")[0]
+
+
+def test_epochs_of_text_are_steps_and_frozen_tensors_are_counted(tmp_path):
+    prefix = material.write_dataset(tmp_path / "a", 40)
+    data = ("--data-path", prefix, "--split", "1", "--seq-length", "32", "--global-batch-size", "4")
+    text = dry(*data, "--train-epochs", "3", "--lr-warmup-iters", "0", "--run-dir", str(tmp_path / "run"))
+    tokens = (tmp_path / "a.bin").stat().st_size // 2
+    assert f"  {-(-((3 * tokens - 1) // 32) // 4):,} steps, " in text
+    frozen = dry("--freeze", "embedding.*", "decoder.layers.0-1.*")
+    assert re.search(r"frozen  [\d.]+M of [\d.]+M parameters, \d+ tensors", frozen)
+    with pytest.raises(ConfigError, match="names no tensor of the model"):
+        dry("--freeze", "encoder.*")

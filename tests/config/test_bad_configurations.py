@@ -746,6 +746,14 @@ BAD = [
     case("finetune", "--finetune", "none is given", "--load FOLDER (other than --save)"),
     case("finetune from its own folder", "--finetune --load a --save ./a", "none is given"),
     case("chat template", "--chat-template x", "use --sft-template"),
+    case(
+        "steps and epochs",
+        "--train-iters 10 --train-epochs 1.5",
+        "train_iters=10 and train_epochs=1.5 both give the length of the run",
+        "train_epochs=1.5, but mock_data is a stream without an end",
+        "--train-iters N",
+    ),
+    case("no epoch", "--train-epochs 0", "train_epochs=0.0 is not more than 0"),
     case("fine-tuning on mock data", "--sft", "sft and mock_data contradict each other"),
     case(
         "Megatron's order of mock data",

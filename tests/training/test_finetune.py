@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.chat_material import letters_tokenizer, numbered, write_lines
+from tests.data.chat_material import letters_tokenizer, numbered, single, write_lines
 from tests.harness import run_cases
 from tests.training.worker_finetune import RUNS, STEPS
 
@@ -20,6 +20,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     letters_tokenizer(folder)
     write_lines(folder / "d.jsonl", numbered(120))
+    write_lines(folder / "long.jsonl", [single("q" * 100, "a")])
     done = {}
 
     def of(world: int):
@@ -80,3 +81,25 @@ def test_finetune_begins_with_the_weights_of_load_and_goes_on_from_its_own_folde
 def test_another_mask_is_other_data(runs):
     text = runs(1).check("other_mask_on_resume")[0]
     assert "settings.sft_loss_mask" in text and "--allow-data-change" in text
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_of_epochs_ends_with_them_stops_and_goes_on(runs, world):
+    for found in runs(world).check("epochs"):
+        assert found["codes"] == [0, 0, 0, 0]
+        steps = len(found["whole"])
+        assert found["stopped"] == found["whole"] and steps > STEPS
+        assert found["whole"] == runs(1).check("epochs")[0]["whole"] or world == 2
+        assert found["whole"]["1"][2] == 0.0 and found["whole"]["3"][2] > found["whole"][str(steps)][2], (
+            "warm-up, decay"
+        )
+        # The rest of half an epoch, in batches of half the size.
+        consumed = [record[3] for record in found["longer"].values()]
+        assert consumed[steps - 1] == steps * 8 and consumed[-1] == steps * 8 + (len(consumed) - steps) * 4
+        assert 1.4 < consumed[-1] / (steps * 8) < 1.6
+        assert "train_epochs: 1.0" in found["config"] and "train_iters: 0" in found["config"]
+
+
+def test_a_validation_without_a_dialog_is_none(runs):
+    found = runs(1).check("no_dialog_to_validate_on")[0]
+    assert found["code"] == 0 and found["losses"] == 4 and "valid_loss" not in found["keys"]

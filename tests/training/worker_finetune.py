@@ -3,6 +3,7 @@ begin."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -74,6 +75,60 @@ def run_case(name: str, text: str) -> dict:
         return results_of(trainer)
     finally:
         trainer.release()
+
+
+def command(run: str, *flags: str, base: list[str] | None = None) -> int:
+    """One start of the command, as `train` starts it; the exit code."""
+    from megatron_telechat import parallel
+    from megatron_telechat.backend import get_backend
+    from megatron_telechat.config import load_run_config
+    from megatron_telechat.training.sequence import StageSequence
+    from megatron_telechat.training.signals import StopRequests
+
+    folder = Path(os.environ["FINETUNE_DIR"]) / run
+    base = flags_of(RESETS) if base is None else base
+    loaded = load_run_config([*base, "--train-iters", "0", *flags, "--run-dir", str(folder)], os.environ)
+    requests = StopRequests(folder, watch_files=os.environ["RANK"] == "0")
+    try:
+        return StageSequence(loaded.stages, requests, get_backend(loaded.run.training.device)).fit()
+    finally:
+        parallel.destroy(keep_world=True)
+
+
+def lines_of(run: str) -> list[dict]:
+    path = Path(os.environ["FINETUNE_DIR"]) / run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps_in(run: str) -> dict[str, list]:
+    """What must repeat, by step."""
+    keys = ("loss", "grad_norm", "lr", "consumed_samples")
+    return {str(line["step"]): [line[key] for key in keys] for line in lines_of(run) if "loss" in line}
+
+
+COSINE = ("--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.2")
+
+
+@cases.case
+def epochs() -> dict:
+    """An epoch; stopped on its way and gone on; then one half more; and what was written of its length."""
+    import torch.distributed as dist
+
+    folder = Path(os.environ["FINETUNE_DIR"])
+    world = os.environ.get("WORLD_SIZE", "1")
+    whole, stopped = f"epoch{world}", f"epoch{world}_stopped"
+    codes = [command(whole, *COSINE, "--train-epochs", "1")]
+    codes += [command(stopped, *COSINE, "--train-epochs", "1", "--exit-interval", "3")]
+    codes += [command(stopped, *COSINE, "--train-epochs", "1")]
+    if world != "1":
+        dist.barrier()
+    found = {"codes": codes, "whole": steps_in(whole), "stopped": steps_in(stopped)}
+    codes.append(command(stopped, *COSINE, "--train-epochs", "1.5", "--global-batch-size", "4"))
+    if world != "1":
+        dist.barrier()
+    found["longer"] = steps_in(stopped)
+    found["config"] = (folder / whole / "config.yaml").read_text()
+    return found
 
 
 for _name, _text in RUNS[int(os.environ.get("WORLD_SIZE", "1"))].items():
@@ -163,6 +218,21 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
             return {"started": started, "then": second.step, "load": second.run.checkpoint.load}
         finally:
             second.release()
+
+    @cases.case
+    def no_dialog_to_validate_on() -> dict:
+        """Evaluations that are asked for, on a file whose dialogs are all too long."""
+        folder = Path(os.environ["FINETUNE_DIR"])
+        base = flags_of(RESETS)
+        base[base.index("--data-path")] = "--train-data-path"
+        valid = ("--valid-data-path", str(folder / "long.jsonl"), "--eval-interval", "2")
+        code = command("novalid", *valid, "--train-iters", "4", base=base)
+        lines = lines_of("novalid")
+        return {
+            "code": code,
+            "losses": sum("loss" in line for line in lines),
+            "keys": sorted({*sum(map(list, lines), [])}),
+        }
 
     @cases.case
     def other_mask_on_resume() -> str:

@@ -42,3 +42,5 @@ ALL_RULES: tuple[Rule, ...] = (
     *files.RULES,
     *watch.RULES,
 )
+LENGTH_RULES: tuple[Rule, ...] = (*learning_rate.RULES, experts.names_steps, experts.replay_fits)
+"""Those that read the number of steps, which a length in epochs gives only once the data is counted."""

@@ -48,28 +48,35 @@ def interleaving_fills_the_pipeline(check: Check) -> Iterator[Problem]:
 
 
 def run_has_a_length(check: Check) -> Iterator[Problem]:
-    """A training needs train_iters; a dry run does not."""
-    if check.take("train_iters") == 0 and not check.dry_run:
+    """A training needs train_iters or train_epochs; a dry run does not."""
+    steps, epochs = check.take("train_iters", "train_epochs")
+    if steps == 0 and epochs is None and not check.dry_run:
         yield check.problem(
             "train_iters is 0: there is nothing to train",
             "train_iters",
-            fix="--train-iters N (optimizer steps of the whole run)",
+            fix="--train-iters N (optimizer steps of the whole run), or --train-epochs E (passes over the data)",
         )
 
 
-def samples_or_steps(check: Check) -> Iterator[Problem]:
-    """The length of a run is given in samples or in steps, and the stages of a run count neither in samples."""
-    samples, steps, batch = check.take("train_samples", "train_iters", BATCH)
-    if samples is None:
-        return
-    if check.said_by_person("train_iters"):
-        yield check.problem(
-            f"train_samples={samples} and train_iters={steps} both give the length of the run",
-            "train_samples",
-            "train_iters",
-            fix="keep one of them",
-        )
-    elif check.staged:
+def one_length(check: Check) -> Iterator[Problem]:
+    """The length of a run is given in steps, samples or epochs. The stages of a run count neither samples nor epochs,
+    and epochs need data that has an end."""
+    samples, steps, epochs = check.take("train_samples", "train_iters", "train_epochs")
+    said = {"train_iters": steps if check.said_by_person("train_iters") else 0, "train_samples": samples}
+    said["train_epochs"] = epochs
+    given = {name: value for name, value in said.items() if value}
+    if len(given) > 1:
+        texts = [f"{name}={value:g}" for name, value in given.items()]
+        yield check.problem(f"{' and '.join(texts)} give the length of the run", *given, fix="keep one of them")
+    elif samples is not None:
+        yield from _whole_steps_of_samples(check)
+    elif epochs is not None:
+        yield from _epochs_of_the_data(check)
+
+
+def _whole_steps_of_samples(check: Check) -> Iterator[Problem]:
+    samples, batch = check.take("train_samples", BATCH)
+    if check.staged:
         yield check.problem(
             f"train_samples={samples}: the steps of this run's stages differ",
             "train_samples",
@@ -84,4 +91,21 @@ def samples_or_steps(check: Check) -> Iterator[Problem]:
         )
 
 
-RULES: tuple[Rule, ...] = (samples_or_steps, batch_splits, interleaving_fills_the_pipeline, run_has_a_length)
+def _epochs_of_the_data(check: Check) -> Iterator[Problem]:
+    epochs, mock = check.take("train_epochs", "mock_data")
+    if mock:
+        yield check.problem(
+            f"train_epochs={epochs:g}, but mock_data is a stream without an end",
+            "train_epochs",
+            "mock_data",
+            fix="--train-iters N",
+        )
+    if check.staged:
+        yield check.problem(
+            f"train_epochs={epochs:g} counts samples of one length and batch, and this run has stages",
+            "train_epochs",
+            fix="--train-iters N",
+        )
+
+
+RULES: tuple[Rule, ...] = (batch_splits, interleaving_fills_the_pipeline, run_has_a_length, one_length)

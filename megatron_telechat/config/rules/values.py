@@ -52,7 +52,7 @@ NOT_NEGATIVE = (
 )
 MORE_THAN_ZERO = (
     *("norm_epsilon", "rotary_base", "distributed_timeout_minutes", "exit_duration_in_mins", "lr", "adam_eps"),
-    *("initial_loss_scale", "min_loss_scale", "peak_tflops"),
+    *("initial_loss_scale", "min_loss_scale", "peak_tflops", "train_epochs"),
 )
 BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction")
 """At least 0 and less than 1."""

@@ -10,8 +10,8 @@ import numpy as np
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import Share
 from megatron_telechat.data.chat.dialogs import dialogs_in
-from megatron_telechat.data.chat.files import ChatDataset, encoded, encoding_of, file_digest
-from megatron_telechat.data.chat.packing import ChatSamples, usable_dialogs
+from megatron_telechat.data.chat.files import ChatDataset, encoded, encoded_folder, encoding_of, file_digest
+from megatron_telechat.data.chat.packing import ChatSamples, Usable, usable_dialogs
 from megatron_telechat.data.corpus import Corpus, CorpusSamples, DataFile, EncodingFactory, SourceLegs, share_of
 from megatron_telechat.data.indexed.corpus import IndexedCorpus
 from megatron_telechat.data.pieces import Say
@@ -31,11 +31,19 @@ class ChatCorpus(IndexedCorpus):
         """The folder in the cache, which is named after the whole text and all that encoded it."""
         return self.dialogs.bin_path.parent.name
 
+    def gives_none(self, share: Share) -> str:
+        """A share without a dialog that can be used."""
+        usable = self._usable(share)
+        return "" if usable.dialogs.size else f"{self.dialogs.source} holds {usable.nothing_in(self._length)}"
+
     def size(self, share: Share) -> int:
         """A copy weighs its tokens; its dialogs where each fills a row alone."""
-        row, overlong = self._length + 1, self._settings.sft_overlong
-        usable = usable_dialogs(self.dialogs, share_of(self.dialogs, share), row, overlong)
+        usable = self._usable(share)
         return int(usable.lengths.sum(dtype=np.int64)) if self._settings.sft_packing else usable.dialogs.size
+
+    def _usable(self, share: Share) -> Usable:
+        dialogs = share_of(self.dialogs, share)
+        return usable_dialogs(self.dialogs, dialogs, self._length + 1, self._settings.sft_overlong)
 
     def samples(
         self, split: str, share: Share, once: bool, megatron_for: int | None, legs: SourceLegs
@@ -71,6 +79,11 @@ class ChatFactory(EncodingFactory):
     def open_encoded(self, name: str, run: RunConfig, folder: Path) -> Corpus:
         """Open what rank 0 encoded."""
         return ChatCorpus(folder, name, run)
+
+    def open_if_encoded(self, name: str, run: RunConfig, cache: Path) -> Corpus | None:
+        """Open what a run or `tools/build_index.py` encoded before."""
+        folder = encoded_folder(name, run.data, run.model.vocab_size, cache)
+        return ChatCorpus(folder, name, run) if folder.is_dir() else None
 
     def file_fingerprint(self, name: str) -> dict[str, Any]:
         """Size and digest of the whole file."""

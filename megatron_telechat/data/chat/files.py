@@ -83,6 +83,16 @@ def encoding_of(data: DataConfig, vocab_size: int) -> dict:
     }
 
 
+def encoded_folder(path: str, data: DataConfig, vocab_size: int, cache: Path) -> Path:
+    """Where an encoded file lies in the cache, named after its text and all that decides its tokens.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    parts = {"sha256": file_digest(path), **encoding_of(data, vocab_size)}
+    return cache / ("chat-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20])
+
+
 def encoded(path: str, data: DataConfig, vocab_size: int, cache: Path, say: Say) -> Path:
     """The folder of the encoded file, made if it is not there.
 
@@ -90,15 +100,13 @@ def encoded(path: str, data: DataConfig, vocab_size: int, cache: Path, say: Say)
         DataError: lines that are no dialogs (the first twenty are named), or a tokenizer that does not fit.
         ResourceError: the cache cannot be written.
     """
-    digest = file_digest(path)
-    parts = {"sha256": digest, **encoding_of(data, vocab_size)}
-    final = cache / ("chat-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20])
+    final = encoded_folder(path, data, vocab_size, cache)
     if final.is_dir():
         return final
     partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        _encode_file(path, digest, data, vocab_size, partial, say)
+        _encode_file(path, file_digest(path), data, vocab_size, partial, say)
         os.rename(partial, final)
     except OSError as error:
         if not final.is_dir():  # else another run with the same file was faster

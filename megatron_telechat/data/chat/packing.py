@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,10 @@ from megatron_telechat.errors import DataError
 OPEN_ROWS = 32
 """Rows that wait for a dialog that still fits."""
 _LEAST_ROWS = 1 << 8
+_BEYOND = 1 << 10
+"""Dialogs of the next epoch after which the row that an epoch left open is closed, however short they are."""
+_ALL_ROWS = 1 << 62
+"""More than there are: packing ends with the orders that it is given."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,12 @@ class Usable:
     cut: int
     without_answer: int
     too_long: int
+
+    def nothing_in(self, sequence_length: int) -> str:
+        """Why there is none, after the name of a file that holds … ."""
+        found = "no dialog that can be used"
+        left_out = self.too_long + self.without_answer
+        return f"{found}: {left_out} are too long for --seq-length {sequence_length}" if left_out else found
 
 
 def usable_dialogs(dataset: ChatDataset, dialogs: range, row: int, overlong: str) -> Usable:
@@ -139,13 +151,32 @@ class ChatSamples:
         self.usable = usable_dialogs(dataset, share_of(dataset, share), self.row, data.sft_overlong)
         if not self.usable.dialogs.size:
             raise DataError(
-                f"the {split} split of {dataset.source} holds no dialog that can be used: "
-                f"{self.usable.too_long + self.usable.without_answer} are too long for --seq-length {sequence_length}",
+                f"the {split} split of {dataset.source} holds {self.usable.nothing_in(sequence_length)}",
                 dataset.source,
                 "give it a larger share with --split, more dialogs, or raise --seq-length",
             )
         self._split, self._seed, self._packing = split, seed, data.sft_packing
         self._size = 0
+
+    def samples_in(self, epochs: float, once: bool) -> int:
+        """Rows of so many epochs. Of an epoch that is not whole, that share of the rows that it adds."""
+        whole, part = int(epochs), epochs % 1
+        rows = self._rows_in(whole, once)
+        return rows + math.ceil(round(part * (self._rows_in(whole + 1, once) - rows), 9)) if part else rows
+
+    def _rows_in(self, whole: int, once: bool) -> int:
+        """The first rows that hold all dialogs of so many epochs; where another follows, a few of its dialogs fill the
+        row that was left open."""
+        count = self.usable.dialogs.size
+        if not whole:
+            return 0
+        if once:
+            return len(pack(self.usable.lengths, self.row, epochs(count, self._seed, self._split), None, self._packing))
+        first = enumerate(islice(epochs(count, self._seed, self._split), whole + 1))
+        # Numbered through, so that the same dialog in the next epoch is told from it.
+        orders = (order[: count if epoch < whole else _BEYOND] + epoch * count for epoch, order in first)
+        rows = pack(np.tile(self.usable.lengths, whole + 1), self.row, orders, _ALL_ROWS, self._packing)
+        return 1 + max(at for at, row in enumerate(rows) if min(row) < whole * count)
 
     def require(self, size: int | None, index: IndexFolder, name: str) -> None:
         """Make the first ``size`` rows readable, reading the dialogs again as often as it takes.

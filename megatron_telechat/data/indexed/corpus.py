@@ -45,6 +45,10 @@ class IndexedCorpus:
         sequences = share_of(self.dataset, share)
         return int(self.dataset.sequence_lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
 
+    def gives_none(self, share: Share) -> str:
+        """Nothing: an empty share of text is an error."""
+        return ""
+
     def size(self, share: Share) -> int:
         """A copy weighs its tokens."""
         return self.tokens_in(share)

@@ -226,6 +226,10 @@ class IndexedSamples:
         self._folders: list[Path] = []
         self._opened: dict[int, tuple[np.ndarray, ...]] = {}
 
+    def samples_in(self, epochs: float, once: bool) -> int:
+        """Whole samples of the tokens of so many epochs laid end to end."""
+        return self._shape.whole(int(epochs * self.tokens_per_epoch))
+
     def require(self, size: int | None, index: IndexFolder, name: str) -> None:
         """See `data.corpus.CorpusSamples`."""
         of_one = self._shape.samples_in(1 if self._shape.endless else 0)
