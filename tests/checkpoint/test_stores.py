@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import uuid
@@ -171,7 +172,7 @@ def test_a_large_file_goes_up_in_parts(place, monkeypatch):
     with store_of(folder).create(folder / "large") as sink:
         sink.write(memoryview(data))
     assert store_of(folder).read(folder / "large") == data
-    assert "-3" in fs(folder).info(str(folder / "large"))["ETag"], "the tag of three parts"
+    assert re.search(r"-\d", fs(folder).info(str(folder / "large"))["ETag"]), "the tag of an upload in parts"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -346,7 +347,7 @@ def test_a_listing_that_lags_behind_deletes_nothing_and_hides_no_file(place, kin
     with monkeypatch.context() as patched:
         # And the other way round: a look that lags behind the listing deletes nothing.
         def missing(url, **options):
-            if url.endswith(MANIFEST):
+            if str(url).endswith(MANIFEST):
                 raise FileNotFoundError(url)
             return original(url, **options)
 

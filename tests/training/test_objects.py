@@ -102,7 +102,3 @@ def test_a_second_run_folder_is_refused(environment, tmp_path):
     assert done.returncode == 0, done.stderr
     done = command(environment, *second, *save)
     assert done.returncode == 4 and f"belongs to the run folder {tmp_path}/first" in done.stderr, done.stderr
-    done = command(environment, *second, *save, "--steal-lock", "--train-iters", "3")
-    assert done.returncode == 0 and "stolen" in done.stderr, done.stderr
-    done = command(environment, *first, *save)
-    assert done.returncode == 4, "and the first one is no longer the owner"
