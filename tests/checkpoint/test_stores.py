@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
 import sys
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,13 +20,14 @@ from megatron_telechat.checkpoint import CheckpointReader, CheckpointWriter, lat
 from megatron_telechat.checkpoint.commit import begin, clean_leftovers
 from megatron_telechat.checkpoint.folders import committed_folders, folders_aside
 from megatron_telechat.checkpoint.lineage import Branch, folder_of_step, look_at, saved_in
-from megatron_telechat.checkpoint.names import MANIFEST
+from megatron_telechat.checkpoint.names import MANIFEST, FileEntry
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.owner import OWNER, claim_store, require_owner
 from megatron_telechat.checkpoint.ranged import RangedFile
 from megatron_telechat.checkpoint.retention import prune
-from megatron_telechat.checkpoint.stores import ObjectStore, objects, store_of
+from megatron_telechat.checkpoint.stores import ObjectStore, objects, posix, store_of
 from megatron_telechat.checkpoint.verify import check_together
+from megatron_telechat.checkpoint.writer_process import FileImage, write_images
 from megatron_telechat.cli.convert_checkpoint import main as convert
 from megatron_telechat.cli.inspect_checkpoint import main as inspect
 from megatron_telechat.cli.verify_checkpoint import main as verify
@@ -188,6 +191,36 @@ def test_a_write_that_fails_leaves_no_file_that_looks_whole(place, kind):
         raise ZeroDivisionError
     clean_leftovers(root)
     assert committed_folders(root) == [] and store_of(root).files(root) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_process_beside_a_rank_says_what_a_store_says(place, kind, tmp_path, monkeypatch):
+    """Its shared memory can be closed after the error, and a whole file is as it was in memory."""
+    folder = begin(place(kind), 1).temporary
+    memory = os.memfd_create("test")
+    data = random.Random(4).randbytes(9 << 20)
+    os.write(memory, data)
+    entry = write_images(memory, [FileImage(folder / "whole", 0, len(data))])["whole"]
+    assert store_of(folder).read(folder / "whole") == data
+    assert entry == FileEntry(len(data), f"{zlib.crc32(data):08x}")
+
+    class Full:
+        def write(self, part):
+            raise OSError(28, "No space left on device")
+
+        def fileno(self):
+            return memory
+
+        def close(self):
+            pass
+
+    if kind == "posix":
+        monkeypatch.setattr(posix, "open", lambda *args, **options: Full(), raising=False)
+    else:
+        monkeypatch.setattr(fs(folder), "open", lambda *args, **options: Full())
+    with pytest.raises((OSError, ResourceError), match="No space left on device"):
+        write_images(memory, [FileImage(folder / "half", 0, len(data))])
+    os.close(memory)
 
 
 # ---- damage -----------------------------------------------------------------------------------
@@ -419,10 +452,7 @@ def test_what_is_wrong_with_a_store_is_said(server, monkeypatch):
     stores._objects.cache_clear()
 
 
-POINTS = ("new", "branch")
-
-
-@pytest.mark.parametrize("scenario", POINTS)
+@pytest.mark.parametrize("scenario", ["new", pytest.param("branch", marks=pytest.mark.slow)])
 def test_a_save_killed_before_any_request_leaves_a_whole_checkpoint(server, scenario, tmp_path):
     """SIGKILL before each request that changes the store, retention included."""
     worker = Path(__file__).with_name("worker_killed_objects.py")

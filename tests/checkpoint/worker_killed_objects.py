@@ -98,6 +98,13 @@ def trunk(root: Url, scenario: str) -> None:
         save(root, step, float(step), branch)
 
 
+def copy(source: Url, target: Url) -> None:
+    store = store_of(source)
+    assert isinstance(store, ObjectStore)
+    for name in store.files(source):
+        store._fs.copy(str(source / name), str(target / name))
+
+
 def rubbish(root: Url) -> list[str]:
     """Files of no checkpoint."""
     store = store_of(root)
@@ -110,13 +117,14 @@ def rubbish(root: Url) -> list[str]:
 def main() -> None:
     base, scenario = location(sys.argv[1]), sys.argv[2]
     assert isinstance(base, Url)
-    trunk(base / "whole", scenario)
+    trunk(base / "trunk", scenario)
+    copy(base / "trunk", base / "whole")
     lived, made = attempt(base / "whole", scenario, -1)
     assert lived
     manifest_is = next(number for number, call in enumerate(made) if call.endswith(MANIFEST))
     for number in range(len(made) + 1):
         root = base / str(number)
-        trunk(root, scenario)
+        copy(base / "trunk", root)
         lived, _ = attempt(root, scenario, number)
         assert lived == (number == len(made))
         newest = latest_checkpoint(root)

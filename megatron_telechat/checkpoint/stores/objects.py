@@ -359,7 +359,8 @@ class ObjectSink:
         """The next bytes. Raises ResourceError."""
         with _asked(self._url, "write"):
             for start in range(0, len(data), _CHUNK_BYTES):
-                self._stream.write(data[start : start + _CHUNK_BYTES])
+                with data[start : start + _CHUNK_BYTES] as part:  # released also where an error keeps this frame
+                    self._stream.write(part)
 
     def _discard(self) -> None:
         """Leave nothing: a stream that is only closed would put what it has."""

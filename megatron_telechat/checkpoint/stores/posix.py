@@ -228,10 +228,13 @@ class FileSink:
 
     def write(self, data: memoryview) -> None:
         """The next bytes. Raises OSError, also where an earlier part does not reach the disk."""
-        while data:
-            count = self._stream.write(data[:_CHUNK_BYTES])
+        position = 0
+        while position < len(data):
+            # Released here: an error that keeps this frame must not keep shared memory from being closed.
+            with data[position : position + _CHUNK_BYTES] as part:
+                count = self._stream.write(part)
             assert count is not None  # of a file that does not block
-            data = data[count:]
+            position += count
             self._written(count)
 
     def _written(self, count: int) -> None:
