@@ -48,7 +48,8 @@ def test_a_run_goes_on_from_a_store_bitwise(report):
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("mode", [pytest.param("async"), pytest.param("sync", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["async", "sync"])
 def test_a_killed_run_goes_on_bitwise(report, environment, mode):
     report.check("the_same_as_on_a_file_system")
     run = f"killed_{mode}"
@@ -95,6 +96,7 @@ def test_the_dry_run_says_where_a_run_goes_on_and_what_is_wrong(environment, tmp
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 def test_a_second_run_folder_is_refused(environment, tmp_path):
     save = ("--save", f"s3://{BUCKET}/owned")
     first, second = (("--run-dir", str(tmp_path / name)) for name in ("first", "second"))
