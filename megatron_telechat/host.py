@@ -15,6 +15,7 @@ the start of each attempt."""
 
 _SHARED_MEMORY = Path("/dev/shm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CGROUP = Path("/sys/fs/cgroup")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,6 +29,22 @@ def boot_id() -> str:
     with contextlib.suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return ""
+
+
+def available_bytes() -> int:
+    """Host memory that this process could still get: of the machine, and of its control group if that has a limit."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((_CGROUP / "memory.current").read_text())
+            stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass  # no control group of this kind: the machine alone limits
+    return max(free, 0)
 
 
 class EndWithParent:

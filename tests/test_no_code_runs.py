@@ -91,8 +91,8 @@ def forge(path: Path, file: str) -> None:
     import zlib
     from dataclasses import replace
 
-    from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
-    from megatron_telechat.checkpoint.names import FileEntry
+    from megatron_telechat.checkpoint.manifest import read_manifest
+    from megatron_telechat.checkpoint.names import MANIFEST, FileEntry
 
     manifest, data = read_manifest(path), (path / file).read_bytes()
     entry = FileEntry(len(data), f"{zlib.crc32(data):08x}")

@@ -39,6 +39,7 @@ from megatron_telechat.checkpoint.train_state import (
 from megatron_telechat.checkpoint.verify import remember_files
 from megatron_telechat.checkpoint.writer_process import WriterProcess, write_images
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState
 
@@ -68,7 +69,7 @@ class CommittedSave:
     """
 
     step: int
-    folder: Path
+    folder: Location
     seconds: float
     blocked_s: float
 
@@ -107,7 +108,7 @@ class AsynchronousSaves:
         """Whether a save has begun and is not committed yet; the same on all ranks."""
         return self._save is not None
 
-    def begin(self, root: Path, state: TrainState, run: RunConfig, started_s: float) -> None:
+    def begin(self, root: Location, state: TrainState, run: RunConfig, started_s: float) -> None:
         """Begin a save; a collective over all ranks. None may be under way (`finish`).
 
         With overlap_param_gather the parameters must have been gathered before. Tensors of the state must not change
@@ -235,7 +236,8 @@ class AsynchronousSaves:
         try:
             return self._writer.result()
         except OSError as error:
-            raise disk_error(Path(error.filename or save.begun.attempt.temporary), error) from error
+            place = Path(error.filename) if error.filename else save.begun.attempt.temporary
+            raise disk_error(place, error) from error
 
     def _hand_parts_over(self, save: _UnderWay) -> None:
         """All ranks have written: rank 0 gets their parts and lets its process commit them. Collective."""

@@ -11,10 +11,11 @@ import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+
+from megatron_telechat.checkpoint.stores import store_of
+from megatron_telechat.locations import Location
 
 _PIECE_BYTES = 32 << 20
-_READ_BYTES = 1 << 20  # stays in a core's cache between the read and the sum
 _MAX_THREADS = 8
 _POLYNOMIAL = 0xEDB88320
 
@@ -56,12 +57,12 @@ def default_threads() -> int:
     return max(2, min(_MAX_THREADS, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
 
 
-def crc32_of_files(files: Sequence[tuple[Path, int]], threads: int | None = None) -> list[str | OSError]:
+def crc32_of_files(files: Sequence[tuple[Location, int]], threads: int | None = None) -> list[str | OSError]:
     """CRC-32 of each file, 8 hex digits as a manifest keeps it, or the error that its reading met.
 
     Args:
         files: paths, and how many bytes of each are summed; a file that ends earlier gives the sum of what is there.
-        threads: unset: `default_threads`. Each holds 1 MiB.
+        threads: unset: `default_threads`. Each holds 1 MiB, of an object store a piece (32 MiB).
     """
     pieces = [
         (number, start, min(_PIECE_BYTES, size - start))
@@ -80,25 +81,11 @@ def crc32_of_files(files: Sequence[tuple[Path, int]], threads: int | None = None
     return [errors.get(number, f"{value:08x}") for number, value in enumerate(out)]
 
 
-def crc32_of(path: Path) -> str:
-    """CRC-32 of a whole file, 8 hex digits. Raises OSError."""
-    (found,) = crc32_of_files([(path, path.stat().st_size)])
-    if isinstance(found, OSError):
-        raise found
-    return found
-
-
-def _crc32_of_piece(path: Path, start: int, length: int) -> int | OSError:
-    value, view = 0, memoryview(bytearray(min(_READ_BYTES, length)))
+def _crc32_of_piece(path: Location, start: int, length: int) -> int | OSError:
+    value = 0
     try:
-        with open(path, "rb", buffering=0) as stream:
-            stream.seek(start)
-            while length:
-                count = stream.readinto(view[: min(length, len(view))])
-                if not count:
-                    break
-                value = zlib.crc32(view[:count], value)
-                length -= count
+        for piece in store_of(path).pieces(path, start, length):
+            value = zlib.crc32(piece, value)
     except OSError as error:
         return error
     return value

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint.companions import carry_companions
+from megatron_telechat.checkpoint.folders import committed_folders
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
-from megatron_telechat.checkpoint.names import committed_folders
 from megatron_telechat.checkpoint.parts import Part, merge_parts
 from megatron_telechat.checkpoint.retention import prune
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.checkpoint.verify import remember_manifest
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
+from megatron_telechat.locations import Location, location
 
 Written = tuple[Part, dict[str, Any] | None]
 """What one rank has written, and the scalars of its optimizer."""
@@ -49,11 +50,11 @@ class CommitRecord:
     data_fingerprint: Mapping[str, Any] | None
     extra: Mapping[str, Any]
     lineage: Mapping[str, Any]
-    resumed_from: Path | None
+    resumed_from: Location | None
     require_writable: Callable[[], None] = always_writable
 
 
-def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record: CommitRecord) -> Path:
+def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record: CommitRecord) -> Location:
     """Merge the parts, commit the folder and remove what is beyond --keep-last; by one process, without the ranks.
 
     Raises ResourceError, CheckpointError, or what the record raises.
@@ -101,10 +102,11 @@ def _merged_scalars(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
     return {"step": steps[0] if steps else 0, "grad_scaler": scaler}
 
 
-def _companion_source(root: Path, run: RunConfig) -> Path | None:
+def _companion_source(root: Location, run: RunConfig) -> Location | None:
     """Where the Hugging Face files of this model's origin lie: a newer checkpoint of the run, or its first weights."""
     folders = [path for _, path in reversed(committed_folders(root))]
     first = run.checkpoint.pretrained_checkpoint
     if first:
-        folders += [Path(first), *(path for _, path in reversed(committed_folders(Path(first))))]
-    return next((path / COMPANIONS for path in folders if (path / COMPANIONS).is_dir()), None)
+        place = location(first)
+        folders += [place, *(path for _, path in reversed(committed_folders(place)))]
+    return next((path / COMPANIONS for path in folders if store_of(path).is_folder(path / COMPANIONS)), None)

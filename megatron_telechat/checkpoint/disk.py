@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import zlib
 from pathlib import Path
 
-from megatron_telechat.checkpoint.names import FileEntry
 from megatron_telechat.errors import ResourceError
+from megatron_telechat.locations import Location, Url
 
 FREE_SPACE_FACTOR = 1.2
 
 
-def disk_error(path: Path, error: OSError) -> ResourceError:
+def disk_error(path: Location, error: OSError) -> ResourceError:
     """The ResourceError of a write that failed: names ``path`` and the system's reason."""
     return ResourceError(
         f"cannot write: {error.strerror or error}",
@@ -23,8 +22,8 @@ def disk_error(path: Path, error: OSError) -> ResourceError:
     )
 
 
-def write_bytes(path: Path, data: bytes) -> FileEntry:
-    """Write a new small file and fsync it."""
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new small file and fsync it. Raises ResourceError."""
     try:
         with open(path, "xb") as stream:
             stream.write(data)
@@ -32,7 +31,6 @@ def write_bytes(path: Path, data: bytes) -> FileEntry:
             os.fsync(stream.fileno())
     except OSError as error:
         raise disk_error(path, error) from error
-    return FileEntry(len(data), f"{zlib.crc32(data):08x}")
 
 
 def fsync_folder(path: Path) -> None:
@@ -44,11 +42,14 @@ def fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def require_free_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse before the first byte. ``needed_bytes`` is what will be written, without the margin.
+def require_free_space(folder: Location, needed_bytes: int) -> None:
+    """Refuse before the first byte. ``needed_bytes`` is what will be written, without the margin. An object store has
+    no end that could be asked for.
 
     Raises ResourceError when less than 1.2 times that is free.
     """
+    if isinstance(folder, Url):
+        return
     free = shutil.disk_usage(folder).free
     wanted = int(FREE_SPACE_FACTOR * needed_bytes)
     if free < wanted:

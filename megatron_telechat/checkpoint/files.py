@@ -1,4 +1,4 @@
-"""Bytes on disk: a streaming safetensors writer with checksum and fsync.
+"""Files of tensors: a streaming safetensors writer with checksum, and what reads them.
 
 The safetensors package writes a file from tensors that are all in memory; here each
 tensor is brought to the host when its turn comes, and the checksum is taken on the way.
@@ -7,24 +7,23 @@ tensor is brought to the host when its turn comes, and the checksum is taken on 
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import RawIOBase
-from pathlib import Path
+from itertools import chain
+from typing import Any
 
 import torch
 
 from megatron_telechat.checkpoint.disk import disk_error
 from megatron_telechat.checkpoint.names import DTYPE_TAGS, RESTORE_OR_OTHER, FileEntry
+from megatron_telechat.checkpoint.ranged import RangedFile
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.errors import CheckpointError
-
-_CHUNK_BYTES = 16 << 20
-_SYNC_BYTES = 128 << 20
+from megatron_telechat.locations import Location, Url
 
 # name in a manifest -> (torch dtype, name in a safetensors header)
 DTYPES: Mapping[str, tuple[torch.dtype, str]] = {name: (getattr(torch, name), tag) for name, tag in DTYPE_TAGS.items()}
@@ -72,20 +71,19 @@ def lazy(name: str, tensor: torch.Tensor) -> LazyTensor:
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] | None = None
+    path: Location, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> FileEntry:
-    """Write a new safetensors file, one tensor in host memory at a time, and fsync it.
+    """Write a new safetensors file, one tensor in host memory at a time; it is durable then.
 
     Raises ResourceError when the disk is full, read-only or failing, or the file exists.
     """
     prefix = safetensors_prefix(path.name, tensors, metadata)
     try:
-        with open(path, "xb", buffering=0) as stream, _BesideTheWrite(stream.fileno()) as beside:
-            _write(stream, memoryview(prefix), beside)
-            for tensor in tensors:
-                _write(stream, _bytes_of(tensor), beside)
+        with store_of(path).create(path) as sink, _SumBeside() as beside:
+            for data in chain((memoryview(prefix),), map(_bytes_of, tensors)):
+                beside.add(data)
+                sink.write(data)
             checksum = beside.finish()
-            os.fsync(stream.fileno())
     except OSError as error:
         raise disk_error(path, error) from error
     return FileEntry(len(prefix) + sum(tensor.nbytes for tensor in tensors), f"{checksum:08x}")
@@ -111,53 +109,29 @@ def safetensors_prefix(
     return struct.pack("<Q", len(head)) + head
 
 
-def _write(stream: RawIOBase, data: memoryview, beside: _BesideTheWrite) -> None:
-    beside.add(data)
-    while data:
-        count = stream.write(data[:_CHUNK_BYTES])
-        assert count is not None  # of a file that does not block
-        data = data[count:]
-        beside.written(count)
+class _SumBeside:
+    """The checksum of a file, in another thread while one writes it; it lets go of the interpreter's lock. At most two
+    tensors are kept for it."""
 
-
-class _BesideTheWrite:
-    """What another thread does while one writes a file: its checksum, and bringing what is written to the disk.
-
-    Both let go of the interpreter's lock. At most two tensors are kept for the checksum.
-    """
-
-    def __init__(self, handle: int):
-        self._handle = handle
-        self._sums, self._syncs = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._value, self._unsynced = 0, 0
+    def __init__(self) -> None:
+        self._pool, self._value = ThreadPoolExecutor(1), 0
         self._summing: deque[Future] = deque()
-        self._syncing: Future | None = None
 
-    def __enter__(self) -> _BesideTheWrite:
+    def __enter__(self) -> _SumBeside:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._sums.shutdown()
-        self._syncs.shutdown()
+        self._pool.shutdown()
 
     def add(self, data: memoryview) -> None:
         """The next bytes of the file; they must not change before `finish`."""
         while len(self._summing) > 1:
             self._summing.popleft().result()
-        self._summing.append(self._sums.submit(self._sum, data))
-
-    def written(self, count: int) -> None:
-        """So many bytes were handed to the system. Raises OSError where an earlier part does not reach the disk."""
-        self._unsynced += count
-        if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
-            if self._syncing is not None:
-                self._syncing.result()
-            self._unsynced = 0
-            self._syncing = self._syncs.submit(os.fsync, self._handle)
+        self._summing.append(self._pool.submit(self._sum, data))
 
     def finish(self) -> int:
-        """The CRC-32 of all bytes. Raises OSError as `written` does."""
-        for one in (*self._summing, *((self._syncing,) if self._syncing is not None else ())):
+        """The CRC-32 of all bytes."""
+        for one in self._summing:
             one.result()
         return self._value
 
@@ -173,6 +147,18 @@ def _bytes_of(tensor: LazyTensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # pyright: ignore[reportArgumentType]
 
 
-def read_file_error(path: Path, error: Exception, fix: str = RESTORE_OR_OTHER) -> CheckpointError:
+def open_tensors(path: Location) -> Any:
+    """A safetensors file to read slices of; what it offers is that of ``safetensors.safe_open`` and `RangedFile`.
+
+    Raises an error of the library, of the store, or ValueError.
+    """
+    if isinstance(path, Url):
+        return RangedFile(lambda start, stop: store_of(path).read(path, start, stop))
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt")
+
+
+def read_file_error(path: Location, error: Exception, fix: str = RESTORE_OR_OTHER) -> CheckpointError:
     """The CheckpointError of a file that cannot be opened or read; ``fix`` where no checkpoint is meant."""
     return CheckpointError(f"cannot read the file: {error}", where=str(path), fix=fix)

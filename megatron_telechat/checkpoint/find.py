@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from megatron_telechat.checkpoint.folders import committed_folders
 from megatron_telechat.checkpoint.format import CheckpointReader
-from megatron_telechat.checkpoint.lineage import live, readable
-from megatron_telechat.checkpoint.manifest import MANIFEST
-from megatron_telechat.checkpoint.names import committed_folders, folder_of_step
+from megatron_telechat.checkpoint.lineage import folder_of_step, live, readable
+from megatron_telechat.checkpoint.names import MANIFEST
 from megatron_telechat.checkpoint.optimizer_state import MASTER
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.checkpoint.verify import read_sound_manifest
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import run_config_from_yaml
 from megatron_telechat.errors import CheckpointError, ConfigError, Problem
+from megatron_telechat.locations import Location, location
 from megatron_telechat.tensors.table import tensor_table
 
 _SHOWN = 8
@@ -24,19 +25,19 @@ _SHOWN = 8
 log = logging.getLogger(__name__)
 
 
-def latest_checkpoint(root: Path) -> Path | None:
+def latest_checkpoint(root: Location | str) -> Location | None:
     """The newest checkpoint under ``root`` whose manifest and file sizes are right, None where nothing was saved;
     what a run loads is read whole before (`opening.open_verified`).
 
     ``root`` may also be one checkpoint. Raises CheckpointError when there are checkpoints but
     every one is damaged: a run must not begin anew over them.
     """
-    return find_checkpoint(Path(root))[0]
+    return find_checkpoint(location(root))[0]
 
 
-def find_checkpoint(root: Path, step: int | None = None) -> tuple[Path | None, tuple[str, ...]]:
+def find_checkpoint(root: Location, step: int | None = None) -> tuple[Location | None, tuple[str, ...]]:
     """(folder, what had to be passed over). See :func:`latest_checkpoint`."""
-    if (root / MANIFEST).is_file():
+    if store_of(root).is_file(root / MANIFEST):
         _open(root)
         return root, ()
     if step is not None:
@@ -59,18 +60,18 @@ def find_checkpoint(root: Path, step: int | None = None) -> tuple[Path | None, t
     return None, ()
 
 
-def _open(folder: Path) -> None:
+def _open(folder: Location) -> None:
     """Check the manifest and the sizes of all files. Raises CheckpointError."""
     CheckpointReader(folder, manifest=read_sound_manifest(folder))
 
 
-def candidates(root: Path) -> list[Path]:
+def candidates(root: Location) -> list[Location]:
     """What a load tries, in this order: the lineage, newest first; among it, by their steps, those whose manifests say
     nothing, which a reader must hear of."""
     known = readable(root)
     told = {saved.path for saved in known}
     mute = [(step, path) for step, path in reversed(committed_folders(root)) if path not in told]
-    out: list[Path] = []
+    out: list[Location] = []
     for saved in live(known)[::-1]:
         while mute and mute[0][0] > saved.step:
             out.append(mute.pop(0)[1])

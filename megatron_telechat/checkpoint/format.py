@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from megatron_telechat.checkpoint.files import (
     dtype_named,
     dtype_of_tag,
     lazy,
+    open_tensors,
     read_file_error,
     write_safetensors,
 )
@@ -30,8 +30,10 @@ from megatron_telechat.checkpoint.lineage import Branch, look_at
 from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, read_manifest, usual_name
 from megatron_telechat.checkpoint.names import RESTORE_OR_OTHER
 from megatron_telechat.checkpoint.parts import Part, merge_parts
-from megatron_telechat.checkpoint.verify import RANK, SAVE, STEP, check_files, size_fault
-from megatron_telechat.errors import CheckpointError
+from megatron_telechat.checkpoint.stores import store_of
+from megatron_telechat.checkpoint.verify import RANK, SAVE, STEP, check_files
+from megatron_telechat.errors import CheckpointError, UserError
+from megatron_telechat.locations import Location, location
 from megatron_telechat.tensors.boxes import Box, intersect, whole
 
 MAX_FILE_BYTES = 4 << 30
@@ -53,7 +55,7 @@ class PartWriter:
         attempt: protocol.Attempt,
         rank: int,
         max_file_bytes: int = MAX_FILE_BYTES,
-        write_file: Callable[[Path, Sequence[LazyTensor], Mapping[str, str]], FileEntry] = write_safetensors,
+        write_file: Callable[[Location, Sequence[LazyTensor], Mapping[str, str]], FileEntry] = write_safetensors,
     ):
         self._folder = attempt.temporary
         self._rank = rank
@@ -131,7 +133,7 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        root: Path,
+        root: Location | str,
         *,
         step: int,
         config: str,
@@ -140,16 +142,16 @@ class CheckpointWriter:
         branch: Branch | None = None,
     ):
         self._branch = branch
-        self._attempt = protocol.begin(Path(root), step)
+        self._attempt = protocol.begin(location(root), step)
         self._writer = PartWriter(self._attempt, 0, max_file_bytes)
         self._config = config
         self.extra: dict[str, Any] = dict(extra or {})
         self.files: dict[str, FileEntry] = {}
-        self.path: Path | None = None
+        self.path: Location | None = None
 
     @property
-    def folder(self) -> Path:
-        """The temporary folder, for companion files; list them in ``files``."""
+    def folder(self) -> Location:
+        """Where the files are written, for companion files; list them in ``files``."""
         return self._attempt.temporary
 
     def add(self, key: str, global_shape: Sequence[int], offset: Sequence[int], tensor: torch.Tensor) -> None:
@@ -195,8 +197,14 @@ class CheckpointReader:
         manifest: that of ``path``, where it was read and checked already.
     """
 
-    def __init__(self, path: Path, verify: bool = False, check_sizes: bool = True, manifest: Manifest | None = None):
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: Location | str,
+        verify: bool = False,
+        check_sizes: bool = True,
+        manifest: Manifest | None = None,
+    ):
+        self.path = location(path)
         self.manifest = read_manifest(self.path) if manifest is None else manifest
         self._open: OrderedDict[str, Any] = OrderedDict()
         if check_sizes:
@@ -221,6 +229,7 @@ class CheckpointReader:
     def close(self) -> None:
         """Close the files; a later read opens what it needs again."""
         self._open.clear()
+        store_of(self.path).release(self.path)
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype that ``key`` is stored in. Raises KeyError where there is no such tensor."""
@@ -275,7 +284,7 @@ class CheckpointReader:
                     fix=RESTORE_OR_OTHER,
                 )
             return view[box.slices(stored.box.offset)]
-        except CheckpointError:
+        except UserError:
             raise
         except Exception as error:  # safetensors raises its own type, OSError and, for odd headers, others
             raise read_file_error(path, error) from error
@@ -284,13 +293,13 @@ class CheckpointReader:
         if name in self._open:
             self._open.move_to_end(name)
             return self._open[name]
-        from safetensors import safe_open
-
-        fault = size_fault(self.path / name, self.manifest.files[name])
+        fault = store_of(self.path).faults(self.path, {name: self.manifest.files[name]}).get(name)
         if fault:
             raise CheckpointError(fault, where=str(self.path / name), fix=RESTORE_OR_OTHER)
         try:
-            handle = safe_open(self.path / name, framework="pt")
+            handle = open_tensors(self.path / name)
+        except UserError:
+            raise
         except Exception as error:
             raise read_file_error(self.path / name, error) from error
         self._open[name] = handle

@@ -10,19 +10,22 @@ part of manifests only, without torch.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from megatron_telechat.checkpoint.manifest import MANIFEST, is_sound_head, read_manifest
-from megatron_telechat.checkpoint.names import aside_name, committed_folders, folders_aside, is_replaced, step_of
+from megatron_telechat.checkpoint.folders import committed_folders, folders_aside
+from megatron_telechat.checkpoint.manifest import is_sound_head, read_manifest
+from megatron_telechat.checkpoint.names import MANIFEST, is_replaced, step_of
+from megatron_telechat.checkpoint.stores import Signature, store_of
 from megatron_telechat.errors import CheckpointError
+from megatron_telechat.locations import Location
 
 _HEAD = ("digest", "step", "consumed_samples", "config", "optimizer", "data_fingerprint", "extra", "lineage", "save")
 _BEHIND_THE_HEAD = ("rng", "files", "tensors")
+_SHORT_HEAD_BYTES = 64 << 10
 _HEAD_BYTES = 4 << 20
+_heads: dict[str, tuple[Signature, dict[str, Any]]] = {}
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Lineage:
 class Saved:
     """A checkpoint, as the first part of its manifest describes it."""
 
-    path: Path
+    path: Location
     step: int
     digest: str
     lineage: Lineage
@@ -88,7 +91,7 @@ class Saved:
         return self.lineage.number, self.step
 
 
-def look_at(folder: Path) -> Saved:
+def look_at(folder: Location) -> Saved:
     """What a checkpoint says of itself, from the first part of its manifest: quick for any number of ranks, but not
     verified.
 
@@ -110,20 +113,29 @@ def look_at(folder: Path) -> Saved:
         ) from error
 
 
-def _head(path: Path) -> dict[str, Any]:
-    """The values that stand before the lists of files and tensors; {} where the file does not begin like a manifest."""
-    if path.is_symlink() or not path.is_file():
+def _head(path: Location) -> dict[str, Any]:
+    """The values that stand before the lists of files and tensors; {} where the file does not begin like a manifest.
+
+    Of a store where each look is a request they are kept until the manifest changes.
+    """
+    store, key = store_of(path), str(path)
+    signature = store.signature(path) if store.remote else None
+    if signature is not None and _heads.get(key, (None, {}))[0] == signature:
+        return _heads[key][1]
+    if store.is_link(path) or not store.is_file(path):
         read_manifest(path.parent)  # raises
     try:
-        with open(path, "rb") as stream:
-            head = stream.read(_HEAD_BYTES)
-            found = _values(head.decode(errors="ignore"))
-            # A blend of very many files makes a long fingerprint.
-            return found or _values((head + stream.read()).decode(errors="ignore"))
+        found: dict[str, Any] = {}
+        # A blend of very many files makes a long fingerprint.
+        for count in (_SHORT_HEAD_BYTES, _HEAD_BYTES, None):
+            found = found or _values(store.read(path, 0, count).decode(errors="ignore"))
     except OSError as error:
         raise CheckpointError(
             f"no readable {MANIFEST}: {error.strerror or error}", str(path.parent), "restore it from a copy"
         ) from error
+    if signature is not None:
+        _heads[key] = signature, found
+    return found
 
 
 def _values(text: str) -> dict[str, Any]:
@@ -145,13 +157,13 @@ def _skip(text: str, at: int, blanks: str) -> int:
     return at
 
 
-def saved_in(root: Path) -> list[Saved]:
+def saved_in(root: Location) -> list[Saved]:
     """The checkpoints of a folder whose manifests can be read, oldest save first; those of branches that were left are
     not among them."""
     return live(readable(root))
 
 
-def readable(root: Path) -> list[Saved]:
+def readable(root: Location) -> list[Saved]:
     """The checkpoints of a folder whose manifests can be read and are of the step that their folder is named after, by
     step."""
     found = []
@@ -177,37 +189,47 @@ def live(found: Sequence[Saved]) -> list[Saved]:
     return kept[::-1]
 
 
-def set_aside(root: Path, identifier: str) -> list[Path]:
-    """Rename what branches left behind: the trunk after a roll-back, and the folder that a save of the same step
+def set_aside(root: Location, identifier: str) -> list[Location]:
+    """Set aside what branches left behind: the trunk after a roll-back, and the folder that a save of the same step
     replaced.
 
     A branch is the newer one from the commit of its first save on, by its number; so this may be cut off anywhere and
-    is done again by the next save. Nothing is deleted. Returns the new names.
+    is done again by the next save. Nothing is deleted. Returns where they lie now.
     """
-    kept = {saved.path for saved in saved_in(root)}
-    left = [saved.path for saved in readable(root) if saved.path not in kept]
+    found, store = readable(root), store_of(root)
+    kept = {saved.path for saved in live(found)}
+    left = [saved.path for saved in found if saved.path not in kept]
     there = {path.name for _, path in committed_folders(root)}
     left += [
-        path
-        for path in sorted(root.iterdir())
-        if is_replaced(path) and path.name not in there and not path.is_symlink()
+        path for path in store.folders(root) if is_replaced(path) and path.name not in there and not store.is_link(path)
     ]
-    renamed = []
+    moved = []
     for path in left:
         step = step_of(path)
         assert step is not None
-        target = _free_name(root, step, identifier)
-        os.rename(path, target)
-        renamed.append(target)
-    return renamed
+        moved.append(store.set_aside(path, step, identifier))
+    return moved
 
 
-def _free_name(root: Path, step: int, identifier: str) -> Path:
-    number, target = 0, root / aside_name(step, identifier)
-    while target.exists():
-        number += 1
-        target = root / aside_name(step, f"{identifier}{number:x}")
-    return target
+def folder_of_step(root: Location, step: int) -> Location:
+    """The committed folder of one step, the newest where there are two. Raises CheckpointError listing the steps there
+    are."""
+    folders = committed_folders(root)
+    here = [path for found, path in folders if found == step]
+    if len(here) > 1:
+        known = {saved.path: saved.age for saved in readable(root)}
+        here.sort(key=lambda path: known.get(path, (-1, 0)))
+    if here:
+        return here[-1]
+    steps = ", ".join(str(found) for found, _ in folders) or "none"
+    aside = [path.name for path in folders_aside(root)]
+    more = f"; set aside by a roll-back: {', '.join(aside)}" if aside else ""
+    raise CheckpointError(
+        f"no checkpoint of step {step}; there: {steps}{more}",
+        where=str(root),
+        fix="choose one of these with --load-step"
+        + (", or name a folder with --load and another --run-dir" if aside else ""),
+    )
 
 
 class Branch:
@@ -223,7 +245,7 @@ class Branch:
         self._number, self._parent, self._began = number, parent, began
 
     @classmethod
-    def opening(cls, root: Path, parent: tuple[int, str] | None = None, began: tuple[Began, ...] = ()) -> Branch:
+    def opening(cls, root: Location, parent: tuple[int, str] | None = None, began: tuple[Began, ...] = ()) -> Branch:
         """A branch that saves into ``root``, numbered behind everything that lies there."""
         found = readable(root)
         for path in folders_aside(root):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +26,7 @@ from megatron_telechat.checkpoint.optimizer_state import (
 from megatron_telechat.checkpoint.train_state import TrainState, topology
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import CheckpointError
+from megatron_telechat.locations import Location, location
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState, seed_generators
@@ -53,7 +53,7 @@ class LoadedInfo:
         digest: of its manifest, which names the checkpoint as a parent; empty when only weights were taken.
     """
 
-    path: Path
+    path: Location
     step: int
     consumed_samples: int
     config: RunConfig | None
@@ -65,7 +65,7 @@ class LoadedInfo:
 
 
 def load_checkpoint(
-    root: Path,
+    root: Location | str,
     state: TrainState,
     run: RunConfig,
     parallel: ParallelState,
@@ -91,7 +91,7 @@ def load_checkpoint(
         require_meaning(reader.config, reader.manifest.extra, run, reader.path, saved_by)
 
     reader, passed_over = open_verified(
-        Path(root), step, fits=fits, wanted=lambda reader: _files_to_read(reader, state, weights_only)
+        location(root), step, fits=fits, wanted=lambda reader: _files_to_read(reader, state, weights_only)
     )
     folder, notes = reader.path, list(passed_over)
     with together(parallel):

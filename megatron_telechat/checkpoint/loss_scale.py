@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megatron_telechat.errors import CheckpointError, Problem
+from megatron_telechat.locations import Location
 
 SCALE = "scale"
 
@@ -71,7 +71,7 @@ def diverged_scales(optimizer: Mapping[str, Any] | None) -> Problem | None:
     )
 
 
-def require_one_scale(optimizer: Mapping[str, Any] | None, folder: Path) -> None:
+def require_one_scale(optimizer: Mapping[str, Any] | None, folder: Location) -> None:
     """Refuse to resume with the optimizer state of a checkpoint whose loss scales have parted.
 
     Args:

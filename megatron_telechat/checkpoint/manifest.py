@@ -11,16 +11,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from megatron_telechat.checkpoint.names import DTYPE_TAGS, FileEntry
+from megatron_telechat.checkpoint.names import DTYPE_TAGS, MANIFEST, FileEntry
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.errors import CheckpointError
+from megatron_telechat.locations import Location
 from megatron_telechat.tensors.boxes import Box, tiling_fault
 
 FORMAT = "megatron_telechat"
 SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
 COMPANIONS = "hf"  # folder of the Hugging Face files that are not weights
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
@@ -158,17 +158,17 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Parse and check ``folder/manifest.json``, the tiling of every tensor included.
 
     Raises CheckpointError naming the file when it is missing, truncated, changed,
     of another version, or names files outside the folder.
     """
-    path = folder / MANIFEST
-    if path.is_symlink():
+    path, store = folder / MANIFEST, store_of(folder)
+    if store.is_link(path):
         raise _damaged(path, "is a symbolic link")
     try:
-        raw = path.read_bytes()
+        raw = store.read(path)
     except OSError as error:
         raise CheckpointError(
             f"no readable {MANIFEST}: {error.strerror or error}",
@@ -185,7 +185,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise _damaged(path, f"does not follow the schema ({type(error).__name__}: {error})") from error
 
 
-def _parse(path: Path, body: Any) -> Manifest:
+def _parse(path: Location, body: Any) -> Manifest:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise _damaged(path, "is not the manifest of a megatron_telechat checkpoint")
     version = body["schema_version"]
@@ -229,7 +229,7 @@ def _parse(path: Path, body: Any) -> Manifest:
     )
 
 
-def _tensor(path: Path, key: str, entry: Any, files: Mapping[str, FileEntry]) -> TensorEntry:
+def _tensor(path: Location, key: str, entry: Any, files: Mapping[str, FileEntry]) -> TensorEntry:
     shape = tuple(_natural(extent) for extent in entry["shape"])
     if entry["dtype"] not in DTYPE_TAGS:
         raise _damaged(path, f"gives {key} the unknown dtype {entry['dtype']!r}")
@@ -246,7 +246,7 @@ def _tensor(path: Path, key: str, entry: Any, files: Mapping[str, FileEntry]) ->
     return TensorEntry(entry["dtype"], shape, boxes)
 
 
-def _file_name(path: Path, name: Any) -> str:
+def _file_name(path: Location, name: Any) -> str:
     if _FILE_NAME.fullmatch(_text(name)):
         return name
     if _COMPANION_NAME.fullmatch(name) and not {".", ".."} & set(name.split("/")):
@@ -272,7 +272,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def _damaged(path: Location, what: str) -> CheckpointError:
     return CheckpointError(
         f"the manifest {what}",
         where=str(path),

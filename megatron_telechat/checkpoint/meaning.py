@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+from megatron_telechat.checkpoint.companions import on_this_machine
 from megatron_telechat.checkpoint.manifest import COMPANIONS
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.config.architecture import comparable
 from megatron_telechat.config.fields import fields_by_name, make_run
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import read_yaml
 from megatron_telechat.data.tokenizers import tokenizer_identity
 from megatron_telechat.errors import CheckpointError, ConfigError, DataError, Problem
+from megatron_telechat.locations import Location
 
 ALLOW = "--allow-model-change"
 CHANGED_ON_PURPOSE = ("moe_router_topk", "norm_epsilon", "rotary_base", "rotary_training_seqlen", "rotary_base_seqlen")
@@ -32,7 +34,7 @@ _SCALES = ("rotary_base", "rotary_training_seqlen", "rotary_base_seqlen")
 
 
 def require_meaning(
-    config: str, extra: Mapping[str, Any], run: RunConfig, folder: Path, saved_by: RunConfig | None = None
+    config: str, extra: Mapping[str, Any], run: RunConfig, folder: Location, saved_by: RunConfig | None = None
 ) -> list[str]:
     """Hold the model and tokenizer of a checkpoint against the run's.
 
@@ -107,6 +109,11 @@ def tokenizer_of(run: RunConfig) -> dict[str, str] | None:
 
 @lru_cache(maxsize=8)  # each save asks for the run's own
 def _identity(kind: str | None, path: str | None) -> dict[str, str] | None:
+    return read_identity(kind, path)
+
+
+def read_identity(kind: str | None, path: str | None) -> dict[str, str] | None:
+    """Identity of the tokenizer that lies there, None where there is none or it cannot be read."""
     if not path or not os.path.exists(path):
         return None
     try:
@@ -116,7 +123,7 @@ def _identity(kind: str | None, path: str | None) -> dict[str, str] | None:
 
 
 def _tokenizer_difference(
-    said: Mapping[str, Any], extra: Mapping[str, Any], run: RunConfig, folder: Path
+    said: Mapping[str, Any], extra: Mapping[str, Any], run: RunConfig, folder: Location
 ) -> list[tuple[Problem, bool]]:
     """A tokenizer that gives other ids. Not told are tokenizers of two kinds of files, and those that are no longer
     there."""
@@ -125,8 +132,9 @@ def _tokenizer_difference(
         return []
     companions = folder / COMPANIONS
     theirs = extra.get(TOKENIZER) or _identity(said.get("tokenizer_type"), said.get("tokenizer_model"))
-    if theirs is None and companions.is_dir():
-        theirs = _identity(None, str(companions))
+    if theirs is None and store_of(companions).is_folder(companions):
+        with on_this_machine(companions) as files:
+            theirs = read_identity(None, str(files))
     if not isinstance(theirs, Mapping) or theirs.get("kind") != ours["kind"] or theirs.get("digest") == ours["digest"]:
         return []
     what = (

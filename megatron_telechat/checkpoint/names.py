@@ -6,9 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_telechat.errors import CheckpointError
+from megatron_telechat.locations import Location
+
+MANIFEST = "manifest.json"
 
 # name in a manifest -> name in a safetensors header
 DTYPE_TAGS: Mapping[str, str] = {
@@ -29,6 +30,7 @@ RESTORE_OR_OTHER = "restore the file from a copy, or use another checkpoint (--l
 _COMMITTED = re.compile(r"iter_(\d{7,})")
 _REPLACED = re.compile(r"iter_(\d{7,})\.replaced-[0-9a-f]+")
 _ASIDE = re.compile(r"iter_(\d{7,})\.aside-[0-9a-f]+")
+_OBJECTS = re.compile(r"iter_(\d{7,})\.save-[0-9a-f]+")
 _LEFTOVER = re.compile(r"iter_\d{7,}\.tmp-[0-9a-f]+")
 
 
@@ -60,59 +62,38 @@ def aside_name(step: int, identifier: str) -> str:
     return f"{folder_name(step)}.aside-{identifier}"
 
 
-def is_leftover(path: Path) -> bool:
+def objects_name(step: int, identifier: str) -> str:
+    """A checkpoint in an object store, where nothing can be renamed: a name of its own from the first byte on."""
+    return f"{folder_name(step)}.save-{identifier}"
+
+
+def is_leftover(path: Location) -> bool:
     """Whether the name is one of `temporary_name`: a save or a deletion under way, or what a killed one left."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
-def is_replaced(path: Path) -> bool:
+def is_of_objects(path: Location) -> bool:
+    """Whether the name is one of `objects_name`."""
+    return _OBJECTS.fullmatch(path.name) is not None
+
+
+def is_aside(path: Location) -> bool:
+    """Whether the name is one of `aside_name`."""
+    return _ASIDE.fullmatch(path.name) is not None
+
+
+def is_replaced(path: Location) -> bool:
     """Whether the name is one of `replaced_name`."""
     return _REPLACED.fullmatch(path.name) is not None
 
 
-def step_of(path: Path) -> int | None:
+def step_of(path: Location) -> int | None:
     """The step of a committed checkpoint's folder by its name, None for any other name."""
-    match = _COMMITTED.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+    match = _COMMITTED.fullmatch(path.name) or _REPLACED.fullmatch(path.name) or _OBJECTS.fullmatch(path.name)
     return int(match.group(1)) if match else None
 
 
-def step_of_name(path: Path) -> int | None:
+def step_of_name(path: Location) -> int | None:
     """The step that the name of a checkpoint's folder says, also of one set aside; None for any other name."""
     match = _ASIDE.fullmatch(path.name)
     return int(match.group(1)) if match else step_of(path)
-
-
-def committed_folders(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every committed checkpoint under ``root``, by step; those set aside are not among them."""
-    if not root.is_dir():
-        return []
-    found: dict[int, Path] = {}
-    for path in sorted(root.iterdir()):
-        step = step_of(path)
-        if step is not None and path.is_dir() and (step not in found or not is_replaced(path)):
-            found[step] = path
-    return sorted(found.items())
-
-
-def folders_aside(root: Path) -> list[Path]:
-    """Folders that roll-backs have set aside, by name."""
-    if not root.is_dir():
-        return []
-    return sorted(path for path in root.iterdir() if _ASIDE.fullmatch(path.name) and path.is_dir())
-
-
-def folder_of_step(root: Path, step: int) -> Path:
-    """The committed folder of one step. Raises CheckpointError listing the steps there are."""
-    folders = committed_folders(root)
-    for found, path in folders:
-        if found == step:
-            return path
-    steps = ", ".join(str(found) for found, _ in folders) or "none"
-    aside = [path.name for path in folders_aside(root)]
-    more = f"; set aside by a roll-back: {', '.join(aside)}" if aside else ""
-    raise CheckpointError(
-        f"no checkpoint of step {step}; there: {steps}{more}",
-        where=str(root),
-        fix="choose one of these with --load-step"
-        + (", or name a folder with --load and another --run-dir" if aside else ""),
-    )

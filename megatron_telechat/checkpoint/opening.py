@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from megatron_telechat.checkpoint.find import candidates
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.handed import to_hand_out
-from megatron_telechat.checkpoint.manifest import MANIFEST, Manifest
-from megatron_telechat.checkpoint.names import folder_of_step
+from megatron_telechat.checkpoint.lineage import folder_of_step
+from megatron_telechat.checkpoint.manifest import Manifest
+from megatron_telechat.checkpoint.names import MANIFEST
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.checkpoint.verify import check_together, read_sound_manifest
 from megatron_telechat.errors import CheckpointError, Problem
+from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import from_rank_0, this_rank, together
 
 Wanted = Callable[[CheckpointReader], Mapping[str, int]]
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def open_verified(
-    root: Path, step: int | None = None, *, fits: Fits | None = None, wanted: Wanted | None = None
+    root: Location, step: int | None = None, *, fits: Fits | None = None, wanted: Wanted | None = None
 ) -> tuple[CheckpointReader, tuple[str, ...]]:
     """Open the newest sound checkpoint; a collective over all ranks, where there are several.
 
@@ -45,11 +47,11 @@ def open_verified(
     Raises:
         CheckpointError: on every rank: there is none, or none is sound; with every file at fault.
     """
-    folders: list[Path] | None = None
+    folders: list[Location] | None = None
     named = False
     with together():
         if this_rank() == 0:
-            named = step is not None or (root / MANIFEST).is_file()
+            named = step is not None or store_of(root).is_file(root / MANIFEST)
             folders = _folders(root, step)
     folders, named = from_rank_0((folders, named))
     problems: list[Problem] = []
@@ -70,14 +72,14 @@ def open_verified(
     ).on_every_rank()
 
 
-def _folders(root: Path, step: int | None) -> list[Path]:
-    if (root / MANIFEST).is_file():
+def _folders(root: Location, step: int | None) -> list[Location]:
+    if store_of(root).is_file(root / MANIFEST):
         return [root]
     return [folder_of_step(root, step)] if step is not None else candidates(root)
 
 
 def _checked(
-    folder: Path, named: bool, fits: Fits | None, wanted: Wanted | None
+    folder: Location, named: bool, fits: Fits | None, wanted: Wanted | None
 ) -> tuple[CheckpointReader | None, list[Problem]]:
     """A reader of a sound checkpoint, or what is wrong with it; a collective."""
     given: tuple[Manifest | None, list[Problem]] | None = None
@@ -95,11 +97,14 @@ def _checked(
         if wanted is not None:
             files = wanted(reader)
     problems = check_together(folder, manifest, files)
-    return (None, problems) if problems else (reader, [])
+    if problems:
+        reader.close()
+        return None, problems
+    return reader, []
 
 
-def _manifest_to_hand_out(folder: Path, named: bool) -> tuple[Manifest | None, list[Problem]]:
-    if folder.is_symlink() and not named:
+def _manifest_to_hand_out(folder: Location, named: bool) -> tuple[Manifest | None, list[Problem]]:
+    if store_of(folder).is_link(folder) and not named:
         return None, [Problem("the folder is a symbolic link", str(folder), "copy the folder, or name it with --load")]
     try:
         return to_hand_out(read_sound_manifest(folder)), []

@@ -6,7 +6,6 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ from megatron_telechat.checkpoint.files import LazyTensor, safetensors_prefix
 from megatron_telechat.checkpoint.names import FileEntry
 from megatron_telechat.checkpoint.writer_process import FileImage
 from megatron_telechat.errors import ResourceError
+from megatron_telechat.locations import Location
 
 if TYPE_CHECKING:
     from megatron_telechat.backend import Backend
@@ -97,7 +97,9 @@ class FileImages:
         """Bytes of the buffer that they take."""
         return self.images[-1].stop if self.images else 0
 
-    def add(self, path: Path, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] | None = None) -> FileEntry:
+    def add(
+        self, path: Location, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] | None = None
+    ) -> FileEntry:
         """Give a safetensors file its place; in the place of `files.write_safetensors`. The tensors are kept by
         reference until `copy_to` has returned.
 

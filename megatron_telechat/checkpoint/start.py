@@ -7,19 +7,19 @@ run resumes from its newest one. The manifests record it (``lineage.py``), not a
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from megatron_telechat.checkpoint.lineage import Began, Saved, look_at, saved_in
+from megatron_telechat.checkpoint.folders import committed_folders, folders_aside
+from megatron_telechat.checkpoint.lineage import Began, Saved, folder_of_step, look_at, saved_in
 from megatron_telechat.checkpoint.loss_scale import require_one_scale
-from megatron_telechat.checkpoint.manifest import MANIFEST
 from megatron_telechat.checkpoint.meaning import require_meaning, saved_values
-from megatron_telechat.checkpoint.names import committed_folders, folder_of_step, folders_aside
+from megatron_telechat.checkpoint.names import MANIFEST
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.config.run_stages import Position, RunStages
 from megatron_telechat.config.schema import RunConfig, TrainingConfig
 from megatron_telechat.data.order import saved_tokens
 from megatron_telechat.errors import CheckpointError, Problem
+from megatron_telechat.locations import Location, location
 
 _OTHER_FOLDER = "name another --run-dir (or --save) for a new branch"
 
@@ -37,7 +37,7 @@ class Start:
         notes: what a person should know.
     """
 
-    root: Path | None
+    root: Location | None
     step: int | None = None
     weights_only: bool = False
     opens: str | None = None
@@ -74,7 +74,7 @@ def find_start(run: RunConfig) -> Start:
     notes = (
         (f"steps {', '.join(later)} are set aside (renamed, not deleted) once this branch has saved",) if later else ()
     )
-    return Start(source, step, opens=os.path.realpath(source), began=began, notes=notes)
+    return Start(source, step, opens=store_of(source).identity(source), began=began, notes=notes)
 
 
 def checkpoint_of(start: Start) -> Saved | None:
@@ -112,7 +112,7 @@ def require_start(stages: RunStages) -> tuple[Start, Saved | None]:
     return replace(start, notes=(*start.notes, *notes)), saved
 
 
-def _go_on(run: RunConfig, save: Path, head: Saved | None) -> Start:
+def _go_on(run: RunConfig, save: Location, head: Saved | None) -> Start:
     """A command that names no beginning but, maybe, weights."""
     if committed_folders(save):
         return Start(save, began=head.lineage.began if head is not None else ())
@@ -124,13 +124,13 @@ def _go_on(run: RunConfig, save: Path, head: Saved | None) -> Start:
             f"rename one of them back to iter_…, or name one with --load and {_OTHER_FOLDER}",
         )
     if run.checkpoint.pretrained_checkpoint:
-        return Start(Path(run.checkpoint.pretrained_checkpoint), weights_only=True)
+        return Start(location(run.checkpoint.pretrained_checkpoint), weights_only=True)
     return Start(None)
 
 
-def _within(load: Path, step: int | None, save: Path) -> tuple[Path, int | None]:
+def _within(load: Location, step: int | None, save: Location) -> tuple[Location, int | None]:
     """--load of one checkpoint of the run's own folder is --load-step of that one."""
-    if not (load / MANIFEST).is_file():
+    if not store_of(load).is_file(load / MANIFEST):
         return load, step
     saved = look_at(load)
     if step not in (None, saved.step):
@@ -148,11 +148,11 @@ def _within(load: Path, step: int | None, save: Path) -> tuple[Path, int | None]
     return save, saved.step
 
 
-def _same(a: Path, b: Path) -> bool:
-    return os.path.realpath(a) == os.path.realpath(b)
+def _same(a: Location, b: Location) -> bool:
+    return store_of(a).identity(a) == store_of(b).identity(b)
 
 
-def _known(began: tuple[Began, ...], source: Path, step: int | None, elsewhere: bool) -> Began | None:
+def _known(began: tuple[Began, ...], source: Location, step: int | None, elsewhere: bool) -> Began | None:
     """The beginning in a branch's history that is the one a command names, if it is there.
 
     A roll-back in the run's own folder counts only as the last one: after --load-step 50 and --load-step 30 the 50 is
@@ -161,21 +161,20 @@ def _known(began: tuple[Began, ...], source: Path, step: int | None, elsewhere: 
     for one in reversed(began if elsewhere else began[-1:]):
         if step not in (None, one.step):
             continue
-        if one.folder == os.path.realpath(source) or (elsewhere and _holds(source, one)):
+        if one.folder == store_of(source).identity(source) or (elsewhere and _holds(source, one)):
             return one
     return None
 
 
-def _holds(source: Path, one: Began) -> bool:
+def _holds(source: Location, one: Began) -> bool:
     try:
-        return (
-            look_at(source if (source / MANIFEST).is_file() else folder_of_step(source, one.step)).digest == one.digest
-        )
+        named = store_of(source).is_file(source / MANIFEST)
+        return look_at(source if named else folder_of_step(source, one.step)).digest == one.digest
     except CheckpointError:
         return False
 
 
-def _other_run(save: Path, source: Path, head: Saved | None, step: int | None) -> CheckpointError:
+def _other_run(save: Location, source: Location, head: Saved | None, step: int | None) -> CheckpointError:
     if head is None or not head.lineage.number:
         origin = "does not record where it began (an older release saved it, or it is an import)"
     elif head.lineage.began:
@@ -192,9 +191,9 @@ def _other_run(save: Path, source: Path, head: Saved | None, step: int | None) -
     )
 
 
-def _chosen(source: Path, step: int | None) -> Saved:
+def _chosen(source: Location, step: int | None) -> Saved:
     """The checkpoint of a step, or the newest. Raises CheckpointError."""
-    if (source / MANIFEST).is_file():
+    if store_of(source).is_file(source / MANIFEST):
         return look_at(source)
     own = saved_in(source)
     if step is not None:
@@ -212,7 +211,7 @@ def _chosen(source: Path, step: int | None) -> Saved:
             problems += error.problems
     if problems:
         raise CheckpointError(problems)
-    if (source / "config.json").is_file():
+    if store_of(source).is_file(source / "config.json"):
         raise CheckpointError(
             "this is a Hugging Face folder, not a checkpoint",
             str(source),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from megatron_telechat.checkpoint.owned import OwnedTensor, bytes_after_a_step, 
 from megatron_telechat.checkpoint.parts import Part
 from megatron_telechat.checkpoint.verify import remember_files
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.locations import Location, location
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
 from megatron_telechat.parallel.state import ParallelState
@@ -63,7 +63,7 @@ class TrainState:
     consumed_samples: int
     backend: Any = None
     data_fingerprint: Mapping[str, Any] | None = None
-    resumed_from: Path | None = None
+    resumed_from: Location | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     branch: Branch | None = None
     averages: Sequence[OptimizerSlice] = ()
@@ -89,8 +89,8 @@ def topology(run: RunConfig, parallel: ParallelState) -> dict[str, Any]:
     return {**{name: getattr(parallel, name) for name in names}, "pipeline_layout": layout}
 
 
-def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: ParallelState) -> Path:
-    """Write and commit ``root/iter_<step>``; a collective over all ranks on a shared file system.
+def save_checkpoint(root: Location, state: TrainState, run: RunConfig, parallel: ParallelState) -> Location:
+    """Write and commit ``root/iter_<step>``; a collective over all ranks, which share the store.
 
     Raises ResourceError (disk) or CheckpointError on every rank when any rank fails; nothing is
     committed then. With overlap_param_gather the parameters must have been gathered before.
@@ -111,13 +111,13 @@ def save_checkpoint(root: Path, state: TrainState, run: RunConfig, parallel: Par
     return begun.attempt.final
 
 
-def begin_save(root: Path, state: TrainState, run: RunConfig, parallel: ParallelState) -> BegunSave:
+def begin_save(root: Location, state: TrainState, run: RunConfig, parallel: ParallelState) -> BegunSave:
     """Make the folder of a save and take what a checkpoint holds beside tensors; a collective over all ranks.
 
     Raises ResourceError on every rank.
     """
     owned = list(owned_tensors(state.shards, _saved_optimizer(state, run), state.averages, parallel))
-    attempt = _begin_together(Path(root), state, owned, parallel)
+    attempt = _begin_together(location(root), state, owned, parallel)
     branch = state.branch
     if branch is None:
         branch = Branch.opening(attempt.root) if parallel.rank == 0 else Branch()
@@ -167,7 +167,7 @@ def _saved_optimizer(state: TrainState, run: RunConfig) -> Any:
 
 
 def _begin_together(
-    root: Path, state: TrainState, owned: Sequence[OwnedTensor], parallel: ParallelState
+    root: Location, state: TrainState, owned: Sequence[OwnedTensor], parallel: ParallelState
 ) -> protocol.Attempt:
     needed = sum(gather_objects(sum(item.tensor.nbytes for item in owned)))
     attempt: protocol.Attempt | None = None

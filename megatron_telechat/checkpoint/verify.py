@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import struct
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from megatron_telechat.checkpoint.checksums import crc32_of_files
-from megatron_telechat.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from megatron_telechat.checkpoint.names import RESTORE_OR_OTHER, FileEntry, step_of_name
+from megatron_telechat.checkpoint.manifest import Manifest, read_manifest
+from megatron_telechat.checkpoint.names import MANIFEST, RESTORE_OR_OTHER, FileEntry, step_of_name
+from megatron_telechat.checkpoint.stores import Signature, store_of
 from megatron_telechat.errors import CheckpointError, Problem
+from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import gather_objects, this_rank, together
 
 SAVE, STEP, RANK = "save", "step", "rank"
@@ -28,27 +28,28 @@ _HEADER_LIMIT = 100 << 20  # that of the safetensors library
 _SETTLED_S = 0.1
 """A file that was changed more recently may change again within one tick of the file system's clock."""
 
-_Signature = tuple[int, int, int, int, str]
-_sound: dict[str, _Signature] = {}
-_manifests: OrderedDict[str, tuple[_Signature, Mapping[str, FileEntry]]] = OrderedDict()
+_sound: dict[str, tuple[Signature, str]] = {}
+_manifests: OrderedDict[str, tuple[Signature, Mapping[str, FileEntry]]] = OrderedDict()
 _MOST_MANIFESTS = 32
 """Kept in memory; those of thousands of ranks list thousands of files."""
 
 
-def remember_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
+def remember_files(folder: Location, files: Mapping[str, FileEntry]) -> None:
     """This process has written these files of a checkpoint."""
+    store = store_of(folder)
     for name, entry in files.items():
-        signature = _signature(folder / name, entry.crc32)
+        signature = store.signature(folder / name)
         if signature is not None:
-            _sound[os.path.realpath(folder / name)] = signature
+            _sound[store.identity(folder / name)] = signature, entry.crc32
 
 
-def remember_manifest(folder: Path, files: Mapping[str, FileEntry]) -> None:
+def remember_manifest(folder: Location, files: Mapping[str, FileEntry]) -> None:
     """This process has written or read the manifest of a checkpoint, and these are the files that it lists."""
-    signature = _signature(folder / MANIFEST)
+    store = store_of(folder)
+    signature, key = store.signature(folder / MANIFEST), store.identity(folder)
     if signature is not None:
-        _manifests[os.path.realpath(folder)] = signature, files
-        _manifests.move_to_end(os.path.realpath(folder))
+        _manifests[key] = signature, files
+        _manifests.move_to_end(key)
         if len(_manifests) > _MOST_MANIFESTS:
             _manifests.popitem(last=False)
 
@@ -59,49 +60,44 @@ def forget() -> None:
     _manifests.clear()
 
 
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: Location) -> bool:
     """Whether a checkpoint has a sound manifest and every file in its size.
 
     A manifest that this process knows is not read again: a retention looks at every checkpoint after every save.
     """
-    signature, files = _manifests.get(os.path.realpath(folder), (None, {}))
-    if signature is None or signature != _signature(folder / MANIFEST):
+    store = store_of(folder)
+    signature, files = _manifests.get(store.identity(folder), (None, {}))
+    if signature is None or signature != store.signature(folder / MANIFEST):
         try:
             files = read_sound_manifest(folder).files
         except CheckpointError:
             return False
-    return not any(size_fault(folder / name, entry) for name, entry in files.items())
+    return not store.faults(folder, files)
 
 
-def is_known_sound(path: Path, entry: FileEntry) -> bool:
+def is_known_sound(path: Location, entry: FileEntry) -> bool:
     """Whether this process knows the file to be what the manifest says, and it has not been touched since."""
-    known = _sound.get(os.path.realpath(path)) if _sound else None
-    return known is not None and not path.is_symlink() and known == _signature(path, entry.crc32)
+    store = store_of(path)
+    known = _sound.get(store.identity(path)) if _sound else None
+    return known is not None and not store.is_link(path) and known == (store.signature(path), entry.crc32)
 
 
-def _signature(path: Path, crc32: str = "") -> _Signature | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, crc32
-
-
-def check_files(folder: Path, manifest: Manifest, names: Iterable[str], checksums: bool = True) -> list[Problem]:
+def check_files(folder: Location, manifest: Manifest, names: Iterable[str], checksums: bool = True) -> list[Problem]:
     """What is wrong with these files of a checkpoint, one problem a file; empty where nothing is.
 
     Args:
         checksums: read every byte; else sizes only.
     """
     problems: list[Problem] = []
-    to_read: list[tuple[str, _Signature | None]] = []
-    for name in names:
-        path, entry = folder / name, manifest.files[name]
-        fault = size_fault(path, entry)
-        if fault:
-            problems.append(_problem(path, fault, manifest))
+    to_read: list[tuple[str, Signature | None]] = []
+    store, entries = store_of(folder), {name: manifest.files[name] for name in names}
+    faults = store.faults(folder, entries)
+    for name, entry in entries.items():
+        path = folder / name
+        if name in faults:
+            problems.append(_problem(path, faults[name], manifest))
         elif checksums and not is_known_sound(path, entry):
-            to_read.append((name, _signature(path, entry.crc32)))
+            to_read.append((name, store.signature(path)))
     began = time.time()
     sums = crc32_of_files([(folder / name, manifest.files[name].size) for name, _ in to_read])
     for (name, before), found in zip(to_read, sums, strict=True):
@@ -113,28 +109,18 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str], checksum
             problems.append(_problem(path, what, manifest))
         elif (stranger := _other_save(path, manifest)) is not None:
             problems.append(_problem(path, stranger))
-        elif before is not None and before[2] < (began - _SETTLED_S) * 1e9:
-            _sound[os.path.realpath(path)] = before
+        elif before is not None and (before.changed_ns is None or before.changed_ns < (began - _SETTLED_S) * 1e9):
+            _sound[store.identity(path)] = before, entry.crc32
     return problems
 
 
-def size_fault(path: Path, entry: FileEntry) -> str | None:
-    """What is wrong with a file that shows without reading it."""
-    if path.is_symlink():
-        return "the file is a symbolic link"
-    if not path.is_file():
-        return "the file is missing"
-    size = path.stat().st_size
-    return None if size == entry.size else f"the file has {size} bytes, the manifest says {entry.size}"
-
-
-def _problem(path: Path, what: str, manifest: Manifest | None = None) -> Problem:
+def _problem(path: Location, what: str, manifest: Manifest | None = None) -> Problem:
     """With the save that a file belongs to, where that explains the fault."""
     stranger = _other_save(path, manifest) if manifest is not None else None
     return Problem(f"{what}; {stranger}" if stranger else what, str(path), RESTORE_OR_OTHER)
 
 
-def _other_save(path: Path, manifest: Manifest) -> str | None:
+def _other_save(path: Location, manifest: Manifest) -> str | None:
     """That the file says itself to be of another save; None for files, and manifests, that say nothing."""
     if manifest.save is None or path.suffix != ".safetensors":
         return None
@@ -145,20 +131,19 @@ def _other_save(path: Path, manifest: Manifest) -> str | None:
     return f"the file is of another save (step {step}, save {said[SAVE][:8]}) than the manifest ({manifest.save[:8]})"
 
 
-def metadata_of(path: Path) -> dict[str, str]:
+def metadata_of(path: Location) -> dict[str, str]:
     """``__metadata__`` of a safetensors file; {} where there is none or the file cannot be read."""
     try:
-        with open(path, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(_HEADER_LIMIT, os.fstat(stream.fileno()).st_size):
-                return {}
-            found = json.loads(stream.read(length)).get("__metadata__", {})
+        (length,) = struct.unpack("<Q", store_of(path).read(path, 0, 8))
+        if length > _HEADER_LIMIT:
+            return {}
+        found = json.loads(store_of(path).read(path, 8, 8 + length)).get("__metadata__", {})
         return {str(key): str(value) for key, value in found.items()}
     except (OSError, ValueError, RecursionError, AttributeError, struct.error):
         return {}
 
 
-def read_sound_manifest(folder: Path) -> Manifest:
+def read_sound_manifest(folder: Location) -> Manifest:
     """The manifest of a checkpoint, held against the name of its folder. Raises CheckpointError."""
     manifest = read_manifest(folder)
     named = step_of_name(folder)
@@ -214,7 +199,7 @@ def shares(
     return out
 
 
-def check_together(folder: Path, manifest: Manifest, wanted: Mapping[str, int]) -> list[Problem]:
+def check_together(folder: Location, manifest: Manifest, wanted: Mapping[str, int]) -> list[Problem]:
     """Check every file of a checkpoint, the work shared over the ranks; a collective. All ranks get all problems.
 
     Args:
@@ -234,5 +219,8 @@ def check_together(folder: Path, manifest: Manifest, wanted: Mapping[str, int]) 
             [{names[number]: count for number, count in one.items()} for one, _ in said],
             [[names[number] for number in one] for _, one in said],
         )[this_rank()]
+        # What this rank checks and will read: from a store that is slow to read it comes once.
+        held = [name for name in share if wanted.get(name)]
+        store_of(folder).hold({folder / name: manifest.files[name].size for name in held})
         found = check_files(folder, manifest, share)
     return sorted((problem for one in gather_objects(found) for problem in one), key=lambda one: one.where)

@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.checkpoint.names import FileEntry
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.errors import ResourceError
 from megatron_telechat.host import EndWithParent
+from megatron_telechat.locations import Location
 
 _CHUNK_BYTES = 4 << 20
 """Checksum and write take turns on so many bytes: what one has read the other finds in the processor's cache."""
@@ -120,13 +122,16 @@ class WriterProcess:
 class FileImage:
     """The bytes of a file to be: [start, stop) of the shared memory."""
 
-    path: Path
+    path: Location
     start: int
     stop: int
 
 
 def write_images(memory_fd: int, images: Sequence[FileImage]) -> dict[str, FileEntry]:
-    """Write new files from the shared memory and fsync them; their entries by name. Raises OSError with the path."""
+    """Write new files from the shared memory, durably; their entries by name.
+
+    Raises OSError with the path, or ResourceError from an object store.
+    """
     size = max((image.stop for image in images), default=0)
     if not size:
         return {}
@@ -134,17 +139,15 @@ def write_images(memory_fd: int, images: Sequence[FileImage]) -> dict[str, FileE
         return {image.path.name: _write(image.path, whole[image.start : image.stop]) for image in images}
 
 
-def _write(path: Path, content: memoryview) -> FileEntry:
+def _write(path: Location, content: memoryview) -> FileEntry:
     checksum = 0
     try:
-        with content, open(path, "xb", buffering=0) as stream:
-            for start in range(0, len(content), _CHUNK_BYTES):
-                with content[start : start + _CHUNK_BYTES] as chunk:
-                    checksum = zlib.crc32(chunk, checksum)
-                    written = 0
-                    while written < len(chunk):
-                        written += stream.write(chunk[written:]) or 0
-            os.fsync(stream.fileno())
+        with content:
+            with store_of(path).create(path) as sink:
+                for start in range(0, len(content), _CHUNK_BYTES):
+                    with content[start : start + _CHUNK_BYTES] as chunk:
+                        checksum = zlib.crc32(chunk, checksum)
+                        sink.write(chunk)
             return FileEntry(len(content), f"{checksum:08x}")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from megatron_telechat.checkpoint.averages import KINDS
 from megatron_telechat.cli.text import gib
-from megatron_telechat.cli.tool import ToolParser, add_overwrite, natural, run_tool
+from megatron_telechat.cli.tool import ToolParser, add_overwrite, folder, natural, run_tool
 from megatron_telechat.errors import EXIT_OK
+from megatron_telechat.locations import location
 
 
 def build_parser() -> ToolParser:
@@ -16,28 +17,31 @@ def build_parser() -> ToolParser:
     parser = ToolParser(prog="tools/convert_checkpoint.py", description="Hugging Face folders to checkpoints and back.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ToolParser)
     into = commands.add_parser("import", help="a Hugging Face folder to a checkpoint of weights only")
-    into.add_argument("--hf", type=Path, required=True, help="folder with config.json and the weights")
+    into.add_argument("--hf", type=folder, required=True, help="folder with config.json and the weights")
     into.add_argument(
         "--output",
-        type=Path,
+        type=location,
         required=True,
-        help="folder of checkpoints; iter_0000000 is made in it (for --pretrained-checkpoint)",
+        help="folder or URL of checkpoints; one of step 0 is made in it (for --pretrained-checkpoint)",
     )
     into.add_argument("--write-config", type=Path, metavar="FILE", help="write the shape of the model, for --config")
     add_overwrite(into)
     out = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
     out.add_argument(
-        "--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the newest is taken)"
+        "--checkpoint",
+        type=location,
+        required=True,
+        help="a checkpoint, or a folder or URL of them (the newest is taken)",
     )
     out.add_argument("--step", type=natural, help="the checkpoint of this step")
-    out.add_argument("--output", type=Path, required=True, help="a new folder")
+    out.add_argument("--output", type=folder, required=True, help="a new folder")
     out.add_argument(
         "--hf-template",
-        type=Path,
+        type=folder,
         help="folder whose config.json, modelling and tokenizer files are copied unchanged; "
         "default: those that the import kept",
     )
-    out.add_argument("--tokenizer", type=Path, help="tokenizer file or folder to copy into the output")
+    out.add_argument("--tokenizer", type=folder, help="tokenizer file or folder to copy into the output")
     out.add_argument(
         "--dtype",
         choices=("keep", "bf16", "fp16", "fp32"),

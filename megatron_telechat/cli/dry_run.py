@@ -49,6 +49,7 @@ from megatron_telechat.data.length import known_length
 from megatron_telechat.data.order import Progress, SampleOrder, progress_ahead, resumed_order
 from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.errors import DataError
+from megatron_telechat.locations import Url
 from megatron_telechat.parallel.topology import Topology, placement_warnings
 from megatron_telechat.planner.layout_text import layout_picture
 from megatron_telechat.planner.predict import predict
@@ -326,13 +327,13 @@ def _existing_parent(path: Path) -> Path:
 def _files(run: RunConfig, out: _Report) -> list[str]:
     run_dir, save = run.run_dir, run.save_dir
     size = checkpoint_bytes(run, count_parameters(run.model).total)
-    free = shutil.disk_usage(_existing_parent(save)).free
+    free = None if isinstance(save, Url) else shutil.disk_usage(_existing_parent(save)).free
     kept = run.checkpoint.keep_last
     if not kept and run.checkpoint.save_interval and run.training.train_iters:
         kept = -(-run.training.train_iters // run.checkpoint.save_interval)
     # One more than is kept: the new checkpoint is complete before an old one goes.
     needed = size * (kept + 1 if run.checkpoint.keep_last else max(kept, 1))
-    if needed > free:
+    if free is not None and needed > free:
         out.warnings.append(
             f"the checkpoints of this run take {gib(needed)} GiB, {save} has {gib(free)} GiB free here: "
             "--keep-last N keeps the newest N, --save names another folder"
@@ -346,7 +347,7 @@ def _files(run: RunConfig, out: _Report) -> list[str]:
         f"{run_dir}/  config.yaml, metrics.jsonl",
         f"{save}/  a checkpoint of {gib(size)} GiB {every}"
         + (f", the newest {run.checkpoint.keep_last} kept" if run.checkpoint.keep_last else ""),
-        f"free there: {gib(free)} GiB",
+        *([f"free there: {gib(free)} GiB"] if free is not None else []),
         _save_mode(run),
     ]
 

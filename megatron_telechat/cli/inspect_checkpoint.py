@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_telechat.cli.text import count_text, gib, table
 from megatron_telechat.cli.tool import ToolParser, natural, purpose, run_tool
 from megatron_telechat.errors import EXIT_CHECKPOINT, EXIT_OK, ConfigError
+from megatron_telechat.locations import location
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> ToolParser:
     parser = ToolParser(prog="tools/inspect_checkpoint.py", description=purpose(__doc__))
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a checkpoint, or a folder of them: the newest sound one")
+    add("checkpoint", type=location, help="a checkpoint, or a folder or URL of them: the newest sound one")
     add("--step", type=natural, help="the checkpoint of this step")
     add("--tensors", action="store_true", help="list the global tensors with dtype and shape")
     add("--norms", action="store_true", help="and their norm, largest absolute value and count of NaN and infinity")
@@ -29,7 +29,7 @@ def _parser() -> ToolParser:
     add("--only", default="*", metavar="PATTERN", help="tensors whose names match, such as 'model/*.layers.3.*'")
     add(
         "--compare",
-        type=Path,
+        type=location,
         metavar="OTHER",
         help="a second one: list the tensors that differ; exit code 4 if any does",
     )

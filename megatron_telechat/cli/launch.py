@@ -12,7 +12,8 @@ from megatron_telechat.checkpoint.lineage import saved_in
 from megatron_telechat.cli.tool import ToolParser, positive, purpose, run_tool
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.flags import read_command_line
-from megatron_telechat.errors import CheckpointError, ConfigError
+from megatron_telechat.errors import ConfigError, UserError
+from megatron_telechat.locations import Location
 from megatron_telechat.parallel.cluster import rank_variables
 from megatron_telechat.supervisor.goodput import Goodput
 from megatron_telechat.supervisor.nodes import LocalNode, Others, follow, listen
@@ -174,7 +175,7 @@ def _number(
 class _Folders:
     """The checkpoints and the run folder of a training."""
 
-    def __init__(self, run_dir: Path, save_dir: Path):
+    def __init__(self, run_dir: Path, save_dir: Location):
         self.run_dir, self._save_dir = run_dir, save_dir
 
     def newest_checkpoint(self) -> tuple[int, str] | None:
@@ -182,7 +183,7 @@ class _Folders:
         try:
             saved = saved_in(self._save_dir)
             return (saved[-1].step, saved[-1].digest) if saved else None
-        except (CheckpointError, OSError):
+        except (UserError, OSError):
             return None
 
 

@@ -13,6 +13,7 @@ from megatron_telechat.cli.tool import ToolParser, natural, positive, quiet_impo
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.device_kinds import DEVICE_CHOICES, HOST
 from megatron_telechat.errors import EXIT_OK, ConfigError
+from megatron_telechat.locations import location
 from megatron_telechat.merging.request import FORMATS, METHODS, VALUES, Examples, MergeRequest, Window
 from megatron_telechat.merging.weighting import DECAYS
 
@@ -26,11 +27,11 @@ def build_parser() -> ToolParser:
     )
     parser.add_argument(
         "inputs",
-        type=Path,
+        type=location,
         nargs="+",
-        help="checkpoints, folders of them (the newest is taken), Hugging Face folders",
+        help="checkpoints, folders or URLs of them (the newest is taken), Hugging Face folders",
     )
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--output", type=location, required=True, help="a new folder, or URL for a checkpoint")
     parser.add_argument(
         "--format", choices=FORMATS, help="of the output; default: checkpoint where every input is one, else hf"
     )
@@ -85,7 +86,7 @@ def _add_weights(parser: ToolParser) -> None:
 
 def _add_task_vectors(parser: ToolParser) -> None:
     group = parser.add_argument_group("task vectors (task-arithmetic, ties, dare, dare-ties)")
-    group.add_argument("--base", type=Path, help="the model that the inputs began from")
+    group.add_argument("--base", type=location, help="the model that the inputs began from")
     group.add_argument("--scale", type=float, default=1.0, help="factor of the merged task vector (default 1)")
     group.add_argument("--density", type=_share, default=0.2, help="ties: share of elements kept (default 0.2)")
     group.add_argument(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from megatron_telechat.errors import EXIT_INTERRUPTED, ConfigError, UserError
+from megatron_telechat.locations import is_url
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -96,6 +97,13 @@ def positive(kind: type) -> Callable[[str], float]:
 
     convert.__name__ = "number"
     return convert
+
+
+def folder(text: str) -> Path:
+    """An argparse type: a path of this machine."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL: a folder of a file system is meant")
+    return Path(text)
 
 
 def natural(text: str) -> int:

@@ -6,12 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_telechat.cli.text import gib
 from megatron_telechat.cli.tool import ToolParser, purpose, run_tool
 from megatron_telechat.errors import EXIT_CHECKPOINT, EXIT_OK, CheckpointError, Problem
+from megatron_telechat.locations import Location, location
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,9 +25,9 @@ def _run(argv: list[str]) -> int:
     add(
         "paths",
         nargs="+",
-        type=Path,
+        type=location,
         metavar="PATH",
-        help="checkpoints, or folders of them: all they hold, also set aside",
+        help="checkpoints, or folders or URLs of them: all they hold, also set aside",
     )
     add("--json", action="store_true", help="print one JSON list in place of text")
     args = parser.parse_args(argv)
@@ -47,11 +47,12 @@ def _run(argv: list[str]) -> int:
     return EXIT_CHECKPOINT if problems else EXIT_OK
 
 
-def _folders(path: Path) -> list[Path]:
-    from megatron_telechat.checkpoint.manifest import MANIFEST
-    from megatron_telechat.checkpoint.names import committed_folders, folders_aside, step_of_name
+def _folders(path: Location) -> list[Location]:
+    from megatron_telechat.checkpoint.folders import committed_folders, folders_aside
+    from megatron_telechat.checkpoint.names import MANIFEST, step_of_name
+    from megatron_telechat.checkpoint.stores import store_of
 
-    if (path / MANIFEST).is_file() or step_of_name(path) is not None:
+    if store_of(path).is_file(path / MANIFEST) or step_of_name(path) is not None:
         return [path]
     found = [folder for _, folder in committed_folders(path)] + folders_aside(path)
     if not found:
@@ -61,9 +62,10 @@ def _folders(path: Path) -> list[Path]:
     return found
 
 
-def _verdict(folder: Path) -> dict[str, Any]:
+def _verdict(folder: Location) -> dict[str, Any]:
     """Everything that is wrong with one checkpoint, and what it holds."""
-    from megatron_telechat.checkpoint.manifest import MANIFEST
+    from megatron_telechat.checkpoint.names import MANIFEST
+    from megatron_telechat.checkpoint.stores import store_of
     from megatron_telechat.checkpoint.verify import check_files, read_sound_manifest
 
     began = time.perf_counter()
@@ -78,8 +80,7 @@ def _verdict(folder: Path) -> dict[str, Any]:
         size = sum(entry.size for entry in manifest.files.values())
         facts |= {"step": manifest.step, "save": manifest.save, "files": len(manifest.files), "bytes": size}
         known = {MANIFEST, *manifest.files}
-        found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir())
-        facts["unknown_files"] = [name for name in found if name not in known]
+        facts["unknown_files"] = sorted(name for name in store_of(folder).files(folder) if name not in known)
     return {**facts, "seconds": round(time.perf_counter() - began, 3), "problems": problems}
 
 

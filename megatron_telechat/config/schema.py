@@ -17,6 +17,7 @@ from megatron_telechat.config.data_formats import data_format
 from megatron_telechat.config.layer_pattern import moe_layers
 from megatron_telechat.config.lr_schedules import SCHEDULES, SHAPES
 from megatron_telechat.device_kinds import DeviceChoice
+from megatron_telechat.locations import Location, location
 
 
 @dataclass(frozen=True)
@@ -557,9 +558,10 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Steps between checkpoints. Unset: only at the end and on a stop signal."""
     save: str | None = None
-    """Folder of the checkpoints. Unset: checkpoints/ in the run folder."""
+    """Folder of the checkpoints, or a URL of fsspec such as s3://BUCKET/PREFIX. Unset: checkpoints/ in the run
+    folder."""
     load: str | None = None
-    """Checkpoint folder to start from. Unset: the save folder. Applied once: if save already holds a checkpoint
+    """Checkpoint folder or URL to start from. Unset: the save folder. Applied once: if save already holds a checkpoint
     that started there, the run resumes from it."""
     load_step: int | None = None
     """Roll back to this step; the next save sets later checkpoints aside. Applied once: afterwards the run resumes
@@ -692,14 +694,14 @@ class RunConfig:
         return Path(self.logging.run_dir or Path("runs", self.model.name))
 
     @property
-    def save_dir(self) -> Path:
-        """Folder that the checkpoints go to, with its default where it is unset."""
-        return Path(self.checkpoint.save or self.run_dir / "checkpoints")
+    def save_dir(self) -> Location:
+        """Where the checkpoints go, with its default where it is unset."""
+        return location(self.checkpoint.save or self.run_dir / "checkpoints")
 
     @property
-    def load_dir(self) -> Path:
-        """Folder of the checkpoints to begin from, with its default where it is unset."""
-        return Path(self.checkpoint.load or self.save_dir)
+    def load_dir(self) -> Location:
+        """Where the checkpoints to begin from are, with its default where it is unset."""
+        return location(self.checkpoint.load or self.save_dir)
 
     @property
     def cache_dir(self) -> Path:

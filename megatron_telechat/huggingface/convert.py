@@ -17,15 +17,17 @@ from typing import Any
 import torch
 
 from megatron_telechat.checkpoint.averages import require_average, stored_average
-from megatron_telechat.checkpoint.companions import carry_companions, companions
+from megatron_telechat.checkpoint.companions import carry_companions, companions, on_this_machine
 from megatron_telechat.checkpoint.disk import disk_error, require_free_space
 from megatron_telechat.checkpoint.files import LazyTensor, dtype_name, dtype_named
 from megatron_telechat.checkpoint.find import require_fit, weight_key
+from megatron_telechat.checkpoint.folders import committed_folders
 from megatron_telechat.checkpoint.format import CheckpointReader, CheckpointWriter
 from megatron_telechat.checkpoint.lineage import look_at
 from megatron_telechat.checkpoint.manifest import COMPANIONS
-from megatron_telechat.checkpoint.names import committed_folders
 from megatron_telechat.checkpoint.opening import open_verified
+from megatron_telechat.checkpoint.owner import OWNER
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import dump_model_config, dump_run_config, run_config_from_yaml
 from megatron_telechat.data.order import SAVED_AS
@@ -39,6 +41,7 @@ from megatron_telechat.huggingface.config import (
 )
 from megatron_telechat.huggingface.files import CONFIG, read_json, write_hf_weights
 from megatron_telechat.huggingface.weights import HfWeights, Link, weight_map
+from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import alone
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -63,13 +66,13 @@ class Converted:
         notes: what a person should know.
     """
 
-    path: Path
+    path: Location
     tensors: int
     size_bytes: int
     notes: tuple[str, ...]
 
 
-def import_hf(hf: Path, root: Path, overwrite: bool = False, config: Path | None = None) -> Converted:
+def import_hf(hf: Path, root: Location, overwrite: bool = False, config: Path | None = None) -> Converted:
     """Turn a Hugging Face folder into ``root/iter_0000000``, a checkpoint of weights only.
 
     Every tensor keeps its dtype; the files that are not weights are carried along, unchanged, for
@@ -80,16 +83,17 @@ def import_hf(hf: Path, root: Path, overwrite: bool = False, config: Path | None
             are.
         config: file for the model section of a run with these weights, as ``--config`` reads it; None: none.
     """
-    _require_free_place(Path(root), overwrite)
+    _require_free_place(root, overwrite)
     source = HfWeights(Path(hf))
     tensors = source.folder.tensors
     size = sum(header.dtype.itemsize * torch.Size(header.shape).numel() for header in tensors.values())
-    _make_folder(root)
-    require_free_space(Path(root), size)
+    if isinstance(root, Path):
+        _make_folder(root)
+    require_free_space(root, size)
     model = replace(source.model, name=_model_name(Path(hf), source.model))
     if config is not None:
         _write_text(config, dump_model_config(model))
-    with CheckpointWriter(Path(root), step=0, config=dump_run_config(RunConfig(model=model))) as writer:
+    with CheckpointWriter(root, step=0, config=dump_run_config(RunConfig(model=model))) as writer:
         for link in source.links:
             writer.add(f"model/{link.key}", link.global_shape, link.box.offset, source.read_link(link))
         writer.files.update(carry_companions(Path(hf), writer.folder / COMPANIONS))
@@ -101,8 +105,10 @@ def import_hf(hf: Path, root: Path, overwrite: bool = False, config: Path | None
     return Converted(writer.path, len(tensors), size, notes)
 
 
-def _require_free_place(root: Path, overwrite: bool) -> None:
+def _require_free_place(root: Location, overwrite: bool) -> None:
     there = committed_folders(root)
+    if not there and store_of(root).is_file(root / OWNER):
+        raise CheckpointError("the output belongs to a training", where=str(root), fix="give another --output")
     if not there:
         return
     names = ", ".join(path.name for _, path in there)
@@ -118,7 +124,7 @@ def _require_free_place(root: Path, overwrite: bool) -> None:
         )
 
 
-def _is_import(folder: Path) -> bool:
+def _is_import(folder: Location) -> bool:
     try:
         return "hf" in look_at(folder).extra
     except CheckpointError:
@@ -157,7 +163,7 @@ def _odd_dtypes(source: HfWeights) -> dict[str, str]:
 
 
 def export_hf(
-    checkpoint: Path,
+    checkpoint: Location,
     output: Path,
     *,
     template: Path | None = None,
@@ -181,7 +187,7 @@ def export_hf(
     Raises CheckpointError or ResourceError; ``output`` is not made then.
     """
     with alone():
-        reader, passed_over = open_verified(Path(checkpoint), step)
+        reader, passed_over = open_verified(checkpoint, step)
     folder = reader.path
     run = readable_config(reader)
     model = run.model
@@ -190,16 +196,17 @@ def export_hf(
         require_average(reader.manifest.extra, values, str(folder))
     tensors = _export_list(reader, run, weight_map(model), None if dtype == KEEP else DTYPES[dtype], values)
     source = template if template is not None else folder / COMPANIONS
-    notes = write_hf_folder(
-        Path(output),
-        tensors,
-        run,
-        reader.manifest.extra,
-        Path(source),
-        template_required=template is not None,
-        tokenizer=tokenizer,
-        max_shard_bytes=max_shard_bytes,
-    )
+    with on_this_machine(source) as files:
+        notes = write_hf_folder(
+            Path(output),
+            tensors,
+            run,
+            reader.manifest.extra,
+            files,
+            template_required=template is not None,
+            tokenizer=tokenizer,
+            max_shard_bytes=max_shard_bytes,
+        )
     return Converted(Path(output), len(tensors), sum(tensor.nbytes for tensor in tensors), (*passed_over, *notes))
 
 
@@ -356,7 +363,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     if source.is_file():
         files = [source]
     elif source.is_dir():
-        files = [source / name for name in companions(source) if _TOKENIZER_FILES.fullmatch(str(name))]
+        files = [source / name for name in companions(source) if _TOKENIZER_FILES.fullmatch(name)]
     else:
         files = []
     if not files:

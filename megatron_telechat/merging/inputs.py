@@ -10,14 +10,17 @@ from typing import Any, Protocol
 import torch
 
 from megatron_telechat.checkpoint.averages import KINDS, stored_average
+from megatron_telechat.checkpoint.companions import on_this_machine
 from megatron_telechat.checkpoint.files import dtype_named, read_file_error
 from megatron_telechat.checkpoint.find import find_checkpoint, require_fit
+from megatron_telechat.checkpoint.folders import committed_folders
 from megatron_telechat.checkpoint.format import CheckpointReader
-from megatron_telechat.checkpoint.manifest import COMPANIONS, MANIFEST
+from megatron_telechat.checkpoint.manifest import COMPANIONS
 from megatron_telechat.checkpoint.meaning import TOKENIZER, saved_values
-from megatron_telechat.checkpoint.names import committed_folders
+from megatron_telechat.checkpoint.names import MANIFEST
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.optimizer_state import MASTER
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.tokenizers import tokenizer_identity
 from megatron_telechat.errors import CheckpointError, ConfigError, DataError
@@ -25,6 +28,7 @@ from megatron_telechat.files import sha256_of
 from megatron_telechat.huggingface.convert import readable_config
 from megatron_telechat.huggingface.files import CONFIG
 from megatron_telechat.huggingface.weights import HfWeights
+from megatron_telechat.locations import Location
 from megatron_telechat.tensors.frozen import frozen_keys
 
 PROVENANCE = "merge_provenance.json"
@@ -45,11 +49,11 @@ class Input(Protocol):
         tokenizer: {"kind", "digest"} of its tokenizer, None where that is not known.
     """
 
-    path: Path
+    path: Location
     run: RunConfig
     step: int | None
     extra: Mapping[str, Any]
-    companions: Path
+    companions: Location
     keys: Iterable[str]
     tokenizer: Mapping[str, str] | None
 
@@ -85,7 +89,7 @@ class CheckpointInput:
         CheckpointError: nothing there, damaged, or of a configuration that cannot be read.
     """
 
-    def __init__(self, path: Path, verify: bool = True):
+    def __init__(self, path: Location, verify: bool = True):
         self.reader = open_verified(path)[0] if verify else _open_unverified(path)
         self.path = folder = self.reader.path
         self.run = readable_config(self.reader)
@@ -99,7 +103,7 @@ class CheckpointInput:
         self.tokenizer: Mapping[str, str] | None = (
             self.extra.get(TOKENIZER)
             or _tokenizer_at(said.get("tokenizer_type"), said.get("tokenizer_model"))
-            or _tokenizer_at(None, str(self.companions))
+            or _tokenizer_beside(self.companions)
         )
         self._odd: Mapping[str, str] = self.extra.get("hf", {}).get("dtypes", {})
 
@@ -132,11 +136,12 @@ class HfInput:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self._folder = path
+        self.path: Location = path
         self.weights = HfWeights(path)
         self.run = RunConfig(model=self.weights.model)
         self.step: int | None = None
-        self.companions = path
+        self.companions: Location = path
         self.keys: Iterable[str] = [MODEL + key for key in dict.fromkeys(link.key for link in self.weights.links)]
         self.extra: Mapping[str, Any] = {"hf": {"absent": list(self.weights.absent)}}
         self.tokenizer: Mapping[str, str] | None = _tokenizer_at(None, str(path))
@@ -160,18 +165,18 @@ class HfInput:
     def identity(self) -> dict[str, Any]:
         """SHA-256 of config.json and of every file of weights, as the hub shows them."""
         names = sorted({CONFIG, *(header.file for header in self.weights.folder.tensors.values())})
-        return {"kind": "hf", "sha256": {name: _sha256(self.path / name) for name in names}}
+        return {"kind": "hf", "sha256": {name: _sha256(self._folder / name) for name in names}}
 
 
-def open_input(path: Path, verify: bool = True) -> CheckpointInput | HfInput:
+def open_input(path: Location, verify: bool = True) -> CheckpointInput | HfInput:
     """Open what a path names.
 
     Raises:
         CheckpointError: there is neither a checkpoint nor a Hugging Face folder, or it is damaged.
     """
-    if (path / MANIFEST).is_file() or committed_folders(path):
+    if store_of(path).is_file(path / MANIFEST) or committed_folders(path):
         return CheckpointInput(path, verify)
-    if (path / CONFIG).is_file():
+    if isinstance(path, Path) and (path / CONFIG).is_file():
         return HfInput(path)
     raise CheckpointError(
         "neither a checkpoint nor a Hugging Face folder is there",
@@ -210,19 +215,26 @@ def values_key(one: Input, key: str, values: str) -> str:
 def provenance_of(one: Input) -> Any:
     """What an earlier merge left beside an input, None where it is no merge."""
     path = one.companions / PROVENANCE
-    if not path.is_file():
+    if not store_of(path).is_file(path):
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(store_of(path).read(path))
     except (OSError, ValueError) as error:
         raise read_file_error(path, error, "restore or remove the file") from error
 
 
-def _open_unverified(path: Path) -> CheckpointReader:
+def _open_unverified(path: Location) -> CheckpointReader:
     folder, _ = find_checkpoint(path)
     if folder is None:
         raise CheckpointError("no checkpoint there", str(path), "give a folder iter_… or one that holds some")
     return CheckpointReader(folder)
+
+
+def _tokenizer_beside(companions: Location) -> Mapping[str, str] | None:
+    if not store_of(companions).is_folder(companions):
+        return None
+    with on_this_machine(companions) as files:
+        return _tokenizer_at(None, str(files))
 
 
 def _tokenizer_at(kind: str | None, path: str | None) -> Mapping[str, str] | None:

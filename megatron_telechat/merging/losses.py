@@ -88,7 +88,8 @@ def _tokenizer(inputs: Sequence[Input], wanted: Examples) -> str:
         return str(wanted.tokenizer)
     for one in inputs:
         said = one.run.data.tokenizer_model
-        for place in (one.companions, *([Path(said)] if said else [])):
+        beside = [one.companions] if isinstance(one.companions, Path) else []
+        for place in (*beside, *([Path(said)] if said else [])):
             if place.is_file() or any(place.glob("tokenizer.json")) or any(place.glob("*.model")):
                 return str(place)
     raise DataError("no input has a tokenizer beside it", "--examples", "give --tokenizer FILE_OR_FOLDER")

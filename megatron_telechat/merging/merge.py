@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_telechat import __version__
 from megatron_telechat.checkpoint.averages import KINDS, require_average
-from megatron_telechat.checkpoint.lineage import saved_in
-from megatron_telechat.checkpoint.names import folder_of_step
+from megatron_telechat.checkpoint.lineage import folder_of_step, saved_in
 from megatron_telechat.errors import CheckpointError, ConfigError
 from megatron_telechat.huggingface.convert import DTYPES, KEEP
+from megatron_telechat.locations import Location, Url
 from megatron_telechat.merging.alike import require_alike
 from megatron_telechat.merging.inputs import (
     MODEL,
@@ -51,8 +51,8 @@ class MergeReport:
         notes: what a person should know.
     """
 
-    path: Path
-    inputs: tuple[Path, ...]
+    path: Location
+    inputs: tuple[Location, ...]
     weights: tuple[float, ...]
     losses: tuple[float, ...] | None
     values: str
@@ -94,9 +94,14 @@ def merge(request: MergeRequest) -> MergeReport:
     )
     if request.optimizer and not as_checkpoint:
         raise ConfigError("a Hugging Face folder has no optimizer state", "--optimizer", "--format checkpoint")
+    if isinstance(request.output, Url) and not as_checkpoint:
+        raise ConfigError(
+            "a Hugging Face folder is not written to an object store", "--output", "a folder, or --format checkpoint"
+        )
     if as_checkpoint:
         written = write_checkpoint(merged, request.output, progress, provenance)
     else:
+        assert isinstance(request.output, Path)
         tokenizer = request.examples.tokenizer if request.examples else None
         written = write_folder(merged, request.output, provenance, tokenizer, request.max_shard_bytes)
     return MergeReport(
@@ -154,7 +159,7 @@ def _require_averages_alone(request: MergeRequest) -> None:
         )
 
 
-def _input_paths(request: MergeRequest) -> Sequence[Path]:
+def _input_paths(request: MergeRequest) -> Sequence[Location]:
     window = request.window
     if window is None:
         return request.inputs

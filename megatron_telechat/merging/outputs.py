@@ -11,17 +11,19 @@ from typing import Any
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint.averages import KEY
-from megatron_telechat.checkpoint.companions import carry_companions
-from megatron_telechat.checkpoint.disk import require_free_space, write_bytes
+from megatron_telechat.checkpoint.companions import carry_companions, on_this_machine, write_companion
+from megatron_telechat.checkpoint.disk import require_free_space
 from megatron_telechat.checkpoint.files import FileEntry, LazyTensor, dtype_name
 from megatron_telechat.checkpoint.format import PartWriter, versions
 from megatron_telechat.checkpoint.manifest import COMPANIONS, Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER
 from megatron_telechat.checkpoint.parts import merge_parts
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.errors import CheckpointError
 from megatron_telechat.huggingface.convert import link_tensors, write_hf_folder
 from megatron_telechat.huggingface.weights import weight_map
+from megatron_telechat.locations import Location, Url
 from megatron_telechat.merging.inputs import MODEL, PROVENANCE, CheckpointInput, Input
 from megatron_telechat.merging.merged import Merged
 from megatron_telechat.merging.sums import pieces
@@ -36,7 +38,7 @@ _FILE_BYTES = 256 << 20
 class Written:
     """What was written: the checkpoint or the folder, bytes of its tensors, what a person should know."""
 
-    path: Path
+    path: Location
     size_bytes: int
     notes: tuple[str, ...] = ()
 
@@ -86,15 +88,20 @@ def progress_of(inputs: Sequence[Input], optimizer_keys: Sequence[str]) -> Progr
     )
 
 
-def require_new(output: Path) -> None:
+def require_new(output: Location) -> None:
     """Raises CheckpointError where the output is there already."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    occupied = (
+        store_of(output).is_folder(output)
+        if isinstance(output, Url)
+        else output.exists() and (not output.is_dir() or any(output.iterdir()))
+    )
+    if occupied:
         raise CheckpointError(
             "the output already exists and is not empty", str(output), "give a new folder; nothing is overwritten"
         )
 
 
-def write_checkpoint(merged: Merged, output: Path, progress: Progress, provenance: Mapping[str, Any]) -> Written:
+def write_checkpoint(merged: Merged, output: Location, progress: Progress, provenance: Mapping[str, Any]) -> Written:
     """Commit ``output/iter_…`` with the merged weights, and the optimizer's state where there is one.
 
     Raises:
@@ -139,25 +146,29 @@ def _count(merged: Merged, key: str) -> int:
     return count
 
 
-def _remove_empty(folder: Path) -> None:
+def _remove_empty(folder: Location) -> None:
     """Take the folder of checkpoints away again, where nothing came to lie in it."""
+    if isinstance(folder, Url):
+        return
     try:
         folder.rmdir()
     except OSError:
         pass  # it was not made, or something lies there
 
 
-def _companions(first: Input, target: Path, provenance: Mapping[str, Any]) -> dict[str, FileEntry]:
-    entries = carry_companions(first.companions if first.companions.is_dir() else None, target)
-    target.mkdir(exist_ok=True)
+def _companions(first: Input, target: Location, provenance: Mapping[str, Any]) -> dict[str, FileEntry]:
+    there = store_of(first.companions).is_folder(first.companions)
+    entries = carry_companions(first.companions if there else None, target)
+    store_of(target).make_folder(target)
     entries[f"{COMPANIONS}/{PROVENANCE}"] = _write_provenance(target, provenance)
     return entries
 
 
-def _write_provenance(folder: Path, provenance: Mapping[str, Any]) -> FileEntry:
-    path = folder / PROVENANCE
-    path.unlink(missing_ok=True)  # an input's own, which this one quotes
-    return write_bytes(path, (json.dumps(provenance, indent=2, ensure_ascii=False) + "\n").encode())
+def _write_provenance(folder: Location, provenance: Mapping[str, Any]) -> FileEntry:
+    path, data = folder / PROVENANCE, (json.dumps(provenance, indent=2, ensure_ascii=False) + "\n").encode()
+    if isinstance(path, Path):
+        path.unlink(missing_ok=True)  # an input's own, which this one quotes
+    return write_companion(path, data)
 
 
 def _extra(merged: Merged) -> dict[str, Any]:
@@ -197,14 +208,15 @@ def write_folder(
             continue
         read = functools.partial(merged.read, key, link.box.offset, link.box.shape)
         tensors += link_tensors(link, read, [merged.hf_dtype(key, name) for name in link.names])
-    notes = write_hf_folder(
-        output,
-        tensors,
-        first.run,
-        first.extra,
-        first.companions,
-        tokenizer=tokenizer,
-        max_shard_bytes=max_shard_bytes,
-        more=functools.partial(_write_provenance, provenance=provenance),
-    )
+    with on_this_machine(first.companions) as files:
+        notes = write_hf_folder(
+            output,
+            tensors,
+            first.run,
+            first.extra,
+            files,
+            tokenizer=tokenizer,
+            max_shard_bytes=max_shard_bytes,
+            more=functools.partial(_write_provenance, provenance=provenance),
+        )
     return Written(output, sum(tensor.nbytes for tensor in tensors), tuple(notes))

@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_telechat.checkpoint.averages import KINDS
 from megatron_telechat.config.schema import Precision
 from megatron_telechat.device_kinds import HOST, DeviceChoice
+from megatron_telechat.locations import Location
 from megatron_telechat.merging.weighting import Sum
 
 METHODS = ("linear", "slerp", "task-arithmetic", "ties", "dare", "dare-ties")
@@ -88,8 +89,8 @@ class MergeRequest:
         command: the command line, for the provenance file.
     """
 
-    inputs: tuple[Path, ...]
-    output: Path
+    inputs: tuple[Location, ...]
+    output: Location
     format: Format | None = None
     method: Method = "linear"
     weights: tuple[float, ...] | None = None
@@ -97,7 +98,7 @@ class MergeRequest:
     layer_weights: Path | None = None
     examples: Examples | None = None
     window: Window | None = None
-    base: Path | None = None
+    base: Location | None = None
     scale: float = 1.0
     density: float = 0.2
     trim: Literal["model", "tensor"] = "model"

@@ -7,7 +7,9 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from megatron_telechat.checkpoint.owner import claim_store
 from megatron_telechat.config.run_stages import RunStages
+from megatron_telechat.locations import Url
 from megatron_telechat.training.lease import held
 from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.signals import StopRequests
@@ -38,6 +40,7 @@ def train(stages: RunStages, steal_lock: bool = False) -> int:
             if first:
                 # One rank for all, and at once: the launcher ends the others with it.
                 requests.leases = holding.enter_context(held(_folders(stages), steal_lock, _say))
+                requests.owned = tuple(claim_store(*place, steal_lock, _say) for place in _prefixes(stages))
             from megatron_telechat.backend import get_backend
 
             backend = get_backend(run.training.device)
@@ -58,9 +61,15 @@ def train(stages: RunStages, steal_lock: bool = False) -> int:
 
 
 def _folders(stages: RunStages) -> list[Path]:
-    """Where the run writes."""
+    """Where the run writes on file systems."""
     paths = [RunPaths.of(stage.run) for stage in stages.stages]
-    return [folder for path in paths for folder in (path.run_dir, path.save_dir)]
+    return [folder for path in paths for folder in (path.run_dir, path.save_dir) if isinstance(folder, Path)]
+
+
+def _prefixes(stages: RunStages) -> dict[tuple[Url, Path], None]:
+    """Where it writes in object stores, each with its run folder."""
+    paths = [RunPaths.of(stage.run) for stage in stages.stages]
+    return {(path.save_dir, path.run_dir): None for path in paths if isinstance(path.save_dir, Url)}
 
 
 def _say(line: str) -> None:

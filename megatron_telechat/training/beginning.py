@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_telechat.checkpoint import LoadedInfo
@@ -17,6 +16,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data import fingerprint_differences
 from megatron_telechat.data.datasets import SEQUENCE_LENGTH
 from megatron_telechat.errors import DataError
+from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import from_rank_0, this_rank, together
 
 
@@ -34,7 +34,7 @@ class Beginning:
     start: Start
     position: Position
     branch: Branch | None = None
-    protected: Path | None = None
+    protected: Location | None = None
 
 
 def find_beginning(stages: RunStages) -> Beginning:
@@ -92,7 +92,7 @@ def require_same_data(info: LoadedInfo, fingerprint: Mapping[str, Any], run: Run
         )
 
 
-def continued_branch(found: Beginning, info: LoadedInfo | None, save_dir: Path) -> Branch:
+def continued_branch(found: Beginning, info: LoadedInfo | None, save_dir: Location) -> Branch:
     """The line of saves that the next checkpoint continues; a collective over all ranks, of which only rank 0's line
     says anything.
 

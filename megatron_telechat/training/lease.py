@@ -27,8 +27,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from megatron_telechat.checkpoint.owner import require_owner
 from megatron_telechat.errors import LeaseError, ResourceError
 from megatron_telechat.host import boot_id
+from megatron_telechat.locations import Url
 
 LEASE_FILE = "lease.json"
 BEAT_S = 1.0
@@ -109,9 +111,11 @@ class Claims:
 
     Attributes:
         leases: the files, and the identifier that each must have.
+        owners: prefixes of object stores, and the run folder that each must belong to (`checkpoint.owner`).
     """
 
     leases: tuple[tuple[Path, str], ...] = ()
+    owners: tuple[tuple[Url, str], ...] = ()
 
     def __call__(self) -> None:
         """Look at the leases.
@@ -137,6 +141,8 @@ class Claims:
                     "nothing was written since; if that was not meant, stop the other job and run the same command "
                     "again",
                 )
+        for root, run in self.owners:
+            require_owner(root, run)
 
 
 class Lease:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megatron_telechat.backend import get_backend
@@ -29,6 +28,7 @@ from megatron_telechat.data import (
 )
 from megatron_telechat.data.order import saved_tokens
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, UserError
+from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import initialize
 from megatron_telechat.training.auto import AutoSettings, settle_auto
@@ -117,8 +117,8 @@ class Trainer:
         self.spikes = SpikeWindow(run.logging.spike_window, run.logging.spike_threshold)
         self._passed_over = step_windows(run.training.iterations_to_skip)
         self.resumed: LoadedInfo | None = None
-        self.protected: Path | None = None
-        self.saved: Path | None = None
+        self.protected: Location | None = None
+        self.saved: Location | None = None
         self.branch = Branch()
         PULSE.enter(Phase.LOADING)
         self.resumed = self._resume(beginning)

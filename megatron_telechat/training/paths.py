@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ResourceError
+from megatron_telechat.locations import Location, Url
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class RunPaths:
     """
 
     run_dir: Path
-    save_dir: Path
-    load_dir: Path
+    save_dir: Location
+    load_dir: Location
 
     @classmethod
     def of(cls, run: RunConfig) -> RunPaths:
@@ -31,6 +32,8 @@ class RunPaths:
     def create(self) -> None:
         """Make the folders. Raises ResourceError where that cannot be done."""
         for folder in (self.run_dir, self.save_dir):
+            if isinstance(folder, Url):
+                continue  # nothing is written there before the first save
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

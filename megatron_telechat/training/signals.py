@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_telechat.errors import StopAtStart
+from megatron_telechat.locations import Url
 from megatron_telechat.training.lease import Claims, Leases
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
@@ -43,6 +44,8 @@ class StopRequests:
         self._speaks = speaks
         self.leases: Leases | None = None
         """Those of the run's folders, where this rank holds them. Losing one is a stop, without a checkpoint."""
+        self.owned: tuple[tuple[Url, str], ...] = ()
+        """The prefixes of object stores that the run writes to; see `Claims`."""
         self._first: int | None = None
         self._at_start = False
         self._started = time.monotonic()
@@ -125,7 +128,7 @@ class StopRequests:
     @property
     def claims(self) -> Claims:
         """To be called before a write to the folders of the run; raises LeaseError where they are another job's."""
-        return self.leases.claims if self.leases is not None else Claims()
+        return Claims(self.leases.claims.leases if self.leases is not None else (), self.owned)
 
     def asked_anywhere(self, device: Any) -> bool:
         """Whether some rank was asked to stop by now; a small collective over all ranks."""

@@ -16,8 +16,8 @@ import torch
 
 from megatron_telechat.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
 from megatron_telechat.checkpoint.find import find_checkpoint
+from megatron_telechat.checkpoint.folders import committed_folders, folders_aside
 from megatron_telechat.checkpoint.lineage import Began, Branch, look_at, saved_in
-from megatron_telechat.checkpoint.names import committed_folders, folders_aside
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.retention import prune
 from megatron_telechat.checkpoint.start import find_start

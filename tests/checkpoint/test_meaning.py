@@ -15,8 +15,9 @@ import torch
 
 from megatron_telechat.checkpoint import CheckpointWriter
 from megatron_telechat.checkpoint.lineage import Branch
-from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_telechat.checkpoint.manifest import read_manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
+from megatron_telechat.checkpoint.names import MANIFEST
 from megatron_telechat.checkpoint.start import require_start
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.run_stages import RunStages

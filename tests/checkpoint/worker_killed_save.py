@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from megatron_telechat.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
+from megatron_telechat.checkpoint.folders import committed_folders
 from megatron_telechat.checkpoint.lineage import Branch, look_at
-from megatron_telechat.checkpoint.names import committed_folders
 from megatron_telechat.checkpoint.retention import prune
 
 CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"))

@@ -500,7 +500,8 @@ def fp16_checkpoint(name: str, grad_scaler: dict) -> tuple[Any, Path]:
     import torch
 
     from megatron_telechat.checkpoint import save_checkpoint
-    from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
+    from megatron_telechat.checkpoint.manifest import read_manifest
+    from megatron_telechat.checkpoint.names import MANIFEST
 
     first = Built(run_config("moe", "fp16", expert(2), seed=1))
     first.step()

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_telechat.checkpoint import CheckpointReader
-from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_telechat.checkpoint.manifest import read_manifest
+from megatron_telechat.checkpoint.names import MANIFEST
 from megatron_telechat.config.schema import ModelConfig
 from megatron_telechat.config.yaml_io import dump_run_config, run_config_from_yaml
 from megatron_telechat.errors import CheckpointError, ConfigError, UserError

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_telechat.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_telechat.checkpoint.manifest import read_manifest
+from megatron_telechat.checkpoint.names import MANIFEST
 from megatron_telechat.cli import build_index
 from tests.data.material import write_dataset
 from tests.harness import LaunchResult, launch
