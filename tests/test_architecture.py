@@ -81,6 +81,8 @@ OPTIONAL = {
 }
 
 
+EXPORTED = f"{PACKAGE}.huggingface.exported."
+"""Files that are copied into exported folders."""
 BELOW_THE_FORMATS = {"blend", "core", "corpus", "order", "pieces", "tokenizers"}
 """Files of data/ that its folders may import; the other files stand above the folders."""
 FOLDERS_OF_DATA = {"indexed": (), "text": ("indexed",), "chat": ("indexed",)}
@@ -291,10 +293,25 @@ def test_optional_packages_are_imported_where_they_are_used():
         for found in imports_of(path)
         if found.at_top
         and (found.name.split(".")[0] in OPTIONAL or found.name.startswith("torch.utils.tensorboard"))
-        # Kernels are imported on a device of their kind only (`backend.kernels.kernels`).
-        and not module_name(path).startswith(f"{PACKAGE}.backend.kernels.ascend.")
+        # Kernels are imported on a device of their kind only (`backend.kernels.kernels`), exported files by nobody.
+        and not module_name(path).startswith((f"{PACKAGE}.backend.kernels.ascend.", EXPORTED))
     ]
     assert wrong == []
+
+
+def test_exported_files_stand_alone():
+    """They are copied into a folder that is read without us: they know each other, torch and what transformers needs,
+    and nobody of the package imports them."""
+    known = {*sys.stdlib_module_names, "torch", "transformers", "sentencepiece"}
+    files = {path: module_name(path) for path in sources(PACKAGE)}
+    own = [path for path, name in files.items() if name.startswith(EXPORTED)]
+    assert len(own) == 3
+    for path in own:
+        assert path.read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
+        wrong = [at(path, one) for one in imports_of(path) if not one.name.startswith(EXPORTED)]
+        assert [text for text in wrong if text.rpartition(" imports ")[2].split(".")[0] not in known] == []
+    readers = [at(path, one) for path in files if path not in own for one in imports_of(path) if EXPORTED in one.name]
+    assert readers == []
 
 
 def test_parallel_state_is_read_in_one_file():

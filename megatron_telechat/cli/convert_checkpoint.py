@@ -41,7 +41,16 @@ def build_parser() -> ToolParser:
         help="folder whose config.json, modelling and tokenizer files are copied unchanged; "
         "default: those that the import kept",
     )
-    out.add_argument("--tokenizer", type=folder, help="tokenizer file or folder to copy into the output")
+    out.add_argument(
+        "--tokenizer", type=folder, help="tokenizer file or folder to copy into the output; default: the run's own"
+    )
+    out.add_argument(
+        "--modeling",
+        choices=("auto", "ours", "keep"),
+        default="auto",
+        help="modelling file for transformers: ours, the one that came with the weights (keep), or ours where the "
+        "export writes config.json itself (auto, default)",
+    )
     out.add_argument(
         "--dtype",
         choices=("keep", "bf16", "fp16", "fp32"),
@@ -75,6 +84,7 @@ def _run(argv: list[str]) -> int:
             args.output,
             template=args.hf_template,
             tokenizer=args.tokenizer,
+            modeling=args.modeling,
             dtype=args.dtype,
             values=args.values,
             max_shard_bytes=parse_size(args.max_shard_size),

@@ -56,6 +56,21 @@ class _Reader:
             return value
         return default
 
+    def word(self, name: str, words: tuple[str, ...]) -> str:
+        """One of these words; the first where the name is not there."""
+        value = self.config.get(name, words[0])
+        if value not in words:
+            self.complain(f"{name} is {value!r}, not {' or '.join(words)}")
+            return words[0]
+        return value
+
+    def switch(self, name: str, default: bool) -> bool:
+        value = self.config.get(name, default)
+        if not isinstance(value, bool):
+            self.complain(f"{name} is {value!r}, not true or false")
+            return default
+        return value
+
     def require(self, value: Any, *names: str) -> None:
         if value is None:
             self.complain(f"{names[0]} is missing", f'add "{names[0]}" to config.json')
@@ -109,7 +124,9 @@ def _telechat(reader: _Reader, names: Mapping[str, Any]) -> dict[str, Any]:
         reader.complain("apply_residual_connection_post_layernorm is not supported")
     hidden = reader.whole("n_embed", "hidden_size", default=4096)
     heads = reader.whole("n_head", "num_attention_heads", default=32)
-    training_seqlen = reader.whole("training_seqlen", default=8192)
+    # null, which the published class cannot compute with, is how a model without scaling is written
+    unscaled = "training_seqlen" in config and config["training_seqlen"] is None
+    training_seqlen = None if unscaled else reader.whole("training_seqlen", default=8192)
     values: dict[str, Any] = {
         "name": "telechat2",
         "architecture": "telechat2",
@@ -118,11 +135,15 @@ def _telechat(reader: _Reader, names: Mapping[str, Any]) -> dict[str, Any]:
         "ffn_hidden_size": reader.whole("ffn_hidden_size", "intermediate_size", default=12288),
         "num_attention_heads": heads,
         "num_query_groups": reader.whole("num_key_value_heads", default=heads),
+        "kv_channels": reader.whole("head_dim"),
         "vocab_size": reader.whole("vocab_size", default=160256),
         "norm_epsilon": reader.real("layer_norm_epsilon", default=1e-5),
         "rotary_base": _rope_theta(reader),
         "rotary_training_seqlen": training_seqlen,
         "rotary_base_seqlen": reader.whole("base_seqlen", default=training_seqlen),
+        "rotary_table_dtype": reader.word("rotary_table_dtype", ("fp32", "fp16")),
+        "attention_output_bias": reader.switch("attention_output_bias", default=True),
+        "mlp_output_bias": reader.switch("mlp_output_bias", default=True),
         "hidden_dropout": reader.real("hidden_dropout", default=0.0),
         "attention_dropout": reader.real("attention_dropout", default=0.0),
         "init_method_std": reader.real("initializer_range", default=0.02),
@@ -233,20 +254,11 @@ def hf_config_of(
     """
     if model.architecture == "mixtral":
         return _mixtral_config(model, precision, tokens)
-    config: dict[str, Any] = {
+    return {
         "architectures": ["TelechatForCausalLM"],
         "model_type": TELECHAT,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "n_layer": model.num_layers,
-        "n_head": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "layer_norm_epsilon": model.norm_epsilon,
-        "initializer_range": model.init_method_std,
+        **_telechat_shape(model),
         **_positions(model, seq_length),
-        "hidden_dropout": model.hidden_dropout,
-        "attention_dropout": model.attention_dropout,
         "apply_residual_connection_post_layernorm": False,
         "embed_layernorm": False,
         "tie_word_embeddings": False,
@@ -255,6 +267,29 @@ def hf_config_of(
         "torch_dtype": _TORCH_DTYPE[precision],
         **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, **tokens},
     }
+
+
+def _telechat_shape(model: ModelConfig) -> dict[str, Any]:
+    """The architecture but positions. What the published class does not know is written where it differs from it."""
+    config: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "n_layer": model.num_layers,
+        "n_head": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        # all layers may be of experts, and the dense width left out
+        "ffn_hidden_size": model.ffn_hidden_size or model.moe_ffn_hidden_size,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+    }
+    if model.head_dim * model.num_attention_heads != model.hidden_size:
+        config["head_dim"] = model.head_dim
+    biases = ("attention_output_bias", "mlp_output_bias")
+    config.update({name: False for name in biases if not getattr(model, name)})
+    if model.rotary_table_dtype != "fp32":
+        config["rotary_table_dtype"] = model.rotary_table_dtype
     if model.is_moe:
         config.update(
             num_experts=model.num_experts,
@@ -265,6 +300,35 @@ def hf_config_of(
             shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
         )
     return config
+
+
+_CLASS = "MegatronTelechat"
+_OTHER_SPELLINGS = ("n_embed", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps")
+
+
+def with_our_modeling(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """A config.json of TeleChat2 that our modelling file reads: every quantity under the one name that it knows.
+
+    A dense model keeps the architecture's name that vLLM knows. A model of experts gets ours, so that no program that
+    knows dense ones only takes it for one of them.
+    """
+    dropped = (*_OTHER_SPELLINGS, "rope_scaling", "rope_parameters")
+    kept = {name: value for name, value in config.items() if name not in dropped}
+    modeling = f"modeling_megatron_telechat.{_CLASS}"
+    return {
+        **kept,
+        **_telechat_shape(model),
+        **_positions(model, None),
+        "model_type": TELECHAT,
+        "architectures": [f"{_CLASS}ForCausalLM" if model.is_moe else "TeleChat2ForCausalLM"],
+        "rotary_table_dtype": model.rotary_table_dtype,
+        "auto_map": {
+            **(config.get("auto_map") or {}),
+            "AutoConfig": f"configuration_megatron_telechat.{_CLASS}Config",
+            "AutoModel": f"{modeling}Model",
+            "AutoModelForCausalLM": f"{modeling}ForCausalLM",
+        },
+    }
 
 
 def _positions(model: ModelConfig, seq_length: int | None) -> dict[str, Any]:

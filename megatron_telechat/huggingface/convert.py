@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_telechat.checkpoint.averages import require_average, stored_average
-from megatron_telechat.checkpoint.companions import carry_companions, companions, on_this_machine
+from megatron_telechat.checkpoint.companions import carry_companions, on_this_machine
 from megatron_telechat.checkpoint.disk import disk_error, require_free_space
 from megatron_telechat.checkpoint.files import LazyTensor, dtype_name, dtype_named
 from megatron_telechat.checkpoint.find import require_fit, weight_key
@@ -30,27 +29,16 @@ from megatron_telechat.checkpoint.owner import OWNER
 from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.config.schema import ModelConfig, RunConfig
 from megatron_telechat.config.yaml_io import dump_model_config, dump_run_config, run_config_from_yaml
-from megatron_telechat.data.order import SAVED_AS
-from megatron_telechat.errors import CheckpointError, ConfigError, DataError
-from megatron_telechat.huggingface.config import (
-    POSITIONS,
-    config_differences,
-    hf_config_of,
-    model_config_from_hf,
-    with_reached_positions,
-)
-from megatron_telechat.huggingface.files import CONFIG, read_json, write_hf_weights
+from megatron_telechat.errors import CheckpointError, ConfigError
+from megatron_telechat.huggingface.files import write_hf_weights
+from megatron_telechat.huggingface.folder import DTYPES, Modeling, plan_folder
 from megatron_telechat.huggingface.weights import HfWeights, Link, weight_map
 from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import alone
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEEP = "keep"
 WEIGHTS = "weights"
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_TOKENIZER_FILES = re.compile(
-    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|.*\.model|tokenization.*\.py)"
-)
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +156,7 @@ def export_hf(
     *,
     template: Path | None = None,
     tokenizer: Path | None = None,
+    modeling: Modeling = "auto",
     dtype: str = KEEP,
     values: str = WEIGHTS,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -180,8 +169,11 @@ def export_hf(
         output: a folder that does not exist yet, or is empty.
         template: folder whose config.json and other files are carried over unchanged; by default the
             files that the import kept, where config.json follows a run that changed its length or rotary base.
-        tokenizer: a tokenizer file, or a folder with one, to put beside the weights.
-        dtype: keep (as the weights are stored), bf16, fp16 or fp32 (the fp32 master weights, where there are any).
+        tokenizer: a tokenizer file, or a folder with one, to put beside the weights; by default, where no tokenizer
+            came with the weights, that of the run.
+        modeling: whose modelling file: ours, the one that came with the weights (keep), or ours where config.json is
+            written here (auto).
+        dtype: keep (as stored), bf16, fp16 or fp32 (the fp32 master weights, where there are any).
         values: weights, or the kind of an average of them (`checkpoint.averages`).
 
     Raises CheckpointError or ResourceError; ``output`` is not made then.
@@ -205,6 +197,7 @@ def export_hf(
             files,
             template_required=template is not None,
             tokenizer=tokenizer,
+            modeling=modeling,
             max_shard_bytes=max_shard_bytes,
         )
     return Converted(Path(output), len(tensors), sum(tensor.nbytes for tensor in tensors), (*passed_over, *notes))
@@ -219,6 +212,7 @@ def write_hf_folder(
     *,
     template_required: bool = False,
     tokenizer: Path | None = None,
+    modeling: Modeling = "auto",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     more: Callable[[Path], object] | None = None,
 ) -> list[str]:
@@ -231,24 +225,16 @@ def write_hf_folder(
         extra: ``extra`` of the checkpoint's manifest.
         source: folder whose other files are carried over, if it is there.
         template_required: the source must hold the config.json of this very model.
-        tokenizer: a tokenizer file, or a folder with one, to put beside the weights.
+        tokenizer, modeling: see `export_hf`.
         more: called with the folder under way, before it gets its name.
 
     Returns:
         What a person should know.
     """
-    moved, notes = _check_template(source, run, extra, template_required)
+    plan = plan_folder(run, extra, source, modeling=modeling, template_required=template_required, tokenizer=tokenizer)
     staged = _stage(output, sum(tensor.nbytes for tensor in tensors))
     try:
-        carry_companions(source if source.is_dir() else None, staged)
-        if tokenizer is not None:
-            _copy_tokenizer(Path(tokenizer), staged)
-        if moved:
-            config = with_reached_positions(read_json(staged / CONFIG), run.model, run.training.seq_length)
-            _write_json(staged / CONFIG, config)
-        if not (staged / CONFIG).exists():
-            _write_config(staged, run, tensors)
-            notes.append("config.json was made from the checkpoint's configuration; no modelling file is in the folder")
+        notes = plan.fill(staged, tensors)
         write_hf_weights(staged, tensors, max_shard_bytes)
         if more is not None:
             more(staged)
@@ -314,34 +300,6 @@ def _part(parts: Any, number: int, dtype: torch.dtype, last: bool) -> Callable[[
     return load
 
 
-def _check_template(folder: Path, run: RunConfig, extra: Mapping[str, Any], required: bool) -> tuple[bool, list[str]]:
-    """Whether its config.json must follow what the run changed on its way, and notes.
-
-    Raises CheckpointError when it is of another architecture or not there.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        if required:
-            raise CheckpointError(f"no {CONFIG} in the template", where=str(folder), fix="give a Hugging Face folder")
-        return False, []
-    try:
-        theirs = model_config_from_hf(read_json(path), str(path))
-    except CheckpointError as error:
-        return False, [f"config.json was carried over, but could not be compared: {error.problems[0].what}"]
-    differences = config_differences(run.model, theirs)
-    changed_length = len(extra.get(SAVED_AS, {}).get("legs", ())) > 1
-    if not required and (differences or changed_length) and set(differences) <= set(POSITIONS):
-        reached = "; ".join(differences.values()) or f"seq_length: {run.training.seq_length} in the checkpoint"
-        return True, [f"config.json has the positions and lengths that the run has reached ({reached})"]
-    if differences:
-        raise CheckpointError(
-            "config.json describes another model: " + "; ".join(differences.values()),
-            where=str(path),
-            fix="give the folder the weights came from with --hf-template, or an edited copy of it",
-        )
-    return False, []
-
-
 def _stage(output: Path, size: int) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(
@@ -357,44 +315,6 @@ def _stage(output: Path, size: int) -> Path:
     except OSError as error:
         raise disk_error(staged, error) from error
     return staged
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    if source.is_file():
-        files = [source]
-    elif source.is_dir():
-        files = [source / name for name in companions(source) if _TOKENIZER_FILES.fullmatch(name)]
-    else:
-        files = []
-    if not files:
-        raise DataError(
-            "no tokenizer there", where=str(source), fix="give tokenizer.json, tokenizer.model or their folder"
-        )
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-
-
-def _write_config(folder: Path, run: RunConfig, tensors: Sequence[LazyTensor]) -> None:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    kinds = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
-    precision = names.get(functools.reduce(torch.promote_types, kinds), "fp32")
-    _write_json(folder / CONFIG, hf_config_of(run.model, precision, _special_tokens(folder), run.training.seq_length))
-
-
-def _write_json(path: Path, body: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _special_tokens(folder: Path) -> Mapping[str, int]:
-    """Ids of the tokenizer that lies in the folder, so that generation knows where to stop."""
-    from megatron_telechat.data.tokenizers import build_tokenizer
-
-    try:
-        tokenizer = build_tokenizer(None, str(folder))
-    except (DataError, ConfigError):
-        return {}
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
-    return {name: number for name, number in ids.items() if number is not None}
 
 
 def parse_size(text: str) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_telechat.backend import cpu_types, traits_of, varlen
 from megatron_telechat.backend.kernels import kernels
+from megatron_telechat.model.key_value_cache import KeyValueCache, attend
 from megatron_telechat.model.norm import RMSNorm
 from megatron_telechat.model.rotary import SplitAndRotate, Tables
 from megatron_telechat.parallel.context.plan import ContextPlan
@@ -231,6 +232,7 @@ class SelfAttention(MegatronModule):
         self.groups = groups // tp_size
         self.head_dim = head_dim
         self.recompute_core = recompute_core
+        self.layer_number = layer_number
         projection = config.num_attention_heads * head_dim
         self.linear_qkv = build_module(
             submodules.linear_qkv,
@@ -267,13 +269,25 @@ class SelfAttention(MegatronModule):
         )
 
     def forward(
-        self, hidden_states: Tensor, rotary_tables: Tables, segments: Segments | ContextPlan | None = None, **_: Any
+        self,
+        hidden_states: Tensor,
+        rotary_tables: Tables,
+        segments: Segments | ContextPlan | KeyValueCache | None = None,
+        **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias."""
+        """[s (/ tp under sequence parallelism), b, hidden] -> the same, without the bias, and the bias.
+
+        Args:
+            rotary_tables: of these tokens.
+            segments: stretches that attend to themselves only; a cache: the tokens attend to those in it, too, and are
+                added to it.
+        """
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (self.groups, -1, self.head_dim))
         if self.q_layernorm is not None and self.k_layernorm is not None:
             mixed = normalise_heads(mixed, self.q_layernorm, self.k_layernorm)
+        if isinstance(segments, KeyValueCache):
+            return self.linear_proj(self._attend_with_cache(mixed, rotary_tables, segments))
         heads = self._heads(mixed, rotary_tables)
         if self.recompute_core and self.training and torch.is_grad_enabled():
             context = tensor_parallel.checkpoint(partial(self.core_attention, segments=segments), False, *heads)
@@ -288,3 +302,12 @@ class SelfAttention(MegatronModule):
         if not first or traits_of(mixed.device).heads_first_attention:
             return SplitAndRotate.apply(mixed, *rotary_tables, first)
         return tuple(part.permute(1, 2, 0, 3) for part in SplitAndRotate.apply(mixed, *rotary_tables, False))
+
+    def _attend_with_cache(self, mixed: Tensor, rotary_tables: Tables, cache: KeyValueCache) -> Tensor:
+        """The context of new tokens, [s, b, heads * head_dim]. A text that is read from its beginning goes through the
+        core attention like any sequence."""
+        query, key, value = SplitAndRotate.apply(mixed, *rotary_tables, True)
+        keys, values = cache.layer(self.layer_number).append(key, value, cache.length)
+        if cache.length == 0:
+            return self.core_attention(*self._heads(mixed, rotary_tables), segments=None)
+        return attend(query, keys, values)

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.model.attention import Segments
 from megatron_telechat.model.context_attention import ContextPlace
+from megatron_telechat.model.key_value_cache import KeyValueCache
 from megatron_telechat.model.output_layer import OutputLayer
 from megatron_telechat.model.rotary import RotaryEmbedding, Tables
 from megatron_telechat.moe.counted import CountedTokens
@@ -105,7 +106,7 @@ class TeleChatModel(LanguageModule):
         position_ids: Tensor | None,
         *,
         labels: Tensor | None = None,
-        segments: Segments | ContextPlan | None = None,
+        segments: Segments | ContextPlan | KeyValueCache | None = None,
         counted: CountedTokens | None = None,
         gather_logits: bool = False,
     ) -> Tensor:
@@ -117,7 +118,8 @@ class TeleChatModel(LanguageModule):
                 plan, and there by every stage.
             labels: int64 [b, s]; only the last stage reads them.
             segments: stretches that attend to themselves only, with context parallelism the plan of the micro-batch;
-                None: every row is one.
+                None: every row is one. A cache of a generation: the tokens follow those in it, and the last stage
+                returns the logits of the last token only, [b, 1, vocab (/ tp)].
             counted: which tokens count in the losses of the routers; None: all.
             gather_logits: the last stage returns logits of the whole vocabulary rather than of this rank's part.
 
@@ -139,6 +141,9 @@ class TeleChatModel(LanguageModule):
             packed_seq_params=segments,
             padding_mask=None if counted is None else counted.rows(*self._sequence_part()),
         )
+        if isinstance(segments, KeyValueCache):
+            segments.advance(hidden.shape[0])
+            hidden = hidden[-1:]
         if not self.post_process:
             return hidden
         if labels is not None and self.output_layer.chunk_rows(labels):
@@ -155,9 +160,15 @@ class TeleChatModel(LanguageModule):
         return (tp.rank(), tp.size()) if self.config.sequence_parallel else (0, 1)
 
     def _rotary_tables(
-        self, hidden: Tensor, position_ids: Tensor | None, segments: Segments | ContextPlan | None
+        self, hidden: Tensor, position_ids: Tensor | None, segments: Segments | ContextPlan | KeyValueCache | None
     ) -> Tables:
         """Of the tokens of this rank. Theta and the scaling follow from the length of the whole rows."""
+        if isinstance(segments, KeyValueCache):
+            assert not self.config.sequence_parallel and self.context is None, "a generation holds whole sequences"
+            whole = segments.length + hidden.shape[0]
+            assert segments.scaling == self.rotary.scaling(whole), "KeyValueCache.to_read says what must be read anew"
+            cos, sin = self.rotary(whole, hidden.device)
+            return cos[segments.length :], sin[segments.length :]
         _, parts = self._sequence_part()
         length, place = hidden.shape[0] * parts, self.context
         by_token = self.reset_position_ids or isinstance(segments, ContextPlan)

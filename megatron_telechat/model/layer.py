@@ -17,6 +17,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_telechat.model.attention import Segments
+from megatron_telechat.model.key_value_cache import KeyValueCache
 from megatron_telechat.model.norm import build_norm
 from megatron_telechat.model.rotary import Tables
 from megatron_telechat.moe.choices import FirstPass
@@ -87,7 +88,7 @@ class DecoderLayer(MegatronModule):
         self,
         hidden_states: Tensor,
         rotary_pos_emb: Tables,
-        packed_seq_params: Segments | ContextPlan | None = None,
+        packed_seq_params: Segments | ContextPlan | KeyValueCache | None = None,
         padding_mask: CountedTokens | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
@@ -95,8 +96,8 @@ class DecoderLayer(MegatronModule):
 
         Args:
             rotary_pos_emb: the tables of `model.rotary.RotaryEmbedding`.
-            packed_seq_params: stretches that attend to themselves only; megatron-core's block hands it on under this
-                name.
+            packed_seq_params: stretches that attend to themselves only, or the cache of a generation; megatron-core's
+                block hands it on under this name.
             padding_mask: which tokens count in the losses of the routers; None: all. The name is megatron-core's, too.
         """
         run = partial(self._forward, rotary_tables=rotary_pos_emb, segments=packed_seq_params, counted=padding_mask)
@@ -114,7 +115,7 @@ class DecoderLayer(MegatronModule):
         self,
         hidden_states: Tensor,
         rotary_tables: Tables,
-        segments: Segments | ContextPlan | None,
+        segments: Segments | ContextPlan | KeyValueCache | None,
         counted: CountedTokens | None,
         first_pass: FirstPass | None = None,
     ) -> Tensor:

@@ -43,6 +43,12 @@ class RotaryEmbedding(torch.nn.Module):
         self._tables: dict[tuple[int, torch.device], Tables] = {}
         self._parts: dict[tuple[int, torch.device], Tables] = {}
 
+    def scaling(self, length: int) -> tuple[float, float]:
+        """Theta and the factor on cos and sin for a sequence of this length: where they are equal, so are the tables of
+        the tokens that two lengths have in common."""
+        factor = 1.0 if self.training_seqlen is None else attention_scaling(length, self.training_seqlen)
+        return self.scaled_theta(length), factor
+
     def scaled_theta(self, length: int) -> float:
         """Theta for a sequence of this length: ``theta * alpha^(d / (d - 2))``."""
         if self.training_seqlen is None:
@@ -80,10 +86,10 @@ class RotaryEmbedding(torch.nn.Module):
         return tables
 
     def _make(self, length: int, device: torch.device) -> Tables:
+        theta, scaling = self.scaling(length)
         exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device=device) / self.dim
-        frequencies = 1.0 / self.scaled_theta(length) ** exponents
+        frequencies = 1.0 / theta**exponents
         angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
-        scaling = 1.0 if self.training_seqlen is None else attention_scaling(length, self.training_seqlen)
         cos, sin = (
             (scaling * table.to(self.table_dtype)).float().view(length, 1, 1, 1, self.dim // 2)
             for table in (angles.cos(), angles.sin())

@@ -21,6 +21,7 @@ SHAPES = {  # layers, hidden, ffn, heads, groups, experts, top-k, expert ffn
     "telechat2-115b": (96, 8192, 40960, 64, 8, None, None, None),
     "telechat2-39b-a12b": (30, 4096, 6144, 32, 32, 16, 4, 6144),
     "mixtral-8x7b": (32, 4096, 14336, 32, 8, 8, 2, 14336),
+    "mixtral-8x22b": (56, 6144, 16384, 48, 8, 8, 2, 16384),
 }
 
 

@@ -73,6 +73,17 @@ def write_folder(
     return folder
 
 
+def calm(folder: Path, scale: float = 0.3) -> Path:
+    """Scale the random weights of a folder: small embeddings and sharp attention, so that greedy choices follow from
+    what was said before, and no logit is large."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1:
+            tensor *= 0.02 if "embed" in name else scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in folder.glob("model*.safetensors"):
