@@ -21,15 +21,12 @@ from megatron_telechat.costs.activations import (
 )
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.op_order import Op, peak_in_flight
+from megatron_telechat.costs.optimizer_state import device_bytes, host_bytes, passage_bytes, rest_bytes
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.costs.software import Software
+from megatron_telechat.errors import Problem
 from megatron_telechat.tensors.pieces import virtual_stage_table
 from megatron_telechat.tensors.table import layer_table
-
-MOMENT_BYTES = 8
-"""AdamW's two moments, fp32."""
-MASTER_BYTES = 4
-"""The fp32 master weight; where the compute type is fp32 the parameter itself serves."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,8 @@ class StageMemory:
     """Micro-batches in flight in each virtual stage at that moment."""
     buffers_bytes: float = 0.0
     """Taken by the communication library, beside torch's allocator."""
+    host_bytes: float = 0.0
+    """Optimizer state in the memory of the host."""
 
     @property
     def total_bytes(self) -> float:
@@ -68,18 +67,22 @@ def optimizer_shards(run: RunConfig) -> tuple[int, int]:
 
 
 def resident_bytes(run: RunConfig, count: LocalCount, software: Software | None = None) -> tuple[float, float, float]:
-    """Bytes of parameters, gradients and optimizer state of a rank that holds these parameters; `software`: of the
-    program, unset: our own."""
+    """Bytes on the device of parameters, gradients and optimizer state of a rank that holds these parameters;
+    `software`: of the program, unset: our own. What state on its way takes (`passage_bytes`) comes once on top."""
     size, program = BYTES[run.training.precision], software or Software()
-    state = MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
-    dense_shards, expert_shards = optimizer_shards(run)
-    optimizer = state * (count.dense / dense_shards + count.expert / expert_shards)
     if program.sharding == "none":
+        optimizer = device_bytes(run, sum(optimizer_parameters(run, count)))
         return size * count.total, program.gradient_bytes * count.total, optimizer
     dense, routed = run.parallel.gradient_ranks
     shard = count.dense / dense + count.expert / routed
     held = shard if program.sharding == "full" else count.total  # gathered once, and kept for the backward
-    return size * held, program.gradient_bytes * shard, state * shard
+    return size * held, program.gradient_bytes * shard, rest_bytes(run) * shard
+
+
+def optimizer_parameters(run: RunConfig, count: LocalCount) -> tuple[float, float]:
+    """Dense and expert parameters whose optimizer state a rank keeps that holds these."""
+    dense_shards, expert_shards = optimizer_shards(run)
+    return count.dense / dense_shards, count.expert / expert_shards
 
 
 def whole_layers_bytes(run: RunConfig, layer: LocalCount, software: Software | None = None) -> float:
@@ -151,17 +154,39 @@ def _stage(
     )
     count = _stage_count(run, layout, rank)
     parameters, gradients, optimizer = resident_bytes(run, count, software)
+    owned = optimizer_parameters(run, count)
     held = sum(number * size for number, size in zip(in_flight, kept, strict=True))
     return StageMemory(
         pipeline_rank=rank,
         parameters=count,
         parameters_bytes=parameters,
         gradients_bytes=gradients,
-        optimizer_bytes=optimizer,
+        optimizer_bytes=optimizer + passage_bytes(run, *owned),
         activations_bytes=activations,
         transient_bytes=activations - held,
         in_flight=in_flight,
         buffers_bytes=buffer_bytes(run),
+        host_bytes=host_bytes(run, sum(owned)),
+    )
+
+
+def host_bytes_of_node(run: RunConfig) -> float:
+    """Optimizer state in the memory of a node's host; of the node whose ranks hold most."""
+    return run.parallel.node_size * max(stage.host_bytes for stage in stage_memory(run))
+
+
+def host_memory_problem(run: RunConfig) -> Problem | None:
+    """What is wrong where that is more than the host has, as far as somebody said how much it has."""
+    has, needed = run.parallel.host_memory_gib, host_bytes_of_node(run) / 2**30
+    if has is None or needed <= has:
+        return None
+    fraction = run.parallel.optimizer_offload_fraction
+    return Problem(
+        f"the optimizer state of the {run.parallel.node_size} ranks of a node takes {needed:.1f} GiB of host memory, "
+        f"more than host_memory_gib={has:g}",
+        "--optimizer-cpu-offload",
+        f"--optimizer-offload-fraction {int(90 * fraction * has / needed) / 100:g}, or more data-parallel ranks with "
+        "--use-distributed-optimizer, which share the state",
     )
 
 
@@ -179,14 +204,14 @@ def staging_bytes(run: RunConfig) -> float:
     dense_ranks, expert_ranks = run.parallel.gradient_ranks
     size = BYTES[run.training.precision]
     if not run.checkpoint.no_save_optim:
-        size += MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
+        size += rest_bytes(run)
     return max(size * (count.dense / dense_ranks + count.expert / expert_ranks) for count in stage_parameters(run))
 
 
 def checkpoint_bytes(run: RunConfig, total_parameters: int) -> float:
-    """Size of one checkpoint: weights in the compute type; with the optimizer, master weights and both moments in
-    fp32."""
+    """Size of one checkpoint: weights in the compute type; with the optimizer, master weights in fp32 and both moments
+    in their types."""
     size = BYTES[run.training.precision]
     if run.checkpoint.no_save_optim:
         return size * total_parameters
-    return (size + MASTER_BYTES + MOMENT_BYTES) * total_parameters
+    return (size + rest_bytes(run)) * total_parameters

@@ -24,7 +24,8 @@ from megatron_telechat.costs.communication import (
 from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.flops import layer_forward_flops
-from megatron_telechat.costs.memory import MASTER_BYTES, MOMENT_BYTES, optimizer_shards
+from megatron_telechat.costs.memory import optimizer_shards
+from megatron_telechat.costs.optimizer_state import rest_bytes, travel_seconds
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.costs.software import Software
 from megatron_telechat.errors import ConfigError
@@ -212,18 +213,18 @@ class TimeModel:
         """Seconds of norm, clipping and AdamW on a rank that holds these parameters, once an iteration.
 
         Bytes: gradients zeroed, and read for the norm (4 each); of the rank's share gradient read, moments and master
-        weight read and written, weight written.
+        weight read and written, weight written. State on the host also passes the link to it and back.
         """
         sharded = self.software.sharding != "none"
         dense, expert = self.run.parallel.gradient_ranks if sharded else optimizer_shards(self.run)
         own = count.dense / dense + count.expert / expert
         if self.measured is not None:
-            return self.measured.optimizer_per_parameter * own
-        master = 2 * MASTER_BYTES if self.run.training.precision != "fp32" else 0
+            return travel_seconds(self.run, own, self.device, self.measured.optimizer_per_parameter * own)
         gradient = self.software.gradient_bytes
         held = own if sharded else count.total
-        a_parameter = gradient + 2 * MOMENT_BYTES + master + self._size
-        return self._stack(self._bytes(2 * gradient * held + a_parameter * own))
+        a_parameter = gradient + 2 * rest_bytes(self.run) + self._size
+        seconds = self._stack(self._bytes(2 * gradient * held + a_parameter * own))
+        return travel_seconds(self.run, own, self.device, seconds)
 
     def gradient_reduction(self, count: LocalCount) -> float:
         """Seconds of reducing the gradients over the data-parallel ranks, once a step; without the distributed

@@ -6,14 +6,12 @@ import os
 import platform
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
+from megatron_telechat.backend.host_memory import available_bytes
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.memory import LEAST_STAGING_BYTES, STAGING_SHARE
 from megatron_telechat.errors import ResourceError
 from megatron_telechat.parallel.agreement import gather_objects
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -77,22 +75,6 @@ def _require(can: bool, fits: bool, node: str, memory: str) -> None:
         raise ResourceError(
             f"no host memory for the copies of a checkpoint: {memory} ({node})", where, fix
         ).on_every_rank()
-
-
-def available_bytes() -> int:
-    """Host memory that this process could still get: of the machine, and of its control group if that has a limit."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((_CGROUP / "memory.current").read_text())
-            stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        pass  # no control group of this kind: the machine alone limits
-    return max(free, 0)
 
 
 def _size(nbytes: float) -> str:
