@@ -7,7 +7,7 @@ import pytest
 from megatron_telechat.config import load_run_config
 from megatron_telechat.errors import ConfigError
 
-ARGV = "--preset telechat2-tiny --mock-data --train-iters 10 --world-size 1 --dry-run"
+ARGV = "--preset telechat2-tiny --mock-data --train-iters 100 --world-size 1 --dry-run"
 
 
 def load(flags: str):

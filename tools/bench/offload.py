@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """The optimizer's state on the host, or in 16 bits, beside a run that keeps it in fp32 on the device.
 
-    python tools/bench/offload.py [--device cuda] [--layers 2] [--hidden 256] [--steps 8] [--fraction 1.0] [--json FILE]
+    python tools/bench/offload.py [--device cuda] [--layers 2] [--hidden 256] [--steps 8] [--fraction 1.0]
+        [--data-path PREFIX] [--vocab 32000] [--arms ARM ...] [--json FILE]
 
-One process on one device, mock data, bf16. The arms are whole runs from the same seed, one after another:
+One process on one device, bf16, mock data unless a dataset is named. The arms are whole runs from the same seed, one
+after another:
 
 * *none*: the state in fp32 on the device;
 * *offload*: on the host, copied to the device and back in each step; *offload, overlap*: the copies beside the update;
-* *bf16 moments*: both moments in 16 bits on the device; *bf16 moments, offload*: on the host, with overlap.
+* *bf16 first moment*, *bf16 second moment*, *bf16 moments*: one of them or both in 16 bits, on the device;
+* *bf16 moments, offload*: both, on the host, with overlap.
 
 Printed are medians, without the first two steps: of a step, and of the optimizer's part of it, with the device waited
-for before and after; bytes of the device between steps and at the peak (on the CPU: of the process), bytes that the
-ledger counts on the host; the share of the time in which the state's bytes pass the link in one direction; and whether
-weights, masters and moments have the same bits as those of the first arm of the same types. Exit code 1 where they have
-not.
+for before and after; bytes of the device between steps and at the peak (on the CPU: of the process); bytes that the
+ledger counts on the host, and these over the optimizer's time; the mean loss of the last tenth of the steps; and
+whether weights, masters and moments have the bits of the run without offload. Exit code 1 where they have not.
 
     python tools/bench/offload.py --device cuda --layers 24 --hidden 2048 --sequence 2048 --steps 12
 
@@ -44,9 +46,13 @@ ARMS = {
     "none": "",
     "offload": "--optimizer-cpu-offload",
     "offload, overlap": "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d",
+    "bf16 first moment": "--exp-avg-dtype bf16",
+    "bf16 second moment": "--exp-avg-sq-dtype bf16",
     "bf16 moments": BF16,
     "bf16 moments, offload": f"--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d {BF16}",
 }
+SAME_AS = {"offload": "none", "offload, overlap": "none", "bf16 moments, offload": "bf16 moments"}
+"""Arm → the one whose bits it must have."""
 WARM_UP = 2
 
 
@@ -79,12 +85,12 @@ def main() -> int:
     print(f"{head} {'link GB/s':>9s} {'loss':>9s}  the same bits")
     equal = True
     for name, one in found.items():
-        reference = "bf16 moments" if name.startswith("bf16") else "none"
+        reference = SAME_AS.get(name)
         same = found[reference].digest == one.digest if reference in found else None
         equal = equal and same is not False
         link = f"{one.host_bytes / one.optimizer_s / 1e9:9.1f}" if one.host_bytes else " " * 9
         sizes = " ".join(f"{size / 2**30:9.2f}" for size in (one.device_bytes, one.peak_bytes, one.host_bytes))
-        text = "-" if same is None or name == reference else "yes" if same else "NO"
+        text = "-" if same is None else "yes" if same else "NO"
         print(
             f"{name:24s} {1e3 * one.step_s:8.1f} {1e3 * one.optimizer_s:12.2f}  {sizes} {link} {one.loss:9.5f}  {text}"
         )
@@ -102,6 +108,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--fraction", type=float, default=1.0, help="share of the state that goes to the host")
+    parser.add_argument("--data-path", help="prefix of a dataset; unset: mock data")
+    parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--json", help="a file for the figures")
     return parser.parse_args()
@@ -132,11 +140,12 @@ def shape(arguments: argparse.Namespace) -> list[str]:
         f"--preset telechat2-tiny --num-layers {arguments.layers} --hidden-size {hidden} "
         f"--ffn-hidden-size {3 * hidden} --num-attention-heads {hidden // 128} "
         f"--num-query-groups {hidden // 128} --kv-channels 128 "
-        f"--vocab-size 32000 --seq-length {arguments.sequence} --micro-batch-size 1 --global-batch-size 1 "
-        f"--train-iters {arguments.steps} --mock-data --bf16 --deterministic --device {arguments.device} --no-progress "
+        f"--vocab-size {arguments.vocab} --seq-length {arguments.sequence} --micro-batch-size 1 --global-batch-size 1 "
+        f"--train-iters {arguments.steps} --bf16 --deterministic --device {arguments.device} --no-progress "
         "--lr-warmup-iters 0"
     )
-    return text.split()
+    data = ["--data-path", arguments.data_path, "--split", "1"] if arguments.data_path else ["--mock-data"]
+    return [*text.split(), *data]
 
 
 def measure(trainer: Any, steps: int) -> Measured:
@@ -144,7 +153,7 @@ def measure(trainer: Any, steps: int) -> Measured:
     backend, spent = trainer.backend, []
     optimizer = trainer.optimizer
     optimizer.step_with_ready_grads = timed(optimizer.step_with_ready_grads, backend, spent)
-    iterators, whole, loss = trainer.training_iterators(), [], float("nan")
+    iterators, whole, losses = trainer.training_iterators(), [], []
     for number in range(steps):
         if number == WARM_UP:
             backend.reset_peak_memory()
@@ -152,7 +161,7 @@ def measure(trainer: Any, steps: int) -> Measured:
         result, _ = trainer.take_step(iterators)
         backend.synchronize()
         whole.append(time.perf_counter() - begin)
-        loss = result.loss
+        losses.append(result.loss)
     memory = backend.memory()
     return Measured(
         step_s=statistics.median(whole[WARM_UP:]),
@@ -160,7 +169,7 @@ def measure(trainer: Any, steps: int) -> Measured:
         device_bytes=memory.allocated_bytes,
         peak_bytes=memory.peak_bytes,
         host_bytes=backend.host_memory.nbytes,
-        loss=loss,
+        loss=statistics.fmean(losses[-max(1, steps // 10) :]),
         digest=digest(trainer),
     )
 
