@@ -177,8 +177,11 @@ def host_bytes_of_node(run: RunConfig) -> float:
 
 def host_memory_problem(run: RunConfig) -> Problem | None:
     """What is wrong where that is more than the host has, as far as somebody said how much it has."""
-    has, needed = run.parallel.host_memory_gib, host_bytes_of_node(run) / 2**30
-    if has is None or needed <= has:
+    has = run.parallel.host_memory_gib
+    if has is None or not run.parallel.optimizer_cpu_offload:
+        return None
+    needed = host_bytes_of_node(run) / 2**30
+    if needed <= has:
         return None
     fraction = run.parallel.optimizer_offload_fraction
     return Problem(

@@ -158,6 +158,7 @@ class RestingAdam:
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Give ``inner`` others."""
         self.inner.param_groups = groups
 
     @property
