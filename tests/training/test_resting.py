@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def fused_adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-2, fused=True)
 
 
-def run_of(fraction: float, overlap: bool = True, moments: str = "fp32") -> RunConfig:
+def run_of(fraction: float, overlap: bool = True, moments: Literal["fp32", "bf16"] = "fp32") -> RunConfig:
     return RunConfig(
         model=ModelConfig(
             name="one", num_layers=1, hidden_size=64, ffn_hidden_size=64, num_attention_heads=1, vocab_size=64

@@ -83,14 +83,15 @@ def digest(trainer) -> str:
 
 def account(trainer) -> dict[str, int]:
     """Bytes of the optimizer that are alive: on the device, on the host, and those that the memory model says."""
-    from megatron_telechat.checkpoint.optimizer_state import Resting, leaf_optimizers, leaves_of
+    from megatron_telechat.checkpoint.optimizer_state import leaf_optimizers, leaves_of
     from megatron_telechat.costs.memory import stage_memory
+    from megatron_telechat.training.resting import RestingAdam
 
     tensors = []
     for part in leaf_optimizers(trainer.optimizer):
         tensors += [leaf.stepped for leaf in leaves_of(part) if not leaf.own_master]
         tensors += [value for state in part.optimizer.state.values() for value in state.values()]
-        if isinstance(part.optimizer, Resting):
+        if isinstance(part.optimizer, RestingAdam):
             tensors += list(part.optimizer.tensors())
     of_device, of_host = {}, {}
     for tensor in tensors:
