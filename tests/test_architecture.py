@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "tensors": ("config",),
     "costs": ("tensors",),
     "planner": ("costs", "config"),
-    "backend": ("errors", "device_kinds"),
+    "backend": ("errors", "device_kinds", "host"),
     "parallel": ("backend", "config", "lazy"),
     "moe": ("parallel", "backend", "tensors"),
     "model": ("moe", "parallel", "tensors"),

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from megatron_telechat.backend.host_memory import HostMemory
+from megatron_telechat.backend.lanes import Lane
 from megatron_telechat.device_kinds import DEVICE_KINDS, DeviceTraits
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.host import available_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +32,18 @@ class DeviceMemory:
 
 
 class Backend(ABC):
-    """The device under one rank. Construct through `get_backend`; nothing is touched before `install`."""
+    """The device under one rank. Construct through `get_backend`; nothing is touched before `install`.
+
+    Attributes:
+        host_memory: what the rank keeps for its device in the memory of the host.
+    """
 
     name: str
     distributed_backend: str
 
     def __init__(self, local_rank: int):
         self.local_rank = local_rank
+        self.host_memory = HostMemory(self)
 
     @staticmethod
     @abstractmethod
@@ -129,6 +137,20 @@ class Backend(ABC):
 
     def unpin(self, memory: torch.Tensor) -> None:  # noqa: B027
         """Take `pin` back, before the memory is given back."""
+
+    def lane(self, beside: bool) -> Lane:
+        """A queue of the device for copies between it and `pin`ned memory.
+
+        Args:
+            beside: one of its own, beside the kernels; otherwise that of the kernels.
+        """
+        import torch
+
+        return Lane(getattr(torch, self.name) if self.traits.pins_uploads else None, beside)
+
+    def host_bytes_free(self) -> int:
+        """Host memory that this process could still get."""
+        return available_bytes()
 
     @contextmanager
     def copies_beside(self) -> Iterator[None]:

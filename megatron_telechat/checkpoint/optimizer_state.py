@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -20,6 +21,7 @@ from megatron_telechat.tensors.boxes import Box, flat_range_boxes
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_FP32: Mapping[str, torch.dtype] = MappingProxyType(dict.fromkeys(MOMENTS, torch.float32))
 
 
 class OptimizerSlice(NamedTuple):
@@ -27,7 +29,8 @@ class OptimizerSlice(NamedTuple):
 
     ``tensors`` holds 1-D views under "master" (absent where the parameter itself is fp32 and
     so its own master), "exp_avg" and "exp_avg_sq" (absent before the first step unless
-    created). ``sharded``: the ranks of the parameter's data-parallel group own different ranges.
+    created), on the device or on the host. ``sharded``: the ranks of the parameter's data-parallel
+    group own different ranges. ``moment_types``: of the moments, absent or not.
     """
 
     shard: LocalParameter
@@ -35,16 +38,46 @@ class OptimizerSlice(NamedTuple):
     stop: int
     tensors: dict[str, torch.Tensor]
     sharded: bool
+    moment_types: Mapping[str, torch.dtype] = _FP32
 
 
 @dataclass(frozen=True)
-class _Leaf:
+class Leaf:
     """One parameter as its optimizer holds it: the tensor Adam steps on and the range that is."""
 
     parameter: torch.nn.Parameter
     stepped: torch.Tensor
     start: int
     sharded: bool
+
+    @property
+    def own_master(self) -> bool:
+        """Whether the parameter is fp32, and what is stepped on."""
+        return self.stepped is self.parameter or self.parameter.dtype == torch.float32
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """An optimizer whose state may rest elsewhere than in the tensors that it steps on (`training.resting`).
+
+    Attributes:
+        inner: the optimizer that computes; it has the state of the other tensors.
+        steps: steps that are counted for the state at rest.
+        moment_types: in which the moments rest.
+    """
+
+    inner: torch.optim.Optimizer
+    steps: int
+    moment_types: Mapping[str, torch.dtype]
+
+    def at_rest(self, stepped: torch.Tensor) -> Mapping[str, torch.Tensor] | None:
+        """1-D views on the state of this tensor, by the names of an `OptimizerSlice`; None where the tensor itself and
+        ``inner`` have it."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until the state is where it rests."""
+        ...
 
 
 def leaf_optimizers(optimizer: Any) -> list[Any]:
@@ -65,21 +98,30 @@ def optimizer_slices(
     """
     by_parameter = {id(item.parameter): item for item in shards}
     for part in leaf_optimizers(optimizer):
-        groups = {id(p): group for group in part.optimizer.param_groups for p in group["params"]}
-        for leaf in _leaves(part):
-            state = part.optimizer.state[leaf.stepped] if leaf.stepped in part.optimizer.state else {}
-            if create_state and "exp_avg" not in state:
-                state = _create_state(part.optimizer, groups[id(leaf.stepped)], leaf.stepped)
-            tensors = {name: state[name].view(-1) for name in MOMENTS if name in state}
-            if leaf.stepped is not leaf.parameter and leaf.parameter.dtype != torch.float32:
+        inner, resting = _optimizer_of(part)
+        if resting is not None:
+            resting.settle()
+        groups = {id(p): group for group in inner.param_groups for p in group["params"]}
+        for leaf in leaves_of(part):
+            at_rest = None if resting is None else resting.at_rest(leaf.stepped)
+            if resting is not None and at_rest is not None:
+                shown = MOMENTS if create_state or resting.steps else ()
+                tensors = {name: values for name, values in at_rest.items() if name in (*shown, MASTER)}
+            else:
+                state = inner.state[leaf.stepped] if leaf.stepped in inner.state else {}
+                if create_state and "exp_avg" not in state:
+                    state = _create_state(inner, groups[id(leaf.stepped)], leaf.stepped)
+                tensors = {name: state[name].view(-1) for name in MOMENTS if name in state}
+            if not leaf.own_master and MASTER not in tensors:
                 tensors[MASTER] = leaf.stepped.detach().view(-1)
+            types = _FP32 if at_rest is None or resting is None else resting.moment_types
             stop = leaf.start + leaf.stepped.numel()
-            yield OptimizerSlice(by_parameter[id(leaf.parameter)], leaf.start, stop, tensors, leaf.sharded)
+            yield OptimizerSlice(by_parameter[id(leaf.parameter)], leaf.start, stop, tensors, leaf.sharded, types)
 
 
 class MasterSlice(NamedTuple):
-    """The fp32 weights of elements [start, stop) of a local parameter: 1-D, what the optimizer steps on; the parameter
-    itself where it is fp32. ``sharded`` as in :class:`OptimizerSlice`."""
+    """The fp32 weights of elements [start, stop) of a local parameter: 1-D, where they rest between steps; the
+    parameter itself where it is fp32. ``sharded`` as in :class:`OptimizerSlice`."""
 
     shard: LocalParameter
     start: int
@@ -96,13 +138,26 @@ def master_slices(optimizer: Any, shards: Sequence[LocalParameter]) -> Iterator[
     """Every flat range of fp32 weights that this rank's optimizer owns, always in the same order."""
     by_parameter = {id(item.parameter): item for item in shards}
     for part in leaf_optimizers(optimizer):
-        for leaf in _leaves(part):
-            yield MasterSlice(
-                by_parameter[id(leaf.parameter)], leaf.start, leaf.stepped.detach().view(-1), leaf.sharded
-            )
+        _, resting = _optimizer_of(part)
+        if resting is not None:
+            resting.settle()
+        for leaf in leaves_of(part):
+            at_rest = resting.at_rest(leaf.stepped) if resting is not None else None
+            values = (at_rest or {}).get(MASTER)
+            if values is None:
+                values = leaf.stepped.detach().view(-1)
+            yield MasterSlice(by_parameter[id(leaf.parameter)], leaf.start, values, leaf.sharded)
 
 
-def _leaves(part: Any) -> Iterator[_Leaf]:
+def _optimizer_of(part: Any) -> tuple[torch.optim.Optimizer, Resting | None]:
+    """What steps on the tensors of a part, and what keeps their state where that is something else."""
+    if isinstance(part.optimizer, Resting):
+        return part.optimizer.inner, part.optimizer
+    return part.optimizer, None
+
+
+def leaves_of(part: Any) -> Iterator[Leaf]:
+    """The parameters of one of megatron-core's optimizers, in a fixed order."""
     if hasattr(part, "shard_fp32_from_float16_groups"):  # DistributedOptimizer
         pairs = (
             (part.model_float16_groups, part.shard_fp32_from_float16_groups),
@@ -110,15 +165,15 @@ def _leaves(part: Any) -> Iterator[_Leaf]:
         )
         for models, shards in pairs:
             for parameter, stepped in _zip_groups(models, shards):
-                yield _Leaf(parameter, stepped, part._get_model_param_range_map(parameter)["param"].start, True)
+                yield Leaf(parameter, stepped, part._get_model_param_range_map(parameter)["param"].start, True)
     elif hasattr(part, "fp32_from_float16_groups"):  # Float16OptimizerWithFloat16Params
         for parameter, stepped in _zip_groups(part.float16_groups, part.fp32_from_float16_groups):
-            yield _Leaf(parameter, stepped, 0, False)
+            yield Leaf(parameter, stepped, 0, False)
         for group in part.fp32_from_fp32_groups:
-            yield from (_Leaf(parameter, parameter, 0, False) for parameter in group)
+            yield from (Leaf(parameter, parameter, 0, False) for parameter in group)
     else:  # FP32Optimizer
         for group in part.optimizer.param_groups:
-            yield from (_Leaf(parameter, parameter, 0, False) for parameter in group["params"])
+            yield from (Leaf(parameter, parameter, 0, False) for parameter in group["params"])
 
 
 def _zip_groups(first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, Any]]:
@@ -130,7 +185,7 @@ def _create_state(inner: torch.optim.Optimizer, group: Mapping[str, Any], steppe
     state = inner.state[stepped]
     for name in MOMENTS:
         state[name] = torch.zeros_like(stepped, memory_format=torch.preserve_format)
-    if _steps_per_parameter(inner):
+    if steps_per_parameter(inner):
         # One tensor for each parameter: torch increments it in place, and a shared one would count
         # every parameter's step.
         on_device = group.get("fused") or group.get("capturable")
@@ -138,7 +193,7 @@ def _create_state(inner: torch.optim.Optimizer, group: Mapping[str, Any], steppe
     return state
 
 
-def _steps_per_parameter(inner: torch.optim.Optimizer) -> bool:
+def steps_per_parameter(inner: torch.optim.Optimizer) -> bool:
     """torch's Adam counts steps in each parameter's state; TE's and apex's FusedAdam in the group."""
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
 
@@ -147,8 +202,10 @@ def adam_steps(optimizer: Any) -> set[int]:
     """The step counts in the optimizer's state: one number, none before the first step."""
     counts: set[int] = set()
     for part in leaf_optimizers(optimizer):
-        inner = part.optimizer
-        if _steps_per_parameter(inner):
+        inner, resting = _optimizer_of(part)
+        if resting is not None and resting.steps:
+            counts.add(resting.steps)
+        if steps_per_parameter(inner):
             counts.update(int(state["step"]) for state in inner.state.values() if "step" in state)
         else:
             counts.update(int(group["step"]) for group in inner.param_groups if group["params"] and "step" in group)
@@ -161,8 +218,10 @@ def set_adam_step(optimizer: Any, step: int) -> None:
     torch's Adam needs its state for that: see ``create_state`` of `optimizer_slices`.
     """
     for part in leaf_optimizers(optimizer):
-        inner = part.optimizer
-        if _steps_per_parameter(inner):
+        inner, resting = _optimizer_of(part)
+        if resting is not None:
+            resting.steps = step
+        if steps_per_parameter(inner):
             for state in inner.state.values():
                 state["step"].fill_(step)
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_telechat.checkpoint.averages import PREFIX
-from megatron_telechat.checkpoint.optimizer_state import MOMENTS, OptimizerSlice, flat_boxes, optimizer_slices
+from megatron_telechat.checkpoint.optimizer_state import OptimizerSlice, flat_boxes, optimizer_slices
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.tensors.pieces import is_first_over_tensor
@@ -82,8 +82,10 @@ def _owned_ranges(
     for item in optimizer_slices(optimizer, shards) if optimizer is not None else ():
         tensors = dict(item.tensors)
         if with_moments:
-            place_holder = torch.empty(item.stop - item.start, dtype=torch.float32, device="meta")
-            tensors = dict.fromkeys(MOMENTS, place_holder) | tensors
+            tensors = {
+                name: torch.empty(item.stop - item.start, dtype=kind, device="meta")
+                for name, kind in item.moment_types.items()
+            } | tensors
         found = [_FlatRange(f"optimizer/{name}", item.shard, item.start, each) for name, each in tensors.items()]
         (own if item.sharded else ranges).extend(found)
     for item in averages:

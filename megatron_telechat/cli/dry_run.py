@@ -40,6 +40,7 @@ from megatron_telechat.costs.memory import (
     STAGING_SHARE,
     StageMemory,
     checkpoint_bytes,
+    host_bytes_of_node,
     stage_memory,
     staging_bytes,
 )
@@ -196,11 +197,13 @@ def _memory(run: RunConfig, out: _Report) -> list[str]:
     stages, devices, imbalance = stage_memory(run), _devices(run), uneven_rows(run)
     buffers = max(stage.buffers_bytes for stage in stages) > 0
     rows = [["stage", "parameters", "weights", "gradients", "optimizer", "activations", "in flight"]]
-    rows[0] += [*["buffers"] * buffers, "total"]
+    on_host = any(stage.host_bytes for stage in stages)
+    rows[0] += [*["buffers"] * buffers, "total", *["on the host"] * on_host]
     uneven = stage_memory(run, imbalance) if imbalance > 1 else []
     rows[0] += [f"at {imbalance:g}x"] * bool(uneven) + [f"of {spec.name}" for spec in devices]
     for number, stage in enumerate(stages):
         row = [*_memory_row(stage), *[gib(stage.buffers_bytes)] * buffers, gib(stage.device_bytes)]
+        row += [gib(stage.host_bytes)] * on_host
         row += [gib(other.device_bytes) for other in uneven[number : number + 1]]
         rows.append(row + [f"{stage.device_bytes / 2**30 / (spec.memory_gib or 1):.0%}" for spec in devices])
     worst = max(stages, key=lambda stage: stage.device_bytes)
@@ -217,6 +220,8 @@ def _memory(run: RunConfig, out: _Report) -> list[str]:
         lines.append(f"optimizer: of it the averages of the weights, by stage: {shares}")
     if buffers:
         lines += _buffers(run)
+    if on_host:
+        lines.append(_on_the_host(run))
     if uneven:
         lines.append(
             f"at {imbalance:g}x: the total of a rank whose experts get {imbalance:g} times the mean of rows in every "
@@ -224,6 +229,12 @@ def _memory(run: RunConfig, out: _Report) -> list[str]:
         )
         _warn_of_uneven(max(uneven, key=lambda stage: stage.device_bytes), need, imbalance, devices, out)
     return lines
+
+
+def _on_the_host(run: RunConfig) -> str:
+    has = run.parallel.host_memory_gib
+    limit = f" of {has:g} GiB" if has is not None else ", which is checked when the run starts (--host-memory-gib: now)"
+    return f"on the host: optimizer state, {gib(host_bytes_of_node(run))} GiB a node{limit}"
 
 
 def _buffers(run: RunConfig) -> list[str]:
@@ -280,6 +291,10 @@ def _steps(run: RunConfig, iterations: int | None, out: _Report, name: str) -> l
             f"predicted by {run.parallel.plan} on {planned.device}: {planned.iteration_s:.3g} s a step, "
             f"{planned.tokens_per_s_per_device:,.0f} tokens/s a device"
         )
+    if run.parallel.optimizer_cpu_offload:
+        unknown = [spec.name for spec in _devices(run) if not spec.host_bandwidth_gb_s]
+        if unknown:
+            lines.append(f"predictions without the way of the optimizer state to the host: {', '.join(unknown)}")
     times: list[tuple[float, str]] = [] if planned is None else [(planned.iteration_s, planned.device)]
     for spec in _devices(run):
         peak = spec.peak(run.training.precision)

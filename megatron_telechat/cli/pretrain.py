@@ -119,6 +119,7 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
         if _speaks(environ):
             _say(config_yaml(loaded) if loaded.actions.print_config == "yaml" else config_table(loaded))
         return EXIT_OK
+    _require_host_memory(loaded)
     if loaded.actions.dry_run:
         from megatron_telechat.cli.dry_run import report
 
@@ -139,6 +140,16 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
 
         require_transformer_engine(loaded.run, get_backend(loaded.run.training.device).traits)
     return train(loaded.stages, loaded.actions.steal_lock)
+
+
+def _require_host_memory(loaded: LoadedConfig) -> None:
+    """Refuse a run whose optimizer state is said not to fit into the memory of the hosts."""
+    from megatron_telechat.costs.memory import host_memory_problem
+
+    problems = [host_memory_problem(stage.run) for stage in loaded.stages.stages]
+    found = list(dict.fromkeys(problem for problem in problems if problem is not None))
+    if found:
+        raise ConfigError(found)
 
 
 def _execute(loaded: LoadedConfig) -> None:

@@ -292,6 +292,16 @@ class ParallelConfig:
     """Overlap the gradient reduction with the backward pass."""
     overlap_param_gather: bool = False
     """Overlap the gather of updated parameters with the next forward pass (needs the distributed optimizer)."""
+    optimizer_cpu_offload: bool = False
+    """Keep master weights and moments of the optimizer in the memory of the host. In a step they pass through the
+    device, which updates them; the numbers of the run stay the same, bit for bit."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of these bytes that is kept on the host (with optimizer_cpu_offload)."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Copy the state in both directions beside the update (with optimizer_cpu_offload)."""
+    host_memory_gib: float | None = None
+    """Memory of a node's host, in GiB: a run whose optimizer state does not fit is refused. Unset: the hosts are asked
+    when the run starts."""
     overlap_p2p_communication: bool | None = None
     """Overlap pipeline sends with compute. Unset: on for the interleaved schedule."""
     distributed_timeout_minutes: float = 10.0
@@ -480,6 +490,10 @@ class OptimizerConfig:
     """Second beta of AdamW."""
     adam_eps: float = 1e-8
     """Epsilon of AdamW."""
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which AdamW's first moment is kept between steps. The step itself is in fp32."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which AdamW's second moment is kept between steps. bf16 needs adam_beta2 of at most 0.996."""
     clip_grad: float = 1.0
     """Maximum global gradient norm; 0 turns clipping off."""
     initial_loss_scale: float = 65536.0

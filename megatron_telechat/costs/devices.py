@@ -69,6 +69,8 @@ class DeviceSpec:
     """Bandwidth to the other devices of the node, in one direction."""
     inter_node_bandwidth_gb_s: float | None = None
     """Bandwidth to other nodes for each device, in one direction."""
+    host_bandwidth_gb_s: float | None = None
+    """What large copies between the device and pinned memory of its host reach, in one direction."""
     error: float = 0.3
     """Share of a prediction within which nine in ten runs lie that were held against it."""
     node_devices: int | None = None
@@ -137,6 +139,7 @@ def _checked(entries: Any, where: str) -> DeviceSpec:
         entries[key] = entries.get(key) or {}
         _check_numbers(entries[key], key, where)
     single = ("memory_gib", "hbm_bandwidth_gb_s", "intra_node_bandwidth_gb_s", "inter_node_bandwidth_gb_s")
+    single += ("host_bandwidth_gb_s",)
     may_be_0 = ("error", "gemm_edge", "gemm_start_s", "collective_latency_s")
     given = {key: entries[key] for key in (*single, "node_devices", *may_be_0) if key in entries}
     _check_numbers({key: value for key, value in given.items() if key not in may_be_0 or value != 0}, "", where)

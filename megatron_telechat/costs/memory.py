@@ -22,18 +22,19 @@ from megatron_telechat.costs.activations import (
 )
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.op_order import Op, peak_in_flight
+from megatron_telechat.costs.optimizer_state import (
+    average_bytes,
+    device_bytes,
+    host_bytes,
+    passage_bytes,
+    rest_bytes,
+)
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.costs.software import Software
+from megatron_telechat.errors import Problem
 from megatron_telechat.tensors.frozen import frozen_parameters, trained_part
 from megatron_telechat.tensors.pieces import virtual_stage_table
 from megatron_telechat.tensors.table import Table, layer_table
-
-MOMENT_BYTES = 8
-"""AdamW's two moments, fp32."""
-MASTER_BYTES = 4
-"""The fp32 master weight; where the compute type is fp32 the parameter itself serves."""
-AVERAGE_BYTES = 4
-"""A value of an average of the weights, fp32."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ class StageMemory:
     in_flight: tuple[int, ...]
     """Micro-batches in flight in each virtual stage at that moment."""
     averages_bytes: float = 0.0
-    """Of optimizer_bytes: the averages of the weights."""
+    """Of optimizer_bytes and host_bytes: the averages of the weights."""
     buffers_bytes: float = 0.0
     """Taken by the communication library, beside torch's allocator."""
+    host_bytes: float = 0.0
+    """Optimizer state in the memory of the host."""
 
     @property
     def total_bytes(self) -> float:
@@ -75,26 +78,31 @@ def optimizer_shards(run: RunConfig) -> tuple[int, int]:
 
 
 def averages_bytes(run: RunConfig, trained: LocalCount) -> float:
-    """Bytes of the averages of the weights (`AverageConfig`) on a rank that trains these parameters."""
-    dense_shards, expert_shards = optimizer_shards(run)
-    return AVERAGE_BYTES * run.average.copies * (trained.dense / dense_shards + trained.expert / expert_shards)
+    """Bytes of the averages of the weights (`AverageConfig`) of a rank that trains these parameters, wherever they
+    lie."""
+    return average_bytes(run) * sum(optimizer_parameters(run, trained))
 
 
 def resident_bytes(run: RunConfig, table: Table, software: Software | None = None) -> tuple[float, float, float]:
-    """Bytes of parameters, gradients and optimizer state of a rank that holds pieces of these tensors; frozen ones have
-    neither gradient nor state. `software`: of the program, unset: our own."""
+    """Bytes on the device of parameters, gradients and optimizer state of a rank that holds pieces of these tensors;
+    frozen ones have neither gradient nor state. `software`: of the program, unset: our own. What state on its way takes
+    (`passage_bytes`) comes once on top."""
     count, trained = local_count(table, run.parallel), local_count(trained_part(run, table), run.parallel)
     size, program = BYTES[run.training.precision], software or Software()
-    state = MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
-    dense_shards, expert_shards = optimizer_shards(run)
-    optimizer = state * (trained.dense / dense_shards + trained.expert / expert_shards) + averages_bytes(run, trained)
     if program.sharding == "none":
+        optimizer = device_bytes(run, sum(optimizer_parameters(run, trained)))
         return size * count.total, program.gradient_bytes * trained.total, optimizer
     dense, routed = run.parallel.gradient_ranks
     shard = count.dense / dense + count.expert / routed
     held = shard if program.sharding == "full" else count.total  # gathered once, and kept for the backward
     own = trained.dense / dense + trained.expert / routed
-    return size * held, program.gradient_bytes * own, state * own
+    return size * held, program.gradient_bytes * own, rest_bytes(run) * own
+
+
+def optimizer_parameters(run: RunConfig, trained: LocalCount) -> tuple[float, float]:
+    """Dense and expert parameters whose optimizer state a rank keeps that trains these."""
+    dense_shards, expert_shards = optimizer_shards(run)
+    return trained.dense / dense_shards, trained.expert / expert_shards
 
 
 def whole_layers_bytes(run: RunConfig, layer: LocalCount, software: Software | None = None) -> float:
@@ -175,20 +183,44 @@ def _stage(
     parameters, gradients, optimizer = map(
         sum, zip(*(resident_bytes(run, table, software) for table in tables), strict=True)
     )
+    trained = _sum(local_count(trained_part(run, table), run.parallel) for table in tables)
+    owned = optimizer_parameters(run, trained)
     held = sum(number * size for number, size in zip(in_flight, kept, strict=True))
     return StageMemory(
         pipeline_rank=rank,
         parameters=count,
         parameters_bytes=parameters,
         gradients_bytes=gradients,
-        optimizer_bytes=optimizer,
+        optimizer_bytes=optimizer + passage_bytes(run, *owned),
         activations_bytes=activations,
         transient_bytes=activations - held,
         in_flight=in_flight,
-        averages_bytes=averages_bytes(
-            run, _sum(local_count(trained_part(run, table), run.parallel) for table in tables)
-        ),
+        averages_bytes=averages_bytes(run, trained),
         buffers_bytes=buffer_bytes(run),
+        host_bytes=host_bytes(run, sum(owned)),
+    )
+
+
+def host_bytes_of_node(run: RunConfig) -> float:
+    """Optimizer state in the memory of a node's host; of the node whose ranks hold most."""
+    return run.parallel.node_size * max(stage.host_bytes for stage in stage_memory(run))
+
+
+def host_memory_problem(run: RunConfig) -> Problem | None:
+    """What is wrong where that is more than the host has, as far as somebody said how much it has."""
+    has = run.parallel.host_memory_gib
+    if has is None or not run.parallel.optimizer_cpu_offload:
+        return None
+    needed = host_bytes_of_node(run) / 2**30
+    if needed <= has:
+        return None
+    fraction = run.parallel.optimizer_offload_fraction
+    return Problem(
+        f"the optimizer state of the {run.parallel.node_size} ranks of a node takes {needed:.1f} GiB of host memory, "
+        f"more than host_memory_gib={has:g}",
+        "--optimizer-cpu-offload",
+        f"--optimizer-offload-fraction {int(90 * fraction * has / needed) / 100:g}, or more data-parallel ranks with "
+        "--use-distributed-optimizer, which share the state",
     )
 
 
@@ -205,9 +237,7 @@ def staging_bytes(run: RunConfig) -> float:
     """
     dense_ranks, expert_ranks = run.parallel.gradient_ranks
     size, layout = BYTES[run.training.precision], pipeline_layout(run)
-    state = MOMENT_BYTES + (MASTER_BYTES if run.training.precision != "fp32" else 0)
-    state *= not run.checkpoint.no_save_optim
-    state += AVERAGE_BYTES * run.average.copies
+    state = rest_bytes(run) * (not run.checkpoint.no_save_optim) + average_bytes(run)
 
     def written(tables: list[Table], each: int) -> float:
         count = _sum(local_count(table, run.parallel) for table in tables)
@@ -221,6 +251,6 @@ def staging_bytes(run: RunConfig) -> float:
 
 def checkpoint_bytes(run: RunConfig, total_parameters: int) -> float:
     """Size of one checkpoint: weights in the compute type and their averages in fp32; with the optimizer, master
-    weights and both moments in fp32."""
-    state = AVERAGE_BYTES * run.average.copies + (MASTER_BYTES + MOMENT_BYTES) * (not run.checkpoint.no_save_optim)
+    weights in fp32 and both moments in their types."""
+    state = rest_bytes(run) * (not run.checkpoint.no_save_optim) + average_bytes(run)
     return BYTES[run.training.precision] * total_parameters + state * (total_parameters - frozen_parameters(run))

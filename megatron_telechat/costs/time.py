@@ -24,7 +24,8 @@ from megatron_telechat.costs.conditions import conditions, nearest
 from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.flops import attention_products, layer_forward_flops
-from megatron_telechat.costs.memory import AVERAGE_BYTES, MASTER_BYTES, MOMENT_BYTES, optimizer_shards
+from megatron_telechat.costs.memory import optimizer_shards
+from megatron_telechat.costs.optimizer_state import AVERAGE_BYTES, rest_bytes, travel_seconds
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.costs.software import Software
 from megatron_telechat.errors import ConfigError
@@ -171,20 +172,20 @@ class TimeModel:
 
         Bytes: gradients zeroed, and read for the norm (4 each); of the rank's share gradient read, moments and master
         weight read and written, weight written; of each average of the weights, where one enters, the weight read and
-        the average read and written.
+        the average read and written. State on the host also passes the link to it and back.
         """
         sharded = self.software.sharding != "none"
         dense, expert = self.run.parallel.gradient_ranks if sharded else optimizer_shards(self.run)
         own = count.dense / dense + count.expert / expert
         if self.measured is not None:
-            return self.measured.optimizer_per_parameter * own
-        master = 2 * MASTER_BYTES if self.run.training.precision != "fp32" else 0
+            return travel_seconds(self.run, own, self.device, self.measured.optimizer_per_parameter * own)
         gradient = self.software.gradient_bytes
         held = own if sharded else count.total
         average = self.run.average
         averages = ((average.ema_decay is not None) + (average.average_window_steps is not None)) * 3 * AVERAGE_BYTES
-        a_parameter = gradient + 2 * MOMENT_BYTES + master + self._size + averages / average.average_interval
-        return self._stack(self._bytes(2 * gradient * held + a_parameter * own))
+        a_parameter = gradient + 2 * rest_bytes(self.run) + self._size + averages / average.average_interval
+        seconds = self._stack(self._bytes(2 * gradient * held + a_parameter * own))
+        return travel_seconds(self.run, own, self.device, seconds)
 
     def gradient_reduction(self, count: LocalCount) -> float:
         """Seconds of reducing the gradients over the data-parallel ranks, once a step; without the distributed

@@ -13,6 +13,7 @@ from megatron_telechat.costs.activations import embedding_bytes, layer_activatio
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.devices import DeviceSpec
 from megatron_telechat.costs.memory import resident_bytes, whole_layers_bytes
+from megatron_telechat.costs.optimizer_state import passage_bytes
 from megatron_telechat.costs.parameters import local_count
 from megatron_telechat.costs.time import Software, TimeModel, mode_name
 from megatron_telechat.errors import ConfigError
@@ -99,7 +100,7 @@ def balance_problem(
         V=parallel.num_virtual_stages_per_pipeline_rank,
         m=max(run.num_microbatches, 1),
         mem_limit=limit or UNLIMITED_BYTES,
-        const_mem=reserve_bytes,
+        const_mem=reserve_bytes + passage_bytes(run, *[UNLIMITED_BYTES] * (2 if run.model.is_moe else 1)),
         p2p=times.p2p(),
         groups=tuple(groups),
         embed=Block(embedding.forward, embedding.backward, embed_bytes, embedding_bytes(run)),

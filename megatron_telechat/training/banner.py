@@ -122,6 +122,9 @@ def _memory_lines(run: RunConfig, backend: Backend) -> Iterator[str]:
     limit = f" of {total / 2**30:.0f} GiB" if total else ""
     figures = ", ".join(f"{stage.device_bytes / 2**30:.2f}" for stage in stage_memory(run))
     yield f"  memory    estimated GiB a rank of each stage: {figures}{limit}"
+    if run.parallel.optimizer_cpu_offload:
+        held, free = backend.host_memory.nbytes / 2**30, backend.host_bytes_free() / 2**30
+        yield f"            {held:.2f} GiB of optimizer state of this rank on the host, {free:.1f} GiB left there"
 
 
 def _short(value: object) -> str:

@@ -13,6 +13,7 @@ from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.tensors.frozen import frozen_keys
 from megatron_telechat.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_telechat.training.resting import let_state_rest, require_host_memory
 from megatron_telechat.training.step import TrainStep
 
 if TYPE_CHECKING:
@@ -59,4 +60,7 @@ def build_trained(run: RunConfig, state: ParallelState, backend: Backend, initia
     verify_tiling(shards, run, state)
     virtual_stages = wrap_data_parallel(models, run, state)
     optimizer = build_optimizer(virtual_stages, run, state)
+    require_host_memory(run, optimizer, backend)
+    with together(state):
+        let_state_rest(optimizer, run, backend)
     return Trained(virtual_stages, shards, optimizer, TrainStep(virtual_stages, optimizer, shards, run, state, backend))

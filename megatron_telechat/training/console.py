@@ -40,7 +40,8 @@ def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_t
     if record.get("mfu") is not None:
         parts.append(f"MFU {100 * record['mfu']:.1f}%")
     total = f"/{memory_total_gib:.0f}" if memory_total_gib else ""
-    parts.append(f"mem {record['memory_peak_gib']:.1f}{total} GiB")
+    host = f" + {record['memory_host_gib']:.1f} on the host" if record.get("memory_host_gib") else ""
+    parts.append(f"mem {record['memory_peak_gib']:.1f}{total} GiB{host}")
     if record.get("expert_load_max_over_mean") is not None:
         parts.append(f"experts max/mean {record['expert_load_max_over_mean']:.2f}")
     if record.get("a2a_exposed") is not None:

@@ -135,6 +135,8 @@ class Meter:
             "consumed_samples": position.samples,
             "consumed_tokens": position.tokens,
         }
+        if self._run.parallel.optimizer_cpu_offload:
+            record["memory_host_gib"] = self._backend.host_memory.nbytes / 2**30
         if result.loss_scale is not None:
             record["loss_scale"] = result.loss_scale
         if self._window.skipped:

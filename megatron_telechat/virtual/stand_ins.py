@@ -69,6 +69,16 @@ class VirtualBackend(CudaBackend):
         """Bytes that are alive, and those of the device that is played."""
         return DeviceMemory(self._memory.now, self._memory.peak, _total_bytes())
 
+    def pin(self, memory: torch.Tensor) -> None:
+        """Nothing: there is no memory behind it."""
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Nothing."""
+
+    def host_bytes_free(self) -> int:
+        """As much as anyone asks for: the hosts that are played are not this machine."""
+        return 2**60
+
 
 class _Stream:
     """A stream, and an event: nothing is under way when a fake operation returns."""

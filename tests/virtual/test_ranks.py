@@ -87,6 +87,15 @@ LONG_ROWS = {
 """Ranks whose loss is computed in chunks, since their rows are long."""
 
 
+OFFLOADED = {
+    "all on the host": "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d",
+    "all on the host, one part at a time": "--optimizer-cpu-offload",
+    "half, moments in bf16": "--optimizer-cpu-offload --optimizer-offload-fraction 0.5 --exp-avg-dtype bf16 "
+    "--exp-avg-sq-dtype bf16",
+}
+"""Ranks whose optimizer state is on the host."""
+
+
 @pytest.fixture(scope="module")
 def played() -> dict[str, tuple[RunConfig, list[RankRecord]]]:
     """All ranks of every layout, and one rank of every setting of the optimizer."""
@@ -99,6 +108,9 @@ def played() -> dict[str, tuple[RunConfig, list[RankRecord]]]:
         )
     for name, flags in LONG_ROWS.items():
         run = run_of("telechat2-3b", f"--num-layers 2 --seq-length 32768 --global-batch-size 2 {flags}", world=2)
+        runs[name] = (executable(run), range(1))
+    for name, flags in OFFLOADED.items():
+        run = run_of("telechat2-3b", f"--num-layers 4 --global-batch-size 2 {SHARDED} {flags}", world=2)
         runs[name] = (executable(run), range(1))
     records = execute_several(list(runs.values()))
     return {name: (run, found) for (name, (run, _)), found in zip(runs.items(), records, strict=True)}
@@ -180,6 +192,19 @@ def test_long_rows_take_what_the_memory_model_says(played, name):
     for entry in exchanged(run, record):
         if entry.modelled is not None and entry.group == "tp":
             assert entry.bytes == pytest.approx(entry.modelled, rel=0.01), entry.kind
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_state_on_the_host_is_not_on_the_device(played, name):
+    run, (record,) = played[name]
+    (stage,) = stage_memory(run)
+    resident = stage.parameters_bytes + stage.gradients_bytes + stage.optimizer_bytes
+    assert record.resident_bytes == pytest.approx(resident, rel=0.02)
+    assert record.peak_bytes == pytest.approx(stage.total_bytes, rel=0.03)
+    (kept,) = stage_memory(replace(run, parallel=replace(run.parallel, optimizer_cpu_offload=False)))
+    assert kept.optimizer_bytes - stage.optimizer_bytes > 0.3 * kept.optimizer_bytes
+    waits = {place for what, place, _ in record.syncs if "resting" in place or "shelves" in place}
+    assert not waits, "copies are queued, the host goes on"
 
 
 def test_communicators_are_those_that_the_memory_model_counts(world):

@@ -71,6 +71,11 @@ _GATHER = Refused(
     "need them, and keeps none longer than it uses them",
     "--cp-comm-type p2p",
 )
+_SCALED = Refused(
+    "without a scale for each tensor the moments of small gradients are below the range of this type; bf16 has the "
+    "range of fp32",
+    "bf16",
+)
 REFUSED_WORDS: Mapping[str, Mapping[str, Refused]] = {
     "cp_comm_type": {"all_gather": _GATHER, "allgather": _GATHER},
     "recompute_modules": {
@@ -78,6 +83,8 @@ REFUSED_WORDS: Mapping[str, Mapping[str, Refused]] = {
         "mla_up_proj": Refused("there is no multi-latent attention", "--recompute-modules core_attn"),
         "shared_experts": Refused("the shared expert is recomputed with the routed ones", "--recompute-modules moe"),
     },
+    "exp_avg_dtype": {"fp16": _SCALED, "fp8": _SCALED},
+    "exp_avg_sq_dtype": {"fp16": _SCALED, "fp8": _SCALED},
 }
 """Field → Megatron's words for values that are not here."""
 

@@ -277,22 +277,26 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         "disable-bf16-reduced-precision-matmul",
     ),
     (
-        Always("gradients, master weights and optimizer state are fp32", ("fp32",)),
-        """
-        exp-avg-dtype exp-avg-sq-dtype main-grads-dtype main-params-dtype megatron-fsdp-main-grads-dtype
-        megatron-fsdp-main-params-dtype
-        """,
+        Always("gradients and master weights are fp32", ("fp32",)),
+        "main-grads-dtype main-params-dtype megatron-fsdp-main-grads-dtype megatron-fsdp-main-params-dtype",
     ),
     (Refused("gradients are reduced in fp32"), "grad-reduce-in-bf16"),
     (Refused("the loss scale of fp16 is dynamic", "--initial-loss-scale"), "loss-scale"),
     (
-        Refused("the optimizer keeps its state in fp32 on the device"),
-        """
-        no-pin-cpu-grads no-pin-cpu-params optimizer-cpu-offload optimizer-cuda-graph
-        optimizer-offload-fraction overlap-cpu-optimizer-d2h-h2d pin-cpu-grads pin-cpu-params
-        preserve-fp32-weights store-param-remainders use-precision-aware-optimizer
-        use-torch-optimizer-for-cpu-offload
-        """,
+        Refused("master weights are whole fp32 numbers, which the optimizer's step reads kernel by kernel"),
+        "optimizer-cuda-graph preserve-fp32-weights store-param-remainders",
+    ),
+    (
+        Always("the types of the moments are those of --exp-avg-dtype and --exp-avg-sq-dtype, with every optimizer"),
+        "use-precision-aware-optimizer",
+    ),
+    (
+        Ignored("state on the host is updated on the device, by the optimizer that a run without offload has"),
+        "use-torch-optimizer-for-cpu-offload",
+    ),
+    (
+        Ignored("gradients stay on the device; what the host keeps of the optimizer is in pinned memory"),
+        "no-pin-cpu-grads no-pin-cpu-params pin-cpu-grads pin-cpu-params",
     ),
     (Always("scores are not scaled by the layer number"), "no-query-key-layer-scaling"),
     # architecture

@@ -52,7 +52,7 @@ NOT_NEGATIVE = (
 )
 MORE_THAN_ZERO = (
     *("norm_epsilon", "rotary_base", "distributed_timeout_minutes", "exit_duration_in_mins", "lr", "adam_eps"),
-    *("initial_loss_scale", "min_loss_scale", "peak_tflops", "train_epochs"),
+    *("initial_loss_scale", "min_loss_scale", "peak_tflops", "train_epochs", "host_memory_gib"),
 )
 BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction")
 """At least 0 and less than 1."""
@@ -132,6 +132,15 @@ def below_one(check: Check) -> Iterator[Problem]:
             yield check.one(f"{name}={value} is out of range", name, fix="at least 0 and less than 1")
 
 
+def share(check: Check) -> Iterator[Problem]:
+    """optimizer_offload_fraction is a share."""
+    value = check.take("optimizer_offload_fraction")
+    if not 0 <= value <= 1:
+        yield check.one(
+            f"optimizer_offload_fraction={value} is out of range", "optimizer_offload_fraction", fix="from 0 to 1"
+        )
+
+
 def level(check: Check) -> Iterator[Problem]:
     """empty_unused_memory_level is 0 or 1."""
     value = check.take("empty_unused_memory_level")
@@ -161,6 +170,7 @@ RULES: tuple[Rule, ...] = (
     not_negative,
     more_than_zero,
     below_one,
+    share,
     level,
     name_is_a_folder_name,
 )
