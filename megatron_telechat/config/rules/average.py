@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_telechat.config.averages import first_window_end
+from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.errors import Problem
 
@@ -29,7 +30,7 @@ def options_have_an_average(check: Check) -> Iterator[Problem]:
         return
     for name in (INTERVAL, START):
         value = check.take(name)
-        if check.said_by_person(name):
+        if value != fields_by_name()[name].default:
             yield check.problem(
                 f"{name}={value}, but nothing is averaged", name, fix=f"{flag(DECAY, 0.9999)} or {flag(WINDOW, 'N')}"
             )

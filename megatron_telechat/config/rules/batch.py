@@ -66,11 +66,12 @@ def one_length(check: Check) -> Iterator[Problem]:
     said["train_epochs"] = epochs
     given = {name: value for name, value in said.items() if value}
     if len(given) > 1:
-        texts = [f"{name}={value:g}" for name, value in given.items()]
-        yield check.problem(f"{' and '.join(texts)} give the length of the run", *given, fix="keep one of them")
-    elif samples is not None:
+        texts = [f"{name}={value}" for name, value in given.items()]
+        every = "both" if len(texts) == 2 else "all"
+        yield check.problem(f"{' and '.join(texts)} {every} give the length of the run", *given, fix="keep one of them")
+    if samples is not None:
         yield from _whole_steps_of_samples(check)
-    elif epochs is not None:
+    if epochs is not None:
         yield from _epochs_of_the_data(check)
 
 
