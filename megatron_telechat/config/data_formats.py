@@ -43,6 +43,10 @@ class DataFormat(ABC):
     def is_chosen(self, data: DataConfig) -> bool:
         """Whether a data section asks for this format."""
 
+    def template(self, data: DataConfig) -> str | None:
+        """Name of the template that dialogs are written in; None where samples are no dialogs."""
+        return None
+
     def prefix(self, name: str) -> str:
         """A name as people give it, in the one form the program uses."""
         return name
@@ -122,6 +126,9 @@ class ChatFormat(DataFormat):
 
     def is_chosen(self, data: DataConfig) -> bool:
         return data.sft
+
+    def template(self, data: DataConfig) -> str | None:
+        return data.sft_template
 
     def complaint(self, name: str) -> Complaint | None:
         what = f"sft reads jsonl files, but {name} is not one"

@@ -20,6 +20,7 @@ import torch
 from megatron_telechat.checkpoint.companions import carry_companions, companions
 from megatron_telechat.checkpoint.files import LazyTensor
 from megatron_telechat.checkpoint.meaning import TOKENIZER
+from megatron_telechat.config.data_formats import data_format
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.order import SAVED_AS
 from megatron_telechat.data.tokenizers import tokenizer_identity
@@ -88,7 +89,7 @@ class FolderPlan:
         carry_companions(self.source, folder)
         copied = self._bring_tokenizer(folder, notes)
         written = self._write_config(folder, tensors, notes)
-        if written or copied or self.run.data.sft:
+        if written or copied or data_format(self.run.data).template(self.run.data):
             notes += complete_tokenizer(folder, self.run)
             ids = special_tokens(folder)
             if ids and not (folder / GENERATION_CONFIG).exists():
@@ -143,7 +144,7 @@ class FolderPlan:
                 notes.append(f"{self.tokenizer} gives other ids than the tokenizer that the model was trained with")
             return True
         named = self.run.data.tokenizer_model
-        if not named or any(_TOKENIZER_FILES.fullmatch(str(name)) for name in companions(folder)):
+        if not named or any(_TOKENIZER_FILES.fullmatch(name) for name in companions(folder)):
             return False
         found = _identity(self.run.data.tokenizer_type, named)
         if found is None or saved != found:
@@ -219,8 +220,8 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         beside = [source.parent / other for other in _BESIDE_TOKENIZER]
         files = {source: name, **{file: file.name for file in beside if file.is_file() and file != source}}
     elif source.is_dir():
-        found = [name for name in companions(source) if _TOKENIZER_FILES.fullmatch(str(name))]
-        files = {source / name: name.name for name in found}
+        found = [name for name in companions(source) if _TOKENIZER_FILES.fullmatch(name)]
+        files = {source / name: name.rpartition("/")[2] for name in found}
     else:
         files = {}
     if not files:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_telechat.config.data_formats import data_format
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.chat.template import TOOL_TAGS
 from megatron_telechat.data.tokenizers import (
@@ -37,7 +38,7 @@ def complete_tokenizer(folder: Path, run: RunConfig) -> list[str]:
         tokenizer = build_tokenizer(None, str(folder), special_tokens_in_text=True)
     except (DataError, ConfigError) as error:
         return [f"no tokenizer that could be read is in the folder: {error.problems[0].what}"]
-    template = run.data.sft_template if run.data.sft else None
+    template = data_format(run.data).template(run.data)
     jinja = None if template is None else chat_template(template, run.data.sft_system)
     path = folder / TOKENIZER_CONFIG
     if path.exists():

@@ -61,13 +61,15 @@ def sparse_checkpoint(root: Path, preset: str, layers: int) -> None:
     run = run_config_from_yaml(preset_text(preset))
     run = replace(run, model=replace(run.model, num_layers=layers))
     attempt = commit.begin(root, 0)
+    folder = attempt.temporary
+    assert isinstance(folder, Path), "in a file system"
     files, tensors = {}, {}
     for number, (name, spec) in enumerate(tensor_table(run.model).items()):
         key, file = f"model/{name}", f"rank_00000-{number:05d}.safetensors"
         size = 2 * math.prod(spec.shape)
         head = json.dumps({key: {"dtype": "BF16", "shape": list(spec.shape), "data_offsets": [0, size]}}).encode()
         head += b" " * (-len(head) % 8)
-        with open(attempt.temporary / file, "wb") as stream:
+        with open(folder / file, "wb") as stream:
             stream.write(struct.pack("<Q", len(head)) + head)
             stream.truncate(8 + len(head) + size)
         files[file] = FileEntry(8 + len(head) + size, "00000000")  # checksums are not read here

@@ -105,10 +105,10 @@ class MegatronTelechatConfig(PretrainedConfig):
         self.output_router_logits = output_router_logits
         self.use_cache = use_cache
         super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,  # pyright: ignore[reportCallIssue]
+            eos_token_id=eos_token_id,  # pyright: ignore[reportCallIssue]
+            pad_token_id=pad_token_id,  # pyright: ignore[reportCallIssue]
+            tie_word_embeddings=tie_word_embeddings,  # pyright: ignore[reportCallIssue]
             **kwargs,
         )
 

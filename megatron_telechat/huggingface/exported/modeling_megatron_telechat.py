@@ -368,10 +368,11 @@ class MegatronTelechatModel(MegatronTelechatPreTrainedModel):
         batch, new = x.shape[:2]
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         rows = rows_of(x, past, attention_mask, position_ids)
+        config: MegatronTelechatConfig = self.config  # pyright: ignore[reportAssignmentType]
         if past_key_values is not None:
-            scalings = [scaling_of(self.config, length) for length in rows.lengths]
+            scalings = [scaling_of(config, length) for length in rows.lengths]
             x = read_anew(past_key_values, self.config.n_layer, x, scalings)
-        layout = layout_of(self.config, rows, past + new - x.shape[1])
+        layout = layout_of(config, rows, past + new - x.shape[1])
         wants_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states, routers = [], []
