@@ -109,9 +109,10 @@ def layer_activations(
         core = _scores(run, tokens)
     block, block_dropped = _block_activations(model, layer, size, tokens)
     everything = layer_input + norms + residual + attention + core + block + masks
+    work = max(exchange, _gradient_bytes(run, layer, tokens))
 
     if "full" in modes:
-        return LayerActivations(layer_input, everything - layer_input + exchange)
+        return LayerActivations(layer_input, everything - layer_input + work)
     dropped = 0.0
     if "core_attn" in modes:
         dropped += core
@@ -119,7 +120,21 @@ def layer_activations(
         dropped += norms
     if "mlp" in modes or "moe" in modes:
         dropped += block_dropped
-    return LayerActivations(everything - dropped, dropped + exchange)
+    return LayerActivations(everything - dropped, dropped + work)
+
+
+def _gradient_bytes(run: RunConfig, layer: int, tokens: Tokens) -> float:
+    """What the backward of a layer holds at its fullest moment beside what its forward kept: at the second matrix of
+    its MLP, the gradients of that matrix, in the compute type, and of its input. Under sequence parallelism also the
+    gathered gradient of the output, and the buffer that gathered inputs lie in, which stays.
+
+    Of a MoE layer the buffer alone: rows of experts and their gradients come in pieces.
+    """
+    model, size = run.model, BYTES[run.training.precision]
+    gathered = size * model.hidden_size * tokens.whole * (tokens.split < tokens.whole)
+    if model.layer_is_moe(layer):
+        return gathered
+    return 2 * gathered + size * (tokens.whole + model.hidden_size) * model.ffn_hidden_size / tokens.tensor
 
 
 def context_pieces(run: RunConfig) -> int:

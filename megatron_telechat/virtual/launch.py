@@ -23,7 +23,7 @@ from megatron_telechat.parallel.topology import Topology
 from megatron_telechat.virtual.records import RankRecord
 
 RANK_LIMIT_S = 1800.0
-"""Seconds of the processor after which a rank is given up; the largest that were tried took a quarter of it."""
+"""Seconds of the processor after which a rank is given up; the largest that were tried took some minutes."""
 STANDING_LIMIT_S = 120.0
 """Seconds after which a rank that uses no processor is given up."""
 PROGRAM = "megatron_telechat.virtual.rank"

@@ -454,26 +454,27 @@ def an_error_on_one_rank_is_an_error_on_all() -> str:
     """One rank cannot write; nothing is committed and the older checkpoint still loads."""
     import errno
 
-    from megatron_telechat.checkpoint import files, latest_checkpoint, save_checkpoint
+    from megatron_telechat.checkpoint import latest_checkpoint, save_checkpoint
+    from megatron_telechat.checkpoint.stores.posix import FileSink
     from megatron_telechat.errors import ResourceError
 
     built = Built(run_config("dense", "bf16", TP2, seed=1))
     root = SHARED / "failing"
     older = save_checkpoint(root, built.state(1, 4), built.run, built.parallel)
-    original = files._write
+    original = FileSink.write
 
-    def full_disk(stream: Any, data: memoryview, beside: Any) -> None:
-        stream.write(data[:100])
+    def full_disk(sink: FileSink, data: memoryview) -> None:
+        original(sink, data[:100])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if built.parallel.rank == 1:
-        files._write = full_disk
+        FileSink.write = full_disk
     try:
         save_checkpoint(root, built.state(2, 8), built.run, built.parallel)
     except ResourceError as error:
         message = str(error)
     finally:
-        files._write = original
+        FileSink.write = original
     assert latest_checkpoint(root) == older
     if built.parallel.rank == 0:  # the rank that clears up
         assert sorted(path.name for path in root.iterdir()) == ["iter_0000001", "latest"]

@@ -62,8 +62,10 @@ def test_full_recompute_keeps_the_input_and_repeats_one_layer():
     layer = 16 * (2 * (8 + 16 + 8 + 8 + 8 + 8 + 36) + 16)
     kept = 16 * 2 * 8
     head = 16 * (4 * 32 + 2 * 2 * 8)  # the logits in bf16 are free before a layer is made again
-    assert stage.activations_bytes == 4 * kept + head + 16 * 8 + layer - kept
-    assert stage.transient_bytes == layer - kept
+    # gradients of the second matrix of the MLP, in bf16, and of its input
+    gradients = 2 * 8 * 12 + 16 * 2 * 12
+    assert stage.activations_bytes == 4 * kept + head + 16 * 8 + layer - kept + gradients
+    assert stage.transient_bytes == layer - kept + gradients
 
 
 def test_selective_mlp_drops_what_the_mlp_makes():
@@ -78,7 +80,10 @@ def test_tensor_and_sequence_parallel_cut_everything_but_the_replicated():
     both = stage_memory(make(world_size=2, tensor_model_parallel_size=2))[0]
     without = stage_memory(make(world_size=2, tensor_model_parallel_size=2, sequence_parallel=False))[0]
     token_ids = 16 * 8  # every rank looks its part of the vocabulary up for all tokens
-    assert both.activations_bytes == (one.activations_bytes - token_ids) / 2 + token_ids
+    kept, half = (stage.activations_bytes - stage.transient_bytes - token_ids for stage in (one, both))
+    assert half == kept / 2
+    # a matrix's gradient and its input's, cut over the ranks; the buffer of gathered inputs, and a gathered gradient
+    assert both.transient_bytes == (2 * 8 * 12 + 16 * 2 * 12) / 2 + 2 * 16 * 2 * 8
     assert both.activations_bytes < without.activations_bytes < one.activations_bytes
 
 

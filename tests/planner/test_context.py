@@ -165,7 +165,7 @@ PASTED = (
     [
         ("", "CP8 (p2p) x DP2"),
         ("--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 4", "CP8 (a2a 2 x p2p 4) x DP2"),
-        ("--cp-comm-type all_gather", "--cp-comm-type all_gather is not modelled"),
+        ("--cp-comm-type all_gather", "not modelled, and ignored for the plan: --cp-comm-type all_gather"),
     ],
 )
 def test_pasted_commands_are_planned_with_their_context_parallelism(capsys, flags, text):

@@ -125,7 +125,10 @@ def test_sharded_parameters_are_gathered_in_each_micro_batch(sharding, gathers):
     assert shards.gradients_bytes == pytest.approx(whole.gradients_bytes / 8)
     assert shards.parameters_bytes == pytest.approx(whole.parameters_bytes / 8)
     logits = 16 * 2 * 32  # the working set of the loss, where no layer has a larger one
-    assert shards.activations_bytes - whole.activations_bytes == pytest.approx((2 * 2 + 4) * parameters - logits)
+    gradients = 2 * 8 * 12 + 16 * 2 * 12  # of the second matrix of the MLP, and of its input
+    assert shards.activations_bytes - whole.activations_bytes == pytest.approx(
+        (2 * 2 + 4) * parameters + gradients - logits
+    )
 
 
 def test_gradients_in_16_bits_halve_their_memory_and_their_reduction():
