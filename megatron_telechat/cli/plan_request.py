@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_telechat.cli.pasted import last_value, read_launch_script, read_pasted
-from megatron_telechat.cli.sandbox import Script
 from megatron_telechat.cli.tool import ToolParser, natural, positive
 from megatron_telechat.config import LoadedConfig, load_run_config
 from megatron_telechat.config.megatron.meaning import MEGATRON
@@ -22,7 +20,8 @@ from megatron_telechat.costs.devices import DeviceSpec, device_spec, device_spec
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.context import KEEP, SPLIT
 
-if TYPE_CHECKING:  # the solver's libraries are loaded when there is something to solve: --help is quick
+if TYPE_CHECKING:  # what reads commands, and the solver's libraries, are loaded when there is work: --help is quick
+    from megatron_telechat.cli.sandbox import Script
     from megatron_telechat.costs.software import Software
     from megatron_telechat.planner.plan import Question
 
@@ -93,6 +92,8 @@ def read_request(argv: Sequence[str]) -> Request:
     options.time_limit = options.time_limit or (60.0 if options.sweep else 30.0)
     if not (options.command or command):
         return Request(options, tuple(others))
+    from megatron_telechat.cli.pasted import read_launch_script, read_pasted
+
     if options.command:
         pasted = read_launch_script(_script(options.command, others), command, others)
     else:
@@ -194,6 +195,9 @@ def _script(given: str, others: Sequence[str]) -> Script:
     Raises:
         ConfigError: it cannot be read.
     """
+    from megatron_telechat.cli.pasted import last_value
+    from megatron_telechat.cli.sandbox import Script
+
     devices = last_value(others, "--ranks-per-node")
     found = Script("", devices=int(devices) if devices and devices.isdigit() else 8)
     if given == "-":
