@@ -156,10 +156,13 @@ def _write_files(folder: Path, script: Script) -> None:
     (stubs / ".stub").chmod(0o755)
     for name in STUBS:
         (stubs / name).symlink_to("/stub/.stub")
-    # An error that only this machine has would end a script that asks for it.
-    text = re.sub(r"(?m)^([ \t]*)set[ \t]+[-+][A-Za-z]+(?:[ \t]+(?:[-+][A-Za-z]+|pipefail))*[ \t]*(?=;|$|#)", r"\1:",
-                  script.text.replace("\r\n", "\n"))  # fmt: skip
-    (folder / "script").write_text(text, encoding="utf-8")
+    (folder / "script").write_text(_as_run(script.text), encoding="utf-8")
+
+
+def _as_run(text: str) -> str:
+    """A script without its ``set -e``: an error that only this machine has would end it."""
+    return re.sub(r"(?m)^([ \t]*)set[ \t]+[-+][A-Za-z]+(?:[ \t]+(?:[-+][A-Za-z]+|pipefail))*[ \t]*(?=;|$|#)", r"\1:",
+                  text.replace("\r\n", "\n"))  # fmt: skip
 
 
 def _bound(folder: Path | None) -> list[str]:
@@ -213,10 +216,12 @@ def _with_record(ran: Ran, text: str, script: Script) -> Ran:
     from megatron_telechat.cli.shell import slurm_lines
 
     inner, count, *rest = fields
+    if inner.strip() == _as_run(script.text).strip():
+        return ran  # it submits its successor
     options = (*slurm_lines(inner), *rest[: int(count)])
     kept = dict(pair.split("=", 1) for pair in rest[int(count) :] if "=" in pair)
     variables = {name: str(value) for name, value in slurm_variables(options).items()}
-    job = run_script(replace(script, text=inner, arguments=(), environment={**kept, **variables}))
+    job = run_script(replace(script, text=inner, arguments=(), environment={**kept, **variables, "TELECHAT_JOB": "1"}))
     if job is None:
         return ran
     return replace(

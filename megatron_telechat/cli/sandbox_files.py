@@ -89,6 +89,7 @@ case $base in
     fi
     [ "$1" = - ] && exit 0 ;;
   sbatch)
+    [ -n "$TELECHAT_JOB" ] && exit 0  # a job that submits its successor, often itself
     options=(); text=
     while [ $# -gt 0 ]; do
       case $1 in

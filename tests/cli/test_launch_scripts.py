@@ -115,6 +115,14 @@ def test_what_is_not_here_ends_no_script() -> None:
 
 
 @needs_sandbox
+def test_a_job_that_submits_its_successor_is_one_job() -> None:
+    chain = '#SBATCH --nodes=2\nset -e\nsrun torchrun t.py --a\nsbatch "$0"\n'
+    assert len(started(chain)) == 1
+    assert len(started(f"sbatch <<'EOF'\n{chain}EOF\n")) == 1
+    assert len(started("sbatch --wrap 'torchrun t.py; sbatch --wrap \"torchrun u.py\"'")) == 1
+
+
+@needs_sandbox
 def test_variables_that_nobody_sets_are_marked_where_they_are_read_plainly() -> None:
     text = (
         'if [ -z $ASKED ]; then M=1; fi\ntorchrun --nnodes $NODES t.py --a ${B:-2} --c $M --d "$OTHER x" --e $1 '
