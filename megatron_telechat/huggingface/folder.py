@@ -89,7 +89,11 @@ class FolderPlan:
         carry_companions(self.source, folder)
         copied = self._bring_tokenizer(folder, notes)
         written = self._write_config(folder, tensors, notes)
-        if written or copied or data_format(self.run.data).template(self.run.data):
+        if not (written or copied or data_format(self.run.data).template(self.run.data)):
+            return notes
+        if not _has_tokenizer(folder):
+            notes.append("no tokenizer is in the folder; whoever reads it needs one")
+        else:
             notes += complete_tokenizer(folder, self.run)
             ids = special_tokens(folder)
             if ids and not (folder / GENERATION_CONFIG).exists():
@@ -144,7 +148,7 @@ class FolderPlan:
                 notes.append(f"{self.tokenizer} gives other ids than the tokenizer that the model was trained with")
             return True
         named = self.run.data.tokenizer_model
-        if not named or any(_TOKENIZER_FILES.fullmatch(name) for name in companions(folder)):
+        if not named or _has_tokenizer(folder):
             return False
         found = _identity(self.run.data.tokenizer_type, named)
         if found is None or saved != found:
@@ -211,6 +215,10 @@ def _check_template(folder: Path, run: RunConfig, extra: Mapping[str, Any], requ
             fix="give the folder the weights came from with --hf-template, or an edited copy of it",
         )
     return False, []
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(_TOKENIZER_FILES.fullmatch(name) for name in companions(folder))
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
