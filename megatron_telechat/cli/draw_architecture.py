@@ -7,6 +7,7 @@ an arrow that follows from others (A → B → C gives A → C) is not drawn. Ne
 from __future__ import annotations
 
 import ast
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def places(drawn: Mapping[str, set[str]]) -> tuple[dict[str, tuple[float, float]
     for sweep in range(SWEEPS):
         order = rows if sweep % 2 else rows[::-1]
         for row in order:
-            wanted = {node: sum(x[other] for other in near[node]) / max(len(near[node]), 1) for node in row}
+            wanted = {node: math.fsum(x[other] for other in near[node]) / max(len(near[node]), 1) for node in row}
             row.sort(key=lambda node: (wanted[node], node))
             x.update(_spread(row, wanted, wide))
     left = min(x[node] - wide[node] / 2 for node in x)
