@@ -3,6 +3,7 @@ that are shuffled anew for each epoch."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ class NpySamples:
         if self.per_epoch < 1:
             raise DataError(f"{name} holds less than a sample", name, "more tokens, or a smaller --seq-length")
         self.size = 0
+
+    def samples_in(self, epochs: float, once: bool) -> int:
+        return math.ceil(epochs * self.per_epoch)
 
     def require(self, size: int | None, index: IndexFolder, name: str) -> None:
         self.size = self.per_epoch if size is None else size
@@ -90,6 +94,9 @@ class NpyCorpus:
 
     def tokens_in(self, share: Share) -> int:
         return self._part(share).size
+
+    def gives_none(self, share: Share) -> str:
+        return ""
 
     def size(self, share: Share) -> int:
         return self.tokens_in(share)
