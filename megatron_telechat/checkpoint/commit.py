@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from megatron_telechat.checkpoint.disk import disk_error
 from megatron_telechat.checkpoint.lineage import set_aside
 from megatron_telechat.checkpoint.manifest import Manifest
+from megatron_telechat.checkpoint.names import LATEST
 from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.errors import ResourceError
 from megatron_telechat.locations import Location
-
-LATEST = "latest"
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +100,6 @@ def _tidy_up(attempt: Attempt, doomed: Sequence[Location]) -> None:
         for folder in doomed:
             store.remove(folder, attempt.step, attempt.identifier)
         set_aside(attempt.root, attempt.identifier)
-        # For people and scripts; loading never trusts it.
         store.put_hint(attempt.root, LATEST, f"{attempt.final.name}\n", attempt.identifier)
     except (OSError, ResourceError) as error:
         log.warning("%s is saved, but %s could not be tidied up: %s", attempt.final, attempt.root, error)

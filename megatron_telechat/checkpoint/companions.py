@@ -39,11 +39,9 @@ def carry_companions(source: Location | None, target: Location) -> dict[str, Fil
     Raises:
         ResourceError: a file cannot be read or written.
     """
-    entries: dict[str, FileEntry] = {}
-    for name in companions(source) if source is not None else ():
-        assert source is not None
-        entries[f"{target.name}/{name}"] = _copy(source / name, target / name)
-    return entries
+    if source is None:
+        return {}
+    return {f"{target.name}/{name}": _copy(source / name, target / name) for name in companions(source)}
 
 
 def _copy(source: Location, target: Location) -> FileEntry:

@@ -122,6 +122,14 @@ def read_identity(kind: str | None, path: str | None) -> dict[str, str] | None:
         return None
 
 
+def identity_beside(companions: Location) -> dict[str, str] | None:
+    """Identity of the tokenizer among the Hugging Face files of a checkpoint, None where there is none."""
+    if not store_of(companions).is_folder(companions):
+        return None
+    with on_this_machine(companions) as files:
+        return read_identity(None, str(files))
+
+
 def _tokenizer_difference(
     said: Mapping[str, Any], extra: Mapping[str, Any], run: RunConfig, folder: Location
 ) -> list[tuple[Problem, bool]]:
@@ -132,9 +140,7 @@ def _tokenizer_difference(
         return []
     companions = folder / COMPANIONS
     theirs = extra.get(TOKENIZER) or _identity(said.get("tokenizer_type"), said.get("tokenizer_model"))
-    if theirs is None and store_of(companions).is_folder(companions):
-        with on_this_machine(companions) as files:
-            theirs = read_identity(None, str(files))
+    theirs = theirs or identity_beside(companions)
     if not isinstance(theirs, Mapping) or theirs.get("kind") != ours["kind"] or theirs.get("digest") == ours["digest"]:
         return []
     what = (

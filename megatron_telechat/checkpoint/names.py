@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from megatron_telechat.locations import Location
 
 MANIFEST = "manifest.json"
+LATEST = "latest"
+"""A file with the name of the newest checkpoint, for people and scripts; no load trusts it."""
 
 # name in a manifest -> name in a safetensors header
 DTYPE_TAGS: Mapping[str, str] = {

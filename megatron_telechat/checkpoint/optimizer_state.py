@@ -119,34 +119,14 @@ def optimizer_slices(
             yield OptimizerSlice(by_parameter[id(leaf.parameter)], leaf.start, stop, tensors, leaf.sharded, types)
 
 
-class MasterSlice(NamedTuple):
-    """The fp32 weights of elements [start, stop) of a local parameter: 1-D, where they rest between steps; the
-    parameter itself where it is fp32. ``sharded`` as in :class:`OptimizerSlice`."""
-
-    shard: LocalParameter
-    start: int
-    values: torch.Tensor
-    sharded: bool
-
-    @property
-    def stop(self) -> int:
-        """End of the range."""
-        return self.start + self.values.numel()
+def weights_stepped_on(item: OptimizerSlice) -> torch.Tensor:
+    """1-D: the fp32 weights of a range, where they rest between steps; the parameter itself where it is fp32."""
+    return item.tensors[MASTER] if MASTER in item.tensors else weights_of(item)
 
 
-def master_slices(optimizer: Any, shards: Sequence[LocalParameter]) -> Iterator[MasterSlice]:
-    """Every flat range of fp32 weights that this rank's optimizer owns, always in the same order."""
-    by_parameter = {id(item.parameter): item for item in shards}
-    for part in leaf_optimizers(optimizer):
-        _, resting = _optimizer_of(part)
-        if resting is not None:
-            resting.settle()
-        for leaf in leaves_of(part):
-            at_rest = resting.at_rest(leaf.stepped) if resting is not None else None
-            values = (at_rest or {}).get(MASTER)
-            if values is None:
-                values = leaf.stepped.detach().view(-1)
-            yield MasterSlice(by_parameter[id(leaf.parameter)], leaf.start, values, leaf.sharded)
+def weights_of(item: OptimizerSlice) -> torch.Tensor:
+    """1-D: the elements of the parameter that a range is of."""
+    return item.shard.parameter.detach().view(-1)[item.start : item.stop]
 
 
 def _optimizer_of(part: Any) -> tuple[torch.optim.Optimizer, Resting | None]:

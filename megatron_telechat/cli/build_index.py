@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from megatron_telechat.cli.tool import quiet_imports, run_tool
+from megatron_telechat.cli.tool import run_tool
 from megatron_telechat.config import LoadedConfig, load_run_config
 from megatron_telechat.config.length import counts_epochs
 from megatron_telechat.errors import EXIT_OK, ConfigError
@@ -66,7 +66,6 @@ def _run(argv: list[str]) -> int:
             "train_iters",
             "--train-iters N or --train-epochs E, as the training will have it",
         )
-    quiet_imports()
     from megatron_telechat.config.run_stages import Position
     from megatron_telechat.data import prepare_index, progress_ahead, read_sources, samples_needed
     from megatron_telechat.training.length import counted_for_tool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_telechat.cli.tool import ToolParser, positive, quiet_imports, run_tool
+from megatron_telechat.cli.tool import ToolParser, positive, run_tool
 from megatron_telechat.device_kinds import DEVICE_CHOICES, HOST
 from megatron_telechat.errors import EXIT_CHECKPOINT, EXIT_OK
 
@@ -46,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    quiet_imports()
     from megatron_telechat.huggingface.golden import TOLERANCE, compare, read_golden
     from megatron_telechat.huggingface.model import hf_model
     from megatron_telechat.huggingface.weights import HfWeights

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_telechat.cli.tool import ToolParser, natural, positive, quiet_imports, run_tool
+from megatron_telechat.cli.tool import ToolParser, natural, positive, run_tool
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.device_kinds import DEVICE_CHOICES
 from megatron_telechat.errors import EXIT_OK, ConfigError, Problem
@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     _check(args)
-    quiet_imports()
     from megatron_telechat.huggingface.generation import Place, Sampling, continue_text
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_telechat.cli.text import gib
-from megatron_telechat.cli.tool import ToolParser, natural, positive, quiet_imports, run_tool
+from megatron_telechat.cli.tool import ToolParser, natural, positive, run_tool
 from megatron_telechat.config.fields import fields_by_name
 from megatron_telechat.device_kinds import DEVICE_CHOICES, HOST
 from megatron_telechat.errors import EXIT_OK, ConfigError
@@ -146,7 +146,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     request = _request(args, argv)
-    quiet_imports()
     from megatron_telechat.huggingface.convert import parse_size
     from megatron_telechat.merging.merge import merge
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_telechat.cli.build_index import described_run
-from megatron_telechat.cli.tool import ToolParser, natural, purpose, quiet_imports, run_tool
+from megatron_telechat.cli.tool import ToolParser, natural, purpose, run_tool
 from megatron_telechat.errors import EXIT_OK, ConfigError
 
 EPILOG = "All other flags are those of the training command; the sample is the one that the run with them would read."
@@ -60,7 +60,6 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(
             "the tokens are shown as text, for which a tokenizer is needed", "tokenizer_model", "--tokenizer-model PATH"
         )
-    quiet_imports()
     from megatron_telechat.data import build_datasets, build_tokenizer
     from megatron_telechat.training.length import counted_for_tool
     from megatron_telechat.training.progress import saved_progress

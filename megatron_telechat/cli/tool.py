@@ -42,6 +42,7 @@ def purpose(doc: str | None) -> str:
 def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     """Run a tool on its arguments; a user's mistake becomes one message on stderr and its exit code, Ctrl-C a line and
     130."""
+    quiet_imports()
     try:
         return tool(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:

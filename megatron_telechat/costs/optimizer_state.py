@@ -1,6 +1,6 @@
 """Bytes of the optimizer's state: in which types it is kept, how much of it on the host, and what its travel takes.
 
-The training lays the state out by the same figures (`training.resting_state`).
+The training lays the state out by the same figures (`training.resting`).
 """
 
 from __future__ import annotations

@@ -19,11 +19,10 @@ import torch
 
 from megatron_telechat.checkpoint.companions import carry_companions, companions
 from megatron_telechat.checkpoint.files import LazyTensor
-from megatron_telechat.checkpoint.meaning import TOKENIZER
+from megatron_telechat.checkpoint.meaning import TOKENIZER, read_identity
 from megatron_telechat.config.data_formats import data_format
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.order import SAVED_AS
-from megatron_telechat.data.tokenizers import tokenizer_identity
 from megatron_telechat.errors import CheckpointError, ConfigError, DataError
 from megatron_telechat.huggingface.config import (
     POSITIONS,
@@ -143,14 +142,14 @@ class FolderPlan:
         saved = self.extra.get(TOKENIZER)
         if self.tokenizer is not None:
             _copy_tokenizer(self.tokenizer, folder)
-            given = _identity(None, str(folder))
+            given = read_identity(None, str(folder))
             if saved and given and saved["kind"] == given["kind"] and saved != given:
                 notes.append(f"{self.tokenizer} gives other ids than the tokenizer that the model was trained with")
             return True
         named = self.run.data.tokenizer_model
         if not named or _has_tokenizer(folder):
             return False
-        found = _identity(self.run.data.tokenizer_type, named)
+        found = read_identity(self.run.data.tokenizer_type, named)
         if found is None or saved != found:
             why = "is not there" if found is None else "is not known to be" if saved is None else "has changed since"
             notes.append(f"no tokenizer is in the folder: the run's, {named}, {why}; --tokenizer puts one there")
@@ -238,14 +237,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         )
     for file, name in files.items():
         shutil.copyfile(file, target / name)
-
-
-def _identity(kind: str | None, path: str) -> dict[str, str] | None:
-    """Identity of a tokenizer, None where it cannot be read."""
-    try:
-        return tokenizer_identity(kind, path)
-    except (DataError, ConfigError, OSError):
-        return None
 
 
 def _precision(tensors: Sequence[LazyTensor]) -> str:

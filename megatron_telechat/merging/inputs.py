@@ -10,20 +10,18 @@ from typing import Any, Protocol
 import torch
 
 from megatron_telechat.checkpoint.averages import KINDS, stored_average
-from megatron_telechat.checkpoint.companions import on_this_machine
 from megatron_telechat.checkpoint.files import dtype_named, read_file_error
 from megatron_telechat.checkpoint.find import find_checkpoint, require_fit
 from megatron_telechat.checkpoint.folders import committed_folders
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.manifest import COMPANIONS
-from megatron_telechat.checkpoint.meaning import TOKENIZER, saved_values
+from megatron_telechat.checkpoint.meaning import TOKENIZER, identity_beside, read_identity, saved_values
 from megatron_telechat.checkpoint.names import MANIFEST
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.optimizer_state import MASTER
 from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.data.tokenizers import tokenizer_identity
-from megatron_telechat.errors import CheckpointError, ConfigError, DataError
+from megatron_telechat.errors import CheckpointError
 from megatron_telechat.files import sha256_of
 from megatron_telechat.huggingface.convert import readable_config
 from megatron_telechat.huggingface.files import CONFIG
@@ -102,8 +100,8 @@ class CheckpointInput:
         said = saved_values(manifest.config)
         self.tokenizer: Mapping[str, str] | None = (
             self.extra.get(TOKENIZER)
-            or _tokenizer_at(said.get("tokenizer_type"), said.get("tokenizer_model"))
-            or _tokenizer_beside(self.companions)
+            or read_identity(said.get("tokenizer_type"), said.get("tokenizer_model"))
+            or identity_beside(self.companions)
         )
         self._odd: Mapping[str, str] = self.extra.get("hf", {}).get("dtypes", {})
 
@@ -144,7 +142,7 @@ class HfInput:
         self.companions: Location = path
         self.keys: Iterable[str] = [MODEL + key for key in dict.fromkeys(link.key for link in self.weights.links)]
         self.extra: Mapping[str, Any] = {"hf": {"absent": list(self.weights.absent)}}
-        self.tokenizer: Mapping[str, str] | None = _tokenizer_at(None, str(path))
+        self.tokenizer: Mapping[str, str] | None = read_identity(None, str(path))
 
     def dtype(self, key: str) -> torch.dtype:
         """See :class:`Input`."""
@@ -228,22 +226,6 @@ def _open_unverified(path: Location) -> CheckpointReader:
     if folder is None:
         raise CheckpointError("no checkpoint there", str(path), "give a folder iter_… or one that holds some")
     return CheckpointReader(folder)
-
-
-def _tokenizer_beside(companions: Location) -> Mapping[str, str] | None:
-    if not store_of(companions).is_folder(companions):
-        return None
-    with on_this_machine(companions) as files:
-        return _tokenizer_at(None, str(files))
-
-
-def _tokenizer_at(kind: str | None, path: str | None) -> Mapping[str, str] | None:
-    if not path or not Path(path).exists():
-        return None
-    try:
-        return tokenizer_identity(kind, path)
-    except (DataError, ConfigError, OSError):
-        return None
 
 
 def _sha256(path: Path) -> str:

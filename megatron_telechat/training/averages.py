@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_telechat.checkpoint.averages import EMA, KEY, KINDS, UNDER_WAY, WINDOW, entries, same_window
-from megatron_telechat.checkpoint.optimizer_state import MasterSlice, OptimizerSlice, master_slices
+from megatron_telechat.checkpoint.optimizer_state import (
+    MASTER,
+    OptimizerSlice,
+    optimizer_slices,
+    weights_of,
+    weights_stepped_on,
+)
 from megatron_telechat.config.averages import window_begin
 from megatron_telechat.config.schema import AverageConfig
 from megatron_telechat.model.shards import LocalParameter
@@ -42,7 +48,7 @@ class Averages:
         self._optimizer, self._shards, self._settings = optimizer, shards, settings
         kinds = [EMA] * (settings.ema_decay is not None)
         kinds += [WINDOW, UNDER_WAY] * (settings.average_window_steps is not None)
-        self._values = {kind: [torch.zeros_like(one.values) for one in self._masters()] for kind in kinds}
+        self._values = {kind: [torch.zeros_like(weights_stepped_on(one)) for one in self._ranges()] for kind in kinds}
         self._entries: dict[str, dict[str, Any]] = {}
         """What was averaged, by kind, as a checkpoint keeps it; a kind that has not begun has none."""
 
@@ -94,10 +100,8 @@ class Averages:
         """
         kinds = [kind for kind in self._values if not begun or self._averaged(kind)]
         return [
-            OptimizerSlice(
-                one.shard, one.start, one.stop, {kind: self._values[kind][number] for kind in kinds}, one.sharded
-            )
-            for number, one in enumerate(self._masters() if kinds else ())
+            one._replace(tensors={kind: self._values[kind][number] for kind in kinds})
+            for number, one in enumerate(self._ranges() if kinds else ())
         ]
 
     @contextmanager
@@ -109,27 +113,27 @@ class Averages:
         """
         kept: dict[int, torch.Tensor] = {}
         with torch.no_grad():
-            for number, one in enumerate(self._masters()):
-                weights, average = _weights_of(one), self._values[kind][number]
-                if _is_parameter(one):
+            for number, one in enumerate(self._ranges()):
+                weights, average = weights_of(one), self._values[kind][number]
+                if MASTER not in one.tensors:
                     _exchange(weights, average)
                     continue
-                if not _same_bits(weights, one.values.to(weights)):
+                if not _same_bits(weights, one.tensors[MASTER].to(weights)):
                     # Weights that were loaded, and not yet written by a step, can be rounded otherwise.
                     kept[number] = weights.clone()
                 weights.copy_(average)
         gather_parameters(virtual_stages)
         yield
         with torch.no_grad():
-            for number, one in enumerate(self._masters()):
-                if _is_parameter(one):
-                    _exchange(_weights_of(one), self._values[kind][number])
+            for number, one in enumerate(self._ranges()):
+                if MASTER not in one.tensors:
+                    _exchange(weights_of(one), self._values[kind][number])
                 else:
-                    _weights_of(one).copy_(kept.get(number, one.values))
+                    weights_of(one).copy_(kept.get(number, one.tensors[MASTER]))
         gather_parameters(virtual_stages)
 
-    def _masters(self) -> list[MasterSlice]:
-        return list(master_slices(self._optimizer, self._shards))
+    def _ranges(self) -> list[OptimizerSlice]:
+        return list(optimizer_slices(self._optimizer, self._shards))
 
     def _averaged(self, kind: str) -> bool:
         """Whether there is anything in the tensors of a kind."""
@@ -162,23 +166,13 @@ class Averages:
     @torch.no_grad()
     def _blend(self, kind: str, weight: float) -> None:
         """A <- A + weight (w - A), in a few kernels for all tensors, as torch's `swa_utils` does it."""
-        averages, weights = self._values[kind], [one.values for one in self._masters()]
+        averages, weights = self._values[kind], [weights_stepped_on(one) for one in self._ranges()]
         if not averages:
             return
         if weight == 1.0:
             torch._foreach_copy_(averages, weights)  # pyright: ignore[reportPrivateImportUsage]
         else:
             torch._foreach_lerp_(averages, weights, weight)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _weights_of(one: MasterSlice) -> torch.Tensor:
-    """1-D: the elements of the parameter that a range of fp32 weights is of."""
-    return one.shard.parameter.detach().view(-1)[one.start : one.stop]
-
-
-def _is_parameter(one: MasterSlice) -> bool:
-    """Whether the fp32 weights are the parameter itself."""
-    return one.values.data_ptr() == _weights_of(one).data_ptr()
 
 
 def _exchange(one: torch.Tensor, other: torch.Tensor) -> None:

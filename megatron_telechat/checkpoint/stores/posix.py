@@ -15,6 +15,7 @@ from types import TracebackType
 
 from megatron_telechat.checkpoint.disk import fsync_folder, write_synced
 from megatron_telechat.checkpoint.names import (
+    LATEST,
     MANIFEST,
     FileEntry,
     aside_name,
@@ -31,7 +32,7 @@ from megatron_telechat.locations import Location
 _READ_BYTES = 1 << 20  # stays in a core's cache between the read and the sum
 _CHUNK_BYTES = 16 << 20
 _SYNC_BYTES = 128 << 20
-_HINT = re.compile(r"\.latest-[0-9a-f]+")
+_HINT = re.compile(rf"\.{LATEST}-[0-9a-f]+")
 
 
 class PosixStore:
