@@ -8,6 +8,7 @@ Neither side needs torch.distributed: conversion writes a checkpoint alone
 from __future__ import annotations
 
 import platform
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -188,7 +189,7 @@ class CheckpointWriter:
 
 
 class CheckpointReader:
-    """Reads boxes of the global tensors of a committed checkpoint.
+    """Reads boxes of the global tensors of a committed checkpoint, for any number of threads.
 
     Opening checks the manifest and the size of every file; ``verify=True`` also the
     checksum of every byte. Raises CheckpointError naming the file at fault.
@@ -207,6 +208,7 @@ class CheckpointReader:
         self.path = location(path)
         self.manifest = read_manifest(self.path) if manifest is None else manifest
         self._open: OrderedDict[str, Any] = OrderedDict()
+        self._opening = threading.Lock()
         if check_sizes:
             self.check_files(checksums=verify)
 
@@ -290,6 +292,10 @@ class CheckpointReader:
             raise read_file_error(path, error) from error
 
     def _handle(self, name: str) -> Any:
+        with self._opening:
+            return self._opened(name)
+
+    def _opened(self, name: str) -> Any:
         if name in self._open:
             self._open.move_to_end(name)
             return self._open[name]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +13,7 @@ import torch
 
 from megatron_telechat.checkpoint import rng as rng_tree
 from megatron_telechat.checkpoint.averages import average_key, saved_kinds
+from megatron_telechat.checkpoint.checksums import default_threads
 from megatron_telechat.checkpoint.find import require_fit, saved_config, weight_key
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.loss_scale import diverged_scales, load_scaler_state, one_scale, require_one_scale
@@ -30,6 +33,7 @@ from megatron_telechat.locations import Location, location
 from megatron_telechat.model.shards import LocalParameter
 from megatron_telechat.parallel.agreement import together
 from megatron_telechat.parallel.state import ParallelState, seed_generators
+from megatron_telechat.tensors.boxes import Box
 
 
 class WeightSource(Protocol):
@@ -95,10 +99,12 @@ def load_checkpoint(
     )
     folder, notes = reader.path, list(passed_over)
     with together(parallel):
-        _load_parameters(reader, state.shards)
-        notes += _load_optimizer(reader, state, run, weights_only)
+        with _filling(reader) as fill:
+            _load_parameters(fill, reader, state.shards)
+            notes += _load_optimizer(fill, reader, state, run, weights_only)
+            if not weights_only:
+                _load_averages(fill, reader, state)
         if not weights_only:
-            _load_averages(reader, state)
             notes += _load_generators(reader, state, run, parallel)
     reader.close()
     manifest = reader.manifest
@@ -138,13 +144,38 @@ def _files_to_read(reader: CheckpointReader, state: TrainState, weights_only: bo
     return files
 
 
-def _load_parameters(reader: CheckpointReader, shards: Sequence[LocalParameter]) -> None:
+class _Fill(Protocol):
+    """Give this flat range the values of a box of a tensor; done when `_filling` is left."""
+
+    def __call__(self, flat: torch.Tensor, key: str, box: Box) -> None: ...
+
+
+@contextmanager
+def _filling(reader: CheckpointReader) -> Iterator[_Fill]:
+    """Fill tensors from several threads: one alone copies at a part of the memory's rate, and waits for one request
+    at a time. Raises the first error of a thread."""
+    with ThreadPoolExecutor(default_threads()) as pool:
+        under_way: list[Future] = []
+
+        def fill(flat: torch.Tensor, key: str, box: Box) -> None:
+            under_way.append(pool.submit(_read_into, flat, reader, key, box))
+
+        try:
+            yield fill
+            for one in under_way:
+                one.result()
+        finally:
+            for one in under_way:
+                one.cancel()
+
+
+def _load_parameters(fill: _Fill, reader: CheckpointReader, shards: Sequence[LocalParameter]) -> None:
     for item in shards:
         dtype = item.parameter.dtype
         flat = item.parameter.detach().view(-1)
         key = weight_key(reader, item.piece.key, dtype)
         for part in flat_boxes(item):
-            _fill(flat[part.start : part.stop], reader, key, part.box)
+            fill(flat[part.start : part.stop], key, part.box)
 
 
 def load_weights(source: WeightSource, shards: Sequence[LocalParameter]) -> None:
@@ -152,14 +183,16 @@ def load_weights(source: WeightSource, shards: Sequence[LocalParameter]) -> None
     for item in shards:
         flat = item.parameter.detach().view(-1)
         for part in flat_boxes(item):
-            _fill(flat[part.start : part.stop], source, item.piece.key, part.box)
+            _read_into(flat[part.start : part.stop], source, item.piece.key, part.box)
 
 
-def _fill(flat: torch.Tensor, source: WeightSource, key: str, box: Any) -> None:
+def _read_into(flat: torch.Tensor, source: WeightSource, key: str, box: Box) -> None:
     flat.view(box.shape).copy_(source.read(key, box.offset, box.shape))
 
 
-def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig, weights_only: bool) -> list[str]:
+def _load_optimizer(
+    fill: _Fill, reader: CheckpointReader, state: TrainState, run: RunConfig, weights_only: bool
+) -> list[str]:
     """Master weights always (from the most exact value there is); moments and step on a resume."""
     if state.optimizer is None:
         return []
@@ -183,7 +216,7 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
                     "--no-load-optim",
                 )
             for part in flat_boxes(item.shard, item.start, item.stop):
-                _fill(tensor[part.start - item.start : part.stop - item.start], reader, stored, part.box)
+                fill(tensor[part.start - item.start : part.stop - item.start], stored, part.box)
     if resumed is not None:
         if with_moments:
             set_adam_step(state.optimizer, resumed["step"])
@@ -195,7 +228,7 @@ def _load_optimizer(reader: CheckpointReader, state: TrainState, run: RunConfig,
     return [*notes, f"the optimizer state is fresh: {why}"]
 
 
-def _load_averages(reader: CheckpointReader, state: TrainState) -> None:
+def _load_averages(fill: _Fill, reader: CheckpointReader, state: TrainState) -> None:
     """The averages that the run keeps and the checkpoint holds."""
     kinds = saved_kinds(reader.manifest.extra)
     for item in state.averages:
@@ -208,7 +241,7 @@ def _load_averages(reader: CheckpointReader, state: TrainState) -> None:
                     fix="resume without --ema-decay and --average-window-steps, or use another checkpoint",
                 )
             for part in flat_boxes(item.shard, item.start, item.stop):
-                _fill(item.tensors[name][part.start - item.start : part.stop - item.start], reader, stored, part.box)
+                fill(item.tensors[name][part.start - item.start : part.stop - item.start], stored, part.box)
 
 
 def _load_generators(reader: CheckpointReader, state: TrainState, run: RunConfig, parallel: ParallelState) -> list[str]:

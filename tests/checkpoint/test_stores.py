@@ -305,6 +305,19 @@ def test_what_a_rank_checks_and_reads_comes_over_the_network_once(place, kind, m
     assert reader.read("model/a").equal(values_of(1.0)["model/a"]) and len(read) > len(wanted), "memory is given back"
 
 
+def test_ranges_that_overlap_do_not_make_a_held_file_whole(place):
+    folder = save(place("memory"), 5, 1.0)
+    store = store_of(folder)
+    name = next(iter(CheckpointReader(folder).manifest.files))
+    data = store.read(folder / name)
+    half = len(data) // 2
+    store.hold({folder / name: len(data)})
+    for start, stop in ((0, half), (0, len(data) - half)):
+        assert store.read(folder / name, start, stop) == data[start:stop]
+    assert store.read(folder / name) == data
+    store.release(folder)
+
+
 # ---- lineage ----------------------------------------------------------------------------------
 
 

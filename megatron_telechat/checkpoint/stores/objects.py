@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -46,10 +46,17 @@ _TIMES = ("lastmodified", "mtime", "created", "updated", "ino")
 
 @dataclass
 class _Held:
-    """A file in memory: what was read of it, and how many bytes that are."""
+    """A file in memory: what was read of it, and by their beginnings the lengths of the pieces that it has.
+
+    Pieces do not overlap. Ranges of a reader do, so they are not kept: their lengths say nothing of gaps.
+    """
 
     data: bytearray
-    filled: int = 0
+    pieces: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        return sum(self.pieces.values()) == len(self.data)
 
 
 class ObjectStore:
@@ -143,7 +150,7 @@ class ObjectStore:
         """See :class:`Store`. Raises FileNotFoundError, ResourceError."""
         url = _url(place)
         held = self._held.get(url)
-        if held is not None and held.filled == len(held.data):
+        if held is not None and held.whole:
             return bytes(memoryview(held.data)[start:stop])
         if stop is not None and stop <= start:
             return b""
@@ -157,19 +164,21 @@ class ObjectStore:
                 if info is None or start < int(info["size"]):
                     raise
                 data = b""
-        if held is not None:
-            with self._holding:
-                held.data[start : start + len(data)] = data
-                held.filled += len(data)
         return data
 
     def pieces(self, place: Location, start: int, length: int) -> Iterator[memoryview]:
-        """See :class:`Store`: one request."""
-        yield memoryview(self.read(place, start, start + length))
+        """See :class:`Store`: one request. What is held is filled here."""
+        data = self.read(place, start, start + length)
+        held = self._held.get(_url(place))
+        if held is not None:
+            with self._holding:
+                held.data[start : start + len(data)] = data
+                held.pieces[start] = len(data)
+        yield memoryview(data)
 
     def hold(self, sizes: Mapping[Location, int]) -> None:
-        """See :class:`Store`. Each byte of such a file may be read once before the file is whole. Half of the free host
-        memory is used at most, shared by the ranks of the node."""
+        """See :class:`Store`: what `pieces` reads. Half of the free host memory is used at most, shared by the ranks of
+        the node."""
         room = available_bytes() // 2 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         for place, size in sizes.items():
             if 0 < size <= room:

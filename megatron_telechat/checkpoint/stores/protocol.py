@@ -96,11 +96,11 @@ class Store(Protocol):
         ...
 
     def pieces(self, place: Location, start: int, length: int) -> Iterator[memoryview]:
-        """The same in pieces; each is void when the next is asked for."""
+        """The same in pieces; each is void when the next is asked for. Several calls for a file do not overlap."""
         ...
 
     def hold(self, sizes: Mapping[Location, int]) -> None:
-        """Keep what is read of these files in memory, if reading is slow and there is room, until `release`."""
+        """Keep what `pieces` reads of these files in memory, if reading is slow and there is room, until `release`."""
         ...
 
     def release(self, folder: Location) -> None:
