@@ -299,7 +299,7 @@ class CheckpointReader:
         if name in self._open:
             self._open.move_to_end(name)
             return self._open[name]
-        fault = store_of(self.path).faults(self.path, {name: self.manifest.files[name]}).get(name)
+        fault = store_of(self.path).faults(self.path, {name: self.manifest.files[name]}, patient=True).get(name)
         if fault:
             raise CheckpointError(fault, where=str(self.path / name), fix=RESTORE_OR_OTHER)
         try:

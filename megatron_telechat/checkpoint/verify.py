@@ -91,7 +91,7 @@ def check_files(folder: Location, manifest: Manifest, names: Iterable[str], chec
     problems: list[Problem] = []
     to_read: list[tuple[str, Signature | None]] = []
     store, entries = store_of(folder), {name: manifest.files[name] for name in names}
-    faults = store.faults(folder, entries)
+    faults = store.faults(folder, entries, patient=True)
     for name, entry in entries.items():
         path = folder / name
         if name in faults:

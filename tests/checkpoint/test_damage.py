@@ -32,7 +32,7 @@ def require_all_found(found: dict, flips: int) -> None:
         )
     }
     # One file in six is the hint; of the manifest's bits few are blanks.
-    assert counts["the hint, which no load reads"] <= flips / 6 + 1 and counts["blanks of the manifest"] <= flips / 20
+    assert counts["the hint, which decides nothing"] <= flips / 6 + 1 and counts["blanks of the manifest"] <= flips / 20
 
 
 def test_a_flipped_bit_of_any_file_is_named_and_the_older_checkpoint_loads(report):

@@ -105,7 +105,7 @@ def flipped_bits() -> dict:
     saved, random_ = run(), random.Random(7)
     folder = saved.root / NEWER
     files = sorted(path for path in folder.rglob("*") if path.is_file()) + [saved.root / "latest"]
-    counts = {"passed over and named": 0, "the hint, which no load reads": 0, "blanks of the manifest": 0}
+    counts = {"passed over and named": 0, "the hint, which decides nothing": 0, "blanks of the manifest": 0}
     contents = {file: file.read_bytes() for file in files}
     torch.distributed.barrier()
     for number in range(FLIPS):
@@ -122,7 +122,7 @@ def flipped_bits() -> dict:
             counts["passed over and named"] += 1
         elif file.name == "latest":
             assert step == 2, where
-            counts["the hint, which no load reads"] += 1
+            counts["the hint, which decides nothing"] += 1
         else:
             assert step == 2 and file.name == "manifest.json" and json.loads(changed) == json.loads(sound), where
             counts["blanks of the manifest"] += 1

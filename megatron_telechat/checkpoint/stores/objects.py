@@ -120,8 +120,8 @@ class ObjectStore:
 
     # ---- reading ----------------------------------------------------------------------------
 
-    def faults(self, folder: Location, entries: Mapping[str, FileEntry]) -> dict[str, str]:
-        """See :class:`Store`: one listing, and a look for each file that it lacks."""
+    def faults(self, folder: Location, entries: Mapping[str, FileEntry], patient: bool = False) -> dict[str, str]:
+        """See :class:`Store`: one listing, and a look for each file that it lacks. What was put is seen."""
         sizes = self._sizes(_url(folder)) if len(entries) > 1 else {}
         absent = [name for name in entries if name not in sizes]
         for name, info in zip(absent, self._each(self._info, (_url(folder) / name for name in absent)), strict=True):

@@ -7,13 +7,14 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
-from megatron_telechat.checkpoint.disk import fsync_folder, write_synced
+from megatron_telechat.checkpoint.disk import fsync_folder, stale_seconds, write_synced
 from megatron_telechat.checkpoint.names import (
     LATEST,
     MANIFEST,
@@ -32,6 +33,8 @@ from megatron_telechat.locations import Location
 _READ_BYTES = 1 << 20  # stays in a core's cache between the read and the sum
 _CHUNK_BYTES = 16 << 20
 _SYNC_BYTES = 128 << 20
+_LOOK_S = 0.5
+_HINT_CHARACTERS = 256
 _HINT = re.compile(rf"\.{LATEST}-[0-9a-f]+")
 
 
@@ -59,8 +62,11 @@ class PosixStore:
         return _path(place).is_dir()
 
     def folders(self, root: Location) -> list[Location]:
-        """See :class:`Store`: the name tells."""
-        return [path for path in _listed(_path(root)) if step_of(path) is not None and path.is_dir()]
+        """See :class:`Store`: the name tells. The newest, by the hint, is found by its name too: a network file system
+        may show an old listing to a host that did not write it."""
+        found = {path for path in _listed(_path(root)) if step_of(path) is not None and path.is_dir()}
+        hinted = _hinted(_path(root))
+        return sorted(found if hinted is None else {*found, hinted})
 
     def aside(self, root: Location) -> list[Location]:
         """See :class:`Store`."""
@@ -76,11 +82,17 @@ class PosixStore:
 
     # ---- reading ----------------------------------------------------------------------------
 
-    def faults(self, folder: Location, entries: Mapping[str, FileEntry]) -> dict[str, str]:
+    def faults(self, folder: Location, entries: Mapping[str, FileEntry], patient: bool = False) -> dict[str, str]:
         """See :class:`Store`."""
         top = _path(folder)
-        found = {name: _fault(top / name, entry) for name, entry in entries.items()}
-        return {name: fault for name, fault in found.items() if fault is not None}
+        found = _faults(top, entries)
+        if found and patient:
+            until = time.monotonic() + stale_seconds(top)
+            while found and (left := until - time.monotonic()) > 0:
+                time.sleep(min(_LOOK_S, left))
+                _look_anew(top, found)
+                found = _faults(top, {name: entries[name] for name in found})
+        return found
 
     def signature(self, place: Location) -> Signature | None:
         """See :class:`Store`."""
@@ -255,6 +267,29 @@ def _path(place: Location) -> Path:
 
 def _listed(root: Path) -> list[Path]:
     return sorted(root.iterdir()) if root.is_dir() else []
+
+
+def _hinted(root: Path) -> Path | None:
+    """The checkpoint that the hint names, if it is there; a hint may be damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        name = (root / LATEST).read_text()[:_HINT_CHARACTERS].strip()
+        if name == Path(name).name and step_of(root / name) is not None and (root / name / MANIFEST).is_file():
+            return root / name
+    return None
+
+
+def _look_anew(top: Path, names: Iterable[str]) -> None:
+    """Let a client of a network file system ask the server: it does when a folder is listed and a file is opened."""
+    with contextlib.suppress(OSError):
+        os.listdir(top)
+    for name in names:
+        with contextlib.suppress(OSError):
+            os.close(os.open(top / name, os.O_RDONLY | os.O_NONBLOCK))
+
+
+def _faults(top: Path, entries: Mapping[str, FileEntry]) -> dict[str, str]:
+    found = {name: _fault(top / name, entry) for name, entry in entries.items()}
+    return {name: fault for name, fault in found.items() if fault is not None}
 
 
 def _fault(path: Path, entry: FileEntry) -> str | None:

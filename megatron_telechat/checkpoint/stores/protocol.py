@@ -82,9 +82,13 @@ class Store(Protocol):
 
     # ---- reading ----------------------------------------------------------------------------
 
-    def faults(self, folder: Location, entries: Mapping[str, FileEntry]) -> dict[str, str]:
+    def faults(self, folder: Location, entries: Mapping[str, FileEntry], patient: bool = False) -> dict[str, str]:
         """By name what is wrong with files of a folder that shows without reading them: missing, a link, another
-        size."""
+        size.
+
+        Args:
+            patient: where another host may have written them, and this one may not see that yet, look for some time.
+        """
         ...
 
     def signature(self, place: Location) -> Signature | None:
