@@ -16,8 +16,9 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ "$#" -lt 3 ]; then
-    sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | tail -n +2
-    exit 2
+    # The comment at the head of this file.
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    case "${1:-}" in -h | --help) exit 0 ;; *) exit 2 ;; esac
 fi
 hf="$1" output="$2" data="$3"
 shift 3

@@ -55,6 +55,7 @@ class LoadedInfo:
         message: one or more lines for the person who started the run.
         adam_step: steps that Adam had counted; None where the checkpoint holds no optimizer state.
         digest: of its manifest, which names the checkpoint as a parent; empty when only weights were taken.
+        weights_only: nothing but weights was taken.
     """
 
     path: Location
@@ -66,6 +67,7 @@ class LoadedInfo:
     extra: Mapping[str, Any] = field(default_factory=dict)
     adam_step: int | None = None
     digest: str = ""
+    weights_only: bool = False
 
 
 def load_checkpoint(
@@ -113,7 +115,7 @@ def load_checkpoint(
         notes.append("its configuration is of another version and was not compared")
     if weights_only:
         head = f"weights of {folder}; step 0, fresh optimizer"
-        return LoadedInfo(folder, 0, 0, config, "\n".join([head, *notes]))
+        return LoadedInfo(folder, 0, 0, config, "\n".join([head, *notes]), weights_only=True)
     head = f"resumed from {folder}: step {manifest.step}, {manifest.consumed_samples} samples"
     return LoadedInfo(
         folder,

@@ -57,12 +57,20 @@ def banner(
         *(f"  data      {line}" for line in datasets.summary),
         f"  files     {paths.run_dir}/metrics.jsonl, {paths.save_dir}/iter_*",
     ]
-    values = values_of(run)
-    said = [name for name, origin in origins.items() if not origin.startswith(NOT_SAID)]
-    if said:
-        lines.append("  given     " + ", ".join(f"{name}={_short(values[name])}" for name in said))
+    lines += [f"  given     {line}" for line in given_lines(run, origins)]
     lines += [f"  ! {warning}" for warning in warnings(run, backend)]
     return "\n".join(lines)
+
+
+def given_lines(run: RunConfig, origins: Mapping[str, str]) -> list[str]:
+    """What a person gave for this run; of a file, which may hold every value of a model, what is not the default."""
+    values, usual = values_of(run), values_of(RunConfig())
+    said = [
+        f"{name}={_short(values[name])}"
+        for name, origin in origins.items()
+        if not origin.startswith(NOT_SAID) and (origin.startswith("flag") or values[name] != usual[name])
+    ]
+    return [", ".join(said)] if said else []
 
 
 def length_text(run: RunConfig) -> str:
@@ -132,18 +140,27 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def resume_differences(run: RunConfig, saved: RunConfig | None) -> list[str]:
-    """Values that shape the curve and differ from those of the checkpoint, one line each."""
+def resume_differences(
+    run: RunConfig, saved: RunConfig | None, origins: Mapping[str, str], weights_only: bool
+) -> list[str]:
+    """Values that shape the curve and differ from those of the checkpoint, one line each.
+
+    Args:
+        origins: where the values of the run come from; what it derives where the checkpoint says nothing is no change.
+        weights_only: the run takes nothing but weights from the checkpoint, so only the model is compared.
+    """
     if saved is None:
         return []
     lines = []
-    for section in ("model", "training", "optimizer", "data", "average"):
+    for section in ("model",) if weights_only else ("model", "training", "optimizer", "data", "average"):
         now, then = getattr(run, section), getattr(saved, section)
         for field in fields(now):
             a, b = getattr(then, field.name), getattr(now, field.name)
             # A run keeps the order of its samples, whatever the flag says now; the lines about the data say which it
             # is.
-            if a != b and field.name != "data_order":
+            if a == b or field.name == "data_order":
+                continue
+            if a is not None or not origins.get(field.name, "").startswith("derived"):
                 lines.append(f"{section}.{field.name}: {a} -> {b}")
     return lines
 

@@ -491,7 +491,7 @@ class Trainer:
             self.console.say(line)
         if self.resumed is not None:
             self.console.say(self.resumed.message)
-            for line in resume_differences(self.run, self.resumed.config):
+            for line in resume_differences(self.run, self.resumed.config, origins, self.resumed.weights_only):
                 self.console.say(f"  changed since the checkpoint: {line}")
         if self.state.rank == 0:
             document = self.stages.document or dump_run_config(self.run)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from megatron_telechat.backend.cpu import CpuBackend
 from megatron_telechat.backend.cuda import CudaBackend
 from megatron_telechat.config import load_run_config
-from megatron_telechat.training.banner import expert_lines, warnings
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.training.banner import expert_lines, given_lines, resume_differences, warnings
 
 CUDA, CPU = CudaBackend(0), CpuBackend(0)
 
@@ -45,6 +47,34 @@ def test_one_cuda_queue_is_warned_of_where_chunks_need_more(monkeypatch, backend
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
     found = [text for text in warnings(load(*flags), backend) if "CUDA_DEVICE_MAX_CONNECTIONS" in text]
     assert bool(found) == told
+
+
+def test_what_a_person_gave_is_said_and_what_a_file_repeats_is_not(tmp_path):
+    (tmp_path / "model.yaml").write_text(
+        "model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, vocab_size: 256, "
+        "activation: swiglu, add_bias_linear: false}\n"
+    )
+    flags = ["--config", str(tmp_path / "model.yaml"), "--mock-data", "--lr", "3e-4", "--train-iters", "5"]
+    loaded = load_run_config(flags, {"WORLD_SIZE": "1"})
+    assert loaded.run.optimizer.lr == RunConfig().optimizer.lr
+    (line,) = given_lines(loaded.run, loaded.origins)
+    assert "lr=0.0003" in line and "num_layers=2" in line, "typed, and different"
+    assert "activation" not in line and "add_bias_linear" not in line and "num_query_groups" not in line
+
+
+def test_weights_alone_are_compared_by_their_model():
+    loaded = load_run_config(["--preset", "telechat2-tiny-moe", "--mock-data"], {"WORLD_SIZE": "1"})
+    run = loaded.run
+    model = replace(run.model, kv_channels=None, rotary_base=5.0)
+    saved = replace(run, model=model, optimizer=replace(run.optimizer, lr=1.0))
+    origins = {**loaded.origins, "kv_channels": "derived from the widths"}
+    assert resume_differences(run, saved, origins, weights_only=False) == [
+        f"model.rotary_base: 5.0 -> {run.model.rotary_base}",
+        f"optimizer.lr: 1.0 -> {run.optimizer.lr}",
+    ]
+    assert resume_differences(run, saved, origins, weights_only=True) == [
+        f"model.rotary_base: 5.0 -> {run.model.rotary_base}"
+    ]
 
 
 @pytest.mark.parametrize(
