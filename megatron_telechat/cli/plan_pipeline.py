@@ -55,8 +55,12 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"--{' and --'.join(chosen)} cannot be combined", "command line", "give one of them")
     if options.reserve_gib is not None and not 0 <= options.reserve_gib < float("inf"):
         raise ConfigError(f"--reserve-gib {options.reserve_gib:g}", "command line", "a number of GiB, at least 0")
-    if options.from_ and not options.calibrate:
-        raise ConfigError("--from belongs to --calibrate", "command line", "--calibrate --from RUN_DIR, or drop it")
+    if options.from_ and (options.sweep or options.problem):
+        raise ConfigError(
+            "--from belongs to --calibrate, or to the plan of one layout: a run says nothing of other sizes",
+            "command line",
+            "drop --from, or --sweep and --problem",
+        )
     if options.problem:
         return _problem(request)
     if options.calibrate:
@@ -121,6 +125,12 @@ def _plan(request: Request) -> int:
 
     loaded = request.load()
     device, run = read_device(request.options.device, loaded.run)
+    if request.options.from_:
+        from megatron_telechat.cli.calibrate_from import device_of_run
+
+        device, lines = device_of_run(request, device)
+        for line in lines:
+            print(f"note: {line}", file=sys.stderr)
     question = question_of(request, loaded, run, device)
     plan, solution, problem = best_plan(question, {*SPLIT, *said_ways(loaded)})
     if plan is None:

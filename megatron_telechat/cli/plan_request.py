@@ -178,8 +178,9 @@ def _parser() -> _Parser:
         "--from",
         dest="from_",
         metavar="RUN_DIR|N",
-        help="with --calibrate: measure nothing; fit the factor of a program (efficiency.stack of --device) to the "
-        "throughput of a run folder, or to N tokens a second and device",
+        help="measure nothing; fit the times of a layer and of both ends to the logged steps of a run folder, for "
+        "a plan, or with --calibrate for a device file; with --calibrate also N tokens a second and device, which "
+        "fit one factor (efficiency.stack of --device)",
     )
     add("--rounds", type=natural, default=15, metavar="N", help="rounds of the calibration [15]")
     add("--problem", metavar="FILE", help="solve an abstract balance problem (JSON, see docs/planner.md)")

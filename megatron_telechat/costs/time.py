@@ -174,9 +174,7 @@ class TimeModel:
         weight read and written, weight written; of each average of the weights, where one enters, the weight read and
         the average read and written. State on the host also passes the link to it and back.
         """
-        sharded = self.software.sharding != "none"
-        dense, expert = self.run.parallel.gradient_ranks if sharded else optimizer_shards(self.run)
-        own = count.dense / dense + count.expert / expert
+        sharded, own = self.software.sharding != "none", self.own_parameters(count)
         if self.measured is not None:
             return travel_seconds(self.run, own, self.device, self.measured.optimizer_per_parameter * own)
         gradient = self.software.gradient_bytes
@@ -186,6 +184,12 @@ class TimeModel:
         a_parameter = gradient + 2 * rest_bytes(self.run) + self._size + averages / average.average_interval
         seconds = self._stack(self._bytes(2 * gradient * held + a_parameter * own))
         return travel_seconds(self.run, own, self.device, seconds)
+
+    def own_parameters(self, count: LocalCount) -> float:
+        """Parameters that the optimizer of a rank steps on, of those that the rank holds."""
+        sharded = self.software.sharding != "none"
+        dense, expert = self.run.parallel.gradient_ranks if sharded else optimizer_shards(self.run)
+        return count.dense / dense + count.expert / expert
 
     def gradient_reduction(self, count: LocalCount) -> float:
         """Seconds of reducing the gradients over the data-parallel ranks, once a step; without the distributed

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ class Meter:
     ``a2a_exposed`` is the share of that time in which the computation of a rank stood still for a transfer of the
     experts (dispatch, combine, and the same for gradients), the mean over all ranks; only where the experts are spread
     over ranks. ``cp_exposed`` is the same for the attention of rows that are spread over ranks.
+
+    ``stage_compute_s`` are, by pipeline rank, the seconds a step that its ranks were at forwards and backwards, their
+    waits for exchanges inside of layers included (`planner.from_run` reads them).
 
     ``compute_s_max`` are the seconds a step that the slowest rank, ``slowest_rank``, was at forwards and backwards,
     without these waits, and ``compute_over_median`` how many times longer than the ranks with the same layers; not
@@ -150,7 +154,7 @@ class Meter:
         mine = Counter({kind: self._window.exposed_s[kind] + taken[kind] for kind in self._clocks})
         if self._clocks:
             record |= {kind: exposed / seconds for kind, exposed in self._mean_exposed_s(mine).items()}
-        record |= self._compare_ranks(self._window.compute_s + self._compute.take_s() - mine.total(), seconds)
+        record |= self._compare_ranks(self._window.compute_s + self._compute.take_s(), mine.total(), seconds)
         self._window = Window(time.perf_counter())
         return record
 
@@ -159,13 +163,16 @@ class Meter:
             return None
         return tokens_per_s * self._flops_per_token / (self._peak * 1e12 * self._state.world_size)
 
-    def _compare_ranks(self, compute_s: float, interval_s: float) -> dict[str, Any]:
-        """Which rank computes longest among those with the same layers; `slow_ranks` are those to be named."""
-        mine = torch.tensor([compute_s / self._window.steps], device=self._backend.device)
-        everyone = torch.empty(self._state.world_size, device=self._backend.device)
+    def _compare_ranks(self, compute_s: float, exposed_s: float, interval_s: float) -> dict[str, Any]:
+        """How long the ranks of each pipeline rank computed, and which rank longest among those with the same layers;
+        `slow_ranks` are those to be named."""
+        steps = self._window.steps
+        mine = torch.tensor([compute_s / steps, exposed_s / steps], device=self._backend.device)
+        everyone = torch.empty(2 * self._state.world_size, device=self._backend.device)
         dist.all_gather_into_tensor(everyone, mine)
-        fields, self.slow_ranks = self._slow.observe(everyone.tolist(), interval_s)
-        return fields
+        whole, exposed = everyone.view(-1, 2).T.tolist()
+        fields, self.slow_ranks = self._slow.observe([w - e for w, e in zip(whole, exposed, strict=True)], interval_s)
+        return {"stage_compute_s": [fmean(whole[rank] for rank in ranks) for ranks in self._slow.stages], **fields}
 
     def _mean_exposed_s(self, mine: Counter[str]) -> dict[str, float]:
         exposed = torch.tensor([mine[kind] for kind in self._clocks], device=self._backend.device)

@@ -21,8 +21,15 @@ class Metrics:
     valid: dict[int, dict[str, Any]] = field(default_factory=dict)
     test: dict[int, dict[str, Any]] = field(default_factory=dict)
     resumes: list[int] = field(default_factory=list)
+    switches: list[int] = field(default_factory=list)
+    """Steps at which a stage of lengths or layouts began."""
     torn: list[int] = field(default_factory=list)
     """Numbers of lines that a killed or failed write cut off; they are passed over."""
+
+    def settled(self) -> list[dict[str, Any]]:
+        """The records of training behind the last resume and the last switch of stages: all of one configuration."""
+        began = max([*self.resumes, *self.switches], default=-1)
+        return [record for step, record in self.train.items() if step > began]
 
     def series(self, key: str, of: str = "train") -> tuple[list[int], list[float]]:
         """Steps and values of one key, where it was recorded; text such as ``nan`` is read as a number."""
@@ -95,6 +102,8 @@ def _take(metrics: Metrics, line: str, where: str, number: int) -> None:
             for later in [known for known in kept if known > step]:
                 del kept[later]
         metrics.resumes = [*(known for known in metrics.resumes if known < step), step]
+    elif record.get("event") == "stage":
+        metrics.switches.append(step)
     elif "valid_loss" in record:
         metrics.valid[step] = record
     elif "test_loss" in record:

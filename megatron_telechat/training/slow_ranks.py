@@ -62,6 +62,11 @@ class SlowRanks:
         self._slow: dict[int, tuple[int, float]] = {}
         self._named: set[int] = set()
 
+    @property
+    def stages(self) -> list[list[int]]:
+        """The ranks of each pipeline rank, by pipeline rank."""
+        return [ranks for _, ranks in sorted(self._peers.items())]
+
     def observe(self, compute_s: Sequence[float], interval_s: float) -> tuple[dict[str, Any], list[SlowRank]]:
         """One logging interval.
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 
 from megatron_telechat.cli.plan_pipeline import main as plan_pipeline
+from megatron_telechat.config import load_run_config
 from megatron_telechat.costs.devices import read_device_file
+from megatron_telechat.planner.predict import predict
 from megatron_telechat.training.forecast import FIRST_REPORT, Forecast
+from megatron_telechat.training.metrics_file import read_metrics
 from tests.harness import ROOT, launch
 from tests.training.runs import DENSE
 
@@ -67,6 +71,21 @@ def test_prediction_stands_beside_measurement(trained):
     assert len(said) == 2, "once after some steps, once at the end"
     assert lines[said[0] - 1].startswith(f"step {FIRST_REPORT}/") and lines[said[1] + 1].startswith("done:")
     assert "(the plan, for cpu), measured" in lines[said[1]] and f"median of {STEPS - 1}" in lines[said[1]]
+
+
+@pytest.mark.gloo
+def test_a_run_says_how_fast_its_parts_are(trained, tmp_path):
+    _, device, _, run_dir, _ = trained
+    again = tmp_path / "again.yaml"
+    assert plan_pipeline(["--calibrate", "--from", str(run_dir), "--device", str(device), "--output", str(again)]) == 0
+    records = read_metrics(run_dir).settled()[3:]
+    seen = statistics.median(record["iteration_time_s"] for record in records)
+    run = load_run_config(["--config", str(run_dir / "config.yaml"), "--dry-run"], {}).run
+    assert predict(run, read_device_file(again)).iteration == pytest.approx(seen, rel=0.05)
+    for record in records:
+        assert (
+            len(record["stage_compute_s"]) == 2 and 0 < sum(record["stage_compute_s"]) < 2 * record["iteration_time_s"]
+        )
 
 
 def record(seconds: float) -> dict:

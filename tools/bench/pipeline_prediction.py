@@ -7,6 +7,8 @@ Every layout (even, uneven, interleaved, recomputed) is a Trainer on two ranks o
 calibrates. All take their turns, round after round, so that whatever else the machine does hits all of them alike;
 while one pair works the others wait. The cost model then gets the calibration and nothing else. Printed are both times
 of every layout, the median error, and whether the order agrees wherever two layouts differ by more than the noise.
+With --replan NAME the times are fitted to what the run of that layout logged, too, as `--from RUN_DIR` does; the errors
+of the others are then those of a plan that is made again from a run.
 
 One core a rank is needed: ranks that share a core are no pipeline.
 """
@@ -43,6 +45,7 @@ from megatron_telechat.config.schema import (  # noqa: E402
     TrainingConfig,
 )
 from megatron_telechat.costs.devices import DeviceSpec, Measured  # noqa: E402
+from megatron_telechat.planner.from_run import SeenRun, fit_to_run  # noqa: E402
 from megatron_telechat.planner.predict import predict  # noqa: E402
 
 RANKS = 2
@@ -153,11 +156,12 @@ def training_arm(run: RunConfig):
     trainer = Trainer(run)
     iterators = trainer.training_iterators()
 
-    def step() -> float:
+    def step() -> tuple[float, float]:
         dist.barrier()
+        trainer.timers.clock.take_s()
         start = time.perf_counter()
         trainer.take_step(iterators)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, trainer.timers.clock.take_s()
 
     return step, lambda: None
 
@@ -221,31 +225,46 @@ class Arm:
 
 def measure(
     layouts: Sequence[Layout], options: argparse.Namespace, folder: str
-) -> tuple[Measured, dict[str, list[float]]]:
-    """Calibration and seconds of every step of every layout, taken in turn; the warm-up is left out."""
+) -> tuple[Measured, dict[str, list[float]], dict[str, list[list[float]]]]:
+    """Calibration, and of every layout the seconds of every step and of the compute of its ranks, taken in turn; the
+    warm-up is left out."""
     arms = []
     try:
         for layout in (Layout(CALIBRATION, LAYOUTS[0].counts), *layouts):
             arms.append(Arm(layout, options, folder))
             arms[-1].answers()  # started one after the other: two cores
         seconds: dict[str, list[float]] = {layout.name: [] for layout in layouts}
+        compute: dict[str, list[list[float]]] = {layout.name: [] for layout in layouts}
         for number in range(options.rounds + options.warm_up):
             for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
                 for _ in range(options.probes if arm is arms[0] else 1):
                     answer = arm.ask("step")
                 if arm is not arms[0] and number >= options.warm_up:
-                    seconds[arm.layout.name].append(max(answer))
-        return Measured(**arms[0].ask("result")[0]), seconds
+                    seconds[arm.layout.name].append(max(one for one, _ in answer))
+                    compute[arm.layout.name].append([one for _, one in answer])
+        return Measured(**arms[0].ask("result")[0]), seconds, compute
     finally:
         for arm in arms:
             arm.close()
 
 
+def replanned(
+    name: str, device: DeviceSpec, seconds: list[float], compute: list[list[float]], options, folder: str
+) -> DeviceSpec:
+    """The device with the times that the run of one layout logged."""
+    (layout,) = [layout for layout in LAYOUTS if layout.name == name]
+    stages = tuple(statistics.median(of_rank) for of_rank in zip(*compute, strict=True))
+    seen = SeenRun(statistics.median(seconds), stages, f"the run of layout '{name}'")
+    fitted = fit_to_run(make_run(layout, options.moe, options.quick, folder), device, seen)
+    print(f"{seen.source}: layers {fitted.layers:.3f}, ends {fitted.ends:.3f} of the calibration's times")
+    return fitted.device
+
+
 def compare(
-    layouts: Sequence[Layout], entry: Measured, seconds: dict[str, list[float]], options, folder: str
+    layouts: Sequence[Layout], device: DeviceSpec, seconds: dict[str, list[float]], options, folder: str
 ) -> dict[str, Any]:
     """Predicted beside measured, with errors and the agreement of the orders."""
-    device = DeviceSpec("this machine", measured=(entry,))
+    (entry,) = device.measured
     steady = DeviceSpec("the same", measured=(replace(entry, alone=1.0, jitter=0.0),))
     rows = []
     for layout in layouts:
@@ -329,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--malloc", choices=("keep", "default"), default="keep", help="keep: freed memory stays with the process"
     )
     parser.add_argument("--layouts", help="only these, by name, commas between them")
+    parser.add_argument("--replan", metavar="NAME", help="fit the times to the run of this layout too")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -341,18 +361,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.layouts.split(",") if options.layouts else list(known)
     if set(names) - set(known):
         parser.error(f"--layouts: choose from {', '.join(known)}")
+    if options.replan and options.replan not in names:
+        parser.error(f"--replan: choose from {', '.join(names)}")
     layouts = [known[name] for name in names]
     with tempfile.TemporaryDirectory(prefix="pipeline_prediction_") as folder:
         try:
-            entry, seconds = measure(layouts, options, folder)
+            entry, seconds, compute = measure(layouts, options, folder)
         except SystemExit:
             for log in sorted(Path(folder).glob("*.log")):
                 text = log.read_text(errors="replace").strip()
                 if "Error" in text:
                     print(f"--- {log.name}\n" + "\n".join(text.splitlines()[-15:]), file=sys.stderr)
             raise
-        result = compare(layouts, entry, seconds, options, folder)
-    show(result)
+        device = DeviceSpec("this machine", measured=(entry,))
+        result = compare(layouts, device, seconds, options, folder)
+        show(result)
+        if options.replan:
+            again = replanned(options.replan, device, seconds[options.replan], compute[options.replan], options, folder)
+            others = [layout for layout in layouts if layout.name != options.replan]
+            result["replanned"] = compare(others, again, seconds, options, folder)
+            show(result["replanned"])
     if options.json:
         options.json.write_text(
             json.dumps(
