@@ -18,8 +18,8 @@ SEED = 20_260
 
 @contextmanager
 def virtual_routing() -> Iterator[None]:
-    """Inside, the dispatch reads the sizes of messages and products of a random routing, every expert with equal
-    chance.
+    """Inside, the dispatch reads the sizes of messages and products of a routing that is random and balanced, as that
+    of the memory model and of the volumes.
 
     All calls of one shape get the same choices, so that the ranks of a group, each a process of its own, see one
     routing.
@@ -41,11 +41,26 @@ def virtual_routing() -> Iterator[None]:
         yield
 
 
+def balanced_choices(ranks: int, tokens: int, num_experts: int, topk: int) -> torch.Tensor:
+    """[ranks, tokens, topk] different experts of each token, every set of them with equal chance; of as many tokens in a
+    row as there are experts, each expert gets ``topk``."""
+    blocks = -(-tokens // num_experts)
+    generator = torch.Generator().manual_seed(SEED)
+
+    def orders() -> torch.Tensor:
+        return torch.rand(ranks, blocks, num_experts, generator=generator).argsort(dim=-1)
+
+    # In an order of the experts that is drawn for each block, a token takes those at its own place plus some steps.
+    experts, steps = orders(), orders()[..., :topk]
+    places = (torch.arange(num_experts)[:, None] + steps[:, :, None, :]) % num_experts
+    chosen = experts.gather(-1, places.flatten(2)).view(ranks, blocks * num_experts, topk)
+    return chosen[:, :tokens]
+
+
 def _laid_out(layout: Layout) -> list[int]:
     """The sizes of the layout, of real choices on the host."""
     ranks, tokens, topk = layout.choices.experts.shape
-    draws = torch.rand(ranks, tokens, layout.num_experts, generator=torch.Generator().manual_seed(SEED))
-    experts = draws.topk(topk, dim=-1).indices.to(layout.choices.experts.dtype)
+    experts = balanced_choices(ranks, tokens, layout.num_experts, topk).to(layout.choices.experts.dtype)
     chunks = torch.full((ranks,), layout.chunks, dtype=torch.int32)
     read: list[int] = []
 
