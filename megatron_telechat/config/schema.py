@@ -452,7 +452,7 @@ class OptimizerConfig:
 
     lr: float = 3e-4
     """Peak learning rate."""
-    min_lr: float = 1.5e-5
+    min_lr: float = 0.0
     """Final learning rate of the schedule."""
     lr_decay_style: Annotated[str, OneOf(SCHEDULES)] = "cosine"
     """Learning-rate schedule after the warm-up. WSD keeps lr until the last lr_wsd_decay_iters steps."""
