@@ -34,7 +34,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,8 +45,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 40
@@ -52,6 +55,9 @@ TIMEOUT_CODE = 124
 PR_SET_PDEATHSIG = 1
 PATIENCE_S = 120
 PATIENCE_AFTER_FAILURE_S = 45
+ZYGOTES = 2
+"""Two ranks of a launch are forked from different ones: their sets are in different orders."""
+_READ_DURING_IMPORTS = ("LD_", "PYTHON", "OMP_", "MKL_", "MALLOC_", "TORCH_", "CUDA_", "NPU_", "ASCEND_", "TRITON_")
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,11 @@ def launch(
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
     grace: float = 20.0,
+    fresh: bool = False,
 ) -> LaunchResult:
     """Run a python file on `nproc` ranks of this machine, as torchrun would.
+
+    The ranks are forked from processes that have imported the framework (`tests/zygote.py`).
 
     Args:
         worker: the file. The root of the repository is on its path.
@@ -114,41 +123,33 @@ def launch(
         timeout: seconds until everything is killed and the return code is 124.
         env: environment variables to add.
         grace: seconds the other ranks are given once one has failed.
+        fresh: start every rank as a process anew; so it is also where ``env`` has what is read during imports.
     """
     import torch.distributed as dist
 
+    fresh = fresh or sys.platform != "linux" or any(name.startswith(_READ_DURING_IMPORTS) for name in env or {})
+
+    starts = [_started if fresh else _zygote(rank % ZYGOTES).start for rank in range(nproc)]
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         begin = time.monotonic()
-        processes = []
+        processes: list[_Process] = []
         try:
-            for rank in range(nproc):
+            for rank, start in enumerate(starts):
                 environment = _environment(rank, nproc, store.port, env or {})
-                command = [sys.executable, str(worker), *map(str, args)]
-                with open(f"{folder}/{rank}.out", "wb") as out, open(f"{folder}/{rank}.err", "wb") as err:
-                    processes.append(
-                        subprocess.Popen(
-                            command,
-                            cwd=ROOT,
-                            env=environment,
-                            stdin=subprocess.DEVNULL,
-                            stdout=out,
-                            stderr=err,
-                            start_new_session=True,
-                            preexec_fn=_die_with_parent,
-                        )
-                    )
+                outputs = f"{folder}/{rank}.out", f"{folder}/{rank}.err"
+                processes.append(start([str(worker), *map(str, args)], environment, *outputs))
             timed_out = _wait(processes, begin + timeout, grace)
         finally:
             for process in processes:
                 _kill(process)
-        outputs = tuple(
-            RankOutput(rank, process.returncode, _read(f"{folder}/{rank}.out"), _read(f"{folder}/{rank}.err"))
+        ended = tuple(
+            RankOutput(rank, process.wait(), _read(f"{folder}/{rank}.out"), _read(f"{folder}/{rank}.err"))
             for rank, process in enumerate(processes)
         )
-    codes = [output.returncode for output in outputs if output.returncode != 0]
+    codes = [output.returncode for output in ended if output.returncode != 0]
     code = TIMEOUT_CODE if timed_out else codes[0] if codes else 0
-    return LaunchResult(code, outputs, time.monotonic() - begin)
+    return LaunchResult(code, ended, time.monotonic() - begin)
 
 
 class Cases:
@@ -232,10 +233,12 @@ def run_cases(
     *,
     timeout: float = 300.0,
     env: Mapping[str, str] | None = None,
+    fresh: bool = False,
 ) -> CaseReport:
     """Launch a worker file of `Cases` and collect its results; never raises for a failed case."""
     with tempfile.TemporaryDirectory(prefix="cases_") as folder:
-        result = launch(worker, nproc, *names, timeout=timeout, env={**(env or {}), "CASE_REPORTS": folder})
+        environment = {**(env or {}), "CASE_REPORTS": folder}
+        result = launch(worker, nproc, *names, timeout=timeout, env=environment, fresh=fresh)
         results: dict[str, dict[int, dict[str, Any]]] = {}
         for path in sorted(Path(folder).glob("*.jsonl")):
             for text in path.read_text().splitlines():
@@ -310,7 +313,107 @@ def _environment(rank: int, nproc: int, port: int, extra: Mapping[str, str]) -> 
     return environment
 
 
-def _wait(processes: Sequence[subprocess.Popen], deadline: float, grace: float) -> bool:
+class _Process(Protocol):
+    """What the harness needs of a rank's process; `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+def _started(command: Sequence[str], environment: Mapping[str, str], out: str, err: str) -> subprocess.Popen[bytes]:
+    with open(out, "wb") as stdout, open(err, "wb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+
+
+class _Zygote:
+    """The harness's side of a process of `tests/zygote.py`."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "zygote.py"), str(theirs.fileno())],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                preexec_fn=_die_with_parent,
+            )
+        self._pending = b""
+        self._codes: dict[int, int] = {}
+        assert self._answer() == {"ready": True}
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], out: str, err: str) -> _Forked:
+        body = dict(command=command, environment=environment, folder=str(ROOT), stdout=out, stderr=err)
+        self._socket.sendall(json.dumps(body).encode() + b"\n")
+        while True:
+            answer = self._answer()
+            if "started" in answer:
+                return _Forked(self, answer["started"])
+
+    def code_of(self, pid: int, wait: bool) -> int | None:
+        """Exit code of a rank, negative for a signal; None while it runs, unless that is waited for."""
+        while pid not in self._codes:
+            if not wait and b"\n" not in self._pending and not select.select([self._socket], [], [], 0)[0]:
+                return None
+            self._answer()
+        return self._codes[pid]
+
+    def _answer(self) -> dict[str, Any]:
+        while b"\n" not in self._pending:
+            data = self._socket.recv(1 << 16)
+            if not data:
+                raise RuntimeError(f"the process that forks the ranks has ended with {self._process.wait()}")
+            self._pending += data
+        line, self._pending = self._pending.split(b"\n", 1)
+        answer = json.loads(line)
+        if "code" in answer:
+            self._codes[answer["pid"]] = answer["code"]
+        return answer
+
+
+class _Forked:
+    """A rank that a zygote has forked."""
+
+    def __init__(self, zygote: _Zygote, pid: int):
+        self._zygote, self.pid = zygote, pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._zygote.code_of(self.pid, wait=False)
+        return self.returncode
+
+    def wait(self) -> int:
+        self.returncode = self._zygote.code_of(self.pid, wait=True)
+        assert self.returncode is not None
+        return self.returncode
+
+
+@cache
+def _zygote(number: int) -> _Zygote:
+    return _Zygote()
+
+
+def _wait(processes: Sequence[_Process], deadline: float, grace: float) -> bool:
     """Wait for all to end; True when the deadline passed first."""
     while any(process.poll() is None for process in processes):
         now = time.monotonic()
@@ -322,7 +425,7 @@ def _wait(processes: Sequence[subprocess.Popen], deadline: float, grace: float) 
     return False
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: _Process) -> None:
     """End a rank's whole session, children included."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
