@@ -18,7 +18,8 @@ import runpy
 import signal
 import socket
 import sys
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def main() -> None:
     """Serve until the harness is gone; in a forked rank, run its script instead."""
     _die_with_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
-    _load()
+    with _silent():
+        _load()
     wake, woken = socket.socketpair()
     for one in (wake, woken):
         one.setblocking(False)
@@ -45,7 +47,6 @@ def main() -> None:
 
 
 def _load() -> None:
-    warnings.simplefilter("ignore")
     sys.path.insert(0, str(ROOT))
     from megatron_telechat.backend import get_backend
 
@@ -58,7 +59,20 @@ def _load() -> None:
     import megatron_telechat.training.loop  # noqa: F401
 
     sys.path.remove(str(ROOT))
-    warnings.resetwarnings()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing goes to standard error: packages warn while they are loaded, once in each process."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _serve(connection: socket.socket, wake: socket.socket) -> dict[str, Any] | None:
