@@ -152,7 +152,7 @@ def test_the_model_on_the_wrappers_is_the_model_on_torch(report):
 @pytest.mark.parametrize("release", [pytest.param(OLDEST, marks=pytest.mark.slow), NEWEST])
 def test_the_attention_over_ranks_of_the_wrappers_is_ours(release):
     """The stand-in's ring holds its rows in the order that the real one wants; loss and gradients are those of ours."""
-    done = launch(Path(__file__).with_name("worker_te.py"), 2, release, timeout=240).ok()
+    done = launch(Path(__file__).with_name("worker_te.py"), 2, release, timeout=240, fresh=True).ok()
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     for model in ("dense", "moe"):
         assert report[model]["loss"] < 1e-5 and report[model]["gradient"] < 1e-4, (model, report[model])
