@@ -104,6 +104,11 @@ class AsynchronousSaves:
         self._save: _UnderWay | None = None
 
     @property
+    def save_id(self) -> str:
+        """Id of the save under way; "" where there is none."""
+        return self._save.begun.attempt.save if self._save is not None else ""
+
+    @property
     def under_way(self) -> bool:
         """Whether a save has begun and is not committed yet; the same on all ranks."""
         return self._save is not None

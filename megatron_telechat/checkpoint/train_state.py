@@ -116,7 +116,7 @@ def begin_save(root: Location, state: TrainState, run: RunConfig, parallel: Para
 
     Raises ResourceError on every rank.
     """
-    owned = list(owned_tensors(state.shards, _saved_optimizer(state, run), state.averages, parallel))
+    owned = list(owned_tensors(state.shards, saved_optimizer(state, run), state.averages, parallel))
     attempt = _begin_together(location(root), state, owned, parallel)
     branch = state.branch
     if branch is None:
@@ -135,7 +135,7 @@ def begin_save(root: Location, state: TrainState, run: RunConfig, parallel: Para
         resumed_from=state.resumed_from,
         require_writable=state.require_writable,
     )
-    return BegunSave(attempt, owned, generators, _optimizer_scalars(state, run), record, branch)
+    return BegunSave(attempt, owned, generators, optimizer_scalars(state, run), record, branch)
 
 
 def write_part(begun: BegunSave, rank: int, write_file: Callable[..., FileEntry] = write_safetensors) -> Part:
@@ -159,10 +159,11 @@ def gathered_on_rank_0(mine: Written, parallel: ParallelState) -> list[Written]:
 
 def expected_bytes(state: TrainState, run: RunConfig, parallel: ParallelState) -> int:
     """Bytes of the tensors that this rank will write once the optimizer has taken a step."""
-    return bytes_after_a_step(state.shards, _saved_optimizer(state, run), state.averages, parallel)
+    return bytes_after_a_step(state.shards, saved_optimizer(state, run), state.averages, parallel)
 
 
-def _saved_optimizer(state: TrainState, run: RunConfig) -> Any:
+def saved_optimizer(state: TrainState, run: RunConfig) -> Any:
+    """The optimizer, where its state is saved."""
     return None if run.checkpoint.no_save_optim else state.optimizer
 
 
@@ -183,7 +184,8 @@ def _begin_together(
     return from_rank_0(attempt)
 
 
-def _optimizer_scalars(state: TrainState, run: RunConfig) -> dict[str, Any] | None:
-    if _saved_optimizer(state, run) is None:
+def optimizer_scalars(state: TrainState, run: RunConfig) -> dict[str, Any] | None:
+    """What this rank's optimizer holds beside tensors; JSON, for `merged_scalars`."""
+    if saved_optimizer(state, run) is None:
         return None
     return {"steps": sorted(adam_steps(state.optimizer)), "grad_scaler": scaler_state(state.optimizer)}

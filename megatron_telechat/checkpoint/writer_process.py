@@ -82,6 +82,10 @@ class WriterProcess:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send((function, args))
 
+    def is_alive(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
     def is_over(self) -> bool:
         """Whether `result` would return, or raise, at once."""
         return self._connection.poll()
