@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint import rng as rng_tree
-from megatron_telechat.checkpoint.committing import CommitRecord, Written, always_writable, commit_parts
+from megatron_telechat.checkpoint.committing import CommitRecord, always_writable, commit_parts
 from megatron_telechat.checkpoint.disk import require_free_space
 from megatron_telechat.checkpoint.files import FileEntry, write_safetensors
 from megatron_telechat.checkpoint.format import PartWriter, versions
@@ -33,7 +32,7 @@ from megatron_telechat.checkpoint.verify import remember_files
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.locations import Location, location
 from megatron_telechat.model.shards import LocalParameter
-from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
+from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, gather_on_rank_0, together
 from megatron_telechat.parallel.state import ParallelState
 
 
@@ -99,7 +98,7 @@ def save_checkpoint(root: Location, state: TrainState, run: RunConfig, parallel:
     try:
         with together(parallel):
             part = write_part(begun, parallel.rank)
-        gathered = gathered_on_rank_0((part, begun.scalars), parallel)
+        gathered = gather_on_rank_0((part, begun.scalars))
         with together(parallel):
             if parallel.rank == 0:
                 begun.branch.saved(look_at(commit_parts(begun.attempt, gathered, begun.record)))
@@ -146,15 +145,6 @@ def write_part(begun: BegunSave, rank: int, write_file: Callable[..., FileEntry]
     if begun.generators is not None:
         writer.add_rng(rank, *begun.generators)
     return writer.close()
-
-
-def gathered_on_rank_0(mine: Written, parallel: ParallelState) -> list[Written]:
-    """What every rank gives, on rank 0; nothing on the others. Collective."""
-    if parallel.world_size == 1:
-        return [mine]
-    gathered: list[Any] = [None] * parallel.world_size if parallel.rank == 0 else []
-    dist.gather_object(mine, gathered if parallel.rank == 0 else None, dst=0)
-    return gathered
 
 
 def expected_bytes(state: TrainState, run: RunConfig, parallel: ParallelState) -> int:

@@ -24,7 +24,7 @@ from megatron_telechat.checkpoint.local.copies import LocalCopies, OpenedLocal, 
 from megatron_telechat.checkpoint.local.inventory import NodeParts
 from megatron_telechat.checkpoint.local.marker import LocalMarker, write_marker
 from megatron_telechat.checkpoint.local.parts import parts_in
-from megatron_telechat.checkpoint.local.peers import is_loopback, own_address
+from megatron_telechat.checkpoint.local.peers import connect, is_loopback, own_address
 from megatron_telechat.checkpoint.local.saves import LocalSaved, LocalSaves, LocalTarget
 from megatron_telechat.checkpoint.local.worker import listen
 from megatron_telechat.checkpoint.owner import run_id
@@ -69,6 +69,7 @@ class LocalTier:
     Attributes:
         copies: what the nodes hold, until the run has begun.
         step: of the newest local checkpoint of this process; None before the first.
+        fault: why there will be no saves; "" where there will. What lies on the nodes may still be read.
     """
 
     run_dir: Path
@@ -79,6 +80,7 @@ class LocalTier:
     about: str
     _continues: tuple[str, ...] = ()
     step: int | None = None
+    fault: str = ""
 
     # ---- the start --------------------------------------------------------------------------
 
@@ -103,6 +105,10 @@ class LocalTier:
         if self.copies is not None:
             self.copies.close()
             self.copies = None
+        if self.fault:
+            gather_objects(None)  # nobody reads any more
+            self._off(self.fault)
+            self.fault = ""
 
     def require_memory(self, needed: int, beside: bool) -> None:
         """Switch the saves off where a node has no memory for the copies; a collective.
@@ -154,8 +160,10 @@ class LocalTier:
         if self.saves is None:
             return None
         saved = self.saves.settle(over, failed, ranks)
-        for problem in self.saves.problems:
-            warn_once(f"{_NAME}: {problem.partition(':')[0]}", f"{_NAME}: {problem}; the training goes on")
+        for what, why in self.saves.problems:
+            warn_once(
+                f"{_NAME}: {what}", f"{_NAME}: {what}: {why}; the training goes on, and the next save tries again"
+            )
         self.saves.problems.clear()
         if saved is not None:
             self.step = saved.step
@@ -171,7 +179,9 @@ class LocalTier:
 
     def close(self) -> None:
         """Give processes and memory back; this rank alone. What was saved stays."""
-        self.begun()
+        if self.copies is not None:
+            self.copies.close()
+            self.copies = None
         if self.saves is not None:
             self.saves.close()
             self.saves = None
@@ -196,7 +206,7 @@ class LocalTier:
 
 def open_local_tier(run: RunConfig, backend: Backend) -> LocalTier | None:
     """Start the processes that write, and look at what the nodes hold; a collective over all ranks, once they are
-    joined. None where the run has no local checkpoints, or none can be had: then rank 0 has said why.
+    joined. None where the run has no local checkpoints, or no identifier of its own: then rank 0 has said why.
 
     Raises:
         ConfigError: on every rank: nodes that should hold each other's copies have one folder.
@@ -214,34 +224,53 @@ def open_local_tier(run: RunConfig, backend: Backend) -> LocalTier | None:
     made: tuple[StagingBuffer, WriterProcess] | None = None
     port, problem = 0, ""
     try:
+        if not hasattr(os, "memfd_create"):
+            raise OSError(0, "local checkpoints need Linux (memfd_create)")
         made = _process(backend)
         made[1].submit(listen, root, host, secret, local == 0)
         port, problem = made[1].result()
-    except (OSError, AttributeError, UserError) as error:
+    except (OSError, UserError) as error:
         problem = reason(error)
-    mine = NodeParts(node, *map(tuple, parts_in(root, identifier))) if local == 0 else None
+    mine = None
+    if local == 0:
+        parts, notes = parts_in(root, identifier)
+        mine = NodeParts(node, tuple(parts), tuple(notes))
     everyone: list[_Joined] = gather_objects(_Joined(node, host, port, problem, mine))
     if settings.replication:
         _require_folders_of_their_own(root, everyone, node, local, secret)
     places = [Place(one.node, (one.host, one.port)) for one in everyone]
     copies = LocalCopies(root, identifier, places, secret, [one.parts for one in everyone if one.parts is not None])
-    numbers = [one.number for one in copies.found] or [0]
-    whole = [one.number for one in copies.found if one.saved is not None and not one.missing] or [0]
-    saves = None
-    faults = [(number, one.problem) for number, one in enumerate(everyone) if one.problem]
-    if not faults and made is not None:
+    tier = LocalTier(run.run_dir, root, settings.non_persistent_save_interval, None, copies, _about(run, root))
+    faults = [f"rank {number} cannot write: {one.problem}" for number, one in enumerate(everyone) if one.problem]
+    if made is not None:
         mirrors = tuple(places[one].address for one in mirrors_of(rank, run)) if settings.replication else ()
         target = LocalTarget(root, identifier, incarnation, secret, mirrors, prunes=local == 0)
-        saves = LocalSaves(target, made[0], made[1], backend, max(numbers), max(whole))
-    tier = LocalTier(run.run_dir, root, settings.non_persistent_save_interval, saves, copies, _about(run, root))
+        numbers = [one.number for one in copies.found] or [0]
+        whole = [one.number for one in copies.found if one.saved is not None and not one.missing] or [0]
+        tier.saves = LocalSaves(target, made[0], made[1], backend, max(numbers), max(whole))
+    if unreachable := _unreachable(places, rank, secret):
+        faults.append(unreachable)
+        tier.copies = None
     if faults:
-        if made is not None:
-            made[1].close()
-            made[0].close()
-        tier.about = f"none: {faults[0][1]} (rank {faults[0][0]})"
-        if rank == 0:
-            warn_once(_NAME, f"{_NAME}: rank {faults[0][0]} cannot write: {faults[0][1]}; {_WITHOUT}")
+        # Another node may still read what lies here: the processes stay until the run has begun.
+        tier.about, tier.fault = f"none: {faults[0]}", faults[0]
     return tier
+
+
+def _unreachable(places: Sequence[Place], rank: int, secret: str) -> str:
+    """Why a node cannot reach the next one; "" where each can. A collective.
+
+    It is found out before anything is begun that would need it.
+    """
+    nodes = sorted({place.node for place in places})
+    fault = ""
+    if rank in nodes:
+        address = places[nodes[(nodes.index(rank) + 1) % len(nodes)]].address
+        try:
+            connect(address, secret).close()
+        except OSError as error:
+            fault = f"rank {rank} cannot reach {address[0]} port {address[1]}: {reason(error)}"
+    return next((one for one in gather_objects(fault) if one), "")
 
 
 def mirrors_of(rank: int, run: RunConfig) -> list[int]:

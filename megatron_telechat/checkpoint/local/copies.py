@@ -22,7 +22,7 @@ from megatron_telechat.checkpoint.ranged import RangedFile
 from megatron_telechat.checkpoint.start import Start
 from megatron_telechat.checkpoint.verify import check_files
 from megatron_telechat.errors import CheckpointError, Problem
-from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, this_rank, together
+from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, gather_on_rank_0, this_rank, together
 
 _RANK_OF_FILE = re.compile(r"rank_(\d+)(-\d+)?\.safetensors")
 _FIX = "nothing need be done: an older checkpoint is taken"
@@ -47,14 +47,12 @@ class OpenedLocal:
     Attributes:
         saved: as `lineage.look_at` describes a checkpoint of the shared folder; its digest is of the whole manifest.
         mirrored: ranks whose part is read from the mirror, because its own node does not hold a sound one.
-        notes: what was passed over.
     """
 
     checkpoint: LocalCheckpoint
     reader: CheckpointReader
     saved: Saved
     mirrored: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 class LocalCopies:
@@ -90,9 +88,9 @@ class LocalCopies:
         notes = [*self._unreadable, *(f"passed over: {note}" for note in incomplete)]
         for one in usable:
             opened, problems = self._open(one)
-            if opened is not None:
-                return replace(opened, notes=tuple(notes)), tuple(notes)
             notes += [f"passed over: {problem.what} ({problem.where})" for problem in problems]
+            if opened is not None:
+                return opened, tuple(notes)
         return None, tuple(notes)
 
     def close(self) -> None:
@@ -102,7 +100,7 @@ class LocalCopies:
         self._remote.clear()
 
     def _open(self, one: LocalCheckpoint) -> tuple[OpenedLocal | None, list[Problem]]:
-        """A collective."""
+        """One checkpoint, and what is wrong with copies of its parts; a collective."""
         left = {rank: self._by_preference(rank, nodes) for rank, nodes in one.holders.items()}
         checkers: dict[int, int] = {}
         mine: dict[int, Manifest] = {}
@@ -122,10 +120,10 @@ class LocalCopies:
                     if not wrong:
                         checkers[rank] = plan[rank]
             if any(rank not in checkers and not nodes for rank, nodes in left.items()):
-                return None, sorted(problems, key=lambda problem: problem.where)
+                return None, _sorted(problems)
         manifest, wrong = self._merged(one, mine)
         if manifest is None:
-            return None, wrong
+            return None, _sorted([*problems, *wrong])
         reader = self._reader(one, manifest, checkers)
         assert one.saved is not None
         saved = replace(
@@ -133,7 +131,7 @@ class LocalCopies:
         )
         own = {rank: self._places[rank].node if rank < len(self._places) else -1 for rank in checkers}
         mirrored = tuple(rank for rank, checker in checkers.items() if self._places[checker].node != own[rank])
-        return OpenedLocal(one, reader, saved, mirrored), []
+        return OpenedLocal(one, reader, saved, mirrored), _sorted(problems)
 
     def _by_preference(self, rank: int, nodes: Sequence[int]) -> list[int]:
         """The nodes that hold a part: where its rank runs now first."""
@@ -167,7 +165,7 @@ class LocalCopies:
 
     def _merged(self, one: LocalCheckpoint, mine: Mapping[int, Manifest]) -> tuple[Manifest | None, list[Problem]]:
         """The manifest of the whole, as rank 0 hands it out; a collective."""
-        gathered = _on_rank_0(dict(mine))
+        gathered = gather_on_rank_0(dict(mine))
         given: tuple[Manifest | None, list[Problem]] | None = None
         with together():
             if this_rank() == 0:
@@ -203,24 +201,19 @@ class LocalCopies:
 def _whole(found: Mapping[int, Manifest]) -> Manifest:
     """The manifest of a checkpoint, of those of its parts. Raises CheckpointError."""
     ordered = [found[rank] for rank in sorted(found)]
-    merged = merge_parts(Part(dict(one.files), dict(one.tensors), one.rng[0] if one.rng else None) for one in ordered)
+    merged = merge_parts(
+        Part(dict(one.files), dict(one.tensors), dict(one.rng[0]) if one.rng else None) for one in ordered
+    )
     scalars = merged_scalars([one.part["optimizer"] if one.part else None for one in ordered])
     rng = tuple(state for one in ordered for state in one.rng)
     first = replace(ordered[0], files=merged.files, tensors=merged.tensors, optimizer=scalars, rng=rng, part=None)
     return first.digested()
 
 
+def _sorted(problems: Sequence[Problem]) -> list[Problem]:
+    return sorted(problems, key=lambda problem: problem.where)
+
+
 def _rank_of(name: str) -> int:
     match = _RANK_OF_FILE.fullmatch(name)
     return int(match.group(1)) if match else -1
-
-
-def _on_rank_0(mine: Any) -> list[Any]:
-    """What every rank gives, on rank 0; nothing on the others. Collective."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    gathered: list[Any] = [None] * dist.get_world_size() if this_rank() == 0 else []
-    dist.gather_object(mine, gathered if this_rank() == 0 else None, dst=0)
-    return gathered

@@ -45,7 +45,7 @@ class Channel:
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connection
-        self._stream = connection.makefile("rb", buffering=1 << 16)
+        self._stream = connection.makefile("rb")
 
     def send(self, message: Mapping[str, Any]) -> None:
         """A line."""

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from megatron_telechat.backend import Backend
 
 
+PART, COPY = "the part of this rank could not be written", "a copy could not be written to another node"
+
+
 class _Phase(enum.Enum):
     WRITING = enum.auto()
     COMMITTING = enum.auto()
@@ -121,7 +124,7 @@ class LocalSaves:
         kept: that of the newest whole one.
 
     Attributes:
-        problems: what went wrong since they were last taken, in words.
+        problems: what went wrong since they were last taken: with the part of this rank, or with a copy; in words.
         lost: whether a process that writes has ended: there will be no more saves.
     """
 
@@ -131,7 +134,7 @@ class LocalSaves:
     backend: Backend
     number: int
     kept: int
-    problems: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
     lost: bool = False
     _save: _UnderWay | None = None
     _tokenizer: Mapping[str, Any] | None = None
@@ -231,7 +234,7 @@ class LocalSaves:
             return None
         if failed:
             if save.error is not None:
-                self.problems.append(_in_words(save.error))
+                self.problems.append((PART, _in_words(save.error)))
             save.phase, save.done, save.error = _Phase.GIVING_UP, False, None
             return None
         if over < ranks:
@@ -265,7 +268,7 @@ class LocalSaves:
         except Exception as error:
             save.error = error if save.work is save.phase else save.error
             return
-        self.problems += [f"the copy on another node: {text}" for text in answer or ()]
+        self.problems += [(COPY, text) for text in answer or ()]
         save.done = save.work is save.phase
 
     def _give_up(self, save: _UnderWay) -> Report:
