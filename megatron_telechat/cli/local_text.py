@@ -24,7 +24,11 @@ def local_lines(run: RunConfig) -> list[str]:
     if not settings.has_local_tier:
         return []
     copies = settings.replication_factor - 1 if settings.replication else 0
-    where = f", and {copies} time{'s' * (copies != 1)} on other nodes" if copies else "; the loss of a node loses them"
+    where = (
+        f", with {copies} cop{'y' if copies == 1 else 'ies'} on other nodes"
+        if copies
+        else "; the loss of a node loses them"
+    )
     memory = f"{gib(staging_bytes(run))} GiB of host memory a rank, {gib(local_disk_bytes(run))} GiB of a node's disk"
     return [
         f"{settings.non_persistent_local_ckpt_dir}/  on each node: a local checkpoint every "

@@ -91,26 +91,30 @@ def killed() -> Job:
 
 @case
 def one_flipped_bit() -> Any:
-    """In the own copy of a part, in both copies, in all copies of both saves."""
-    out = {}
-    for name, damages in {
-        "own": [(0, 0, 16)],
-        "both": [(0, 0, 16), (1, 0, 16)],
-        "manifest": [(0, 1, 16), (1, 1, 16)],
-        "all": [(0, 0, 16), (1, 0, 16), (0, 1, 12), (1, 1, 12)],
-    }.items():
-        one = copy_of(killed(), f"flipped_{name}")
-        for node, rank, step in damages:
-            manifest, tensors = sorted(one.files(node, rank, step), key=lambda path: path.suffix)
-            flip(manifest if name == "manifest" else tensors)
-        codes = one.start()
-        out[name] = {
-            "codes": codes,
-            "resumed": one.resumed_at(),
-            "different": different(one),
-            "passed": passed_over(one),
-        }
-    return out
+    """In the own copy of a part; in both copies."""
+    return {
+        "own": damaged("own", ".safetensors", (0, 0, 16)),
+        "both": damaged("both", ".safetensors", (0, 0, 16), (1, 0, 16)),
+    }
+
+
+@case
+def every_copy_damaged() -> Any:
+    """Both manifests of a part; both copies of a part of either save."""
+    everything = ((0, 0, 16), (1, 0, 16), (0, 1, 12), (1, 1, 12))
+    return {
+        "manifest": damaged("manifest", ".json", (0, 1, 16), (1, 1, 16)),
+        "all": damaged("all", ".safetensors", *everything),
+    }
+
+
+def damaged(name: str, suffix: str, *places: tuple[int, int, int]) -> dict[str, Any]:
+    """What a start finds after one bit of a file was flipped in each place: node, rank, step."""
+    one = copy_of(killed(), f"flipped_{name}")
+    for place in places:
+        flip(next(path for path in one.files(*place) if path.suffix == suffix))
+    codes = one.start()
+    return {"codes": codes, "resumed": one.resumed_at(), "different": different(one), "passed": passed_over(one)}
 
 
 def passed_over(one: Job) -> list[str]:
@@ -257,6 +261,39 @@ def a_disk_that_cannot_be_written() -> Any:
         "warnings": [line for line in one.log().splitlines() if "warning" in line],
         "different": different(one),
     }
+
+
+@case
+def beside_asynchronous_saves() -> Any:
+    """The shared save of step 10 is slow: a local one of step 12 is whole before it is committed. Killed behind that,
+    and before it."""
+    out: dict[str, Any] = {"codes": [], "shared": [], "resumed": [], "different": []}
+    for name, seconds, until in (("committed", 0.15, 19), ("not_committed", 60.0, 15)):
+        one = job(f"beside_{name}", [*FLAGS, *MIRRORED, "--checkpoint-mode", "async"])
+
+        def slow(trainer, seconds=seconds, until=until) -> None:
+            beside = trainer.saving._beside
+            beside._writer.submit(writer_faults.slow_disk, seconds)
+            beside._writer.result()
+            if until == 19:
+                trainer.tier.interval = 12  # no later local one
+            take_step = trainer.take_step
+
+            def step(iterators):
+                if trainer.step == 15:
+                    assert beside.under_way and trainer.tier.step == 12, "what the case is about"
+                while trainer.step == 16 and beside.under_way and not beside._writer.is_over():
+                    time.sleep(0.01)
+                return take_step(iterators)
+
+            trainer.take_step = step
+
+        out["codes"].append(one.start(until=until, hook=slow))
+        out["shared"].append(sorted(path.name for path in (one.run / "checkpoints").glob("iter_???????")))
+        out["codes"].append(one.start())
+        out["resumed"].append(one.resumed_at())
+        out["different"].append(different(one))
+    return out
 
 
 def _in_writer(trainer, function, *args) -> None:
