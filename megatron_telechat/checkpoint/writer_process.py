@@ -164,7 +164,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     EndWithParent(parent)()  # where the system cannot (macOS), the end of the pipe tells
-    _take(memory_fd, memory_bytes)
+    take_memory(memory_fd, memory_bytes)
     for module in sys.argv[6:]:
         importlib.import_module(module)
     with Connection(connection_fd) as connection:
@@ -180,7 +180,7 @@ def main() -> None:
             connection.send(answer)
 
 
-def _take(memory_fd: int, memory_bytes: int) -> None:
+def take_memory(memory_fd: int, memory_bytes: int) -> None:
     """Pages of the shared memory, so that the rank's first save need not wait for the system to clear them."""
     if memory_bytes:
         with contextlib.suppress(OSError):

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from megatron_telechat.backend import Backend
 
 _NAME = "local checkpoints"
+_ROOM_FOR_HEADERS = 1 << 20
+_PRELOAD = ("megatron_telechat.checkpoint.local.worker", "megatron_telechat.training.lease")
+"""What a save needs in the process, so that the first one takes no longer than the others."""
 _WITHOUT = "the training goes on without local checkpoints"
 
 
@@ -78,6 +81,7 @@ class LocalTier:
     saves: LocalSaves | None
     copies: LocalCopies | None
     about: str
+    _first_of_node: bool
     _continues: tuple[str, ...] = ()
     step: int | None = None
     fault: str = ""
@@ -127,6 +131,8 @@ class LocalTier:
         if self.saves is not None and wanted[tight] > free[tight]:
             sizes = f"{wanted[tight] / 2**30:.2f} GiB wanted, {free[tight] / 2**30:.2f} GiB free on {tight}"
             self._off(f"no host memory for the copies: {sizes}")
+        if self.saves is not None and self.step is None:
+            self.saves.expect(needed + _ROOM_FOR_HEADERS)
 
     # ---- the saves --------------------------------------------------------------------------
 
@@ -189,10 +195,9 @@ class LocalTier:
     def remove(self) -> None:
         """The run is complete, and its last checkpoint lies in the shared folder: give the disks of the nodes back. A
         collective."""
-        node = None if self.saves is None else self.saves.target.prunes
         self.close()
         gather_objects(None)  # nobody writes any more
-        if node:
+        if self._first_of_node:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def _off(self, why: str) -> None:
@@ -240,7 +245,9 @@ def open_local_tier(run: RunConfig, backend: Backend) -> LocalTier | None:
         _require_folders_of_their_own(root, everyone, node, local, secret)
     places = [Place(one.node, (one.host, one.port)) for one in everyone]
     copies = LocalCopies(root, identifier, places, secret, [one.parts for one in everyone if one.parts is not None])
-    tier = LocalTier(run.run_dir, root, settings.non_persistent_save_interval, None, copies, _about(run, root))
+    tier = LocalTier(
+        run.run_dir, root, settings.non_persistent_save_interval, None, copies, _about(run, root), local == 0
+    )
     faults = [f"rank {number} cannot write: {one.problem}" for number, one in enumerate(everyone) if one.problem]
     if made is not None:
         mirrors = tuple(places[one].address for one in mirrors_of(rank, run)) if settings.replication else ()
@@ -297,7 +304,7 @@ def _secrets(run_dir: Path) -> tuple[str, str, str] | None:
 def _process(backend: Backend) -> tuple[StagingBuffer, WriterProcess]:
     buffer = StagingBuffer(backend, 0)
     try:
-        return buffer, WriterProcess(buffer.fd, preload=["megatron_telechat.checkpoint.local.worker"])
+        return buffer, WriterProcess(buffer.fd, preload=_PRELOAD)
     except BaseException:
         buffer.close()
         raise

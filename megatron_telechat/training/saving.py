@@ -74,6 +74,8 @@ class Saving:
             ResourceError, CheckpointError: on every rank.
         """
         self._branch = state.branch
+        if self.tier is not None:
+            self.tier.staged()
         if wait or self._beside is None:
             folder = save_checkpoint(self._run.save_dir, state, self._run, self._parallel)
             self._continue()
@@ -88,6 +90,8 @@ class Saving:
     def save_locally(self, state: TrainState, started_s: float) -> None:
         """Begin a save onto the disks of the nodes; on all ranks, where `LocalTier.is_due` said so."""
         assert self.tier is not None
+        if self._beside is not None:
+            self._beside.staged()
         under_way = self._beside.save_id if self._beside is not None else ""
         self.tier.save(state, self._run, self._parallel, under_way, started_s)
 

@@ -247,8 +247,9 @@ def test_a_copy_arrives_whole_or_not_at_all(server, disk, tmp_path):
     channel.send_bytes(tensors[:100])
     channel.close()
     deadline = time.monotonic() + 5
-    while not worker._state[0].received and time.monotonic() < deadline:
+    while not (parts.temporary(disk, 1, 12, save) / name).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+    time.sleep(0.2)  # until the end was noticed
     assert worker._received(save) == set()
     assert put(server, 1, save, name, tensors, manifest) == {"ok": True}
     assert worker._received(save) == {1}

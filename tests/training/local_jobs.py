@@ -127,10 +127,11 @@ class Job:
 
 
 def _at_each_step(until: int | None, hook: Hook | None) -> None:
-    """Let every save be over soon after it began, and the ranks end where they are told to."""
+    """Let every local save be over two steps after it began, and the ranks end where they are told to."""
+    from megatron_telechat.checkpoint.local.saves import LocalSaves
     from megatron_telechat.training.loop import Trainer
 
-    take_step = Trainer.take_step
+    take_step, report = Trainer.take_step, LocalSaves.report
     hooked: list[Hook] = [hook] if hook is not None else []
 
     def step(self, iterators):
@@ -138,33 +139,39 @@ def _at_each_step(until: int | None, hook: Hook | None) -> None:
             hooked.pop()(self)
         if until is not None and self.step + 1 == until:
             os.kill(os.getpid(), signal.SIGKILL)
-        saves = self.tier.saves if self.tier is not None else None
-        under_way = saves._save if saves is not None else None
-        if under_way is not None and saves is not None:
-            saves.staged()
-            for _ in range(1000):
-                if not under_way.busy or saves.writer.wait(0.01):
-                    break
         return take_step(self, iterators)
 
-    patched: Any = Trainer
-    patched.take_step = step
+    def patient(self):
+        if self._save is not None and not hasattr(self, "copies_are_slow"):
+            self.staged()
+            for _ in range(1000):
+                if not self._save.busy or self.writer.wait(0.01):
+                    break
+        return report(self)
+
+    trainer: Any = Trainer
+    saves: Any = LocalSaves
+    trainer.take_step, saves.report = step, patient
 
 
-def _wait(children: Sequence[int], patience: float = 90.0) -> list[int]:
+def _wait(children: Sequence[int], patience: float = 200.0) -> list[int]:
+    """Exit codes. Raises AssertionError where the ranks do not end."""
     codes: dict[int, int] = {}
     end = time.monotonic() + patience
+    hangs = False
     while len(codes) < len(children):
         for child in children:
             if child not in codes:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     codes[child] = os.waitstatus_to_exitcode(status)
-        if any(code < 0 for code in codes.values()) or time.monotonic() > end:
+        hangs = hangs or time.monotonic() > end
+        if any(code < 0 for code in codes.values()) or hangs:
             for child in children:
                 if child not in codes:
                     os.kill(child, signal.SIGKILL)
         time.sleep(0.01)
+    assert not hangs, f"the ranks did not end within {patience} s"
     return [codes[child] for child in children]
 
 

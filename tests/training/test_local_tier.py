@@ -12,7 +12,10 @@ import pytest
 from tests.harness import ROOT
 
 WORKER = Path(__file__).with_name("worker_local_tier.py")
-SHORT = ("a_node_is_lost", "one_flipped_bit", "a_roll_back_is_not_undone", "a_disk_is_full")
+SHORT = (
+    *("a_node_is_lost", "one_flipped_bit", "a_roll_back_is_not_undone", "a_disk_is_full"),
+    "the_step_waits_for_the_copy",
+)
 LONG = (
     *("every_copy_damaged", "the_shared_one_is_newer", "a_run_from_other_weights_goes_on", "two_runs_share_a_disk"),
     *("a_writer_is_killed", "without_copies_a_lost_node_is_lost", "another_number_of_ranks"),
@@ -86,6 +89,12 @@ def test_a_full_disk_costs_local_checkpoints_and_nothing_else(report):
     first, second = found["warnings"]
     assert len(first) == 1 and "a copy could not be written to another node: 127.0.0.1: File too large" in first[0]
     assert len(second) == 1 and "the part of this rank could not be written: File too large" in second[0]
+
+
+@pytest.mark.gloo
+def test_the_step_waits_for_the_copy(report):
+    found = report.of("the_step_waits_for_the_copy")
+    assert found == {"codes": [KILLED, DONE], "resumed": [12], "different": {}}
 
 
 @pytest.mark.slow

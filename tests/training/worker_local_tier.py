@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,44 @@ def passed_over(one: Job) -> list[str]:
     """What was passed over, node and folder without the names that each job has of its own."""
     found = dict.fromkeys(line.strip() for line in one.log().splitlines() if "passed over" in line)
     return [re.sub(rf"{re.escape(str(one.folder))}/(node\d)/{DISK}/[0-9a-f]+", r"\1", line) for line in found]
+
+
+class SlowCopies:
+    """A device whose copies to the host begin late: an optimizer step that does not wait for them is seen in them."""
+
+    def __init__(self, backend):
+        self._backend = backend
+
+    def __getattr__(self, name: str):
+        return getattr(self._backend, name)
+
+    @contextmanager
+    def copies_beside(self):
+        time.sleep(0.3)
+        with self._backend.copies_beside():
+            yield
+
+
+@case
+def the_step_waits_for_the_copy() -> Any:
+    """Of the weights, before it changes them."""
+
+    def slow(trainer) -> None:
+        trainer.tier.saves.backend = SlowCopies(trainer.backend)
+        trainer.tier.saves.copies_are_slow = True
+        trainer.tier.interval = 12
+        take_step = trainer.take_step
+
+        def step(iterators):
+            if trainer.step == 14:
+                del trainer.tier.saves.copies_are_slow
+            return take_step(iterators)
+
+        trainer.take_step = step
+
+    one = job("slow_copies")
+    codes = [one.start(until=19, hook=slow), one.start()]
+    return {"codes": codes, "resumed": one.resumed_at(), "different": different(one)}
 
 
 @case

@@ -135,11 +135,11 @@ def prune(root: Path, run: str, keep_from: int) -> None:
 
 
 def clean(root: Path) -> None:
-    """Remove what killed saves have left on this node; before any save begins. Raises OSError."""
+    """Remove what killed saves have left on this node; before any save begins. What stays in spite of it is no part."""
     for holder in _folders(root):
         for folder in _folders(holder) if _PART.fullmatch(holder.name) else ():
             if is_leftover(folder):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folders(root: Path) -> list[Path]:

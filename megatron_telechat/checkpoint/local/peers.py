@@ -127,7 +127,9 @@ class Server:
 
     def _serve(self, connection: socket.socket) -> None:
         channel = Channel(connection)
-        with contextlib.suppress(OSError, ValueError, struct.error), contextlib.closing(channel):
+        # What is no request, too: of it nothing is kept.
+        expected = (OSError, ValueError, KeyError, TypeError, struct.error)
+        with contextlib.suppress(*expected), contextlib.closing(channel):
             greeting = channel.receive()
             if greeting is None or not hmac.compare_digest(str(greeting.get("secret")), self._secret):
                 return

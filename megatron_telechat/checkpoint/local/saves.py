@@ -15,6 +15,7 @@ one before whole.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import threading
@@ -37,9 +38,10 @@ from megatron_telechat.checkpoint.owned import owned_tensors
 from megatron_telechat.checkpoint.parts import Part
 from megatron_telechat.checkpoint.staging import FileImages, StagingBuffer
 from megatron_telechat.checkpoint.train_state import TrainState, optimizer_scalars, saved_optimizer, topology
-from megatron_telechat.checkpoint.writer_process import WriterProcess
+from megatron_telechat.checkpoint.writer_process import WriterProcess, take_memory
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
+from megatron_telechat.errors import ResourceError
 from megatron_telechat.parallel.state import ParallelState
 
 if TYPE_CHECKING:
@@ -138,6 +140,14 @@ class LocalSaves:
     lost: bool = False
     _save: _UnderWay | None = None
     _tokenizer: Mapping[str, Any] | None = None
+
+    def expect(self, nbytes: int) -> None:
+        """Take the memory for copies of so many bytes from the system now, and not at the first save."""
+        if self.buffer.nbytes < nbytes and not self.under_way:
+            with contextlib.suppress(OSError, ResourceError):
+                self.buffer.expect(nbytes)
+                self.writer.submit(take_memory, self.buffer.fd, nbytes)
+                self.writer.result()
 
     @property
     def under_way(self) -> bool:
