@@ -20,6 +20,7 @@ LONG = (
     *("every_copy_damaged", "the_shared_one_is_newer", "a_run_from_other_weights_goes_on", "two_runs_share_a_disk"),
     *("a_writer_is_killed", "without_copies_a_lost_node_is_lost", "another_number_of_ranks"),
     *("one_folder_for_two_nodes", "a_disk_that_cannot_be_written", "beside_asynchronous_saves"),
+    "over_the_switch_of_a_stage",
 )
 KILLED, DONE = [-9, -9], [0, 0]
 
@@ -171,6 +172,15 @@ def test_beside_asynchronous_saves_into_the_shared_folder(long_report):
     assert found["codes"] == [KILLED, DONE, KILLED, DONE]
     assert found["shared"] == [["iter_0000010"], []]
     assert found["resumed"] == [[12], [12]] and found["different"] == [{}, {}]
+
+
+@pytest.mark.slow
+def test_over_the_switch_of_a_stage(long_report):
+    """Where a run goes on decides its layout: local checkpoints are asked before there is a model."""
+    found = long_report.of("over_the_switch_of_a_stage")
+    assert found["codes"] == [DONE, KILLED, DONE, KILLED, DONE]
+    assert found["15"] == {"resumed": [12], "different": []}
+    assert found["8"] == {"resumed": [4], "different": []}
 
 
 POINTS = (

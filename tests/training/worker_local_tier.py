@@ -335,6 +335,35 @@ def beside_asynchronous_saves() -> Any:
     return out
 
 
+STAGES = """
+stages:
+  - from_tokens: 0
+  - {from_tokens: 2048, seq_length: 64, rotary_base: 1e5, rotary_training_seqlen: 64, global_batch_size: 4,
+     tensor_model_parallel_size: 2}
+"""
+
+
+@case
+def over_the_switch_of_a_stage() -> Any:
+    """To another layout at step 8, which is a shared save. Killed behind the local one of step 12; and at step 7."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    config = FOLDER / "stages.yaml"
+    config.write_text(STAGES)
+    flags = [*FLAGS, "--config", str(config), "--save-interval", "100"]
+    plain = Job(FOLDER / "stages_whole", flags)
+    out: dict[str, Any] = {"codes": [plain.start()]}
+    for until in (15, 8):
+        one = Job(FOLDER / f"stages_{until}", [*flags, *MIRRORED])
+        out["codes"].append(one.start(until=until))
+        one.wipe(1)
+        out["codes"].append(one.start())
+        out[str(until)] = {
+            "resumed": one.resumed_at(),
+            "different": [step for step, values in plain.losses().items() if one.losses().get(step) != values],
+        }
+    return out
+
+
 def _in_writer(trainer, function, *args) -> None:
     trainer.tier.saves.writer.submit(function, *args)
     trainer.tier.saves.writer.result()
