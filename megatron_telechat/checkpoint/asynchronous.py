@@ -33,14 +33,13 @@ from megatron_telechat.checkpoint.train_state import (
     BegunSave,
     TrainState,
     begin_save,
-    gathered_on_rank_0,
     write_part,
 )
 from megatron_telechat.checkpoint.verify import remember_files
 from megatron_telechat.checkpoint.writer_process import WriterProcess, write_images
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.locations import Location
-from megatron_telechat.parallel.agreement import together
+from megatron_telechat.parallel.agreement import gather_on_rank_0, together
 from megatron_telechat.parallel.state import ParallelState
 
 if TYPE_CHECKING:
@@ -102,6 +101,11 @@ class AsynchronousSaves:
         first = parallel.rank == 0
         self._writer = WriterProcess(self._buffer.fd, self._buffer.nbytes, [commit_parts.__module__] if first else [])
         self._save: _UnderWay | None = None
+
+    @property
+    def save_id(self) -> str:
+        """Id of the save under way; "" where there is none."""
+        return self._save.begun.attempt.save if self._save is not None else ""
 
     @property
     def under_way(self) -> bool:
@@ -245,7 +249,7 @@ class AsynchronousSaves:
         assert save.entries.keys() == save.part.files.keys()
         assert all(save.part.files[name].size == entry.size for name, entry in save.entries.items())
         part = replace(save.part, files=save.entries)
-        gathered = gathered_on_rank_0((part, save.begun.scalars), self._parallel)
+        gathered = gather_on_rank_0((part, save.begun.scalars))
         if self._parallel.rank == 0:
             self._writer.submit(commit_parts, save.begun.attempt, gathered, save.begun.record)
         save.committing = True

@@ -70,7 +70,7 @@ def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record:
         versions=record.versions,
         files={**part.files, **companions},
         tensors=part.tensors,
-        optimizer=_merged_scalars([scalars for _, scalars in gathered]),
+        optimizer=merged_scalars([scalars for _, scalars in gathered]),
         rng=tuple(item.rng for item, _ in gathered if item.rng),
         data_fingerprint=record.data_fingerprint,
         extra=record.extra,
@@ -84,7 +84,8 @@ def commit_parts(attempt: protocol.Attempt, gathered: Sequence[Written], record:
     return folder
 
 
-def _merged_scalars(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+def merged_scalars(found: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """What the ranks say of the optimizer beside its tensors, as a manifest keeps it. Raises CheckpointError."""
     saved = [item for item in found if item is not None]
     if not saved:
         return None

@@ -196,6 +196,8 @@ class CheckpointReader:
 
     Args:
         manifest: that of ``path``, where it was read and checked already.
+        open_file: opens a file of the manifest by its name, where they do not lie in ``path``; what it returns is that
+            of `open_tensors`.
     """
 
     def __init__(
@@ -204,7 +206,9 @@ class CheckpointReader:
         verify: bool = False,
         check_sizes: bool = True,
         manifest: Manifest | None = None,
+        open_file: Callable[[str], Any] | None = None,
     ):
+        self._open_file = open_file
         self.path = location(path)
         self.manifest = read_manifest(self.path) if manifest is None else manifest
         self._open: OrderedDict[str, Any] = OrderedDict()
@@ -299,11 +303,8 @@ class CheckpointReader:
         if name in self._open:
             self._open.move_to_end(name)
             return self._open[name]
-        fault = store_of(self.path).faults(self.path, {name: self.manifest.files[name]}, patient=True).get(name)
-        if fault:
-            raise CheckpointError(fault, where=str(self.path / name), fix=RESTORE_OR_OTHER)
         try:
-            handle = open_tensors(self.path / name)
+            handle = self._open_here(name) if self._open_file is None else self._open_file(name)
         except UserError:
             raise
         except Exception as error:
@@ -312,3 +313,9 @@ class CheckpointReader:
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)
         return handle
+
+    def _open_here(self, name: str) -> Any:
+        fault = store_of(self.path).faults(self.path, {name: self.manifest.files[name]}, patient=True).get(name)
+        if fault:
+            raise CheckpointError(fault, where=str(self.path / name), fix=RESTORE_OR_OTHER)
+        return open_tensors(self.path / name)

@@ -21,7 +21,9 @@ from megatron_telechat.checkpoint.stores import Signature, store_of
 from megatron_telechat.errors import CheckpointError
 from megatron_telechat.locations import Location
 
-_HEAD = ("digest", "step", "consumed_samples", "config", "optimizer", "data_fingerprint", "extra", "lineage", "save")
+_HEAD = (
+    "digest", "step", "consumed_samples", "config", "optimizer", "data_fingerprint", "extra", "lineage", "save", "part",
+)  # fmt: skip
 _BEHIND_THE_HEAD = ("rng", "files", "tensors")
 _SHORT_HEAD_BYTES = 64 << 10
 _HEAD_BYTES = 4 << 20
@@ -84,6 +86,10 @@ class Saved:
     extra: Mapping[str, Any] = field(default_factory=dict)
     consumed_samples: int = 0
     optimizer: Mapping[str, Any] | None = None
+    save: str = ""
+    """Id of the save; "" where an older release saved it."""
+    part: Mapping[str, Any] | None = None
+    """Whose part it is, of a part of a local checkpoint."""
 
     @property
     def age(self) -> tuple[int, int]:
@@ -91,21 +97,26 @@ class Saved:
         return self.lineage.number, self.step
 
 
-def look_at(folder: Location) -> Saved:
+def look_at(folder: Location, part: bool = False) -> Saved:
     """What a checkpoint says of itself, from the first part of its manifest: quick for any number of ranks, but not
     verified.
+
+    Args:
+        part: see `read_manifest`.
 
     Raises CheckpointError when there is no manifest or it cannot be read.
     """
     head = _head(folder / MANIFEST)
     try:
         lineage = Lineage.from_json(head.get("lineage"))
+        if (head.get("part") is not None) != part:
+            raise ValueError("part")
         return Saved(
             folder, int(head["step"]), str(head["digest"]), lineage, str(head["config"]), dict(head["extra"]),
-            int(head["consumed_samples"]), head.get("optimizer"),
+            int(head["consumed_samples"]), head.get("optimizer"), str(head.get("save") or ""), head.get("part"),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
-        read_manifest(folder)  # says what is wrong with a damaged one
+        read_manifest(folder, part)  # says what is wrong with a damaged one
         raise CheckpointError(
             f"the manifest does not follow the schema ({type(error).__name__}: {error})",
             str(folder / MANIFEST),
@@ -254,6 +265,11 @@ class Branch:
             except CheckpointError:
                 continue
         return cls(max((saved.lineage.number for saved in found), default=0), parent, began)
+
+    @property
+    def newest(self) -> str:
+        """Digest of the checkpoint that it ends with; "" where it began without one."""
+        return self._parent[1] if self._parent is not None else ""
 
     def next(self) -> Lineage:
         """What the manifest of the next save says."""

@@ -71,7 +71,7 @@ class LoadedInfo:
 
 
 def load_checkpoint(
-    root: Location | str,
+    root: Location | str | CheckpointReader,
     state: TrainState,
     run: RunConfig,
     parallel: ParallelState,
@@ -85,7 +85,8 @@ def load_checkpoint(
     Before any of them is touched every byte of the checkpoint is checked (`open_verified`).
 
     Args:
-        root: a folder of checkpoints (the newest sound one is taken, or that of ``step``) or one checkpoint.
+        root: a folder of checkpoints (the newest sound one is taken, or that of ``step``), one checkpoint, or the
+            reader of one that was checked already (`local.copies`).
         weights_only: take the weights only, for a run that begins at step 0.
         saved_by: the stage that saved it, where the run goes on in another one.
 
@@ -96,9 +97,14 @@ def load_checkpoint(
         require_fit(reader, run.model)
         require_meaning(reader.config, reader.manifest.extra, run, reader.path, saved_by)
 
-    reader, passed_over = open_verified(
-        location(root), step, fits=fits, wanted=lambda reader: _files_to_read(reader, state, weights_only)
-    )
+    if isinstance(root, CheckpointReader):
+        reader, passed_over = root, ()
+        with together(parallel):
+            fits(reader)
+    else:
+        reader, passed_over = open_verified(
+            location(root), step, fits=fits, wanted=lambda reader: _files_to_read(reader, state, weights_only)
+        )
     folder, notes = reader.path, list(passed_over)
     with together(parallel):
         with _filling(reader) as fill:

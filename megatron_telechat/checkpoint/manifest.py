@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_telechat.checkpoint.names import DTYPE_TAGS, MANIFEST, FileEntry
@@ -69,6 +69,9 @@ class Manifest:
     lineage: Mapping[str, Any] | None = None
     save: str | None = None
     """Id of the save, also in the metadata of each of its safetensors files; None where an older release saved it."""
+    part: Mapping[str, Any] | None = None
+    """Whose part it is, where it lists what one rank has written (`local.parts`); its boxes do not tile the tensors
+    then. None in a checkpoint."""
     digest: str = ""
     """Of a manifest that was read; to_bytes takes it anew."""
 
@@ -96,6 +99,7 @@ class Manifest:
                     "save",
                 )
             },
+            **({} if self.part is None else {"part": self.part}),
         }
         body = {
             HEAD_DIGEST: _digest(head),
@@ -120,6 +124,10 @@ class Manifest:
             },
         }
         return _as_lines({"digest": _digest(body), **body}).encode()
+
+    def digested(self) -> Manifest:
+        """The same, with the digest that `to_bytes` would give it."""
+        return replace(self, digest=json.loads(self.to_bytes())["digest"])
 
 
 HEAD_DIGEST = "head_digest"
@@ -158,8 +166,11 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def read_manifest(folder: Location) -> Manifest:
+def read_manifest(folder: Location, part: bool = False) -> Manifest:
     """Parse and check ``folder/manifest.json``, the tiling of every tensor included.
+
+    Args:
+        part: that of what one rank has written, in place of that of a checkpoint; neither is taken for the other.
 
     Raises CheckpointError naming the file when it is missing, truncated, changed,
     of another version, or names files outside the folder.
@@ -180,12 +191,12 @@ def read_manifest(folder: Location) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"is not JSON ({error})") from error
     try:
-        return _parse(path, body)
+        return _parse(path, body, part)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"does not follow the schema ({type(error).__name__}: {error})") from error
 
 
-def _parse(path: Location, body: Any) -> Manifest:
+def _parse(path: Location, body: Any, part: bool) -> Manifest:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise _damaged(path, "is not the manifest of a megatron_telechat checkpoint")
     version = body["schema_version"]
@@ -202,7 +213,9 @@ def _parse(path: Location, body: Any) -> Manifest:
     files = {
         _file_name(path, name): FileEntry(_natural(e["size"]), str(e["crc32"])) for name, e in body["files"].items()
     }
-    tensors = {key: _tensor(path, key, entry, files) for key, entry in body["tensors"].items()}
+    if (body.get("part") is not None) != part:
+        raise _damaged(path, "is that of a whole checkpoint" if part else "is that of one rank's part of a checkpoint")
+    tensors = {key: _tensor(path, key, entry, files, part) for key, entry in body["tensors"].items()}
     for state in body["rng"]:
         if state["file"] not in files:
             raise _damaged(path, f"names the file {state['file']!r}, which it does not list")
@@ -226,10 +239,11 @@ def _parse(path: Location, body: Any) -> Manifest:
         extra=dict(body["extra"]),
         digest=digest,
         lineage=body.get("lineage"),  # absent in manifests of older releases
+        part=_mapping(body["part"]) if part else None,
     )
 
 
-def _tensor(path: Location, key: str, entry: Any, files: Mapping[str, FileEntry]) -> TensorEntry:
+def _tensor(path: Location, key: str, entry: Any, files: Mapping[str, FileEntry], part: bool) -> TensorEntry:
     shape = tuple(_natural(extent) for extent in entry["shape"])
     if entry["dtype"] not in DTYPE_TAGS:
         raise _damaged(path, f"gives {key} the unknown dtype {entry['dtype']!r}")
@@ -240,7 +254,7 @@ def _tensor(path: Location, key: str, entry: Any, files: Mapping[str, FileEntry]
     for stored in boxes:
         if stored.file not in files or not _FILE_NAME.fullmatch(stored.file):
             raise _damaged(path, f"puts {key} into the file {stored.file!r}, which it does not list")
-    fault = tiling_fault(shape, [stored.box for stored in boxes])
+    fault = None if part else tiling_fault(shape, [stored.box for stored in boxes])
     if fault:
         raise _damaged(path, f"does not hold {key} exactly once: {fault}")
     return TensorEntry(entry["dtype"], shape, boxes)

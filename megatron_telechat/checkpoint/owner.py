@@ -58,11 +58,17 @@ class Owner:
         return f"the run folder {self.folder} (host {self.host}, since {self.since})" if self.folder else "nobody known"
 
 
+def known_run_id(run_dir: Path) -> str:
+    """The identifier of a run folder; "" where it has none yet. Raises OSError."""
+    path = run_dir / RUN_ID
+    return path.read_text().strip() if path.exists() else ""
+
+
 def run_id(run_dir: Path) -> str:
     """The identifier of a run folder, made at the first call; by the holder of its lease. Raises ResourceError."""
     path = run_dir / RUN_ID
     try:
-        if path.exists() and (found := path.read_text().strip()):
+        if found := known_run_id(run_dir):
             return found
         beside = run_dir / f".{RUN_ID}-{uuid.uuid4().hex}"
         beside.write_text(f"{uuid.uuid4().hex}\n")

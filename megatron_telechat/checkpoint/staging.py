@@ -44,6 +44,12 @@ class StagingBuffer:
         """Its size."""
         return self._nbytes
 
+    def expect(self, nbytes: int) -> None:
+        """So many bytes will be needed; before the first call of `memory`. Raises OSError."""
+        assert self._memory is None
+        self._nbytes = max(self._nbytes, nbytes)
+        os.ftruncate(self.fd, self._nbytes)
+
     def memory(self, nbytes: int) -> torch.Tensor:
         """uint8 [at least nbytes]: the memory; other tensors of it are void once it had to grow.
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint import rng as rng_tree
-from megatron_telechat.checkpoint.committing import CommitRecord, Written, always_writable, commit_parts
+from megatron_telechat.checkpoint.committing import CommitRecord, always_writable, commit_parts
 from megatron_telechat.checkpoint.disk import require_free_space
 from megatron_telechat.checkpoint.files import FileEntry, write_safetensors
 from megatron_telechat.checkpoint.format import PartWriter, versions
@@ -33,7 +32,7 @@ from megatron_telechat.checkpoint.verify import remember_files
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.locations import Location, location
 from megatron_telechat.model.shards import LocalParameter
-from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, together
+from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, gather_on_rank_0, together
 from megatron_telechat.parallel.state import ParallelState
 
 
@@ -99,7 +98,7 @@ def save_checkpoint(root: Location, state: TrainState, run: RunConfig, parallel:
     try:
         with together(parallel):
             part = write_part(begun, parallel.rank)
-        gathered = gathered_on_rank_0((part, begun.scalars), parallel)
+        gathered = gather_on_rank_0((part, begun.scalars))
         with together(parallel):
             if parallel.rank == 0:
                 begun.branch.saved(look_at(commit_parts(begun.attempt, gathered, begun.record)))
@@ -116,7 +115,7 @@ def begin_save(root: Location, state: TrainState, run: RunConfig, parallel: Para
 
     Raises ResourceError on every rank.
     """
-    owned = list(owned_tensors(state.shards, _saved_optimizer(state, run), state.averages, parallel))
+    owned = list(owned_tensors(state.shards, saved_optimizer(state, run), state.averages, parallel))
     attempt = _begin_together(location(root), state, owned, parallel)
     branch = state.branch
     if branch is None:
@@ -135,7 +134,7 @@ def begin_save(root: Location, state: TrainState, run: RunConfig, parallel: Para
         resumed_from=state.resumed_from,
         require_writable=state.require_writable,
     )
-    return BegunSave(attempt, owned, generators, _optimizer_scalars(state, run), record, branch)
+    return BegunSave(attempt, owned, generators, optimizer_scalars(state, run), record, branch)
 
 
 def write_part(begun: BegunSave, rank: int, write_file: Callable[..., FileEntry] = write_safetensors) -> Part:
@@ -148,21 +147,13 @@ def write_part(begun: BegunSave, rank: int, write_file: Callable[..., FileEntry]
     return writer.close()
 
 
-def gathered_on_rank_0(mine: Written, parallel: ParallelState) -> list[Written]:
-    """What every rank gives, on rank 0; nothing on the others. Collective."""
-    if parallel.world_size == 1:
-        return [mine]
-    gathered: list[Any] = [None] * parallel.world_size if parallel.rank == 0 else []
-    dist.gather_object(mine, gathered if parallel.rank == 0 else None, dst=0)
-    return gathered
-
-
 def expected_bytes(state: TrainState, run: RunConfig, parallel: ParallelState) -> int:
     """Bytes of the tensors that this rank will write once the optimizer has taken a step."""
-    return bytes_after_a_step(state.shards, _saved_optimizer(state, run), state.averages, parallel)
+    return bytes_after_a_step(state.shards, saved_optimizer(state, run), state.averages, parallel)
 
 
-def _saved_optimizer(state: TrainState, run: RunConfig) -> Any:
+def saved_optimizer(state: TrainState, run: RunConfig) -> Any:
+    """The optimizer, where its state is saved."""
     return None if run.checkpoint.no_save_optim else state.optimizer
 
 
@@ -183,7 +174,8 @@ def _begin_together(
     return from_rank_0(attempt)
 
 
-def _optimizer_scalars(state: TrainState, run: RunConfig) -> dict[str, Any] | None:
-    if _saved_optimizer(state, run) is None:
+def optimizer_scalars(state: TrainState, run: RunConfig) -> dict[str, Any] | None:
+    """What this rank's optimizer holds beside tensors; JSON, for `merged_scalars`."""
+    if saved_optimizer(state, run) is None:
         return None
     return {"steps": sorted(adam_steps(state.optimizer)), "grad_scaler": scaler_state(state.optimizer)}

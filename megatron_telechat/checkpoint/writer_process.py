@@ -82,6 +82,10 @@ class WriterProcess:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send((function, args))
 
+    def is_alive(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
     def is_over(self) -> bool:
         """Whether `result` would return, or raise, at once."""
         return self._connection.poll()
@@ -160,7 +164,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     EndWithParent(parent)()  # where the system cannot (macOS), the end of the pipe tells
-    _take(memory_fd, memory_bytes)
+    take_memory(memory_fd, memory_bytes)
     for module in sys.argv[6:]:
         importlib.import_module(module)
     with Connection(connection_fd) as connection:
@@ -176,7 +180,7 @@ def main() -> None:
             connection.send(answer)
 
 
-def _take(memory_fd: int, memory_bytes: int) -> None:
+def take_memory(memory_fd: int, memory_bytes: int) -> None:
     """Pages of the shared memory, so that the rank's first save need not wait for the system to clear them."""
     if memory_bytes:
         with contextlib.suppress(OSError):

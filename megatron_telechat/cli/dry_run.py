@@ -14,6 +14,7 @@ from megatron_telechat.checkpoint.averages import resume_notes
 from megatron_telechat.checkpoint.lineage import Saved
 from megatron_telechat.checkpoint.meaning import saved_values
 from megatron_telechat.checkpoint.start import Start, position_of, require_start
+from megatron_telechat.cli.local_text import local_beginning, local_lines
 from megatron_telechat.cli.model_text import model_text
 from megatron_telechat.cli.rank_tables import expert_table, group_table, rank_table
 from megatron_telechat.cli.stage_table import stage_table
@@ -364,6 +365,7 @@ def _files(run: RunConfig, out: _Report) -> list[str]:
         + (f", the newest {run.checkpoint.keep_last} kept" if run.checkpoint.keep_last else ""),
         *([f"free there: {gib(free)} GiB"] if free is not None else []),
         _save_mode(run),
+        *local_lines(run),
     ]
 
 
@@ -382,12 +384,13 @@ def _save_mode(run: RunConfig) -> str:
 
 def _beginning(start: Start, saved: Saved | None, run: RunConfig) -> list[str]:
     """Where the weights come from; the model in that checkpoint was held against the run's."""
+    local = local_beginning(run, start, saved)
     if saved is None:
-        return ["initial weights"]
+        return ["initial weights", *local]
     if start.weights_only:
-        return [f"the weights of {saved.path}, at step 0 with a fresh optimizer", *start.notes]
+        return [f"the weights of {saved.path}, at step 0 with a fresh optimizer", *start.notes, *local]
     notes = resume_notes(run.average, saved.extra, saved.step)
-    return [f"{saved.path}: step {saved.step}", *start.notes, *notes]
+    return [f"{saved.path}: step {saved.step}", *start.notes, *notes, *local]
 
 
 def _names(fields: set[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_telechat.checkpoint.lineage import saved_in
+from megatron_telechat.checkpoint.local.marker import read_marker
 from megatron_telechat.cli.tool import ToolParser, positive, purpose, run_tool
 from megatron_telechat.config import load_run_config
 from megatron_telechat.config.flags import read_command_line
@@ -179,12 +180,17 @@ class _Folders:
         self.run_dir, self._save_dir = run_dir, save_dir
 
     def newest_checkpoint(self) -> tuple[int, str] | None:
-        """Step and digest of the newest checkpoint."""
+        """Step and name of the newest checkpoint: of a local one too, as the run folder tells of it."""
+        newest: tuple[int, str] | None = None
         try:
             saved = saved_in(self._save_dir)
-            return (saved[-1].step, saved[-1].digest) if saved else None
+            newest = (saved[-1].step, saved[-1].digest) if saved else None
         except (UserError, OSError):
-            return None
+            pass
+        local = read_marker(self.run_dir)
+        if local is not None and local.step > (newest[0] if newest is not None else 0):
+            return local.step, local.save
+        return newest
 
 
 def _folders(job: _Job, environ: Mapping[str, str]) -> _Folders | None:

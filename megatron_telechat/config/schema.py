@@ -601,6 +601,26 @@ class CheckpointConfig:
     """Whether training waits while a checkpoint is written: sync waits; async copies it to host memory and goes on,
     and a process of each rank writes it. auto: async if save_interval is set, the copies are large enough to matter
     and take at most half of each node's free memory."""
+    non_persistent_save_interval: int | None = None
+    """Steps between local checkpoints, on the disks of the nodes and beside the training: more frequent than
+    save_interval, and never in the way of it. Unset: none."""
+    non_persistent_ckpt_type: Literal["local"] | None = None
+    """Where they lie: local, on the disk of each node (of Megatron-LM's types the one that is here)."""
+    non_persistent_local_ckpt_dir: str | None = None
+    """Their folder on each node: NVMe, or memory such as /dev/shm. A relative path is one of the folder that the ranks
+    of a node are started in."""
+    replication: bool = False
+    """Keep copies of each rank's local checkpoints on other nodes, so that the loss of a node loses none."""
+    replication_jump: int | None = None
+    """How many ranks further a copy lies: at least the ranks of a node. Of so many ranks times replication_factor each
+    keeps copies for those that are a jump, or several, away."""
+    replication_factor: int = 2
+    """Nodes that hold each rank's local checkpoints, its own included."""
+
+    @property
+    def has_local_tier(self) -> bool:
+        """Whether local checkpoints are asked for."""
+        return self.non_persistent_save_interval is not None
 
 
 @dataclass(frozen=True)

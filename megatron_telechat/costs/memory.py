@@ -249,6 +249,17 @@ def staging_bytes(run: RunConfig) -> float:
     )
 
 
+LOCAL_SAVES_ON_DISK = 3
+"""Local checkpoints that a node's disk holds at a time: two that are kept, and one that is written."""
+
+
+def local_disk_bytes(run: RunConfig) -> float:
+    """What local checkpoints take of the disk of a node at most, the copies for other nodes included; of a folder in
+    memory it is host memory."""
+    copies = run.checkpoint.replication_factor if run.checkpoint.replication else 1
+    return LOCAL_SAVES_ON_DISK * copies * run.parallel.node_size * staging_bytes(run)
+
+
 def checkpoint_bytes(run: RunConfig, total_parameters: int) -> float:
     """Size of one checkpoint: weights in the compute type and their averages in fp32; with the optimizer, master
     weights in fp32 and both moments in their types."""

@@ -151,6 +151,18 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def gather_on_rank_0(value: T) -> list[T]:
+    """The value of every rank, by rank, on rank 0; nothing on the others. A collective for host objects."""
+    import torch.distributed as dist
+
+    if _alone.get() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    first = dist.get_rank() == 0
+    gathered: list[Any] = [None] * dist.get_world_size() if first else []
+    dist.gather_object(value, gathered if first else None, dst=0)
+    return gathered
+
+
 def this_rank() -> int:
     """Of the default group; 0 where there is none, and inside `alone`."""
     import torch.distributed as dist

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_telechat.checkpoint import LoadedInfo
 from megatron_telechat.checkpoint.lineage import Began, Branch, Saved
+from megatron_telechat.checkpoint.local.copies import OpenedLocal
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.start import Start, position_of, require_start
 from megatron_telechat.config.length import counts_epochs
@@ -18,6 +20,9 @@ from megatron_telechat.data.datasets import SEQUENCE_LENGTH
 from megatron_telechat.errors import DataError
 from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import from_rank_0, this_rank, together
+from megatron_telechat.training.local_tier import LocalTier
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,27 @@ class Beginning:
         position: the place of that checkpoint in the run; the begin of the run where only weights are loaded.
         branch: the line of saves that goes on, where another stage of this process saved the checkpoint.
         protected: the checkpoint that the process began with, where it was another one.
+        local: the local checkpoint that is loaded in place of what ``start`` says, opened and checked.
+        newest: digest of the newest shared checkpoint, by its manifest, that the run goes on from; of rank 0.
+        notes: what was passed over.
     """
 
     start: Start
     position: Position
     branch: Branch | None = None
     protected: Location | None = None
+    local: OpenedLocal | None = None
+    newest: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def find_beginning(stages: RunStages) -> Beginning:
+def find_beginning(stages: RunStages, tier: LocalTier | None = None) -> Beginning:
     """Decide where a training begins; a collective over all ranks. Rank 0 decides, because a stale cache of a shared
     folder would part the ranks.
+
+    Args:
+        tier: local checkpoints. The newest that continues what the run would begin with otherwise is taken in its
+            place, if a sound copy of each of its parts is found.
 
     Raises:
         CheckpointError: see :func:`require_start`, and `open_verified`.
@@ -49,8 +64,15 @@ def find_beginning(stages: RunStages) -> Beginning:
         if this_rank() == 0:
             found = require_start(stages)
     start, saved = from_rank_0(found)
+    opened, notes = tier.open_newest(start, saved) if tier is not None else (None, ())
+    newest = saved.digest if saved is not None and not start.weights_only else ""
+    for note in notes if this_rank() == 0 else ():
+        log.warning("%s", note)
+    if opened is not None:
+        with together():
+            return Beginning(start, position_of(opened.saved), local=opened, newest=newest, notes=notes)
     if start.root is None or saved is None or start.weights_only:
-        return Beginning(start, Position())
+        return Beginning(start, Position(), notes=notes)
     if stages.several or counts_epochs(stages.stages[0].run):
         # A load passes damaged checkpoints over, and an older one may be of another stage, or of another batch, from
         # which the steps that are left of the epochs are counted.
@@ -63,7 +85,21 @@ def find_beginning(stages: RunStages) -> Beginning:
                 consumed_samples=manifest.consumed_samples,
             )  # fmt: skip
     with together():
-        return Beginning(start, position_of(saved))
+        return Beginning(start, position_of(saved), newest=newest, notes=notes)
+
+
+def local_notes(found: Beginning) -> list[str]:
+    """What a person should know of the local checkpoint that a training begins with, or did not begin with."""
+    if found.local is None:
+        return list(found.notes)
+    one, shared = found.local.checkpoint, found.start
+    notes = [f"from the disks of the nodes ({one.ranks} parts)"]
+    if found.local.mirrored:
+        ranks = ", ".join(map(str, found.local.mirrored[:8])) + (" and others" if len(found.local.mirrored) > 8 else "")
+        notes.append(f"the parts of rank {ranks} come from other nodes")
+    if shared.opens is not None:
+        notes.append("the beginning that the command names was applied when these were saved")
+    return [*notes, *found.notes]
 
 
 def require_same_data(info: LoadedInfo, fingerprint: Mapping[str, Any], run: RunConfig, before: RunConfig) -> None:
@@ -102,8 +138,11 @@ def continued_branch(found: Beginning, info: LoadedInfo | None, save_dir: Locati
     if found.branch is not None:
         return found.branch
     began, start = found.start.began, found.start
-    if start.opens is not None and info is not None:
+    if found.local is not None:
+        began = found.local.saved.lineage.began
+    elif start.opens is not None and info is not None:
         began = (*began, Began(start.opens, info.step, info.digest))
-    parent = (info.step, info.digest) if info is not None and not start.weights_only else None
+    resumes = found.local is not None or not start.weights_only
+    parent = (info.step, info.digest) if info is not None and resumes else None
     with together():
         return Branch.opening(save_dir, parent, began) if this_rank() == 0 else Branch()

@@ -52,6 +52,8 @@ def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_t
         parts.append(f"loss scale {record['loss_scale']:g}")
     if record.get("skipped_steps"):
         parts.append(f"skipped {record['skipped_steps']} ({', '.join(record['skipped_reasons'])})")
+    if record.get("local_step") is not None:
+        parts.append(f"local {record['local_step']}")
     parts.append(f"eta {format_duration(eta_s)}")
     return "  ".join(parts)
 

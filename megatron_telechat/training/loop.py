@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from megatron_telechat.backend import get_backend
-from megatron_telechat.checkpoint import LoadedInfo, TrainState, load_checkpoint
+from megatron_telechat.checkpoint import LoadedInfo, TrainState
 from megatron_telechat.checkpoint.asynchronous import CommittedSave
-from megatron_telechat.checkpoint.averages import resume_notes
 from megatron_telechat.checkpoint.lineage import Branch
 from megatron_telechat.checkpoint.start import Start
 from megatron_telechat.config.run_stages import Position, RunStages
@@ -26,7 +25,6 @@ from megatron_telechat.data import (
     data_fingerprint,
     data_plan,
 )
-from megatron_telechat.data.order import saved_tokens
 from megatron_telechat.errors import EXIT_OK, EXIT_SIGNAL, CheckpointError, UserError
 from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import from_rank_0, together
@@ -34,12 +32,13 @@ from megatron_telechat.parallel.state import initialize
 from megatron_telechat.training.auto import AutoSettings, settle_auto
 from megatron_telechat.training.averages import Averages
 from megatron_telechat.training.banner import banner, resume_differences, stage_event, stage_line, stages_lines
-from megatron_telechat.training.beginning import Beginning, continued_branch, find_beginning, require_same_data
+from megatron_telechat.training.beginning import Beginning, continued_branch, find_beginning
 from megatron_telechat.training.build import build_trained
 from megatron_telechat.training.console import Console
 from megatron_telechat.training.evaluation import Evaluations
 from megatron_telechat.training.forecast import Forecast
 from megatron_telechat.training.learning_rate import StageRates
+from megatron_telechat.training.local_tier import LocalTier
 from megatron_telechat.training.locate import Again
 from megatron_telechat.training.metrics import Meter
 from megatron_telechat.training.numerics import require_finite_weights
@@ -50,12 +49,12 @@ from megatron_telechat.training.phases import ScheduleTimers
 from megatron_telechat.training.progress import progress_at
 from megatron_telechat.training.pulse import PULSE, Activity, Phase
 from megatron_telechat.training.reports import Reports
+from megatron_telechat.training.resuming import load_beginning
 from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.saving import Saving
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.spikes import SpikeWindow
 from megatron_telechat.training.step import StepResult, close_iterators, data_iterators
-from megatron_telechat.training.steps_taken import StepsTaken
 from megatron_telechat.training.tolerance import tolerated
 from megatron_telechat.training.trace import exchange_traces
 from megatron_telechat.training.unsaved import unsaved_note
@@ -74,6 +73,7 @@ class Trainer:
         stages: all stages of the run; unset: it has none.
         beginning: the checkpoint to go on from; unset: it is looked for.
         before: the trainer of the stage before in this process, whose reports go on.
+        tier: the local checkpoints of the run; None: it has none.
     """
 
     def __init__(
@@ -84,8 +84,9 @@ class Trainer:
         stages: RunStages | None = None,
         beginning: Beginning | None = None,
         before: Reports | None = None,
+        tier: LocalTier | None = None,
     ):
-        self.run = run
+        self.run, self.tier = run, tier
         self.stages = stages or RunStages.of(run, origins)
         self.stage = next(stage for stage in self.stages.stages if stage.run is run)
         self.backend = get_backend(run.training.device)
@@ -113,15 +114,13 @@ class Trainer:
             self.data_plan = data_plan(run.data)
             self.fingerprint = data_fingerprint(run, self.data_plan) if first else None
         self.position = Position()
-        self.steps_taken = StepsTaken()
         self.spikes = SpikeWindow(run.logging.spike_window, run.logging.spike_threshold)
         self._passed_over = step_windows(run.training.iterations_to_skip)
-        self.resumed: LoadedInfo | None = None
         self.protected: Location | None = None
         self.saved: Location | None = None
         self.branch = Branch()
         PULSE.enter(Phase.LOADING)
-        self.resumed = self._resume(beginning)
+        self.resumed: LoadedInfo | None = self._resume(beginning)
         PULSE.step = self.step
         PULSE.enter(Phase.DATA_INDEX)
         self.progress = self._progress()
@@ -132,7 +131,7 @@ class Trainer:
             records = (self.paths.run_dir, first, self.step, self.requests.may_write)
             self.writer = before.writer if before else MetricsWriter(run, *records)
         self._iterators_open: list = []
-        self.saving = Saving(run, self.state, self.backend, self.requests, self._train_state({}))
+        self.saving = Saving(run, self.state, self.backend, self.requests, self._train_state({}), tier)
         self.train_step.saves = self.saving
         self.evaluations = Evaluations(
             *(self.virtual_stages, self.averages, lambda dataset: self._iterators(dataset, 0)),
@@ -188,6 +187,7 @@ class Trainer:
         while not self._is_last():
             result, lr = self.take_step(iterators)
             save_asked = result.save and not self.saving.answers_request
+            self.saving.settle_locally(self.console.say, self.writer.write)
             self._settle(self.saving.settle())
             if result.skipped is not None:
                 self._say_skipped(result.skipped)
@@ -209,6 +209,8 @@ class Trainer:
             if wait or save_asked or self._due(self.run.checkpoint.save_interval):
                 self._save(wait, save_asked)
                 stop = stop or self._asked_to_stop()
+            elif self.tier is not None and self.tier.is_due(self.step):
+                self._save_locally()
             if (stop or leave) and not self._is_last():
                 self._settle(self.saving.finish())
                 self.console.say(self.forecast.line())
@@ -239,6 +241,8 @@ class Trainer:
                 self.requests.clear_files()
                 self.console.say("stop request: run the same command again for the final evaluation")
                 return EXIT_SIGNAL
+        if self.tier is not None:
+            self.tier.remove()
         not_taken = self.step - self.steps_taken.taken
         steps = f"{self.step} steps" + (f", {not_taken} of them skipped" if not_taken else "")
         self.console.say(f"done: {steps}, checkpoints in {self.paths.save_dir}")
@@ -288,7 +292,7 @@ class Trainer:
     @property
     def reports(self) -> Reports:
         """What goes on when this stage is over."""
-        return Reports(self.stage, self.console, self.writer, self.requests, self._warned)
+        return Reports(self.stage, self.console, self.writer, self.requests, self._warned, self.tier)
 
     def hand_over(self) -> Reports:
         """Give threads back; files and signal handlers stay open for the next stage."""
@@ -306,6 +310,8 @@ class Trainer:
     def _report(self, result: StepResult, lr: float) -> None:
         PULSE.enter(Phase.REPORT)
         record = {**self.meter.record(self.position, lr, result), **self.forecast.fields()}
+        if self.tier is not None and self.tier.step is not None:
+            record["local_step"] = self.tier.step
         self.writer.write(record)
         total = self.backend.memory().total_bytes
         self.console.step(record, total / 2**30 if total else None, self._steps_left())
@@ -352,17 +358,28 @@ class Trainer:
         with self.meter.excluded(), PULSE.within(Activity.SAVING, Phase.WRITING):
             started = time.perf_counter()
             self._settle(self.saving.finish())
-            with gathered_parameters(self.virtual_stages):
-                require_finite_weights(self.step, self.shards)
-                extra = {
-                    **self.steps_taken.extra,
-                    **self.spikes.extra,
-                    **self.datasets.order.saved(),
-                    **self.auto.extra,
-                    **self.averages.extra,
-                }
-                state = replace(self._train_state(extra), averages=self.averages.slices(begun=True))
+            with self._state_to_save() as state:
                 self._settle(self.saving.save(state, wait, requested, started))
+
+    def _save_locally(self) -> None:
+        """Begin a save of this step onto the disks of the nodes."""
+        with self.meter.excluded(), PULSE.within(Activity.SAVING, Phase.STAGING):
+            started = time.perf_counter()
+            with self._state_to_save() as state:
+                self.saving.save_locally(state, started)
+
+    @contextmanager
+    def _state_to_save(self) -> Iterator[TrainState]:
+        """What a checkpoint of this step holds; collective.
+
+        Raises:
+            NumericsError: a weight is not finite.
+        """
+        with gathered_parameters(self.virtual_stages):
+            require_finite_weights(self.step, self.shards)
+            parts = (self.steps_taken.extra, self.spikes.extra, self.datasets.order.saved(), self.auto.extra)
+            extra = {key: value for part in (*parts, self.averages.extra) for key, value in part.items()}
+            yield replace(self._train_state(extra), averages=self.averages.slices(begun=True))
 
     def _settle(self, committed: CommittedSave | None) -> None:
         """A save has become the newest checkpoint."""
@@ -418,32 +435,14 @@ class Trainer:
 
     def _resume(self, beginning: Beginning | None) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
-        found = beginning or find_beginning(self.stages)
-        start = found.start
-        info = None
-        if start.root is not None:
-            info = load_checkpoint(
-                start.root,
-                self._train_state({}),
-                self.run,
-                self.state,
-                step=start.step,
-                weights_only=start.weights_only,
-                saved_by=self.stages.before(found.position).run,
-            )
-            notes = list(start.notes)
-            if not start.weights_only:
-                with together(self.state):
-                    length = (info.config or self.run).training.seq_length
-                    tokens = saved_tokens(info.extra, info.consumed_samples, length, str(info.path))
-                    self.position = Position(info.step, info.consumed_samples, tokens)
-                    if self.fingerprint is not None:
-                        require_same_data(info, self.fingerprint, self.run, self.stages.before(self.position).run)
-                self.steps_taken, note = StepsTaken.of(info)
-                self.spikes = SpikeWindow.of(self.spikes.length, self.spikes.threshold, info.extra)
-                notes += [*([note] if note else []), *resume_notes(self.run.average, info.extra, self.step)]
-            info = replace(info, message="\n".join([info.message, *notes]))
-        self.averages.begin(self.step, info.extra if info is not None and not start.weights_only else {})
+        found = beginning or find_beginning(self.stages, self.tier)
+        resumed = load_beginning(found, self._train_state({}), self.run, self.state, self.stages, self.fingerprint)
+        info, self.position, self.steps_taken = resumed.info, resumed.position, resumed.steps_taken
+        if info is not None and not resumed.weights_only:
+            self.spikes = SpikeWindow.of(self.spikes.length, self.spikes.threshold, info.extra)
+        if self.tier is not None:
+            self.tier.begun(resumed.goes_on_from)
+        self.averages.begin(self.step, info.extra if info is not None and not resumed.weights_only else {})
         self.protected = found.protected or (info.path if info is not None else None)
         self.branch = continued_branch(found, info, self.paths.save_dir)
         return info
@@ -486,8 +485,7 @@ class Trainer:
             self.writer.write(stage_event(self.step, self.stage, changes))
             return
         self.console.say(banner(self.run, self.state, self.backend, self.paths, self.datasets, origins))
-        self.console.say(f"  saves     {self.saving.about}")
-        for line in stages_lines(self.stages, self.position):
+        for line in (*self.saving.about, *stages_lines(self.stages, self.position)):
             self.console.say(line)
         if self.resumed is not None:
             self.console.say(self.resumed.message)
@@ -495,5 +493,6 @@ class Trainer:
                 self.console.say(f"  changed since the checkpoint: {line}")
         if self.state.rank == 0:
             document = self.stages.document or dump_run_config(self.run)
-            with tolerated(str(self.paths.run_dir / "config.yaml")):
-                (self.paths.run_dir / "config.yaml").write_text(document, encoding="utf-8")
+            path = self.paths.run_dir / "config.yaml"
+            with tolerated(str(path)):
+                path.write_text(document, encoding="utf-8")

@@ -65,6 +65,7 @@ class Phase(enum.IntEnum):
     WRITING = 16
     LEFT = 17
     FAILED = 18
+    STAGING = 19
 
     @property
     def text(self) -> str:

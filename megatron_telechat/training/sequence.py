@@ -17,6 +17,7 @@ from megatron_telechat.parallel.agreement import agree, together
 from megatron_telechat.parallel.state import destroy, join
 from megatron_telechat.training.beginning import Beginning, find_beginning
 from megatron_telechat.training.length import counted_together
+from megatron_telechat.training.local_tier import open_local_tier
 from megatron_telechat.training.loop import Trainer
 from megatron_telechat.training.pulse import PULSE, Activity, Phase
 from megatron_telechat.training.signals import StopRequests
@@ -39,13 +40,14 @@ class StageSequence:
         join(stages.stages[0].run, backend)
         if watch is not None:
             watch.open_together()
+        self._tier = open_local_tier(stages.stages[0].run, backend)
         beginning = self._beginning() if stages.several else None
         if counts_epochs(stages.stages[0].run):
-            beginning = find_beginning(stages)
+            beginning = find_beginning(stages, self._tier)
             PULSE.enter(Phase.DATA_INDEX)
             self._stages = stages = counted_together(stages, beginning.position)
         stage = stages.at(beginning.position) if beginning is not None else stages.stages[0]
-        self._trainer: Trainer | None = Trainer(stage.run, stage.origins, requests, stages, beginning)
+        self._trainer: Trainer | None = Trainer(stage.run, stage.origins, requests, stages, beginning, tier=self._tier)
         self._reports = self._trainer.reports
         if stages.several:
             self._require_data(self._trainer)
@@ -53,7 +55,7 @@ class StageSequence:
     def _beginning(self) -> Beginning:
         """Where the run goes on decides the layout of the ranks, so it is agreed before there are groups."""
         agree("stages", [(str(stage.start), stage.run) for stage in self._stages.stages])
-        return find_beginning(self._stages)
+        return find_beginning(self._stages, self._tier)
 
     def _require_data(self, trainer: Trainer) -> None:
         """What the stages to come will read must be there before the first step."""
@@ -89,4 +91,4 @@ class StageSequence:
         self._backend.reset_peak_memory()
         destroy(keep_world=True)
         stage = self._stages.at(beginning.position)
-        self._trainer = Trainer(stage.run, stage.origins, self._requests, self._stages, beginning, reports)
+        self._trainer = Trainer(stage.run, stage.origins, self._requests, self._stages, beginning, reports, self._tier)

@@ -71,12 +71,12 @@ class StepResult:
 class SavesBeside(Protocol):
     """Saves that go on beside the steps, as a step sees them (`training.saving`)."""
 
-    def report(self) -> tuple[bool, bool]:
-        """Whether this rank's work on the save under way is over, and whether it failed."""
+    def report(self) -> Sequence[bool]:
+        """Of each save that may be under way: whether this rank's work on it is over, and whether it failed."""
         ...
 
-    def heard(self, over: int, failed: int) -> None:
-        """So many ranks reported it; the same on every rank."""
+    def heard(self, counts: Sequence[int]) -> None:
+        """So many ranks reported each of them; the same on every rank."""
         ...
 
     def staged(self) -> None:
@@ -340,17 +340,17 @@ class TrainStep:
         """One small all-reduce: the loss over the ranks that computed it, what any rank was asked, and how many ranks
         are done with the save under way."""
         contributes = self.state.tp_rank == 0
-        values = torch.zeros(6, dtype=self.backend.widest_float, device=self.backend.device)
+        report = self.saves.report() if self.saves is not None else (False, False)
+        values = torch.zeros(4 + len(report), dtype=self.backend.widest_float, device=self.backend.device)
         if contributes:
             values[:2] = local
-        report = self.saves.report() if self.saves is not None else (False, False)
         for place, flag in enumerate((*requests, *report), 2):
             if flag:
                 values[place] = 1.0
         dist.all_reduce(values)
-        loss_sum, tokens, stop, save, over, failed = values.tolist()
+        loss_sum, tokens, stop, save, *counts = values.tolist()
         if self.saves is not None:
-            self.saves.heard(int(over), int(failed))
+            self.saves.heard([int(count) for count in counts])
         return loss_sum / max(tokens, 1.0), int(tokens), stop > 0, save > 0
 
     def _clip(self, grad_norm: float) -> None:

@@ -206,7 +206,7 @@ def test_no_flag_is_refused_that_says_what_the_program_does() -> None:
         ("log-throughput", "throughput"),
         ("moe-use-upcycling", "a dense model is not turned into a mixture"),
         ("use-custom-fsdp", "the optimizer state alone can be sharded"),
-        ("replication-factor", "checkpoints"),
+        ("non-persistent-local-ckpt-algo", "checkpoints"),
         ("num-microbatches-with-partial-activation-checkpoints", "recompute"),
     ],
 )

@@ -705,7 +705,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         dist-ckpt-workers distrib-optim-fully-reshardable-mem-efficient dump-param-to-param-group-map
         hetereogenous-dist-checkpoint no-ckpt-fully-parallel-save
         no-ckpt-load-validate-sharding-integrity no-stream-ckpt-dequant override-ckpt-iteration use-dist-ckpt
-        replication replication-factor replication-jump use-persistent-ckpt-worker verify-integrity
+        non-persistent-local-ckpt-algo use-persistent-ckpt-worker verify-integrity
         """,
     ),
     (
@@ -724,10 +724,12 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
     (
         Refused("checkpoints are kept by number", "--keep-last"),
         """
-        non-persistent-ckpt-type non-persistent-global-ckpt-dir non-persistent-local-ckpt-algo
-        non-persistent-local-ckpt-dir non-persistent-save-interval persistent-save-interval
-        save-retain-interval
+        persistent-save-interval save-retain-interval
         """,
+    ),
+    (
+        Refused("non-persistent checkpoints lie on the nodes", "--non-persistent-ckpt-type local"),
+        "non-persistent-global-ckpt-dir",
     ),
     (Refused("the pretraining command trains", "--train-iters; --eval-interval evaluates on the way"), "skip-train"),
     # logging

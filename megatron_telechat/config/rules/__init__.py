@@ -16,6 +16,7 @@ from megatron_telechat.config.rules import (
     files,
     fp8,
     learning_rate,
+    local_tier,
     meaning,
     model,
     optimizer_state,
@@ -42,6 +43,7 @@ ALL_RULES: tuple[Rule, ...] = (
     *optimizer_state.RULES,
     *data.RULES,
     *files.RULES,
+    *local_tier.RULES,
     *watch.RULES,
 )
 LENGTH_RULES: tuple[Rule, ...] = (*learning_rate.RULES, experts.names_steps, experts.replay_fits)

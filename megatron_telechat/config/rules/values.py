@@ -32,6 +32,7 @@ AT_LEAST_ONE = (
     *("loss_scale_window", "hysteresis"),
     *("save_interval", "eval_interval", "eval_iters", "log_interval", "num_workers", "moe_input_chunks"),
     *("average_window_steps", "average_interval"),
+    *("non_persistent_save_interval", "replication_jump"),
 )
 NOT_NEGATIVE = (
     *("ffn_hidden_size", "init_method_std", "router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
@@ -59,6 +60,7 @@ BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", 
 
 OFF_BY_ZERO = {
     "save_interval": "to save only at the end",
+    "non_persistent_save_interval": "for no local checkpoints",
     "eval_interval": "to evaluate never",
     "eval_iters": "and drop --eval-interval, to evaluate never",
     "exit_interval": "to run to the end",

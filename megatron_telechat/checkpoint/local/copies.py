@@ -1,0 +1,219 @@
+"""Opening a local checkpoint: of each part a sound copy is found, and read where it lies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_telechat.checkpoint.committing import merged_scalars
+from megatron_telechat.checkpoint.files import open_tensors
+from megatron_telechat.checkpoint.format import CheckpointReader
+from megatron_telechat.checkpoint.handed import to_hand_out
+from megatron_telechat.checkpoint.lineage import Saved
+from megatron_telechat.checkpoint.local import parts
+from megatron_telechat.checkpoint.local.inventory import LocalCheckpoint, NodeParts, checkpoints_of, continuing
+from megatron_telechat.checkpoint.local.peers import Address, RemotePart
+from megatron_telechat.checkpoint.manifest import Manifest, read_manifest
+from megatron_telechat.checkpoint.parts import Part, merge_parts
+from megatron_telechat.checkpoint.ranged import RangedFile
+from megatron_telechat.checkpoint.start import Start
+from megatron_telechat.checkpoint.verify import check_files
+from megatron_telechat.errors import CheckpointError, Problem
+from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, gather_on_rank_0, this_rank, together
+
+_RANK_OF_FILE = re.compile(r"rank_(\d+)(-\d+)?\.safetensors")
+_FIX = "nothing need be done: an older checkpoint is taken"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs, and how the process beside it is reached.
+
+    Attributes:
+        node: the first rank of its node.
+    """
+
+    node: int
+    address: Address
+
+
+@dataclass(frozen=True)
+class OpenedLocal:
+    """A local checkpoint of which every byte was checked; the same on all ranks but for the reader's connections.
+
+    Attributes:
+        saved: as `lineage.look_at` describes a checkpoint of the shared folder; its digest is of the whole manifest.
+        mirrored: ranks whose part is read from the mirror, because its own node does not hold a sound one.
+    """
+
+    checkpoint: LocalCheckpoint
+    reader: CheckpointReader
+    saved: Saved
+    mirrored: tuple[int, ...] = ()
+
+
+class LocalCopies:
+    """The local checkpoints of a run, on all its nodes. The same on all ranks.
+
+    Args:
+        root: the folder of the run on each node.
+        places: of the ranks.
+        secret: that the processes beside the ranks want to hear.
+        nodes: what they hold.
+    """
+
+    def __init__(self, root: Path, run: str, places: Sequence[Place], secret: str, nodes: Sequence[NodeParts]):
+        self._root, self._run, self._places, self._secret = root, run, places, secret
+        self.found = checkpoints_of(nodes)
+        self._unreadable = tuple(f"passed over: {note}" for node in nodes for note in node.notes)
+        self._remote: list[RemotePart] = []
+
+    def open_newest(self, start: Start, saved: Saved | None) -> tuple[OpenedLocal | None, tuple[str, ...]]:
+        """The newest whole and sound one that continues the run; a collective over all ranks.
+
+        Args:
+            start, saved: of rank 0, where the run begins by its shared checkpoints.
+
+        Returns:
+            None where the run begins with those; and what was passed over.
+        """
+        found: tuple[list[LocalCheckpoint], list[str]] | None = None
+        with together():
+            if this_rank() == 0:
+                found = continuing(self.found, start, saved)
+        usable, incomplete = from_rank_0(found)
+        notes = [*self._unreadable, *(f"passed over: {note}" for note in incomplete)]
+        for one in usable:
+            opened, problems = self._open(one)
+            notes += [f"passed over: {problem.what} ({problem.where})" for problem in problems]
+            if opened is not None:
+                return opened, tuple(notes)
+        return None, tuple(notes)
+
+    def close(self) -> None:
+        """End the connections to other nodes."""
+        for remote in self._remote:
+            remote.close()
+        self._remote.clear()
+
+    def _open(self, one: LocalCheckpoint) -> tuple[OpenedLocal | None, list[Problem]]:
+        """One checkpoint, and what is wrong with copies of its parts; a collective."""
+        left = {rank: self._by_preference(rank, nodes) for rank, nodes in one.holders.items()}
+        checkers: dict[int, int] = {}
+        mine: dict[int, Manifest] = {}
+        problems: list[Problem] = []
+        while len(checkers) < len(left):
+            # All ranks come to the same plan: who looks at which copy.
+            plan = {rank: self._checker(rank, nodes.pop(0)) for rank, nodes in left.items() if rank not in checkers}
+            faults: dict[int, list[Problem]] = {}
+            with together():
+                for rank in (rank for rank, checker in plan.items() if checker == this_rank()):
+                    manifest, faults[rank] = self._check(one, rank)
+                    if manifest is not None:
+                        mine[rank] = manifest
+            for found in gather_objects(faults):
+                for rank, wrong in found.items():
+                    problems += wrong
+                    if not wrong:
+                        checkers[rank] = plan[rank]
+            if any(rank not in checkers and not nodes for rank, nodes in left.items()):
+                return None, _sorted(problems)
+        manifest, wrong = self._merged(one, mine)
+        if manifest is None:
+            return None, _sorted([*problems, *wrong])
+        reader = self._reader(one, manifest, checkers)
+        assert one.saved is not None
+        saved = replace(
+            one.saved, path=reader.path, digest=manifest.digest, optimizer=manifest.optimizer, save=one.save, part=None
+        )
+        own = {rank: self._places[rank].node if rank < len(self._places) else -1 for rank in checkers}
+        mirrored = tuple(rank for rank, checker in checkers.items() if self._places[checker].node != own[rank])
+        return OpenedLocal(one, reader, saved, mirrored), _sorted(problems)
+
+    def _by_preference(self, rank: int, nodes: Sequence[int]) -> list[int]:
+        """The nodes that hold a part: where its rank runs now first."""
+        here = self._places[rank].node if rank < len(self._places) else -1
+        return sorted(nodes, key=lambda node: (node != here, node))
+
+    def _checker(self, rank: int, node: int) -> int:
+        """Who reads a part on a node: its rank, if that runs there, else the ranks of the node take turns."""
+        there = [number for number, place in enumerate(self._places) if place.node == node]
+        return rank if rank in there else there[rank % len(there)]
+
+    def _check(self, one: LocalCheckpoint, rank: int) -> tuple[Manifest | None, list[Problem]]:
+        """A part on this node: its manifest, and what is wrong with it."""
+        folder = parts.committed(self._root, rank, one.step, one.save)
+        try:
+            if any(path.is_symlink() for path in (self._root, folder.parent, folder)):
+                return None, [Problem("the folder is a symbolic link", str(folder), _FIX)]
+            manifest = read_manifest(folder, part=True)
+            said = manifest.part or {}
+            wanted = (self._run, rank, one.ranks, one.save, one.step)
+            if (said.get("run"), said.get("rank"), said.get("ranks"), manifest.save, manifest.step) != wanted:
+                return None, [Problem("the part is of another save than its folder", str(folder), _FIX)]
+            strangers = [name for name in manifest.files if _rank_of(name) != rank]
+            if strangers:
+                return None, [Problem(f"the part names {strangers[0]}, a file of another rank", str(folder), _FIX)]
+            return manifest, check_files(folder, manifest, manifest.files)
+        except CheckpointError as error:
+            return None, list(error.problems)
+        except OSError as error:
+            return None, [Problem(f"the part cannot be read: {error.strerror or error}", str(folder), _FIX)]
+
+    def _merged(self, one: LocalCheckpoint, mine: Mapping[int, Manifest]) -> tuple[Manifest | None, list[Problem]]:
+        """The manifest of the whole, as rank 0 hands it out; a collective."""
+        gathered = gather_on_rank_0(dict(mine))
+        given: tuple[Manifest | None, list[Problem]] | None = None
+        with together():
+            if this_rank() == 0:
+                found = {rank: manifest for each in gathered for rank, manifest in each.items()}
+                try:
+                    given = to_hand_out(_whole(found)), []
+                except CheckpointError as error:
+                    given = None, [replace(problem, where=self._shown(one)) for problem in error.problems]
+        return from_rank_0(given)
+
+    def _reader(self, one: LocalCheckpoint, manifest: Manifest, checkers: Mapping[int, int]) -> CheckpointReader:
+        here = self._places[this_rank()].node
+        remote: dict[int, RemotePart] = {}
+
+        def open_file(name: str) -> Any:
+            rank = _rank_of(name)
+            checker = checkers[rank]
+            if self._places[checker].node == here:
+                return open_tensors(parts.committed(self._root, rank, one.step, one.save) / name)
+            if rank not in remote:
+                remote[rank] = RemotePart(self._places[checker].address, self._secret, rank, one.step, one.save)
+                self._remote.append(remote[rank])
+            return RangedFile(lambda start, stop: remote[rank].read(name, start, stop))
+
+        path = Path(self._shown(one))
+        return CheckpointReader(path, check_sizes=False, manifest=manifest, open_file=open_file)
+
+    def _shown(self, one: LocalCheckpoint) -> str:
+        """A name for people: the parts lie in several folders of several nodes."""
+        return str(self._root / "part_*" / parts.committed(self._root, 0, one.step, one.save).name)
+
+
+def _whole(found: Mapping[int, Manifest]) -> Manifest:
+    """The manifest of a checkpoint, of those of its parts. Raises CheckpointError."""
+    ordered = [found[rank] for rank in sorted(found)]
+    merged = merge_parts(
+        Part(dict(one.files), dict(one.tensors), dict(one.rng[0]) if one.rng else None) for one in ordered
+    )
+    scalars = merged_scalars([one.part["optimizer"] if one.part else None for one in ordered])
+    rng = tuple(state for one in ordered for state in one.rng)
+    first = replace(ordered[0], files=merged.files, tensors=merged.tensors, optimizer=scalars, rng=rng, part=None)
+    return first.digested()
+
+
+def _sorted(problems: Sequence[Problem]) -> list[Problem]:
+    return sorted(problems, key=lambda problem: problem.where)
+
+
+def _rank_of(name: str) -> int:
+    match = _RANK_OF_FILE.fullmatch(name)
+    return int(match.group(1)) if match else -1

@@ -1,0 +1,306 @@
+"""Local checkpoints without a training: which one continues a run, damage, what lies in a folder, what peers say."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_telechat.checkpoint import CheckpointWriter
+from megatron_telechat.checkpoint.commit import Attempt
+from megatron_telechat.checkpoint.disk import write_synced
+from megatron_telechat.checkpoint.format import PartWriter
+from megatron_telechat.checkpoint.lineage import Began, Lineage, Saved, look_at
+from megatron_telechat.checkpoint.local import parts, worker
+from megatron_telechat.checkpoint.local.copies import LocalCopies, Place
+from megatron_telechat.checkpoint.local.inventory import LocalCheckpoint, NodeParts, checkpoints_of, continuing
+from megatron_telechat.checkpoint.local.marker import LocalMarker, read_marker, write_marker
+from megatron_telechat.checkpoint.local.peers import RemotePart, connect
+from megatron_telechat.checkpoint.manifest import Manifest, read_manifest
+from megatron_telechat.checkpoint.opening import open_verified
+from megatron_telechat.checkpoint.start import Start
+from megatron_telechat.checkpoint.verify import forget
+from megatron_telechat.errors import CheckpointError, ResourceError
+
+RUN, SECRET = "a" * 32, "secret"
+KEY = "model/weight"
+
+
+def save_id(number: int) -> str:
+    return f"{number:032x}"[::-1]
+
+
+def write_part(
+    root: Path, number: int, step: int, rank: int = 0, ranks: int = 2, run: str = RUN, continues: Sequence[str] = ()
+) -> Path:
+    """A committed part: row ``rank`` of a tensor whose values are the step."""
+    save = save_id(number)
+    temporary = parts.temporary(root, rank, step, save)
+    temporary.mkdir(parents=True)
+    writer = PartWriter(Attempt(parts.part_folder(root, rank), step, save), rank)
+    writer.add(KEY, (ranks, 4), (rank, 0), torch.full((1, 4), float(step)))
+    part = writer.close()
+    manifest = Manifest(
+        step, 8 * step, "config" if rank == 0 else "", {}, {}, part.files, part.tensors,
+        lineage=Lineage(1, None).to_json() if rank == 0 else None, save=save,
+        part=parts.description(run, rank, ranks, number, continues, "", {"steps": [step], "grad_scaler": {}}),
+    )  # fmt: skip
+    write_synced(temporary / "manifest.json", manifest.to_bytes())
+    parts.commit(root, rank, step, save)
+    return parts.committed(root, rank, step, save)
+
+
+def copies_in(root: Path) -> LocalCopies:
+    found, notes = parts.parts_in(root, RUN)
+    return LocalCopies(root, RUN, [Place(0, ("127.0.0.1", 0))], SECRET, [NodeParts(0, tuple(found), tuple(notes))])
+
+
+def opened_step(root: Path) -> tuple[int | None, tuple[str, ...]]:
+    """Step of the local checkpoint that a run begins with; its tensor is that of the step."""
+    forget()
+    opened, notes = copies_in(root).open_newest(Start(None), None)
+    if opened is None:
+        return None, notes
+    assert opened.reader.read(KEY).tolist() == [[float(opened.saved.step)] * 4] * 2
+    assert opened.saved.digest == opened.reader.manifest.digest != ""
+    return opened.saved.step, notes
+
+
+@pytest.fixture()
+def disk(tmp_path):
+    root = tmp_path / RUN
+    for number, step in ((1, 4), (2, 8)):
+        for rank in (0, 1):
+            write_part(root, number, step, rank)
+    return root
+
+
+def test_all_parts_are_one_checkpoint(disk):
+    assert opened_step(disk) == (8, ())
+    shutil.rmtree(parts.committed(disk, 1, 8, save_id(2)))
+    step, notes = opened_step(disk)
+    assert step == 4 and notes == ("passed over: local checkpoint of step 8: no node holds the part of rank 1",)
+
+
+def test_no_flipped_bit_loads(disk, tmp_path):
+    """Anywhere in the files of the newest: the older one is taken, and the file is named."""
+    draw = random.Random(1)
+    files = sorted(path for rank in (0, 1) for path in parts.committed(disk, rank, 8, save_id(2)).iterdir())
+    sizes = [path.stat().st_size for path in files]
+    for _ in range(80):
+        path = draw.choices(files, sizes)[0]
+        before = path.read_bytes()
+        raw = bytearray(before)
+        raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(raw))
+        step, notes = opened_step(disk)
+        assert step == 4 and any(str(path.parent) in note for note in notes), (path, notes)
+        path.write_bytes(before)
+    assert opened_step(disk)[0] == 8
+
+
+@pytest.mark.parametrize("harm", ["other step", "other save", "other run", "link", "file of another rank"])
+def test_what_does_not_belong_there(disk, harm, tmp_path):
+    here, older = (parts.committed(disk, 1, step, save_id(number)) for step, number in ((8, 2), (4, 1)))
+    shutil.rmtree(here)
+    if harm == "other step":
+        shutil.copytree(older, here)
+    elif harm == "other save":
+        shutil.copytree(write_part(tmp_path / "elsewhere", 9, 8, 1), here)
+    elif harm == "other run":
+        shutil.copytree(write_part(tmp_path / "elsewhere", 2, 8, 1, run="b" * 32), here)
+    elif harm == "link":
+        here.symlink_to(write_part(tmp_path / "elsewhere", 2, 8, 1))
+    else:
+        shutil.copytree(parts.committed(disk, 0, 8, save_id(2)), here)
+    assert opened_step(disk)[0] == 4
+
+
+def test_a_part_is_no_checkpoint_and_a_checkpoint_is_no_part(disk, tmp_path):
+    here = tmp_path / "checkpoints" / "iter_0000008"
+    shutil.copytree(parts.committed(disk, 0, 8, save_id(2)), here)
+    for reads in (lambda: look_at(here), lambda: read_manifest(here), lambda: open_verified(here.parent)):
+        with pytest.raises(CheckpointError, match="one rank's part"):
+            reads()
+    with CheckpointWriter(tmp_path / "whole", step=8, config="") as writer:
+        writer.add(KEY, (2, 4), (0, 0), torch.zeros(2, 4))
+    assert writer.path is not None
+    with pytest.raises(CheckpointError, match="whole checkpoint"):
+        read_manifest(writer.path, part=True)
+
+
+def test_old_saves_go_and_nothing_else(disk):
+    stranger = write_part(disk, 1, 4, 5, 8, run="b" * 32)
+    left = parts.temporary(disk, 0, 9, save_id(3))
+    left.mkdir()
+    parts.prune(disk, RUN, 2)
+    assert [(part.rank, part.step) for part in parts.parts_in(disk, RUN)[0]] == [(0, 8), (1, 8)]
+    assert stranger.exists() and left.exists()
+    parts.clean(disk)
+    assert stranger.exists() and not left.exists()
+
+
+# ---- which one continues a run --------------------------------------------------------------
+
+BACK = Began("/run", 10, "ten")
+
+
+def shared(step: int, name: str, began: tuple[Began, ...] = ()) -> Saved:
+    return Saved(Path(f"iter_{step:07d}"), step, f"digest of {name}", Lineage(1, None, began), save=f"save of {name}")
+
+
+def local(step: int, *continues: str, under_way: str = "", began: tuple[Began, ...] = (), number: int = 1):
+    digests = tuple(f"digest of {name}" for name in continues)
+    saved = Saved(Path("local"), step, "", Lineage(2, None, began))
+    save = f"save of {under_way}" if under_way else ""
+    return LocalCheckpoint(str(number), step, number, 1, saved, digests, save, {0: (0,)})
+
+
+GO_ON, NEW = Start(Path("run")), Start(None)
+BRANCH = Start(Path("run"), began=(BACK,))
+ROLL = Start(Path("run"), 10, opens="/run")
+TEN = shared(10, "ten")
+
+
+@pytest.mark.parametrize(
+    ("one", "start", "newest", "taken"),
+    [
+        (local(12, "ten"), GO_ON, TEN, True),
+        (local(12, "nine", under_way="ten"), GO_ON, TEN, True),
+        (local(12, "nine", under_way="ten"), GO_ON, shared(9, "nine"), True),
+        (local(10, "ten"), GO_ON, TEN, False),
+        (local(8, "nine"), GO_ON, TEN, False),
+        (local(12, "nine"), GO_ON, TEN, False),
+        (local(12, "ten"), BRANCH, shared(11, "branch", (BACK,)), False),
+        (local(12, "ten"), GO_ON, replace(TEN, digest="another save of step 10", save="x"), False),
+        (local(12, "ten", "damaged"), GO_ON, shared(11, "damaged"), True),
+        (local(12, "ten", began=(BACK,)), GO_ON, TEN, False),
+        (local(12, "branch", began=(BACK,)), BRANCH, shared(11, "branch", (BACK,)), True),
+        (local(12), NEW, None, True),
+        (local(12, under_way="ten"), NEW, None, True),
+        (local(12, "ten"), NEW, None, False),
+        (local(12), GO_ON, TEN, False),
+        (local(12), Start(Path("weights"), weights_only=True), TEN, True),
+        (local(12, "ten"), ROLL, TEN, False),
+        (local(12, "ten", began=(Began("/run", 10, "digest of ten"),)), ROLL, TEN, True),
+        (local(12, "ten", began=(Began("/other", 10, "digest of ten"),)), ROLL, TEN, False),
+    ],
+)
+def test_a_local_checkpoint_continues_one_line_only(one, start, newest, taken):
+    """The newest shared one, or one that was still being saved; no other branch, no abandoned one."""
+    assert (continuing([one], start, newest)[0] == [one]) == taken
+
+
+def test_of_several_the_one_saved_last():
+    """Not that of the largest step: a branch that was left has larger ones."""
+    nodes = [NodeParts(0, tuple(_part(number, step) for number, step in ((1, 12), (2, 16), (3, 14))))]
+    found = checkpoints_of(nodes)
+    assert [one.step for one in continuing(found, GO_ON, TEN)[0]] == [14, 16, 12]
+
+
+def _part(number: int, step: int) -> parts.LocalPart:
+    return parts.LocalPart(0, 1, step, number, save_id(number), local(step).saved, ("digest of ten",))
+
+
+# ---- peers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def server(disk):
+    port, problem = worker.listen(disk, "127.0.0.1", SECRET, cleans=True)
+    assert problem == ""
+    return "127.0.0.1", port
+
+
+def put(server, rank: object, save: str, name: str, content: bytes, manifest: bytes) -> dict | None:
+    channel = connect(server, SECRET)
+    channel.send({"do": "put", "rank": rank, "step": 12, "save": save, "files": [[name, len(content)]]})
+    try:
+        channel.send_bytes(content)
+        channel.send_sized(manifest)
+        return channel.receive()
+    except OSError:
+        return None
+    finally:
+        channel.close()
+
+
+def test_a_copy_arrives_whole_or_not_at_all(server, disk, tmp_path):
+    """Changed bytes, a manifest that is none, an end in the middle: no part, and nothing is left of it."""
+    made = write_part(tmp_path / "owner", 3, 12, 1)
+    tensors, manifest = (made / "rank_00001.safetensors").read_bytes(), (made / "manifest.json").read_bytes()
+    name, save = "rank_00001.safetensors", save_id(3)
+    changed = tensors[:-1] + bytes([tensors[-1] ^ 1])
+    for content, said in ((changed, manifest), (tensors, b"{}"), (tensors[:-8], manifest)):
+        reply = put(server, 1, save, name, content, said)
+        assert reply is not None and "error" in reply
+        assert worker._received(save) == set()
+        assert not parts.temporary(disk, 1, 12, save).exists()
+    channel = connect(server, SECRET)
+    channel.send({"do": "put", "rank": 1, "step": 12, "save": save, "files": [[name, len(tensors)]]})
+    channel.send_bytes(tensors[:100])
+    channel.close()
+    deadline = time.monotonic() + 5
+    while not (parts.temporary(disk, 1, 12, save) / name).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)  # until the end was noticed
+    assert worker._received(save) == set()
+    assert put(server, 1, save, name, tensors, manifest) == {"ok": True}
+    assert worker._received(save) == {1}
+    parts.commit(disk, 1, 12, save)
+    assert (parts.committed(disk, 1, 12, save) / name).read_bytes() == tensors
+
+
+@pytest.mark.parametrize(
+    ("rank", "save", "name"),
+    [
+        (1, save_id(3), "../../escaped.safetensors"),
+        (1, save_id(3), "/tmp/escaped.safetensors"),
+        (1, save_id(3), "manifest.json"),
+        (1, "../../escaped", "rank_00001.safetensors"),
+        ("../1", save_id(3), "rank_00001.safetensors"),
+        (-1, save_id(3), "rank_00001.safetensors"),
+    ],
+)
+def test_names_of_peers_lead_nowhere(server, disk, rank, save, name):
+    before = sorted(disk.parent.rglob("*"))
+    assert put(server, rank, save, name, b"x" * 100, b"{}") is None
+    assert sorted(disk.parent.rglob("*")) == before
+
+
+def test_ranges_are_read_by_who_knows_the_secret(server, disk):
+    path = parts.committed(disk, 1, 8, save_id(2)) / "rank_00001.safetensors"
+    whole = path.read_bytes()
+    remote = RemotePart(server, SECRET, 1, 8, save_id(2))
+    assert remote.read(path.name, 0, 10**6) == whole and remote.read(path.name, 8, 20) == whole[8:20]
+    for name in ("../part_00000/x.safetensors", "rank_00009.safetensors"):
+        with pytest.raises(ResourceError, match="another node"):
+            remote.read(name, 0, 8)
+    stranger = RemotePart(server, "guess", 1, 8, save_id(2))
+    with pytest.raises(ResourceError, match="connection ended"):
+        stranger.read(path.name, 0, 8)
+
+
+# ---- the run folder -------------------------------------------------------------------------
+
+
+def test_the_marker_says_which_is_the_newest(tmp_path):
+    from megatron_telechat.cli.launch import _Folders
+
+    folders = _Folders(tmp_path, tmp_path / "checkpoints")
+    assert read_marker(tmp_path) is None and folders.newest_checkpoint() is None
+    for step in (4, 8):
+        write_marker(tmp_path, LocalMarker(step, save_id(step), "/nvme", "now"))
+        assert folders.newest_checkpoint() == (step, save_id(step)), "a job that gets on"
+    with CheckpointWriter(tmp_path / "checkpoints", step=10, config="") as writer:
+        writer.add(KEY, (1,), (0,), torch.zeros(1))
+    newest = folders.newest_checkpoint()
+    assert newest is not None and newest[0] == 10
+    (tmp_path / "local_checkpoint.json").write_text("{")
+    assert read_marker(tmp_path) is None
