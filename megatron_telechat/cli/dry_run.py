@@ -24,6 +24,7 @@ from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.length import counts_epochs, with_steps
 from megatron_telechat.config.loss_chunks import loss_lines
 from megatron_telechat.config.plan_file import read_plan
+from megatron_telechat.config.preference import preference_lines
 from megatron_telechat.config.run_stages import Position, RunStage, RunStages, Span
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import (
@@ -169,7 +170,7 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
         + ("  sequence parallel" if parallel.sequence_parallel_size > 1 else ""),
         f"  type    {run.training.precision_text}"
         + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
-        *(f"  loss    {text}" for text in loss_lines(run)),
+        *(f"  loss    {text}" for text in (*preference_lines(run), *loss_lines(run))),
         *(f"  average {text}" for text in average_lines(run.average)),
         *_frozen(run),
     ]

@@ -49,6 +49,7 @@ from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.phases import ScheduleTimers
 from megatron_telechat.training.progress import progress_at
 from megatron_telechat.training.pulse import PULSE, Activity, Phase
+from megatron_telechat.training.reference import reference_log_probs
 from megatron_telechat.training.reports import Reports
 from megatron_telechat.training.routing import StepRouting
 from megatron_telechat.training.saving import Saving
@@ -56,7 +57,6 @@ from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.spikes import SpikeWindow
 from megatron_telechat.training.step import StepResult, close_iterators, data_iterators
 from megatron_telechat.training.steps_taken import StepsTaken
-from megatron_telechat.training.tolerance import tolerated
 from megatron_telechat.training.trace import exchange_traces
 from megatron_telechat.training.unsaved import unsaved_note
 from megatron_telechat.training.writers import MetricsWriter, recorded_at
@@ -121,11 +121,17 @@ class Trainer:
         self.saved: Location | None = None
         self.branch = Branch()
         PULSE.enter(Phase.LOADING)
+        beginning = beginning or find_beginning(self.stages)
+        self.reference = reference_log_probs(
+            *(run, self.data_plan, beginning.start, self._train_state({}), self.virtual_stages, self.state),
+            *(self._asked_to_stop, self.console.say),
+        )
         self.resumed = self._resume(beginning)
         PULSE.step = self.step
         PULSE.enter(Phase.DATA_INDEX)
         self.progress = self._progress()
-        self.datasets: Datasets = build_datasets(run, self.state, self.progress, self.data_plan)
+        found = (self.progress, self.data_plan, self.reference.tables)
+        self.datasets: Datasets = build_datasets(run, self.state, *found)
         PULSE.enter(Phase.MEASURING)
 
         with together(self.state):
@@ -360,6 +366,7 @@ class Trainer:
                     **self.datasets.order.saved(),
                     **self.auto.extra,
                     **self.averages.extra,
+                    **self.reference.extra,
                 }
                 state = replace(self._train_state(extra), averages=self.averages.slices(begun=True))
                 self._settle(self.saving.save(state, wait, requested, started))
@@ -416,9 +423,8 @@ class Trainer:
             require_writable=self.requests.claims,
         )
 
-    def _resume(self, beginning: Beginning | None) -> LoadedInfo | None:
+    def _resume(self, found: Beginning) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
-        found = beginning or find_beginning(self.stages)
         start = found.start
         info = None
         if start.root is not None:
@@ -486,6 +492,7 @@ class Trainer:
             self.writer.write(stage_event(self.step, self.stage, changes))
             return
         self.console.say(banner(self.run, self.state, self.backend, self.paths, self.datasets, origins))
+        self.console.say(self.reference.about and f"  reference {self.reference.about}")
         self.console.say(f"  saves     {self.saving.about}")
         for line in stages_lines(self.stages, self.position):
             self.console.say(line)
@@ -494,6 +501,4 @@ class Trainer:
             for line in resume_differences(self.run, self.resumed.config):
                 self.console.say(f"  changed since the checkpoint: {line}")
         if self.state.rank == 0:
-            document = self.stages.document or dump_run_config(self.run)
-            with tolerated(str(self.paths.run_dir / "config.yaml")):
-                (self.paths.run_dir / "config.yaml").write_text(document, encoding="utf-8")
+            self.paths.write_config(self.stages.document or dump_run_config(self.run))

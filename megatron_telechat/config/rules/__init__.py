@@ -21,6 +21,7 @@ from megatron_telechat.config.rules import (
     optimizer_state,
     parallel,
     pipeline,
+    preference,
     recompute,
     values,
     watch,
@@ -41,6 +42,7 @@ ALL_RULES: tuple[Rule, ...] = (
     *average.RULES,
     *optimizer_state.RULES,
     *data.RULES,
+    *preference.RULES,
     *files.RULES,
     *watch.RULES,
 )
