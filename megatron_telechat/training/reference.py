@@ -7,14 +7,10 @@ to the run or to the cache in the meantime.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,10 +25,10 @@ from megatron_telechat.checkpoint.start import Start, checkpoint_of
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data import batches
 from megatron_telechat.data.blend import DataPlan
-from megatron_telechat.data.corpus import EncodingFactory, PairCorpus
+from megatron_telechat.data.corpus import PairCorpus
 from megatron_telechat.data.datasets import open_together
-from megatron_telechat.data.formats import corpus_factory
-from megatron_telechat.data.pieces import IndexFolder, Say
+from megatron_telechat.data.pieces import Say
+from megatron_telechat.data.reference_tables import read_table, table_folders, write_table
 from megatron_telechat.data.samples import TokenDataset
 from megatron_telechat.errors import CheckpointError, NumericsError, StopAtStart
 from megatron_telechat.parallel.agreement import from_rank_0, together
@@ -45,12 +41,7 @@ from megatron_telechat.training.step import close_iterators, data_iterators, eva
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
 
-# Takes part in the name of what is kept: raise it when the same weights and data give other numbers.
-_FORMAT = 1
-_TABLE, _ABOUT = "log_probs.npy", "about.json"
 _TOLD_S = 30.0
-_NO_NUMBERS = ("init_method_std", "router_init_std", "name", "moe_aux_loss_coeff", "moe_z_loss_coeff")
-"""Of the model, what no forward depends on."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +86,13 @@ def reference_log_probs(
     """
     if not run.data.dpo:
         return ReferenceLogProbs()
-    told: tuple[Reference, dict[str, str], dict[str, np.ndarray | None]] | None = None
+    told: tuple[Reference, dict[str, Path], dict[str, np.ndarray | None]] | None = None
     with together(state):
         if state.rank == 0:
             reference = reference_of(run, start, checkpoint_of(start))
             assert reference is not None, "a run of pairs has one"
-            folders = {name: f"dpo-{key}" for name, key in _keys(run, plan, reference.digest).items()}
-            told = reference, folders, {name: _kept(run.cache_dir / folder) for name, folder in folders.items()}
+            folders = table_folders(run, plan, reference.digest)
+            told = reference, folders, {name: read_table(folder) for name, folder in folders.items()}
     reference, folders, kept = from_rank_0(told)
     tables = {name: table for name, table in kept.items() if table is not None}
     began, missing = time.perf_counter(), [name for name in plan.names if name not in tables]
@@ -121,69 +112,12 @@ def reference_log_probs(
             table = _Pass(run, virtual_stages, state, model.backend, stop, say).table(name, corpus)
             with together(state):
                 if state.rank == 0:
-                    _keep(run.cache_dir, folders[name], table, {"data": name, "reference": str(reference.path)})
+                    write_table(folders[name], table, {"data": name, "reference": str(reference.path)})
             tables[name] = table
     pairs = sum(int(np.isfinite(table[:, 0]).sum()) for table in tables.values())
     how = f"computed in {time.perf_counter() - began:.1f} s" if missing else f"from {run.cache_dir}"
     about = f"step {reference.step} of {reference.path}; log-probabilities of {pairs:,} pairs {how}"
     return ReferenceLogProbs(tables, reference.extra, about)
-
-
-def is_computed(run: RunConfig, plan: DataPlan, reference: Reference) -> bool:
-    """Whether the cache holds all of it, for a description of the run.
-
-    Raises:
-        DataError: a file of pairs cannot be read.
-    """
-    keys = _keys(run, plan, reference.digest)
-    return all(_kept(run.cache_dir / f"dpo-{key}") is not None for key in keys.values())
-
-
-def _keys(run: RunConfig, plan: DataPlan, digest: str) -> dict[str, str]:
-    """Of each dataset what names its table: the weights, the tokens, and all that changes a log-probability by more
-    than rounding. Neither beta nor the layout is part of it."""
-    factory = corpus_factory(plan.format)
-    assert isinstance(factory, EncodingFactory)
-    model = {name: value for name, value in asdict(run.model).items() if name not in _NO_NUMBERS}
-    common = {
-        "format": _FORMAT,
-        "weights": digest,
-        "model": model,
-        "sequence_length": run.training.seq_length,
-        "precision": run.training.precision_text,
-        "settings": factory.settings(run)["encoding"],
-    }
-    return {
-        name: hashlib.sha256(
-            json.dumps({**common, "file": factory.file_fingerprint(name)}, sort_keys=True, default=str).encode()
-        ).hexdigest()[:20]
-        for name in plan.names
-    }
-
-
-def _kept(folder: Path) -> np.ndarray | None:
-    """The table in a folder of the cache; None where it is not there, or not as it was written."""
-    try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        body = (folder / _TABLE).read_bytes()
-        if hashlib.sha256(body).hexdigest() != about["sha256"]:
-            return None
-        return np.load(io.BytesIO(body), allow_pickle=False)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _keep(cache: Path, name: str, table: np.ndarray, about: Mapping[str, str]) -> None:
-    """Write a table beside its place and rename it into it; what is there was found not to be whole."""
-
-    def write(folder: Path) -> None:
-        with open(folder / _TABLE, "wb") as file:
-            np.save(file, table, allow_pickle=False)
-        digest = hashlib.sha256((folder / _TABLE).read_bytes()).hexdigest()
-        (folder / _ABOUT).write_text(json.dumps({**about, "sha256": digest}), encoding="utf-8")
-
-    shutil.rmtree(cache / name, ignore_errors=True)
-    IndexFolder(cache, builds=True).piece(name, write)
 
 
 @dataclass(frozen=True)

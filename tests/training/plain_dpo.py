@@ -1,5 +1,5 @@
-"""DPO in plain torch: TeleChat2's forward, one half of a pair at a time, AdamW. Written from the papers' formulas, apart
-from the code under test."""
+"""DPO in plain torch: TeleChat2's forward, one half of a pair at a time, AdamW. Written from the formulas of the papers,
+apart from the code under test."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class Plain:
         margin, accuracy: of each step.
         gradients: of the first step, before clipping, by Hugging Face name.
         weights: after the last step.
+        valid: mean loss, mean margin and share of positive margins of other pairs, after each step.
     """
 
     reference: list[tuple[float, float]]
@@ -54,6 +55,7 @@ class Plain:
     accuracy: list[float] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    valid: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 def plain_dpo(
@@ -63,6 +65,7 @@ def plain_dpo(
     batches: Sequence[Sequence[int]],
     lr: float,
     loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    valid: Sequence[int] = (),
 ) -> Plain:
     """Train.
 
@@ -70,6 +73,7 @@ def plain_dpo(
         batches: numbers of the pairs of each global batch.
         loss_of: of one pair, from log-probabilities under the weights [2], under the reference [2], and the numbers of
             tokens of the answers [2].
+        valid: numbers of the pairs that are evaluated after each step.
     """
     config = json.loads((hf / "config.json").read_text())
     weights = {name: tensor.float().requires_grad_() for name, tensor in load_file(hf / "model.safetensors").items()}
@@ -104,5 +108,15 @@ def plain_dpo(
         out.margin.append(float(margins.mean()))
         out.accuracy.append(float((margins > 0).double().mean()))
         optimizer.step()
+        if valid:
+            with torch.no_grad():
+                rows = [(loss_of(*_with(log_probs(n), reference[n])), log_probs(n)[0] - reference[n]) for n in valid]
+            margins = torch.stack([gain[0] - gain[1] for _, gain in rows])
+            mean = float(torch.stack([loss for loss, _ in rows]).mean())
+            out.valid.append((mean, float(margins.mean()), float((margins > 0).double().mean())))
     out.weights = {name: tensor.detach() for name, tensor in weights.items()}
     return out
+
+
+def _with(found: tuple[Tensor, Tensor], reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return found[0], reference, found[1]

@@ -1,5 +1,5 @@
-"""DPO is the loss of the papers, with a reference that is computed once: held against a plain loop, in every layout, and
-across stops, with a cache that is whole, damaged or gone."""
+"""DPO is the loss of the papers, with a reference that is computed once: held against a plain loop, in every layout,
+and across stops, with a cache that is whole, damaged or gone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.harness import run_cases
 from tests.huggingface.folders import telechat_config, telechat_shapes
 from tests.training import worker_dpo
 from tests.training.plain_dpo import Plain, pairs, plain_dpo
-from tests.training.worker_dpo import PEAK, RUNS, SEQ, STEPS
+from tests.training.worker_dpo import ONE_MORE, PEAK, RUNS, SEQ, STEPS
 
 WORKER = Path(__file__).with_name("worker_dpo.py")
 BETA = 0.5
@@ -61,16 +61,30 @@ def runs(folder):
     def of(world: int):
         if world not in done:
             done[world] = run_cases(WORKER, world, timeout=420, env={"DPO_DIR": str(folder)})
+            print(
+                "SECS",
+                world,
+                done[world].launch.seconds,
+                {n: round(max(r["seconds"] for r in rs.values()), 1) for n, rs in done[world].results.items()},
+            )
         return done[world]
 
     return of
 
 
-def source(folder: Path, monkeypatch, text: str = "", run: str = "rows"):
+def datasets_of(folder: Path, monkeypatch, text: str = "", valid: str = ""):
     """The rows of a run; how they are packed is shown in tests/data/test_pairs.py."""
     monkeypatch.setattr(worker_dpo, "FOLDER", folder)
-    flags = [*worker_dpo.flags_of("dense", text), "--run-dir", str(folder / run)]
-    return build_datasets(load_run_config(flags, {}).run, Rank()).train.source
+    flags = [*worker_dpo.flags_of("dense", text), "--run-dir", str(folder / "rows")]
+    if valid:
+        flags[flags.index("--data-path")] = "--train-data-path"
+        flags += ["--valid-data-path", str(folder / valid)]
+    return build_datasets(load_run_config(flags, {}).run, Rank())
+
+
+def ids_of(folder: Path):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return lambda words: tokenizer.encode(words, add_special_tokens=False).ids
 
 
 def sigmoid(found: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -89,11 +103,19 @@ def smoothed_rpo(found: torch.Tensor, reference: torch.Tensor, tokens: torch.Ten
     return preferred - 0.3 * found[0] / tokens[0]
 
 
-def plain(folder: Path, monkeypatch, model: str = "dense", text: str = "", steps: int = STEPS, loss_of=sigmoid) -> Plain:
-    rows, tokenizer = source(folder, monkeypatch, text), Tokenizer.from_file(str(folder / "tokenizer.json"))
+def plain(
+    folder: Path, monkeypatch, model: str = "dense", text: str = "", steps: int = STEPS, loss_of=sigmoid
+) -> Plain:
+    rows = datasets_of(folder, monkeypatch, text).train.source
     batches = [[n for row in range(8 * step, 8 * step + 8) for n in rows.packed(row)] for step in range(steps)]
-    ids = lambda words: tokenizer.encode(words, add_special_tokens=False).ids  # noqa: E731
-    return plain_dpo(folder / model / "hf", PAIRS, ids, batches, PEAK, loss_of)
+    return plain_dpo(folder / model / "hf", PAIRS, ids_of(folder), batches, PEAK, loss_of)
+
+
+@pytest.fixture(scope="module")
+def plain_run(folder) -> Plain:
+    """The plain loop over the packed rows, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        return plain(folder, patch)
 
 
 def column(records: list[dict], key: str) -> list[float]:
@@ -111,8 +133,8 @@ def require_plain(records: list[dict], expected: Plain) -> None:
     assert column(records, "grad_norm") == pytest.approx(expected.grad_norm, rel=1e-5)
 
 
-def test_it_is_a_plain_loop(runs, folder, monkeypatch):
-    found, expected = runs(1).check("dense_packed")[0], plain(folder, monkeypatch)
+def test_it_is_a_plain_loop(runs, folder, plain_run):
+    found, expected = runs(1).check("dense_packed")[0], plain_run
     assert found["code"] == 0 and len(expected.loss) == STEPS >= 10
     require_plain(found["records"], expected)
     margins = [value / BETA for value in column(found["records"], "reward_margin")]
@@ -124,9 +146,9 @@ def test_it_is_a_plain_loop(runs, folder, monkeypatch):
     assert table == pytest.approx(np.array(expected.reference), rel=1e-6)
 
 
-def test_so_are_its_first_gradients_and_its_last_weights(runs, folder, monkeypatch):
+def test_so_are_its_first_gradients_and_its_last_weights(runs, folder, plain_run):
     runs(1).check("first_gradients")
-    expected = plain(folder, monkeypatch)
+    expected = plain_run
     trained = export_hf(folder / "dense_packed" / "checkpoints", folder / "exported").path
     for name, tensor in load_file(trained / "model.safetensors").items():
         assert float((tensor - expected.weights[name]).norm() / tensor.norm()) < 1e-5, name
@@ -145,7 +167,7 @@ OTHERS = {
     "dense_alone": ("dense", STEPS, sigmoid),
     "dense_ipo": ("dense", 2, ipo),
     "dense_rpo": ("dense", 2, smoothed_rpo),
-    "moe_packed": ("moe", STEPS, sigmoid),
+    "moe_packed": ("moe", 4, sigmoid),
 }
 
 
@@ -156,30 +178,65 @@ def test_so_are_other_rows_losses_and_models(runs, folder, monkeypatch, name):
     require_plain(runs(1).check(name)[0]["records"], plain(folder, monkeypatch, model, rows, steps, loss_of))
 
 
-LAYOUTS = {
-    (1, "dense_chunks"): "dense_packed",
-    **{(4, name): "dense_packed" for name in RUNS[4] if name.startswith("dense")},
-    **{(4, name): "moe_aux" for name in RUNS[4] if name.startswith("moe")},
-}
+def require_same(found: list[dict], expected: list[dict]) -> None:
+    assert found and len(found) == len(expected)
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("rewards_chosen", 1e-3), ("reward_margin", 1e-3)):
+        assert column(found, key) == pytest.approx(column(expected, key), rel=tolerance, abs=1e-5), key
+
+
+LAYOUTS = [(1, "dense_chunks"), *((2, name) for name in RUNS[2])]
+WIDE = [name for name in RUNS[4] if "fp16" not in name]
+
+
+def one_rank(name: str) -> str:
+    """The run on one rank that another one must be the same as."""
+    return "dense_frozen" if "frozen" in name else "moe_aux" if name.startswith("moe") else "dense_packed"
 
 
 @pytest.mark.parametrize("world,name", LAYOUTS, ids=[name for _, name in LAYOUTS])
 def test_every_layout_is_one_rank(runs, world, name):
-    expected = runs(1).check(LAYOUTS[world, name])[0]["records"]
     for found in runs(world).check(name):
         assert found["code"] == 0
-        for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("rewards_chosen", 1e-3), ("reward_margin", 1e-3)):
-            wanted = column(expected, key)
-            assert column(found["records"], key) == pytest.approx(wanted, rel=tolerance, abs=1e-5), key
+        require_same(found["records"], runs(1).check(one_rank(name))[0]["records"])
 
 
-def test_an_evaluation_of_the_training_pairs_is_the_loss_of_the_training(runs):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WIDE)
+def test_so_is_every_layout_of_four(runs, name):
+    for found in runs(4).check(name):
+        assert found["code"] == 0
+        require_same(found["records"], runs(1).check(one_rank(name))[0]["records"])
+
+
+@pytest.mark.slow
+def test_half_precision_comes_near(runs):
+    one = column(runs(1).check("dense_fp16")[0]["records"], "loss")
+    assert one == pytest.approx(column(runs(1).check("dense_packed")[0]["records"], "loss")[:3], rel=5e-3)
+    assert column(runs(4).check("dense_fp16_pp2")[0]["records"], "loss") == pytest.approx(one, rel=2e-3)
+
+
+def test_the_loss_of_the_routers_keeps_its_strength(runs):
+    """Pairs are fewer than tokens, and the schedules divide by them."""
+    of_tokens, of_pairs = runs(1).check("router_gradients")[0]
+    assert of_tokens.keys() == of_pairs.keys() and len(of_tokens) == SHAPE["layers"]
+    for name, wanted in of_tokens.items():
+        assert max(map(abs, wanted)) > 1e-3
+        assert of_pairs[name] == pytest.approx(wanted, rel=1e-3, abs=1e-5), name
+
+
+def test_an_evaluation_is_the_same_loss(runs, folder, monkeypatch):
     found = runs(1).check("evaluated")[0]
-    assert found["code"] == 0
-    [first, second] = column(found["records"], "valid_loss")
-    assert first < np.log(2) and second < first
-    [_, margin] = column(found["records"], "valid_reward_margin")
-    assert margin > 0 and column(found["records"], "valid_reward_accuracy")[1] > 0.5
+    datasets = datasets_of(folder, monkeypatch, "--no-sft-packing --eval-interval 1 --eval-iters 6", "valid.jsonl")
+    numbers = [number for row in range(6 * 8) for number in datasets.valid.source.packed(row)]
+    batches = [
+        [n for row in range(8 * step, 8 * step + 8) for n in datasets.train.source.packed(row)] for step in (0, 1)
+    ]
+    lines = [*PAIRS, ONE_MORE]
+    expected = plain_dpo(folder / "dense" / "hf", lines, ids_of(folder), batches, PEAK, sigmoid, numbers).valid
+    assert found["code"] == 0 and len(expected) == 2 and len(numbers) == 48
+    for place, (key, scale) in enumerate((("loss", 1), ("reward_margin", BETA), ("reward_accuracy", 1))):
+        wanted = [scale * of_step[place] for of_step in expected]
+        assert column(found["records"], f"valid_{key}") == pytest.approx(wanted, rel=1e-6 if place == 0 else 1e-4)
 
 
 def test_the_reference_is_that_of_the_begin_whatever_became_of_the_cache(runs):

@@ -17,13 +17,16 @@ FOLDER = Path(os.environ.get("DPO_DIR", "/nonexistent"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 BASE = (
     f"--seq-length {SEQ} --micro-batch-size 1 --global-batch-size 8 --train-iters {STEPS} --lr {PEAK} "
-    "--lr-decay-style constant --lr-warmup-iters 0 --weight-decay 0 --adam-beta2 0.95 --device cpu --fp32 --no-progress "
+    "--lr-decay-style constant --lr-warmup-iters 0 --weight-decay 0 --adam-beta2 0.95 --device cpu --no-progress "
     "--dpo --dpo-beta 0.5 --finetune --split 1 --log-interval 1"
 ).split()
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 EP2 = "--expert-model-parallel-size 2"
 ALONE = "--no-sft-packing"
 DIST = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+AUX = "--moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001"
+VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
+FREEZE = "--train-iters 3 --freeze embedding.* decoder.layers.0-1.*"
 
 RUNS = {
     1: {
@@ -32,17 +35,28 @@ RUNS = {
         "dense_ipo": f"{ALONE} --dpo-loss-type ipo --train-iters 2",
         "dense_rpo": f"{ALONE} --dpo-label-smoothing 0.2 --dpo-sft-loss-weight 0.3 --train-iters 2",
         "dense_chunks": "--loss-chunk-rows 32 --recompute-granularity full --micro-batch-size 4",
-        "moe_packed": "--moe-aux-loss-coeff 0 --moe-z-loss-coeff 0",
-        "moe_aux": "--moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001",
+        "dense_frozen": FREEZE,
+        "dense_fp16": "--fp16 --initial-loss-scale 64 --train-iters 3",
+        "moe_packed": "--moe-aux-loss-coeff 0 --moe-z-loss-coeff 0 --train-iters 4",
+        "moe_aux": AUX,
+    },
+    2: {
+        "dense_tp2": TP2,
+        "dense_pp2_interleaved": VPP2,
+        "moe_ep2": f"{EP2} {AUX}",
     },
     4: {
         "dense_tp2_pp2": f"{TP2} {PP2}",
-        "dense_pp2_interleaved": f"{PP2} --num-virtual-stages-per-pipeline-rank 2 {DIST}",
+        "dense_pp2_dp2_distributed": f"{VPP2} {DIST}",
         "dense_tp2_chunks_offload": f"{TP2} --loss-chunk-rows 24 --use-distributed-optimizer --optimizer-cpu-offload",
-        "moe_ep2_pp2": f"{EP2} {PP2} --moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001",
-        "moe_tp2_ep2_alone": f"{TP2} --moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001",
+        "dense_pp2_frozen": f"{FREEZE} {PP2}",
+        "dense_fp16_pp2": f"--fp16 --initial-loss-scale 64 --train-iters 3 {PP2}",
+        "moe_ep2_pp2": f"{EP2} {PP2} {AUX}",
+        "moe_tp2_ep2": f"{TP2} {AUX} --recompute-granularity selective --recompute-modules moe",
     },
 }
+
+ONE_MORE = {"prompt": "more", "chosen": "abc", "rejected": "defg"}
 
 cases = Cases()
 
@@ -50,7 +64,9 @@ cases = Cases()
 def flags_of(model: str, text: str = "") -> list[str]:
     folder = FOLDER / model
     data = ["--data-path", str(FOLDER / "pairs.jsonl"), "--tokenizer-model", str(FOLDER / "tokenizer.json")]
-    return ["--config", str(folder / "model.yaml"), *BASE, *data, "--load", str(folder / "weights"), *text.split()]
+    precision = [] if "--fp16" in text else ["--fp32"]
+    weights = ["--load", str(folder / "weights")]
+    return ["--config", str(folder / "model.yaml"), *BASE, *precision, *data, *weights, *text.split()]
 
 
 def start(run: str, flags: list[str]) -> int:
@@ -73,7 +89,8 @@ def records(run: str) -> list[dict]:
     lines = (FOLDER / run / "metrics.jsonl").read_text().splitlines()
     keys = ("step", "loss", "grad_norm", "reward_margin", "reward_accuracy", "rewards_chosen", "rewards_rejected")
     keys = (*keys, "valid_loss", "valid_reward_accuracy", "valid_reward_margin")
-    return [{key: line[key] for key in keys if key in line} for line in map(json.loads, lines) if "step" in line]
+    found = [{key: line[key] for key in keys if key in line} for line in map(json.loads, lines)]
+    return [record for record in found if len(record) > 1]
 
 
 def run_case(name: str, text: str) -> dict:
@@ -89,6 +106,7 @@ for _name, _text in RUNS[WORLD].items():
     cases.add(_name, lambda name=_name, text=_text: run_case(name, text))
 
 if WORLD == 1:
+    from megatron_telechat import parallel
 
     @cases.case
     def first_gradients() -> None:
@@ -102,12 +120,35 @@ if WORLD == 1:
             trainer.release()
 
     @cases.case
+    def router_gradients() -> list[dict[str, float]]:
+        """What the loss of the routers alone adds to the gradients of their weights: under the cross entropy of tokens,
+        and under the loss of pairs."""
+        from megatron_telechat.training.objective import TOKENS
+
+        found = []
+        for tokens in (True, False):
+            taken = []
+            for coefficient in (1.0, 0.0):
+                flags = f"--moe-aux-loss-coeff {coefficient} --moe-z-loss-coeff 0 --micro-batch-size 2"
+                trainer = make_trainer(flags_of("moe", flags), FOLDER / "routers")
+                try:
+                    if tokens:
+                        trainer.train_step.objective = TOKENS
+                    trainer.train_step.forward_backward(trainer.training_iterators())
+                    boxes = gradient_boxes(trainer)
+                    taken.append({name: box.double() for name, box in boxes.items() if "router" in name})
+                finally:
+                    trainer.release()
+                    parallel.destroy(keep_world=True)
+            found.append({name: (box - taken[1][name]).flatten()[:20].tolist() for name, box in taken[0].items()})
+        return found
+
+    @cases.case
     def evaluated() -> dict:
-        """Trained and evaluated on the same pairs."""
+        """Evaluated on pairs of another file, which begins with those that are trained."""
         flags = flags_of("dense", f"{ALONE} --train-iters 2 --eval-interval 1 --eval-iters 6")
         flags[flags.index("--data-path")] = "--train-data-path"
-        same = (FOLDER / "pairs.jsonl").read_text() + '{"prompt": "more", "chosen": "a", "rejected": "b"}\n'
-        (FOLDER / "valid.jsonl").write_text(same)
+        (FOLDER / "valid.jsonl").write_text((FOLDER / "pairs.jsonl").read_text() + json.dumps(ONE_MORE) + "\n")
         code = start("evaluated", [*flags, "--valid-data-path", str(FOLDER / "valid.jsonl")])
         return {"code": code, "records": records("evaluated")}
 
