@@ -1,5 +1,5 @@
-"""DPO in plain torch: TeleChat2's forward, one half of a pair at a time, AdamW. Written from the formulas of the papers,
-apart from the code under test."""
+"""DPO in plain torch: TeleChat2's forward, one half of a pair at a time, AdamW. Written from the formulas of the
+papers, apart from the code under test."""
 
 from __future__ import annotations
 
