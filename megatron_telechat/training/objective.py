@@ -101,10 +101,10 @@ class PreferenceLoss:
     * sigmoid: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h); Rafailov et al. 2023, "Direct Preference
       Optimization", equation 7; the label smoothing e is Mitchell's conservative DPO (2023).
     * ipo: (h - 1 / (2 beta))^2; Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human
-      Preferences", equation 17. The log-probabilities are divided by the tokens of their answer, as TRL does.
+      Preferences". The log-probabilities are divided by the tokens of their answer, as TRL does.
 
     To both may be added w times the cross entropy of the chosen answer, the mean over its tokens; Pang et al. 2024,
-    "Iterative Reasoning Preference Optimization", equation 2.
+    "Iterative Reasoning Preference Optimization".
 
     Attributes:
         settings: of the run.

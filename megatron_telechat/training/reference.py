@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_telechat.backend import Backend
 from megatron_telechat.checkpoint import TrainState, load_checkpoint
+from megatron_telechat.checkpoint.lineage import look_at
 from megatron_telechat.checkpoint.reference import Reference, reference_of
 from megatron_telechat.checkpoint.start import Start, checkpoint_of
 from megatron_telechat.config.schema import RunConfig
@@ -30,6 +31,7 @@ from megatron_telechat.data.datasets import open_together
 from megatron_telechat.data.pieces import Say
 from megatron_telechat.data.reference_tables import read_table, table_folders, write_table
 from megatron_telechat.data.samples import TokenDataset
+from megatron_telechat.data.sources import Opened
 from megatron_telechat.errors import CheckpointError, NumericsError, StopAtStart
 from megatron_telechat.parallel.agreement import from_rank_0, together
 from megatron_telechat.parallel.state import ParallelState
@@ -104,8 +106,15 @@ def reference_log_probs(
                 str(reference.path),
                 "bring the checkpoint back, or name a copy of it with --dpo-reference",
             ).on_every_rank()
-        opened = open_together(run, plan)
+        opened: Opened = {}
+        with together(state):
+            opened = open_together(run, plan)  # they wait for rank 0 at the store, not in a collective
         load_checkpoint(reference.path, model, run, state, weights_only=True)
+        with together(state):
+            if state.rank == 0 and look_at(reference.path).digest != reference.digest:
+                raise CheckpointError(
+                    "the reference was changed while it was read", str(reference.path), "run the same command again"
+                )
         assert model.backend is not None, "a training has a device"
         for name in missing:
             corpus = cast(PairCorpus, opened[name])
