@@ -61,12 +61,6 @@ def runs(folder):
     def of(world: int):
         if world not in done:
             done[world] = run_cases(WORKER, world, timeout=420, env={"DPO_DIR": str(folder)})
-            print(
-                "SECS",
-                world,
-                done[world].launch.seconds,
-                {n: round(max(r["seconds"] for r in rs.values()), 1) for n, rs in done[world].results.items()},
-            )
         return done[world]
 
     return of
