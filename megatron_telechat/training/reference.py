@@ -144,6 +144,10 @@ class _Pass:
         """float64 [pairs of the dataset, 2], the same on every rank."""
         run, batch = self.run, self.run.training.global_batch_size
         with together(self.state):
+            usable = corpus.usable
+        if not usable:  # of a validation file; it gives none, and that is said elsewhere
+            return np.full((corpus.pairs, 2), math.nan)
+        with together(self.state):
             source = corpus.whole(batch)
             borders = {"reset_position_ids": True, "reset_attention_mask": True}
             vocabulary, padding = run.model.vocab_size, run.routers_read_masks

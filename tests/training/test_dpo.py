@@ -233,6 +233,11 @@ def test_an_evaluation_is_the_same_loss(runs, folder, monkeypatch):
         assert column(found["records"], f"valid_{key}") == pytest.approx(wanted, rel=1e-6 if place == 0 else 1e-4)
 
 
+def test_a_validation_without_a_pair_is_none(runs):
+    found = runs(1).check("no_pair_to_validate_on")[0]
+    assert found["code"] == 0 and len(found["records"]) == 1 and "valid_loss" not in found["records"][0]
+
+
 def test_the_reference_is_that_of_the_begin_whatever_became_of_the_cache(runs):
     found, whole = runs(1).check("stopped_and_gone_on")[0], runs(1).check("dense_packed")[0]
     for name in ("resumed", "damaged", "gone"):

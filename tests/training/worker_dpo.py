@@ -153,6 +153,15 @@ if WORLD == 1:
         return {"code": code, "records": records("evaluated")}
 
     @cases.case
+    def no_pair_to_validate_on() -> dict:
+        """Evaluations that are asked for, on a file whose pairs are all too long."""
+        flags = flags_of("dense", "--train-iters 1 --eval-interval 1")
+        flags[flags.index("--data-path")] = "--train-data-path"
+        (FOLDER / "long.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "a" * SEQ, "rejected": "b"}) + "\n")
+        code = start("novalid", [*flags, "--valid-data-path", str(FOLDER / "long.jsonl")])
+        return {"code": code, "records": records("novalid")}
+
+    @cases.case
     def stopped_and_gone_on() -> dict:
         """A run that ends after five steps and goes on, whose cache is then whole, damaged, or gone; and what is
         refused."""
