@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_telechat.checkpoint.lineage import Saved
+from megatron_telechat.checkpoint.meaning import require_meaning
 from megatron_telechat.checkpoint.start import Start, checkpoint_of
+from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import CheckpointError, ConfigError
 from megatron_telechat.locations import Location, location
@@ -39,7 +41,8 @@ class Reference:
     @property
     def extra(self) -> dict[str, Any]:
         """What a checkpoint of the run keeps of it."""
-        return {REFERENCE: {"folder": str(self.path), "step": self.step, "digest": self.digest}}
+        folder = store_of(self.path).identity(self.path)
+        return {REFERENCE: {"folder": folder, "step": self.step, "digest": self.digest}}
 
 
 def reference_of(run: RunConfig, start: Start, saved: Saved | None) -> Reference | None:
@@ -51,7 +54,7 @@ def reference_of(run: RunConfig, start: Start, saved: Saved | None) -> Reference
 
     Raises:
         ConfigError: no reference is named, or the run would begin with initial weights.
-        CheckpointError: it is not there, or is not the one that the run began with.
+        CheckpointError: it is not there, is of another model, or is not the one that the run began with.
     """
     if not run.data.dpo:
         return None
@@ -87,6 +90,8 @@ def reference_of(run: RunConfig, start: Start, saved: Saved | None) -> Reference
             str(saved.path) if saved is not None else "",
             f"--dpo-reference {kept.path}; or a new --run-dir, to begin a run with another reference",
         )
+    if kept is None and run.preference.dpo_reference is not None:
+        require_meaning(chosen.config, chosen.extra, run, chosen.path)  # of the others the start has asked
     return Reference(chosen.path, chosen.step, chosen.digest)
 
 

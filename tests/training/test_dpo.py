@@ -245,6 +245,7 @@ def test_the_reference_is_that_of_the_begin_whatever_became_of_the_cache(runs):
         assert found[name]["records"] == whole["records"], name
     assert found["resumed"]["untouched"] and not found["damaged"]["untouched"]
     assert found["other"].startswith("4 ") and "is not the one that the run began with" in found["other"]
+    assert found["another_model"].startswith("4 ") and "num_experts is 4 in the checkpoint" in found["another_model"]
     assert found["without_weights"] == 0
     assert found["lost"].startswith("4 ") and "is gone" in found["lost"]
 

@@ -199,6 +199,7 @@ if WORLD == 1:
         # Weights of the run itself, which are trained, in the place of those it began with.
         trained = str(FOLDER / "resumed" / "checkpoints")
         found["other"] = refused("resumed", "--dpo-reference", trained, "--train-iters", "14")
+        found["another_model"] = refused("another", "--dpo-reference", str(FOLDER / "moe" / "weights"))
         table = stop("lost")
         weights = FOLDER / "dense" / "weights"
         os.rename(weights, FOLDER / "dense" / "away")
