@@ -194,6 +194,12 @@ def test_every_layout_is_one_rank(runs, world, name):
         require_same(found["records"], runs(1).check(one_rank(name))[0]["records"])
 
 
+def test_stages_of_a_run_have_one_reference(runs):
+    for found in runs(2).check("dense_stages"):
+        assert found["code"] == 0 and found["tables"] == 1
+        require_same(found["records"], runs(1).check("dense_packed")[0]["records"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WIDE)
 def test_so_is_every_layout_of_four(runs, name):

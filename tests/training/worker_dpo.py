@@ -105,6 +105,25 @@ def run_case(name: str, text: str) -> dict:
 for _name, _text in RUNS[WORLD].items():
     cases.add(_name, lambda name=_name, text=_text: run_case(name, text))
 
+if WORLD == 2:
+
+    @cases.case
+    def dense_stages() -> dict:
+        """The layout changes after five steps: the second stage finds what the first one computed."""
+        import torch.distributed as dist
+
+        flags = flags_of("dense")
+        config = FOLDER / "dense" / "stages.yaml"
+        model = (FOLDER / "dense" / "model.yaml").read_text()
+        later = "  - from_samples: 40\n    tensor_model_parallel_size: 2\n"
+        config.write_text(f"{model}\nstages:\n  - from_samples: 0\n    tensor_model_parallel_size: 1\n{later}")
+        flags[flags.index("--config") + 1] = str(config)
+        code = start("dense_stages", flags)
+        dist.barrier()
+        tables = list((FOLDER / "dense_stages" / "cache").glob("dpo-*"))
+        return {"code": code, "records": records("dense_stages"), "tables": len(tables)}
+
+
 if WORLD == 1:
     from megatron_telechat import parallel
 
