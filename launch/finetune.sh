@@ -5,7 +5,8 @@
 #
 #   HF_FOLDER  config.json, weights and tokenizer, such as a published TeleChat2
 #   OUTPUT     weights/ (the import), run/ (checkpoints, metrics), hf/ (the result); on a disk that all ranks see
-#   DATA       a jsonl file of dialogs, several of them with "," between, or a data.json ({"file.jsonl": copies})
+#   DATA       a jsonl file of dialogs, several of them with "," between, or a data.json ({"file.jsonl": copies});
+#              with --dpo among the flags, of pairs of a chosen and a rejected answer
 #
 # Every setting below can be given again behind DATA, where the last one counts: --train-epochs 3 --lr 1e-5 --bf16
 # --tensor-model-parallel-size 2 ... docs/finetuning.md has a table from the published flags to these. Without
@@ -72,11 +73,12 @@ if [ "$nproc" -gt 1 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
 
 # What the published scripts set, or leave at the defaults of transformers' Trainer.
 flags=(--config "$output/model.yaml" --finetune --load "$output/weights" --run-dir "$output/run"
-    --sft "${source[@]}" --split 1 --tokenizer-model "$hf"
+    "${source[@]}" --split 1 --tokenizer-model "$hf"
     --seq-length 4096 --micro-batch-size 1 --lr 3e-5 --min-lr 0 --lr-decay-style cosine
     --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.999 --adam-eps 1e-8 --clip-grad 1.0 --seed 42
     --use-distributed-optimizer --recompute-granularity full --save-interval 100 --keep-last 1 --log-interval 10)
 # Of settings that can be said in several ways, only what was said.
+if ! given --sft --dpo -- "$@"; then flags+=(--sft); fi
 if ! given --fp16 --bf16 --fp32 --precision -- "$@"; then flags+=(--fp16); fi
 if ! given --train-iters --train-samples --train-epochs -- "$@"; then flags+=(--train-epochs 1); fi
 if ! given --lr-warmup-iters --lr-warmup-tokens --lr-warmup-samples -- "$@"; then flags+=(--lr-warmup-fraction 0.05); fi

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_telechat.checkpoint.averages import resume_notes
 from megatron_telechat.checkpoint.lineage import Saved
 from megatron_telechat.checkpoint.meaning import saved_values
+from megatron_telechat.checkpoint.reference import REFERENCE, Reference, reference_of
 from megatron_telechat.checkpoint.start import Start, position_of, require_start
 from megatron_telechat.cli.local_text import local_beginning, local_lines
 from megatron_telechat.cli.model_text import model_text
@@ -25,6 +26,7 @@ from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.length import counts_epochs, with_steps
 from megatron_telechat.config.loss_chunks import loss_lines
 from megatron_telechat.config.plan_file import read_plan
+from megatron_telechat.config.preference import preference_lines
 from megatron_telechat.config.run_stages import Position, RunStage, RunStages, Span
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import (
@@ -49,6 +51,7 @@ from megatron_telechat.data.blend import DataPlan, data_plan
 from megatron_telechat.data.formats import corpus_factory, data_files, require_enough
 from megatron_telechat.data.length import known_length
 from megatron_telechat.data.order import Progress, SampleOrder, progress_ahead, resumed_order
+from megatron_telechat.data.reference_tables import read_table, table_folders
 from megatron_telechat.device_kinds import planned_device
 from megatron_telechat.errors import DataError
 from megatron_telechat.locations import Url
@@ -86,8 +89,9 @@ def report(loaded: LoadedConfig) -> str:
     stages, out = loaded.stages, _Report()
     away = {one.missing for one in loaded.missing}
     out.warnings += [f"{one.what}: not here; the run will refuse to start without it" for one in loaded.missing]
-    away_start = away & {"load", "pretrained_checkpoint"}
+    away_start = away & {"load", "pretrained_checkpoint", REFERENCE}
     start, saved = (Start(None), None) if away_start else require_start(stages)
+    reference = None if away_start else reference_of(loaded.run, start, saved)
     goes_on = saved is not None and not start.weights_only
     position = position_of(saved) if saved is not None and goes_on else Position()
     if counts_epochs(loaded.run) and (length := known_length(loaded.run)) is not None:
@@ -101,7 +105,7 @@ def report(loaded: LoadedConfig) -> str:
         _of_stage(stage, spans.get(stage.number), stages, out)
     out.section("files", _files(loaded.run, out))
     begins = [f"{_names(away_start)}: not here"] if away_start else _beginning(start, saved, loaded.run)
-    out.section("begins with", begins)
+    out.section("begins with", [*begins, *_reference(loaded.run, reference, away, out)])
     ahead = list(progress_ahead(stages, position, _order_so_far(stages, saved if goes_on else None, position)))
     out.section("data", _data_here(loaded.run, ahead, away - away_start, out))
     changed = _said_by_person(loaded)
@@ -170,7 +174,7 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
         + ("  sequence parallel" if parallel.sequence_parallel_size > 1 else ""),
         f"  type    {run.training.precision_text}"
         + ("  distributed optimizer" if parallel.use_distributed_optimizer else ""),
-        *(f"  loss    {text}" for text in loss_lines(run)),
+        *(f"  loss    {text}" for text in (*preference_lines(run), *loss_lines(run))),
         *(f"  average {text}" for text in average_lines(run.average)),
         *_frozen(run),
     ]
@@ -391,6 +395,26 @@ def _beginning(start: Start, saved: Saved | None, run: RunConfig) -> list[str]:
         return [f"the weights of {saved.path}, at step 0 with a fresh optimizer", *start.notes, *local]
     notes = resume_notes(run.average, saved.extra, saved.step)
     return [f"{saved.path}: step {saved.step}", *start.notes, *notes, *local]
+
+
+def _reference(run: RunConfig, reference: Reference | None, away: set[str], out: _Report) -> list[str]:
+    """What answers are held against, and whether it has been asked already."""
+    if reference is None:
+        return []
+    line = f"reference: {reference.path}, step {reference.step}; its log-probabilities "
+    named = run.data.data_path or run.data.data_json or run.data.train_data_path
+    there = named and run.data.tokenizer_model is not None and not away
+    if there:
+        tables = table_folders(run, data_plan(run.data), reference.digest).values()
+        if all(read_table(folder) is not None for folder in tables):
+            return [f"{line}are in {run.cache_dir}"]
+    if not reference.is_there:
+        out.warnings.append(
+            f"the reference {reference.path} is gone, and its log-probabilities are not in {run.cache_dir}: the run "
+            "will refuse to start"
+        )
+    share = "a quarter" if run.training.recompute_granularity == "full" else "a third"
+    return [f"{line}are computed before the first step: a forward over every pair, about {share} of an epoch's time"]
 
 
 def _names(fields: set[str]) -> str:

@@ -129,11 +129,12 @@ def _run(argv: list[str], environ: Mapping[str, str]) -> int:
                 _execute(loaded)
         return EXIT_OK
     require_started_ranks(environ)
+    from megatron_telechat.checkpoint.reference import reference_of
     from megatron_telechat.checkpoint.start import require_start
     from megatron_telechat.training import train
 
     # Every rank looks for itself: all come to one answer, before a process group in which one would wait for another.
-    require_start(loaded.stages)
+    reference_of(loaded.run, *require_start(loaded.stages))
     if loaded.run.needs_transformer_engine:
         from megatron_telechat.backend import get_backend
         from megatron_telechat.model.transformer_config import require_transformer_engine

@@ -123,6 +123,8 @@ class ChatFormat(DataFormat):
     module = "chat.corpus"
     field = "sft"
     marks_tokens = True
+    lines = "dialogs"
+    """What a file holds, for messages."""
 
     def is_chosen(self, data: DataConfig) -> bool:
         return data.sft
@@ -131,14 +133,25 @@ class ChatFormat(DataFormat):
         return data.sft_template
 
     def complaint(self, name: str) -> Complaint | None:
-        what = f"sft reads jsonl files, but {name} is not one"
+        what = f"{self.field} reads jsonl files, but {name} is not one"
         if not os.path.isfile(name):
             indexed = os.path.isfile(f"{name}.idx") or name.endswith((".bin", ".idx"))
-            other = "drop --sft to train on indexed text, or name a jsonl file"
+            other = f"drop --{self.field} to train on indexed text, or name a jsonl file"
             return Complaint(what, other if indexed else "correct the path of the jsonl file")
         if name.endswith((".bin", ".idx", ".parquet")):
-            return Complaint(what, "name a file of dialogs, one a line")
+            return Complaint(what, f"name a file of {self.lines}, one a line")
         return None
+
+
+class PairFormat(ChatFormat):
+    """Preference training: jsonl files with one pair of answers a line."""
+
+    module = "chat.pairs"
+    field = "dpo"
+    lines = "pairs of a chosen and a rejected answer"
+
+    def is_chosen(self, data: DataConfig) -> bool:
+        return data.dpo
 
 
 class MockFormat(IndexedFormat):
@@ -155,7 +168,7 @@ class MockFormat(IndexedFormat):
 
 INDEXED = IndexedFormat()
 MOCK = MockFormat()
-FORMATS: tuple[DataFormat, ...] = (ChatFormat(), MOCK, INDEXED)
+FORMATS: tuple[DataFormat, ...] = (PairFormat(), ChatFormat(), MOCK, INDEXED)
 """In the order they are asked; the last one is chosen where no other is."""
 
 

@@ -20,6 +20,7 @@ def derive(check: Check) -> None:
     values = values_of(check.run)
     _finetune_begins_with_load(values, check)
     _replace_values_of_the_preset(values, check)
+    _pairs_attend_to_themselves(values, check)
     _count_samples_as_tokens(values, check)
     _pattern_as_frequency(values, check)
     for name, derivation in DERIVATIONS:
@@ -124,6 +125,15 @@ def _finetune_begins_with_load(values: dict[str, Any], check: Check) -> None:
     values["pretrained_checkpoint"], values["load"] = load, None
     check.origins["pretrained_checkpoint"] = check.origins.get("load", DEFAULT)
     check.origins["load"] = DERIVED
+
+
+def _pairs_attend_to_themselves(values: dict[str, Any], check: Check) -> None:
+    """The two halves of a pair stand in one row and must not see each other: the log-probability of an answer is that
+    of the answer alone."""
+    for name in ("reset_attention_mask", "reset_position_ids"):
+        if values["dpo"] and not check.said_by_person(name):
+            values[name] = True
+            check.origins[name] = DERIVED
 
 
 def _pattern_as_frequency(values: dict[str, Any], check: Check) -> None:

@@ -545,7 +545,7 @@ class DataConfig:
     """Restart the positions after an end-of-document token; with sft, at every dialog of a row."""
     reset_attention_mask: bool = False
     """A document (with sft: a dialog) attends to itself only, not to earlier documents of the sample. Its first
-    token is not learned, because it has no context."""
+    token is not learned, because it has no context. Always on with dpo."""
     sft: bool = False
     """Fine-tuning: the data paths are jsonl files of dialogs, which are packed and trained with a loss mask."""
     sft_template: Literal["telechat2", "telechat2-115b", "telechat"] = "telechat2"
@@ -559,10 +559,32 @@ class DataConfig:
     """Pack several dialogs into one sample; off: one dialog per sample, padded."""
     sft_overlong: Literal["truncate", "drop"] = "truncate"
     """Dialogs longer than seq_length: truncate or drop."""
+    dpo: bool = False
+    """Direct preference optimization: the data paths are jsonl files of pairs, a chosen and a rejected answer each.
+    In place of sft; the template, the system text and the packing are those of sft."""
+    dpo_overlong: Literal["drop", "refuse"] = "drop"
+    """Pairs longer than seq_length: leave them out (drop) or end the run (refuse). A pair is never truncated."""
     num_workers: int = 1
     """Background threads that prepare batches on each rank."""
     data_index_timeout_minutes: float = 60.0
     """Maximum time that the other ranks wait for rank 0 to build the sample index."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Direct preference optimization (--dpo)."""
+
+    dpo_beta: float = 0.1
+    """Strength of the pull towards the reference: what a difference of log-probabilities is multiplied by."""
+    dpo_loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss of a pair: sigmoid (DPO) or ipo (squared, of log-probabilities averaged over the tokens of an answer)."""
+    dpo_label_smoothing: float = 0.0
+    """Share of the pairs that are taken to be labelled the wrong way round (conservative DPO); below 0.5."""
+    dpo_sft_loss_weight: float = 0.0
+    """Weight of the mean cross entropy of the chosen answer, added to the loss of its pair (RPO)."""
+    dpo_reference: str | None = None
+    """Checkpoint whose log-probabilities are the reference. Unset: the weights that the run begins with
+    (pretrained_checkpoint)."""
 
 
 @dataclass(frozen=True)
@@ -717,6 +739,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     average: AverageConfig = field(default_factory=AverageConfig)

@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class PairMarks:
+    """The pairs of a sample, in order.
+
+    Attributes:
+        numbers: int64 [pairs], of each in its dataset.
+        halves: int64 [pairs, 2, 2], first token of the chosen and of the rejected half, and the one behind its last.
+        reference: float64 [pairs, 2], log-probability of the answers of each half under the reference; NaN where it is
+            not known.
+    """
+
+    numbers: np.ndarray
+    halves: np.ndarray
+    reference: np.ndarray
+
+
+@dataclass(frozen=True)
 class Marks:
     """What a source that knows its borders says of the tokens of a sample.
 
@@ -27,11 +43,13 @@ class Marks:
         learned: bool [sequence_length + 1], the tokens that are learned where they are labels.
         starts: int64, ascending, where documents (dialogs) and the padding begin.
         used: tokens before the padding.
+        pairs: of a sample of pairs.
     """
 
     learned: np.ndarray
     starts: np.ndarray
     used: int
+    pairs: PairMarks | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +193,43 @@ class Corpus(Protocol):
 
         Raises:
             DataError: the share has nothing to give.
+        """
+        ...
+
+
+class PairCorpus(Corpus, Protocol):
+    """A dataset of pairs, whose answers a reference has given log-probabilities."""
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs, those that cannot be used included."""
+        ...
+
+    @property
+    def usable(self) -> int:
+        """Number of pairs that can be used."""
+        ...
+
+    def origin(self, pair: int) -> str:
+        """Where a pair comes from, for messages."""
+        ...
+
+    def whole(self, batch: int) -> SampleSource:
+        """Every pair that can be used, once, in the order of the file; the last batch is filled up with empty rows.
+
+        Args:
+            batch: rows of one.
+
+        Raises:
+            DataError: a pair is too long, where that is refused.
+        """
+        ...
+
+    def use_reference(self, log_probs: np.ndarray) -> None:
+        """What samples say of the reference from now on.
+
+        Args:
+            log_probs: float64 [pairs of the dataset, 2], NaN for those that cannot be used.
         """
         ...
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
+
+import numpy as np
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.blend import SPLITS, DataPlan, data_plan
-from megatron_telechat.data.corpus import EncodingFactory, SampleSource
+from megatron_telechat.data.corpus import EncodingFactory, PairCorpus, SampleSource
 from megatron_telechat.data.formats import corpus_factory
 from megatron_telechat.data.mock import MockSamples
 from megatron_telechat.data.order import MEGATRON, Progress, SampleOrder, order_of, samples_needed
@@ -19,6 +23,7 @@ from megatron_telechat.data.sources import (
     build_index,
     index_key,
     open_encoded,
+    open_folders,
     open_sources,
     split_sources,
 )
@@ -111,8 +116,33 @@ def prepare_index(
     return PreparedIndex(plan, folder, build_index(run, plan, opened, folder, say, progress), opened)
 
 
+def open_together(run: RunConfig, plan: DataPlan) -> Opened:
+    """The datasets of a run whose files are encoded, by the names it gives them, without an index; called by all ranks.
+
+    Rank 0 encodes what is not yet, the others wait for it.
+
+    Raises:
+        DataError: a file is missing or damaged.
+        ResourceError: the cache cannot be written, or rank 0 did not finish in time.
+    """
+    word = WordOfRankZero(run.data.data_index_timeout_minutes * 60)
+    if not word.first:
+        return open_folders(run, plan, json.loads(word.hear()))
+    try:
+        opened = open_sources(run, plan, word.progress)
+    except BaseException as error:
+        word.say_failed(error)
+        raise
+    word.say(json.dumps({name: corpus.content_key() for name, corpus in opened.items()}))
+    return opened
+
+
 def build_datasets(
-    run: RunConfig, state: Ranks, progress: Progress = Progress(), plan: DataPlan | None = None
+    run: RunConfig,
+    state: Ranks,
+    progress: Progress = Progress(),
+    plan: DataPlan | None = None,
+    references: Mapping[str, np.ndarray] | None = None,
 ) -> Datasets:
     """The datasets of a run; called by all ranks.
 
@@ -123,6 +153,7 @@ def build_datasets(
     Args:
         progress: how far the run has read, and in which order it began.
         plan: ``data_plan(run.data)``, where the caller has it already.
+        references: of datasets of pairs, the log-probabilities of their answers under the reference; unset: NaN.
 
     Raises:
         ConfigError: the data section contradicts itself or the model.
@@ -148,6 +179,8 @@ def build_datasets(
         word.say(index.folder.name)
     elif not isinstance(corpus_factory(plan.format), EncodingFactory):
         word.hear(index.folder.name)
+    for name, table in (references or {}).items():
+        cast(PairCorpus, index.opened[name]).use_reference(table)
     sources, summary = read_sources(run, index, progress)
     sizes = dict(zip(SPLITS, samples_needed(run, progress), strict=True))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_telechat.data.corpus import Marks, SampleSource
+from megatron_telechat.data.corpus import Marks, PairMarks, SampleSource
 from megatron_telechat.errors import DataError
 
 
@@ -28,6 +28,11 @@ class TokenDataset(torch.utils.data.Dataset):
             end of the one before it. A batch then holds ``segment_lengths`` too, int64 [segments of all its rows]: the
             lengths of the stretches that attend to themselves only. They sum to s in each row.
         tell_padding: a batch of dialogs holds ``padding`` too, bool [len(ids), s]: the inputs that are padding.
+
+    A batch of pairs holds of its pairs, chosen half and rejected one in turn: ``answers``, int64 [halves, longest], the
+    places of the learned labels of each among the len(ids) * s of the batch; ``answer_lengths``, int64 [halves], how
+    many of them are meant; ``reference``, float64 [halves], their log-probability under the reference; and
+    ``pair_numbers``, int64 [pairs], of each pair in its dataset.
     """
 
     def __init__(
@@ -87,6 +92,9 @@ class TokenDataset(torch.utils.data.Dataset):
         used = [mark.used for mark in marks if mark is not None]
         if self.tell_padding and used:
             batch["padding"] = np.stack([np.arange(length) >= tokens for tokens in used])
+        pairs = [mark.pairs for mark in marks if mark is not None and mark.pairs is not None]
+        if pairs:
+            batch |= _pairs_of(pairs, batch["loss_mask"])
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def _starts(self, row: np.ndarray, marks: Marks | None, cuts: np.ndarray) -> np.ndarray:
@@ -121,3 +129,28 @@ class TokenDataset(torch.utils.data.Dataset):
             self.source.find_token(samples[row], token),
             "preprocess the text with the model's own tokenizer, or correct --vocab-size",
         )
+
+
+def _pairs_of(rows: Sequence[PairMarks], loss_mask: np.ndarray) -> dict[str, np.ndarray]:
+    """What a batch says of its pairs.
+
+    Args:
+        rows: the pairs of each row.
+        loss_mask: float32 [rows, s].
+    """
+    length = loss_mask.shape[1]
+    places: list[np.ndarray] = []
+    for number, pairs in enumerate(rows):
+        for begin, end in pairs.halves.reshape(-1, 2):
+            # A token is the label of the place before it, and the first of a half is no label.
+            places.append(number * length + begin + np.flatnonzero(loss_mask[number, begin : end - 1]))
+    lengths = np.array([found.size for found in places], np.int64)
+    answers = np.zeros((lengths.size, int(lengths.max(initial=0))), np.int64)
+    for row, found in zip(answers, places, strict=True):
+        row[: found.size] = found
+    return {
+        "answers": answers,
+        "answer_lengths": lengths,
+        "reference": np.concatenate([pairs.reference.reshape(-1) for pairs in rows]),
+        "pair_numbers": np.concatenate([pairs.numbers for pairs in rows]),
+    }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
@@ -79,11 +79,26 @@ def open_encoded(run: RunConfig, plan: DataPlan, final: Path) -> Opened:
     Raises:
         DataError: they are not to be seen here.
     """
+    try:
+        folders = json.loads((final / _ENCODED).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _not_shared(error) from error
+    return open_folders(run, plan, folders)
+
+
+def open_folders(run: RunConfig, plan: DataPlan, folders: Mapping[str, str]) -> Opened:
+    """The files that rank 0 encoded.
+
+    Args:
+        folders: of each dataset its folder in the cache.
+
+    Raises:
+        DataError: they are not to be seen here.
+    """
     factory = corpus_factory(plan.format)
     assert isinstance(factory, EncodingFactory)
     try:
-        folders = json.loads((final / _ENCODED).read_text(encoding="utf-8"))
-        return {name: factory.open_encoded(name, run, final.parent / folders[name]) for name in plan.names}
+        return {name: factory.open_encoded(name, run, run.cache_dir / folders[name]) for name in plan.names}
     except OSError as error:
         raise _not_shared(error) from error
 

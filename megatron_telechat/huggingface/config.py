@@ -98,7 +98,13 @@ def model_config_from_hf(
             "use a TeleChat2 checkpoint: 3B, 7B, 35B, 115B or 39B-A12B",
         )
     if kind not in (TELECHAT, "telechat2", MIXTRAL):
-        raise CheckpointError(f"model_type is {kind!r}", where, "supported are telechat (TeleChat2) and mixtral")
+        missing = _not_built(config)
+        because = f"; not built here: {', '.join(missing)}" if missing else ""
+        raise CheckpointError(
+            f"model_type is {kind!r}, which is not imported{because}",
+            where,
+            "supported are telechat (TeleChat2) and mixtral; docs/checkpoints.md says what others would need",
+        )
     reader = _Reader(config, where)
     values = _mixtral(reader) if kind == MIXTRAL else _telechat(reader, tensor_names)
     if not reader.problems:
@@ -106,6 +112,32 @@ def model_config_from_hf(
     if reader.problems:
         raise CheckpointError(reader.problems)
     return ModelConfig(**values)
+
+
+def _not_built(config: Mapping[str, Any]) -> list[str]:
+    """What other published models have and the layers that are trained here have not, as far as a ``config.json`` says
+    it."""
+
+    def number(name: str) -> float:
+        value = config.get(name)
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+
+    mixture = any(number(name) > 1 for name in ("num_experts", "n_routed_experts", "num_local_experts"))
+    dense, scale = number("first_k_dense_replace"), number("routed_scaling_factor")
+    applies = {
+        f"multi-latent attention (kv_lora_rank {number('kv_lora_rank'):g})": number("kv_lora_rank") > 0,
+        f"dense layers before those of experts (first_k_dense_replace {dense:g})": dense > 0,
+        "single layers without experts (mlp_only_layers)": bool(config.get("mlp_only_layers")),
+        f"experts chosen by groups (n_group {number('n_group'):g})": number("n_group") > 1,
+        "sigmoid scores of the router (scoring_func)": config.get("scoring_func") == "sigmoid",
+        "probabilities of the chosen experts that do not sum to 1 (norm_topk_prob false)": mixture
+        and config.get("norm_topk_prob") is False,
+        f"a factor on the output of the experts (routed_scaling_factor {scale:g})": scale not in (0, 1),
+        "a gate on the shared expert": number("shared_expert_intermediate_size") > 0,
+        "biases on queries, keys and values": config.get("qkv_bias") is True or config.get("attention_bias") is True,
+        "tied embeddings": config.get("tie_word_embeddings") is True,
+    }
+    return [text for text, is_so in applies.items() if is_so]
 
 
 def _telechat(reader: _Reader, names: Mapping[str, Any]) -> dict[str, Any]:

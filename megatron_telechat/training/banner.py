@@ -12,6 +12,7 @@ from megatron_telechat.config.averages import average_lines
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.loss_chunks import loss_lines
+from megatron_telechat.config.preference import preference_lines
 from megatron_telechat.config.run_stages import Position, RunStage, RunStages
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs import count_parameters
@@ -49,7 +50,7 @@ def banner(
         *(f"  frozen    {line}" for line in frozen_lines(run)),
         f"  ranks     {state.world_size} on {backend.device_name()}: {parallel_sizes(run)}",
         *(f"  experts   {line}" for line in expert_lines(run)),
-        *(f"  loss      {line}" for line in loss_lines(run)),
+        *(f"  loss      {line}" for line in (*preference_lines(run), *loss_lines(run))),
         *(f"  average   {line}" for line in average_lines(run.average)),
         f"  layout    {layout}",
         *(f"            {line}" for line in layout_picture(run).splitlines()),
@@ -152,7 +153,7 @@ def resume_differences(
     if saved is None:
         return []
     lines = []
-    for section in ("model",) if weights_only else ("model", "training", "optimizer", "data", "average"):
+    for section in ("model",) if weights_only else ("model", "training", "optimizer", "data", "preference", "average"):
         now, then = getattr(run, section), getattr(saved, section)
         for field in fields(now):
             a, b = getattr(then, field.name), getattr(now, field.name)

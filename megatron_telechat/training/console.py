@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 
@@ -33,6 +34,7 @@ def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_t
     parts = [
         f"step {record['step']}/{train_iters}",
         f"loss {loss:.4f}" if loss is not None else "loss none",
+        *preference_parts(record),
         f"gnorm {norm:.3f}" if norm is not None else "gnorm none",
         f"lr {record['lr']:.2e}",
         f"{format_count(record['tokens_per_s'])} tok/s",
@@ -56,6 +58,13 @@ def format_step(record: dict[str, Any], train_iters: int, eta_s: float, memory_t
         parts.append(f"local {record['local_step']}")
     parts.append(f"eta {format_duration(eta_s)}")
     return "  ".join(parts)
+
+
+def preference_parts(record: Mapping[str, Any]) -> Iterator[str]:
+    """What a line says of pairs of answers: the margin of their rewards, and the share of pairs on the right side."""
+    if "reward_margin" in record:
+        yield f"margin {record['reward_margin']:.4f}"
+        yield f"accuracy {100 * record['reward_accuracy']:.1f}%"
 
 
 class Console:

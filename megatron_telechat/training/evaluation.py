@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_telechat.backend import Backend
@@ -11,6 +11,7 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.data.loader import BatchIterator
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.averages import Averages
+from megatron_telechat.training.console import preference_parts
 from megatron_telechat.training.param_gather import gathered_parameters
 from megatron_telechat.training.step import Evaluation, close_iterators, evaluate
 
@@ -20,19 +21,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross entropy in nats, the same on every rank; None: the loss mask leaves no token.
+    """Mean cross entropy in nats (or mean loss of pairs), the same on every rank; None: the loss mask leaves no token.
 
     Attributes:
         weights: of the weights.
         averages: of each average, by kind.
+        details: what else the objective reports of the weights.
     """
 
     weights: float | None
     averages: Mapping[str, float | None]
+    details: Mapping[str, float] = field(default_factory=dict)
 
     def record(self, step: int, key: str) -> dict[str, Any]:
-        """For metrics.jsonl: ``key`` for the weights, ``key_ema`` and so on for the averages."""
-        return {"step": step, key: self.weights, **{f"{key}_{kind}": loss for kind, loss in self.averages.items()}}
+        """For metrics.jsonl: ``key`` for the weights, ``key_ema`` and so on for the averages; details begin as ``key``
+        does."""
+        of = key.removesuffix("loss")
+        details = {f"{of}{name}": value for name, value in self.details.items()}
+        return {
+            "step": step,
+            key: self.weights,
+            **details,
+            **{f"{key}_{kind}": loss for kind, loss in self.averages.items()},
+        }
 
     def lines(self, step: int, name: str) -> str:
         """For the console.
@@ -43,7 +54,8 @@ class Losses:
         nothing = f"none: the loss mask leaves no token of the {name} data"
         named = {"": self.weights, **{f" ({kind})": loss for kind, loss in self.averages.items()}}
         shown = ((of, nothing if loss is None else f"{loss:.4f}") for of, loss in named.items())
-        return "\n".join(f"step {step}  {name} loss{of} {text}" for of, text in shown)
+        lines = [f"step {step}  {name} loss{of} {text}" for of, text in shown]
+        return "\n".join(["  ".join([lines[0], *preference_parts(self.details)]), *lines[1:]])
 
 
 class Evaluations:
@@ -87,7 +99,7 @@ class Evaluations:
                 if not average.complete:
                     return None
                 averages[kind] = average.loss
-        return Losses(weights.loss, averages) if weights.complete else None
+        return Losses(weights.loss, averages, weights.details) if weights.complete else None
 
     def _evaluate(self, dataset: Any) -> Evaluation:
         """Of the parameters as they are."""

@@ -99,7 +99,7 @@ def located_error(step: TrainStep, again: Again, found: str, number: int, local:
     Args:
         found: what is not finite.
         number: of the step, from 1.
-        local: [2], this rank's sum of losses and number of tokens in the first try.
+        local: [width of the objective], the sum of this rank's reports in the first try.
         fix: what to do, if that is known already.
     """
     with PULSE.within(Activity.LOCATING, Phase.BATCH):

@@ -48,6 +48,7 @@ from megatron_telechat.training.paths import RunPaths
 from megatron_telechat.training.phases import ScheduleTimers
 from megatron_telechat.training.progress import progress_at
 from megatron_telechat.training.pulse import PULSE, Activity, Phase
+from megatron_telechat.training.reference import reference_log_probs
 from megatron_telechat.training.reports import Reports
 from megatron_telechat.training.resuming import load_beginning
 from megatron_telechat.training.routing import StepRouting
@@ -55,7 +56,6 @@ from megatron_telechat.training.saving import Saving
 from megatron_telechat.training.signals import StopRequests
 from megatron_telechat.training.spikes import SpikeWindow
 from megatron_telechat.training.step import StepResult, close_iterators, data_iterators
-from megatron_telechat.training.tolerance import tolerated
 from megatron_telechat.training.trace import exchange_traces
 from megatron_telechat.training.unsaved import unsaved_note
 from megatron_telechat.training.writers import MetricsWriter, recorded_at
@@ -120,11 +120,17 @@ class Trainer:
         self.saved: Location | None = None
         self.branch = Branch()
         PULSE.enter(Phase.LOADING)
+        beginning = beginning or find_beginning(self.stages, self.tier)
+        self.reference = reference_log_probs(
+            *(run, self.data_plan, beginning.start, self._train_state({}), self.virtual_stages, self.state),
+            *(self._asked_to_stop, self.console.say),
+        )
         self.resumed: LoadedInfo | None = self._resume(beginning)
         PULSE.step = self.step
         PULSE.enter(Phase.DATA_INDEX)
         self.progress = self._progress()
-        self.datasets: Datasets = build_datasets(run, self.state, self.progress, self.data_plan)
+        found = (self.progress, self.data_plan, self.reference.tables)
+        self.datasets: Datasets = build_datasets(run, self.state, *found)
         PULSE.enter(Phase.MEASURING)
 
         with together(self.state):
@@ -378,7 +384,8 @@ class Trainer:
         with gathered_parameters(self.virtual_stages):
             require_finite_weights(self.step, self.shards)
             parts = (self.steps_taken.extra, self.spikes.extra, self.datasets.order.saved(), self.auto.extra)
-            extra = {key: value for part in (*parts, self.averages.extra) for key, value in part.items()}
+            parts += (self.averages.extra, self.reference.extra)
+            extra = {key: value for part in parts for key, value in part.items()}
             yield replace(self._train_state(extra), averages=self.averages.slices(begun=True))
 
     def _settle(self, committed: CommittedSave | None) -> None:
@@ -433,9 +440,8 @@ class Trainer:
             require_writable=self.requests.claims,
         )
 
-    def _resume(self, beginning: Beginning | None) -> LoadedInfo | None:
+    def _resume(self, found: Beginning) -> LoadedInfo | None:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
-        found = beginning or find_beginning(self.stages, self.tier)
         resumed = load_beginning(found, self._train_state({}), self.run, self.state, self.stages, self.fingerprint)
         info, self.position, self.steps_taken = resumed.info, resumed.position, resumed.steps_taken
         if info is not None and not resumed.weights_only:
@@ -485,6 +491,7 @@ class Trainer:
             self.writer.write(stage_event(self.step, self.stage, changes))
             return
         self.console.say(banner(self.run, self.state, self.backend, self.paths, self.datasets, origins))
+        self.console.say(self.reference.about and f"  reference {self.reference.about}")
         for line in (*self.saving.about, *stages_lines(self.stages, self.position)):
             self.console.say(line)
         if self.resumed is not None:
@@ -492,7 +499,4 @@ class Trainer:
             for line in resume_differences(self.run, self.resumed.config, origins, self.resumed.weights_only):
                 self.console.say(f"  changed since the checkpoint: {line}")
         if self.state.rank == 0:
-            document = self.stages.document or dump_run_config(self.run)
-            path = self.paths.run_dir / "config.yaml"
-            with tolerated(str(path)):
-                path.write_text(document, encoding="utf-8")
+            self.paths.write_config(self.stages.document or dump_run_config(self.run))

@@ -130,6 +130,7 @@ class Meter:
         record: dict[str, Any] = {
             "step": position.step,
             "loss": result.loss,
+            **result.details,
             "grad_norm": result.grad_norm,
             "lr": lr,
             "tokens_per_s": tokens_per_s,

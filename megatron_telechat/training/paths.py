@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import ResourceError
 from megatron_telechat.locations import Location, Url
+from megatron_telechat.training.tolerance import tolerated
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,8 @@ class RunPaths:
                 raise ResourceError(
                     f"cannot create {folder}: {error.strerror}", where="run_dir/save", fix="choose a writable --run-dir"
                 ) from error
+
+    def write_config(self, document: str) -> None:
+        """Keep the resolved configuration beside the records of the run; the training needs it not."""
+        with tolerated(str(self.run_dir / "config.yaml")):
+            (self.run_dir / "config.yaml").write_text(document, encoding="utf-8")

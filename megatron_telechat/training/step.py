@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +22,7 @@ from megatron_telechat.moe.counted import CountedTokens, real_tokens
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.locate import Again, located_error
 from megatron_telechat.training.numerics import FIX, finite_everywhere, require_finite_validation, step_error
+from megatron_telechat.training.objective import TOKENS, Objective, Parts, objective_of
 from megatron_telechat.training.param_gather import every_parameter_awaited, is_overlapped
 from megatron_telechat.training.pulse import PULSE, Phase
 
@@ -50,13 +51,15 @@ class StepResult:
     """What one optimizer step did, the same on every rank.
 
     Attributes:
-        loss: mean cross entropy over all tokens of the global batch that count, in nats; None where none counted.
-        tokens: how many tokens counted.
+        loss: mean cross entropy over all tokens of the global batch that count, in nats, or mean loss of its pairs;
+            None where none counted.
+        tokens: how many tokens, or pairs, counted.
         grad_norm: global gradient norm before clipping; None where the step was not taken.
         skipped: why the step was not taken (parameters and optimizer are as before), such as :data:`OVERFLOW`; None
             where it was.
         stop, save: some rank was asked to stop, or to save.
         loss_scale: what the loss was multiplied by (fp16); None elsewhere.
+        details: what else the objective reports.
     """
 
     loss: float | None
@@ -66,6 +69,7 @@ class StepResult:
     stop: bool
     save: bool
     loss_scale: float | None = None
+    details: Mapping[str, float] = field(default_factory=dict)
 
 
 class SavesBeside(Protocol):
@@ -84,37 +88,20 @@ class SavesBeside(Protocol):
         ...
 
 
-def masked_loss(
-    loss_mask: torch.Tensor, per_token_loss: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of the losses that count, their number, and both for the report.
-
-    Args:
-        loss_mask: [micro_batch, seq], 1 where a token counts.
-        per_token_loss: [micro_batch, seq], cross entropy in nats.
-
-    megatron-core divides by the number of tokens of the whole global batch afterwards, so the
-    mean does not depend on how the batch was spread.
-    """
-    total = torch.sum(per_token_loss.float() * loss_mask)
-    tokens = loss_mask.sum()
-    # The schedules change the loss tensor in place: the report keeps its own copy.
-    report = torch.stack((total.detach().clone(), tokens))
-    return total, tokens.to(torch.int), report
-
-
 def forward_step(
     device: torch.device,
     data_iterator: Iterator[Batch] | None,
     model: torch.nn.Module,
     learned_share: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None]:
+    objective: Objective = TOKENS,
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Parts] | None]:
     """The schedules' forward function: one micro-batch through one virtual stage.
 
     Stages between the first and the last need no batch; their iterator is None.
 
     Args:
         learned_share: of the tokens of the global batch, where the routers must know of masks (`TrainStep`).
+        objective: from the losses of tokens to what is minimised.
     """
     if data_iterator is None:
         return model(None, None), None
@@ -137,7 +124,7 @@ def forward_step(
         segments=segments,
         counted=counted,
     )
-    return output, partial(masked_loss, batch["loss_mask"])
+    return output, partial(objective, batch)
 
 
 def _samples_end() -> DataError:
@@ -185,14 +172,16 @@ def run_schedule(
     num_microbatches: int,
     forward_only: bool,
     learned_share: torch.Tensor | None = None,
+    objective: Objective = TOKENS,
 ) -> torch.Tensor:
     """Forward, and backward unless ``forward_only``, of one global batch.
 
     Args:
         learned_share: fp32 [], what the routers' losses are weighed by (`TrainStep`); None: all tokens are learned.
+        objective: from the losses of tokens to what is minimised.
 
     Returns:
-        [2] on the device: this rank's sum of losses and number of tokens; zeros off the last stage.
+        [width of the objective] on the device: the sum of this rank's reports; zeros off the last stage.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -200,7 +189,7 @@ def run_schedule(
     # megatron-core takes None where a virtual stage reads no data; its annotation does not say so.
     data: Any = iterators[0] if single else iterators
     reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, backend.device, learned_share=learned_share),
+        forward_step_func=partial(forward_step, backend.device, learned_share=learned_share, objective=objective),
         data_iterator=data,
         model=virtual_stages[0] if single else list(virtual_stages),
         num_microbatches=num_microbatches,
@@ -209,7 +198,7 @@ def run_schedule(
         forward_only=forward_only,
     )
     if not reports:
-        return torch.zeros(2, device=backend.device)
+        return torch.zeros(objective.width, device=backend.device)
     return torch.stack(reports).sum(dim=0)
 
 
@@ -236,10 +225,11 @@ class TrainStep:
         self.state = state
         self.backend = backend
         self.saves: SavesBeside | None = None
+        self.objective = objective_of(run, backend)
         self._gather_unproved = is_overlapped(virtual_stages)
 
     def forward_backward(self, iterators: MicroBatches) -> torch.Tensor:
-        """Fill the gradient buffers from one global batch; returns this rank's [loss sum, tokens]."""
+        """Fill the gradient buffers from one global batch; returns the sum of this rank's reports of the objective."""
         for stage in self.virtual_stages:
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -261,22 +251,23 @@ class TrainStep:
                 self.run.num_microbatches,
                 forward_only=False,
                 learned_share=learned_share,
+                objective=self.objective,
             )
         self._gather_unproved = False
         return sums
 
     def _look_ahead(self, iterators: MicroBatches) -> tuple[list[Iterator[Batch]], torch.Tensor]:
-        """The micro-batches of this step, and the share of the global batch's tokens, padding left out, that is
-        learned.
+        """The micro-batches of this step, and how many times the global batch's tokens, padding left out, its divisor
+        is: the share of them that is learned, or pairs a token.
 
-        The schedules divide all gradients by the learned tokens of the global batch, which is known only at the end. A
+        The schedules divide all gradients by the divisor of the global batch, which is known only at the end. A
         router's loss is a mean over all tokens that are no padding, so its gradients must be multiplied by that share,
         and before the first backward. One all-reduce of two numbers, which the host does not wait for.
         """
         readers = [iterator for iterator in iterators if iterator is not None]
         assert len(readers) == len(iterators), "every virtual stage reads the masks (`data_iterators`)"
         ahead = [list(islice(iterator, self.run.num_microbatches)) for iterator in readers]
-        learned = sum(float(batch["loss_mask"].sum()) for batch in ahead[0])
+        learned = sum(self.objective.count(batch) for batch in ahead[0])
         real = sum(real_tokens(batch["tokens"], batch.get("padding")) for batch in ahead[0])
         counts = torch.tensor([learned, real], dtype=self.backend.widest_float).to(
             self.backend.device, non_blocking=True
@@ -299,12 +290,14 @@ class TrainStep:
         """
         local = self.forward_backward(iterators)
         PULSE.enter(Phase.LOSS_REDUCTION)
-        loss, tokens, stop, save = self._reduce(local, requests)
+        sums, stop, save = self._reduce(local, requests)
+        loss, tokens = sums[0] / max(sums[1], 1.0), int(sums[1])
         if not math.isfinite(loss):  # the same sum on every rank; no smaller loss scale would fix it
             raise self._not_finite(f"loss {loss}", step, local, again)
         loss_scale = self.optimizer.loss_scale
         if not tokens:
             return StepResult(None, 0, None, NOTHING_LEARNED, stop, save, loss_scale)
+        details = self.objective.details(sums)
         if self.saves is not None:
             self.saves.staged()
         if self.optimizer.prepare_grads():
@@ -313,7 +306,7 @@ class TrainStep:
                 fix = "train in bf16, whose range is that of fp32; or allow a smaller scale: --min-loss-scale"
                 found = f"{OVERFLOW} at the smallest loss scale {loss_scale:g}"
                 raise self._not_finite(found, step, local, again, fix)
-            return StepResult(loss, tokens, None, OVERFLOW, stop, save, loss_scale)
+            return StepResult(loss, tokens, None, OVERFLOW, stop, save, loss_scale, details)
         PULSE.enter(Phase.GRADIENT_NORM)
         grad_norm = float(self.optimizer.get_grad_norm())
         if not finite_everywhere(grad_norm, self.backend.device):
@@ -321,14 +314,15 @@ class TrainStep:
         PULSE.enter(Phase.OPTIMIZER)
         self._clip(grad_norm)
         self.optimizer.step_with_ready_grads()
-        return StepResult(loss, tokens, grad_norm, None, stop, save, loss_scale)
+        return StepResult(loss, tokens, grad_norm, None, stop, save, loss_scale, details)
 
     def pass_over(self, iterators: MicroBatches, requests: tuple[bool, bool] = (False, False)) -> StepResult:
         """Read the data of a step and do not train on it. Collective over all ranks."""
         read = [list(islice(each, self.run.num_microbatches)) for each in iterators if each is not None]
         if any(len(batches) < self.run.num_microbatches for batches in read):
             raise _samples_end()
-        _, _, stop, save = self._reduce(torch.zeros(2, device=self.backend.device), requests)
+        nothing = torch.zeros(self.objective.width, device=self.backend.device)
+        _, stop, save = self._reduce(nothing, requests)
         return StepResult(None, 0, None, ON_REQUEST, stop, save, self.optimizer.loss_scale)
 
     def _not_finite(self, found: str, step: int, local: torch.Tensor, again: Again | None, fix: str = "") -> UserError:
@@ -336,22 +330,24 @@ class TrainStep:
             return step_error(found, step, self.shards, fix or FIX)
         return located_error(self, again, found, step + 1, local, fix)
 
-    def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool]) -> tuple[float, int, bool, bool]:
-        """One small all-reduce: the loss over the ranks that computed it, what any rank was asked, and how many ranks
-        are done with the save under way."""
-        contributes = self.state.tp_rank == 0
+    def _reduce(self, local: torch.Tensor, requests: tuple[bool, bool]) -> tuple[list[float], bool, bool]:
+        """One small all-reduce: the reports of the ranks that computed the loss, what any rank was asked, and how many
+        ranks are done with the save under way."""
+        contributes, width = self.state.tp_rank == 0, self.objective.width
         report = self.saves.report() if self.saves is not None else (False, False)
-        values = torch.zeros(4 + len(report), dtype=self.backend.widest_float, device=self.backend.device)
+        flags = (*requests, *report)
+        values = torch.zeros(width + len(flags), dtype=self.backend.widest_float, device=self.backend.device)
         if contributes:
-            values[:2] = local
-        for place, flag in enumerate((*requests, *report), 2):
+            values[:width] = local
+        for place, flag in enumerate(flags, width):
             if flag:
                 values[place] = 1.0
         dist.all_reduce(values)
-        loss_sum, tokens, stop, save, *counts = values.tolist()
+        found = values.tolist()
+        sums, (stop, save, *counts) = found[:width], found[width:]
         if self.saves is not None:
             self.saves.heard([int(count) for count in counts])
-        return loss_sum / max(tokens, 1.0), int(tokens), stop > 0, save > 0
+        return sums, stop > 0, save > 0
 
     def _clip(self, grad_norm: float) -> None:
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -370,12 +366,15 @@ class Evaluation:
     """What an evaluation found, the same on every rank.
 
     Attributes:
-        loss: mean cross entropy over all tokens that count, in nats; None where none counted, or where it was cut off.
+        loss: mean cross entropy over all tokens that count, in nats, or mean loss of the pairs; None where none
+            counted, or where it was cut off.
         complete: whether all batches were read; a stop request cuts an evaluation off.
+        details: what else the objective reports.
     """
 
     loss: float | None
     complete: bool = True
+    details: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -395,22 +394,32 @@ def evaluate(
     Raises:
         NumericsError: on every rank, where the loss is not finite: such weights are not worth a checkpoint.
     """
-    total = torch.zeros(2, dtype=backend.widest_float, device=backend.device)
+    objective = objective_of(run, backend)
+    total = torch.zeros(objective.width, dtype=backend.widest_float, device=backend.device)
     read_by_device(iterators, backend)
+    with evaluating(virtual_stages):
+        for _ in range(batches):
+            if stop():
+                return Evaluation(None, complete=False)
+            total += run_schedule(
+                virtual_stages, iterators, run, backend, run.num_microbatches, forward_only=True, objective=objective
+            )
+    if state.tp_rank != 0:
+        total.zero_()
+    dist.all_reduce(total)
+    sums = total.tolist()
+    require_finite_validation(sums[0])
+    return Evaluation(sums[0] / sums[1] if sums[1] else None, details=objective.details(sums))
+
+
+@contextmanager
+def evaluating(virtual_stages) -> Iterator[None]:
+    """Forwards inside have no dropout, and no backward follows them."""
     for stage in virtual_stages:
         stage.eval()
     try:
         with torch.no_grad():
-            for _ in range(batches):
-                if stop():
-                    return Evaluation(None, complete=False)
-                total += run_schedule(virtual_stages, iterators, run, backend, run.num_microbatches, forward_only=True)
+            yield
     finally:
         for stage in virtual_stages:
             stage.train()
-    if state.tp_rank != 0:
-        total.zero_()
-    dist.all_reduce(total)
-    loss, tokens = total.tolist()
-    require_finite_validation(loss)
-    return Evaluation(loss / tokens if tokens else None)

@@ -100,7 +100,8 @@ def executable(run: RunConfig) -> RunConfig:
         run,
         training=replace(run.training, global_batch_size=batch, train_iters=8, device=kind.name),
         parallel=replace(parallel, moe_input_chunks=chunks),
-        data=replace(run.data, num_workers=0),
+        # Made-up data has no pairs: what is executed is the cross entropy that their loss is computed from.
+        data=replace(run.data, num_workers=0, dpo=False),
     )
 
 

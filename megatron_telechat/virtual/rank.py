@@ -201,7 +201,8 @@ def _virtual_step(trained: Any, run: Any, state: Any, backend: Any, memory: Any,
         def _reduce(self, local: Any, requests: Any) -> Any:
             record.scope = "optimizer"
             super()._reduce(local, requests)
-            return 1.0, run.training.global_batch_size * run.training.seq_length, False, False
+            tokens = float(run.training.global_batch_size * run.training.seq_length)
+            return [tokens, tokens], False, False
 
         def _clip(self, grad_norm: float) -> None:
             super()._clip(2 * run.optimizer.clip_grad)  # a norm that has to be cut

@@ -42,8 +42,8 @@ def virtual_routing() -> Iterator[None]:
 
 
 def balanced_choices(ranks: int, tokens: int, num_experts: int, topk: int) -> torch.Tensor:
-    """[ranks, tokens, topk] different experts of each token, every set of them with equal chance; of as many tokens in a
-    row as there are experts, each expert gets ``topk``."""
+    """[ranks, tokens, topk] different experts of each token, every set of them with equal chance; of as many tokens in
+    a row as there are experts, each expert gets ``topk``."""
     blocks = -(-tokens // num_experts)
     generator = torch.Generator().manual_seed(SEED)
 

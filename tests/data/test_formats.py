@@ -63,11 +63,11 @@ def test_a_new_format_is_held_to_the_checks_of_all(tmp_path, npy):
 
 
 def test_the_format_of_a_run():
-    names = {data_format(DataConfig(**data)).field for data in ({}, {"sft": True}, {"mock_data": True})}
-    assert names == {"data_path", "sft", "mock_data"}
+    names = {data_format(DataConfig(**data)).field for data in ({}, {"sft": True}, {"dpo": True}, {"mock_data": True})}
+    assert names == {"data_path", "sft", "dpo", "mock_data"}
     for format in FORMATS:
         if format is not MOCK:
-            assert corpus_factory(format).kind in ("indexed", "dialogs")
+            assert corpus_factory(format).kind in ("indexed", "dialogs", "pairs")
 
 
 @pytest.mark.parametrize("kind", ["indexed", "chat"])

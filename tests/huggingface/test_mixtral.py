@@ -16,8 +16,10 @@ from megatron_telechat.huggingface.config import model_config_from_hf
 from megatron_telechat.huggingface.generation import Sampling, generate
 from megatron_telechat.huggingface.model import hf_model
 from megatron_telechat.huggingface.weights import hf_tensor_shapes
+from tests.harness import run_cases
 from tests.huggingface.folders import all_tensors, assert_same_folder, calm, write_folder
 from tests.huggingface.test_exported_model import NEW, PROMPT, ask, without_import
+from tests.huggingface.worker_mixtral import LAYOUTS, LENGTH
 
 pytestmark = pytest.mark.heavy
 
@@ -69,6 +71,29 @@ def test_an_export_is_transformers_own_model(tmp_path, capsys):
     assert_same_folder(tmp_path / "again", export_hf(tmp_path / "second", tmp_path / "third").path)
     written = json.loads((out / "config.json").read_text())
     assert written["architectures"] == ["MixtralForCausalLM"] and "auto_map" not in written
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_logits_over_pipeline_stages(tmp_path):
+    """Weights of a Hugging Face folder, imported, in a training's layout of four ranks."""
+    source = write_folder(
+        tmp_path / "hf", config := config_of(32, 4, 2, 24, 4), dict(hf_tensor_shapes(model_config_from_hf(config)))
+    )
+    calm(source)
+    import_hf(source, tmp_path / "checkpoints", config=tmp_path / "model.yaml")
+    ids = torch.randint(4, 64, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    save_file({f"input_ids_{LENGTH}": ids}, tmp_path / "ids.safetensors")
+    logits = {"ids": str(tmp_path / "ids.safetensors"), "out": str(tmp_path / "logits.safetensors")}
+    ask(tmp_path / "process", {"logits": ("logits", source, logits)})
+    found = load_file(tmp_path / "logits.safetensors")[f"input_ids_{LENGTH}"]
+    save_file({f"input_ids_{LENGTH}": ids, f"logits_{LENGTH}": found}, tmp_path / "golden.safetensors")
+    report = run_cases(
+        Path(__file__).with_name("worker_mixtral.py"), 4, timeout=300, env={"MIXTRAL_DIR": str(tmp_path)}
+    )
+    for name in LAYOUTS:
+        errors = report.check(name)
+        assert 0 < max(errors) < 1e-4, name
 
 
 @pytest.mark.slow

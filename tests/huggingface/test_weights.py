@@ -236,6 +236,39 @@ def test_a_config_that_is_not_supported_says_what_is_wrong(tmp_path, change, mes
         import_hf(damaged(tmp_path, change_config=change), tmp_path / "checkpoints")
 
 
+MIXTURES = {
+    # The values of the published config.json files.
+    "deepseek_v2": (
+        {"kv_lora_rank": 512, "first_k_dense_replace": 1, "n_routed_experts": 64, "n_group": 1, "topk_group": 1,
+         "norm_topk_prob": False, "routed_scaling_factor": 1.0, "attention_bias": False, "tie_word_embeddings": False},
+        ["kv_lora_rank 512", "first_k_dense_replace 1", "norm_topk_prob"],
+    ),
+    "deepseek_v3": (
+        {"kv_lora_rank": 512, "first_k_dense_replace": 3, "n_routed_experts": 256, "n_group": 8, "norm_topk_prob": True,
+         "routed_scaling_factor": 2.5, "scoring_func": "sigmoid"},
+        ["kv_lora_rank 512", "first_k_dense_replace 3", "n_group 8", "scoring_func", "routed_scaling_factor 2.5"],
+    ),
+    "qwen2_moe": (
+        {"num_experts": 60, "norm_topk_prob": False, "qkv_bias": True, "shared_expert_intermediate_size": 5632,
+         "mlp_only_layers": []},
+        ["norm_topk_prob", "shared expert", "biases on queries"],
+    ),
+    "qwen3_moe": ({"num_experts": 128, "norm_topk_prob": True, "attention_bias": False, "mlp_only_layers": []}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_other_mixtures_are_refused_with_what_they_would_need(tmp_path, kind):
+    config, needed = MIXTURES[kind]
+    with pytest.raises(CheckpointError) as caught:
+        import_hf(
+            damaged(tmp_path, change_config=lambda c: c.update(model_type=kind, **config)), tmp_path / "checkpoints"
+        )
+    text = caught.value.render()
+    assert f"model_type is '{kind}', which is not imported" in text and "docs/checkpoints.md" in text
+    assert all(word in text for word in needed) and ("not built here" in text) == bool(needed)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", "\x00"])
 def test_odd_config_files_are_named(tmp_path, content):
     source = damaged(tmp_path)

@@ -18,7 +18,7 @@ SOURCES = ("data_path", "data_json", "train_data_path")
 
 
 def _format(check: Check) -> DataFormat:
-    check.take("sft", "mock_data")
+    check.take("sft", "dpo", "mock_data")
     return data_format(check.run.data)
 
 
@@ -103,24 +103,27 @@ def _number(text: str) -> float | None:
 
 def fine_tuning_is_whole(check: Check) -> Iterator[Problem]:
     """What fine-tuning needs, and its settings where there is none."""
-    sft, mock, model, eod = check.take("sft", "mock_data", "tokenizer_model", "eod_mask_loss")
-    if not sft:
-        for name in ("sft_template", "sft_loss_mask", "sft_system", "sft_packing", "sft_overlong"):
-            if check.said_by_person(name) and check.take(name) != fields_by_name()[name].default:
-                yield check.problem(f"{name} is given without sft and has no effect", name, fix="--sft")
+    sft, dpo, mock, model, eod = check.take("sft", "dpo", "mock_data", "tokenizer_model", "eod_mask_loss")
+    of_dialogs = ("sft_loss_mask", "sft_overlong")
+    for name in () if sft else of_dialogs if dpo else (*of_dialogs, "sft_template", "sft_system", "sft_packing"):
+        if check.said_by_person(name) and check.take(name) != fields_by_name()[name].default:
+            fix = f"drop {fields_by_name()[name].flag}: of a pair the answers are learned, and it is never truncated"
+            yield check.problem(f"{name} is given without sft and has no effect", name, fix=fix if dpo else "--sft")
+    if not (sft or dpo):
         return
+    asked = "dpo" if dpo else "sft"
     if mock:
-        yield check.problem("sft and mock_data contradict each other", "sft", "mock_data", fix="drop one of them")
+        yield check.problem(f"{asked} and mock_data contradict each other", asked, "mock_data", fix="drop one of them")
     elif model is None and not check.dry_run:
         yield check.problem(
-            "sft encodes dialogs, for which it needs the model's tokenizer", "sft", fix="--tokenizer-model PATH"
+            f"{asked} encodes dialogs, for which it needs the model's tokenizer", asked, fix="--tokenizer-model PATH"
         )
     if eod:
         yield check.problem(
-            "eod_mask_loss is for indexed text; with sft the mask of the dialogs says what is learned",
+            f"eod_mask_loss is for indexed text; with {asked} the mask of the dialogs says what is learned",
             "eod_mask_loss",
-            "sft",
-            fix="drop --eod-mask-loss, or choose with --sft-loss-mask",
+            asked,
+            fix="drop --eod-mask-loss" + ("" if dpo else ", or choose with --sft-loss-mask"),
         )
     system, template = check.take("sft_system", "sft_template")
     if system is not None and template != "telechat2":

@@ -36,7 +36,7 @@ def urls_are_of_checkpoints(check: Check) -> Iterator[Problem]:
             what = f"{name} {path} is a URL: only checkpoints may lie in an object store"
             yield check.one(what, name, fix="a folder that all ranks share")
     faulty: set[str] = set()
-    for name in ("save", "load", "pretrained_checkpoint"):
+    for name in ("save", "load", "pretrained_checkpoint", "dpo_reference"):
         url = location(check.take(name) or "")
         # load is that of save where it is not given
         if not isinstance(url, Url) or url.text in faulty:

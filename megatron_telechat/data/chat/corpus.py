@@ -22,10 +22,13 @@ class ChatCorpus(IndexedCorpus):
     """An encoded file of dialogs: an indexed dataset with the role of each token beside it."""
 
     def __init__(self, folder: Path, name: str, run: RunConfig):
-        self.dialogs = ChatDataset(folder)
+        self.dialogs = self._opened(folder)
         self.dialogs.source = name  # the same text may have been encoded under another name
         super().__init__(self.dialogs, run)
         self._settings = run.data
+
+    def _opened(self, folder: Path) -> ChatDataset:
+        return ChatDataset(folder)
 
     def content_key(self) -> str:
         """The folder in the cache, which is named after the whole text and all that encoded it."""
@@ -57,6 +60,10 @@ class ChatFactory(EncodingFactory):
 
     kind = "dialogs"
     columns = ("file", "dialogs")
+    corpus: type[ChatCorpus] = ChatCorpus
+    """What an encoded file is opened as."""
+    deciding = ("sft_loss_mask", "sft_packing", "sft_overlong")
+    """Settings that decide masks and rows."""
 
     def describe(self, name: str) -> DataFile:
         """Dialogs by lines, unknown of a compressed file; tokens are unknown before they are encoded."""
@@ -70,20 +77,21 @@ class ChatFactory(EncodingFactory):
     def notes(self, run: RunConfig) -> list[str]:
         """Template and mask."""
         data = run.data
-        return [f"template {data.sft_template}, loss mask {data.sft_loss_mask}; encoded and packed when the run starts"]
+        mask = f", loss mask {data.sft_loss_mask}" if "sft_loss_mask" in self.deciding else ""
+        return [f"template {data.sft_template}{mask}; encoded and packed when the run starts"]
 
     def open(self, name: str, run: RunConfig, cache: Path, say: Say) -> Corpus:
         """Encode the file if it is not yet."""
-        return ChatCorpus(encoded(name, run.data, run.model.vocab_size, cache, say), name, run)
+        return self.corpus(encoded(name, run.data, run.model.vocab_size, cache, say), name, run)
 
     def open_encoded(self, name: str, run: RunConfig, folder: Path) -> Corpus:
         """Open what rank 0 encoded."""
-        return ChatCorpus(folder, name, run)
+        return self.corpus(folder, name, run)
 
     def open_if_encoded(self, name: str, run: RunConfig, cache: Path) -> Corpus | None:
         """Open what a run or `tools/build_index.py` encoded before."""
         folder = encoded_folder(name, run.data, run.model.vocab_size, cache)
-        return ChatCorpus(folder, name, run) if folder.is_dir() else None
+        return self.corpus(folder, name, run) if folder.is_dir() else None
 
     def file_fingerprint(self, name: str) -> dict[str, Any]:
         """Size and digest of the whole file."""
@@ -92,7 +100,7 @@ class ChatFactory(EncodingFactory):
 
     def settings(self, run: RunConfig) -> dict[str, Any]:
         """What decides the tokens, and what decides mask and rows."""
-        settings = {name: getattr(run.data, name) for name in ("sft_loss_mask", "sft_packing", "sft_overlong")}
+        settings = {name: getattr(run.data, name) for name in self.deciding}
         return {"encoding": encoding_of(run.data, run.model.vocab_size), "settings": settings}
 
     def index_settings(self, run: RunConfig) -> dict[str, Any]:

@@ -50,9 +50,9 @@ def parse_dialog(line: Any) -> Dialog:
     if not isinstance(line, dict):
         raise BadDialog(f"a JSON object is expected, not {_kind(line)}")
     if "dialog" in line:
-        return _from_messages(line["dialog"], "dialog", line)
+        return from_messages(line["dialog"], "dialog", line)
     if "messages" in line:
-        return _from_messages(line["messages"], "messages", line)
+        return from_messages(line["messages"], "messages", line)
     if "input" in line and "output" in line:
         return _from_input_output(line)
     raise BadDialog("none of the keys of a dialog: 'dialog', 'messages', or 'input' and 'output'")
@@ -64,7 +64,8 @@ def _kind(value: Any) -> str:
     )
 
 
-def _text(value: Any, name: str) -> str:
+def text_of(value: Any, name: str) -> str:
+    """The value, which must be a text. Raises BadDialog."""
     if not isinstance(value, str):
         raise BadDialog(f"{name} is {_kind(value)}, not a text")
     try:
@@ -74,14 +75,22 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _from_messages(messages: Any, key: str, line: dict) -> Dialog:
+def from_messages(messages: Any, key: str, line: dict) -> Dialog:
+    """A list of turns, with the system text that the line has beside it.
+
+    Args:
+        key: of the list, for messages.
+
+    Raises:
+        BadDialog: turns that do not alternate, or are none.
+    """
     if not isinstance(messages, list) or not messages:
         raise BadDialog(f"{key} is not a list of turns")
     if line.get("tools"):
         raise BadDialog(
             "a list of tools: write the block that describes them into the system text, as the published data does"
         )
-    system = None if line.get("system") is None else _text(line["system"], "system")
+    system = None if line.get("system") is None else text_of(line["system"], "system")
     spoken: list[tuple[str, str]] = []
     for number, message in enumerate(messages):
         name = f"{key}[{number}]"
@@ -104,7 +113,7 @@ def _content(message: dict, role: str, name: str) -> str:
     """The text of a message; tool calls given as objects are written out as the published template writes them."""
     calls = message.get("tool_calls") or []
     content = message.get("content")
-    text = "" if content is None and calls else _text(content, f"{name}.content")
+    text = "" if content is None and calls else text_of(content, f"{name}.content")
     if calls and role != "bot":
         raise BadDialog(f"{name} calls tools, which only the bot does")
     if not isinstance(calls, list):
@@ -124,7 +133,7 @@ def _call(function: dict, name: str) -> str:
             arguments = json.loads(arguments)
         except ValueError:
             raise BadDialog(f"{name}: the arguments of {function['name']} are not JSON") from None
-    return _text(json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False), name)
+    return text_of(json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False), name)
 
 
 def _alternating(spoken: list[tuple[str, str]], key: str) -> tuple[Turn, ...]:
@@ -153,9 +162,9 @@ def _alternating(spoken: list[tuple[str, str]], key: str) -> tuple[Turn, ...]:
 
 def _from_input_output(line: dict) -> Dialog:
     """The first published shape: ``<_user>``, ``<_bot>`` stand as text between the turns of ``input``."""
-    asked = re.sub(r"\A<_user>", "", _text(line["input"], "input"))
-    answer = re.sub(r"\A<_bot>", "", _text(line["output"], "output"))
-    system = None if line.get("system") is None else _text(line["system"], "system")
+    asked = re.sub(r"\A<_user>", "", text_of(line["input"], "input"))
+    answer = re.sub(r"\A<_bot>", "", text_of(line["output"], "output"))
+    system = None if line.get("system") is None else text_of(line["system"], "system")
     turns: list[Turn] = []
     parts = asked.split("<_user>")
     for number, part in enumerate(parts):

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from megatron_telechat.config.schema import DataConfig
+from megatron_telechat.data.blend import Share
 from megatron_telechat.data.chat.files import ChatDataset
 from megatron_telechat.data.chat.template import ANSWER, learned
 from megatron_telechat.data.corpus import Marks, share_of
@@ -44,9 +46,20 @@ class Usable:
     without_answer: int
     too_long: int
 
+    kind: ClassVar[str] = "dialog"
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many are cut or left out, by what becomes of them."""
+        return {
+            "cut to the row": self.cut,
+            "left out as too long": self.too_long,
+            "left out because their answer lies beyond the row": self.without_answer,
+        }
+
     def nothing_in(self, sequence_length: int) -> str:
         """Why there is none, after the name of a file that holds … ."""
-        found = "no dialog that can be used"
+        found = f"no {self.kind} that can be used"
         left_out = self.too_long + self.without_answer
         return f"{found}: {left_out} are too long for --seq-length {sequence_length}" if left_out else found
 
@@ -148,15 +161,18 @@ class ChatSamples:
         self.sequence_length = sequence_length
         self.row = sequence_length + 1
         self.convention = data.sft_loss_mask
-        self.usable = usable_dialogs(dataset, share_of(dataset, share), self.row, data.sft_overlong)
+        self.usable = self._find_usable(share, data)
         if not self.usable.dialogs.size:
             raise DataError(
                 f"the {split} split of {dataset.source} holds {self.usable.nothing_in(sequence_length)}",
                 dataset.source,
-                "give it a larger share with --split, more dialogs, or raise --seq-length",
+                f"give it a larger share with --split, more {self.usable.kind}s, or raise --seq-length",
             )
         self._split, self._seed, self._packing = split, seed, data.sft_packing
         self._size = 0
+
+    def _find_usable(self, share: Share, data: DataConfig) -> Usable:
+        return usable_dialogs(self.dataset, share_of(self.dataset, share), self.row, data.sft_overlong)
 
     def samples_in(self, epochs: float, once: bool) -> int:
         """Rows of so many epochs. Of an epoch that is not whole, that share of the rows that it adds."""
@@ -206,10 +222,14 @@ class ChatSamples:
     def __len__(self) -> int:
         return self._size
 
-    def dialogs(self, sample: int) -> list[int]:
-        """Numbers of the dialogs of a row, in order."""
+    def packed(self, sample: int) -> list[int]:
+        """Numbers of what was packed into a row, in order."""
         items = self._items[int(self._rows[sample]) : int(self._rows[sample + 1])]
         return [int(self.usable.dialogs[item]) for item in items]
+
+    def dialogs(self, sample: int) -> list[int]:
+        """Numbers of the dialogs of a row, in order."""
+        return self.packed(sample)
 
     def tokens(self, sample: int) -> np.ndarray:
         """int64 [sequence_length + 1], padded at the end."""
@@ -247,7 +267,7 @@ class ChatSamples:
 
     def origin(self, sample: int) -> str:
         """Where the dialogs of a row come from, for messages."""
-        names = [str(int(self.dataset.lines[dialog])) for dialog in self.dialogs(sample)]
+        names = list(dict.fromkeys(str(self.dataset.line_of(dialog)) for dialog in self.dialogs(sample)))
         return f"{self.dataset.source}, lines {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
 
     def find_token(self, sample: int, token: int) -> str:
@@ -261,13 +281,8 @@ class ChatSamples:
         """The line of the banner."""
         used = self._items[: int(self._rows[min(drawn, len(self))])]
         fill = float(self.usable.lengths[used].sum(dtype=np.int64)) / max(1, min(drawn, len(self)) * self.row)
-        left = {
-            "cut to the row": self.usable.cut,
-            "left out as too long": self.usable.too_long,
-            "left out because their answer lies beyond the row": self.usable.without_answer,
-        }
-        notes = "".join(f", {count:,} {what}" for what, count in left.items() if count)
+        notes = "".join(f", {count:,} {what}" for what, count in self.usable.left_out.items() if count)
         return (
-            f"{split}: {self.dataset.source}  {self.usable.dialogs.size:,} dialogs{notes}  "
+            f"{split}: {self.dataset.source}  {self.usable.dialogs.size:,} {self.usable.kind}s{notes}  "
             f"{drawn:,} samples = {used.size / self.usable.dialogs.size:.2f} epochs, {fill:.1%} of a row filled"
         )

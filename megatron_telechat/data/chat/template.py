@@ -44,11 +44,12 @@ class Part(NamedTuple):
     role: int
 
 
-def render(dialog: Dialog, template: str, default_system: str | None = None) -> list[Part]:
+def render(dialog: Dialog, template: str, default_system: str | None = None, context_turns: int = 0) -> list[Part]:
     """The dialog in a published template.
 
     Args:
         default_system: system text of dialogs that have none; unset: no system turn.
+        context_turns: the answers among so many first turns are context, and not answers.
 
     Raises:
         BadDialog: a system text where the template has no place for one.
@@ -64,11 +65,12 @@ def render(dialog: Dialog, template: str, default_system: str | None = None) -> 
         )
     if template == "telechat2-115b":
         parts.append(Part("<_start>", True, CONTEXT))
-    for turn in dialog.turns:
+    for number, turn in enumerate(dialog.turns):
+        answer = CONTEXT if number < context_turns else ANSWER
         if turn.role == "user":
             parts += [Part("<_user>", True, FRAME), *_content(turn.text, CONTEXT)]
         else:
-            parts += [Part("<_bot>", True, FRAME), *_content(turn.text, ANSWER), Part("<_end>", True, ANSWER)]
+            parts += [Part("<_bot>", True, FRAME), *_content(turn.text, answer), Part("<_end>", True, answer)]
             if modern:
                 parts.append(Part("\n", False, CONTEXT))
     return parts
