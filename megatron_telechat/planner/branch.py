@@ -110,7 +110,8 @@ class Tree(Relaxation):
 
     def halve(self, node: Node, x: np.ndarray) -> tuple[Node, Node] | None:
         """Children that part the range of a column near `x`; None if the box is one point."""
-        free = np.flatnonzero(node.lo[1:] < node.hi[1:]) + 1
+        counts = slice(1, self.space.counts_end)
+        free = np.flatnonzero(node.lo[counts] < node.hi[counts]) + 1
         if not len(free):
             return None
         column = int(free[0])

@@ -12,6 +12,7 @@ from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.device_plans import DevicePlans
 from megatron_telechat.planner.op_graph import makespans, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.rest import rest_seconds
 
 
 class Evaluator:
@@ -50,7 +51,7 @@ class Evaluator:
         out = np.full(len(counts), math.inf)
         if fits.any():
             times = np.concatenate([forward, backward + extra], axis=1)[fits]
-            out[fits] = makespans(self.graph, times, problem.p2p)
+            out[fits] = makespans(self.graph, times, problem.p2p) + rest_seconds(problem, inside[fits], times)
         return out
 
     def extra(self, inside: np.ndarray, place: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +109,7 @@ class Evaluator:
                         plan if other == device else chosen[other]
                     ).extra
             spans = makespans(self.graph, times, problem.p2p)
+            spans += rest_seconds(problem, np.repeat(inside[None], len(times), axis=0), times)
             at = int(np.argmin(spans))
             if spans[at] < best * (1 - 1e-12):
                 best, improved = float(spans[at]), True

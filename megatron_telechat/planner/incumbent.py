@@ -45,9 +45,9 @@ class Incumbent:
     def offer(self, assignment: Assignment) -> bool:
         """Take it if it fits and is faster."""
         result = simulate(self.problem, assignment)
-        if max(result.peak_bytes) > self.problem.mem_limit or result.makespan >= self.makespan:
+        if max(result.peak_bytes) > self.problem.mem_limit or result.total >= self.makespan:
             return False
-        self.makespan, self.assignment, self.result = result.makespan, assignment, result
+        self.makespan, self.assignment, self.result = result.total, assignment, result
         return True
 
     def offer_counts(self, counts: tuple[int, ...], place: int | None, patience: int) -> None:
@@ -89,4 +89,4 @@ class Incumbent:
             result = simulate(self.problem, assignment)
         except ConfigError:
             return math.inf
-        return result.makespan if max(result.peak_bytes) <= self.problem.mem_limit else math.inf
+        return result.total if max(result.peak_bytes) <= self.problem.mem_limit else math.inf

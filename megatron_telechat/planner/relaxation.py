@@ -132,10 +132,11 @@ class Relaxation:
                 middle = (x + center) / 2
                 span, cuts = self.separator.longest(self.space.stage_times(middle).tolist())
                 added = self.add_cuts(cuts, x, tolerance / 2)
-                if span < least:
-                    center, least = middle, span
+                if span + self.space.rest(middle) < least:
+                    center, least = middle, span + self.space.rest(middle)
             if not added:
                 span, cuts = self.separator.longest(self.space.stage_times(x).tolist())
+                span += self.space.rest(x)
                 if span < least:
                     center, least = x, span
                 if span <= x[0] + tolerance or not self.add_cuts(cuts, x, tolerance / 2):
@@ -150,7 +151,8 @@ class Relaxation:
 
     def is_whole(self, x: np.ndarray) -> bool:
         """Whether all counts of the point are integers up to the tolerance WHOLE."""
-        return bool(np.all(np.abs(x[1:] - np.rint(x[1:])) < WHOLE))
+        counts = x[1 : self.space.counts_end]
+        return bool(np.all(np.abs(counts - np.rint(counts)) < WHOLE))
 
     def narrow(self, node: Node, duals: np.ndarray) -> None:
         """Drop values whose reduced cost says that they hold nothing better; any duals do, so these need not be new."""
@@ -164,7 +166,7 @@ class Relaxation:
         first = self.space.first_branch_row
         rows = duals[first : first + len(node.row_lo)]
         costs = self.lp.cost - duals @ self.lp.rows[: self.lp.num_rows]
-        costs[0] = 0.0
+        costs[0] = costs[self.space.counts_end :] = 0.0
         for low, high, price in ((node.lo, node.hi, costs), (node.row_lo, node.row_hi, rows)):
             at = np.flatnonzero(price > 1e-9)
             high[at] = np.minimum(high[at], low[at] + np.floor(spare / price[at] + 1e-6))

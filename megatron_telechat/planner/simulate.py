@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from megatron_telechat.costs.op_order import rank_ops
 from megatron_telechat.planner.assignment import Assignment, check_assignment, stage_groups
 from megatron_telechat.planner.op_graph import end_times, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.rest import rest_seconds
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class SimResult:
 
     Attributes:
         makespan: end of the last op of any device.
+        rest: seconds of the iteration beside it, where the problem has some.
         peak_bytes: of each device.
         ops: every op with its times, in the order of each device, device by device.
     """
@@ -37,6 +41,12 @@ class SimResult:
     makespan: float
     peak_bytes: tuple[float, ...]
     ops: tuple[TimedOp, ...]
+    rest: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """What a solver minimises."""
+        return self.makespan + self.rest
 
 
 def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
@@ -62,7 +72,11 @@ def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
         if op
     ]
     ops.sort(key=lambda op: op.device)
-    return SimResult(float(max(ends)), peak_bytes(problem, assignment), tuple(ops))
+    rest = 0.0
+    if problem.rest:
+        inside = np.array([stage_groups(problem, assignment.counts)], dtype=float)
+        rest = float(rest_seconds(problem, inside, np.array([times]))[0])
+    return SimResult(float(max(ends)), peak_bytes(problem, assignment), tuple(ops), rest)
 
 
 def stage_times(problem: BalanceProblem, assignment: Assignment) -> list[float]:
