@@ -152,7 +152,7 @@ def _parser() -> _Parser:
         metavar="S",
         help="time limit of the search in seconds, then the best plan found with its gap [30; sweep: 60]",
     )
-    add("--gap", type=float, default=0.0, metavar="X", help="stop at this proven relative gap, such as 0.01 [0]")
+    add("--gap", type=float, default=0.0, metavar="X", help="stop at this proven relative gap, such as 0.01 [0; sweep: 0.005]")
     add(
         "--plain-flags",
         action="store_true",
@@ -164,7 +164,13 @@ def _parser() -> _Parser:
         "--free",
         default="",
         metavar="S,S",
-        help="with --sweep: sizes to vary though they are given: tp, pp, vp, cp, ep, mbs, or all",
+        help="with --sweep: sizes to vary though they are given: tp, pp, vp, cp, ep, etp, mbs, offload, or all",
+    )
+    add(
+        "--processes",
+        type=natural,
+        metavar="N",
+        help="processes that search a sweep [one for each processor]; what is found does not depend on it",
     )
     add("--top", type=natural, default=10, metavar="N", help="rows of the sweep [10]")
     add(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from megatron_telechat.cli.model_text import model_text
@@ -13,11 +15,29 @@ from megatron_telechat.cli.plan_report import megatron_line, notes_of, plan_file
 from megatron_telechat.cli.plan_request import Request, question_of, read_device, said_ways
 from megatron_telechat.cli.text import context_text, gib, table
 from megatron_telechat.config.fields import values_of
+from megatron_telechat.config.megatron.meaning import MEGATRON
+from megatron_telechat.config.origins import DEFAULT, DERIVED
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.devices import DeviceSpec
 from megatron_telechat.errors import EXIT_NO_FIT, EXIT_OK, ConfigError
 from megatron_telechat.planner.build import UNLIMITED_BYTES
+from megatron_telechat.planner.context import LEAST_TOKENS, SIZE, context_sizes
 from megatron_telechat.planner.plan import Plan
-from megatron_telechat.planner.sweep import FLAGS, Ranking, candidates, sweep
+from megatron_telechat.planner.space import (
+    EXPERT,
+    EXPERT_TENSOR,
+    FLAGS,
+    MICRO,
+    MOST_VIRTUAL_STAGES,
+    NO_FOLD,
+    OFFLOAD,
+    PIPELINE,
+    TENSOR,
+    VIRTUAL,
+    layouts,
+)
+from megatron_telechat.planner.sweep import GAP, Ranking, sweep
+from megatron_telechat.planner.worker import processors
 
 
 def sweep_door(request: Request) -> int:
@@ -38,31 +58,43 @@ def sweep_door(request: Request) -> int:
     given = {name: values[name] for name in FLAGS if loaded.origins[name].startswith("flag") and values[name]}
     fixed = {name: value for name, value in given.items() if name not in freed}
     fixed |= {name: values[name] for name in said_ways(loaded) if "context_parallel_size" not in freed}
+    said = not loaded.origins[OFFLOAD].startswith((DEFAULT, DERIVED, MEGATRON, "preset "))
+    fixed |= {OFFLOAD: values[OFFLOAD]} if said and "optimizer_cpu_offload" not in freed else {}
     question = question_of(request, loaded, run, device)
-    found = candidates(question, lambda *flags: request.load(*flags).run, fixed)
+    offload = OFFLOAD not in fixed and not request.pasted and bool(device.host_bandwidth_gb_s)
+
+    def load(*flags: str) -> RunConfig:
+        return request.load(*flags).run
+
+    found = layouts(question, load, fixed, offload)
     if not found:
         raise ConfigError(
             f"no parallel layout of {run.parallel.world_size} ranks fits this run",
             "--sweep",
             "another --world-size, a --global-batch-size with more divisors, or fewer fixed sizes",
         )
-    ranking = sweep(found, options.top, options.time_limit)
+    processes = options.processes or processors()
+    ranking = sweep(found, load, options.top, options.time_limit, options.gap or GAP, processes)
     if options.json:
-        print(
-            json.dumps(
-                [
-                    {"flags": list(_flags(flags, plan)), "plan": plan_file(plan, "").to_json()}
-                    for flags, plan in ranking.plans
-                ]
-            )
-        )
+        print(json.dumps(_json(ranking)))
     else:
-        held = _held(fixed)
-        print("\n".join([*_text(ranking, run, device.name, options.time_limit), *held, *notes_of(loaded.notes)]))
+        space = space_text(run, fixed, offload, device)
+        lines = _text(ranking, run, device.name, options.time_limit, processes)
+        print("\n".join([*lines, *space, *_held(fixed), *notes_of(loaded.notes)]))
     if ranking.plans:
         write_answers(request, ranking.plans[0][1])
         return EXIT_OK
     return EXIT_NO_FIT
+
+
+def _json(ranking: Ranking) -> list[dict[str, Any]]:
+    """The plans; the first of them with what was proved of the space."""
+    found: list[dict[str, Any]] = [
+        {"flags": list(_flags(flags, plan)), "plan": plan_file(plan, "").to_json()} for flags, plan in ranking.plans
+    ]
+    if found:
+        found[0]["proof"] = {**asdict(ranking.proof), "gap": ranking.proof.gap}
+    return found
 
 
 SHORT = {
@@ -71,7 +103,9 @@ SHORT = {
     "vp": "num_virtual_stages_per_pipeline_rank",
     "cp": "context_parallel_size",
     "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
     "mbs": "micro_batch_size",
+    "offload": "optimizer_cpu_offload",
 }
 """Words of --free → sizes that a sweep varies."""
 
@@ -100,24 +134,66 @@ def _held(fixed: Mapping[str, Any]) -> list[str]:
 
 
 def _flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
-    """Sizes of the sweep, and the plan's own flags; the number of virtual stages is in both."""
-    virtual = flags.index(FLAGS["num_virtual_stages_per_pipeline_rank"])
-    return (*flags[:virtual], *flags[virtual + 2 :], *plan_flags(plan))
+    """Sizes of the sweep, and the plan's own flags; what is in both is said once."""
+    virtual = flags.index(FLAGS[VIRTUAL])
+    own = plan_flags(plan)
+    sizes = (word for word in (*flags[:virtual], *flags[virtual + 2 :]) if word != "--cp-keep-received")
+    return (*sizes, *own)
 
 
-def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list[str]:
-    tried = f"{ranking.tried} parallel layouts solved, {ranking.no_fit} of them do not fit the memory"
-    lines = [f"{run.model.name} on {run.parallel.world_size} x {device}: {tried}", f"  {model_text(run.model)}"]
-    if ranking.skipped:
-        lines.append(f"  {ranking.skipped} more were ruled out: their work alone takes longer")
-    if ranking.unseen:
+def space_text(run: RunConfig, fixed: Mapping[str, Any], offload: bool, device: DeviceSpec) -> list[str]:
+    """What the proof is about: what was varied, and how far."""
+    parts = {
+        TENSOR: "tensor-parallel sizes inside a node",
+        PIPELINE: "pipeline sizes",
+        VIRTUAL: f"1 to {MOST_VIRTUAL_STAGES} virtual stages a rank",
+        MICRO: "micro-batches that are powers of two",
+        SIZE: f"context-parallel sizes that leave a rank {LEAST_TOKENS:,} tokens, with each split and what is kept",
+        EXPERT: "expert-parallel sizes",
+        EXPERT_TENSOR: "expert-tensor-parallel sizes",
+    }
+    left = {name for name in (EXPERT, EXPERT_TENSOR) if not run.model.is_moe}
+    left |= {SIZE} if context_sizes(run) == [1] else set()
+    varied = [text for name, text in parts.items() if name not in left and name not in fixed]
+    varied += ["the optimizer's state on the device or on the host"] * offload
+    lines = [f"the space: {'; '.join([*varied, 'every split of the layers, and what each recomputes'])}"]
+    if not device.host_bandwidth_gb_s and OFFLOAD not in fixed:
         lines.append(
-            f"  ! no time for {ranking.unseen} more, which look less promising: --time-limit {limit_s * 3:g} covers "
-            f"more of them"
+            f"  not in it: the optimizer's state on the host, since host_bandwidth_gb_s of {device.name} is not known"
         )
+    return lines
+
+
+def _proof(ranking: Ranking, limit_s: float, processes: int) -> list[str]:
+    proof = ranking.proof
+    counts = [
+        (proof.no_fit, "do not fit the memory"),
+        (proof.by_work, "take longer by their work alone"),
+        (proof.by_relaxation, "by a relaxation"),
+        (proof.searched, "searched"),
+        (proof.refused, "refused by the configuration"),
+        (proof.unseen, "not looked at"),
+    ]
+    said = ", ".join(f"{number:,} {text}" for number, text in counts if number)
+    took = f"{proof.seconds:.1f} s, {processes} process{'es' * (processes > 1)}"
+    if not math.isfinite(proof.step):
+        left = f"; {proof.unseen:,} were not looked at: --time-limit {limit_s * 3:g} covers more" if proof.unseen else ""
+        return [f"  {proof.layouts:,} layouts: {said} ({took}){left}"]
+    closed = proof.gap <= ranking.gap * (1 + 1e-6)
+    what = "proof" if closed else f"! not closed in {limit_s:g} s"
+    claim = f"no layout of the space is faster than the first by more than {proof.gap:.2%} under this model"
+    more = "" if closed else f"; a longer --time-limit goes on"
+    return [f"{what}: {claim}{more} ({took})", f"  {proof.layouts:,} layouts: {said}"]
+
+
+def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float, processes: int) -> list[str]:
+    number = f"{ranking.proof.layouts:,} parallel layouts"
+    lines = [f"{run.model.name} on {run.parallel.world_size} x {device}: {number}", f"  {model_text(run.model)}"]
+    proof = _proof(ranking, limit_s, processes)
     if not ranking.plans:
-        return [*lines, "", "no layout was found that fits: use more ranks, --recompute-kinds full, or a larger device"]
+        return [*lines, *proof, "", "no layout was found that fits: use more ranks, --recompute-kinds full, or a larger device"]
     moe = any(plan.question.run.model.is_moe for _, plan in ranking.plans)
+    offloaded = any(plan.question.run.parallel.optimizer_cpu_offload for _, plan in ranking.plans)
     shared = any(plan.question.run.parallel.context_parallel_size > 1 for _, plan in ranking.plans)
     rows = [
         [
@@ -126,7 +202,8 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list
             "PP",
             "VP",
             *["CP"] * shared,
-            *["EP"] * moe,
+            *["EP", "ETP"] * moe,
+            *["optimizer"] * offloaded,
             "DP",
             "micro-batch",
             "tokens/s a device",
@@ -154,7 +231,8 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list
                 str(problem.P),
                 str(problem.V),
                 *[context_text(parallel)] * shared,
-                *[str(parallel.expert_sizes[0])] * moe,
+                *map(str, parallel.expert_sizes[: 2 * moe]),
+                *["host" if parallel.optimizer_cpu_offload else "device"] * offloaded,
                 str(parallel.data_parallel_size),
                 str(plan.question.run.training.micro_batch_size),
                 f"{plan.prediction.tokens_per_s_per_device:,.0f}",
@@ -176,10 +254,14 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float) -> list
         "",
         "flags of the first: " + shlex.join(_flags(flags, plan)),
         megatron_line(plan, _sizes(flags)),
+        "",
+        *proof,
     ]
 
 
 def _sizes(flags: tuple[str, ...]) -> tuple[str, ...]:
-    """Sizes of the sweep in Megatron-LM's flags; a layout string tells the virtual stages."""
-    virtual = flags.index(FLAGS["num_virtual_stages_per_pipeline_rank"])
-    return (*flags[:virtual], *flags[virtual + 2 :])
+    """Sizes of the sweep in Megatron-LM's flags, which have no folded tensor domain; a layout string tells the virtual
+    stages."""
+    virtual = flags.index(FLAGS[VIRTUAL])
+    own = (NO_FOLD, "--cp-keep-received")
+    return tuple(word for word in (*flags[:virtual], *flags[virtual + 2 :]) if word not in own)

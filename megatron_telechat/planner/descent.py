@@ -143,9 +143,15 @@ def round_counts(
 
 
 def descend(
-    evaluator: Evaluator, counts: tuple[int, ...], place: int | None, deadline: float, patience: int = 3
+    evaluator: Evaluator,
+    counts: tuple[int, ...],
+    place: int | None,
+    deadline: float,
+    patience: int = 3,
+    most_steps: int | None = None,
 ) -> tuple[float, tuple[int, ...]]:
-    """Move one layer at a time to the best neighbour not seen before; stop after `patience` steps without gain.
+    """Move one layer at a time to the best neighbour not seen before; stop after `patience` steps without gain, or
+    `most_steps`.
 
     Returns:
         (makespan, layers of the stages); the makespan is inf if nothing that fits was met.
@@ -156,6 +162,8 @@ def descend(
     here, idle, seen = counts, 0, {counts}
     best = (float(evaluator.spans(np.array([counts]), place)[0]), counts)
     while idle < patience and time.perf_counter() < deadline:
+        if most_steps is not None and len(seen) > most_steps:
+            break
         rows = np.array(here)
         giving = [stage for stage in range(last) if rows[stage] > fewest[stage]]
         moves = [(a, b) for a in giving for b in range(last) if a != b]

@@ -14,6 +14,8 @@ from megatron_telechat.planner.simulate import in_flight
 
 MAX_COMBINATIONS = 400_000
 """Choices of a device that are looked at; with more, the search for a start takes a sample. No bound rests on them."""
+MAX_COMPARED = 2_000
+"""Of those that fit, the ones with the least time that are compared each with each."""
 
 Composition = tuple[tuple[int, ...], ...]
 """For each virtual stage of a device, its layers of each group."""
@@ -76,6 +78,9 @@ class DevicePlans:
             return []
         times = np.stack(found[1], axis=1)
         times, first = np.unique(times, axis=0, return_index=True)
+        if len(times) > MAX_COMPARED:
+            least = np.sort(np.argsort(times.sum(axis=1), kind="stable")[:MAX_COMPARED])
+            times, first = times[least], first[least]
         kept = [
             at
             for at in range(len(times))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_telechat.planner.budget import Budget
 from megatron_telechat.planner.count_program import Space
 from megatron_telechat.planner.incumbent import Incumbent
 from megatron_telechat.planner.lp import INF, LinearProgram, LpResult, RowStore
@@ -53,8 +54,17 @@ class Node:
 class Relaxation:
     """One LP for all boxes: loading a box changes bounds only, and every cut holds in every box."""
 
-    def __init__(self, problem: BalanceProblem, graph: OpGraph, incumbent: Incumbent, deadline: float, gap: float):
-        self.problem, self.incumbent, self.deadline, self.gap = problem, incumbent, deadline, gap
+    def __init__(
+        self,
+        problem: BalanceProblem,
+        graph: OpGraph,
+        incumbent: Incumbent,
+        budget: Budget,
+        gap: float,
+        limit: float = INF,
+        cuts: Iterable[PathCut] = (),
+    ):
+        self.problem, self.incumbent, self.budget, self.gap, self.limit = problem, incumbent, budget, gap, limit
         self.space = space = Space(problem, _serial_time(problem))
         self.unit = space.time_unit
         self.separator = Separator(graph, space.p2p)
@@ -62,14 +72,19 @@ class Relaxation:
         self.pool: dict[PathCut, None] = {}
         self.pool_rows = RowStore(space.size)
         self.num_fixed_rows = self.lp.num_rows
+        for cut in cuts:
+            self.pool[cut] = None
+            self.pool_rows.append(*space.cut_row(cut))
 
     def cutoff(self) -> float:
-        """A node whose bound is at least this holds nothing better (LP time units)."""
+        """A node whose bound is at least this holds nothing better, or nothing below the limit (LP time units)."""
         best = self.incumbent.makespan
         if not math.isfinite(best):
-            return INF
+            return self.limit / self.unit
         nothing_better = self.incumbent.cutoff(best)
-        return (min(nothing_better, best * (1 - self.gap)) if self.gap > 0 else nothing_better) / self.unit
+        if self.gap > 0:
+            nothing_better = min(nothing_better, best * (1 - self.gap))
+        return min(nothing_better, self.limit) / self.unit
 
     def load(self, node: Node) -> None:
         """Set the LP to the bounds of this box."""
@@ -115,8 +130,9 @@ class Relaxation:
         center, least = None, INF
         while True:
             result = self.lp.solve()
+            self.budget.work += 1
             node.bound = max(node.bound, result.bound)
-            if not result.feasible or node.bound >= self.cutoff() or time.perf_counter() > self.deadline:
+            if not result.feasible or node.bound >= self.cutoff() or self.budget.over():
                 return result
             x = result.x
             tolerance = 1e-9 * max(1.0, x[0])

@@ -33,6 +33,22 @@ def rest_seconds(problem: BalanceProblem, inside: np.ndarray, times: np.ndarray)
     return total
 
 
+def least_seconds(problem: BalanceProblem) -> float:
+    """Less than the rest of any split: the fullest device has at least the mean of all."""
+    groups, blocks = problem.groups, problem.blocks
+    forward = sum(group.count * group.f for group in groups) + sum(block.f for block in blocks)
+    backward = sum(group.count * group.b for group in groups) + sum(block.b for block in blocks)
+    extra = [[group.count * mode.extra_b for mode in group.modes] for group in groups]
+
+    def mean(cost: DeviceCost) -> float:
+        held = sum(group.count * value for group, value in zip(groups, cost.layers, strict=True))
+        again = sum(map(min if cost.backward > 0 else max, extra))
+        work = cost.forward * forward + cost.backward * (backward + again)
+        return cost.constant + (held + cost.embed + cost.head + work) / problem.P
+
+    return sum(max(map(mean, costs)) for costs in problem.rest)
+
+
 def most_seconds(problem: BalanceProblem) -> float:
     """More than the rest of any split."""
     extra = (group.count * max(mode.extra_b for mode in group.modes) for group in problem.groups)

@@ -34,13 +34,14 @@ def whole_step(
     gathered = _exposed(gather, run.parallel.overlap_param_gather, backward=False)
     number = len(times.optimizer_step_parts(LocalCount(0, 0)))
     optimizer = [parts.costs(lambda count, at=at: times.optimizer_step_parts(count)[at]) for at in range(number)]
-    constant = times.tied_embedding() + times.step_constant() + messages_seconds(problem, times)
+    constant = times.tied_embedding() + times.step_constant()
     return replace(
         problem,
         rest=(
             tuple(_sum(one, other) for one in reduced for other in gathered),
             tuple(optimizer),
-            (DeviceCost(constant, (0.0,) * len(problem.groups)),),
+            _fixed(problem, constant),
+            _fixed(problem, messages_seconds(problem, times)),
         ),
     )
 
@@ -50,9 +51,11 @@ def other_virtual_stages(problem: BalanceProblem, number: int, measured: bool) -
     changed = replace(problem, V=number)
     if not problem.rest or measured:
         return changed
-    *rest, (fixed,) = problem.rest
-    constant = fixed.constant + messages_seconds(changed) - messages_seconds(problem)
-    return replace(changed, rest=(*rest, (replace(fixed, constant=constant),)))
+    return replace(changed, rest=(*problem.rest[:-1], _fixed(problem, messages_seconds(changed))))
+
+
+def _fixed(problem: BalanceProblem, seconds: float) -> tuple[DeviceCost, ...]:
+    return (DeviceCost(seconds, (0.0,) * len(problem.groups)),)
 
 
 def _exposed(cost: DeviceCost, overlapped: bool, backward: bool) -> list[DeviceCost]:
