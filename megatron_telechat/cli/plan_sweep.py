@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_telechat.cli.model_text import model_text
@@ -14,6 +15,7 @@ from megatron_telechat.cli.plan_answers import write_answers
 from megatron_telechat.cli.plan_report import megatron_line, notes_of, plan_file, plan_flags, speed
 from megatron_telechat.cli.plan_request import Request, question_of, read_device, said_ways
 from megatron_telechat.cli.text import context_text, gib, table
+from megatron_telechat.config import LoadedConfig
 from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.megatron.meaning import MEGATRON
 from megatron_telechat.config.origins import DEFAULT, DERIVED
@@ -34,6 +36,7 @@ from megatron_telechat.planner.space import (
     PIPELINE,
     TENSOR,
     VIRTUAL,
+    divisors,
     layouts,
 )
 from megatron_telechat.planner.sweep import GAP, Ranking, sweep
@@ -52,7 +55,7 @@ def sweep_door(request: Request) -> int:
     loaded = request.load()
     if loaded.origins["world_size"] == "derived":
         raise ConfigError("the sweep needs a number of ranks", "command line", "--world-size N")
-    device, run = read_device(options.device, loaded.run)
+    device, run = read_device(options.device, _least_batch(request, loaded))
     values = values_of(loaded.run)
     freed = freed_sizes(options.free)
     given = {name: values[name] for name in FLAGS if loaded.origins[name].startswith("flag") and values[name]}
@@ -85,6 +88,22 @@ def sweep_door(request: Request) -> int:
         write_answers(request, ranking.plans[0][1])
         return EXIT_OK
     return EXIT_NO_FIT
+
+
+def _least_batch(request: Request, loaded: LoadedConfig) -> RunConfig:
+    """The run with the batch of all layouts: one that nobody gave has grown to what this layout needs, and others may
+    need less."""
+    run = loaded.run
+    if loaded.origins["global_batch_size"] != DERIVED:
+        return run
+    parallel, least = run.parallel, run.training.global_batch_size
+    for tensor, stages in itertools.product(divisors(parallel.node_size), divisors(parallel.world_size)):
+        try:
+            other = request.load(FLAGS[TENSOR], str(tensor), FLAGS[PIPELINE], str(stages), FLAGS[VIRTUAL], "1").run
+        except ConfigError:
+            continue
+        least = min(least, other.training.global_batch_size)
+    return replace(run, training=replace(run.training, global_batch_size=least))
 
 
 def _json(ranking: Ranking) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ class Budget:
 
     Attributes:
         deadline: of `time.perf_counter`.
-        most: linear programs it may solve.
+        most: linear programs it may solve; below 0: none.
         work: linear programs it has solved.
     """
 

@@ -15,8 +15,8 @@ from megatron_telechat.planner.device_plans import DevicePlans
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import SimResult, simulate
 
-MOST_EVALUATED = 100_000_000
-"""Ops, of all neighbours of all steps, that a descent simulates where it is not eager: a second."""
+MOST_EVALUATED = 50_000_000
+"""Ops, of all neighbours of all steps, that a descent simulates where it is not eager: half a second."""
 RELATIVE = 1e-7
 """Where times are not whole numbers, makespans nearer than this (relative) count as equal."""
 
@@ -43,7 +43,7 @@ class Incumbent:
         self.result: SimResult | None = None
         self._tried: set[tuple] = set()
         ops = 2 * problem.num_stages * problem.m
-        self._steps = None if eager else max(MOST_EVALUATED // (ops * problem.num_stages**2), 2)
+        self._steps = None if eager else MOST_EVALUATED // (ops * problem.num_stages**2)
 
     def cutoff(self, best: float) -> float:
         """Bounds from here on leave nothing better than `best`."""

@@ -83,7 +83,8 @@ def solve_below(
 
     The bound of the relaxation comes first: where it reaches the limit nothing else is looked at. The status is then
     "bounded" (and wherever the search proves it), and `lower_bound` at least the limit. Of a problem whose relaxation
-    has no point the status is "infeasible". The answer does not depend on the speed of the machine, as long as the
+    has no point the status is "infeasible". Without a limit a first split comes before all else, and with a budget of no
+    linear program it is all. The answer does not depend on the speed of the machine, as long as the
     budget ends by its number of linear programs.
 
     Args:
@@ -96,15 +97,17 @@ def solve_below(
     graph = op_graph(problem.P, problem.V, problem.m)
     incumbent = Incumbent(problem, budget.deadline, eager=False)
     cuts = {} if cuts is None else cuts
-    tree = Tree(problem, graph, incumbent, budget, gap, limit, cuts)
+    tree = Tree(problem, graph, incumbent, budget, gap, limit, list(cuts))
     root = tree.root_node()
     if warm_start is not None:
         incumbent.offer(warm_start)
-    if tree.relax(root, ROOT_ROUNDS).bound == INF:
+    elif limit == INF:
+        incumbent.begin()
+    if not budget.over() and tree.relax(root, ROOT_ROUNDS).bound == INF:
         cuts |= tree.pool
         return Solution("infeasible", seconds=time.perf_counter() - started, reason="no assignment fits the memory")
     if root.bound < tree.cutoff() and not budget.over():
-        if incumbent.assignment is None:
+        if incumbent.assignment is None and limit < INF:
             incumbent.begin()
         tree.run(root)
     else:
@@ -114,7 +117,8 @@ def solve_below(
     if incumbent.assignment is None and bound == INF:
         return Solution("infeasible", seconds=seconds, reason="no assignment fits the memory", nodes=tree.nodes)
     found = _solution(problem, incumbent, tree, seconds)
-    return replace(found, status="bounded") if reaches(bound, limit) else found
+    reached = found.lower_bound is not None and reaches(found.lower_bound, limit)
+    return replace(found, status="bounded") if reached else found
 
 
 def _solution(problem: BalanceProblem, incumbent: Incumbent, tree: Tree, seconds: float) -> Solution:

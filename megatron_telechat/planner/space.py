@@ -242,15 +242,15 @@ def _sizes(run: RunConfig, fixed: Mapping[str, Any]) -> Iterator[tuple[dict[str,
         return [fixed[name]] if name in fixed else list(values)
 
     heads = (model.num_attention_heads, model.query_groups, model.vocab_size)
-    tensors = choices(TENSOR, (size for size in _divisors(node) if all(number % size == 0 for number in heads)))
-    stages = choices(PIPELINE, (size for size in _divisors(world) if size <= model.num_layers))
+    tensors = choices(TENSOR, (size for size in divisors(node) if all(number % size == 0 for number in heads)))
+    stages = choices(PIPELINE, (size for size in divisors(world) if size <= model.num_layers))
     virtual = choices(VIRTUAL, range(1, MOST_VIRTUAL_STAGES + 1))
     experts: Sequence[int] = [0]
     pieces: Sequence[int] = [0]
     if model.num_experts:
         width = model.moe_ffn_hidden_size or model.ffn_hidden_size
-        experts = choices(EXPERT, _divisors(model.num_experts))
-        pieces = choices(EXPERT_TENSOR, (size for size in _divisors(node) if width % size == 0))
+        experts = choices(EXPERT, divisors(model.num_experts))
+        pieces = choices(EXPERT_TENSOR, (size for size in divisors(node) if width % size == 0))
     contexts = choices(SIZE, context_sizes(run))
     names_context = contexts != [1] or parallel.context_parallel_size > 1
     for tensor, stage, context, expert, piece in itertools.product(tensors, stages, contexts, experts, pieces):
@@ -279,5 +279,6 @@ def _powers_of_two(most: int) -> Iterator[int]:
         size *= 2
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]

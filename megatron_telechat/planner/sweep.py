@@ -33,10 +33,12 @@ from megatron_telechat.planner.worker import Task, Workers
 
 GAP = 0.005
 """The proof is closed when no layout is faster by more than this."""
-EFFORT, MORE_EFFORT = 60, 8
+EFFORT, MORE_EFFORT = 60, 20
 """Linear programs for a layout at first, and the factor from one time to the next."""
 FIRST_ROUNDS, ROUND = (1, 2, 4), 8
 """Layouts that are searched at once; the first ones make the step that closes others."""
+NO_EFFORT, LOOKS = -1, 16
+"""A look finds a split and proves nothing; so many layouts get one before the search begins."""
 ROWS_EFFORT, ROWS_GAP, ROWS_TRIED = 60, 0.02, 2
 """Of a layout that is searched for the table alone; and how many of them, in lengths of the table."""
 
@@ -189,14 +191,24 @@ class Search:
 
     def run(self) -> None:
         """Search until the proof is closed or the time is up."""
+        self.look()
         rounds = iter(FIRST_ROUNDS)
         while not self.over():
             now = self.open_entries()[: next(rounds, ROUND)]
             if not now:
                 return
-            self.solve(now, self.limit, self.gap, [EFFORT * MORE_EFFORT ** min(one.effort, 9) for one in now])
+            self.solve(now, self.limit, self.gap, [EFFORT * MORE_EFFORT ** min(one.effort, 6) for one in now])
             for one in now:
                 one.effort += 1
+
+    def look(self) -> None:
+        """Find a step, in the layouts that look best, before anything is proved: so there is an answer at any time."""
+        looks = 0
+        for one in sorted(self.entries, key=lambda one: (one.guess, one.layout.number)):
+            if self.over() or looks >= LOOKS and self.best is not None:
+                return
+            self.solve([one], math.inf, self.gap, [NO_EFFORT])
+            looks += 1
 
     def solve(self, entries: Sequence[Entry], limit: float, gap: float, work: Sequence[int]) -> None:
         """Search these at once, and note what is found of them."""
@@ -209,11 +221,11 @@ class Search:
         ]
         for one, (answer, cuts) in zip(entries, self.workers.run(tasks), strict=True):
             self.cuts[one.layout.schedule] |= dict.fromkeys(cuts)
+            one.searched |= work[0] != NO_EFFORT
             self.note(one, answer)
 
     def note(self, one: Entry, answer: Solution) -> None:
         """What a search says of a layout; a split that may be an answer is shown to the configuration."""
-        one.searched = True
         if answer.status == "infeasible":
             one.bound = math.inf
             return
