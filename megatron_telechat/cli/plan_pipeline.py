@@ -55,6 +55,8 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"--{' and --'.join(chosen)} cannot be combined", "command line", "give one of them")
     if options.reserve_gib is not None and not 0 <= options.reserve_gib < float("inf"):
         raise ConfigError(f"--reserve-gib {options.reserve_gib:g}", "command line", "a number of GiB, at least 0")
+    if options.frontier and not options.sweep:
+        raise ConfigError("--frontier belongs to --sweep", "command line", "--sweep --frontier memory, or drop it")
     if options.from_ and not options.calibrate:
         raise ConfigError("--from belongs to --calibrate", "command line", "--calibrate --from RUN_DIR, or drop it")
     if options.problem:

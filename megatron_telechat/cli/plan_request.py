@@ -167,6 +167,12 @@ def _parser() -> _Parser:
         help="with --sweep: sizes to vary though they are given: tp, pp, vp, cp, ep, etp, mbs, offload, or all",
     )
     add(
+        "--frontier",
+        metavar="memory|ranks=N,N",
+        help="with --sweep: the fastest step against memory (memory=80,64,48: these GiB), or against the number of "
+        "ranks; --plot draws it",
+    )
+    add(
         "--processes",
         type=natural,
         metavar="N",

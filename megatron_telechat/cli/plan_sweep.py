@@ -6,8 +6,8 @@ import itertools
 import json
 import math
 import shlex
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_telechat.cli.model_text import model_text
@@ -20,11 +20,10 @@ from megatron_telechat.config.fields import values_of
 from megatron_telechat.config.megatron.meaning import MEGATRON
 from megatron_telechat.config.origins import DEFAULT, DERIVED
 from megatron_telechat.config.schema import RunConfig
-from megatron_telechat.costs.devices import DeviceSpec
 from megatron_telechat.errors import EXIT_NO_FIT, EXIT_OK, ConfigError
 from megatron_telechat.planner.build import UNLIMITED_BYTES
 from megatron_telechat.planner.context import LEAST_TOKENS, SIZE, context_sizes
-from megatron_telechat.planner.plan import Plan
+from megatron_telechat.planner.plan import Plan, Question
 from megatron_telechat.planner.space import (
     EXPERT,
     EXPERT_TENSOR,
@@ -36,11 +35,34 @@ from megatron_telechat.planner.space import (
     PIPELINE,
     TENSOR,
     VIRTUAL,
+    Layout,
+    Load,
     divisors,
     layouts,
 )
 from megatron_telechat.planner.sweep import GAP, Ranking, sweep
 from megatron_telechat.planner.worker import processors
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A space to sweep.
+
+    Attributes:
+        question: with the run, and the batch of all layouts.
+        fixed: what keeps its value.
+        offload: whether the optimizer's state may go to the host.
+        space: the layouts.
+        load: the configuration with some flags added.
+        loaded: without any.
+    """
+
+    question: Question
+    fixed: Mapping[str, Any]
+    offload: bool
+    space: Sequence[Layout]
+    load: Load
+    loaded: LoadedConfig
 
 
 def sweep_door(request: Request) -> int:
@@ -52,23 +74,49 @@ def sweep_door(request: Request) -> int:
     options = request.options
     if options.top < 1:
         raise ConfigError(f"--top {options.top}", "command line", "at least 1")
-    loaded = request.load()
+    if options.frontier:
+        from megatron_telechat.cli.plan_frontier import frontier_door
+
+        return frontier_door(request)
+    asked = asked_of(request)
+    processes = options.processes or processors()
+    ranking = sweep(asked.space, asked.load, options.top, options.time_limit, options.gap or GAP, processes)
+    if options.json:
+        print(json.dumps(_json(ranking)))
+    else:
+        run, device = asked.question.run, asked.question.device
+        lines = _text(ranking, run, device.name, options.time_limit, processes)
+        print("\n".join([*lines, *space_text(asked), *notes_of(asked.loaded.notes)]))
+    if ranking.plans:
+        write_answers(request, ranking.plans[0][1])
+        return EXIT_OK
+    return EXIT_NO_FIT
+
+
+def asked_of(request: Request, *changes: str) -> Asked:
+    """The space that a request asks for, with these flags in place of what it says of the same.
+
+    Raises:
+        ConfigError: no number of ranks; no layout that the configuration takes.
+    """
+    options = request.options
+    loaded = request.load(*changes)
     if loaded.origins["world_size"] == "derived":
         raise ConfigError("the sweep needs a number of ranks", "command line", "--world-size N")
-    device, run = read_device(options.device, _least_batch(request, loaded))
+
+    def load(*flags: str) -> RunConfig:
+        return request.load(*changes, *flags).run
+
+    device, run = read_device(options.device, _least_batch(load, loaded))
     values = values_of(loaded.run)
     freed = freed_sizes(options.free)
     given = {name: values[name] for name in FLAGS if loaded.origins[name].startswith("flag") and values[name]}
     fixed = {name: value for name, value in given.items() if name not in freed}
     fixed |= {name: values[name] for name in said_ways(loaded) if "context_parallel_size" not in freed}
     said = not loaded.origins[OFFLOAD].startswith((DEFAULT, DERIVED, MEGATRON, "preset "))
-    fixed |= {OFFLOAD: values[OFFLOAD]} if said and "optimizer_cpu_offload" not in freed else {}
+    fixed |= {OFFLOAD: values[OFFLOAD]} if said and OFFLOAD not in freed else {}
     question = question_of(request, loaded, run, device)
     offload = OFFLOAD not in fixed and not request.pasted and bool(device.host_bandwidth_gb_s)
-
-    def load(*flags: str) -> RunConfig:
-        return request.load(*flags).run
-
     found = layouts(question, load, fixed, offload)
     if not found:
         raise ConfigError(
@@ -76,21 +124,10 @@ def sweep_door(request: Request) -> int:
             "--sweep",
             "another --world-size, a --global-batch-size with more divisors, or fewer fixed sizes",
         )
-    processes = options.processes or processors()
-    ranking = sweep(found, load, options.top, options.time_limit, options.gap or GAP, processes)
-    if options.json:
-        print(json.dumps(_json(ranking)))
-    else:
-        space = space_text(run, fixed, offload, device)
-        lines = _text(ranking, run, device.name, options.time_limit, processes)
-        print("\n".join([*lines, *space, *_held(fixed), *notes_of(loaded.notes)]))
-    if ranking.plans:
-        write_answers(request, ranking.plans[0][1])
-        return EXIT_OK
-    return EXIT_NO_FIT
+    return Asked(question, fixed, offload, found, load, loaded)
 
 
-def _least_batch(request: Request, loaded: LoadedConfig) -> RunConfig:
+def _least_batch(load: Load, loaded: LoadedConfig) -> RunConfig:
     """The run with the batch of all layouts: one that nobody gave has grown to what this layout needs, and others may
     need less."""
     run = loaded.run
@@ -99,7 +136,7 @@ def _least_batch(request: Request, loaded: LoadedConfig) -> RunConfig:
     parallel, least = run.parallel, run.training.global_batch_size
     for tensor, stages in itertools.product(divisors(parallel.node_size), divisors(parallel.world_size)):
         try:
-            other = request.load(FLAGS[TENSOR], str(tensor), FLAGS[PIPELINE], str(stages), FLAGS[VIRTUAL], "1").run
+            other = load(FLAGS[TENSOR], str(tensor), FLAGS[PIPELINE], str(stages), FLAGS[VIRTUAL], "1")
         except ConfigError:
             continue
         least = min(least, other.training.global_batch_size)
@@ -109,7 +146,7 @@ def _least_batch(request: Request, loaded: LoadedConfig) -> RunConfig:
 def _json(ranking: Ranking) -> list[dict[str, Any]]:
     """The plans; the first of them with what was proved of the space."""
     found: list[dict[str, Any]] = [
-        {"flags": list(_flags(flags, plan)), "plan": plan_file(plan, "").to_json()} for flags, plan in ranking.plans
+        {"flags": list(layout_flags(flags, plan)), "plan": plan_file(plan, "").to_json()} for flags, plan in ranking.plans
     ]
     if found:
         found[0]["proof"] = {**asdict(ranking.proof), "gap": ranking.proof.gap}
@@ -152,7 +189,7 @@ def _held(fixed: Mapping[str, Any]) -> list[str]:
     return [f"held fixed, as given: {', '.join(sizes)}; --free {free} (or a part of it) varies them too"]
 
 
-def _flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+def layout_flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     """Sizes of the sweep, and the plan's own flags; what is in both is said once."""
     virtual = flags.index(FLAGS[VIRTUAL])
     own = plan_flags(plan)
@@ -160,8 +197,9 @@ def _flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     return (*sizes, *own)
 
 
-def space_text(run: RunConfig, fixed: Mapping[str, Any], offload: bool, device: DeviceSpec) -> list[str]:
-    """What the proof is about: what was varied, and how far."""
+def space_text(asked: Asked) -> list[str]:
+    """What the proof is about: what was varied, how far, and what was held."""
+    run, device, fixed, offload = asked.question.run, asked.question.device, asked.fixed, asked.offload
     parts = {
         TENSOR: "tensor-parallel sizes inside a node",
         PIPELINE: "pipeline sizes",
@@ -180,7 +218,7 @@ def space_text(run: RunConfig, fixed: Mapping[str, Any], offload: bool, device: 
         lines.append(
             f"  not in it: the optimizer's state on the host, since host_bandwidth_gb_s of {device.name} is not known"
         )
-    return lines
+    return [*lines, *_held(fixed)]
 
 
 def _proof(ranking: Ranking, limit_s: float, processes: int) -> list[str]:
@@ -271,7 +309,7 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float, process
         "",
         *table(rows, left=(0, len(rows[0]) - 1)),
         "",
-        "flags of the first: " + shlex.join(_flags(flags, plan)),
+        "flags of the first: " + shlex.join(layout_flags(flags, plan)),
         megatron_line(plan, _sizes(flags)),
         "",
         *proof,

@@ -92,7 +92,8 @@ class Evaluator:
             mtp_virtual_stage = None if place is None or place % problem.P != device else place // problem.P
             key = (device, tuple(map(tuple, inside[device :: problem.P].tolist())), mtp_virtual_stage)
             chosen.append(plans.best(*key))
-            options.append([chosen[-1]] if problem.V == 1 or not any(chosen[-1].extra) else plans.all(*key))
+            alone = problem.V == 1 or not any(chosen[-1].extra) or plans.many(key[1])
+            options.append([chosen[-1]] if alone else plans.all(*key))
         blocks = [problem.fixed_block(stage, place) for stage in range(problem.num_stages)]
         base = np.concatenate(
             [inside @ self.f + [one.f for one in blocks], inside @ self.b + [one.b for one in blocks]]

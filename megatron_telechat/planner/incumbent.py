@@ -17,6 +17,8 @@ from megatron_telechat.planner.simulate import SimResult, simulate
 
 MOST_EVALUATED = 50_000_000
 """Ops, of all neighbours of all steps, that a descent simulates where it is not eager: half a second."""
+FEW_COMBINATIONS = 2_000
+"""Choices of a device that are looked at one by one where it is not eager."""
 RELATIVE = 1e-7
 """Where times are not whole numbers, makespans nearer than this (relative) count as equal."""
 
@@ -36,7 +38,7 @@ class Incumbent:
 
     def __init__(self, problem: BalanceProblem, deadline: float, eager: bool = True):
         self.problem, self.deadline, self.eager = problem, deadline, eager
-        self.plans = DevicePlans(problem)
+        self.plans = DevicePlans(problem) if eager else DevicePlans(problem, FEW_COMBINATIONS)
         self.evaluator = Evaluator(problem, self.plans)
         self.makespan = math.inf
         self.assignment: Assignment | None = None

@@ -105,7 +105,7 @@ class InFlight:
     backward: int | None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
     """For each device the moments that no other moment covers (at least as many of each virtual stage, and the same
     backward).
@@ -121,13 +121,18 @@ def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
             seen[None if op.forward else op.virtual_stage, tuple(held)] = None
             held[op.virtual_stage] -= not op.forward
         moments = [InFlight(counts, backward) for backward, counts in seen]
-        out.append(tuple(one for one in moments if not any(_covers(other, one) for other in moments if other != one)))
+        out.append(tuple(one for one, covered in zip(moments, _covered(moments), strict=True) if not covered))
     return tuple(out)
 
 
-def _covers(other: InFlight, one: InFlight) -> bool:
-    same = one.backward is None or other.backward == one.backward
-    return same and all(more >= less for more, less in zip(other.held, one.held, strict=True))
+def _covered(moments: list[InFlight]) -> np.ndarray:
+    """Which moments another one covers."""
+    counts = np.array([one.held for one in moments])
+    running = np.array([-1 if one.backward is None else one.backward for one in moments])
+    more = (counts[:, None] >= counts[None]).all(axis=2)  # [other, one]
+    more &= (running[None] == -1) | (running[:, None] == running[None])
+    np.fill_diagonal(more, False)
+    return more.any(axis=0)
 
 
 def peak_bytes(problem: BalanceProblem, assignment: Assignment) -> tuple[float, ...]:

@@ -334,11 +334,12 @@ def sweep(
         proof = search.proof()
         if told is not None:
             told(proof)
-        plans = [_plan(one) for one in search.rows(top)]
+        plans = [plan_of(one) for one in search.rows(top)]
     return Ranking(tuple(plans), proof, gap)
 
 
-def _plan(one: Entry) -> tuple[tuple[str, ...], Plan]:
+def plan_of(one: Entry) -> tuple[tuple[str, ...], Plan]:
+    """The best split found of a layout as a plan, with the flags of its sizes."""
     question, problem = one.layout.question, one.layout.problem
     assert one.assignment is not None and one.solution is not None
     planned = planned_run(question.run, problem, one.assignment)
