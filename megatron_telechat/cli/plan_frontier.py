@@ -32,6 +32,10 @@ class Point:
     plan: Plan | None = None
 
 
+def _point(at: float, proof: Proof, best: tuple[tuple[str, ...], Plan] | None) -> Point:
+    return Point(at, proof) if best is None else Point(at, proof, *best)
+
+
 def frontier_door(request: Request) -> int:
     """Print the frontier, and draw it with --plot.
 
@@ -79,7 +83,7 @@ def _memory(request: Request, asked: Asked, text: str) -> list[Point]:
     if not limits and not whole:
         fix = "--memory-gib N, or --frontier memory=80,64,48"
         raise ConfigError(f"no memory is known of {asked.question.device.name}", "--frontier", fix)
-    limits = limits or [whole * number / POINTS for number in range(1, POINTS + 1)]
+    limits = limits or [(whole or 0.0) * number / POINTS for number in range(1, POINTS + 1)]
     found = memory_frontier(
         asked.space,
         asked.load,
@@ -88,7 +92,7 @@ def _memory(request: Request, asked: Asked, text: str) -> list[Point]:
         options.gap or GAP,
         options.processes or processors(),
     )
-    return [Point(limit / GIB, proof, *(best or ())) for limit, proof, best in found]
+    return [_point(limit / GIB, proof, best) for limit, proof, best in found]
 
 
 def _ranks(request: Request, text: str) -> list[Point]:
@@ -101,7 +105,7 @@ def _ranks(request: Request, text: str) -> list[Point]:
         asked = asked_of(request, "--world-size", f"{number:.0f}")
         seconds = options.time_limit / len(numbers)
         ranking = sweep(asked.space, asked.load, 1, seconds, options.gap or GAP, options.processes or processors())
-        points.append(Point(number, ranking.proof, *(ranking.plans[0] if ranking.plans else ())))
+        points.append(_point(number, ranking.proof, ranking.plans[0] if ranking.plans else None))
     return points
 
 
@@ -120,7 +124,10 @@ def _json(point: Point, kind: str) -> dict[str, Any]:
 
 def _text(points: list[Point], kind: str, asked: Asked) -> list[str]:
     run = asked.question.run
-    moe, shared = run.model.is_moe, any(p.plan.question.run.parallel.context_parallel_size > 1 for p in points if p.plan)
+    moe, shared = (
+        run.model.is_moe,
+        any(p.plan.question.run.parallel.context_parallel_size > 1 for p in points if p.plan),
+    )
     head = ["GiB a device" if kind == "memory" else "ranks", "step", "tokens/s a device", "TP", "PP", "VP"]
     head += [*["CP"] * shared, *["EP", "ETP"] * moe, "DP", "micro-batch", "optimizer", "recomputed", "gap"]
     rows = [head]

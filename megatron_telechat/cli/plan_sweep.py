@@ -146,7 +146,8 @@ def _least_batch(load: Load, loaded: LoadedConfig) -> RunConfig:
 def _json(ranking: Ranking) -> list[dict[str, Any]]:
     """The plans; the first of them with what was proved of the space."""
     found: list[dict[str, Any]] = [
-        {"flags": list(layout_flags(flags, plan)), "plan": plan_file(plan, "").to_json()} for flags, plan in ranking.plans
+        {"flags": list(layout_flags(flags, plan)), "plan": plan_file(plan, "").to_json()}
+        for flags, plan in ranking.plans
     ]
     if found:
         found[0]["proof"] = {**asdict(ranking.proof), "gap": ranking.proof.gap}
@@ -218,7 +219,7 @@ def space_text(asked: Asked) -> list[str]:
         lines.append(
             f"  not in it: the optimizer's state on the host, since host_bandwidth_gb_s of {device.name} is not known"
         )
-    return [*lines, *_held(fixed)]
+    return [*lines, *(f"counted: {text}" for text in asked.question.counted), *_held(fixed)]
 
 
 def _proof(ranking: Ranking, limit_s: float, processes: int) -> list[str]:
@@ -234,12 +235,14 @@ def _proof(ranking: Ranking, limit_s: float, processes: int) -> list[str]:
     said = ", ".join(f"{number:,} {text}" for number, text in counts if number)
     took = f"{proof.seconds:.1f} s, {processes} process{'es' * (processes > 1)}"
     if not math.isfinite(proof.step):
-        left = f"; {proof.unseen:,} were not looked at: --time-limit {limit_s * 3:g} covers more" if proof.unseen else ""
+        left = (
+            f"; {proof.unseen:,} were not looked at: --time-limit {limit_s * 3:g} covers more" if proof.unseen else ""
+        )
         return [f"  {proof.layouts:,} layouts: {said} ({took}){left}"]
     closed = proof.gap <= ranking.gap * (1 + 1e-6)
     what = "proof" if closed else f"! not closed in {limit_s:g} s"
     claim = f"no layout of the space is faster than the first by more than {proof.gap:.2%} under this model"
-    more = "" if closed else f"; a longer --time-limit goes on"
+    more = "" if closed else "; a longer --time-limit goes on"
     return [f"{what}: {claim}{more} ({took})", f"  {proof.layouts:,} layouts: {said}"]
 
 
@@ -248,7 +251,12 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float, process
     lines = [f"{run.model.name} on {run.parallel.world_size} x {device}: {number}", f"  {model_text(run.model)}"]
     proof = _proof(ranking, limit_s, processes)
     if not ranking.plans:
-        return [*lines, *proof, "", "no layout was found that fits: use more ranks, --recompute-kinds full, or a larger device"]
+        return [
+            *lines,
+            *proof,
+            "",
+            "no layout was found that fits: use more ranks, --recompute-kinds full, or a larger device",
+        ]
     moe = any(plan.question.run.model.is_moe for _, plan in ranking.plans)
     offloaded = any(plan.question.run.parallel.optimizer_cpu_offload for _, plan in ranking.plans)
     shared = any(plan.question.run.parallel.context_parallel_size > 1 for _, plan in ranking.plans)

@@ -16,8 +16,8 @@ from megatron_telechat.planner.simulate import in_flight
 
 class Space:
     """Columns: the makespan M; n[c, k], layers of kind k (a group in a mode) on stage c; y[c], the MTP block is on
-    stage c; z[c, l], a layer or block of stage c has a working set of at least level l; and the seconds of each entry of the
-    problem's `rest`, which are no counts.
+    stage c; z[c, l], a layer or block of stage c has a working set of at least level l; and the seconds of each entry
+    of the problem's `rest`, which are no counts.
 
     Times are in units of `time_unit`, bytes in units of the memory limit.
 

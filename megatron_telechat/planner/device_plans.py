@@ -81,9 +81,7 @@ class DevicePlans:
         """Whether a device with these layers has more choices than are looked at one by one."""
         return math.prod(len(self.stage_choices(one).modes) for one in virtual_stages) > self.most
 
-    def _built(
-        self, device: int, virtual_stages: Composition, mtp_virtual_stage: int | None
-    ) -> DevicePlan | None:
+    def _built(self, device: int, virtual_stages: Composition, mtp_virtual_stage: int | None) -> DevicePlan | None:
         """A plan that fits: from the fastest choices on, the step that frees most of the worst moment for its time."""
         choices = [self.stage_choices(one) for one in virtual_stages]
         weights, fixed_act, fixed_ws = self._fixed(device, virtual_stages, mtp_virtual_stage)

@@ -54,7 +54,7 @@ def _carry_over(before: Search, search: Search) -> None:
     search.cuts = before.cuts
     for old, new in zip(before.entries, search.entries, strict=True):
         new.bound, new.refused = max(new.bound, old.bound), old.refused
-        new.searched = old.searched
+        new.searched, new.nodes = old.searched, old.nodes
         if old.assignment is None or old.solution is None or old.refused:
             continue
         if max(peak_bytes(new.layout.problem, old.assignment)) <= new.layout.problem.mem_limit:

@@ -20,7 +20,8 @@ def rest_seconds(problem: BalanceProblem, inside: np.ndarray, times: np.ndarray)
     P, C = problem.P, problem.num_stages
     layers = np.stack([inside[:, device::P].sum(axis=1) for device in range(P)], axis=1)
     forward, backward = (
-        np.stack([part[:, device::P].sum(axis=1) for device in range(P)], axis=1) for part in (times[:, :C], times[:, C:])
+        np.stack([part[:, device::P].sum(axis=1) for device in range(P)], axis=1)
+        for part in (times[:, :C], times[:, C:])
     )
     for costs in problem.rest:
         parts = []

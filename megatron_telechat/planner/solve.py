@@ -83,9 +83,9 @@ def solve_below(
 
     The bound of the relaxation comes first: where it reaches the limit nothing else is looked at. The status is then
     "bounded" (and wherever the search proves it), and `lower_bound` at least the limit. Of a problem whose relaxation
-    has no point the status is "infeasible". Without a limit a first split comes before all else, and with a budget of no
-    linear program it is all. The answer does not depend on the speed of the machine, as long as the
-    budget ends by its number of linear programs.
+    has no point the status is "infeasible". Without a limit a first split comes before all else, and with a budget of
+    no linear program it is all. The answer does not depend on the speed of the machine, as long as the budget ends by
+    its number of linear programs.
 
     Args:
         limit: what is not faster is of no interest; inf: anything is.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_telechat.config.context import head_sizes, least_traffic
-from megatron_telechat.config.schema import ParallelConfig, RunConfig
+from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.context import KEEP, SIZE, SPLIT, context_sizes
@@ -81,7 +81,7 @@ class Layout:
             flags = (*flags, "--global-batch-size", str(wanted.global_batch_size))
             run = load(*flags)
         run = replace(run, training=replace(run.training, device=wanted.device))
-        asked = replace(self.question, run=run)
+        asked = self.question.of(run)
         problem = self.problem if _same_costs(run, self.question.run) else step_problem(asked)
         return replace(self, flags=flags, question=asked, problem=problem)
 
@@ -99,8 +99,10 @@ def _same_costs(one: RunConfig, other: RunConfig) -> bool:
     """Whether two runs differ in nothing that the costs read; a split of layers stands in where it is open."""
     open_ = {"pipeline_model_parallel_layout": None, "plan": None, "overlap_p2p_communication": None}
     parallel = (replace(run.parallel, **open_) for run in (one, other))
-    return next(parallel) == next(parallel) and one.training.micro_batch_size == other.training.micro_batch_size and (
-        one.training.global_batch_size == other.training.global_batch_size
+    return (
+        next(parallel) == next(parallel)
+        and one.training.micro_batch_size == other.training.micro_batch_size
+        and (one.training.global_batch_size == other.training.global_batch_size)
     )
 
 
@@ -116,7 +118,7 @@ def layouts(question: Question, load: Load, fixed: Mapping[str, Any], offload: b
     makers = _Maker(question, load)
     for sizes, virtual_stages in _sizes(question.run, fixed):
         for flags, run in makers.runs(sizes, fixed, offload):
-            asked = replace(question, run=run)
+            asked = question.of(run)
             try:
                 one = step_problem(asked)
             except ConfigError:
@@ -168,9 +170,7 @@ class _Maker:
             num_virtual_stages_per_pipeline_rank=1,
             fold_tensor_into_experts=base.parallel.fold_tensor_into_experts and not unfold,
         )
-        run = replace(
-            base, parallel=parallel, training=replace(base.training, micro_batch_size=sizes[MICRO])
-        )
+        run = replace(base, parallel=parallel, training=replace(base.training, micro_batch_size=sizes[MICRO]))
         for more, way in _ways(run, fixed, self.question.plain):
             yield (*_words(sizes), *unfold, *more), way
             if offload:
@@ -193,9 +193,7 @@ def _unfold(run: RunConfig, sizes: Mapping[str, int]) -> tuple[str, ...]:
     return (NO_FOLD,) if folds and not fits else ()
 
 
-def _ways(
-    run: RunConfig, fixed: Mapping[str, Any], plain: bool
-) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+def _ways(run: RunConfig, fixed: Mapping[str, Any], plain: bool) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
     """The run in all ways in which context-parallel ranks may share a row."""
     size = run.parallel.context_parallel_size
     if size == 1:

@@ -1,9 +1,9 @@
 """The fastest layout of a space, with a proof for the whole space.
 
 Branch and bound over layouts. A layout has a lower bound on its step: at first the work of its layers, then the
-relaxation of its balance problem, then whatever its search proves. One whose bound is not below the best step found, less
-the gap, is closed. The others are searched, with a little effort each, then with more: the first ones make the best step,
-and the bound of most others is closed by it at once. Layouts with the same schedule share the paths that were long in
+relaxation of its balance problem, then whatever its search proves. One whose bound is not below the best step found,
+less the gap, is closed. The others are searched, with a little effort each, then with more: the first ones make the
+best step, and most others are closed by it at once. Layouts with the same schedule share the paths that were long in
 one of them (`planner.path_cuts`), which hold for all.
 
 The search counts its effort in linear programs and goes on in rounds of fixed size, so that neither the speed of the
@@ -55,6 +55,7 @@ class Entry:
         checked: whether the configuration was asked.
         effort: how often it was searched.
         searched: whether its relaxation was solved.
+        nodes: boxes that searches looked at beyond it.
     """
 
     layout: Layout
@@ -66,6 +67,7 @@ class Entry:
     checked: bool = False
     effort: int = 0
     searched: bool = False
+    nodes: int = 0
     solution: Solution | None = None
 
     @property
@@ -214,9 +216,7 @@ class Search:
         """Search these at once, and note what is found of them."""
         left = max(self.deadline - time.perf_counter(), 0.05)
         tasks = [
-            Task(
-                one.layout.problem, limit, most, gap, tuple(self.cuts[one.layout.schedule]), one.assignment, left
-            )
+            Task(one.layout.problem, limit, most, gap, tuple(self.cuts[one.layout.schedule]), one.assignment, left)
             for one, most in zip(entries, work, strict=True)
         ]
         for one, (answer, cuts) in zip(entries, self.workers.run(tasks), strict=True):
@@ -230,6 +230,7 @@ class Search:
             one.bound = math.inf
             return
         one.bound = max(one.bound, answer.lower_bound or 0.0)
+        one.nodes += answer.nodes
         if answer.assignment is None or answer.makespan is None or answer.makespan >= one.value:
             return
         one.value, one.assignment, one.solution = answer.makespan, answer.assignment, answer
@@ -288,7 +289,7 @@ class Search:
         step = math.inf if self.best is None else self.best.value
         unseen = [one for one in fitting if not one.searched and not self.closed(one)]
         by_work = [one for one in fitting if not one.searched and self.closed(one)]
-        relaxed = [one for one in fitting if one.searched and one.assignment is None]
+        relaxed = [one for one in fitting if one.searched and not one.nodes]
         return Proof(
             layouts=len(self.entries),
             no_fit=len(live) - len(fitting),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import IO
 
 from megatron_telechat.errors import ResourceError
 from megatron_telechat.planner.assignment import Assignment, Solution
@@ -116,7 +116,7 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _send(stream: BinaryIO, item: object) -> None:
+def _send(stream: IO[bytes], item: object) -> None:
     data = pickle.dumps(item)
     try:
         stream.write(len(data).to_bytes(_LENGTH, "little") + data)
@@ -125,7 +125,7 @@ def _send(stream: BinaryIO, item: object) -> None:
         raise _gone() from None
 
 
-def _received(stream: BinaryIO) -> tuple[Solution, tuple[PathCut, ...]]:
+def _received(stream: IO[bytes]) -> tuple[Solution, tuple[PathCut, ...]]:
     length = stream.read(_LENGTH)
     data = stream.read(int.from_bytes(length, "little")) if len(length) == _LENGTH else b""
     if not data or len(data) < int.from_bytes(length, "little"):
@@ -141,7 +141,7 @@ def _gone() -> ResourceError:
     )
 
 
-def _serve(tasks: BinaryIO, answers: BinaryIO) -> None:
+def _serve(tasks: IO[bytes], answers: IO[bytes]) -> None:
     while True:
         length = tasks.read(_LENGTH)
         if len(length) < _LENGTH:
