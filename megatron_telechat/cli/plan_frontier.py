@@ -92,7 +92,7 @@ def _memory(request: Request, asked: Asked, text: str) -> list[Point]:
         options.gap or GAP,
         options.processes or processors(),
     )
-    return [_point(limit / GIB, proof, best) for limit, proof, best in found]
+    return [_point(point.limit / GIB, point.proof, point.best) for point in found]
 
 
 def _ranks(request: Request, text: str) -> list[Point]:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from megatron_telechat.planner.plan import Plan
 from megatron_telechat.planner.simulate import peak_bytes
 from megatron_telechat.planner.space import Layout, Load
 from megatron_telechat.planner.sweep import GAP, Proof, Search, plan_of
 from megatron_telechat.planner.worker import Workers
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The best under a limit: what is proved, and the fastest layout with its flags; None where nothing was found."""
+
+    limit: float
+    proof: Proof
+    best: tuple[tuple[str, ...], Plan] | None
 
 
 def memory_frontier(
@@ -20,11 +29,12 @@ def memory_frontier(
     time_limit_s: float,
     gap: float = GAP,
     processes: int = 1,
-) -> Iterator[tuple[float, Proof, tuple[tuple[str, ...], Plan] | None]]:
-    """For each memory limit, the largest first: the limit, what is proved, and the fastest layout with its flags.
+) -> list[FrontierPoint]:
+    """A point for each memory limit, the largest first.
 
-    With less memory nothing gets faster: what was proved under a larger limit holds under all smaller ones, and a split
-    that fits the smaller one is known from the start. Paths are shared. The limits share the time.
+    With less memory nothing gets faster: what was proved under a larger limit holds under all smaller ones, a split that
+    fits the smaller one is known from the start, and what is found under a smaller one counts for the larger ones.
+    Paths are shared. The limits share the time.
 
     Args:
         limits: bytes of a device, in any order.
@@ -34,6 +44,7 @@ def memory_frontier(
     """
     deadline = time.perf_counter() + time_limit_s
     ordered = sorted(limits, reverse=True)
+    found: list[FrontierPoint] = []
     with Workers(processes) as workers:
         before: Search | None = None
         for number, limit in enumerate(ordered):
@@ -45,9 +56,24 @@ def memory_frontier(
             if before is not None:
                 _carry_over(before, search)
             search.run()
-            proof = search.proof()
-            yield limit, proof, None if search.best is None else plan_of(search.best)
+            found.append(FrontierPoint(limit, search.proof(), search.best and plan_of(search.best)))
             before = search
+    return _monotone(found)
+
+
+def _monotone(found: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+    """The points, each with what a smaller limit found where that is faster."""
+    out: list[FrontierPoint] = []
+    for point in reversed(found):
+        smaller = out[-1] if out else None
+        if smaller is not None and smaller.best is not None and smaller.proof.step < point.proof.step:
+            proof = replace(point.proof, step=smaller.proof.step, bound=min(point.proof.bound, smaller.proof.step))
+            flags, plan = smaller.best
+            problem = replace(plan.problem, mem_limit=point.limit)
+            question = replace(plan.question, memory_bytes=point.limit)
+            point = FrontierPoint(point.limit, proof, (flags, replace(plan, problem=problem, question=question)))
+        out.append(point)
+    return out[::-1]
 
 
 def _carry_over(before: Search, search: Search) -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from megatron_telechat.costs.imbalance import worst_imbalance
-from megatron_telechat.planner.frontier import memory_frontier
+from megatron_telechat.planner.frontier import _monotone, memory_frontier
 from megatron_telechat.planner.simulate import peak_bytes, simulate
 from megatron_telechat.planner.space import layouts, step_problem
 from megatron_telechat.planner.sweep import sweep
@@ -30,10 +30,11 @@ def under(one: Cluster, limit: float) -> list:
 def test_a_frontier_is_what_sweeps_of_each_limit_say():
     one = cluster("--preset telechat2-7b --num-layers 8 --world-size 8 --global-batch-size 16", "h100-80g")
     limits = [number * GIB for number in (64, 24, 12, 8, 2)]
-    found = list(memory_frontier(one.space, one.load, limits, 200.0, gap=1e-3))
-    assert [limit for limit, _, _ in found] == limits
+    found = memory_frontier(one.space, one.load, limits, 200.0, gap=1e-3)
+    assert [point.limit for point in found] == limits
     steps = []
-    for limit, proof, best in found:
+    for point in found:
+        limit, proof, best = point.limit, point.proof, point.best
         alone = sweep(under(one, limit), one.load, 1, 60.0, gap=1e-3).proof
         assert (best is None) == math.isinf(alone.step)
         if best is None:
@@ -75,3 +76,12 @@ def test_the_largest_imbalance_is_the_worst_of_all():
             if len(plan.modes) == problems[0].num_stages and problems[0].num_layers == sum(plan.counts):
                 found = [(simulate(problem, plan).total, max(peak_bytes(problem, plan))) for problem in problems]
                 assert found == sorted(found) and sorted(peak for _, peak in found) == [peak for _, peak in found]
+
+
+def test_what_less_memory_finds_counts_for_more():
+    one = cluster("--preset telechat2-7b --num-layers 8 --world-size 8 --global-batch-size 16", "h100-80g")
+    slow, fast = memory_frontier(one.space, one.load, [64 * GIB, 32 * GIB], 60.0)
+    worse = dataclasses.replace(slow, proof=dataclasses.replace(slow.proof, step=2 * fast.proof.step))
+    mended = _monotone([worse, fast])
+    assert mended[0].proof.step == fast.proof.step and mended[0].proof.bound <= fast.proof.step
+    assert mended[0].best[1].problem.mem_limit == 64 * GIB and mended[1] == fast
