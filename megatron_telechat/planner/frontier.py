@@ -32,8 +32,8 @@ def memory_frontier(
 ) -> list[FrontierPoint]:
     """A point for each memory limit, the largest first.
 
-    With less memory nothing gets faster: what was proved under a larger limit holds under all smaller ones, a split that
-    fits the smaller one is known from the start, and what is found under a smaller one counts for the larger ones.
+    With less memory nothing gets faster: what was proved under a larger limit holds under all smaller ones, a split
+    that fits the smaller one is known from the start, and what is found under it counts for the larger ones.
     Paths are shared. The limits share the time.
 
     Args:
