@@ -76,6 +76,10 @@ def _run(argv: list[str]) -> int:
         from megatron_telechat.cli.calibrate import calibrate_door
 
         return calibrate_door(request)
+    if options.frontier:
+        from megatron_telechat.cli.plan_frontier import frontier_door
+
+        return frontier_door(request)
     if options.sweep:
         from megatron_telechat.cli.plan_sweep import sweep_door
 

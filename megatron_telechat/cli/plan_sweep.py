@@ -74,10 +74,6 @@ def sweep_door(request: Request) -> int:
     options = request.options
     if options.top < 1:
         raise ConfigError(f"--top {options.top}", "command line", "at least 1")
-    if options.frontier:
-        from megatron_telechat.cli.plan_frontier import frontier_door
-
-        return frontier_door(request)
     asked = asked_of(request)
     processes = options.processes or processors()
     ranking = sweep(asked.space, asked.load, options.top, options.time_limit, options.gap or GAP, processes)

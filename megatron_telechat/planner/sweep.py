@@ -33,8 +33,11 @@ from megatron_telechat.planner.worker import Task, Workers
 
 GAP = 0.005
 """The proof is closed when no layout is faster by more than this."""
-EFFORT, MORE_EFFORT = 60, 20
-"""Linear programs for a layout at first, and the factor from one time to the next."""
+EFFORT, MORE_EFFORT, MOST_TIMES = 60, 100, 4
+"""Linear programs for a layout at first, and the factor from one time to the next, so often: a search begins anew each
+time, and what the relaxation does not close takes some thousands."""
+POLISHING, POLISHED_GAP = 3000, 1e-4
+"""Linear programs for the best layout once the proof is closed, and the gap of its own that ends them."""
 FIRST_ROUNDS, ROUND = (1, 2, 4), 8
 """Layouts that are searched at once; the first ones make the step that closes others."""
 NO_EFFORT, LOOKS = -1, 16
@@ -199,7 +202,7 @@ class Search:
             now = self.open_entries()[: next(rounds, ROUND)]
             if not now:
                 return
-            self.solve(now, self.limit, self.gap, [EFFORT * MORE_EFFORT ** min(one.effort, 6) for one in now])
+            self.solve(now, self.limit, self.gap, [EFFORT * MORE_EFFORT ** min(one.effort, MOST_TIMES) for one in now])
             for one in now:
                 one.effort += 1
 
@@ -256,7 +259,7 @@ class Search:
         """Search the best layout further, down to a smaller gap of its own."""
         if self.best is None or self.over():
             return
-        self.solve([self.best], math.inf, gap, [EFFORT * MORE_EFFORT**2])
+        self.solve([self.best], math.inf, gap, [POLISHING])
 
     def rows(self, top: int) -> list[Entry]:
         """The best layout, and the best found of the others. Few more are searched for that: the proof does not need
@@ -331,7 +334,7 @@ def sweep(
     with Workers(processes) as workers:
         search = Search(layouts, load, gap, deadline, workers)
         search.run()
-        search.polish(min(gap, 1e-4))
+        search.polish(min(gap, POLISHED_GAP))
         proof = search.proof()
         if told is not None:
             told(proof)

@@ -48,6 +48,7 @@ def test_a_frontier_is_what_sweeps_of_each_limit_say():
     assert len(steps) >= 3 and steps == sorted(steps) and steps[-1] > steps[0]
 
 
+@pytest.mark.heavy
 def test_experts_that_cannot_be_uneven_are_not():
     one = cluster(MOE, "h100-80g")
     question = dataclasses.replace(one.question, imbalance=1.5)
@@ -64,6 +65,7 @@ def test_experts_that_cannot_be_uneven_are_not():
     assert worst_imbalance(dataclasses.replace(run, parallel=parallel)) == 4  # 16 experts, 4 chosen, 4 on a rank
 
 
+@pytest.mark.heavy
 def test_the_largest_imbalance_is_the_worst_of_all():
     """Times and bytes of any split grow with it: so its best plan is the best for the worst of a set."""
     one = cluster(MOE, "h100-80g")
@@ -78,6 +80,7 @@ def test_the_largest_imbalance_is_the_worst_of_all():
                 assert found == sorted(found) and sorted(peak for _, peak in found) == [peak for _, peak in found]
 
 
+@pytest.mark.heavy
 def test_what_less_memory_finds_counts_for_more():
     one = cluster("--preset telechat2-7b --num-layers 8 --world-size 8 --global-batch-size 16", "h100-80g")
     slow, fast = memory_frontier(one.space, one.load, [64 * GIB, 32 * GIB], 60.0)
