@@ -6,23 +6,23 @@ it does with the process that started it, however that ends.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import select
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from megatron_telechat.errors import ResourceError
 from megatron_telechat.planner.assignment import Assignment, Solution
 from megatron_telechat.planner.budget import Budget
 from megatron_telechat.planner.path_cuts import PathCut
-from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.problem import BalanceProblem, Block, DeviceCost, LayerGroup, Mode
 from megatron_telechat.planner.solve import solve_below
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -116,8 +116,8 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _send(stream: IO[bytes], item: object) -> None:
-    data = pickle.dumps(item)
+def _send(stream: IO[bytes], task: Task) -> None:
+    data = json.dumps(asdict(task)).encode()
     try:
         stream.write(len(data).to_bytes(_LENGTH, "little") + data)
         stream.flush()
@@ -130,7 +130,41 @@ def _received(stream: IO[bytes]) -> tuple[Solution, tuple[PathCut, ...]]:
     data = stream.read(int.from_bytes(length, "little")) if len(length) == _LENGTH else b""
     if not data or len(data) < int.from_bytes(length, "little"):
         raise _gone()
-    return pickle.loads(data)
+    return _answer(json.loads(data))
+
+
+def _task(found: dict[str, Any]) -> Task:
+    warm = found["warm_start"]
+    return Task(
+        **{
+            **found,
+            "problem": _problem(found["problem"]),
+            "cuts": _cuts(found["cuts"]),
+            "warm_start": warm and Assignment.from_json(warm),
+        }
+    )
+
+
+def _problem(found: dict[str, Any]) -> BalanceProblem:
+    groups = (
+        LayerGroup(**{**group, "modes": tuple(Mode(**mode) for mode in group["modes"])}) for group in found["groups"]
+    )
+    rest = (
+        tuple(DeviceCost(**{**cost, "layers": tuple(cost["layers"])}) for cost in costs) for costs in found["rest"]
+    )
+    blocks = {name: found[name] and Block(**found[name]) for name in ("embed", "head", "mtp")}
+    return BalanceProblem(**{**found, **blocks, "groups": tuple(groups), "rest": tuple(rest)})
+
+
+def _cuts(found: list[dict[str, Any]]) -> tuple[PathCut, ...]:
+    return tuple(PathCut(cut["lags"], tuple(cut["visits"])) for cut in found)
+
+
+def _answer(found: list[Any]) -> tuple[Solution, tuple[PathCut, ...]]:
+    answer, cuts = found
+    plan, peaks = answer["assignment"], answer["peak_bytes"]
+    own = {"assignment": plan and Assignment.from_json(plan), "peak_bytes": peaks and tuple(peaks)}
+    return Solution(**{**answer, **own}), _cuts(cuts)
 
 
 def _gone() -> ResourceError:
@@ -146,8 +180,9 @@ def _serve(tasks: IO[bytes], answers: IO[bytes]) -> None:
         length = tasks.read(_LENGTH)
         if len(length) < _LENGTH:
             return
-        task: Task = pickle.loads(tasks.read(int.from_bytes(length, "little")))
-        data = pickle.dumps(task.solved())
+        task = _task(json.loads(tasks.read(int.from_bytes(length, "little"))))
+        answer, cuts = task.solved()
+        data = json.dumps([asdict(answer), [asdict(cut) for cut in cuts]]).encode()
         try:
             answers.write(len(data).to_bytes(_LENGTH, "little") + data)
             answers.flush()
