@@ -61,6 +61,8 @@ def _run(argv: list[str]) -> int:
             "command line",
             "drop --from, or --sweep and --problem",
         )
+    if options.frontier and not options.sweep:
+        raise ConfigError("--frontier belongs to --sweep", "command line", "--sweep --frontier memory, or drop it")
     if options.problem:
         return _problem(request)
     if options.calibrate:
@@ -78,6 +80,10 @@ def _run(argv: list[str]) -> int:
         from megatron_telechat.cli.calibrate import calibrate_door
 
         return calibrate_door(request)
+    if options.frontier:
+        from megatron_telechat.cli.plan_frontier import frontier_door
+
+        return frontier_door(request)
     if options.sweep:
         from megatron_telechat.cli.plan_sweep import sweep_door
 

@@ -152,11 +152,24 @@ def _parser() -> _Parser:
         metavar="S",
         help="time limit of the search in seconds, then the best plan found with its gap [30; sweep: 60]",
     )
-    add("--gap", type=float, default=0.0, metavar="X", help="stop at this proven relative gap, such as 0.01 [0]")
+    add(
+        "--gap",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="stop at this proven relative gap, such as 0.01 [0; sweep: 0.005]",
+    )
     add(
         "--plain-flags",
         action="store_true",
         help="only plans in Megatron-LM's flags: a layout string, one recompute setting",
+    )
+    add(
+        "--moe-imbalance",
+        default="1",
+        metavar="X,X",
+        help="rows of the busiest rank's experts over the mean that the plan must expect [1]; of several, the plan is "
+        "the best for the worst",
     )
     add("--stage", type=natural, metavar="N", help="of a run with stages (--config): the one to plan, from 1")
     add("--sweep", action="store_true", help="rank parallel layouts of --world-size ranks; sizes given as flags stay")
@@ -164,7 +177,19 @@ def _parser() -> _Parser:
         "--free",
         default="",
         metavar="S,S",
-        help="with --sweep: sizes to vary though they are given: tp, pp, vp, cp, ep, mbs, or all",
+        help="with --sweep: sizes to vary though they are given: tp, pp, vp, cp, ep, etp, mbs, offload, or all",
+    )
+    add(
+        "--frontier",
+        metavar="memory|ranks=N,N",
+        help="with --sweep: the fastest step against memory (memory=80,64,48: these GiB), or against the number of "
+        "ranks; --plot draws it",
+    )
+    add(
+        "--processes",
+        type=natural,
+        metavar="N",
+        help="processes that search a sweep [one for each processor]; what is found does not depend on it",
     )
     add("--top", type=natural, default=10, metavar="N", help="rows of the sweep [10]")
     add(
@@ -278,7 +303,8 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
 
     options = request.options
     software, counted = software_of(loaded, run)
-    return Question(
+    imbalance, said = _imbalance(options.moe_imbalance)
+    question = Question(
         run,
         device,
         request.kinds,
@@ -288,5 +314,26 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
         gap=options.gap,
         plain=options.plain_flags,
         software=software,
-        counted=counted,
+        counted=(*counted, *(said if run.model.is_moe else ())),
+        imbalance=imbalance,
     )
+    return question.of(run)
+
+
+def _imbalance(text: str) -> tuple[float, tuple[str, ...]]:
+    """The largest of --moe-imbalance, and what is said of it.
+
+    Raises:
+        ConfigError: numbers that are none, or below 1.
+    """
+    try:
+        found = [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        found = []
+    if not found or not all(1 <= number < float("inf") for number in found):
+        raise ConfigError(f"--moe-imbalance {text}", "command line", "numbers from 1 on with commas, such as 1,1.2,1.5")
+    worst = max(found)
+    if worst == 1:
+        return 1.0, ()
+    best = f"; the plan is the best for the worst of {text}" if len(found) > 1 else ""
+    return worst, (f"--moe-imbalance: the experts of the busiest rank get up to {worst:g} times the mean{best}",)

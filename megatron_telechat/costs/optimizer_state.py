@@ -83,15 +83,20 @@ def passage_bytes(run: RunConfig, *parameters: float) -> float:
 
 
 def travel_seconds(run: RunConfig, parameters: float, device: DeviceSpec, update: float) -> float:
-    """Seconds of an optimizer step whose state passes the link to the host.
+    """Seconds of an optimizer step whose state passes the link to the host: the longest of `travel_parts`."""
+    return max(travel_parts(run, parameters, device, update))
 
-    With overlap the longest of three: the way there, the way back, the update. The link carries both ways at once.
+
+def travel_parts(run: RunConfig, parameters: float, device: DeviceSpec, update: float) -> tuple[float, ...]:
+    """What an optimizer step whose state passes the link to the host is the longest of; each grows in proportion.
+
+    With overlap three: the way there, the way back, the update. The link carries both ways at once.
 
     Args:
         parameters: whose state the rank keeps.
         update: seconds of the step on the device.
     """
     if not device.host_bandwidth_gb_s:
-        return update  # not known of this device: a lower bound, which the dry run says
+        return (update,)  # not known of this device: a lower bound, which the dry run says
     one_way = offloaded_fraction(run) * rest_bytes(run) * parameters / (device.host_bandwidth_gb_s * 1e9)
-    return max(one_way, update) if run.parallel.overlap_cpu_optimizer_d2h_h2d else 2 * one_way + update
+    return (one_way, update) if run.parallel.overlap_cpu_optimizer_d2h_h2d else (2 * one_way + update,)

@@ -25,7 +25,7 @@ from megatron_telechat.costs.context import ContextExchange
 from megatron_telechat.costs.devices import DeviceSpec, Measured
 from megatron_telechat.costs.flops import attention_products, layer_forward_flops
 from megatron_telechat.costs.memory import optimizer_shards
-from megatron_telechat.costs.optimizer_state import AVERAGE_BYTES, rest_bytes, travel_seconds
+from megatron_telechat.costs.optimizer_state import AVERAGE_BYTES, rest_bytes, travel_parts
 from megatron_telechat.costs.parameters import LocalCount, local_count
 from megatron_telechat.costs.software import Software
 from megatron_telechat.errors import ConfigError
@@ -168,7 +168,11 @@ class TimeModel:
         return self._stack(p2p_seconds(self.run, self.links, in_pieces=self.software.message_pieces))
 
     def optimizer_step(self, count: LocalCount) -> float:
-        """Seconds of norm, clipping and AdamW on a rank that holds these parameters, once an iteration.
+        """Seconds of norm, clipping and AdamW on a rank that holds these parameters, once an iteration."""
+        return max(self.optimizer_step_parts(count))
+
+    def optimizer_step_parts(self, count: LocalCount) -> tuple[float, ...]:
+        """What `optimizer_step` is the longest of; each is a sum over the parameters of the rank.
 
         Bytes: gradients zeroed, and read for the norm (4 each); of the rank's share gradient read, moments and master
         weight read and written, weight written; of each average of the weights, where one enters, the weight read and
@@ -176,14 +180,14 @@ class TimeModel:
         """
         sharded, own = self.software.sharding != "none", self.own_parameters(count)
         if self.measured is not None:
-            return travel_seconds(self.run, own, self.device, self.measured.optimizer_per_parameter * own)
+            return travel_parts(self.run, own, self.device, self.measured.optimizer_per_parameter * own)
         gradient = self.software.gradient_bytes
         held = own if sharded else count.total
         average = self.run.average
         averages = ((average.ema_decay is not None) + (average.average_window_steps is not None)) * 3 * AVERAGE_BYTES
         a_parameter = gradient + 2 * rest_bytes(self.run) + self._size + averages / average.average_interval
         seconds = self._stack(self._bytes(2 * gradient * held + a_parameter * own))
-        return travel_seconds(self.run, own, self.device, seconds)
+        return travel_parts(self.run, own, self.device, seconds)
 
     def own_parameters(self, count: LocalCount) -> float:
         """Parameters that the optimizer of a rank steps on, of those that the rank holds."""

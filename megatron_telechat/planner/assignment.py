@@ -39,8 +39,9 @@ class Solution:
 
     Attributes:
         status: "optimal" (gap proved to be 0, or below the tolerance where times are not whole numbers),
-            "feasible" (stopped early; the gap is proved) or "infeasible" (proved).
-        makespan: of `assignment`, by the simulator. None if infeasible, or if none was found in time.
+            "feasible" (stopped early; the gap is proved), "infeasible" (proved) or, of `solve_below`, "bounded".
+        makespan: of `assignment`, by the simulator; with the rest of the iteration where the problem has some. None if
+            infeasible, or if none was found in time.
         lower_bound: no assignment that fits is faster. None if infeasible.
         gap: (makespan - lower_bound) / makespan.
         peak_bytes: of each device.

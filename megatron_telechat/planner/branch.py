@@ -5,22 +5,36 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import time
+from collections.abc import Iterable
 
 import numpy as np
 
+from megatron_telechat.planner.budget import Budget
 from megatron_telechat.planner.incumbent import Incumbent
 from megatron_telechat.planner.lp import INF, LpResult
 from megatron_telechat.planner.op_graph import OpGraph
+from megatron_telechat.planner.path_cuts import PathCut
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.relaxation import NODE_ROUNDS, PROBE_ROUNDS, ROOT_ROUNDS, WHOLE, Node, Relaxation
+
+SHAVING = 0.4
+"""Share of a search that may go to the root alone."""
 
 
 class Tree(Relaxation):
     """The search: boxes still open in a heap, the best bound first; the newest child of a box is taken next."""
 
-    def __init__(self, problem: BalanceProblem, graph: OpGraph, incumbent: Incumbent, deadline: float, gap: float):
-        super().__init__(problem, graph, incumbent, deadline, gap)
+    def __init__(
+        self,
+        problem: BalanceProblem,
+        graph: OpGraph,
+        incumbent: Incumbent,
+        budget: Budget,
+        gap: float,
+        limit: float = INF,
+        cuts: Iterable[PathCut] = (),
+    ):
+        super().__init__(problem, graph, incumbent, budget, gap, limit, cuts)
         self.counter = itertools.count()
         self.heap: list[Node] = []
         self.closed_bound = INF
@@ -31,7 +45,7 @@ class Tree(Relaxation):
         """The box of all assignments, bounded by the work of its layers spread evenly."""
         space, first = self.space, self.space.first_branch_row
         root = Node(
-            _least_work(self.problem) / self.unit, 0, -1, space.lo, space.hi, space.row_lo[first:], space.row_hi[first:]
+            least_work(self.problem) / self.unit, 0, -1, space.lo, space.hi, space.row_lo[first:], space.row_hi[first:]
         )
         return root.child(next(self.counter))
 
@@ -110,7 +124,8 @@ class Tree(Relaxation):
 
     def halve(self, node: Node, x: np.ndarray) -> tuple[Node, Node] | None:
         """Children that part the range of a column near `x`; None if the box is one point."""
-        free = np.flatnonzero(node.lo[1:] < node.hi[1:]) + 1
+        counts = slice(1, self.space.counts_end)
+        free = np.flatnonzero(node.lo[counts] < node.hi[counts]) + 1
         if not len(free):
             return None
         column = int(free[0])
@@ -155,12 +170,13 @@ class Tree(Relaxation):
                 continue
             self.load(child)
             child.bound = max(child.bound, self.lp.solve().bound)
+            self.budget.work += 1
             self.lp.set_basis(basis)
         self.lp.limit_iterations(None)
         self.load(node)
         return pair
 
-    def shave(self, node: Node, until: float) -> LpResult | None:
+    def shave(self, node: Node) -> LpResult | None:
         """Cut off ends of the ranges of layers (devices, stages, modes) that hold nothing better.
 
         Returns the LP of the narrowed node, None if nothing is left or the node is closed.
@@ -171,10 +187,10 @@ class Tree(Relaxation):
         ]
         changed = True
         result = self.relax(node, ROOT_ROUNDS)
-        while changed and time.perf_counter() < until:
+        while changed and not self.budget.over(SHAVING):
             changed = False
             for _, number in entries:
-                if not result.feasible or node.bound >= self.cutoff() or time.perf_counter() > until:
+                if not result.feasible or node.bound >= self.cutoff() or self.budget.over(SHAVING):
                     break
                 value = float(space.rows[first + number] @ result.x)
                 for up in (True, False):
@@ -220,7 +236,7 @@ class Tree(Relaxation):
                 self.closed_bound = min(self.closed_bound, current.bound)
                 current = None
                 continue
-            if time.perf_counter() > self.deadline:
+            if self.budget.over():
                 heapq.heappush(self.heap, current)
                 return
             current = self._step(current)
@@ -228,7 +244,7 @@ class Tree(Relaxation):
     def _step(self, node: Node) -> Node | None:
         self.nodes += 1
         if node.depth == 0:
-            result = self.shave(node, time.perf_counter() + 0.4 * (self.deadline - time.perf_counter()))
+            result = self.shave(node)
         else:
             result = self.relax(node, NODE_ROUNDS)
         if result is None or node.bound >= self.cutoff():
@@ -264,7 +280,7 @@ class Tree(Relaxation):
         return min(open_bound, self.closed_bound, self.cutoff()) * self.unit
 
 
-def _least_work(problem: BalanceProblem) -> float:
+def least_work(problem: BalanceProblem) -> float:
     """Some device has at least its share of the work, and does one op at a time."""
     layers = [group.count * (group.f + group.b + min(mode.extra_b for mode in group.modes)) for group in problem.groups]
     blocks = [block.f + block.b for block in problem.blocks]

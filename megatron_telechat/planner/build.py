@@ -120,7 +120,7 @@ def _group(
     gathered = whole_layers_bytes(run, local_count(table, run.parallel), software)
     modes = []
     for kind in kinds:
-        memory = layer_activations(run, layer, kind, software=software)
+        memory = layer_activations(run, layer, kind, times.software.moe_imbalance, software)
         modes.append(Mode(mode_name(kind), times.layer(layer, kind).extra, memory.kept, memory.working_set + gathered))
     return LayerGroup(count, plain.forward, plain.backward, _weights(run, table, software), tuple(modes))
 

@@ -10,12 +10,14 @@ import numpy as np
 from megatron_telechat.planner.lp import INF
 from megatron_telechat.planner.path_cuts import PathCut
 from megatron_telechat.planner.problem import BalanceProblem, LayerGroup
+from megatron_telechat.planner.rest import most_seconds
 from megatron_telechat.planner.simulate import in_flight
 
 
 class Space:
     """Columns: the makespan M; n[c, k], layers of kind k (a group in a mode) on stage c; y[c], the MTP block is on
-    stage c; z[c, l], a layer or block of stage c has a working set of at least level l.
+    stage c; z[c, l], a layer or block of stage c has a working set of at least level l; and the seconds of each entry
+    of the problem's `rest`, which are no counts.
 
     Times are in units of `time_unit`, bytes in units of the memory limit.
 
@@ -23,6 +25,7 @@ class Space:
         rows, row_lo, row_hi: the rules; from `first_branch_row` on, sums that may be branched on: layers of each
             device, layers of each stage, layers of each device in each mode but 0.
         times, fixed_times: stage times = fixed_times + times @ x, forward then backward.
+        counts_end: columns 1 to here are counts.
     """
 
     def __init__(self, problem: BalanceProblem, longest: float):
@@ -42,16 +45,20 @@ class Space:
         self.y = {place: 1 + C * K + at for at, place in enumerate(self.places)}
         first_z = 1 + C * K + len(self.places)
         self.z = first_z + np.arange(C * len(self.levels)).reshape(C, len(self.levels))
-        self.size = first_z + C * len(self.levels)
+        self.counts_end = first_z + C * len(self.levels)
+        self.size = self.counts_end + len(problem.rest)
         total = max(group.f + group.b for group in problem.groups)
         self.time_unit = float(total or max(problem.head.f + problem.head.b, 1.0))
         self.lo, self.hi = np.zeros(self.size), np.ones(self.size)
-        self.hi[0] = longest / self.time_unit
+        most = most_seconds(problem) / self.time_unit
+        self.hi[0] = longest / self.time_unit + most
+        self.lo[self.counts_end :], self.hi[self.counts_end :] = -most, most
         for at, (g, _) in enumerate(self.kinds):
             self.hi[self.n[:, at]] = problem.groups[g].count
         self._times()
         self._rows: list[tuple[np.ndarray, float, float]] = []
         self._rules()
+        self._rest()
         self._memory()
         self.first_branch_row = len(self._rows)
         self._branch_rows()
@@ -102,6 +109,24 @@ class Space:
                 self._row({**layers, **{column: most for column in before}}, -INF, most)
         if self.y:
             self._row({column: 1.0 for column in self.y.values()}, 1.0, 1.0)
+
+    def _rest(self) -> None:
+        problem, C = self.problem, self.problem.num_stages
+        for column, costs in enumerate(problem.rest, self.counts_end):
+            for cost in costs:
+                for device in range(problem.P):
+                    stages = np.arange(device, C, problem.P)
+                    row = -cost.forward * self.times[stages].sum(axis=0)
+                    row -= cost.backward * self.times[C + stages].sum(axis=0)
+                    for at, (g, _) in enumerate(self.kinds):
+                        row[self.n[stages, at]] -= cost.layers[g] / self.time_unit
+                    row[column] = 1.0
+                    fixed = cost.forward * self.fixed_times[stages].sum()
+                    fixed += cost.backward * self.fixed_times[C + stages].sum()
+                    fixed += (
+                        cost.constant + cost.embed * (device == 0) + cost.head * (device == problem.P - 1)
+                    ) / self.time_unit
+                    self._rows.append((row, float(fixed), INF))
 
     def _memory(self) -> None:
         problem, unit = self.problem, self.problem.mem_limit or 1.0
@@ -156,11 +181,16 @@ class Space:
         visits = np.array(cut.visits, dtype=float)
         row = -(visits @ self.times)
         row[0] = 1.0
+        row[self.counts_end :] = -1.0
         return row, math.fsum([cut.lags * self.p2p, *(visits * self.fixed_times)])
 
     def stage_times(self, x: np.ndarray) -> np.ndarray:
         """Forward and backward times of each virtual stage at a point of the LP, in units of the program."""
         return self.fixed_times + self.times @ x
+
+    def rest(self, x: np.ndarray) -> float:
+        """Seconds beside the pipeline at a point of the LP, in units of the program."""
+        return float(x[self.counts_end :].sum())
 
     def counts(self, x: np.ndarray) -> np.ndarray:
         """Layers of each stage."""

@@ -12,6 +12,7 @@ from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.device_plans import DevicePlans
 from megatron_telechat.planner.op_graph import makespans, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.rest import rest_seconds
 
 
 class Evaluator:
@@ -50,7 +51,7 @@ class Evaluator:
         out = np.full(len(counts), math.inf)
         if fits.any():
             times = np.concatenate([forward, backward + extra], axis=1)[fits]
-            out[fits] = makespans(self.graph, times, problem.p2p)
+            out[fits] = makespans(self.graph, times, problem.p2p) + rest_seconds(problem, inside[fits], times)
         return out
 
     def extra(self, inside: np.ndarray, place: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +92,8 @@ class Evaluator:
             mtp_virtual_stage = None if place is None or place % problem.P != device else place // problem.P
             key = (device, tuple(map(tuple, inside[device :: problem.P].tolist())), mtp_virtual_stage)
             chosen.append(plans.best(*key))
-            options.append([chosen[-1]] if problem.V == 1 or not any(chosen[-1].extra) else plans.all(*key))
+            alone = problem.V == 1 or not any(chosen[-1].extra) or plans.many(key[1])
+            options.append([chosen[-1]] if alone else plans.all(*key))
         blocks = [problem.fixed_block(stage, place) for stage in range(problem.num_stages)]
         base = np.concatenate(
             [inside @ self.f + [one.f for one in blocks], inside @ self.b + [one.b for one in blocks]]
@@ -108,6 +110,7 @@ class Evaluator:
                         plan if other == device else chosen[other]
                     ).extra
             spans = makespans(self.graph, times, problem.p2p)
+            spans += rest_seconds(problem, np.repeat(inside[None], len(times), axis=0), times)
             at = int(np.argmin(spans))
             if spans[at] < best * (1 - 1e-12):
                 best, improved = float(spans[at]), True
@@ -141,9 +144,15 @@ def round_counts(
 
 
 def descend(
-    evaluator: Evaluator, counts: tuple[int, ...], place: int | None, deadline: float, patience: int = 3
+    evaluator: Evaluator,
+    counts: tuple[int, ...],
+    place: int | None,
+    deadline: float,
+    patience: int = 3,
+    most_steps: int | None = None,
 ) -> tuple[float, tuple[int, ...]]:
-    """Move one layer at a time to the best neighbour not seen before; stop after `patience` steps without gain.
+    """Move one layer at a time to the best neighbour not seen before; stop after `patience` steps without gain, or
+    `most_steps`.
 
     Returns:
         (makespan, layers of the stages); the makespan is inf if nothing that fits was met.
@@ -154,6 +163,8 @@ def descend(
     here, idle, seen = counts, 0, {counts}
     best = (float(evaluator.spans(np.array([counts]), place)[0]), counts)
     while idle < patience and time.perf_counter() < deadline:
+        if most_steps is not None and len(seen) > most_steps:
+            break
         rows = np.array(here)
         giving = [stage for stage in range(last) if rows[stage] > fewest[stage]]
         moves = [(a, b) for a in giving for b in range(last) if a != b]

@@ -15,6 +15,10 @@ from megatron_telechat.planner.device_plans import DevicePlans
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import SimResult, simulate
 
+MOST_EVALUATED = 50_000_000
+"""Ops, of all neighbours of all steps, that a descent simulates where it is not eager: half a second."""
+FEW_COMBINATIONS = 2_000
+"""Choices of a device that are looked at one by one where it is not eager."""
 RELATIVE = 1e-7
 """Where times are not whole numbers, makespans nearer than this (relative) count as equal."""
 
@@ -25,16 +29,23 @@ def rounding(time: float) -> float:
 
 
 class Incumbent:
-    """Keeps the best assignment that the simulator says fits."""
+    """Keeps the best assignment that the simulator says fits.
 
-    def __init__(self, problem: BalanceProblem, deadline: float):
-        self.problem, self.deadline = problem, deadline
-        self.plans = DevicePlans(problem)
+    Args:
+        eager: descends often, for the sake of a good answer; else seldom, where most of the work is to prove that none
+            is good enough.
+    """
+
+    def __init__(self, problem: BalanceProblem, deadline: float, eager: bool = True):
+        self.problem, self.deadline, self.eager = problem, deadline, eager
+        self.plans = DevicePlans(problem) if eager else DevicePlans(problem, FEW_COMBINATIONS)
         self.evaluator = Evaluator(problem, self.plans)
         self.makespan = math.inf
         self.assignment: Assignment | None = None
         self.result: SimResult | None = None
         self._tried: set[tuple] = set()
+        ops = 2 * problem.num_stages * problem.m
+        self._steps = None if eager else MOST_EVALUATED // (ops * problem.num_stages**2)
 
     def cutoff(self, best: float) -> float:
         """Bounds from here on leave nothing better than `best`."""
@@ -45,9 +56,9 @@ class Incumbent:
     def offer(self, assignment: Assignment) -> bool:
         """Take it if it fits and is faster."""
         result = simulate(self.problem, assignment)
-        if max(result.peak_bytes) > self.problem.mem_limit or result.makespan >= self.makespan:
+        if max(result.peak_bytes) > self.problem.mem_limit or result.total >= self.makespan:
             return False
-        self.makespan, self.assignment, self.result = result.makespan, assignment, result
+        self.makespan, self.assignment, self.result = result.total, assignment, result
         return True
 
     def offer_counts(self, counts: tuple[int, ...], place: int | None, patience: int) -> None:
@@ -55,7 +66,7 @@ class Incumbent:
         if (counts, place) in self._tried:
             return
         self._tried.add((counts, place))
-        span, counts = descend(self.evaluator, counts, place, self.deadline, patience)
+        span, counts = descend(self.evaluator, counts, place, self.deadline, patience, self._steps)
         self._tried.add((counts, place))
         if math.isfinite(span):
             self.offer(self.evaluator.assignment(counts, place))
@@ -64,7 +75,10 @@ class Incumbent:
         """Descend from some plain splits."""
         quarter = time.perf_counter() + 0.25 * (self.deadline - time.perf_counter())
         for place in reversed(self.problem.mtp_places()):
-            for counts in starts(self.problem, place):
+            found = list(starts(self.problem, place))
+            if not self.eager and found:
+                found = [found[int(np.argmin(self.evaluator.spans(np.array(found), place)))]]
+            for counts in found:
                 if time.perf_counter() < quarter:
                     self.offer_counts(counts, place, 2)
 
@@ -77,7 +91,7 @@ class Incumbent:
             except ConfigError:
                 return
             self.offer(assignment)
-        elif node < 10 or node % 20 == 0:
+        elif node < (10 if self.eager else 3) or node % 20 == 0:
             counts = round_counts(self.problem, space.counts(x), space.place(x))
             if counts is not None:
                 self.offer_counts(counts, space.place(x), 0 if node > 10 else 2)
@@ -89,4 +103,4 @@ class Incumbent:
             result = simulate(self.problem, assignment)
         except ConfigError:
             return math.inf
-        return result.makespan if max(result.peak_bytes) <= self.problem.mem_limit else math.inf
+        return result.total if max(result.peak_bytes) <= self.problem.mem_limit else math.inf

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class LeastMemory:
 
 def least_memory(problem: BalanceProblem, time_limit_s: float) -> LeastMemory:
     """Minimise the largest peak of a device by a mixed-integer program (HiGHS), and measure its answer."""
-    space = Space(problem, 1.0)
+    space = Space(replace(problem, rest=()), 1.0)
     least = program(space)
     unit = problem.mem_limit or 1.0
     # column 0: bytes over the limit, in units of it

@@ -46,7 +46,7 @@ class OpGraph:
         return last
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def op_graph(P: int, V: int, m: int) -> OpGraph:
     """The graph of Megatron-Core's order on every rank (costs/op_order.rank_ops).
 

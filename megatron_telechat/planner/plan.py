@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.devices import DeviceSpec
+from megatron_telechat.costs.imbalance import worst_imbalance
 from megatron_telechat.costs.time import Software
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.assignment import Assignment, Solution
@@ -32,6 +33,9 @@ class Question:
         plain: only what Megatron-LM's flags can say.
         software: what the program hides of its communication; unset: what our own does.
         counted: what of that was said, for the report.
+        imbalance: rows of the busiest rank's experts over the mean that the plan must expect; 1: a balanced routing. A
+            layout whose ranks hold many experts cannot be so uneven (`costs.imbalance.worst_imbalance`). Times and
+            bytes grow with it, so a plan for the largest of several is the best for the worst of them.
     """
 
     run: RunConfig
@@ -44,6 +48,14 @@ class Question:
     plain: bool = False
     software: Software | None = None
     counted: tuple[str, ...] = ()
+    imbalance: float = 1.0
+
+    def of(self, run: RunConfig) -> Question:
+        """The same of another run."""
+        if self.imbalance == 1.0 or not run.model.is_moe:
+            return replace(self, run=run)
+        imbalance = min(self.imbalance, worst_imbalance(run))
+        return replace(self, run=run, software=replace(self.software or Software.of(run), moe_imbalance=imbalance))
 
     def problem(self) -> BalanceProblem:
         """Its balance problem.
@@ -118,7 +130,7 @@ def best_plan(question: Question, fixed: Collection[str]) -> tuple[Plan | None, 
         ConfigError: see `Question.problem`.
     """
     found = ways(question.run, question.device, question.software, fixed, question.plain)
-    asked = [replace(question, run=run) for _, run in found]
+    asked = [question.of(run) for _, run in found]
     limit = question.time_limit_s / len(asked)
     answers = [make_plan(replace(one, time_limit_s=limit)) for one in asked]
     best, solution, problem = min(answers, key=lambda one: one[0].prediction.iteration if one[0] else math.inf)

@@ -128,6 +128,13 @@ def error_bar(run: RunConfig, device: DeviceSpec, times: TimeModel) -> float:
     return device.error + FAR_EXPERTS * far + WIDE_TENSOR * wide
 
 
+def messages_seconds(problem: BalanceProblem, times: TimeModel | None = None) -> float:
+    """Messages between stages that stand in the way of compute, of an iteration; none where times were measured."""
+    if problem.P == 1 or times is not None and times.measured is not None:
+        return 0.0
+    return MESSAGES_EXPOSED * 2 * problem.m * problem.V * problem.p2p
+
+
 def _exposed(exchange: float, compute: float, overlapped: bool) -> float:
     """What is left of an exchange once a step beside the `compute` of one micro-batch."""
     return max(exchange - HIDDEN * compute, LEFT * exchange) if overlapped else exchange
@@ -146,9 +153,6 @@ def predict(run: RunConfig, device: DeviceSpec, software: Software | None = None
     makespan, simulation = simulated(problem, assignment)
     times = TimeModel(run, device, software)
     pace = _pace(run, times, problem, assignment, simulation)
-    messages = 0.0
-    if problem.P > 1 and times.measured is None:
-        messages = MESSAGES_EXPOSED * 2 * problem.m * problem.V * problem.p2p
     counts = stage_parameters(run)
     stages, ranks = problem.num_stages, range(problem.P)
     seconds = stage_times(problem, assignment)
@@ -159,7 +163,7 @@ def predict(run: RunConfig, device: DeviceSpec, software: Software | None = None
         makespan=makespan * pace,
         pace=pace,
         simulation=simulation,
-        messages=messages,
+        messages=messages_seconds(problem, times),
         reduction=times.tied_embedding()
         + max(
             _exposed(times.gradient_reduction(count), backward, run.parallel.overlap_grad_reduce)

@@ -57,6 +57,25 @@ class Block:
 
 
 @dataclass(frozen=True)
+class DeviceCost:
+    """Seconds of a device that follow from what it holds: a sum.
+
+    Attributes:
+        constant: on any device.
+        layers: for each layer, by its group.
+        embed, head: where these blocks are.
+        forward, backward: shares of the time of one micro-batch through the device, in each direction.
+    """
+
+    constant: float
+    layers: tuple[float, ...]
+    embed: float = 0.0
+    head: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+@dataclass(frozen=True)
 class BalanceProblem:
     """Which virtual stage holds which layers, and what each recomputes, for the shortest iteration that fits.
 
@@ -72,6 +91,9 @@ class BalanceProblem:
         p2p: latency between two different devices; it occupies neither.
         min_layers: fewest layers of a virtual stage; the first and the last have their own; a stage at or after
             the MTP block may be empty.
+        rest: seconds of an iteration beside the pipeline: of each entry the largest of its costs, over all devices;
+            the entries are added up. With them the makespan that is minimised is that of the whole iteration. They are
+            of problems that come from a run, and not in the JSON form.
     """
 
     P: int
@@ -87,6 +109,7 @@ class BalanceProblem:
     min_layers: int = 1
     min_layers_first: int = 0
     min_layers_last: int = 0
+    rest: tuple[tuple[DeviceCost, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -109,6 +132,8 @@ class BalanceProblem:
     @property
     def integral(self) -> bool:
         """Whether every time is an integer, so that every makespan is one too."""
+        if self.rest:
+            return False
         times = [self.p2p]
         for block in self.blocks:
             times += [block.f, block.b]
@@ -211,6 +236,10 @@ def _check_values(problem: BalanceProblem) -> None:
         for key in ("f", "b", "w", "act", "ws") if block is not None else ():
             value = getattr(block, key)
             check(_is_amount(value), f"{name}.{key} = {value!r}", "a finite number, at least 0")
+    for costs in problem.rest:
+        sizes = {len(cost.layers) for cost in costs}
+        check(sizes == {len(problem.groups)}, "rest: costs without a value for each group", "one value a group")
+        check(problem.mtp is None, "rest with an MTP block", "an MTP block that is part of the head")
     if not found:
         check(problem.P > 1 or problem.V == 1, f"V = {problem.V} with P = 1", "V = 1: virtual stages need a pipeline")
         ops = 2 * problem.P * problem.V * problem.m

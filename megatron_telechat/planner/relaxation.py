@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_telechat.planner.budget import Budget
 from megatron_telechat.planner.count_program import Space
 from megatron_telechat.planner.incumbent import Incumbent
 from megatron_telechat.planner.lp import INF, LinearProgram, LpResult, RowStore
@@ -53,8 +54,17 @@ class Node:
 class Relaxation:
     """One LP for all boxes: loading a box changes bounds only, and every cut holds in every box."""
 
-    def __init__(self, problem: BalanceProblem, graph: OpGraph, incumbent: Incumbent, deadline: float, gap: float):
-        self.problem, self.incumbent, self.deadline, self.gap = problem, incumbent, deadline, gap
+    def __init__(
+        self,
+        problem: BalanceProblem,
+        graph: OpGraph,
+        incumbent: Incumbent,
+        budget: Budget,
+        gap: float,
+        limit: float = INF,
+        cuts: Iterable[PathCut] = (),
+    ):
+        self.problem, self.incumbent, self.budget, self.gap, self.limit = problem, incumbent, budget, gap, limit
         self.space = space = Space(problem, _serial_time(problem))
         self.unit = space.time_unit
         self.separator = Separator(graph, space.p2p)
@@ -62,14 +72,19 @@ class Relaxation:
         self.pool: dict[PathCut, None] = {}
         self.pool_rows = RowStore(space.size)
         self.num_fixed_rows = self.lp.num_rows
+        for cut in cuts:
+            self.pool[cut] = None
+            self.pool_rows.append(*space.cut_row(cut))
 
     def cutoff(self) -> float:
-        """A node whose bound is at least this holds nothing better (LP time units)."""
+        """A node whose bound is at least this holds nothing better, or nothing below the limit (LP time units)."""
         best = self.incumbent.makespan
         if not math.isfinite(best):
-            return INF
+            return self.limit / self.unit
         nothing_better = self.incumbent.cutoff(best)
-        return (min(nothing_better, best * (1 - self.gap)) if self.gap > 0 else nothing_better) / self.unit
+        if self.gap > 0:
+            nothing_better = min(nothing_better, best * (1 - self.gap))
+        return min(nothing_better, self.limit) / self.unit
 
     def load(self, node: Node) -> None:
         """Set the LP to the bounds of this box."""
@@ -115,8 +130,9 @@ class Relaxation:
         center, least = None, INF
         while True:
             result = self.lp.solve()
+            self.budget.work += 1
             node.bound = max(node.bound, result.bound)
-            if not result.feasible or node.bound >= self.cutoff() or time.perf_counter() > self.deadline:
+            if not result.feasible or node.bound >= self.cutoff() or self.budget.over():
                 return result
             x = result.x
             tolerance = 1e-9 * max(1.0, x[0])
@@ -132,10 +148,11 @@ class Relaxation:
                 middle = (x + center) / 2
                 span, cuts = self.separator.longest(self.space.stage_times(middle).tolist())
                 added = self.add_cuts(cuts, x, tolerance / 2)
-                if span < least:
-                    center, least = middle, span
+                if span + self.space.rest(middle) < least:
+                    center, least = middle, span + self.space.rest(middle)
             if not added:
                 span, cuts = self.separator.longest(self.space.stage_times(x).tolist())
+                span += self.space.rest(x)
                 if span < least:
                     center, least = x, span
                 if span <= x[0] + tolerance or not self.add_cuts(cuts, x, tolerance / 2):
@@ -150,7 +167,8 @@ class Relaxation:
 
     def is_whole(self, x: np.ndarray) -> bool:
         """Whether all counts of the point are integers up to the tolerance WHOLE."""
-        return bool(np.all(np.abs(x[1:] - np.rint(x[1:])) < WHOLE))
+        counts = x[1 : self.space.counts_end]
+        return bool(np.all(np.abs(counts - np.rint(counts)) < WHOLE))
 
     def narrow(self, node: Node, duals: np.ndarray) -> None:
         """Drop values whose reduced cost says that they hold nothing better; any duals do, so these need not be new."""
@@ -164,7 +182,7 @@ class Relaxation:
         first = self.space.first_branch_row
         rows = duals[first : first + len(node.row_lo)]
         costs = self.lp.cost - duals @ self.lp.rows[: self.lp.num_rows]
-        costs[0] = 0.0
+        costs[0] = costs[self.space.counts_end :] = 0.0
         for low, high, price in ((node.lo, node.hi, costs), (node.row_lo, node.row_hi, rows)):
             at = np.flatnonzero(price > 1e-9)
             high[at] = np.minimum(high[at], low[at] + np.floor(spare / price[at] + 1e-6))

@@ -153,7 +153,7 @@ def _tried(question: Question, load: Load, flags: tuple[str, ...], text: str) ->
     try:
         run = load(*rest)
         device = replace(run, training=replace(run.training, device=question.run.training.device))
-        problem = replace(question, run=device, kinds=kinds).problem()
+        problem = replace(question.of(device), kinds=kinds).problem()
     except ConfigError:
         return None
     if run.num_microbatches < 1:

@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from megatron_telechat.costs.op_order import rank_ops
 from megatron_telechat.planner.assignment import Assignment, check_assignment, stage_groups
 from megatron_telechat.planner.op_graph import end_times, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.rest import rest_seconds
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class SimResult:
 
     Attributes:
         makespan: end of the last op of any device.
+        rest: seconds of the iteration beside it, where the problem has some.
         peak_bytes: of each device.
         ops: every op with its times, in the order of each device, device by device.
     """
@@ -37,6 +41,12 @@ class SimResult:
     makespan: float
     peak_bytes: tuple[float, ...]
     ops: tuple[TimedOp, ...]
+    rest: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """What a solver minimises."""
+        return self.makespan + self.rest
 
 
 def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
@@ -62,7 +72,11 @@ def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
         if op
     ]
     ops.sort(key=lambda op: op.device)
-    return SimResult(float(max(ends)), peak_bytes(problem, assignment), tuple(ops))
+    rest = 0.0
+    if problem.rest:
+        inside = np.array([stage_groups(problem, assignment.counts)], dtype=float)
+        rest = float(rest_seconds(problem, inside, np.array([times]))[0])
+    return SimResult(float(max(ends)), peak_bytes(problem, assignment), tuple(ops), rest)
 
 
 def stage_times(problem: BalanceProblem, assignment: Assignment) -> list[float]:
@@ -91,7 +105,7 @@ class InFlight:
     backward: int | None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
     """For each device the moments that no other moment covers (at least as many of each virtual stage, and the same
     backward).
@@ -107,13 +121,18 @@ def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
             seen[None if op.forward else op.virtual_stage, tuple(held)] = None
             held[op.virtual_stage] -= not op.forward
         moments = [InFlight(counts, backward) for backward, counts in seen]
-        out.append(tuple(one for one in moments if not any(_covers(other, one) for other in moments if other != one)))
+        out.append(tuple(one for one, covered in zip(moments, _covered(moments), strict=True) if not covered))
     return tuple(out)
 
 
-def _covers(other: InFlight, one: InFlight) -> bool:
-    same = one.backward is None or other.backward == one.backward
-    return same and all(more >= less for more, less in zip(other.held, one.held, strict=True))
+def _covered(moments: list[InFlight]) -> np.ndarray:
+    """Which moments another one covers."""
+    counts = np.array([one.held for one in moments])
+    running = np.array([-1 if one.backward is None else one.backward for one in moments])
+    more = (counts[:, None] >= counts[None]).all(axis=2)  # [other, one]
+    more &= (running[None] == -1) | (running[:, None] == running[None])
+    np.fill_diagonal(more, False)
+    return more.any(axis=0)
 
 
 def peak_bytes(problem: BalanceProblem, assignment: Assignment) -> tuple[float, ...]:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.assignment import Assignment, Solution, check_assignment
 from megatron_telechat.planner.branch import Tree
+from megatron_telechat.planner.budget import Budget
 from megatron_telechat.planner.incumbent import Incumbent, rounding
 from megatron_telechat.planner.least_memory import LeastMemory, least_memory
+from megatron_telechat.planner.lp import INF
 from megatron_telechat.planner.op_graph import op_graph
+from megatron_telechat.planner.path_cuts import PathCut
 from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.relaxation import ROOT_ROUNDS
+
+ROUNDING = 1e-9
+"""Relative error of sums and products of a bound."""
+
+
+def reaches(bound: float, limit: float) -> bool:
+    """Whether a bound is as high as a limit, but for rounding."""
+    return bound >= limit * (1 - ROUNDING)
 
 
 def solve(
@@ -51,11 +64,61 @@ def solve(
         if least.assignment is not None:
             incumbent.offer(least.assignment)
             incumbent.offer_counts(least.assignment.counts, least.assignment.mtp_stage, 2)
-    tree = Tree(problem, graph, incumbent, deadline, gap)
+    tree = Tree(problem, graph, incumbent, Budget(deadline), gap)
     tree.run(tree.root_node())
     if incumbent.assignment is None and not tree.heap:
         return _infeasible(problem, least, started)
     return _solution(problem, incumbent, tree, time.perf_counter() - started)
+
+
+def solve_below(
+    problem: BalanceProblem,
+    limit: float,
+    budget: Budget,
+    gap: float = 0.0,
+    cuts: dict[PathCut, None] | None = None,
+    warm_start: Assignment | None = None,
+) -> Solution:
+    """Is there an assignment that fits and is faster than `limit`? The fastest, if there is one.
+
+    The bound of the relaxation comes first: where it reaches the limit nothing else is looked at. The status is then
+    "bounded" (and wherever the search proves it), and `lower_bound` at least the limit. Of a problem whose relaxation
+    has no point the status is "infeasible". Without a limit a first split comes before all else, and with a budget of
+    no linear program it is all. The answer does not depend on the speed of the machine, as long as the budget ends by
+    its number of linear programs.
+
+    Args:
+        limit: what is not faster is of no interest; inf: anything is.
+        gap: as of `solve`.
+        cuts: paths through the graph of this P, V, m that may be long; the ones that are met are added.
+        warm_start: an assignment of this problem that fits.
+    """
+    started = time.perf_counter()
+    graph = op_graph(problem.P, problem.V, problem.m)
+    incumbent = Incumbent(problem, budget.deadline, eager=False)
+    cuts = {} if cuts is None else cuts
+    tree = Tree(problem, graph, incumbent, budget, gap, limit, list(cuts))
+    root = tree.root_node()
+    if warm_start is not None:
+        incumbent.offer(warm_start)
+    elif limit == INF:
+        incumbent.begin()
+    if not budget.over() and tree.relax(root, ROOT_ROUNDS).bound == INF:
+        cuts |= tree.pool
+        return Solution("infeasible", seconds=time.perf_counter() - started, reason="no assignment fits the memory")
+    if root.bound < tree.cutoff() and not budget.over():
+        if incumbent.assignment is None and limit < INF:
+            incumbent.begin()
+        tree.run(root)
+    else:
+        tree.heap.append(root)
+    cuts |= tree.pool
+    seconds, bound = time.perf_counter() - started, tree.lower_bound()
+    if incumbent.assignment is None and bound == INF:
+        return Solution("infeasible", seconds=seconds, reason="no assignment fits the memory", nodes=tree.nodes)
+    found = _solution(problem, incumbent, tree, seconds)
+    reached = found.lower_bound is not None and reaches(found.lower_bound, limit)
+    return replace(found, status="bounded") if reached else found
 
 
 def _solution(problem: BalanceProblem, incumbent: Incumbent, tree: Tree, seconds: float) -> Solution:

@@ -682,3 +682,85 @@ def test_overlap_flags_of_a_command_change_its_prediction(ask, flags, counted):
     plain, overlapped = (answer(ask, *MOE, *more.split()) for more in ("", flags))
     assert overlapped["predicted"]["iteration_s"] < 0.99 * plain["predicted"]["iteration_s"]
     assert counted in ask(*MOE, *flags.split())[1]
+
+
+# ---- the proof of a sweep, and its frontiers ------------------------------------------------
+
+SMALL_SWEEP = [*"--preset telechat2-7b --num-layers 8 --world-size 8 --global-batch-size 16 --device h100-80g".split()]
+
+
+@pytest.mark.heavy
+def test_sweep_says_what_was_proved_of_which_space(ask):
+    code, text = ask(*SMALL_SWEEP, "--sweep", "--top", "2", "--processes", "1")
+    assert code == 0 and "proof: no layout of the space is faster than the first by more than 0.5" in text
+    assert "the space: tensor-parallel sizes inside a node; pipeline sizes; 1 to 8 virtual stages a rank" in text
+    assert "the optimizer's state on the device or on the host" in text
+    first = answer(ask, *SMALL_SWEEP, "--sweep", "--top", "2", "--processes", "1", "--gap", "0.001")[0]
+    proof = first["proof"]
+    parts = ("no_fit", "by_work", "by_relaxation", "searched", "refused", "unseen")
+    assert sum(proof[name] for name in parts) == proof["layouts"] and proof["gap"] <= 0.001 * (1 + 1e-6)
+    assert proof["step"] == pytest.approx(first["plan"]["predicted"]["iteration_s"])
+    code, text = ask(
+        *SMALL_SWEEP, "--sweep", "--top", "1", "--processes", "1", "--optimizer-cpu-offload", "--micro-batch-size", "1"
+    )
+    assert code == 0 and "host" in text and "held fixed, as given: mbs 1, offload True" in text
+
+
+@pytest.mark.heavy
+def test_sweep_that_runs_out_of_time_says_how_far_it_is(ask):
+    words = [
+        *SMALL_SWEEP,
+        "--num-layers",
+        "32",
+        "--global-batch-size",
+        "64",
+        "--sweep",
+        "--top",
+        "1",
+        "--processes",
+        "1",
+    ]
+    code, text = ask(*words, "--time-limit", "0.05")
+    assert code in (0, 3) and "not looked at" in text
+    assert code == 3 or "! not closed in 0.05 s: no layout of the space is faster than the first by more than" in text
+
+
+@pytest.mark.heavy
+def test_frontiers(ask, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = [*SMALL_SWEEP, "--sweep", "--processes", "1"]
+    picture = tmp_path / "frontier.png"
+    found = answer(ask, *words, "--frontier", "memory=60,30,16,1", "--plot", str(picture))
+    assert [point["memory_gib"] for point in found] == [60, 30, 16, 1] and picture.read_bytes().startswith(b"\x89PNG")
+    assert found[-1]["flags"] is None and found[0]["iteration_s"] <= found[2]["iteration_s"]
+    load_run_config([*SMALL_SWEEP[:-2], "--dry-run", *found[2]["flags"]], {})
+    code, text = ask(*words, "--frontier", "ranks=4,8")
+    rows = [line.split() for line in text.splitlines() if line.strip()[:1] in ("4", "8")]
+    assert code == 0 and [row[0] for row in rows] == ["8", "4"] and float(rows[0][1]) < float(rows[1][1])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--frontier", "memory"], "--frontier belongs to --sweep"),
+        (["--sweep", "--frontier", "time"], "--frontier time"),
+        (["--sweep", "--frontier", "memory=80,-1"], "numbers above 0"),
+        (["--sweep", "--frontier", "ranks"], "ranks=64,128,256"),
+        (["--sweep", "--frontier", "ranks=2.5"], "numbers of ranks"),
+        (["--sweep", "--frontier", "memory", "--output", "x.json"], "a frontier has many plans"),
+        (["--sweep", "--moe-imbalance", "0.5"], "numbers from 1 on"),
+        (["--moe-imbalance", "1,x"], "numbers from 1 on"),
+    ],
+)
+def test_what_sweeps_and_frontiers_cannot_be_asked(ask, words, says):
+    code, text = ask(*SMALL_SWEEP, *words)
+    assert code == 2 and says in text
+
+
+def test_a_plan_that_expects_uneven_experts(ask):
+    words = "--preset telechat2-39b-a12b --world-size 64 --global-batch-size 64 --device h200-141g".split()
+    even = answer(ask, *words)
+    uneven = answer(ask, *words, "--moe-imbalance", "1,1.5")
+    assert uneven["predicted"]["iteration_s"] > even["predicted"]["iteration_s"]
+    assert max(uneven["peak_bytes"]) > max(even["peak_bytes"])
+    assert "best for the worst of 1,1.5" in ask(*words, "--moe-imbalance", "1,1.5")[1]

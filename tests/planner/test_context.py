@@ -15,7 +15,7 @@ from megatron_telechat.planner.context import KEEP, SPLIT, context_sizes, ways
 from megatron_telechat.planner.plan import Question
 from megatron_telechat.planner.predict import predict
 from megatron_telechat.planner.remedy import remedies
-from megatron_telechat.planner.sweep import candidates
+from megatron_telechat.planner.space import layouts
 
 H100 = device_spec("h100-80g")
 LONG = "--preset telechat2-115b --seq-length 131072 --world-size 512"
@@ -97,11 +97,13 @@ def test_a_plan_keeps_what_arrives_and_says_so(capsys, slow_device, tmp_path):
 def test_a_sweep_tries_all_sizes_and_no_two_rows_where_one_on_fewer_ranks_is_the_same():
     run = load(LONG)
     fixed = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 8}
-    found = candidates(Question(run, H100), lambda *flags: load(LONG, *flags), fixed)
+    found = layouts(Question(run, H100), lambda *flags: load(LONG, *flags), fixed)
     runs = [one.question.run for one in found]
     tried = {(run.parallel.context_parallel_size, run.training.micro_batch_size) for run in runs}
     assert {context for context, _ in tried} == {1, 2, 4, 8}
-    assert {rows for context, rows in tried if context > 1} == {1} and (1, 2) in tried
+    assert {(1, 2), (8, 1), (8, 2)} <= tried
+    kept = {run.parallel.cp_keep_received for run in runs if run.parallel.context_parallel_size == 8}
+    assert kept == {False, True}
 
 
 @pytest.mark.heavy

@@ -1,0 +1,282 @@
+"""The space of a sweep: every way to lay a run out over its ranks, each with its balance problem.
+
+A layout is made from one loaded run by changing sizes, which takes no time; whether the configuration takes it is asked
+(`Layout.loaded`) only of those that are solved.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_telechat.config.context import head_sizes, least_traffic
+from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.time import TimeModel
+from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner.context import KEEP, SIZE, SPLIT, context_sizes
+from megatron_telechat.planner.plan import Question
+from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.step import other_virtual_stages, whole_step
+
+MOST_VIRTUAL_STAGES = 8
+TENSOR, PIPELINE, VIRTUAL = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+)
+EXPERT, EXPERT_TENSOR, MICRO = "expert_model_parallel_size", "expert_tensor_parallel_size", "micro_batch_size"
+OFFLOAD, OFFLOAD_SHARE, OFFLOAD_BESIDE = (
+    "optimizer_cpu_offload",
+    "optimizer_offload_fraction",
+    "overlap_cpu_optimizer_d2h_h2d",
+)
+FLAGS = {
+    TENSOR: "--tensor-model-parallel-size",
+    PIPELINE: "--pipeline-model-parallel-size",
+    SIZE: "--context-parallel-size",
+    VIRTUAL: "--num-virtual-stages-per-pipeline-rank",
+    EXPERT: "--expert-model-parallel-size",
+    EXPERT_TENSOR: "--expert-tensor-parallel-size",
+    MICRO: "--micro-batch-size",
+}
+"""Sizes that a sweep varies, and how to ask for them."""
+VARIED = (*FLAGS, *SPLIT, KEEP, OFFLOAD)
+"""All that a sweep varies, unless it is fixed."""
+NO_FOLD = "--no-fold-tensor-into-experts"
+Load = Callable[..., RunConfig]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout of the space.
+
+    Attributes:
+        number: its place in the space, the same for the same question.
+        flags: of the training, that ask for its sizes.
+        question: with the run of this layout.
+        problem: of its whole step.
+    """
+
+    number: int
+    flags: tuple[str, ...]
+    question: Question
+    problem: BalanceProblem
+
+    @property
+    def schedule(self) -> tuple[int, int, int]:
+        """What the graph of its ops depends on: stages, virtual stages a stage, micro-batches."""
+        return self.problem.P, self.problem.V, self.problem.m
+
+    def loaded(self, load: Load) -> Layout:
+        """The same as the configuration makes it.
+
+        Raises:
+            ConfigError: it does not take these sizes together.
+        """
+        wanted = self.question.run.training
+        flags, run = self.flags, load(*self.flags)
+        if run.training.global_batch_size != wanted.global_batch_size:  # one that nobody gave grows with the ranks
+            flags = (*flags, "--global-batch-size", str(wanted.global_batch_size))
+            run = load(*flags)
+        run = replace(run, training=replace(run.training, device=wanted.device))
+        asked = self.question.of(run)
+        problem = self.problem if _same_costs(run, self.question.run) else step_problem(asked)
+        return replace(self, flags=flags, question=asked, problem=problem)
+
+
+def step_problem(question: Question) -> BalanceProblem:
+    """The problem of the whole step of a run.
+
+    Raises:
+        ConfigError: see `Question.problem`.
+    """
+    return whole_step(question.problem(), question.run, question.device, question.software)
+
+
+def _same_costs(one: RunConfig, other: RunConfig) -> bool:
+    """Whether two runs differ in nothing that the costs read; a split of layers stands in where it is open."""
+    open_ = {"pipeline_model_parallel_layout": None, "plan": None, "overlap_p2p_communication": None}
+    parallel = (replace(run.parallel, **open_) for run in (one, other))
+    return (
+        next(parallel) == next(parallel)
+        and one.training.micro_batch_size == other.training.micro_batch_size
+        and (one.training.global_batch_size == other.training.global_batch_size)
+    )
+
+
+def layouts(question: Question, load: Load, fixed: Mapping[str, Any], offload: bool = False) -> list[Layout]:
+    """The whole space of a run's ranks.
+
+    Args:
+        load: the run with some flags added; raises ConfigError where they do not go together.
+        fixed: those of VARIED that keep their value.
+        offload: the state of the optimizer may go to the host.
+    """
+    found: list[Layout] = []
+    makers = _Maker(question, load)
+    for sizes, virtual_stages in _sizes(question.run, fixed):
+        for flags, run in makers.runs(sizes, fixed, offload):
+            asked = question.of(run)
+            try:
+                one = step_problem(asked)
+            except ConfigError:
+                continue  # nothing is known of its speed, or of its recompute
+            measured = TimeModel(run, question.device, question.software).measured is not None
+            for number in virtual_stages:
+                virtual = replace(run, parallel=replace(run.parallel, num_virtual_stages_per_pipeline_rank=number))
+                more = (FLAGS[VIRTUAL], str(number))
+                try:
+                    problem = other_virtual_stages(one, number, measured)
+                except ConfigError:
+                    continue  # more ops than are simulated
+                found.append(Layout(len(found), (*flags, *more), replace(asked, run=virtual), problem))
+    return found
+
+
+class _Maker:
+    """Makes runs of given sizes from loaded ones: of each tensor-parallel size one is loaded, since what follows from
+    it (sequence parallelism) depends on who said so."""
+
+    def __init__(self, question: Question, load: Load):
+        self.question, self.load = question, load
+        self.bases: dict[int, RunConfig] = {}
+
+    def base(self, sizes: Mapping[str, int]) -> RunConfig | None:
+        tensor = sizes[TENSOR]
+        if tensor not in self.bases:
+            try:
+                run = self.load(*_words(sizes), *_unfold(self.question.run, sizes))
+            except ConfigError:
+                return None
+            asked = self.question.run.training
+            training = replace(run.training, device=asked.device, global_batch_size=asked.global_batch_size)
+            self.bases[tensor] = replace(run, training=training)
+        return self.bases[tensor]
+
+    def runs(
+        self, sizes: Mapping[str, int], fixed: Mapping[str, Any], offload: bool
+    ) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+        """Runs of these sizes in all ways to share a row and to keep the optimizer's state, with one virtual stage."""
+        base = self.base(sizes)
+        if base is None:
+            return
+        unfold = _unfold(self.question.run, sizes)
+        names = {name: size for name, size in sizes.items() if name != MICRO}
+        parallel = replace(
+            base.parallel,
+            **names,
+            num_virtual_stages_per_pipeline_rank=1,
+            fold_tensor_into_experts=base.parallel.fold_tensor_into_experts and not unfold,
+        )
+        run = replace(base, parallel=parallel, training=replace(base.training, micro_batch_size=sizes[MICRO]))
+        for more, way in _ways(run, fixed, self.question.plain):
+            yield (*_words(sizes), *unfold, *more), way
+            if offload:
+                flags = ("--optimizer-cpu-offload", "--overlap-cpu-optimizer-d2h-h2d")
+                kept = replace(
+                    way.parallel, optimizer_cpu_offload=True, optimizer_offload_fraction=1.0,
+                    overlap_cpu_optimizer_d2h_h2d=True,
+                )  # fmt: skip
+                yield (*_words(sizes), *unfold, *more, *flags), replace(way, parallel=kept)
+
+
+def _words(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(word for name, size in sizes.items() for word in (FLAGS[name], str(size)))
+
+
+def _unfold(run: RunConfig, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The flag that takes back a folded tensor domain, where these expert sizes are none."""
+    folds = run.parallel.fold_tensor_into_experts and run.model.is_moe
+    fits = sizes.get(EXPERT_TENSOR, 1) == 1 and sizes.get(EXPERT, 1) % sizes[TENSOR] == 0
+    return (NO_FOLD,) if folds and not fits else ()
+
+
+def _ways(run: RunConfig, fixed: Mapping[str, Any], plain: bool) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+    """The run in all ways in which context-parallel ranks may share a row."""
+    size = run.parallel.context_parallel_size
+    if size == 1:
+        yield (), _shared(run, "auto", ())
+        return
+    if {*SPLIT} & {*fixed}:
+        kind, sizes = run.parallel.cp_comm_type, fixed.get(SPLIT[1]) or ()
+        open_ = _shared(run, kind, tuple(sizes))
+        if not sizes:
+            open_ = _shared(run, kind, least_traffic(open_) if kind == "auto" else open_.parallel.context_sizes)
+        splits = [((), open_)]
+    else:
+        splits = [_split(run, heads) for heads in head_sizes(run)]
+    for flags, way in splits:
+        yield flags, way
+        if KEEP not in fixed and not plain and way.parallel.context_sizes[1] > 1:
+            keeps = replace(way.parallel, cp_keep_received=True)
+            yield (*flags, "--cp-keep-received"), replace(way, parallel=keeps)
+
+
+def _shared(run: RunConfig, kind: str, sizes: tuple[int, ...]) -> RunConfig:
+    changes: dict[str, Any] = {"cp_comm_type": kind, "hierarchical_context_parallel_sizes": sizes}
+    return replace(run, parallel=replace(run.parallel, **changes))
+
+
+def _split(run: RunConfig, heads: int) -> tuple[tuple[str, ...], RunConfig]:
+    """The run with an all-to-all over so many ranks, and the flags for it."""
+    size = run.parallel.context_parallel_size
+    sizes = (heads, size // heads)
+    kind = "p2p" if heads == 1 else "a2a" if heads == size else "a2a+p2p"
+    flags = ["--cp-comm-type", kind]
+    if kind == "a2a+p2p":
+        flags += ["--hierarchical-context-parallel-sizes", *map(str, sizes)]
+    return tuple(flags), _shared(run, kind, sizes)
+
+
+def _sizes(run: RunConfig, fixed: Mapping[str, Any]) -> Iterator[tuple[dict[str, int], list[int]]]:
+    """Sizes that divide what they must, each with the numbers of virtual stages that go with them."""
+    parallel, model = run.parallel, run.model
+    world, node = parallel.world_size, parallel.node_size
+    batch = run.training.global_batch_size
+
+    def choices(name: str, values: Iterable[int]) -> Sequence[int]:
+        return [fixed[name]] if name in fixed else list(values)
+
+    heads = (model.num_attention_heads, model.query_groups, model.vocab_size)
+    tensors = choices(TENSOR, (size for size in divisors(node) if all(number % size == 0 for number in heads)))
+    stages = choices(PIPELINE, (size for size in divisors(world) if size <= model.num_layers))
+    virtual = choices(VIRTUAL, range(1, MOST_VIRTUAL_STAGES + 1))
+    experts: Sequence[int] = [0]
+    pieces: Sequence[int] = [0]
+    if model.num_experts:
+        width = model.moe_ffn_hidden_size or model.ffn_hidden_size
+        experts = choices(EXPERT, divisors(model.num_experts))
+        pieces = choices(EXPERT_TENSOR, (size for size in divisors(node) if width % size == 0))
+    contexts = choices(SIZE, context_sizes(run))
+    names_context = contexts != [1] or parallel.context_parallel_size > 1
+    for tensor, stage, context, expert, piece in itertools.product(tensors, stages, contexts, experts, pieces):
+        shared = tensor * stage * context
+        if world % shared or expert and world // stage % (expert * piece):
+            continue
+        data = world // shared
+        for micro in choices(MICRO, _powers_of_two(batch // data)):
+            count, left = divmod(batch, data * micro)
+            if left or not count:
+                continue
+            numbers = [
+                number
+                for number in virtual
+                if number == 1 or stage > 1 and stage * number <= model.num_layers and count % stage == 0
+            ]
+            sizes = {TENSOR: tensor, PIPELINE: stage, **({SIZE: context} if names_context else {}), MICRO: micro}
+            if numbers:
+                yield sizes | ({EXPERT: expert, EXPERT_TENSOR: piece} if expert else {}), numbers
+
+
+def _powers_of_two(most: int) -> Iterator[int]:
+    size = 1
+    while size <= most:
+        yield size
+        size *= 2
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    return [size for size in range(1, number + 1) if number % size == 0]
