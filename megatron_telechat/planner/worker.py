@@ -149,9 +149,7 @@ def _problem(found: dict[str, Any]) -> BalanceProblem:
     groups = (
         LayerGroup(**{**group, "modes": tuple(Mode(**mode) for mode in group["modes"])}) for group in found["groups"]
     )
-    rest = (
-        tuple(DeviceCost(**{**cost, "layers": tuple(cost["layers"])}) for cost in costs) for costs in found["rest"]
-    )
+    rest = (tuple(DeviceCost(**{**cost, "layers": tuple(cost["layers"])}) for cost in costs) for costs in found["rest"])
     blocks = {name: found[name] and Block(**found[name]) for name in ("embed", "head", "mtp")}
     return BalanceProblem(**{**found, **blocks, "groups": tuple(groups), "rest": tuple(rest)})
 
