@@ -114,7 +114,6 @@ class Trainer:
             self.data_plan = data_plan(run.data)
             self.fingerprint = data_fingerprint(run, self.data_plan) if first else None
         self.position = Position()
-        self.spikes = SpikeWindow(run.logging.spike_window, run.logging.spike_threshold)
         self._passed_over = step_windows(run.training.iterations_to_skip)
         self.protected: Location | None = None
         self.saved: Location | None = None
@@ -444,11 +443,11 @@ class Trainer:
         """Go on from a checkpoint of this run, or begin with other weights, or from the initial ones."""
         resumed = load_beginning(found, self._train_state({}), self.run, self.state, self.stages, self.fingerprint)
         info, self.position, self.steps_taken = resumed.info, resumed.position, resumed.steps_taken
-        if info is not None and not resumed.weights_only:
-            self.spikes = SpikeWindow.of(self.spikes.length, self.spikes.threshold, info.extra)
+        extra = info.extra if info is not None and not info.weights_only else {}
+        self.spikes = SpikeWindow.of(self.run.logging.spike_window, self.run.logging.spike_threshold, extra)
         if self.tier is not None:
             self.tier.begun(resumed.goes_on_from)
-        self.averages.begin(self.step, info.extra if info is not None and not resumed.weights_only else {})
+        self.averages.begin(self.step, extra)
         self.protected = found.protected or (info.path if info is not None else None)
         self.branch = continued_branch(found, info, self.paths.save_dir)
         return info
@@ -484,15 +483,13 @@ class Trainer:
         if before is not None:
             changes = self.stages.changes(self.stage, before.stage)
             self.console.say(f"step {self.step}  {stage_line(self.stages, self.stage, changes)}")
-            for note in (self.resumed.message if self.resumed else "").splitlines()[1:]:
-                self.console.say(f"  {note}")
-            for line in self.datasets.summary:
-                self.console.say(f"  data  {line}")
+            notes = (self.resumed.message if self.resumed else "").splitlines()[1:]
+            for line in (*notes, *(f"data  {each}" for each in self.datasets.summary)):
+                self.console.say(f"  {line}")
             self.writer.write(stage_event(self.step, self.stage, changes))
             return
         self.console.say(banner(self.run, self.state, self.backend, self.paths, self.datasets, origins))
-        self.console.say(self.reference.about and f"  reference {self.reference.about}")
-        for line in (*self.saving.about, *stages_lines(self.stages, self.position)):
+        for line in (*self.reference.about, *self.saving.about, *stages_lines(self.stages, self.position)):
             self.console.say(line)
         if self.resumed is not None:
             self.console.say(self.resumed.message)

@@ -54,12 +54,12 @@ class ReferenceLogProbs:
         tables: of each dataset, by the name that the run gives it: float64 [pairs, 2], chosen and rejected; NaN for
             pairs that cannot be used.
         extra: what a checkpoint keeps.
-        about: a line for a person; empty where no pairs are trained.
+        about: lines for a person; none where no pairs are trained.
     """
 
     tables: Mapping[str, np.ndarray] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
-    about: str = ""
+    about: tuple[str, ...] = ()
 
 
 def reference_log_probs(
@@ -125,8 +125,8 @@ def reference_log_probs(
             tables[name] = table
     pairs = sum(int(np.isfinite(table[:, 0]).sum()) for table in tables.values())
     how = f"computed in {time.perf_counter() - began:.1f} s" if missing else f"from {run.cache_dir}"
-    about = f"step {reference.step} of {reference.path}; log-probabilities of {pairs:,} pairs {how}"
-    return ReferenceLogProbs(tables, reference.extra, about)
+    about = f"  reference step {reference.step} of {reference.path}; log-probabilities of {pairs:,} pairs {how}"
+    return ReferenceLogProbs(tables, reference.extra, (about,))
 
 
 @dataclass(frozen=True)

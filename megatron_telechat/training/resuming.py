@@ -23,7 +23,6 @@ class Resumed:
 
     Attributes:
         info: of the checkpoint; None: initial weights.
-        weights_only: whether the run begins at step 0.
         goes_on_from: digests of the shared checkpoints that the run continues; of rank 0. None where another stage of
             this process has saved what was loaded.
     """
@@ -31,7 +30,6 @@ class Resumed:
     info: LoadedInfo | None
     position: Position = Position()
     steps_taken: StepsTaken = field(default_factory=StepsTaken)
-    weights_only: bool = False
     goes_on_from: tuple[str, ...] | None = ()
 
 
@@ -62,7 +60,7 @@ def load_beginning(
     )  # fmt: skip
     notes = [*local_notes(found), *(() if local is not None else start.notes)]
     if weights_only:
-        return Resumed(replace(info, message="\n".join([info.message, *notes])), weights_only=True)
+        return Resumed(replace(info, message="\n".join([info.message, *notes])))
     position = Position()
     with together(parallel):
         length = (info.config or run).training.seq_length
