@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,6 +286,16 @@ def test_ranges_are_read_by_who_knows_the_secret(server, disk):
     stranger = RemotePart(server, "guess", 1, 8, save_id(2))
     with pytest.raises(ResourceError, match="connection ended"):
         stranger.read(path.name, 0, 8)
+
+
+def test_threads_take_turns_at_a_part(server, disk):
+    path = parts.committed(disk, 1, 8, save_id(2)) / "rank_00001.safetensors"
+    whole = path.read_bytes()
+    remote = RemotePart(server, SECRET, 1, 8, save_id(2))
+    ranges = [(start, start + 1 + start % 50) for start in range(0, len(whole) - 60)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda one: remote.read(path.name, *one), ranges))
+    assert found == [whole[start:stop] for start, stop in ranges]
 
 
 # ---- the run folder -------------------------------------------------------------------------
