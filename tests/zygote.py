@@ -12,6 +12,7 @@ environment variables that are read while torch is loaded asks the harness for a
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -33,6 +34,8 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     with _silent():
         _load()
+    gc.collect()
+    gc.freeze()  # a collection in a rank would touch, and so copy, the memory that all of them share
     wake, woken = socket.socketpair()
     for one in (wake, woken):
         one.setblocking(False)
