@@ -52,7 +52,7 @@ def alive(pid: int) -> bool:
 def test_timeout_kills_the_ranks_and_their_children(tmp_path):
     worker = tmp_path / "hangs.py"
     worker.write_text(HANGS)
-    result = launch(worker, 2, timeout=8)
+    result = launch(worker, 2, timeout=5)
     assert result.returncode == TIMEOUT_CODE
     children = [int(line.split()[1]) for line in result.stdout.splitlines()]
     assert len(children) == 2

@@ -465,7 +465,8 @@ def test_what_is_wrong_with_a_store_is_said(server, monkeypatch):
     stores._objects.cache_clear()
 
 
-@pytest.mark.parametrize("scenario", ["new", pytest.param("branch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["new", "branch"])
 def test_a_save_killed_before_any_request_leaves_a_whole_checkpoint(server, scenario, tmp_path):
     """SIGKILL before each request that changes the store, retention included."""
     worker = Path(__file__).with_name("worker_killed_objects.py")

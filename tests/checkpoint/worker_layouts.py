@@ -85,8 +85,7 @@ PAIRS: dict[str, tuple[str, str, dict, dict]] = {
 
 SHORT_FORM = {
     *("tp2_distributed_to_pp2_plain", "dp4_plain_to_tp2_distributed", "interleaved_distributed_to_uneven"),
-    *("dp4_distributed_to_itself", "ep2_distributed_to_ep4", "tp2_ep2_to_pp2", "tp2_pp2_ep2_to_etp2"),
-    *("etp2_distributed_to_ep4", "cp4_distributed_to_cp2_tp2", "fp16_with_loss_scale", "ep4_to_ep1_distributed"),
+    *("dp4_distributed_to_itself", "ep2_distributed_to_ep4", "tp2_pp2_ep2_to_etp2", "fp16_with_loss_scale"),
 }
 SLOW = set(PAIRS) - SHORT_FORM
 """Pairs whose parts others hold too: with the tests marked slow."""

@@ -10,14 +10,24 @@ import pytest
 from tests.costs.worker_saved_tensors import MODES, STOCK, cases
 from tests.harness import run_cases
 
+SLOW = {f"activations_{name}" for name in ("dense_tp2", "dense_fp32", "moe_fp32", "dense_cp2_a2a")}
+"""What others hold too: with the tests marked slow."""
+ACTIVATIONS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+    for name in cases.names
+    if name.startswith("activations")
+]
+
 
 @pytest.fixture(scope="module")
-def report():
-    return run_cases(Path(__file__).with_name("worker_saved_tensors.py"), nproc=2)
+def report(request):
+    slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
+    names = [name for name in cases.names if slow or name not in SLOW]
+    return run_cases(Path(__file__).with_name("worker_saved_tensors.py"), 2, names)
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", [name for name in cases.names if name.startswith("activations")])
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_saved_tensors_of_every_recompute_kind(report, name):
     ranks = report.check(name)
     for kind in (*MODES, "ends"):

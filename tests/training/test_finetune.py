@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
 
 PAIRS = [
     (1, "plain_mbs8", "plain"), (1, "reset_recompute_full", "reset"), (1, "reset_recompute_selective", "reset"),
-    (2, "plain_dp2", "plain"), (2, "plain_pp2", "plain"),
+    (2, "plain_dp2", "plain"),
     (2, "plain_cp2", "plain"), (2, "alone_cp2_contiguous", "reset_alone"),
     *((2, name, "reset") for name in RUNS[2] if name.startswith("reset")),
 ]  # fmt: skip

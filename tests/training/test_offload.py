@@ -42,6 +42,7 @@ def test_the_numbers_of_a_run_without_offload(two, name):
     same_numbers(two.check(name))
 
 
+@pytest.mark.slow
 def test_the_numbers_over_tensor_and_pipeline_ranks(four):
     same_numbers(four.check("tp2_pp2"))
 
@@ -51,10 +52,10 @@ def test_steps_are_skipped_alike(two):
         assert rank["none"]["skipped"] == rank["offload"]["skipped"] > 0
 
 
-@pytest.mark.parametrize("name", [*PAIRS, "tp2_pp2"])
-def test_bytes_are_those_of_the_memory_model(two, four, name):
+@pytest.mark.parametrize("name", [*PAIRS, pytest.param("tp2_pp2", marks=pytest.mark.slow)])
+def test_bytes_are_those_of_the_memory_model(request, name):
     """Every parameter begins at a multiple of 64 elements of its shelf; the parameters of this model are small."""
-    for rank in (four if name == "tp2_pp2" else two).check(name):
+    for rank in request.getfixturevalue("four" if name == "tp2_pp2" else "two").check(name):
         for kind in ("none", "offload"):
             found = rank[kind]["bytes"]
             # A half is met to the nearest parameter.

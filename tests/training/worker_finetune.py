@@ -36,10 +36,8 @@ RUNS = {
     },
     2: {
         "plain_dp2": "",
-        "plain_pp2": PP2,
         "reset_dp2_mbs1": f"{RESETS} --micro-batch-size 1",
         "reset_tp2": f"{RESETS} {TP2}",
-        "reset_pp2": f"{RESETS} {PP2}",
         "reset_pp2_interleaved": f"{RESETS} {PP2} --num-virtual-stages-per-pipeline-rank 2",
         "attention_alone_pp2": f"--reset-attention-mask {PP2}",
         "plain_cp2": CP2,

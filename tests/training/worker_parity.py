@@ -107,6 +107,10 @@ LAYOUTS = {
 }
 
 SLOW = {
+    *("dense_recompute_full", "moe_recompute_full", "moe_distributed_optimizer", "moe_chunks3"),
+    *("dense_dp2_distributed_overlap", "dense_tp2_sp", "dense_pp2", "dense_pp2_recompute_per_stage"),
+    *("moe_ep2", "moe_ep2_auto_chunks", "moe_etp2_distributed", "qknorm_tp2_sp_distributed"),
+    *("moe_tp2_pp2_ep2_interleaved_distributed", "moe_tp2_etp4", "moe_ep2_dp2_distributed_overlap_recompute"),
     "moe_tp2_folded_ep2_recompute",
     "shared_etp2",
     "dense_pp4",
