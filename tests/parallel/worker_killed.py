@@ -17,14 +17,14 @@ def main(what: str) -> int:
     import torch
     import torch.distributed as dist
 
-    limit = ParallelConfig(world_size=3, distributed_timeout_minutes=0.1)
+    limit = ParallelConfig(world_size=3, distributed_timeout_minutes=0.05)
     state = parallel.initialize(RunConfig(parallel=limit), get_backend("cpu"))
     with parallel.lost_ranks_reported():
         for turn in range(100_000):
             if turn == 5 and state.rank == 1:
                 if what == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(12)
+                time.sleep(7)
                 return 0
             dist.all_reduce(torch.ones(1), group=state.dp_group)
     return 0

@@ -27,6 +27,7 @@ def under(one: Cluster, limit: float) -> list:
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 def test_a_frontier_is_what_sweeps_of_each_limit_say():
     one = cluster("--preset telechat2-7b --num-layers 8 --world-size 8 --global-batch-size 16", "h100-80g")
     limits = [number * GIB for number in (64, 24, 12, 8, 2)]

@@ -50,7 +50,6 @@ QUICK = {
     "dense_cp2_recompute_full",
     "moe_cp2_ep2",
     "dense_cp4_2d",
-    "dense_cp2_pp2_interleaved",
 }
 """In the suite; the others, whose parts these hold too, are with the tests marked slow."""
 

@@ -29,10 +29,7 @@ LAYOUTS = {
     2: {
         "dp2": "",
         "ep2": "--expert-model-parallel-size 2 --no-fold-tensor-into-experts",
-        "tp2_sp": TP2,
         "tp2_sp_recompute": f"{TP2} --recompute-granularity full",
-        "pp2": PP2,
-        "pp2_interleaved": f"{PP2} --num-virtual-stages-per-pipeline-rank 2",
         "pp2_interleaved_recompute": f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --recompute-granularity full",
         "cp2": "--context-parallel-size 2",
         "packed_apart_cp2": "--context-parallel-size 2 --reset-attention-mask",

@@ -84,7 +84,6 @@ LONG_ROWS = {
 
 OFFLOADED = {
     "all on the host": "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d",
-    "all on the host, one part at a time": "--optimizer-cpu-offload",
     "half, moments in bf16": "--optimizer-cpu-offload --optimizer-offload-fraction 0.5 --exp-avg-dtype bf16 "
     "--exp-avg-sq-dtype bf16",
 }
