@@ -16,7 +16,7 @@ from tests.training.worker_averages import DECAY, START, STEPS, WINDOW
 
 WORKER = Path(__file__).with_name("worker_averages.py")
 FOUR = "dense_tp2_pp2_interleaved"
-SLOW = {"dense", "moe_ep2_distributed", FOUR}
+SLOW = {"moe_ep2_distributed", FOUR}
 """With the tests marked slow; the kill storm and the layouts of checkpoints hold their parts too."""
 RUNS = {
     "dense": 1,
