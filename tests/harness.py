@@ -247,6 +247,14 @@ def run_cases(
     return CaseReport(result, results, nproc)
 
 
+def reports_by_ranks(
+    worker: str | Path, *, timeout: float = 300.0, env: Mapping[str, str] | None = None
+) -> Callable[[int], CaseReport]:
+    """The reports of a worker that has cases of its own for each number of ranks; each is launched once, when it is
+    asked for."""
+    return cache(lambda ranks: run_cases(worker, ranks, timeout=timeout, env=env))
+
+
 class _Meeting:
     """Ranks tell each other through the store of the launcher that a case has ended."""
 

@@ -16,7 +16,6 @@ temporary folder, like one that training waits for.
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from megatron_telechat.checkpoint.disk import disk_error
 from megatron_telechat.checkpoint.lineage import look_at
 from megatron_telechat.checkpoint.names import FileEntry
 from megatron_telechat.checkpoint.parts import Part
-from megatron_telechat.checkpoint.staging import FileImages, StagingBuffer
+from megatron_telechat.checkpoint.staging import CopyBeside, FileImages, StagingBuffer
 from megatron_telechat.checkpoint.train_state import (
     BegunSave,
     TrainState,
@@ -79,9 +78,9 @@ class _UnderWay:
     images: FileImages
     part: Part
     started_s: float
-    thread: threading.Thread | None = None
+    copy: CopyBeside | None = None
     error: Exception | None = None
-    """Of the copy."""
+    """Of the files."""
     entries: dict[str, FileEntry] | None = None
     """Of the files, once they are written."""
     committing: bool = False
@@ -138,30 +137,24 @@ class AsynchronousSaves:
         self._backend.synchronize()
 
         def copy() -> None:
-            try:
-                images.copy_to(memory, self._backend)
-                self._writer.submit(write_images, self._buffer.fd, images.images)
-            except Exception as error:
-                save.error = error
+            images.copy_to(memory, self._backend)
+            self._writer.submit(write_images, self._buffer.fd, images.images)
 
-        save.thread = threading.Thread(target=copy, name="checkpoint copy", daemon=True)
-        save.thread.start()
+        save.copy = CopyBeside(copy, "checkpoint copy")
         save.blocked_s = time.perf_counter() - started_s
         self._save = save
 
     def staged(self) -> None:
         """Wait until nothing of the save under way reads the tensors of the state any more; this rank alone."""
-        if self._save is not None and self._save.thread is not None:
-            started = time.perf_counter()
-            self._save.thread.join()
-            self._save.thread = None
-            self._save.blocked_s += time.perf_counter() - started
+        if self._save is not None and self._save.copy is not None:
+            self._save.blocked_s += self._save.copy.wait()
 
     def report(self) -> Report:
         """How far this rank is."""
         save = self._save
-        if save is None or (save.thread is not None and save.thread.is_alive()):
+        if save is None or save.copy is None or not save.copy.is_over:
             return Report()
+        save.error = save.error or save.copy.error
         if save.error is None and save.entries is None and self._writer.is_over():
             try:
                 save.entries = self._written(save)
@@ -204,8 +197,8 @@ class AsynchronousSaves:
         try:
             if not save.committing:
                 with together(self._parallel):
-                    if save.error is not None:
-                        raise save.error
+                    if failed := save.error or (save.copy.error if save.copy is not None else None):
+                        raise failed
                     save.entries = save.entries or self._written(save)
                 self._hand_parts_over(save)
             with together(self._parallel):
@@ -228,8 +221,8 @@ class AsynchronousSaves:
         """
         save, self._save = self._save, None
         if save is not None:
-            if save.thread is not None:
-                save.thread.join()
+            if save.copy is not None:
+                save.copy.wait()
             if save.committing and self._parallel.rank == 0:
                 self._writer.wait(_PATIENCE_S)
         self._writer.close()

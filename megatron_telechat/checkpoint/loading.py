@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -152,10 +152,8 @@ def _files_to_read(reader: CheckpointReader, state: TrainState, weights_only: bo
     return files
 
 
-class _Fill(Protocol):
-    """Give this flat range the values of a box of a tensor; done when `_filling` is left."""
-
-    def __call__(self, flat: torch.Tensor, key: str, box: Box) -> None: ...
+_Fill = Callable[[torch.Tensor, str, Box], None]
+"""Gives a flat range the values of a box of a tensor, by its key; done when `_filling` is left."""
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -137,3 +139,38 @@ class FileImages:
                     at += tensor.nbytes
                 assert at == image.stop, image.path.name
         self._contents = []
+
+
+class CopyBeside:
+    """A copy of one save in a thread of its own, beside the forward and backward of the next step.
+
+    Args:
+        work: copies, and hands over what follows.
+        name: of the thread.
+
+    Attributes:
+        error: what the work raised; to be looked at once it is over.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str):
+        self.error: Exception | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing reads the tensors of the state any more."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> float:
+        """Wait until it is over; the seconds that took."""
+        started = time.perf_counter()
+        self._thread.join()
+        return time.perf_counter() - started
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self.error = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +97,7 @@ def device_of_run(request: Request, device: DeviceSpec) -> tuple[DeviceSpec, tup
             "--from",
             "wait for more, or log more often (--log-interval); --calibrate --from fits one factor to fewer",
         )
-    loaded = load_run_config(["--config", str(config), "--dry-run"], {}, described=True, stage=request.options.stage)
+    loaded = _load(request, ["--config", str(config)])
     run = on_device(loaded.run, device)
     return fit_device(run, device, logged, software_of(loaded, run)[0])
 
@@ -154,6 +155,10 @@ def _loaded(request: Request) -> LoadedConfig:
     config = Path(request.options.from_) / "config.yaml"
     if not words and config.is_file():
         words = ["--config", str(config)]
+    return _load(request, words)
+
+
+def _load(request: Request, words: Sequence[str]) -> LoadedConfig:
     return load_run_config([*words, "--dry-run"], {}, described=True, stage=request.options.stage)
 
 

@@ -54,7 +54,7 @@ def ways(
         return
     flags: tuple[str, ...] = ()
     if not {*SPLIT} & {*fixed}:
-        splits = [_split(run, heads) for heads in head_sizes(run)]
+        splits = [split_over(run, heads) for heads in head_sizes(run)]
         flags, run = min(splits, key=lambda split: _layer_seconds(split[1], device, software))
     yield flags, run
     if KEEP in fixed or plain or run.parallel.context_sizes[1] == 1:
@@ -65,7 +65,7 @@ def ways(
         yield flags, keeps
 
 
-def _split(run: RunConfig, heads: int) -> tuple[tuple[str, ...], RunConfig]:
+def split_over(run: RunConfig, heads: int) -> tuple[tuple[str, ...], RunConfig]:
     """The run with an all-to-all over so many ranks, and the flags for it."""
     size = run.parallel.context_parallel_size
     sizes = (heads, size // heads)

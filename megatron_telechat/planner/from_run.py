@@ -124,14 +124,11 @@ def _factors(
         # What was seen is the time beside whoever worked then; the model's times are those beside all.
         paced = measured / device_pace(problem, ops.tolist(), alone, together)
         shares = np.stack([of_ranks(of_layers) / paced, of_ranks(of_ends) / paced], axis=1)
-        if problem.P == 1 or shares[:, 1].max() < SEEN:
-            both = shares.sum(axis=1)
-            factors = np.full(2, both.sum() / (both**2).sum())
-        else:
-            factors = np.linalg.lstsq(shares, np.ones(problem.P), rcond=None)[0]
-            if factors.min() <= 0:
-                both = shares.sum(axis=1)
-                factors = np.full(2, both.sum() / (both**2).sum())
+        both = shares.sum(axis=1)
+        factors = np.full(2, both.sum() / (both**2).sum())
+        if problem.P > 1 and shares[:, 1].max() >= SEEN:
+            apart = np.linalg.lstsq(shares, np.ones(problem.P), rcond=None)[0]
+            factors = apart if apart.min() > 0 else factors
     return float(factors[0]), float(factors[1])
 
 

@@ -15,7 +15,7 @@ from megatron_telechat.config.context import head_sizes, least_traffic
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.context import KEEP, SIZE, SPLIT, context_sizes
+from megatron_telechat.planner.context import KEEP, SIZE, SPLIT, context_sizes, split_over
 from megatron_telechat.planner.plan import Question
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.step import other_virtual_stages, whole_step
@@ -206,7 +206,7 @@ def _ways(run: RunConfig, fixed: Mapping[str, Any], plain: bool) -> Iterator[tup
             open_ = _shared(run, kind, least_traffic(open_) if kind == "auto" else open_.parallel.context_sizes)
         splits = [((), open_)]
     else:
-        splits = [_split(run, heads) for heads in head_sizes(run)]
+        splits = [split_over(run, heads) for heads in head_sizes(run)]
     for flags, way in splits:
         yield flags, way
         if KEEP not in fixed and not plain and way.parallel.context_sizes[1] > 1:
@@ -217,17 +217,6 @@ def _ways(run: RunConfig, fixed: Mapping[str, Any], plain: bool) -> Iterator[tup
 def _shared(run: RunConfig, kind: str, sizes: tuple[int, ...]) -> RunConfig:
     changes: dict[str, Any] = {"cp_comm_type": kind, "hierarchical_context_parallel_sizes": sizes}
     return replace(run, parallel=replace(run.parallel, **changes))
-
-
-def _split(run: RunConfig, heads: int) -> tuple[tuple[str, ...], RunConfig]:
-    """The run with an all-to-all over so many ranks, and the flags for it."""
-    size = run.parallel.context_parallel_size
-    sizes = (heads, size // heads)
-    kind = "p2p" if heads == 1 else "a2a" if heads == size else "a2a+p2p"
-    flags = ["--cp-comm-type", kind]
-    if kind == "a2a+p2p":
-        flags += ["--hierarchical-context-parallel-sizes", *map(str, sizes)]
-    return tuple(flags), _shared(run, kind, sizes)
 
 
 def _sizes(run: RunConfig, fixed: Mapping[str, Any]) -> Iterator[tuple[dict[str, int], list[int]]]:

@@ -17,7 +17,7 @@ from megatron_telechat.data import build_datasets
 from megatron_telechat.huggingface import export_hf, import_hf
 from tests.data.chat_material import letters_tokenizer, write_lines
 from tests.data.material import Rank
-from tests.harness import run_cases
+from tests.harness import reports_by_ranks
 from tests.huggingface.folders import telechat_config, telechat_shapes
 from tests.training import worker_dpo
 from tests.training.plain_dpo import Plain, pairs, plain_dpo
@@ -56,14 +56,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    done = {}
-
-    def of(world: int):
-        if world not in done:
-            done[world] = run_cases(WORKER, world, timeout=420, env={"DPO_DIR": str(folder)})
-        return done[world]
-
-    return of
+    return reports_by_ranks(WORKER, timeout=420, env={"DPO_DIR": str(folder)})
 
 
 def datasets_of(folder: Path, monkeypatch, text: str = "", valid: str = ""):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.chat_material import letters_tokenizer, numbered, single, write_lines
-from tests.harness import run_cases
+from tests.harness import reports_by_ranks
 from tests.training.worker_finetune import RUNS, STEPS
 
 WORKER = Path(__file__).with_name("worker_finetune.py")
@@ -21,14 +21,7 @@ def runs(tmp_path_factory):
     letters_tokenizer(folder)
     write_lines(folder / "d.jsonl", numbered(120))
     write_lines(folder / "long.jsonl", [single("q" * 100, "a")])
-    done = {}
-
-    def of(world: int):
-        if world not in done:
-            done[world] = run_cases(WORKER, world, timeout=240, env={"FINETUNE_DIR": str(folder)})
-        return done[world]
-
-    return of
+    return reports_by_ranks(WORKER, timeout=240, env={"FINETUNE_DIR": str(folder)})
 
 
 PAIRS = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_telechat.tensors.table import tensor_table
-from tests.harness import run_cases
+from tests.harness import reports_by_ranks
 from tests.training.runs import DENSE, assemble, load
 from tests.training.worker_freeze import RUNS, STEPS
 
@@ -25,14 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    done = {}
-
-    def of(world: int):
-        if world not in done:
-            done[world] = run_cases(WORKER, world, timeout=300, env={"FREEZE_DIR": str(folder)})
-        return done[world]
-
-    return of
+    return reports_by_ranks(WORKER, timeout=300, env={"FREEZE_DIR": str(folder)})
 
 
 ALL = [(world, name) for world, layouts in RUNS.items() for name in layouts]

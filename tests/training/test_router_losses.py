@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.chat_material import letters_tokenizer, numbered, write_lines
-from tests.harness import run_cases
+from tests.harness import reports_by_ranks
 from tests.moe.reference import relative_error
 from tests.training.worker_router_losses import LAYOUTS
 
@@ -26,14 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    done = {}
-
-    def of(world: int):
-        if world not in done:
-            done[world] = run_cases(WORKER, world, timeout=240, env={"ROUTER_DIR": str(folder)})
-        return done[world]
-
-    return of
+    return reports_by_ranks(WORKER, timeout=240, env={"ROUTER_DIR": str(folder)})
 
 
 def gradients(folder: Path, name: str) -> dict:

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron_telechat.checkpoint import CheckpointReader  # noqa: E402
 from tests.harness import Cases  # noqa: E402
 from tests.training import writer_faults  # noqa: E402
 from tests.training.runs import DENSE, MOE, make_trainer  # noqa: E402
+from tests.training.slow_copies import SlowCopies
 
 FOLDER = Path(os.environ.get("ASYNC_DIR", "/nonexistent"))
 DENSE_BF16 = [flag for flag in DENSE if flag != "--fp32"] + (
@@ -34,22 +34,6 @@ cases = Cases()
 
 def trainer_of(run: str, *flags: str, steps: int = 6) -> Any:
     return make_trainer([*flags, "--train-iters", str(steps)], FOLDER / run)
-
-
-class SlowCopies:
-    """A device whose copies to the host begin late: an optimizer step that does not wait for them is seen in them."""
-
-    def __init__(self, backend):
-        self._backend = backend
-
-    def __getattr__(self, name: str):
-        return getattr(self._backend, name)
-
-    @contextmanager
-    def copies_beside(self):
-        time.sleep(0.1)
-        with self._backend.copies_beside():
-            yield
 
 
 def in_writer(trainer, function, *args) -> None:
@@ -114,7 +98,7 @@ def _both_ways(name: str, flags: list[str]) -> dict:
         trainer = trainer_of(f"{name}_{mode}", *flags, "--save-interval", "1", "--checkpoint-mode", mode)
         if mode == "async":
             in_writer(trainer, writer_faults.slow_disk, 0.02)
-            trainer.saving._beside._backend = SlowCopies(trainer.backend)
+            trainer.saving._beside._backend = SlowCopies(trainer.backend, 0.1)
         code, error = ended(trainer)
         destroy()
         assert code == 0, error

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.harness import Cases  # noqa: E402
 from tests.training.runs import DENSE, MOE, make_trainer  # noqa: E402
-from tests.training.worker_async import SlowCopies  # noqa: E402
+from tests.training.slow_copies import SlowCopies  # noqa: E402
 
 FOLDER = Path(os.environ.get("AVERAGES_DIR", "/nonexistent"))
 STEPS = 8
@@ -80,7 +80,7 @@ class LateCopies(SlowCopies):
     late."""
 
     def __init__(self, trainer: Any):
-        super().__init__(trainer.backend)
+        super().__init__(trainer.backend, 1.0)
         self._in_place, self._enter = threading.Event(), trainer.averages.in_place_of_weights
         trainer.averages.in_place_of_weights = self.in_place_of_weights
 
@@ -94,7 +94,7 @@ class LateCopies(SlowCopies):
 
     @contextmanager
     def copies_beside(self):
-        self._in_place.wait(1.0)
+        self._in_place.wait(self._seconds)
         with self._backend.copies_beside():
             yield
 

@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch  # noqa: E402, F401  (once, for all ranks)
 import megatron_telechat.training.sequence  # noqa: E402, F401
 from tests.training import writer_faults  # noqa: E402
 from tests.training.local_jobs import DISK, FLAGS, LOCAL, MIRRORED, Job, flip  # noqa: E402
+from tests.training.slow_copies import SlowCopies  # noqa: E402
 
 FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 CASES: dict[str, Callable[[], Any]] = {}
@@ -124,28 +124,12 @@ def passed_over(one: Job) -> list[str]:
     return [re.sub(rf"{re.escape(str(one.folder))}/(node\d)/{DISK}/[0-9a-f]+", r"\1", line) for line in found]
 
 
-class SlowCopies:
-    """A device whose copies to the host begin late: an optimizer step that does not wait for them is seen in them."""
-
-    def __init__(self, backend):
-        self._backend = backend
-
-    def __getattr__(self, name: str):
-        return getattr(self._backend, name)
-
-    @contextmanager
-    def copies_beside(self):
-        time.sleep(0.3)
-        with self._backend.copies_beside():
-            yield
-
-
 @case
 def the_step_waits_for_the_copy() -> Any:
     """Of the weights, before it changes them."""
 
     def slow(trainer) -> None:
-        trainer.tier.saves.backend = SlowCopies(trainer.backend)
+        trainer.tier.saves.backend = SlowCopies(trainer.backend, 0.3)
         trainer.tier.saves.copies_are_slow = True
         trainer.tier.interval = 12
         take_step = trainer.take_step

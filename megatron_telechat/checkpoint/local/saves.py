@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from megatron_telechat.checkpoint.manifest import Manifest
 from megatron_telechat.checkpoint.meaning import TOKENIZER, tokenizer_of
 from megatron_telechat.checkpoint.owned import owned_tensors
 from megatron_telechat.checkpoint.parts import Part
-from megatron_telechat.checkpoint.staging import FileImages, StagingBuffer
+from megatron_telechat.checkpoint.staging import CopyBeside, FileImages, StagingBuffer
 from megatron_telechat.checkpoint.train_state import TrainState, optimizer_scalars, saved_optimizer, topology
 from megatron_telechat.checkpoint.writer_process import WriterProcess, take_memory
 from megatron_telechat.config.schema import RunConfig
@@ -106,7 +105,7 @@ class _UnderWay:
     number: int
     started_s: float
     phase: _Phase = _Phase.WRITING
-    thread: threading.Thread | None = None
+    copy: CopyBeside | None = None
     part: LocalSave | None = None
     work: _Phase = _Phase.WRITING
     busy: bool = False
@@ -196,30 +195,25 @@ class LocalSaves:
             return
 
         def copy() -> None:
-            try:
-                images.copy_to(memory, self.backend)
-                self.writer.submit(write_part, self.buffer.fd, save.part)
-                save.busy = True
-            except Exception as error:
-                save.error = error
+            images.copy_to(memory, self.backend)
+            self.writer.submit(write_part, self.buffer.fd, save.part)
+            save.busy = True
 
-        save.thread = threading.Thread(target=copy, name="local checkpoint copy", daemon=True)
-        save.thread.start()
+        save.copy = CopyBeside(copy, "local checkpoint copy")
         save.blocked_s = time.perf_counter() - started_s
 
     def staged(self) -> None:
         """Wait until nothing reads the tensors of the state any more; this rank alone."""
-        if self._save is not None and self._save.thread is not None:
-            started = time.perf_counter()
-            self._save.thread.join()
-            self._save.thread = None
-            self._save.blocked_s += time.perf_counter() - started
+        if self._save is not None and self._save.copy is not None:
+            self._save.blocked_s += self._save.copy.wait()
 
     def report(self) -> Report:
         """How far this rank is with the phase."""
         save = self._save
-        if save is None or (save.thread is not None and save.thread.is_alive()):
+        if save is None or (save.copy is not None and not save.copy.is_over):
             return Report()
+        if save.copy is not None and save.copy.error is not None:
+            save.error, save.copy = save.copy.error, None
         if save.busy and self.writer.is_over():
             self._hear(save)
         if save.phase is _Phase.GIVING_UP:
@@ -258,8 +252,8 @@ class LocalSaves:
 
     def close(self) -> None:
         """End the process and give the memory back; this rank alone. A save under way is lost."""
-        if self._save is not None and self._save.thread is not None:
-            self._save.thread.join()
+        if self._save is not None and self._save.copy is not None:
+            self._save.copy.wait()
         self.writer.close()
         self.buffer.close()
         if self._save is not None and self._save.part is not None:
