@@ -19,6 +19,7 @@ from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.assignment import Solution
 from megatron_telechat.planner.baselines import Baseline
 from megatron_telechat.planner.build import UNLIMITED_BYTES
+from megatron_telechat.planner.context import keep_flags
 from megatron_telechat.planner.plan import Plan, Question
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.remedy import Change, Shortage
@@ -277,7 +278,7 @@ def plan_flags(plan: Plan) -> tuple[str, ...]:
     """Flags of our training that ask for the plan."""
     virtual_stages = plan.problem.V
     more = ("--num-virtual-stages-per-pipeline-rank", str(virtual_stages)) if virtual_stages > 1 else ()
-    more += ("--cp-keep-received",) * plan.question.run.parallel.cp_keep_received
+    more += keep_flags(plan.question.run)
     return (*more, *(plan.planned.flags if plan.problem.P > 1 else plan.planned.flags[2:]))
 
 

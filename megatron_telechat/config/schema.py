@@ -266,8 +266,9 @@ class ParallelConfig:
     cp_pieces: int | Literal["auto"] = "auto"
     """Pieces of each p2p transfer of keys and values: attention to one piece overlaps with the next transfer; auto: the
     fastest number, measured at the start and kept in the checkpoint."""
-    cp_keep_received: bool = False
-    """Keep the keys and values of other ranks for the backward pass: less traffic, more memory."""
+    cp_keep_received: bool | None = None
+    """Keep the keys and values of other ranks for the backward pass: less traffic, more memory. Unset: where that is
+    faster and the memory is there, measured at the start and kept in the checkpoint."""
     cp_layout: Literal["auto", "zigzag", "contiguous", "dealt", "documents"] = "auto"
     """Which tokens a context-parallel rank holds where documents are kept apart: zigzag, contiguous, dealt (equal
     work), documents (whole ones on one rank) or auto (the fastest for each sample). Samples of one document are always

@@ -98,14 +98,14 @@ def layer_spec(run: RunConfig, layer: int, recompute: tuple[str, ...], classes: 
 
 def context_attention_spec(run: RunConfig) -> ModuleSpec | None:
     """The core attention of rows that are spread over ranks: ours, unless TransformerEngine's is asked for; None where
-    they are whole. With ``auto`` steps stay whole until the training has chosen a number of pieces."""
+    they are whole. What is left open, pieces and whether to keep what arrives, the training chooses later."""
     parallel = run.parallel
     if parallel.context_parallel_size == 1:
         return None
     if parallel.cp_implementation == "transformer_engine":
         return ModuleSpec(module=TransformerEngineCoreAttention)
     pieces = 1 if parallel.cp_pieces == "auto" else parallel.cp_pieces
-    return ModuleSpec(module=ContextCoreAttention, params={"pieces": pieces, "keep": parallel.cp_keep_received})
+    return ModuleSpec(module=ContextCoreAttention, params={"pieces": pieces, "keep": bool(parallel.cp_keep_received)})
 
 
 def dense_spec(model: ModelConfig, classes: Implementation) -> ModuleSpec:

@@ -43,7 +43,7 @@ def ways(
 
     Args:
         fixed: fields that stay as they are, of SPLIT and KEEP.
-        plain: only what Megatron-LM's flags can say: received keys and values are not kept.
+        plain: only what Megatron-LM's flags can say, which is not whether received keys and values are kept.
 
     Raises:
         ConfigError: no times for this device at these shapes.
@@ -56,13 +56,25 @@ def ways(
     if not {*SPLIT} & {*fixed}:
         splits = [split_over(run, heads) for heads in head_sizes(run)]
         flags, run = min(splits, key=lambda split: _layer_seconds(split[1], device, software))
-    yield flags, run
     if KEEP in fixed or plain or run.parallel.context_sizes[1] == 1:
+        yield flags, run
         return
-    keeps = replace(run, parallel=replace(run.parallel, cp_keep_received=True))
-    before, after = (_layer_seconds(one, device, software) for one in (run, keeps))
+    fetches, keeps = (keeping(run, keep) for keep in (False, True))
+    yield flags, fetches
+    before, after = (_layer_seconds(one, device, software) for one in (fetches, keeps))
     if after < before * (1 - WORTH):
         yield flags, keeps
+
+
+def keeping(run: RunConfig, keep: bool) -> RunConfig:
+    """The run that keeps received keys and values for the backward, or fetches them again."""
+    return replace(run, parallel=replace(run.parallel, cp_keep_received=keep))
+
+
+def keep_flags(run: RunConfig) -> tuple[str, ...]:
+    """The flag that says whether a run keeps received keys and values; none where it is left open."""
+    keeps = run.parallel.cp_keep_received
+    return () if keeps is None else ("--cp-keep-received",) if keeps else ("--no-cp-keep-received",)
 
 
 def split_over(run: RunConfig, heads: int) -> tuple[tuple[str, ...], RunConfig]:

@@ -15,7 +15,15 @@ from megatron_telechat.config.context import head_sizes, least_traffic
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.context import KEEP, SIZE, SPLIT, context_sizes, split_over
+from megatron_telechat.planner.context import (
+    KEEP,
+    SIZE,
+    SPLIT,
+    context_sizes,
+    keep_flags,
+    keeping,
+    split_over,
+)
 from megatron_telechat.planner.plan import Question
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.step import other_virtual_stages, whole_step
@@ -208,10 +216,11 @@ def _ways(run: RunConfig, fixed: Mapping[str, Any], plain: bool) -> Iterator[tup
     else:
         splits = [split_over(run, heads) for heads in head_sizes(run)]
     for flags, way in splits:
-        yield flags, way
-        if KEEP not in fixed and not plain and way.parallel.context_sizes[1] > 1:
-            keeps = replace(way.parallel, cp_keep_received=True)
-            yield (*flags, "--cp-keep-received"), replace(way, parallel=keeps)
+        if KEEP in fixed or plain or way.parallel.context_sizes[1] == 1:
+            yield flags, way
+            continue
+        for each in (keeping(way, keep) for keep in (False, True)):
+            yield (*flags, *keep_flags(each)), each
 
 
 def _shared(run: RunConfig, kind: str, sizes: tuple[int, ...]) -> RunConfig:

@@ -1,8 +1,8 @@
 """How the attention over ranks is carried out: what ``auto`` leaves open is measured once, and kept in the checkpoints
 of the run.
 
-Two things are open: into how many pieces a step of the ring is cut, and what attention and transfers cost, by which
-rows of several documents are laid out over the ranks.
+Three things are open: into how many pieces a step of the ring is cut, whether received keys and values are kept for the
+backward, and what attention and transfers cost, by which rows of several documents are laid out over the ranks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_telechat.backend import Backend
 from megatron_telechat.backend.block_attention import Block, Grads, Running, Saved
 from megatron_telechat.checkpoint.train_state import topology
 from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.data.loader import EVEN_COSTS
 from megatron_telechat.model import compute_dtype
 from megatron_telechat.model.context_attention import ContextCoreAttention, context_attentions
@@ -42,6 +43,13 @@ LEAST_TRANSFER_S = 1e-7
 """Noise may make a transfer cost less than nothing."""
 MIN_GAIN = 0.02
 """What more pieces must win over fewer; less is noise, and costs smaller products and messages."""
+KEEP_GAIN = 0.005
+"""What keeping must win: it costs memory alone, and only memory that is there."""
+KEEP_ROOM = 0.9
+"""Of a device, what a run that keeps may take by the memory model."""
+
+Arm = tuple[int, bool]
+"""Pieces, and whether what is received is kept."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +58,28 @@ class ContextSetting:
 
     Attributes:
         pieces: of each step, on every layer and rank.
+        keep: received keys and values for the backward.
         costs: for the layout of rows of several documents.
         message: one line for a person; empty where nothing was open.
         extra: what a checkpoint keeps of it.
-        measured_ms: forward and backward of one attention by pieces, the slowest rank's; None where nothing was
-            measured.
+        measured_ms: forward and backward of one attention by pieces and keeping, the slowest rank's; None where nothing
+            was measured.
     """
 
     pieces: int
+    keep: bool
     costs: Costs = EVEN_COSTS
     message: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    measured_ms: Mapping[int, float] | None = None
+    measured_ms: Mapping[Arm, float] | None = None
 
     def event(self, step: int) -> dict[str, Any] | None:
         """The record for metrics.jsonl of a measurement before step `step` + 1; None where there was none."""
         if self.measured_ms is None:
             return None
-        measured = {str(pieces): ms for pieces, ms in self.measured_ms.items()}
-        return {"event": KEY, "step": step, "pieces": self.pieces, "measured_ms": measured, **asdict(self.costs)}
+        measured = {_arm_name(arm): ms for arm, ms in self.measured_ms.items()}
+        chosen = {"pieces": self.pieces, "keep": self.keep}
+        return {"event": KEY, "step": step, **chosen, "measured_ms": measured, **asdict(self.costs)}
 
 
 def set_context(
@@ -78,11 +89,11 @@ def set_context(
     backend: Backend,
     before: Sequence[Mapping[str, Any]] = (),
 ) -> ContextSetting | None:
-    """Set all attentions over ranks to the pieces that the run has measured before, or to those that are measured now,
-    where they are open.
+    """Set all attentions over ranks to what the run has measured before, or to what is measured now, where it is open.
 
-    Collective over all ranks. The measurement leaves no trace in random generators. One of before is taken only where
-    layout, shape of the batch, precision and device are those it was made with.
+    Received keys and values are kept where that is faster and the memory model has the run with them within a share of
+    every device. Collective over all ranks. The measurement leaves no trace in random generators. One of before is
+    taken only where layout, shape of the batch, precision and device are those it was made with.
 
     Args:
         virtual_stages: those of this rank.
@@ -97,38 +108,78 @@ def set_context(
     parallel = run.parallel
     if parallel.context_sizes[1] == 1 or parallel.cp_implementation != "own":
         return None
-    open_pieces = parallel.cp_pieces == "auto"
+    given_pieces = None if parallel.cp_pieces == "auto" else parallel.cp_pieces
+    given_keep = parallel.cp_keep_received
     open_costs = run.data.reset_attention_mask and parallel.cp_layout == "auto"
-    if not open_pieces and not open_costs:
-        assert parallel.cp_pieces != "auto"
-        return ContextSetting(parallel.cp_pieces)
+    attentions = context_attentions(virtual_stages)
+    if given_pieces is not None and given_keep is not None and not open_costs:
+        _apply(given_pieces, given_keep, attentions)
+        return ContextSetting(given_pieces, given_keep)
     now = _conditions(run, state, backend)
     # One rank decides whether to measure: a device of another name would send some ranks into a collective alone.
     kept, _ = from_rank_0(holding(KEY, now, before, _is_setting))
-    attentions = context_attentions(virtual_stages)
+    about = ""
     if kept is not None:
-        measured, pieces, costs = None, kept["pieces"], Costs(**kept["costs"])
+        measured, costs = None, Costs(**kept["costs"])
+        # entries of before this was open were measured with what their conditions say
+        pieces, keep = kept["pieces"], kept.get("keep", now["keep"])
     else:
-        measured, costs = _measure(attentions[0] if attentions else None, run, backend)
-        fastest = min(measured.values())
-        pieces = min(number for number, ms in measured.items() if ms * (1 - MIN_GAIN) <= fastest)
-    if not open_pieces:
-        assert parallel.cp_pieces != "auto"
-        pieces = parallel.cp_pieces
-    agree("the pieces of context-parallel transfers", (pieces, costs), state)
+        numbers = CANDIDATES if given_pieces is None else (given_pieces,)
+        keeps = (False, True) if given_keep is None else (given_keep,)
+        if given_keep is None and (about := _lacks_room(run, state, backend)):
+            keeps = (False,)
+        arms = [(number, keep) for keep in keeps for number in numbers]
+        measured, costs = _measure(attentions[0] if attentions else None, arms, run, backend)
+        pieces, keep = _fastest(measured)
+    pieces = pieces if given_pieces is None else given_pieces
+    keep = keep if given_keep is None else given_keep
+    agree("the transfers of context parallelism", (pieces, keep, costs), state)
+    _apply(pieces, keep, attentions)
+    entry = {"pieces": pieces, "keep": keep, "costs": asdict(costs), "conditions": now}
+    setting = ContextSetting(pieces, keep, costs, "", {KEY: entry}, measured)
+    return replace(setting, message=_message(setting, about))
+
+
+def _apply(pieces: int, keep: bool, attentions: Sequence[ContextCoreAttention]) -> None:
     for attention in attentions:
-        attention.pieces = pieces
-    entry = {"pieces": pieces, "costs": asdict(costs), "conditions": now}
-    setting = ContextSetting(pieces, costs, "", {KEY: entry}, measured)
-    return replace(setting, message=_message(setting))
+        attention.pieces, attention.keep = pieces, keep
 
 
-def _message(setting: ContextSetting) -> str:
-    pieces = f"{setting.pieces} piece{'s' * (setting.pieces > 1)} of each transfer of keys and values"
+def _fastest(measured: Mapping[Arm, float]) -> Arm:
+    """Of what is about as fast as the fastest, the least memory, then the fewest pieces."""
+    best = {keep: min((ms for arm, ms in measured.items() if arm[1] == keep), default=math.inf)
+            for keep in (False, True)}  # fmt: skip
+    keep = best[True] < best[False] * (1 - KEEP_GAIN)
+    numbers = (pieces for (pieces, kept), ms in measured.items() if kept == keep and ms * (1 - MIN_GAIN) <= best[keep])
+    return min(numbers), keep
+
+
+def _lacks_room(run: RunConfig, state: ParallelState, backend: Backend) -> str:
+    """Why received keys and values are not kept, for a person; "" where all ranks have the memory. Collective."""
+    keeps = replace(run, parallel=replace(run.parallel, cp_keep_received=True))
+    stage = stage_memory(keeps)[state.pp_rank]
+    total = backend.memory().total_bytes
+    if backend.traits.ranks_share_cores:  # and the memory of the host
+        total /= run.parallel.node_size
+    needs = torch.tensor([stage.device_bytes / max(total, 1)], dtype=backend.widest_float, device=backend.device)
+    dist.all_reduce(needs, op=dist.ReduceOp.MAX)
+    share = float(needs)
+    return "" if share <= KEEP_ROOM else f"keeping them needs {share:.0%} of a device, over {KEEP_ROOM:.0%}"
+
+
+def _arm_name(arm: Arm) -> str:
+    pieces, keep = arm
+    return f"{pieces}{' kept' * keep}"
+
+
+def _message(setting: ContextSetting, about: str) -> str:
+    how = f"{setting.pieces} piece{'s' * (setting.pieces > 1)} of each transfer of keys and values"
+    how += ", kept for the backward" if setting.keep else ", fetched again for the backward"
+    how += f" ({about})" * bool(about)
     if setting.measured_ms is None:
-        return f"cp_pieces: {pieces}, measured before"
-    times = ", ".join(f"{number}: {ms:.3g} ms" for number, ms in setting.measured_ms.items())
-    return f"cp_pieces: {pieces}; attention of a layer, forward and backward: {times}"
+        return f"attention over ranks: {how}; measured before"
+    times = ", ".join(f"{_arm_name(arm)}: {ms:.3g} ms" for arm, ms in setting.measured_ms.items())
+    return f"attention over ranks: {how}; a layer, forward and backward, by pieces: {times}"
 
 
 def _conditions(run: RunConfig, state: ParallelState, backend: Backend) -> dict[str, Any]:
@@ -138,7 +189,7 @@ def _conditions(run: RunConfig, state: ParallelState, backend: Backend) -> dict[
         **topology(run, state),
         "sizes": list(parallel.context_sizes),
         "tokens": [training.micro_batch_size, training.seq_length],
-        "keep": parallel.cp_keep_received,
+        "keep": bool(parallel.cp_keep_received),
         "precision": training.precision,
         "device": backend.device_name(),
     }
@@ -148,6 +199,8 @@ def _is_setting(entry: Mapping[str, Any]) -> bool:
     """Whether an entry has pieces and costs that can be some."""
     pieces, costs = entry.get("pieces"), entry.get("costs")
     if isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 1 or not isinstance(costs, Mapping):
+        return False
+    if not isinstance(entry.get("keep", False), bool):
         return False
     if costs.keys() != asdict(EVEN_COSTS).keys():
         return False
@@ -201,7 +254,7 @@ class _Probe:
         length = min(self.plan.row_length, place.ring * SHORTEST_TOKENS)
         return whole_rows(length, 1, place.ring, place.ring_rank)
 
-    def ms(self, pieces: int, plan: ContextPlan, products: bool = True) -> float:
+    def ms(self, arm: Arm, plan: ContextPlan, products: bool = True) -> float:
         """Milliseconds of a forward and a backward.
 
         Args:
@@ -211,7 +264,7 @@ class _Probe:
         device = self.backend.device
         clocks = tuple(PassClock(ExchangeClock(), None, late, device) for late in (False, True))
         kernel = self.attention.kernel_for(self.parts[0]) if products else _NoProducts()
-        way = Way(self.attention.link, kernel, pieces, self.attention.keep, (clocks[0], clocks[1]))
+        way = Way(self.attention.link, kernel, *arm, (clocks[0], clocks[1]))
         self.backend.synchronize()
         begin = time.perf_counter()
         with torch.enable_grad():
@@ -223,19 +276,20 @@ class _Probe:
 
 
 def _measure(
-    attention: ContextCoreAttention | None, run: RunConfig, backend: Backend
-) -> tuple[dict[int, float], Costs]:
-    """The slowest rank's times by pieces, in the fastest of several rounds; and what pairs and rows cost."""
+    attention: ContextCoreAttention | None, open_: Sequence[Arm], run: RunConfig, backend: Backend
+) -> tuple[dict[Arm, float], Costs]:
+    """The slowest rank's times of what is open, in the fastest of several rounds; and what pairs and rows cost."""
     probe = _Probe(attention, run, backend) if attention is not None else None
     limits = torch.tensor([-_most_pieces(probe.plan) if probe else -CANDIDATES[-1]], device=backend.device)
     dist.all_reduce(limits, op=dist.ReduceOp.MAX)
-    candidates = [number for number in CANDIDATES if number <= -int(limits)]
-    arms: list[tuple[int, ContextPlan, bool]] = []
+    fewest = min(number for number, _ in open_)
+    candidates = [(number, keep) for number, keep in open_ if number <= max(-int(limits), fewest)]
+    arms: list[tuple[Arm, ContextPlan, bool]] = []
     if probe:
-        whole, short = probe.plan, probe.shortest
-        arms = [(number, whole, True) for number in candidates]
-        arms += [(1, replace(whole, steps=()), True), (1, whole, False)]
-        arms += [(1, replace(short, steps=()), True), (1, short, True)]
+        whole, short, simple = probe.plan, probe.shortest, (1, open_[0][1])
+        arms = [(candidate, whole, True) for candidate in candidates]
+        arms += [(simple, replace(whole, steps=()), True), (simple, whole, False)]
+        arms += [(simple, replace(short, steps=()), True), (simple, short, True)]
     best = torch.full((len(candidates) + 4,), math.inf, dtype=backend.widest_float)
     for round_ in range(ROUNDS + 1):
         times = torch.tensor([probe.ms(*arm) for arm in arms] if probe else [0.0] * best.numel()).to(best.dtype)

@@ -168,7 +168,7 @@ class Bench:
     def _choose(self) -> Choice:
         setting, problem = self.chooser.choose(), self.problem
         layout = best_layout(problem.documents, problem.ranks, setting.costs) if problem.packed else self.usual
-        return Choice(setting.pieces, False, layout, setting.message)
+        return Choice(setting.pieces, setting.keep, layout, setting.message)
 
     def _all(self, choice: Choice) -> dict[str, Arm]:
         arms: dict[str, Arm] = {AUTO: self.arms.ours(choice.pieces, choice.keep, choice.layout)}
