@@ -103,6 +103,8 @@ def _summary(device: DeviceSpec, path: Path, ranks_share_cores: bool) -> list[st
     lines.append(
         f"message {entry.p2p * 1e3:.3g} ms, optimizer {entry.optimizer_per_parameter * 1e9:.3g} ns a parameter"
     )
+    if entry.gradient_gb_s is not None:
+        lines.append(f"gradients are reduced at {entry.gradient_gb_s:.3g} GB/s a rank")
     if entry.alone < 1 or entry.jitter:
         lines.append(
             f"with the other ranks idle an op takes {entry.alone:.2f} of its time under load; op times vary by "

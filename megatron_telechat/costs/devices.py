@@ -34,6 +34,8 @@ class Measured:
         step: the rest of an iteration, whatever its size.
         alone: time of a micro-batch while the other ranks of the node wait, over its time beside them; 1: the same.
         jitter: standard deviation of an op over its mean, beside what all ranks share.
+        gradient_gb_s: what a rank passes on while gradients are reduced within a node, 1e9 bytes a second, as a ring
+            counts them; None: no rank that was measured shared its parameters.
         source: when, where and how they were taken.
     """
 
@@ -46,6 +48,7 @@ class Measured:
     step: float = 0.0
     alone: float = 1.0
     jitter: float = 0.0
+    gradient_gb_s: float | None = None
     source: str = ""
 
 

@@ -8,7 +8,7 @@ that were measured for these very shapes, those are taken.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_telechat.config.schema import RunConfig
@@ -107,8 +107,11 @@ class TimeModel:
 
     @cached_property
     def links(self) -> Links:
-        """Bandwidths and latencies between the ranks of each group."""
-        return Links.of(self.run, self.device)
+        """Bandwidths and latencies between the ranks of each group; inside a node as measured, if that was."""
+        links, measured = Links.of(self.run, self.device), self.measured
+        if measured is None or measured.gradient_gb_s is None:
+            return links
+        return replace(links, intra=measured.gradient_gb_s * 1e9)
 
     # ---- what the planner asks --------------------------------------------------------------
 

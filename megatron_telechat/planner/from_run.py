@@ -148,6 +148,7 @@ def _entry(run: RunConfig, device: DeviceSpec, times: TimeModel, layers: float, 
         optimizer_per_parameter=_optimizer_per_parameter(run, device, times),
         step=0.0,
         alone=known.alone if known is not None else 1.0,
+        gradient_gb_s=known.gradient_gb_s if known is not None else None,
     )
 
 

@@ -44,6 +44,7 @@ from megatron_telechat.training.step import Batch, forward_step
 ROUNDS = 15
 WARM_UP = 3
 P2P_REPEATS = 5
+GRADIENT_BYTES = 4
 Times = dict[str, float]
 NORMAL_QUARTILES = 1.349
 """Between the quartiles of a normal distribution, in standard deviations."""
@@ -177,6 +178,7 @@ class Calibration:
         record["optimizer"] = self._optimizer()
         record["p2p"] = self._p2p()
         record["step"] = self._small_reductions()
+        record["reduction"] = self._reduction()
         self._records.append(record)
 
     def result(self, warm_up: int = WARM_UP) -> Measured:
@@ -193,6 +195,7 @@ class Calibration:
         dist.all_gather_object(of_ranks, mine)
         mean = {name: statistics.fmean(rank[name] for rank in of_ranks if rank) for name in mine}
         alone = mean["alone"] / _whole(mean)
+        passed = self._reduced_bytes()
         return Measured(
             conditions=conditions(self.run),
             layers=self._by_kind(mean),
@@ -203,6 +206,7 @@ class Calibration:
             step=mean["step"],
             alone=min(alone, 1.0) if alone else 1.0,
             jitter=self._jitter(records),
+            gradient_gb_s=passed / mean["reduction"] / 1e9 if passed else None,
             source=f"{date.today()}, {self.backend.device_name()} ({platform.machine()}), {self.state.world_size} "
             f"ranks, medians of {len(records)} rounds",
         )
@@ -294,7 +298,22 @@ class Calibration:
             dist.all_reduce(value)
         return self._watch.now() - start
 
+    def _reduction(self) -> float:
+        """The gradients of all ranks that hold the same parameters, as at the end of a step."""
+        dist.barrier()
+        start = self._watch.now()
+        for stage in self.virtual_stages:
+            stage.finish_grad_sync()
+        return self._watch.now() - start
+
     # ---- helpers ----------------------------------------------------------------------------
+
+    def _reduced_bytes(self) -> float:
+        """What a ring of all-reduces of the probe's gradients lets a rank pass on; 0 where no rank shares any."""
+        count = local_count(tensor_table(self.probe.model), self.probe.parallel)
+        dense, expert = self.probe.parallel.gradient_ranks
+        rings = ((count.dense, dense), (count.expert, expert))
+        return sum(2 * GRADIENT_BYTES * number * (size - 1) / size for number, size in rings)
 
     def _by_kind(self, mean: Times) -> dict[str, dict[str, float]]:
         out: dict[str, dict[str, float]] = {}

@@ -43,6 +43,9 @@ def test_every_time_is_measured_and_kept(report, name):
         )  # both ranks work on one micro-batch: no one can wait
         assert found["alone"] == 1.0 if shared else 0 < found["alone"] <= 1.0
         assert 0 < found["jitter"] < 2
+        # the ranks of the probe hold the same parameters, but those of the run only where they share a row
+        assert found["gradients"] is None if name == "tensor_parallel_experts" else found["gradients"] > 0
+        assert (found["reduction"] > 0) == (name == "context_parallel")
 
 
 @pytest.mark.gloo

@@ -51,6 +51,8 @@ def calibrated(run: RunConfig, kinds: tuple[str, ...] = ("full", "mlp")) -> dict
         "source": entry.source,
         "alone": entry.alone,
         "jitter": entry.jitter,
+        "gradients": entry.gradient_gb_s,
+        "reduction": predict(run, read).reduction,
         "iteration": predict(run, read).iteration,
     }
 

@@ -159,6 +159,17 @@ def test_measured_times_come_first_and_only_for_their_shapes(tmp_path):
     assert TimeModel(other, device).layer(0, ()).forward < 1e-3
 
 
+def test_gradients_are_reduced_as_fast_as_was_measured():
+    run = make(world_size=8, ranks_per_node=8)
+    ends = {"forward": 0.1, "backward": 0.2}
+    entry = Measured(conditions(run), {"dense": ends}, ends, ends, 0.0, 1e-6, gradient_gb_s=2.0)
+    times = TimeModel(run, replace(ROUND, measured=(entry,)))
+    passed = 2 * 4 * 10**9 * 7 / 8  # a ring of eight: reduce-scatter and gather of fp32
+    assert times.gradient_reduction(LocalCount(10**9, 0)) == pytest.approx(passed / 2e9, rel=1e-3)
+    unknown = TimeModel(run, replace(ROUND, measured=(replace(entry, gradient_gb_s=None),)))
+    assert unknown.gradient_reduction(LocalCount(10**9, 0)) != times.gradient_reduction(LocalCount(10**9, 0))
+
+
 @pytest.mark.parametrize(
     "text, says",
     [

@@ -40,7 +40,7 @@ def test_sizes_leave_a_rank_a_part_that_is_not_small():
 def split(words: str, device=H100) -> list[tuple[tuple[int, int], bool]]:
     """Splits that a planner tries, and whether it keeps what arrives."""
     found = ways(load(words), device, None, ())
-    return [(run.parallel.context_sizes, run.parallel.cp_keep_received) for _, run in found]
+    return [(run.parallel.context_sizes, bool(run.parallel.cp_keep_received)) for _, run in found]
 
 
 def test_the_split_with_the_fastest_attention_is_taken():

@@ -3,12 +3,13 @@
 
     python tools/bench/pipeline_prediction.py [--quick] [--moe] [--rounds 9] [--json FILE]
 
-Every layout (even, uneven, interleaved, recomputed) is a Trainer on two ranks of its own; one more pair of ranks
-calibrates. All take their turns, round after round, so that whatever else the machine does hits all of them alike;
-while one pair works the others wait. The cost model then gets the calibration and nothing else. Printed are both times
-of every layout, the median error, and whether the order agrees wherever two layouts differ by more than the noise.
+Every layout (even, uneven, interleaved, recomputed, context parallel) is a Trainer on two ranks of its own; one more
+pair of ranks calibrates the pipelines, another one what two context-parallel ranks share. All take their turns, round
+after round, so that whatever else the machine does hits all of them alike; while one pair works the others wait. The
+cost model then gets the calibrations and nothing else. Printed are both times of every layout, the median error, and
+whether the order agrees wherever two layouts differ by more than the noise.
 With --replan NAME the times are fitted to what the run of that layout logged, too, as `--from RUN_DIR` does; the errors
-of the others are then those of a plan that is made again from a run.
+of the others whose layers are the same are then those of a plan that is made again from a run.
 
 One core a rank is needed: ranks that share a core are no pipeline.
 """
@@ -57,11 +58,12 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALL
 
 @dataclass(frozen=True)
 class Layout:
-    """One arm: layers of every virtual stage, and what they recompute."""
+    """One arm: layers of every virtual stage, what they recompute, and ranks that share a row; these are a stage."""
 
     name: str
     counts: tuple[int, ...]
     recompute: str | None = None
+    context: int = 1
 
 
 LAYOUTS = (
@@ -70,11 +72,14 @@ LAYOUTS = (
     Layout("uneven", (8, 4)),
     Layout("uneven the other way", (4, 8)),
     Layout("two chunks", (3, 3, 3, 3)),
-    Layout("two chunks, uneven", (4, 3, 3, 2)),
+    Layout("two uneven chunks", (4, 3, 3, 2)),
     Layout("three chunks", (2, 2, 2, 2, 2, 2)),
     Layout("full recompute", (6, 6), "full*6|full*6"),
     Layout("first stage recomputes", (6, 6), "full*4,none*2|none*6"),
     Layout("block recompute", (6, 6), "block*6|block*6"),
+    Layout("context", (12,), context=2),
+    Layout("context full recompute", (12,), "full*12", context=2),
+    Layout("context some recompute", (12,), "full*5,block*4,none*3", context=2),
 )
 KINDS = ("full", "mlp")
 
@@ -86,6 +91,7 @@ def make_run(layout: Layout, moe: bool, quick: bool, folder: str) -> RunConfig:
     stages = list(layout.counts)
     text = "|".join(f"t*{count}" for count in stages)
     recompute = layout.recompute and layout.recompute.replace("block", "moe" if moe else "mlp")
+    pipeline = RANKS // layout.context
     return RunConfig(
         model=ModelConfig(
             name="bench",
@@ -99,8 +105,10 @@ def make_run(layout: Layout, moe: bool, quick: bool, folder: str) -> RunConfig:
         parallel=ParallelConfig(
             world_size=RANKS,
             ranks_per_node=RANKS,
-            pipeline_model_parallel_size=RANKS,
-            num_virtual_stages_per_pipeline_rank=len(stages) // RANKS,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=layout.context,
+            cp_comm_type="p2p",
+            num_virtual_stages_per_pipeline_rank=len(stages) // pipeline,
             pipeline_model_parallel_layout=f"E{text}L",
         ),
         training=TrainingConfig(
@@ -125,9 +133,9 @@ def serve(spec: dict[str, Any]) -> None:
     """A rank of one arm: one JSON line on the original stdout for every line on stdin."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the trainer prints must not mix with the answers
-    layout = Layout(spec["name"], tuple(spec["counts"]), spec["recompute"])
+    layout = Layout(spec["name"], tuple(spec["counts"]), spec["recompute"], spec["context"])
     run = make_run(layout, spec["moe"], spec["quick"], spec["folder"])
-    step, result = (calibration_arm if layout.name == CALIBRATION else training_arm)(run)
+    step, result = (calibration_arm if layout.name.startswith(CALIBRATION) else training_arm)(run)
 
     def say(answer: Any) -> None:
         answers.write(json.dumps(answer) + "\n")
@@ -225,24 +233,29 @@ class Arm:
 
 def measure(
     layouts: Sequence[Layout], options: argparse.Namespace, folder: str
-) -> tuple[Measured, dict[str, list[float]], dict[str, list[list[float]]]]:
-    """Calibration, and of every layout the seconds of every step and of the compute of its ranks, taken in turn; the
+) -> tuple[tuple[Measured, ...], dict[str, list[float]], dict[str, list[list[float]]]]:
+    """Calibrations, and of every layout the seconds of every step and of the compute of its ranks, taken in turn; the
     warm-up is left out."""
+    probes = [
+        Layout(f"{CALIBRATION} {layout.context}", layout.counts, None, layout.context)
+        for layout in {each.context: each for each in layouts}.values()
+    ]
     arms = []
     try:
-        for layout in (Layout(CALIBRATION, LAYOUTS[0].counts), *layouts):
+        for layout in (*probes, *layouts):
             arms.append(Arm(layout, options, folder))
             arms[-1].answers()  # started one after the other: two cores
+        calibrations = arms[: len(probes)]
         seconds: dict[str, list[float]] = {layout.name: [] for layout in layouts}
         compute: dict[str, list[list[float]]] = {layout.name: [] for layout in layouts}
         for number in range(options.rounds + options.warm_up):
             for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
-                for _ in range(options.probes if arm is arms[0] else 1):
+                for _ in range(options.probes if arm in calibrations else 1):
                     answer = arm.ask("step")
-                if arm is not arms[0] and number >= options.warm_up:
+                if arm not in calibrations and number >= options.warm_up:
                     seconds[arm.layout.name].append(max(one for one, _ in answer))
                     compute[arm.layout.name].append([one for _, one in answer])
-        return Measured(**arms[0].ask("result")[0]), seconds, compute
+        return tuple(Measured(**arm.ask("result")[0]) for arm in calibrations), seconds, compute
     finally:
         for arm in arms:
             arm.close()
@@ -264,8 +277,7 @@ def compare(
     layouts: Sequence[Layout], device: DeviceSpec, seconds: dict[str, list[float]], options, folder: str
 ) -> dict[str, Any]:
     """Predicted beside measured, with errors and the agreement of the orders."""
-    (entry,) = device.measured
-    steady = DeviceSpec("the same", measured=(replace(entry, alone=1.0, jitter=0.0),))
+    steady = replace(device, measured=tuple(replace(entry, alone=1.0, jitter=0.0) for entry in device.measured))
     rows = []
     for layout in layouts:
         run = make_run(layout, options.moe, options.quick, folder)
@@ -300,7 +312,7 @@ def compare(
         "median_error": statistics.median(abs(row["error"]) for row in rows),
         "pairs": pairs,
         "pairs_in_order": agree,
-        "measured": asdict(entry),
+        "measured": [asdict(entry) for entry in device.measured],
     }
 
 
@@ -316,9 +328,14 @@ def _range(rows: Sequence[dict[str, Any]], key: str) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    layer = result["measured"]["layers"]
-    for kind, times in layer.items():
-        print(f"{kind} layer: " + ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in times.items()))
+    for entry in result["measured"]:
+        ranks = entry["conditions"]["context_parallel_size"]
+        rates = f"alone {entry['alone']:.2f}, jitter {entry['jitter']:.2f}" if ranks == 1 else (
+            f"gradients {entry['gradient_gb_s']:.2f} GB/s"
+        )  # fmt: skip
+        for kind, times in entry["layers"].items():
+            parts = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in times.items())
+            print(f"{kind} layer{f' of {ranks} context-parallel ranks' * (ranks > 1)}: {parts}; {rates}")
     print(f"{'layout':24}{'layers':>16}{'predicted':>11}{'measured':>10}{'error':>8}{'noise':>7}")
     for row in sorted(result["rows"], key=lambda row: row["measured_s"]):
         counts = " ".join(map(str, row["counts"]))
@@ -326,10 +343,9 @@ def show(result: dict[str, Any]) -> None:
             f"{row['layout']:24}{counts:>16}{row['predicted_s']:>10.3f}s{row['measured_s']:>9.3f}s"
             f"{row['error']:>+8.1%}{row['noise']:>7.1%}"
         )
-    measured = result["measured"]
     print(
-        f"alone {measured['alone']:.2f}, jitter {measured['jitter']:.2f}: errors {_range(result['rows'], 'error')} "
-        f"with them, {_range(result['rows'], 'error_by_medians')} without"
+        f"errors {_range(result['rows'], 'error')} with alone and jitter, {_range(result['rows'], 'error_by_medians')} "
+        f"without"
     )
     print(
         f"median error {result['median_error']:.1%}; order agrees in {result['pairs_in_order']} of "
@@ -366,19 +382,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     layouts = [known[name] for name in names]
     with tempfile.TemporaryDirectory(prefix="pipeline_prediction_") as folder:
         try:
-            entry, seconds, compute = measure(layouts, options, folder)
+            entries, seconds, compute = measure(layouts, options, folder)
         except SystemExit:
             for log in sorted(Path(folder).glob("*.log")):
                 text = log.read_text(errors="replace").strip()
                 if "Error" in text:
                     print(f"--- {log.name}\n" + "\n".join(text.splitlines()[-15:]), file=sys.stderr)
             raise
-        device = DeviceSpec("this machine", measured=(entry,))
+        device = DeviceSpec("this machine", measured=entries)
         result = compare(layouts, device, seconds, options, folder)
         show(result)
         if options.replan:
             again = replanned(options.replan, device, seconds[options.replan], compute[options.replan], options, folder)
-            others = [layout for layout in layouts if layout.name != options.replan]
+            others = [
+                layout
+                for layout in layouts
+                if layout.name != options.replan and layout.context == known[options.replan].context
+            ]
             result["replanned"] = compare(others, again, seconds, options, folder)
             show(result["replanned"])
     if options.json:
