@@ -155,7 +155,8 @@ class _Maker:
         tensor = sizes[TENSOR]
         if tensor not in self.bases:
             try:
-                run = self.load(*_words(sizes), *_unfold(self.question.run, sizes))
+                one = (FLAGS[VIRTUAL], "1")  # what a preset or a file says of them does not go with one stage
+                run = self.load(*_words(sizes), *_unfold(self.question.run, sizes), *one)
             except ConfigError:
                 return None
             asked = self.question.run.training
