@@ -161,6 +161,8 @@ def _head(run: RunConfig, topology: Topology) -> list[str]:
     sizes = [f"TP {topology.tp}", f"PP {topology.pp}", f"DP {topology.dp}"]
     if parallel.num_virtual_stages_per_pipeline_rank > 1:
         sizes[1] += f" x VP {parallel.num_virtual_stages_per_pipeline_rank}"
+        if parallel.microbatch_group != topology.pp:
+            sizes[1] += f" in groups of {parallel.microbatch_group} micro-batches"
     if topology.cp > 1:
         sizes.insert(2, f"CP {context_text(parallel)}")
     return [

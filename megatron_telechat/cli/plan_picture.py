@@ -46,9 +46,9 @@ def draw(problem: BalanceProblem, assignment: Assignment, output: Path, title: s
 
 def _few(problem: BalanceProblem) -> BalanceProblem:
     """The problem with few enough micro-batches to be told apart."""
-    if problem.m <= MOST_DRAWN:
-        return problem
-    return replace(problem, m=max(MOST_DRAWN // problem.P, 2) * problem.P)
+    group = problem.group_size or problem.P
+    few = max(MOST_DRAWN // group, 2) * group
+    return problem if problem.m <= max(MOST_DRAWN, few) else replace(problem, m=few)
 
 
 def _unit(problem: BalanceProblem, times: list[float], real: bool) -> tuple[float, str]:
@@ -124,7 +124,7 @@ def _parts(problem: BalanceProblem, assignment: Assignment) -> tuple[list[float]
         kept.append(fixed.act + sum(mode.act for mode in used))
         working.append(max([fixed.ws, *(mode.ws for mode in used)]))
     held, again = [], []
-    for device, moments in enumerate(in_flight(problem.P, problem.V, problem.m)):
+    for device, moments in enumerate(in_flight(*problem.schedule)):
         own = range(device, problem.num_stages, problem.P)
         found = [
             (sum(count * kept[stage] for count, stage in zip(moment.held, own, strict=True)),

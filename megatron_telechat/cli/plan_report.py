@@ -18,7 +18,7 @@ from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.assignment import Solution
 from megatron_telechat.planner.baselines import Baseline
-from megatron_telechat.planner.build import UNLIMITED_BYTES
+from megatron_telechat.planner.build import UNLIMITED_BYTES, group_size
 from megatron_telechat.planner.context import keep_flags
 from megatron_telechat.planner.plan import Plan, Question
 from megatron_telechat.planner.problem import BalanceProblem
@@ -45,6 +45,8 @@ def sizes_text(run: RunConfig) -> str:
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     text = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
     text += f" x VP{virtual}" * (virtual > 1)
+    groups = group_size(parallel)
+    text += f" (groups of {groups} micro-batches)" if groups else ""
     text += f" x CP{context_text(parallel)}" * (parallel.context_parallel_size > 1)
     text += f" x DP{parallel.data_parallel_size}"
     if run.model.is_moe:
@@ -108,6 +110,7 @@ NOT_MODELLED = " is not modelled and was ignored for the plan"
 SPLITS = (
     *("pipeline-model-parallel-layout", "num-layers-per-virtual-pipeline-stage", "account-for-loss-in-pipeline-split"),
     *("num-virtual-stages-per-pipeline-rank", "virtual-pipeline-model-parallel-size"),
+    *("microbatch-group-size-per-virtual-pipeline-stage", "microbatch-group-size-per-vp-stage"),
     *("account-for-embedding-in-pipeline-split", "decoder-first-pipeline-num-layers", "num-layer-list"),
     *("decoder-last-pipeline-num-layers", "num-layers-in-first-pipeline-stage", "num-layers-in-last-pipeline-stage"),
     *("recompute-granularity", "recompute-method", "recompute-num-layers", "recompute-modules"),

@@ -28,6 +28,7 @@ from megatron_telechat.planner.space import (
     EXPERT,
     EXPERT_TENSOR,
     FLAGS,
+    GROUP,
     MICRO,
     MOST_VIRTUAL_STAGES,
     NO_FOLD,
@@ -80,8 +81,7 @@ def sweep_door(request: Request) -> int:
     if options.json:
         print(json.dumps(_json(ranking)))
     else:
-        run, device = asked.question.run, asked.question.device
-        lines = _text(ranking, run, device.name, options.time_limit, processes)
+        lines = _text(ranking, asked.question, options.time_limit, processes)
         print("\n".join([*lines, *space_text(asked), *notes_of(asked.loaded.notes)]))
     if ranking.plans:
         write_answers(request, ranking.plans[0][1])
@@ -154,6 +154,7 @@ SHORT = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "vp": "num_virtual_stages_per_pipeline_rank",
+    "group": "microbatch_group_size_per_virtual_pipeline_stage",
     "cp": "context_parallel_size",
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
@@ -188,10 +189,18 @@ def _held(fixed: Mapping[str, Any]) -> list[str]:
 
 def layout_flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     """Sizes of the sweep, and the plan's own flags; what is in both is said once."""
-    virtual = flags.index(FLAGS[VIRTUAL])
     own = plan_flags(plan)
-    sizes = (word for word in (*flags[:virtual], *flags[virtual + 2 :]) if word != "--cp-keep-received")
+    sizes = (word for word in _without(flags, VIRTUAL, GROUP) if word != "--cp-keep-received")
     return (*sizes, *own)
+
+
+def _without(flags: tuple[str, ...], *names: str) -> tuple[str, ...]:
+    """Flags without those of these sizes."""
+    for name in names:
+        if FLAGS[name] in flags:
+            at = flags.index(FLAGS[name])
+            flags = (*flags[:at], *flags[at + 2 :])
+    return flags
 
 
 def space_text(asked: Asked) -> list[str]:
@@ -201,6 +210,7 @@ def space_text(asked: Asked) -> list[str]:
         TENSOR: "tensor-parallel sizes inside a node",
         PIPELINE: "pipeline sizes",
         VIRTUAL: f"1 to {MOST_VIRTUAL_STAGES} virtual stages a rank",
+        GROUP: "the two smallest groups of micro-batches, 2 x PP, and all at once",
         MICRO: "micro-batches that are powers of two",
         SIZE: f"context-parallel sizes that leave a rank {LEAST_TOKENS:,} tokens, with each split and what is kept",
         EXPERT: "expert-parallel sizes",
@@ -242,7 +252,8 @@ def _proof(ranking: Ranking, limit_s: float, processes: int) -> list[str]:
     return [f"{what}: {claim}{more} ({took})", f"  {proof.layouts:,} layouts: {said}"]
 
 
-def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float, processes: int) -> list[str]:
+def _text(ranking: Ranking, question: Question, limit_s: float, processes: int) -> list[str]:
+    run, device = question.run, question.device.name
     number = f"{ranking.proof.layouts:,} parallel layouts"
     lines = [f"{run.model.name} on {run.parallel.world_size} x {device}: {number}", f"  {model_text(run.model)}"]
     proof = _proof(ranking, limit_s, processes)
@@ -254,6 +265,7 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float, process
             "no layout was found that fits: use more ranks, --recompute-kinds full, or a larger device",
         ]
     moe = any(plan.question.run.model.is_moe for _, plan in ranking.plans)
+    grouped = any(plan.problem.group_size for _, plan in ranking.plans)
     offloaded = any(plan.question.run.parallel.optimizer_cpu_offload for _, plan in ranking.plans)
     shared = any(plan.question.run.parallel.context_parallel_size > 1 for _, plan in ranking.plans)
     rows = [
@@ -262,6 +274,7 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float, process
             "TP",
             "PP",
             "VP",
+            *["group"] * grouped,
             *["CP"] * shared,
             *["EP", "ETP"] * moe,
             *["optimizer"] * offloaded,
@@ -291,6 +304,7 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float, process
                 str(parallel.tensor_model_parallel_size),
                 str(problem.P),
                 str(problem.V),
+                *["-" if problem.V == 1 else str(problem.group_size or problem.P)] * grouped,
                 *[context_text(parallel)] * shared,
                 *map(str, parallel.expert_sizes[: 2 * moe]),
                 *["host" if parallel.optimizer_cpu_offload else "device"] * offloaded,
@@ -323,6 +337,5 @@ def _text(ranking: Ranking, run: RunConfig, device: str, limit_s: float, process
 def _sizes(flags: tuple[str, ...]) -> tuple[str, ...]:
     """Sizes of the sweep in Megatron-LM's flags, which have no folded tensor domain; a layout string tells the virtual
     stages."""
-    virtual = flags.index(FLAGS[VIRTUAL])
     own = (NO_FOLD, "--cp-keep-received")
-    return tuple(word for word in (*flags[:virtual], *flags[virtual + 2 :]) if word not in own)
+    return tuple(word for word in _without(flags, VIRTUAL, GROUP) if word not in own)

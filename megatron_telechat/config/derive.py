@@ -9,6 +9,7 @@ from typing import Any
 from megatron_telechat.config.context import least_traffic
 from megatron_telechat.config.fields import fields_by_name, make_run, values_of
 from megatron_telechat.config.layer_pattern import moe_layers
+from megatron_telechat.config.microbatch_groups import next_count
 from megatron_telechat.config.origins import DEFAULT, DERIVED, Check
 from megatron_telechat.config.run_stages import counts_tokens
 
@@ -34,6 +35,7 @@ def derive(check: Check) -> None:
             values[name] = value
             check.origins[name] = DERIVED
     _drop_sequence_parallel_without_tp(values, check)
+    _say_that_groups_need_interleaving(values, check)
     _raise_global_batch(values, check)
     _count_samples_as_steps(values, check)
     check.run = make_run(values)
@@ -207,9 +209,22 @@ def _drop_sequence_parallel_without_tp(values: dict[str, Any], check: Check) -> 
         check.origins["sequence_parallel"] = DERIVED
 
 
+def _say_that_groups_need_interleaving(values: dict[str, Any], check: Check) -> None:
+    """megatron-core reads the size of a group in the interleaved schedule only."""
+    if (
+        values[GROUP] is not None
+        and values["num_virtual_stages_per_pipeline_rank"] == 1
+        and check.said_by_person(GROUP)
+    ):
+        check.notes.append(
+            f"{GROUP} ({check.origins[GROUP]}) has no effect: one virtual stage a rank is not interleaved"
+        )
+
+
+GROUP = "microbatch_group_size_per_virtual_pipeline_stage"
 _OF_THE_BATCH = (
     *("global_batch_size", "micro_batch_size", "world_size", "tensor_model_parallel_size"),
-    *("pipeline_model_parallel_size", "context_parallel_size", "num_virtual_stages_per_pipeline_rank"),
+    *("pipeline_model_parallel_size", "context_parallel_size", "num_virtual_stages_per_pipeline_rank", GROUP),
 )
 
 
@@ -223,12 +238,15 @@ def _raise_global_batch(values: dict[str, Any], check: Check) -> None:
     if min(model_ranks, values["micro_batch_size"]) < 1 or values["world_size"] % model_ranks:
         return
     unit = values["micro_batch_size"] * (values["world_size"] // model_ranks)
-    if values["num_virtual_stages_per_pipeline_rank"] > 1:
-        unit *= values["pipeline_model_parallel_size"]
-    given = values["global_batch_size"]
-    if unit < 1 or given < 1 or given % unit == 0:
+    given, stages = values["global_batch_size"], values["pipeline_model_parallel_size"]
+    if unit < 1 or given < 1:
         return
-    values["global_batch_size"] = -(-given // unit) * unit
+    count = -(-given // unit)
+    if values["num_virtual_stages_per_pipeline_rank"] > 1:
+        count = next_count(count, max(values[GROUP] or 0, stages), stages)
+    if count * unit == given:
+        return
+    values["global_batch_size"] = count * unit
     check.notes.append(
         f"global_batch_size={given} ({check.origins.get('global_batch_size', DEFAULT)}) does not divide by these "
         f"ranks: set to {values['global_batch_size']}; --global-batch-size sets it"

@@ -28,6 +28,7 @@ SETS = (
     "expert_tensor_parallel_size",
     "micro_batch_size",
     "num_virtual_stages_per_pipeline_rank",
+    "microbatch_group_size_per_virtual_pipeline_stage",
     "pipeline_model_parallel_layout",
     "recompute_granularity",
     "recompute_method",

@@ -26,6 +26,7 @@ STAGE_FIELDS = (
     *("plan", "context_parallel_size", "cp_comm_type", "hierarchical_context_parallel_sizes", "cp_pieces"),
     *("cp_keep_received", "cp_layout"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
+    "microbatch_group_size_per_virtual_pipeline_stage",
     *("pipeline_model_parallel_layout", "expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "recompute_layout"),
     *("loss_chunk_rows", "moe_input_chunks"),

@@ -246,6 +246,9 @@ class ParallelConfig:
     """Pipeline-parallel size: pipeline ranks that the layers are split over."""
     num_virtual_stages_per_pipeline_rank: int = 1
     """Virtual stages on each pipeline rank; more than 1 selects the interleaved schedule."""
+    microbatch_group_size_per_virtual_pipeline_stage: int | None = None
+    """Micro-batches that a pipeline rank takes through one virtual stage before it goes on to the next (interleaved
+    schedule). Unset: the pipeline-parallel size."""
     pipeline_model_parallel_layout: str | None = None
     """Megatron layout string, such as Et*3|t*4|t*4|t*3L. Unset: the layers are split evenly."""
     plan: str | None = None
@@ -352,6 +355,11 @@ class ParallelConfig:
     def overlaps_p2p(self) -> bool:
         """Whether pipeline sends run beside the compute; only the interleaved schedule can."""
         return self.num_virtual_stages_per_pipeline_rank > 1 and self.overlap_p2p_communication is not False
+
+    @property
+    def microbatch_group(self) -> int:
+        """Micro-batches of a group in the interleaved schedule, with the default where it is unset."""
+        return self.microbatch_group_size_per_virtual_pipeline_stage or self.pipeline_model_parallel_size
 
     @property
     def node_size(self) -> int:

@@ -176,8 +176,9 @@ def _stage(
 
     num_microbatches = max(run.num_microbatches, 1)
     activations, in_flight = peak_in_flight(
-        rank, layout.pipeline_size, layout.num_virtual_stages, num_microbatches, kept, transient
-    )
+        rank, layout.pipeline_size, layout.num_virtual_stages, num_microbatches, kept, transient,
+        run.parallel.microbatch_group,
+    )  # fmt: skip
     count = _stage_count(run, layout, rank)
     tables = _stage_tables(run, layout, rank)
     parameters, gradients, optimizer = map(

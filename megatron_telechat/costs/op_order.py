@@ -17,10 +17,12 @@ class Op:
     microbatch: int
 
 
-def _forward_order(num_stages: int, num_virtual_stages: int, num_microbatches: int) -> list[tuple[int, int]]:
-    """(micro-batch, virtual stage) in the order of the forwards: groups of `num_stages` micro-batches, virtual stage by
-    virtual stage."""
-    group = num_stages if num_virtual_stages > 1 else max(num_microbatches, 1)
+def _forward_order(
+    num_stages: int, num_virtual_stages: int, num_microbatches: int, group_size: int | None
+) -> list[tuple[int, int]]:
+    """(micro-batch, virtual stage) in the order of the forwards: groups of micro-batches, virtual stage by virtual
+    stage (megatron-core 0.16.1, pipeline_parallel/schedules.py, get_schedule_table)."""
+    group = (group_size or num_stages) if num_virtual_stages > 1 else max(num_microbatches, 1)
     return [
         (microbatch, virtual_stage)
         for start in range(0, num_microbatches, group)
@@ -29,10 +31,12 @@ def _forward_order(num_stages: int, num_virtual_stages: int, num_microbatches: i
     ]
 
 
-def num_warmup_forwards(rank: int, num_stages: int, num_virtual_stages: int, num_microbatches: int) -> int:
+def num_warmup_forwards(
+    rank: int, num_stages: int, num_virtual_stages: int, num_microbatches: int, group_size: int | None = None
+) -> int:
     """Forwards that pipeline rank `rank` runs before its first backward turn.
 
-    1F1B: P - 1 - p. Interleaved: 2 (P - 1 - p) + (V - 1) P (megatron-core 0.16.1,
+    1F1B: P - 1 - p. Interleaved in groups of N: 2 (P - 1 - p) + (V - 1) N (megatron-core 0.16.1,
     pipeline_parallel/schedules.py, get_pp_rank_microbatches). Never more than there are.
     """
     if num_virtual_stages == 1:
@@ -40,13 +44,18 @@ def num_warmup_forwards(rank: int, num_stages: int, num_virtual_stages: int, num
     elif num_stages == 1:
         warmup = 0
     else:
-        warmup = 2 * (num_stages - 1 - rank) + (num_virtual_stages - 1) * num_stages
+        warmup = 2 * (num_stages - 1 - rank) + (num_virtual_stages - 1) * (group_size or num_stages)
     return min(warmup, num_microbatches * num_virtual_stages)
 
 
-def rank_ops(rank: int, num_stages: int, num_virtual_stages: int, num_microbatches: int) -> list[Op]:
+def rank_ops(
+    rank: int, num_stages: int, num_virtual_stages: int, num_microbatches: int, group_size: int | None = None
+) -> list[Op]:
     """The ops of one pipeline rank in Megatron-Core's order: warm-up forwards, then one of each in turn, then
     backwards.
+
+    Args:
+        group_size: micro-batches that go through one virtual stage at a time, of several; unset: `num_stages`.
 
     Raises:
         ConfigError: more than one virtual stage without a pipeline, which no schedule runs.
@@ -56,10 +65,10 @@ def rank_ops(rank: int, num_stages: int, num_virtual_stages: int, num_microbatch
             "virtual stages need more than one pipeline stage",
             fix="--num-virtual-stages-per-pipeline-rank 1, or a larger --pipeline-model-parallel-size",
         )
-    order = _forward_order(num_stages, num_virtual_stages, num_microbatches)
+    order = _forward_order(num_stages, num_virtual_stages, num_microbatches, group_size)
     forwards = [Op(True, virtual_stage, microbatch) for microbatch, virtual_stage in order]
     backwards = [Op(False, num_virtual_stages - 1 - virtual_stage, microbatch) for microbatch, virtual_stage in order]
-    warmup = num_warmup_forwards(rank, num_stages, num_virtual_stages, num_microbatches)
+    warmup = num_warmup_forwards(rank, num_stages, num_virtual_stages, num_microbatches, group_size)
     ops = forwards[:warmup]
     for forward, backward in zip(forwards[warmup:], backwards, strict=False):
         ops += [forward, backward]
@@ -73,6 +82,7 @@ def peak_in_flight(
     num_microbatches: int,
     kept_bytes: Sequence[float],
     transient_bytes: Callable[[Op], float] | None = None,
+    group_size: int | None = None,
 ) -> tuple[float, tuple[int, ...]]:
     """Most bytes of activations that pipeline rank `rank` holds at once, and the micro-batches of each virtual stage
     then.
@@ -80,12 +90,14 @@ def peak_in_flight(
     Args:
         kept_bytes: what one micro-batch keeps for each virtual stage from its forward to the end of its backward.
         transient_bytes: what an op needs on top while it runs.
+        group_size: as of `rank_ops`.
     """
-    # The order repeats itself after the warm-up, so a few groups of micro-batches show the peak.
-    num_microbatches = min(num_microbatches, 4 * num_stages)
+    # The order repeats itself after the warm-up, so a few groups of micro-batches, and the last one, show the peak.
+    group = group_size or num_stages
+    num_microbatches = min(num_microbatches, 4 * group + num_microbatches % group)
     in_flight = [0] * num_virtual_stages
     peak, at_peak = 0.0, tuple(in_flight)
-    for op in rank_ops(rank, num_stages, num_virtual_stages, num_microbatches):
+    for op in rank_ops(rank, num_stages, num_virtual_stages, num_microbatches, group_size):
         in_flight[op.virtual_stage] += op.forward
         held = sum(count * size for count, size in zip(in_flight, kept_bytes, strict=True))
         held += transient_bytes(op) if transient_bytes else 0.0

@@ -139,6 +139,7 @@ def _parallel_fields(run: RunConfig, state: ParallelState, dtype: torch.dtype, d
         # explicit even where the split is even: megatron-core's own split leaves layers out silently
         pipeline_model_parallel_layout=str(pipeline_layout(run)),
         virtual_pipeline_model_parallel_size=(parallel.num_virtual_stages_per_pipeline_rank if interleaved else None),
+        microbatch_group_size_per_vp_stage=parallel.microbatch_group,
         deallocate_pipeline_outputs=device.frees_sent_outputs or not overlap,
         overlap_p2p_comm=overlap,
         # With two ranks the previous and the next one are the same peer, and batched messages of the

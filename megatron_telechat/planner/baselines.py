@@ -130,7 +130,7 @@ def _best(problem: BalanceProblem, candidates: Iterator[Assignment]) -> tuple[fl
     if not fitting:
         return None, None
     times = np.array([stage_times(problem, assignment) for assignment in fitting], dtype=float)
-    best = fitting[int(np.argmin(makespans(op_graph(problem.P, problem.V, problem.m), times, problem.p2p)))]
+    best = fitting[int(np.argmin(makespans(op_graph(*problem.schedule), times, problem.p2p)))]
     return simulate(problem, best).makespan, best
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from megatron_telechat.config.layout import PipelineLayout, pipeline_layout
 from megatron_telechat.config.recompute import MODULES, Modes, recompute_plan
-from megatron_telechat.config.schema import RunConfig
+from megatron_telechat.config.schema import ParallelConfig, RunConfig
 from megatron_telechat.costs.activations import embedding_bytes, layer_activations, output_layer_activations
 from megatron_telechat.costs.communicators import buffer_bytes
 from megatron_telechat.costs.devices import DeviceSpec
@@ -99,6 +99,7 @@ def balance_problem(
         P=parallel.pipeline_model_parallel_size,
         V=parallel.num_virtual_stages_per_pipeline_rank,
         m=max(run.num_microbatches, 1),
+        group_size=group_size(parallel),
         mem_limit=limit or UNLIMITED_BYTES,
         const_mem=reserve_bytes + passage_bytes(run, *[UNLIMITED_BYTES] * (2 if run.model.is_moe else 1)),
         p2p=times.p2p(),
@@ -107,6 +108,13 @@ def balance_problem(
         head=Block(output.forward, output.backward, head_bytes, loss.kept, loss.working_set),
         mtp=mtp,
     )
+
+
+def group_size(parallel: ParallelConfig) -> int | None:
+    """`BalanceProblem.group_size` of these parallel sizes: unset where it changes nothing."""
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
+    group = parallel.microbatch_group
+    return group if interleaved and group != parallel.pipeline_model_parallel_size else None
 
 
 def _weights(run: RunConfig, table: Table, software: Software | None) -> float:
@@ -196,7 +204,7 @@ class PlannedRun:
     @property
     def flags(self) -> tuple[str, ...]:
         """Flags of our training that ask for this plan, whatever a preset says."""
-        layout = ("--pipeline-model-parallel-layout", str(self.layout))
+        layout = ("--pipeline-model-parallel-layout", str(self.layout), *self._group_flags)
         if any(self.recompute):
             return (*layout, "--recompute-layout", self.recompute_layout)
         return (*layout, "--recompute-granularity", "none")
@@ -207,7 +215,7 @@ class PlannedRun:
         Raises:
             ConfigError: Megatron-LM has no words for recompute that differs so between layers.
         """
-        layout = ("--pipeline-model-parallel-layout", str(self.layout))
+        layout = ("--pipeline-model-parallel-layout", str(self.layout), *self._group_flags)
         kinds = set(self.recompute)
         if kinds <= {()}:
             return layout
@@ -223,6 +231,12 @@ class PlannedRun:
             "plain flags",
             "ask for the best plan within plain flags",
         )
+
+    @property
+    def _group_flags(self) -> tuple[str, ...]:
+        """What asks for the groups of micro-batches, here and in Megatron-LM."""
+        group = group_size(self.run.parallel)
+        return () if group is None else ("--microbatch-group-size-per-virtual-pipeline-stage", str(group))
 
     def _block_layers(self) -> int | None:
         """N, if full recompute takes the first N layers of every virtual stage (all of a shorter one)."""

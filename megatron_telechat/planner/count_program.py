@@ -133,7 +133,7 @@ class Space:
         self.memory_rows: list[int] = []
         if self.loose:
             return
-        for device, moments in enumerate(in_flight(problem.P, problem.V, problem.m)):
+        for device, moments in enumerate(in_flight(*problem.schedule)):
             stages = range(device, problem.num_stages, problem.P)
             for moment in moments:
                 entries: dict[int, float] = {}
@@ -213,7 +213,7 @@ def fastest_mode(group: LayerGroup) -> int:
 
 def memory_is_loose(problem: BalanceProblem) -> bool:
     """Whether even a device with all layers in their fastest mode, and all blocks, fits."""
-    most = max(sum(moment.held) for moments in in_flight(problem.P, problem.V, problem.m) for moment in moments)
+    most = max(sum(moment.held) for moments in in_flight(*problem.schedule) for moment in moments)
     used, transient = float(problem.const_mem), 0.0
     for group in problem.groups:
         mode = group.modes[fastest_mode(group)]

@@ -20,7 +20,7 @@ class Evaluator:
 
     def __init__(self, problem: BalanceProblem, plans: DevicePlans):
         self.problem, self.plans = problem, plans
-        self.graph = op_graph(problem.P, problem.V, problem.m)
+        self.graph = op_graph(*problem.schedule)
         self.ends = np.cumsum([group.count for group in problem.groups])
         self.f = np.array([group.f for group in problem.groups], dtype=float)
         self.b = np.array([group.b for group in problem.groups], dtype=float)

@@ -51,7 +51,7 @@ class DevicePlans:
 
     def __init__(self, problem: BalanceProblem, most: int = MAX_COMBINATIONS):
         self.problem, self.most = problem, most
-        moments = in_flight(problem.P, problem.V, problem.m)
+        moments = in_flight(*problem.schedule)
         self.held = [np.array([moment.held for moment in row], dtype=float) for row in moments]
         self.backward = [[moment.backward for moment in row] for row in moments]
         self._stage: dict[tuple[int, ...], StageChoices] = {}

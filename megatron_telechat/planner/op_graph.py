@@ -17,6 +17,7 @@ class OpGraph:
     """Ops numbered so that predecessors come first. Number 0 is the start: it ends at time 0 and takes no time.
 
     Attributes:
+        group: micro-batches of a group of the interleaved schedule.
         kind: of each op: c for a forward of virtual stage c, P*V + c for its backward; -1 for the start.
         before: op that the same device runs before (0: none).
         needs: op of another virtual stage (or the forward of the last one) whose result it needs (0: none).
@@ -27,6 +28,7 @@ class OpGraph:
     P: int
     V: int
     m: int
+    group: int
     kind: tuple[int, ...]
     before: tuple[int, ...]
     needs: tuple[int, ...]
@@ -47,15 +49,16 @@ class OpGraph:
 
 
 @lru_cache(maxsize=256)
-def op_graph(P: int, V: int, m: int) -> OpGraph:
-    """The graph of Megatron-Core's order on every rank (costs/op_order.rank_ops).
+def op_graph(P: int, V: int, m: int, group: int | None = None) -> OpGraph:
+    """The graph of Megatron-Core's order on every rank (costs/op_order.rank_ops), in groups of so many micro-batches
+    (unset: P).
 
     Raises:
         ConfigError: the ranks would wait for each other for ever, or a pipeline of one rank with virtual stages.
     """
     stages = P * V
     queues = [
-        [(op.forward, op.virtual_stage * P + rank, op.microbatch) for op in rank_ops(rank, P, V, m)]
+        [(op.forward, op.virtual_stage * P + rank, op.microbatch) for op in rank_ops(rank, P, V, m, group)]
         for rank in range(P)
     ]
     number: dict[tuple[bool, int, int], int] = {}
@@ -81,10 +84,11 @@ def op_graph(P: int, V: int, m: int) -> OpGraph:
                 stuck = False
         if stuck:
             raise ConfigError(
-                f"with P={P}, V={V}, m={m} the ranks of Megatron-Core's interleaved order wait for each other",
-                fix="a number of micro-batches that is a multiple of P",
+                f"with P={P}, V={V}, m={m} and groups of {group or P} the ranks of Megatron-Core's interleaved order "
+                "wait for each other",
+                fix="a number of micro-batches that is a multiple of P, or leaves P or more to the last group",
             )
-    return OpGraph(P, V, m, tuple(kind), tuple(before), tuple(needs), tuple(lags), tuple(microbatch))
+    return OpGraph(P, V, m, group or P, tuple(kind), tuple(before), tuple(needs), tuple(lags), tuple(microbatch))
 
 
 def _needed(forward: bool, stage: int, item: int, stages: int) -> tuple[bool, int, int] | None:
@@ -107,9 +111,9 @@ def end_times(graph: OpGraph, times: Sequence[float], p2p: float) -> list[float]
 
 
 @lru_cache(maxsize=16)
-def _levels(P: int, V: int, m: int) -> tuple[tuple[np.ndarray, ...], ...]:
+def _levels(P: int, V: int, m: int, group: int) -> tuple[tuple[np.ndarray, ...], ...]:
     """Ops that can be computed together: for each level (ops, kinds, before, needs, lag of each as 0 or 1)."""
-    graph = op_graph(P, V, m)
+    graph = op_graph(P, V, m, group)
     level = [0]
     for before, needs in zip(graph.before[1:], graph.needs[1:], strict=False):
         level.append(1 + max(level[before], level[needs]))
@@ -127,7 +131,7 @@ def makespans(graph: OpGraph, times: np.ndarray, p2p: float, factors: np.ndarray
     """Makespan for many vectors of times at once: [K, 2*P*V] -> [K]. `factors`: [ops, K], on the time of every op."""
     times = np.ascontiguousarray(times.T)
     ends = np.zeros((len(graph.kind), times.shape[1]))
-    for ops, kinds, before, needs, lag in _levels(graph.P, graph.V, graph.m):
+    for ops, kinds, before, needs, lag in _levels(graph.P, graph.V, graph.m, graph.group):
         ready = ends[needs]
         if p2p:
             ready += (lag * p2p)[:, None]

@@ -17,7 +17,7 @@ from megatron_telechat.planner.slowdown import expected_makespan
 MOST_OPS = 16384
 """Forwards and backwards that a prediction simulates; a schedule with more is carried on from its start."""
 MIN_ROUNDS = 8
-"""Groups of P micro-batches that are simulated in any case: the pipeline is full after two."""
+"""Groups of micro-batches that are simulated in any case: the pipeline is full after two."""
 
 HIDDEN = 0.68
 """Of the backward of one micro-batch, the share beside which gradients are reduced."""
@@ -81,9 +81,9 @@ def simulated(problem: BalanceProblem, assignment: Assignment) -> tuple[float, S
     """Makespan, and the simulation it comes from.
 
     Where the ops are more than MOST_OPS, a shorter run of two lengths is simulated and its growth carried on: once the
-    pipeline is full, every further group of P micro-batches takes the busiest device's time for it.
+    pipeline is full, every further group of micro-batches takes the busiest device's time for it.
     """
-    group = problem.P
+    group = problem.group_size or problem.P
     rounds = max(MOST_OPS // (2 * problem.num_stages * group), MIN_ROUNDS)
     if problem.m <= rounds * group:
         result = simulate(problem, assignment)

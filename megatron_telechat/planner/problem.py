@@ -87,6 +87,7 @@ class BalanceProblem:
         P: devices of the pipeline.
         V: virtual stages of a device.
         m: micro-batches.
+        group_size: of them, those that a device takes through one virtual stage at a time, of several; unset: P.
         mem_limit: bytes of each device; `const_mem` of them are always in use.
         p2p: latency between two different devices; it occupies neither.
         min_layers: fewest layers of a virtual stage; the first and the last have their own; a stage at or after
@@ -109,10 +110,16 @@ class BalanceProblem:
     min_layers: int = 1
     min_layers_first: int = 0
     min_layers_last: int = 0
+    group_size: int | None = None
     rest: tuple[tuple[DeviceCost, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _check_values(self)
+
+    @property
+    def schedule(self) -> tuple[int, int, int, int]:
+        """What the order of the ops depends on: P, V, m, micro-batches of a group."""
+        return self.P, self.V, self.m, self.group_size or self.P
 
     @property
     def num_stages(self) -> int:
@@ -191,6 +198,8 @@ class BalanceProblem:
             block = getattr(self, key)
             if block is not None:
                 out[key] = _values(block, ("f", "b", "w", "act", "ws"))
+        if self.group_size is not None:
+            out["group_size"] = self.group_size
         return {**out, **{key: getattr(self, key) for key in _MIN_LAYERS}}
 
 
@@ -242,6 +251,10 @@ def _check_values(problem: BalanceProblem) -> None:
         check(problem.mtp is None, "rest with an MTP block", "an MTP block that is part of the head")
     if not found:
         check(problem.P > 1 or problem.V == 1, f"V = {problem.V} with P = 1", "V = 1: virtual stages need a pipeline")
+        size = problem.group_size
+        good = size is None or _is_whole(size) and problem.P <= size <= problem.m and problem.V > 1
+        fix = f"an integer from P = {problem.P} to m = {problem.m} where V > 1; or leave it out, which means P"
+        check(good, f"group_size = {size!r} with V = {problem.V}", fix)
         ops = 2 * problem.P * problem.V * problem.m
         check(ops <= MAX_OPS, f"P*V*m makes {ops} operations", f"fewer micro-batches (m): at most {MAX_OPS} operations")
         check(problem.num_layers <= 100_000, f"{problem.num_layers} layers", "at most 100000 layers")
@@ -265,7 +278,7 @@ class _Reader:
 
     def problem(self, data: Any) -> BalanceProblem:
         names = ("P", "V", "m", "mem_limit", "const_mem", "p2p", "groups", "embed", "head")
-        data = self._object(data, "the problem", names, ("mtp", *_MIN_LAYERS))
+        data = self._object(data, "the problem", names, ("mtp", "group_size", *_MIN_LAYERS))
         groups = data["groups"]
         if not isinstance(groups, (list, tuple)) or not groups:
             raise self._error(f"groups = {groups!r}", "a list with at least one group of layers")
@@ -278,6 +291,8 @@ class _Reader:
             elif key != "mtp":
                 raise self._error(f"{key} = null", "an object with f, b, w and act")
         values |= {key: self._whole(data, key, "", 0) for key in _MIN_LAYERS if key in data}
+        if data.get("group_size") is not None:
+            values["group_size"] = self._whole(data, "group_size", "", 1)
         try:
             return BalanceProblem(**values)
         except ConfigError as err:

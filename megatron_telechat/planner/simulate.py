@@ -56,7 +56,7 @@ def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
         ConfigError: the assignment is none for this problem.
     """
     check_assignment(problem, assignment)
-    graph = op_graph(problem.P, problem.V, problem.m)
+    graph = op_graph(*problem.schedule)
     times = stage_times(problem, assignment)
     ends = end_times(graph, times, problem.p2p)
     ops = [
@@ -106,9 +106,9 @@ class InFlight:
 
 
 @lru_cache(maxsize=512)
-def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
+def in_flight(P: int, V: int, m: int, group: int | None = None) -> tuple[tuple[InFlight, ...], ...]:
     """For each device the moments that no other moment covers (at least as many of each virtual stage, and the same
-    backward).
+    backward), in groups of so many micro-batches (unset: P).
 
     An op's own micro-batch counts from the start of its forward to the end of its backward.
     """
@@ -116,7 +116,7 @@ def in_flight(P: int, V: int, m: int) -> tuple[tuple[InFlight, ...], ...]:
     for rank in range(P):
         held = [0] * V
         seen: dict[tuple[int | None, tuple[int, ...]], None] = {}
-        for op in rank_ops(rank, P, V, m):
+        for op in rank_ops(rank, P, V, m, group):
             held[op.virtual_stage] += op.forward
             seen[None if op.forward else op.virtual_stage, tuple(held)] = None
             held[op.virtual_stage] -= not op.forward
@@ -148,7 +148,7 @@ def peak_bytes(problem: BalanceProblem, assignment: Assignment) -> tuple[float, 
         kept.append(math.fsum([fixed.act, *(mode.act for mode in used)]))
         transient.append(max([fixed.ws, *(mode.ws for mode in used)]))
     out = []
-    for device, moments in enumerate(in_flight(problem.P, problem.V, problem.m)):
+    for device, moments in enumerate(in_flight(*problem.schedule)):
         stages = range(device, problem.num_stages, problem.P)
         most = max(
             math.fsum(count * kept[stage] for count, stage in zip(moment.held, stages, strict=True))

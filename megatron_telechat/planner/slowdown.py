@@ -31,7 +31,7 @@ def expected_makespan(
         together: ranks of one stage, which work at the same time.
     """
     paced = np.array(times) * np.tile(device_pace(problem, times, alone, together), 2 * problem.V)
-    graph = op_graph(problem.P, problem.V, problem.m)
+    graph = op_graph(*problem.schedule)
     if jitter <= 0:
         return float(makespans(graph, paced[None], problem.p2p)[0])
     # log-normal: never below 0, and with the long side that interruptions have; its mean is 1
@@ -46,7 +46,7 @@ def device_pace(problem: BalanceProblem, times: list[float], alone: float, toget
     pace = np.ones(problem.P)
     if alone >= 1 or problem.P == 1:
         return pace
-    graph = op_graph(problem.P, problem.V, problem.m)
+    graph = op_graph(*problem.schedule)
     kinds = np.array(graph.kind[1:])
     devices = kinds % problem.num_stages % problem.P
     for _ in range(ROUNDS):

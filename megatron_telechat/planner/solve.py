@@ -49,7 +49,7 @@ def solve(
         raise ConfigError(f"a gap of {gap}", fix="at least 0 and less than 1, such as 0.01")
     started = time.perf_counter()
     deadline = started + time_limit_s
-    graph = op_graph(problem.P, problem.V, problem.m)
+    graph = op_graph(*problem.schedule)
     incumbent = Incumbent(problem, deadline)
     if warm_start is not None:
         check_assignment(problem, warm_start, "warm start")
@@ -94,7 +94,7 @@ def solve_below(
         warm_start: an assignment of this problem that fits.
     """
     started = time.perf_counter()
-    graph = op_graph(problem.P, problem.V, problem.m)
+    graph = op_graph(*problem.schedule)
     incumbent = Incumbent(problem, budget.deadline, eager=False)
     cuts = {} if cuts is None else cuts
     tree = Tree(problem, graph, incumbent, budget, gap, limit, list(cuts))

@@ -12,18 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_telechat.config.context import head_sizes, least_traffic
+from megatron_telechat.config.microbatch_groups import possible_groups, schedule_takes
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.costs.time import TimeModel
 from megatron_telechat.errors import ConfigError
-from megatron_telechat.planner.context import (
-    KEEP,
-    SIZE,
-    SPLIT,
-    context_sizes,
-    keep_flags,
-    keeping,
-    split_over,
-)
+from megatron_telechat.planner.build import group_size
+from megatron_telechat.planner.context import KEEP, SIZE, SPLIT, context_sizes, keep_flags, keeping, split_over
 from megatron_telechat.planner.plan import Question
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.step import other_virtual_stages, whole_step
@@ -34,6 +28,7 @@ TENSOR, PIPELINE, VIRTUAL = (
     "pipeline_model_parallel_size",
     "num_virtual_stages_per_pipeline_rank",
 )
+GROUP = "microbatch_group_size_per_virtual_pipeline_stage"
 EXPERT, EXPERT_TENSOR, MICRO = "expert_model_parallel_size", "expert_tensor_parallel_size", "micro_batch_size"
 OFFLOAD, OFFLOAD_SHARE, OFFLOAD_BESIDE = (
     "optimizer_cpu_offload",
@@ -45,6 +40,7 @@ FLAGS = {
     PIPELINE: "--pipeline-model-parallel-size",
     SIZE: "--context-parallel-size",
     VIRTUAL: "--num-virtual-stages-per-pipeline-rank",
+    GROUP: "--microbatch-group-size-per-virtual-pipeline-stage",
     EXPERT: "--expert-model-parallel-size",
     EXPERT_TENSOR: "--expert-tensor-parallel-size",
     MICRO: "--micro-batch-size",
@@ -73,9 +69,9 @@ class Layout:
     problem: BalanceProblem
 
     @property
-    def schedule(self) -> tuple[int, int, int]:
-        """What the graph of its ops depends on: stages, virtual stages a stage, micro-batches."""
-        return self.problem.P, self.problem.V, self.problem.m
+    def schedule(self) -> tuple[int, int, int, int]:
+        """What the graph of its ops depends on."""
+        return self.problem.schedule
 
     def loaded(self, load: Load) -> Layout:
         """The same as the configuration makes it.
@@ -124,7 +120,7 @@ def layouts(question: Question, load: Load, fixed: Mapping[str, Any], offload: b
     """
     found: list[Layout] = []
     makers = _Maker(question, load)
-    for sizes, virtual_stages in _sizes(question.run, fixed):
+    for sizes, schedules in _sizes(question.run, fixed):
         for flags, run in makers.runs(sizes, fixed, offload):
             asked = question.of(run)
             try:
@@ -132,15 +128,24 @@ def layouts(question: Question, load: Load, fixed: Mapping[str, Any], offload: b
             except ConfigError:
                 continue  # nothing is known of its speed, or of its recompute
             measured = TimeModel(run, question.device, question.software).measured is not None
-            for number in virtual_stages:
-                virtual = replace(run, parallel=replace(run.parallel, num_virtual_stages_per_pipeline_rank=number))
-                more = (FLAGS[VIRTUAL], str(number))
+            for number, group in schedules:
+                more, virtual = _interleaved(run, number, group)
                 try:
-                    problem = other_virtual_stages(one, number, measured)
+                    problem = other_virtual_stages(one, number, group_size(virtual.parallel), measured)
                 except ConfigError:
                     continue  # more ops than are simulated
                 found.append(Layout(len(found), (*flags, *more), replace(asked, run=virtual), problem))
     return found
+
+
+def _interleaved(run: RunConfig, number: int, group: int | None) -> tuple[tuple[str, ...], RunConfig]:
+    """The run with so many virtual stages, and micro-batches in groups of this size (None: one virtual stage)."""
+    parallel, flags = run.parallel, (FLAGS[VIRTUAL], str(number))
+    default = group == parallel.pipeline_model_parallel_size
+    if group is None or default and parallel.microbatch_group_size_per_virtual_pipeline_stage is None:
+        return flags, replace(run, parallel=replace(parallel, num_virtual_stages_per_pipeline_rank=number))
+    changes: dict[str, Any] = {VIRTUAL: number, GROUP: group}
+    return (*flags, FLAGS[GROUP], str(group)), replace(run, parallel=replace(parallel, **changes))
 
 
 class _Maker:
@@ -229,8 +234,9 @@ def _shared(run: RunConfig, kind: str, sizes: tuple[int, ...]) -> RunConfig:
     return replace(run, parallel=replace(run.parallel, **changes))
 
 
-def _sizes(run: RunConfig, fixed: Mapping[str, Any]) -> Iterator[tuple[dict[str, int], list[int]]]:
-    """Sizes that divide what they must, each with the numbers of virtual stages that go with them."""
+def _sizes(run: RunConfig, fixed: Mapping[str, Any]) -> Iterator[tuple[dict[str, int], list[tuple[int, int | None]]]]:
+    """Sizes that divide what they must, each with the numbers of virtual stages, and groups of micro-batches, that go
+    with them."""
     parallel, model = run.parallel, run.model
     world, node = parallel.world_size, parallel.node_size
     batch = run.training.global_batch_size
@@ -259,14 +265,26 @@ def _sizes(run: RunConfig, fixed: Mapping[str, Any]) -> Iterator[tuple[dict[str,
             count, left = divmod(batch, data * micro)
             if left or not count:
                 continue
-            numbers = [
-                number
-                for number in virtual
-                if number == 1 or stage > 1 and stage * number <= model.num_layers and count % stage == 0
-            ]
+            several = [number for number in virtual if number > 1 and stage * number <= model.num_layers]
+            groups = _groups(count, stage, fixed.get(GROUP)) if stage > 1 else []
+            schedules: list[tuple[int, int | None]] = [(1, None)] if 1 in virtual else []
+            schedules += itertools.product(several, groups)
             sizes = {TENSOR: tensor, PIPELINE: stage, **({SIZE: context} if names_context else {}), MICRO: micro}
-            if numbers:
-                yield sizes | ({EXPERT: expert, EXPERT_TENSOR: piece} if expert else {}), numbers
+            if schedules:
+                yield sizes | ({EXPERT: expert, EXPERT_TENSOR: piece} if expert else {}), schedules
+
+
+def _groups(count: int, stages: int, fixed: int | None) -> list[int]:
+    """Sizes of a group of micro-batches that are tried: the two smallest that the schedule takes, 2 P, and all.
+
+    With P, a rank waits for the messages of every micro-batch that comes back from the last rank; with more it has
+    others to go on with, and holds more of them. From 2 P on no message is left to hide, and all at once is the other
+    end: nothing is between them but memory.
+    """
+    if fixed is not None:
+        return [fixed] if schedule_takes(count, fixed, stages) else []
+    possible = possible_groups(count, stages)
+    return [size for at, size in enumerate(possible) if at < 2 or size in (2 * stages, count)]
 
 
 def _powers_of_two(most: int) -> Iterator[int]:

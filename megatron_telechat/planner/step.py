@@ -46,9 +46,12 @@ def whole_step(
     )
 
 
-def other_virtual_stages(problem: BalanceProblem, number: int, measured: bool) -> BalanceProblem:
-    """The same run with another number of virtual stages a device: its parts cost the same, its messages are more."""
-    changed = replace(problem, V=number)
+def other_virtual_stages(
+    problem: BalanceProblem, number: int, group_size: int | None, measured: bool
+) -> BalanceProblem:
+    """The same run with another number of virtual stages a device, and micro-batches in groups of this size: its parts
+    cost the same, its messages are more."""
+    changed = replace(problem, V=number, group_size=group_size)
     if not problem.rest or measured:
         return changed
     return replace(changed, rest=(*problem.rest[:-1], _fixed(problem, messages_seconds(changed))))

@@ -137,7 +137,8 @@ def guess(problem: BalanceProblem) -> float:
     """Seconds that an even split may take, to order layouts by: work, bubble, the recompute that makes stage 0 fit, and
     the rest of the step."""
     layers, stages = problem.num_layers, problem.P * problem.V
-    in_flight = min(problem.m, problem.P + (problem.P - 1) / problem.V)
+    group = problem.group_size or problem.P
+    in_flight = min(problem.m, (2 * problem.P - 1 + (problem.V - 1) * group) / problem.V)
     leanest = [min(group.modes, key=lambda mode: mode.act) for group in problem.groups]
     pairs = list(zip(problem.groups, leanest, strict=True))
     kept = sum(group.count * group.modes[0].act for group in problem.groups) / problem.P * in_flight
@@ -174,7 +175,7 @@ class Search:
     def __post_init__(self) -> None:
         self.entries = [Entry(one, quick_bound(one.problem), guess(one.problem)) for one in self.layouts]
         self.best: Entry | None = None
-        self.cuts: dict[tuple[int, int, int], dict[PathCut, None]] = defaultdict(dict)
+        self.cuts: dict[tuple[int, int, int, int], dict[PathCut, None]] = defaultdict(dict)
 
     @property
     def limit(self) -> float:

@@ -116,7 +116,9 @@ def parallel_sizes(run: RunConfig) -> str:
     parallel = run.parallel
     text = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
     if parallel.num_virtual_stages_per_pipeline_rank > 1:
-        text += f" (VP{parallel.num_virtual_stages_per_pipeline_rank})"
+        groups = parallel.microbatch_group
+        other = f", groups of {groups} micro-batches" * (groups != parallel.pipeline_model_parallel_size)
+        text += f" (VP{parallel.num_virtual_stages_per_pipeline_rank}{other})"
     if parallel.context_parallel_size > 1:
         text += f" x CP{parallel.context_parallel_size}"
     text += f" x DP{parallel.data_parallel_size}"

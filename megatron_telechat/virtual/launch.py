@@ -92,7 +92,8 @@ def executable(run: RunConfig) -> RunConfig:
             "--cp-implementation own",
         )
     stages = parallel.pipeline_model_parallel_size
-    enough = stages + 1 if parallel.num_virtual_stages_per_pipeline_rank == 1 else 2 * stages
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
+    enough = parallel.microbatch_group + stages if interleaved else stages + 1
     count = min(run.num_microbatches, enough)
     batch = run.training.global_batch_size // run.num_microbatches * count
     chunks = 1 if parallel.moe_input_chunks == "auto" else parallel.moe_input_chunks

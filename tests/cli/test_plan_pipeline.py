@@ -25,6 +25,7 @@ from megatron_telechat.planner.simulate import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "plan_pipeline.py"
+GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 RUN_35B = ["--preset", "telechat2-35b", "--world-size", "16"]
 ON_910B = ["--device", "ascend-910b-64g"]
 SMALL = [
@@ -401,7 +402,7 @@ def test_plot_is_a_picture(ask, tmp_path):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("plans") / "plan.json"
-    words = [*RUN_35B, "--num-virtual-stages-per-pipeline-rank", "2"]
+    words = [*RUN_35B, "--num-virtual-stages-per-pipeline-rank", "2", GROUP, "7"]
     assert main([*words, *ON_910B, "--time-limit", "1", "--output", str(path)]) == 0
     return path.read_text()
 
@@ -420,7 +421,8 @@ def test_plan_equals_its_flags(plan):
     differ = {name for name, value in values_of(by_plan.run).items() if value != values_of(by_flags.run)[name]}
     assert differ == {"plan"}
     assert f"predicted by {plan} on ascend-910b-64g" in dry_run(by_plan)
-    assert by_plan.run.parallel.num_virtual_stages_per_pipeline_rank == 2
+    parallel = by_plan.run.parallel
+    assert (parallel.num_virtual_stages_per_pipeline_rank, parallel.microbatch_group) == (2, 7)
     assert by_plan.origins["pipeline_model_parallel_layout"] == f"plan {plan}"
 
 
@@ -431,6 +433,7 @@ def test_plan_equals_its_flags(plan):
             "--num-virtual-stages-per-pipeline-rank 1",
             ["num_virtual_stages_per_pipeline_rank=1 and", "=2 of the plan disagree"],
         ),
+        (f"{GROUP} 8", ["microbatch_group_size_per_virtual_pipeline_stage=8 and", "=7 of the plan disagree"]),
         (
             "--pipeline-model-parallel-layout Et*16|t*16|t*16|t*16L",
             ["pipeline_model_parallel_layout=Et*16|t*16|t*16|t*16L and"],

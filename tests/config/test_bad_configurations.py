@@ -467,6 +467,30 @@ BAD = [
         world=2,
     ),
     case(
+        "a group of micro-batches below the pipeline",
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
+        "--microbatch-group-size-per-virtual-pipeline-stage 1",
+        "microbatch_group_size_per_virtual_pipeline_stage=1 is less than pipeline_model_parallel_size=2",
+        "--microbatch-group-size-per-virtual-pipeline-stage 2 or more",
+        world=2,
+    ),
+    case(
+        "a group of more micro-batches than there are",
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 10 "
+        "--micro-batch-size 2 --microbatch-group-size-per-vp-stage 6",
+        "is more than the 5 micro-batches that global_batch_size=10 gives",
+        "--global-batch-size 12, or --microbatch-group-size-per-virtual-pipeline-stage 5",
+        world=2,
+    ),
+    case(
+        "a last group of too few micro-batches",
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 14 "
+        "--micro-batch-size 2 --microbatch-group-size-per-virtual-pipeline-stage 3",
+        "leaves 1 of the 7 micro-batches to the last group; it needs none, or at least pipeline_model_parallel_size=2",
+        "--global-batch-size 16, or --microbatch-group-size-per-virtual-pipeline-stage 4",
+        world=2,
+    ),
+    case(
         "interleaving over two ranks without overlap",
         "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --no-overlap-p2p-communication",
         "deadlocks without overlap_p2p_communication",

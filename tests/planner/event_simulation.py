@@ -6,9 +6,10 @@ from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.problem import BalanceProblem
 
 
-def device_queue(P: int, V: int, m: int, device: int) -> list[tuple[str, int, int]]:
-    """Ops of a device as the paper on interleaved schedules tells them: (kind, virtual stage, micro-batch)."""
-    groups = [range(0, m)] if V == 1 else [range(at, min(at + P, m)) for at in range(0, m, P)]
+def device_queue(P: int, V: int, m: int, N: int, device: int) -> list[tuple[str, int, int]]:
+    """Ops of a device as the paper on interleaved schedules tells them, in groups of N micro-batches: (kind, virtual
+    stage, micro-batch)."""
+    groups = [range(0, m)] if V == 1 else [range(at, min(at + N, m)) for at in range(0, m, N)]
     forwards = [
         ("F", virtual_stage * P + device, item) for group in groups for virtual_stage in range(V) for item in group
     ]
@@ -18,7 +19,7 @@ def device_queue(P: int, V: int, m: int, device: int) -> list[tuple[str, int, in
         for virtual_stage in range(V)
         for item in group
     ]
-    warmup = P - 1 - device if V == 1 else 2 * (P - device - 1) + (V - 1) * P
+    warmup = P - 1 - device if V == 1 else 2 * (P - device - 1) + (V - 1) * N
     warmup = min(warmup, m * V)
     queue = forwards[:warmup]
     for at in range(m * V):
@@ -30,7 +31,7 @@ def run(problem: BalanceProblem, assignment: Assignment) -> tuple[float, list[fl
     """(makespan, peak bytes of each device)."""
     P, V, m = problem.P, problem.V, problem.m
     f, b, w, act, ws = _stages(problem, assignment)
-    queues = [device_queue(P, V, m, device) for device in range(P)]
+    queues = [device_queue(P, V, m, problem.group_size or P, device) for device in range(P)]
     done: dict[tuple[str, int, int], float] = {}
     free, held, peak = [0.0] * P, [0.0] * P, [0.0] * P
     while any(queues):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from megatron_telechat.config.microbatch_groups import possible_groups
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.op_graph import op_graph
 from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup, Mode
 
 
 def small_problem(seed: int) -> BalanceProblem:
-    """One of any kind: V 1 to 3, one or two groups, one to three modes, MTP, p2p, m < P, tight and loose memory,
-    whole and fractional times, empty stages, blocks with and without a working set."""
+    """One of any kind: V 1 to 3, micro-batches in groups of all sizes, one or two groups of layers, one to three modes,
+    MTP, p2p, m < P, tight and loose memory, whole and fractional times, empty stages, blocks with and without a working
+    set."""
     rng = random.Random(seed)
     P, V = rng.choice([(1, 1), (2, 1), (3, 1), (4, 1), (4, 1), (2, 2), (2, 2), (3, 2), (2, 3)])
     m = rng.choice([1, 2, 3, 4, 5, 6, 8])
@@ -55,6 +57,8 @@ def small_problem(seed: int) -> BalanceProblem:
         head=Block(amount(30, 150), amount(60, 300), amount(50, 250), amount(30, 110)),
         mtp=mtp, min_layers=minimum, min_layers_first=min(minimum, rng.choice([0, 1])), min_layers_last=0,
     )  # fmt: skip
+    if V > 1 and rng.random() < 0.5:
+        problem = replace(problem, group_size=rng.choice([None, *possible_groups(m, P)]))
     if rng.random() < 0.5:
         return problem
     blocks = {key: replace(getattr(problem, key), ws=amount(0, 150)) for key in ("embed", "head")}

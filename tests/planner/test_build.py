@@ -11,6 +11,7 @@ from megatron_telechat.config.recompute import recompute_plan
 from megatron_telechat.costs import device_spec
 from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.errors import ConfigError
+from megatron_telechat.planner import predict as predict_module
 from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.build import (
     assignment_of,
@@ -47,6 +48,15 @@ RUNS = {
             "full*3|none*4|moe*4|none*4|full*4|none*4|none*4|core_attn+layernorm*3",
             "--pipeline-model-parallel-layout",
             "Et*3|t*4|t*4|t*4|t*4|t*4|t*4|t*3L",
+        ),
+    ),
+    "35b groups": (
+        "telechat2-35b",
+        16,
+        (
+            *("--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2"),
+            *("--pipeline-model-parallel-layout", "Et*7|t*8|t*8|t*9|t*8|t*8|t*8|t*8L"),
+            *("--microbatch-group-size-per-virtual-pipeline-stage", "6", "--global-batch-size", "34"),
         ),
     ),
     "dense and experts": (
@@ -86,6 +96,16 @@ def test_a_plan_goes_to_a_run_and_back(name):
         ["--preset", preset, "--dry-run", "--world-size", str(world), *flags, *planned.flags], {}
     ).run
     assert assignment_of(typed, problem) == assignment
+
+
+def test_a_prediction_of_many_microbatches_is_that_of_the_whole_schedule(monkeypatch):
+    """Carried on from a part, which ends with the shorter last group."""
+    problem = replace(balance_problem(load("35b groups"), NPU), m=6 * 30 + 4)
+    assignment = assignment_of(load("35b groups"), problem)
+    monkeypatch.setattr(predict_module, "MOST_OPS", 2 * problem.num_stages * 6 * 10)
+    makespan, part = predict_module.simulated(problem, assignment)
+    assert max(op.microbatch for op in part.ops) + 1 == 6 * 10 + 4
+    assert makespan == pytest.approx(simulate(problem, assignment).makespan, rel=1e-9)
 
 
 def test_groups_follow_the_layer_types():

@@ -61,6 +61,9 @@ def changed(path: str, value: object) -> dict:
         ("mtp", 3, "mtp is int"),
         ("min_layers", -1, "min_layers = -1"),
         ("colour", 1, "colour"),
+        ("group_size", 1.5, "group_size = 1.5"),
+        ("group_size", GOOD["P"] - 1, f"group_size = {GOOD['P'] - 1}"),
+        ("group_size", GOOD["m"] + 1, f"group_size = {GOOD['m'] + 1}"),
         ("head.colour", 1, "head has unknown keys: colour"),
     ],
 )
@@ -81,6 +84,15 @@ def test_what_is_no_object(data):
 def test_virtual_stages_need_a_pipeline():
     with pytest.raises(ConfigError, match="P = 1"):
         BalanceProblem.from_json({**GOOD, "P": 1})
+
+
+def test_groups_of_microbatches():
+    good = {**GOOD, "P": 2, "V": 2, "m": 8}
+    assert BalanceProblem.from_json(good).schedule == (2, 2, 8, 2)
+    problem = BalanceProblem.from_json({**good, "group_size": 3})
+    assert problem.schedule == (2, 2, 8, 3) and BalanceProblem.from_json(problem.to_json()) == problem
+    with pytest.raises(ConfigError, match="group_size = 3 with V = 1"):
+        BalanceProblem.from_json({**good, "V": 1, "group_size": 3})
 
 
 def test_mtp_is_optional_and_may_be_null():

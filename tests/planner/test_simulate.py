@@ -58,16 +58,20 @@ def test_timeline_keeps_the_order_and_never_overlaps():
     ops = simulate(problem, assignment).ops
     for device in range(problem.P):
         mine = [op for op in ops if op.device == device]
-        order = [
-            (op.forward, op.virtual_stage, op.microbatch) for op in rank_ops(device, problem.P, problem.V, problem.m)
-        ]
+        order = [(op.forward, op.virtual_stage, op.microbatch) for op in rank_ops(device, *problem.schedule)]
         assert [(op.kind == "F", op.virtual_stage, op.microbatch) for op in mine] == order
         assert all(one.end <= other.start + 1e-9 for one, other in zip(mine, mine[1:], strict=False))
 
 
-@pytest.mark.parametrize("P, V, m", [(1, 1, 3), (4, 1, 2), (4, 1, 9), (2, 2, 5), (4, 2, 8), (4, 3, 4), (3, 2, 2)])
-def test_many_at_once_is_one_after_the_other(P, V, m):
-    graph = op_graph(P, V, m)
+@pytest.mark.parametrize(
+    "P, V, m, group",
+    [
+        *((1, 1, 3, 1), (4, 1, 2, 4), (4, 1, 9, 4), (2, 2, 5, 2), (4, 2, 8, 4), (4, 3, 4, 4), (3, 2, 2, 3)),
+        *((2, 2, 5, 3), (4, 2, 8, 8), (3, 3, 8, 5)),
+    ],
+)
+def test_many_at_once_is_one_after_the_other(P, V, m, group):
+    graph = op_graph(P, V, m, group)
     times = np.random.default_rng(0).uniform(0, 10, size=(5, 2 * P * V))
     one_by_one = [max(end_times(graph, row.tolist(), 0.7)) for row in times]
     assert makespans(graph, times, 0.7) == pytest.approx(one_by_one)

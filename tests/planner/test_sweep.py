@@ -21,6 +21,7 @@ from megatron_telechat.planner.predict import predict
 from megatron_telechat.planner.problem import BalanceProblem, DeviceCost
 from megatron_telechat.planner.simulate import simulate
 from megatron_telechat.planner.solve import solve, solve_below
+from megatron_telechat.planner.space import layouts
 from megatron_telechat.planner.sweep import Proof, Search, quick_bound, sweep
 from megatron_telechat.planner.worker import Workers
 from tests.planner.small_clusters import Cluster, assignments, cluster, exhaustive, small_cluster
@@ -66,8 +67,10 @@ def check_cluster(one: Cluster, note: object) -> Proof:
 
 @pytest.mark.heavy
 def test_small_clusters_as_exhaustive_search():
-    proofs = [check_cluster(small_cluster(seed), seed) for seed in (0, 2, 5, 9)]
+    clusters = {seed: small_cluster(seed) for seed in (2, 3, 5, 8, 10)}
+    proofs = [check_cluster(one, seed) for seed, one in clusters.items()]
     assert any(math.isfinite(proof.step) for proof in proofs)
+    assert any(layout.problem.group_size for one in clusters.values() for layout in one.space)
 
 
 @pytest.mark.slow
@@ -110,6 +113,25 @@ def test_a_layout_is_what_the_configuration_makes_of_its_flags(some):
             assert loaded.problem == layout.problem, layout.flags
             assert loaded.flags == layout.flags
         assert taken >= 15
+
+
+def test_the_schedules_of_a_space():
+    """A preset with virtual stages leaves no layout out; micro-batches come in all groups that are tried."""
+    schedules = [one.schedule for one in cluster("--preset telechat2-115b --world-size 512", "h100-80g").space]
+    assert {P for P, *_ in schedules} == {1, 2, 4, 8, 16, 32, 64}
+    # 10 micro-batches over 4 stages: groups of 5, 6 and 10, none of 4, of 7 (it leaves 3) or of 8
+    words = "--preset telechat2-7b --num-layers 8 --world-size 4 --global-batch-size 10"
+    words += " --micro-batch-size 1 --pipeline-model-parallel-size 4"
+    given = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 4, "micro_batch_size": 1}
+    one = cluster(words, "h100-80g")
+    assert {schedule for schedule in (found.schedule for found in layouts(one.question, one.load, given))} == {
+        (4, 1, 10, 4),
+        (4, 2, 10, 5),
+        (4, 2, 10, 6),
+        (4, 2, 10, 10),
+    }
+    fixed = {**given, "microbatch_group_size_per_virtual_pipeline_stage": 10}
+    assert {found.schedule for found in layouts(one.question, one.load, fixed)} == {(4, 1, 10, 4), (4, 2, 10, 10)}
 
 
 @pytest.mark.heavy

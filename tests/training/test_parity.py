@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_telechat.costs.op_order import rank_ops
 from tests.training.parity import Launches
 from tests.training.runs import DENSE, MOE, QKNORM, SHARED
-from tests.training.worker_parity import LAYOUTS, SLOW
+from tests.training.worker_parity import GROUPED, LAYOUTS, SLOW
 
 WORKER = Path(__file__).with_name("worker_parity.py")
 BASE = {"dense": DENSE, "moe": MOE, "shared": SHARED, "qknorm": QKNORM}
@@ -41,6 +42,14 @@ def test_equals_one_rank(runs, world, name, tmp_path):
 @pytest.mark.parametrize("world,name", MIXTURES)
 def test_chooses_the_experts_of_one_rank_up_to_ties(runs, world, name):
     runs.require_choices(world, name, name in SLOW)
+
+
+def test_ops_run_in_the_planned_order(runs):
+    """Micro-batches in groups of three: forwards and backwards of both ranks as the planner counts with them."""
+    for rank, found in enumerate(runs(2).check(GROUPED)):
+        planned = [(op.forward, op.virtual_stage, op.microbatch) for op in rank_ops(rank, 2, 2, 8, 3)]
+        assert [tuple(op) for op in found["ops"]] == planned
+        assert planned != [(op.forward, op.virtual_stage, op.microbatch) for op in rank_ops(rank, 2, 2, 8)]
 
 
 def test_the_runs_learn(runs):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,7 +28,12 @@ ETP2 = "--no-fold-tensor-into-experts --expert-tensor-parallel-size 2"
 MOE_AGAIN = "--recompute-granularity selective --recompute-modules core_attn moe"
 CHUNKED = "--loss-chunk-rows 24"
 """Of a micro-batch of 64 rows."""
+STEPS = 21
+"""One for its gradients, and those of the run."""
 UNEVEN = "--pipeline-model-parallel-layout Et|t*3L"
+
+GROUPED = "dense_pp2_interleaved_groups_of_3"
+"""Eight micro-batches, of which the last two are a shorter group."""
 
 NOISY = "moe_noisy_router"
 """Rounding that is larger than any machine's: every logit of the router is off by about 1e-6 of itself."""
@@ -61,6 +66,7 @@ LAYOUTS = {
         "dense_pp2_interleaved": (DENSE, f"{PP2} {VP2}"),
         "dense_pp2_uneven": (DENSE, f"{PP2} {UNEVEN}"),
         "dense_pp2_uneven_interleaved": (DENSE, f"{PP2} {VP2} {DIST} --pipeline-model-parallel-layout E|tt|t|tL"),
+        GROUPED: (DENSE, f"{PP2} {VP2} --micro-batch-size 1 --microbatch-group-size-per-virtual-pipeline-stage 3"),
         "dense_pp2_recompute_per_stage": (DENSE, f"{PP2} --recompute-layout full*2|none*1,core_attn+mlp*1"),
         "dense_dp2_distributed_overlap_chunked_loss": (DENSE, f"{DIST} {OVERLAP} {CHUNKED}"),
         "dense_tp2_sp_chunked_loss": (DENSE, f"{TP2} {DIST} {CHUNKED}"),
@@ -171,10 +177,38 @@ def noise(name: str) -> Iterator[None]:
         Router.gating = real
 
 
+@contextmanager
+def noted_ops(ops: list[tuple[bool, int, int]]) -> Iterator[None]:
+    """Note what megatron-core's schedule runs: whether it is a forward, of which virtual stage, of which
+    micro-batch."""
+    from megatron.core.pipeline_parallel import schedules
+
+    forward, backward, outputs = schedules.forward_step, schedules.backward_step, {}
+
+    def noted_forward(*args, **kwargs):
+        output, tokens = forward(*args, **kwargs)
+        outputs[id(output)] = output, (kwargs["vp_stage"], kwargs["current_microbatch"])
+        ops.append((True, *outputs[id(output)][1]))
+        return output, tokens
+
+    def noted_backward(entered, output, *args):
+        ops.append((False, *outputs.pop(id(output))[1]))
+        return backward(entered, output, *args)
+
+    schedules.forward_step, schedules.backward_step = noted_forward, noted_backward
+    try:
+        yield
+    finally:
+        schedules.forward_step, schedules.backward_step = forward, backward
+
+
 def run_case(name: str) -> dict:
     folder = Path(os.environ["RUNS_DIR"])
     base, flags = LAYOUTS[_world][name]
-    return run_and_keep([*base, *flags.split(), *one_routing(name, folder)], folder, name)
+    ops: list[tuple[bool, int, int]] = []
+    with noted_ops(ops) if name == GROUPED else nullcontext():
+        found = run_and_keep([*base, *flags.split(), *one_routing(name, folder)], folder, name)
+    return {**found, "ops": ops[: len(ops) // STEPS]}
 
 
 _world = int(os.environ.get("WORLD_SIZE", "1"))

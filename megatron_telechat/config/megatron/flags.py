@@ -18,6 +18,7 @@ ALIASES: Mapping[str, Answer] = {
     "pipeline-parallel-size": Alias(("pipeline_model_parallel_size",)),
     "context-parallel": Alias(("context_parallel_size",)),
     "virtual-pipeline-model-parallel-size": Alias(("num_virtual_stages_per_pipeline_rank",)),
+    "microbatch-group-size-per-vp-stage": Alias(("microbatch_group_size_per_virtual_pipeline_stage",)),
     "num-layers-per-virtual-pipeline-stage": LayersPerVirtualStage(),
     "account-for-embedding-in-pipeline-split": UnevenSplit("embedding"),
     "account-for-loss-in-pipeline-split": UnevenSplit("loss"),

@@ -509,8 +509,7 @@ BLOCKS: tuple[tuple[Answer, str], ...] = (
         """
         batch-p2p-comm batch-p2p-sync clone-scatter-output-in-embedding deallocate-pipeline-outputs
         defer-embedding-wgrad-compute disable-batch-p2p-comm disable-batch-p2p-sync
-        disable-clone-scatter-output-in-embedding microbatch-group-size-per-virtual-pipeline-stage
-        microbatch-group-size-per-vp-stage no-batch-p2p-comm no-batch-p2p-sync
+        disable-clone-scatter-output-in-embedding no-batch-p2p-comm no-batch-p2p-sync
         no-clone-scatter-output-in-embedding no-scatter-gather-tensors-in-pipeline
         overlap-p2p-comm-warmup-flush
         overlap-p2p-communication-warmup-flush wgrad-deferral-limit

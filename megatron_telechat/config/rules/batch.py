@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_telechat.config.microbatch_groups import next_count, possible_groups, schedule_takes
 from megatron_telechat.config.origins import Check, Rule, flag
 from megatron_telechat.config.rules.parallel import CP, PP, TP
-from megatron_telechat.config.rules.pipeline import VIRTUAL_STAGES
+from megatron_telechat.config.rules.pipeline import GROUP, VIRTUAL_STAGES
 from megatron_telechat.errors import Problem
 
 BATCH = "global_batch_size"
@@ -30,21 +31,31 @@ def batch_splits(check: Check) -> Iterator[Problem]:
 
 
 def interleaving_fills_the_pipeline(check: Check) -> Iterator[Problem]:
-    """megatron-core's interleaved schedule works through micro-batches in groups of the pipeline size."""
-    batch, micro, stages, virtual_stages = check.take(BATCH, MICRO, PP, VIRTUAL_STAGES)
+    """megatron-core's interleaved schedule works through micro-batches in groups of the pipeline size, or of a size
+    that is given; the last group has one for each pipeline rank too."""
+    batch, micro, stages, virtual_stages, given = check.take(BATCH, MICRO, PP, VIRTUAL_STAGES, GROUP)
     check.take("world_size", TP, CP)
-    data = check.run.parallel.data_parallel_size
-    count = batch // (micro * data)
-    if virtual_stages > 1 and count % stages:
-        unit = micro * data * stages
-        yield check.problem(
+    unit = micro * check.run.parallel.data_parallel_size
+    count, group = batch // unit, given or stages
+    if virtual_stages == 1 or schedule_takes(count, group, stages):
+        return
+    fixes = [flag(BATCH, next_count(count, group, stages) * unit)]
+    if possible := possible_groups(count, stages):
+        fixes.append(flag(GROUP, min(possible, key=lambda size: abs(size - group))))
+    if given is None:
+        what = (
             f"the interleaved schedule ({VIRTUAL_STAGES}={virtual_stages}) needs a number of micro-batches that "
-            f"{PP}={stages} divides; {BATCH}={batch} gives {count}",
-            BATCH,
-            VIRTUAL_STAGES,
-            PP,
-            fix=flag(BATCH, -(-batch // unit) * unit),
+            f"{PP}={stages} divides; {BATCH}={batch} gives {count}"
         )
+    elif group > count:
+        what = f"{GROUP}={group} is more than the {count} micro-batches that {BATCH}={batch} gives"
+    else:
+        what = (
+            f"{GROUP}={group} leaves {count % group} of the {count} micro-batches to the last group; it needs none, "
+            f"or at least {PP}={stages}"
+        )
+    names = (BATCH, VIRTUAL_STAGES, PP) if given is None else (GROUP, BATCH, PP)
+    yield check.problem(what, *names, fix=", or ".join(fixes))
 
 
 def run_has_a_length(check: Check) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from megatron_telechat.errors import ConfigError, Problem
 PP = "pipeline_model_parallel_size"
 VIRTUAL_STAGES = "num_virtual_stages_per_pipeline_rank"
 LAYOUT = "pipeline_model_parallel_layout"
+GROUP = "microbatch_group_size_per_virtual_pipeline_stage"
 
 
 def virtual_stages_need_a_pipeline(check: Check) -> Iterator[Problem]:
@@ -24,6 +25,19 @@ def virtual_stages_need_a_pipeline(check: Check) -> Iterator[Problem]:
             fix=f"{flag(PP, 2)} or more, or {flag(VIRTUAL_STAGES, 1)}",
         )
         check.bad.add(VIRTUAL_STAGES)
+
+
+def groups_reach_all_ranks(check: Check) -> Iterator[Problem]:
+    """A group of micro-batches of the interleaved schedule has one for each pipeline rank."""
+    stages, virtual_stages, group = check.take(PP, VIRTUAL_STAGES, GROUP)
+    if virtual_stages > 1 and group is not None and group < stages:
+        yield check.problem(
+            f"{GROUP}={group} is less than {PP}={stages}: the ranks would wait for each other",
+            GROUP,
+            PP,
+            fix=f"{flag(GROUP, stages)} or more; unset it is {stages}",
+        )
+        check.bad.add(GROUP)
 
 
 def layers_split(check: Check) -> Iterator[Problem]:
@@ -101,6 +115,7 @@ def interleaving_over_two_ranks_overlaps(check: Check) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     virtual_stages_need_a_pipeline,
+    groups_reach_all_ranks,
     layers_split,
     layout_fits,
     interleaving_over_two_ranks_overlaps,

@@ -24,6 +24,7 @@ AT_LEAST_ONE = (
     *("rotary_training_seqlen", "rotary_base_seqlen", "num_experts", "moe_ffn_hidden_size", "moe_router_topk"),
     *("moe_layer_freq", "moe_shared_expert_intermediate_size", "world_size", "ranks_per_node"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
+    "microbatch_group_size_per_virtual_pipeline_stage",
     *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("seq_length", "micro_batch_size", "global_batch_size", "exit_interval", "recompute_num_layers"),
     *("train_samples", "lr_decay_samples", "lr_wsd_decay_samples"),

@@ -28,7 +28,7 @@ def solve_exhaustively(problem: BalanceProblem) -> Solution:
         ConfigError: the schedule of P, V, m cannot run.
     """
     started = time.perf_counter()
-    graph = op_graph(problem.P, problem.V, problem.m)
+    graph = op_graph(*problem.schedule)
     best, plan = math.inf, None
     least = math.inf  # bytes over the limit, of the best assignment that does not fit
     possible = False
@@ -158,6 +158,6 @@ def _device_peak(
     most = max(
         sum(count * size for count, size in zip(moment.held, kept, strict=True))
         + (0.0 if moment.backward is None else transient[moment.backward])
-        for moment in in_flight(problem.P, problem.V, problem.m)[device]
+        for moment in in_flight(*problem.schedule)[device]
     )
     return problem.const_mem + weights + most
