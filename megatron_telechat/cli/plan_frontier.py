@@ -59,7 +59,7 @@ def frontier_door(request: Request) -> int:
     if options.plot:
         from megatron_telechat.cli.frontier_picture import draw_frontier
 
-        drawn = [(point.at, point.plan.prediction.iteration) for point in points if point.plan]
+        drawn = [(point.at, point.plan.worst_iteration) for point in points if point.plan]
         title = f"{asked.question.run.model.name} on {asked.question.device.name}"
         draw_frontier(drawn, Path(options.plot), title, kind)
     return EXIT_OK if any(point.plan for point in points) else EXIT_NO_FIT
@@ -128,7 +128,16 @@ def _text(points: list[Point], kind: str, asked: Asked) -> list[str]:
         run.model.is_moe,
         any(p.plan.question.run.parallel.context_parallel_size > 1 for p in points if p.plan),
     )
-    head = ["GiB a device" if kind == "memory" else "ranks", "step", "tokens/s a device", "TP", "PP", "VP"]
+    slow = asked.question.slow_stage > 0
+    head = [
+        "GiB a device" if kind == "memory" else "ranks",
+        "step",
+        *["worst"] * slow,
+        "tokens/s a device",
+        "TP",
+        "PP",
+        "VP",
+    ]
     head += [*["CP"] * shared, *["EP", "ETP"] * moe, "DP", "micro-batch", "optimizer", "recomputed", "gap"]
     rows = [head]
     for point in points:
@@ -143,6 +152,7 @@ def _text(points: list[Point], kind: str, asked: Asked) -> list[str]:
             [
                 at,
                 f"{plan.prediction.iteration:.4g} s",
+                *[f"{plan.worst_iteration:.4g} s"] * slow,
                 f"{plan.prediction.tokens_per_s_per_device:,.0f}",
                 str(parallel.tensor_model_parallel_size),
                 str(plan.problem.P),

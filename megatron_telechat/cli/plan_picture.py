@@ -45,7 +45,8 @@ def draw(problem: BalanceProblem, assignment: Assignment, output: Path, title: s
 
 
 def _few(problem: BalanceProblem) -> BalanceProblem:
-    """The problem with few enough micro-batches to be told apart."""
+    """The problem with few enough micro-batches to be told apart, and no slow stage."""
+    problem = replace(problem, slow_stage=0.0)
     group = problem.group_size or problem.P
     few = max(MOST_DRAWN // group, 2) * group
     return problem if problem.m <= max(MOST_DRAWN, few) else replace(problem, m=few)

@@ -97,9 +97,10 @@ def _problem(request: Request) -> int:
     from megatron_telechat.planner.solve import solve
 
     options = request.options
-    if request.words or options.device or options.plain_flags or options.output:
+    if request.words or options.device or options.plain_flags or options.output or options.slow_stage:
         others = [*request.words[:3], *(f"--{name}" for name in ("device", "output") if getattr(options, name))]
         others += ["--plain-flags"] * options.plain_flags
+        others += ["--slow-stage (a problem has slow_stage)"] * bool(options.slow_stage)
         raise ConfigError(f"--problem needs no other input; {' '.join(others)} cannot be "
                           f"combined with it", "command line",
                           "leave it out; --time-limit, --gap, --json and --plot do")  # fmt: skip

@@ -126,7 +126,7 @@ def _replaced(given: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _stages(plan: Plan) -> list[str]:
-    problem, counts = plan.problem, plan.assignment.counts
+    problem, counts, pipeline = plan.problem, plan.assignment.counts, plan.nominal
     times = stage_times(problem, plan.assignment)
     limited = problem.mem_limit < UNLIMITED_BYTES
     rows = [
@@ -144,7 +144,7 @@ def _stages(plan: Plan) -> list[str]:
         layers += f" = {sum(counts[stage] for stage in own)}" * (problem.V > 1)
         rows.append([
             str(rank), layers, _recomputed(modes), f"{forward * scale:.4g} {unit}", f"{backward * scale:.4g} {unit}",
-            f"{busy / plan.makespan:.0%}", f"{1 - busy / plan.makespan:.0%}", gib(peak),
+            f"{busy / pipeline:.0%}", f"{1 - busy / pipeline:.0%}", gib(peak),
             *[f"{peak / (problem.mem_limit - problem.const_mem):.0%}"] * limited,
         ])  # fmt: skip
     return table(rows, left=(0, 1, 2))
@@ -202,14 +202,25 @@ def _times(plan: Plan) -> list[str]:
         f"predicted: {_seconds(found.iteration)} a step (± {found.error:.0%}), "
         f"{found.tokens_per_s_per_device:,.0f} tokens/s a device: " + ", ".join(parts),
         f"  {tflops:.0f} TFLOP/s a device" + (f", MFU {share:.0%} (of {run.training.precision})" if share else ""),
+        *_worst_case(plan),
         f"  times of the layers: {source}",
         *(f"  counted: {one}" for one in plan.question.counted if entry is None),
     ]
 
 
+def _worst_case(plan: Plan) -> list[str]:
+    """What a slow stage does to the plan, where it was made for that."""
+    slow = plan.problem.slow_stage
+    if not slow:
+        return []
+    seconds = f"{_seconds(plan.worst_iteration)} a step (pipeline {_seconds(plan.makespan)})"
+    return [f"  with one stage {slow:.1%} slower, whichever it is: at most {seconds}"]
+
+
 def _comparison(plan: Plan, others: Sequence[Baseline]) -> list[str]:
+    worst = " in the worst case" * bool(plan.problem.slow_stage)
     rows = [
-        ["pipeline time, by the same simulator", "", "", ""],
+        [f"pipeline time{worst}, by the same simulator", "", "", ""],
         ["  this plan", _seconds(plan.makespan), "", _layout(plan.assignment.counts)],
     ]
     for other in others:
@@ -268,7 +279,8 @@ def _of_the_step(plan: Plan, other: float) -> str:
 def _proof(plan: Plan) -> str:
     solution, seconds = plan.solution, f"{plan.solution.seconds:.2f} s"
     if solution.status == "optimal" and plan.gap <= 1e-6:
-        faster = "no layout and recompute that fit in memory are faster under this model"
+        worst = " in their worst case" * bool(plan.problem.slow_stage)
+        faster = f"no layout and recompute that fit in memory are faster{worst} under this model"
         return f"proof: optimal; {faster} ({seconds} of search)"
     what = "any recompute per layer" if plan.question.plain else "anything"
     bound = f"{what} that fits is at most {plan.gap:.2%} faster"
@@ -347,7 +359,7 @@ def plan_file(plan: Plan, path: str) -> PlanFile:
         round(stage.total_bytes / 2**30, 4) for stage in stage_memory(plan.planned.run, software=plan.question.software)
     )
     predicted = Predicted(plan.question.device.name, found.iteration, memory, found.tokens_per_s_per_device)
-    about = {
+    about: dict[str, Any] = {
         "flags": list(plan_flags(plan)),
         "megatron_flags": _megatron_flags(plan)[0],
         "proof": {
@@ -357,6 +369,8 @@ def plan_file(plan: Plan, path: str) -> PlanFile:
             "gap": plan.gap,
         },
     }
+    if plan.problem.slow_stage:
+        about["worst_case"] = {"slow_stage": plan.problem.slow_stage, "iteration_s": plan.worst_iteration}
     return plan_of(plan.planned.run, path, predicted, about)
 
 

@@ -171,6 +171,14 @@ def _parser() -> _Parser:
         help="rows of the busiest rank's experts over the mean that the plan must expect [1]; of several, the plan is "
         "the best for the worst",
     )
+    add(
+        "--slow-stage",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="any one pipeline stage may run slower by this share, such as 0.05: the plan is the best for the worst "
+        "case [0]",
+    )
     add("--stage", type=natural, metavar="N", help="of a run with stages (--config): the one to plan, from 1")
     add("--sweep", action="store_true", help="rank parallel layouts of --world-size ranks; sizes given as flags stay")
     add(
@@ -304,6 +312,9 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
     options = request.options
     software, counted = software_of(loaded, run)
     imbalance, said = _imbalance(options.moe_imbalance)
+    slow = options.slow_stage
+    if not 0 <= slow < float("inf"):
+        raise ConfigError(f"--slow-stage {slow:g}", "command line", "a share, at least 0, such as 0.05")
     question = Question(
         run,
         device,
@@ -316,6 +327,7 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
         software=software,
         counted=(*counted, *(said if run.model.is_moe else ())),
         imbalance=imbalance,
+        slow_stage=slow,
     )
     return question.of(run)
 

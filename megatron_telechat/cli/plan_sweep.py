@@ -228,7 +228,7 @@ def space_text(asked: Asked) -> list[str]:
     return [*lines, *(f"counted: {text}" for text in asked.question.counted), *_held(fixed)]
 
 
-def _proof(ranking: Ranking, limit_s: float, processes: int) -> list[str]:
+def _proof(ranking: Ranking, limit_s: float, processes: int, slow_stage: float) -> list[str]:
     proof = ranking.proof
     counts = [
         (proof.no_fit, "do not fit the memory"),
@@ -248,6 +248,7 @@ def _proof(ranking: Ranking, limit_s: float, processes: int) -> list[str]:
     closed = proof.gap <= ranking.gap * (1 + 1e-6)
     what = "proof" if closed else f"! not closed in {limit_s:g} s"
     claim = f"no layout of the space is faster than the first by more than {proof.gap:.2%} under this model"
+    claim += f", each in its worst case (one stage {slow_stage:.1%} slower)" if slow_stage else ""
     more = "" if closed else "; a longer --time-limit goes on"
     return [f"{what}: {claim}{more} ({took})", f"  {proof.layouts:,} layouts: {said}"]
 
@@ -256,7 +257,7 @@ def _text(ranking: Ranking, question: Question, limit_s: float, processes: int) 
     run, device = question.run, question.device.name
     number = f"{ranking.proof.layouts:,} parallel layouts"
     lines = [f"{run.model.name} on {run.parallel.world_size} x {device}: {number}", f"  {model_text(run.model)}"]
-    proof = _proof(ranking, limit_s, processes)
+    proof = _proof(ranking, limit_s, processes, question.slow_stage)
     if not ranking.plans:
         return [
             *lines,
@@ -265,6 +266,7 @@ def _text(ranking: Ranking, question: Question, limit_s: float, processes: int) 
             "no layout was found that fits: use more ranks, --recompute-kinds full, or a larger device",
         ]
     moe = any(plan.question.run.model.is_moe for _, plan in ranking.plans)
+    slow = question.slow_stage > 0
     grouped = any(plan.problem.group_size for _, plan in ranking.plans)
     offloaded = any(plan.question.run.parallel.optimizer_cpu_offload for _, plan in ranking.plans)
     shared = any(plan.question.run.parallel.context_parallel_size > 1 for _, plan in ranking.plans)
@@ -284,6 +286,7 @@ def _text(ranking: Ranking, question: Question, limit_s: float, processes: int) 
             "TFLOP/s",
             "MFU",
             "step",
+            *["worst"] * slow,
             "waits",
             "GiB",
             "of limit",
@@ -313,6 +316,7 @@ def _text(ranking: Ranking, question: Question, limit_s: float, processes: int) 
                 f"{plan.prediction.tokens_per_s_per_device:,.0f}",
                 *speed(plan),
                 f"{plan.prediction.iteration:.4g} s",
+                *[f"{plan.worst_iteration:.4g} s"] * slow,
                 f"{plan.prediction.bubble:.0%}",
                 gib(peak),
                 share,

@@ -13,9 +13,9 @@ import numpy as np
 from megatron_telechat.config.split import SplitFlags, split_counts
 from megatron_telechat.errors import ConfigError
 from megatron_telechat.planner.assignment import Assignment, check_assignment
-from megatron_telechat.planner.op_graph import makespans, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import peak_bytes, simulate, stage_times
+from megatron_telechat.planner.slow_stage import worst_makespans
 
 NEAR = 5
 """Layers a virtual stage by which a plain split's first and last stages are tried away from the even share."""
@@ -130,7 +130,7 @@ def _best(problem: BalanceProblem, candidates: Iterator[Assignment]) -> tuple[fl
     if not fitting:
         return None, None
     times = np.array([stage_times(problem, assignment) for assignment in fitting], dtype=float)
-    best = fitting[int(np.argmin(makespans(op_graph(*problem.schedule), times, problem.p2p)))]
+    best = fitting[int(np.argmin(worst_makespans(problem, times)))]
     return simulate(problem, best).makespan, best
 
 

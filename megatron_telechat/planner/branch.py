@@ -281,7 +281,7 @@ class Tree(Relaxation):
 
 
 def least_work(problem: BalanceProblem) -> float:
-    """Some device has at least its share of the work, and does one op at a time."""
+    """Some device has at least its share of the work, and does one op at a time; it may be the slow one."""
     layers = [group.count * (group.f + group.b + min(mode.extra_b for mode in group.modes)) for group in problem.groups]
     blocks = [block.f + block.b for block in problem.blocks]
-    return problem.m * math.fsum(layers + blocks) / problem.P * (1 - 1e-12)
+    return problem.m * (1 + problem.slow_stage) * math.fsum(layers + blocks) / problem.P * (1 - 1e-12)

@@ -10,9 +10,9 @@ import numpy as np
 
 from megatron_telechat.planner.assignment import Assignment
 from megatron_telechat.planner.device_plans import DevicePlans
-from megatron_telechat.planner.op_graph import makespans, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.rest import rest_seconds
+from megatron_telechat.planner.slow_stage import worst_makespans
 
 
 class Evaluator:
@@ -20,7 +20,6 @@ class Evaluator:
 
     def __init__(self, problem: BalanceProblem, plans: DevicePlans):
         self.problem, self.plans = problem, plans
-        self.graph = op_graph(*problem.schedule)
         self.ends = np.cumsum([group.count for group in problem.groups])
         self.f = np.array([group.f for group in problem.groups], dtype=float)
         self.b = np.array([group.b for group in problem.groups], dtype=float)
@@ -51,7 +50,7 @@ class Evaluator:
         out = np.full(len(counts), math.inf)
         if fits.any():
             times = np.concatenate([forward, backward + extra], axis=1)[fits]
-            out[fits] = makespans(self.graph, times, problem.p2p) + rest_seconds(problem, inside[fits], times)
+            out[fits] = worst_makespans(problem, times) + rest_seconds(problem, inside[fits], times)
         return out
 
     def extra(self, inside: np.ndarray, place: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +108,7 @@ class Evaluator:
                     times[row, problem.num_stages + other :: problem.P] += (
                         plan if other == device else chosen[other]
                     ).extra
-            spans = makespans(self.graph, times, problem.p2p)
+            spans = worst_makespans(problem, times)
             spans += rest_seconds(problem, np.repeat(inside[None], len(times), axis=0), times)
             at = int(np.argmin(spans))
             if spans[at] < best * (1 - 1e-12):

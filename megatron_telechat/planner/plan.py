@@ -36,6 +36,7 @@ class Question:
         imbalance: rows of the busiest rank's experts over the mean that the plan must expect; 1: a balanced routing. A
             layout whose ranks hold many experts cannot be so uneven (`costs.imbalance.worst_imbalance`). Times and
             bytes grow with it, so a plan for the largest of several is the best for the worst of them.
+        slow_stage: as of `BalanceProblem`: the plan is the best for the worst stage that may run slower by this share.
     """
 
     run: RunConfig
@@ -49,6 +50,7 @@ class Question:
     software: Software | None = None
     counted: tuple[str, ...] = ()
     imbalance: float = 1.0
+    slow_stage: float = 0.0
 
     def of(self, run: RunConfig) -> Question:
         """The same of another run."""
@@ -63,10 +65,11 @@ class Question:
         Raises:
             ConfigError: unknown kind; no times for this device at these shapes.
         """
-        return balance_problem(
+        problem = balance_problem(
             self.run, self.device, self.kinds, mem_limit_bytes=self.memory_bytes, reserve_bytes=self.reserve_bytes,
             software=self.software,
         )  # fmt: skip
+        return replace(problem, slow_stage=self.slow_stage)
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class Plan:
 
     Attributes:
         solution: of the solver; with plain flags its bound, and the assignment within them.
+        makespan: in the worst case of the problem.
         planned: the run with layout and recompute in place.
-        prediction: of one iteration of it.
+        prediction: of one iteration of it; no stage is slower.
     """
 
     question: Question
@@ -91,6 +95,18 @@ class Plan:
     def gap(self) -> float:
         """Share of the makespan by which anything that fits may be faster."""
         return max(0.0, 1 - (self.solution.lower_bound or 0.0) / self.makespan) if self.makespan else 0.0
+
+    @property
+    def nominal(self) -> float:
+        """The makespan where no stage is slower."""
+        if not self.problem.slow_stage:
+            return self.makespan
+        return simulate(replace(self.problem, slow_stage=0.0), self.assignment).total
+
+    @property
+    def worst_iteration(self) -> float:
+        """Seconds of an iteration in the worst case."""
+        return self.prediction.iteration + self.makespan - self.nominal
 
     @property
     def peak_bytes(self) -> tuple[float, ...]:
@@ -133,7 +149,7 @@ def best_plan(question: Question, fixed: Collection[str]) -> tuple[Plan | None, 
     asked = [question.of(run) for _, run in found]
     limit = question.time_limit_s / len(asked)
     answers = [make_plan(replace(one, time_limit_s=limit)) for one in asked]
-    best, solution, problem = min(answers, key=lambda one: one[0].prediction.iteration if one[0] else math.inf)
+    best, solution, problem = min(answers, key=lambda one: one[0].worst_iteration if one[0] else math.inf)
     return None if best is None else sayable(best), solution, problem
 
 

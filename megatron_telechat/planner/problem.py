@@ -92,6 +92,8 @@ class BalanceProblem:
         p2p: latency between two different devices; it occupies neither.
         min_layers: fewest layers of a virtual stage; the first and the last have their own; a stage at or after
             the MTP block may be empty.
+        slow_stage: share by which any one device may run slower. Above 0 the makespan that is minimised is that of the
+            worst case: each device in turn slower by this share, or none.
         rest: seconds of an iteration beside the pipeline: of each entry the largest of its costs, over all devices;
             the entries are added up. With them the makespan that is minimised is that of the whole iteration. They are
             of problems that come from a run, and not in the JSON form.
@@ -111,6 +113,7 @@ class BalanceProblem:
     min_layers_first: int = 0
     min_layers_last: int = 0
     group_size: int | None = None
+    slow_stage: float = 0.0
     rest: tuple[tuple[DeviceCost, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -139,7 +142,7 @@ class BalanceProblem:
     @property
     def integral(self) -> bool:
         """Whether every time is an integer, so that every makespan is one too."""
-        if self.rest:
+        if self.rest or self.slow_stage:
             return False
         times = [self.p2p]
         for block in self.blocks:
@@ -200,6 +203,8 @@ class BalanceProblem:
                 out[key] = _values(block, ("f", "b", "w", "act", "ws"))
         if self.group_size is not None:
             out["group_size"] = self.group_size
+        if self.slow_stage:
+            out["slow_stage"] = self.slow_stage
         return {**out, **{key: getattr(self, key) for key in _MIN_LAYERS}}
 
 
@@ -225,7 +230,7 @@ def _check_values(problem: BalanceProblem) -> None:
     for key, least in (("P", 1), ("V", 1), ("m", 1), *((key, 0) for key in _MIN_LAYERS)):
         value = getattr(problem, key)
         check(_is_whole(value) and value >= least, f"{key} = {value!r}", f"an integer, at least {least}")
-    for key in ("mem_limit", "const_mem", "p2p"):
+    for key in ("mem_limit", "const_mem", "p2p", "slow_stage"):
         value = getattr(problem, key)
         check(_is_amount(value), f"{key} = {value!r}", "a finite number, at least 0")
     check(len(problem.groups) > 0, "groups is empty", "at least one group of layers")
@@ -278,7 +283,7 @@ class _Reader:
 
     def problem(self, data: Any) -> BalanceProblem:
         names = ("P", "V", "m", "mem_limit", "const_mem", "p2p", "groups", "embed", "head")
-        data = self._object(data, "the problem", names, ("mtp", "group_size", *_MIN_LAYERS))
+        data = self._object(data, "the problem", names, ("mtp", "group_size", "slow_stage", *_MIN_LAYERS))
         groups = data["groups"]
         if not isinstance(groups, (list, tuple)) or not groups:
             raise self._error(f"groups = {groups!r}", "a list with at least one group of layers")
@@ -293,6 +298,8 @@ class _Reader:
         values |= {key: self._whole(data, key, "", 0) for key in _MIN_LAYERS if key in data}
         if data.get("group_size") is not None:
             values["group_size"] = self._whole(data, "group_size", "", 1)
+        if "slow_stage" in data:
+            values["slow_stage"] = self._amount(data, "slow_stage", "")
         try:
             return BalanceProblem(**values)
         except ConfigError as err:

@@ -15,6 +15,7 @@ from megatron_telechat.planner.lp import INF, LinearProgram, LpResult, RowStore
 from megatron_telechat.planner.op_graph import OpGraph
 from megatron_telechat.planner.path_cuts import PathCut, Separator
 from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.slow_stage import time_factors
 
 WHOLE = 1e-6
 """A value this near to an integer is one."""
@@ -67,7 +68,7 @@ class Relaxation:
         self.problem, self.incumbent, self.budget, self.gap, self.limit = problem, incumbent, budget, gap, limit
         self.space = space = Space(problem, _serial_time(problem))
         self.unit = space.time_unit
-        self.separator = Separator(graph, space.p2p)
+        self.separator = Separator(graph, space.p2p, time_factors(problem))
         self.lp = LinearProgram(space.cost, space.lo, space.hi, space.rows, space.row_lo, space.row_hi)
         self.pool: dict[PathCut, None] = {}
         self.pool_rows = RowStore(space.size)
@@ -196,4 +197,4 @@ def _serial_time(problem: BalanceProblem) -> float:
         group.count * (group.f + group.b + max(mode.extra_b for mode in group.modes)) for group in problem.groups
     )
     blocks = sum(block.f + block.b for block in problem.blocks)
-    return problem.m * (layers + blocks + 2 * problem.num_stages * problem.p2p) + 1.0
+    return problem.m * (1 + problem.slow_stage) * (layers + blocks + 2 * problem.num_stages * problem.p2p) + 1.0

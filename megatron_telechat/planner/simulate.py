@@ -13,6 +13,7 @@ from megatron_telechat.planner.assignment import Assignment, check_assignment, s
 from megatron_telechat.planner.op_graph import end_times, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.rest import rest_seconds
+from megatron_telechat.planner.slow_stage import time_factors, worst_case
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TimedOp:
 
 @dataclass(frozen=True)
 class SimResult:
-    """What the schedule does.
+    """What the schedule does; where one device may be slower, in the worst case.
 
     Attributes:
         makespan: end of the last op of any device.
@@ -50,14 +51,16 @@ class SimResult:
 
 
 def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
-    """Run the schedule of Megatron-Core on an assignment; memory is not limited here.
+    """Run the schedule of Megatron-Core on an assignment, in the worst case of the problem; memory is not limited here.
 
     Raises:
         ConfigError: the assignment is none for this problem.
     """
     check_assignment(problem, assignment)
     graph = op_graph(*problem.schedule)
-    times = stage_times(problem, assignment)
+    nominal = stage_times(problem, assignment)
+    cases = time_factors(problem) * np.array(nominal)
+    times = cases[worst_case(graph, cases, problem.p2p)].tolist()
     ends = end_times(graph, times, problem.p2p)
     ops = [
         TimedOp(
@@ -75,7 +78,7 @@ def simulate(problem: BalanceProblem, assignment: Assignment) -> SimResult:
     rest = 0.0
     if problem.rest:
         inside = np.array([stage_groups(problem, assignment.counts)], dtype=float)
-        rest = float(rest_seconds(problem, inside, np.array([times]))[0])
+        rest = float(rest_seconds(problem, inside, np.array([nominal]))[0])
     return SimResult(float(max(ends)), peak_bytes(problem, assignment), tuple(ops), rest)
 
 

@@ -505,6 +505,8 @@ def test_damaged_plans_are_named(plan, change, said):
             "does not split over",
         ),
         (["--problem", "a.json", "--sweep"], "--problem and --sweep cannot be combined"),
+        ([*SMALL, "--device", "h100-80g", "--slow-stage", "-0.1"], "--slow-stage -0.1"),
+        (["--problem", "a.json", "--slow-stage", "0.1"], "a problem has slow_stage"),
         (["--problem", "nowhere.json"], "cannot read nowhere.json"),
         (["--problem", "a.json", "--num-layers", "3"], "cannot be combined with it"),
         (["--sweep", "--preset", "telechat2-tiny", "--device", "h100-80g"], "needs a number of ranks"),

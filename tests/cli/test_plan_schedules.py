@@ -1,8 +1,9 @@
-"""plan_pipeline: groups of micro-batches, in plans, sweeps and pasted commands."""
+"""plan_pipeline: groups of micro-batches, and a stage that may run slower, in plans, sweeps and pasted commands."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,10 @@ from megatron_telechat.cli.dry_run import report as dry_run
 from megatron_telechat.cli.plan_pipeline import main
 from megatron_telechat.config import load_run_config
 from megatron_telechat.costs.devices import device_spec
+from megatron_telechat.planner.assignment import Assignment
+from megatron_telechat.planner.build import balance_problem
 from megatron_telechat.planner.predict import predict
+from megatron_telechat.planner.simulate import simulate
 
 GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 RUN = "--preset telechat2-35b --world-size 16 --num-virtual-stages-per-pipeline-rank 2".split()
@@ -73,3 +77,34 @@ def test_a_sweep_varies_groups_unless_they_are_given(ask):
     code, text = ask(*words, GROUP, "10")
     assert code == 0 and "group 10, mbs 1, offload False; --free tp,pp,group,mbs," in text, text
     assert "the two smallest groups" not in text and " 2 parallel layouts" in text
+
+
+def test_a_plan_for_the_worst_slow_stage(ask):
+    words = [*"--preset telechat2-35b --world-size 16 --global-batch-size 8".split(), "--device", "ascend-910b-64g"]
+    slow = json.loads(ask(*words, "--slow-stage", "0.2", "--json")[1])
+    plain = json.loads(ask(*words, "--json")[1])
+    assert slow["status"] == "optimal"
+    run = load_run_config([*words[:6], "--dry-run", "--device", "npu"], {}).run
+    nominal = balance_problem(run, device_spec("ascend-910b-64g"))
+    worst = replace(nominal, slow_stage=0.2)
+    of_slow, of_plain = (Assignment.from_json(found) for found in (slow, plain))
+    assert slow["makespan"] == simulate(worst, of_slow).makespan < simulate(worst, of_plain).makespan
+    assert plain["makespan"] == simulate(nominal, of_plain).makespan <= simulate(nominal, of_slow).makespan
+    assert slow["predicted"]["pipeline_s"] == pytest.approx(simulate(nominal, of_slow).makespan)
+    rest = slow["predicted"]["iteration_s"] - slow["predicted"]["pipeline_s"]
+    case = slow["plan"]["worst_case"]
+    assert case["slow_stage"] == 0.2 and case["iteration_s"] == pytest.approx(slow["makespan"] + rest)
+    code, text = ask(*words, "--slow-stage", "0.2")
+    assert code == 0 and "with one stage 20.0% slower, whichever it is: at most" in text, text
+    assert "faster in their worst case under this model" in text and "pipeline time in the worst case, by" in text
+
+
+@pytest.mark.heavy
+def test_a_sweep_for_the_worst_slow_stage(ask):
+    words = "--preset telechat2-7b --num-layers 8 --world-size 4 --global-batch-size 8 --device h100-80g".split()
+    words += "--sweep --processes 1 --slow-stage 0.1 --gap 0.001 --top 2".split()
+    code, text = ask(*words)
+    assert code == 0 and "each in its worst case (one stage 10.0% slower)" in text and " worst " in text, text
+    first = json.loads(ask(*words, "--json")[1])[0]
+    assert first["proof"]["step"] == pytest.approx(first["plan"]["worst_case"]["iteration_s"])
+    assert first["plan"]["predicted"]["iteration_s"] < first["proof"]["step"]

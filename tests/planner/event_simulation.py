@@ -28,9 +28,20 @@ def device_queue(P: int, V: int, m: int, N: int, device: int) -> list[tuple[str,
 
 
 def run(problem: BalanceProblem, assignment: Assignment) -> tuple[float, list[float]]:
-    """(makespan, peak bytes of each device)."""
+    """(makespan in the worst case, peak bytes of each device)."""
+    cases = [None, *(range(problem.P) if problem.slow_stage else ())]
+    found = [_case(problem, assignment, slow) for slow in cases]
+    return max(makespan for makespan, _ in found), found[0][1]
+
+
+def _case(problem: BalanceProblem, assignment: Assignment, slow: int | None) -> tuple[float, list[float]]:
+    """The same, where this device is slower."""
     P, V, m = problem.P, problem.V, problem.m
     f, b, w, act, ws = _stages(problem, assignment)
+    if slow is not None:
+        for stage in range(slow, P * V, P):
+            f[stage] *= 1 + problem.slow_stage
+            b[stage] *= 1 + problem.slow_stage
     queues = [device_queue(P, V, m, problem.group_size or P, device) for device in range(P)]
     done: dict[tuple[str, int, int], float] = {}
     free, held, peak = [0.0] * P, [0.0] * P, [0.0] * P

@@ -28,7 +28,9 @@ class Cluster:
     space: list[Layout]
 
 
-def cluster(words: str, device: str, memory_gib: float | None = None, offload: bool = True) -> Cluster:
+def cluster(
+    words: str, device: str, memory_gib: float | None = None, offload: bool = True, slow_stage: float = 0.0
+) -> Cluster:
     """The space of a run on a device."""
 
     def load(*changes: str) -> RunConfig:
@@ -37,13 +39,15 @@ def cluster(words: str, device: str, memory_gib: float | None = None, offload: b
     spec, run = device_spec(device), load()
     assert spec is not None
     memory = None if memory_gib is None else memory_gib * 2**30
-    question = Question(run, spec, ("core_attn", "full"), memory_bytes=memory, software=Software.of(run))
+    question = Question(
+        run, spec, ("core_attn", "full"), memory_bytes=memory, software=Software.of(run), slow_stage=slow_stage
+    )
     return Cluster(question, load, layouts(question, load, {}, offload))
 
 
 def small_cluster(seed: int) -> Cluster:
     """One of any kind: dense and experts, one to eight ranks, long rows, little and much memory, with and without
-    overlap and sharding."""
+    overlap, sharding and a slow stage."""
     rng = random.Random(seed)
     ranks = rng.choice([2, 4, 4, 8])
     preset = rng.choice(["telechat2-7b", "telechat2-39b-a12b", "telechat2-35b"])
@@ -58,7 +62,8 @@ def small_cluster(seed: int) -> Cluster:
     words += rng.choice(["", " --no-overlap-param-gather --no-overlap-grad-reduce", " --loss-chunk-rows 2048"])
     if rng.random() < 0.3:
         words += " --no-overlap-param-gather --no-use-distributed-optimizer"
-    return cluster(words, rng.choice(["h100-80g", "a100-40g"]), rng.choice([None, 16, 24, 32, 48]))
+    device, memory = rng.choice(["h100-80g", "a100-40g"]), rng.choice([None, 16, 24, 32, 48])
+    return cluster(words, device, memory, slow_stage=rng.choice([0.0, 0.0, 0.1]))
 
 
 def assignments(problem: BalanceProblem) -> Iterator[Assignment]:

@@ -12,9 +12,9 @@ from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup,
 
 
 def small_problem(seed: int) -> BalanceProblem:
-    """One of any kind: V 1 to 3, micro-batches in groups of all sizes, one or two groups of layers, one to three modes,
-    MTP, p2p, m < P, tight and loose memory, whole and fractional times, empty stages, blocks with and without a working
-    set."""
+    """One of any kind: V 1 to 3, micro-batches in groups of all sizes, with and without a slow stage, one or two
+    groups of layers, one to three modes, MTP, p2p, m < P, tight and loose memory, whole and fractional times, empty
+    stages, blocks with and without a working set."""
     rng = random.Random(seed)
     P, V = rng.choice([(1, 1), (2, 1), (3, 1), (4, 1), (4, 1), (2, 2), (2, 2), (3, 2), (2, 3)])
     m = rng.choice([1, 2, 3, 4, 5, 6, 8])
@@ -59,6 +59,8 @@ def small_problem(seed: int) -> BalanceProblem:
     )  # fmt: skip
     if V > 1 and rng.random() < 0.5:
         problem = replace(problem, group_size=rng.choice([None, *possible_groups(m, P)]))
+    if P > 1 and rng.random() < 0.25:
+        problem = replace(problem, slow_stage=rng.choice([0.05, 0.3]))
     if rng.random() < 0.5:
         return problem
     blocks = {key: replace(getattr(problem, key), ws=amount(0, 150)) for key in ("embed", "head")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron_telechat.planner.assignment import Assignment, stage_groups
 from megatron_telechat.planner.op_graph import end_times, makespans, op_graph
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import simulate
+from megatron_telechat.planner.slow_stage import worst_case, worst_makespans
 from tests.planner import event_simulation
 from tests.planner.small_problems import small_problem
 from tools.bench.yardsticks.exhaustive import splits
@@ -131,3 +133,27 @@ def test_assignments_that_are_none(modes, place, match):
     )
     with pytest.raises(ConfigError, match=match):
         simulate(problem, Assignment(modes, place))
+
+
+def test_the_worst_case_is_that_of_some_device():
+    """More devices than cases are simulated at once."""
+    P, V, m, share = 10, 2, 20, 0.3
+    group = {"count": 40, "f": 1, "b": 2, "w": 0, "modes": [{"name": "none", "extra_b": 0, "act": 0, "ws": 0}]}
+    free = {"f": 0, "b": 0, "w": 0, "act": 0}
+    problem = BalanceProblem.from_json(
+        {"P": P, "V": V, "m": m, "mem_limit": 1, "const_mem": 0, "p2p": 0.1, "groups": [group], "embed": free,
+         "head": free, "slow_stage": share}
+    )  # fmt: skip
+    graph, rng = op_graph(P, V, m), np.random.default_rng(3)
+    times = rng.uniform(1, 2, size=(5, 2 * P * V))
+    slower = np.repeat(times[:, None], P, axis=1)
+    for device in range(P):
+        slower[:, device, device::P] *= 1 + share
+    spans = np.array([[max(end_times(graph, case.tolist(), 0.1)) for case in cases] for cases in slower])
+    assert worst_makespans(problem, times) == pytest.approx(spans.max(axis=1))
+    for row, cases in zip(spans, slower, strict=True):
+        assert row[worst_case(graph, cases, 0.1)] == row.max()
+    assert {int(at) for at in spans.argmax(axis=1)} - set(range(8)), "a worst case among the last ones"
+    uneven = Assignment(tuple((0,) * (2 + (stage in (9, 19)) - (stage in (3, 13))) for stage in range(P * V)))
+    slow_last = dataclasses.replace(problem, slow_stage=0.0)
+    assert simulate(problem, uneven).makespan > simulate(slow_last, uneven).makespan * 1.2

@@ -63,7 +63,7 @@ def test_solved_examples(example):
 @pytest.mark.heavy
 def test_random_problems_as_exhaustive_search():
     seen = {"optimal": 0, "infeasible": 0, "mtp": 0, "interleaved": 0, "recompute": 0, "fewer than P": 0, "empty": 0}
-    seen["other groups"] = 0
+    seen |= {"other groups": 0, "slow stage": 0}
     for seed in range(220):
         problem = small_problem(seed)
         truth = solve_exhaustively(problem)
@@ -76,6 +76,7 @@ def test_random_problems_as_exhaustive_search():
             seen["recompute"] += any(map(any, answer.assignment.modes))
             seen["fewer than P"] += problem.m < problem.P
             seen["other groups"] += problem.schedule[3] != problem.P
+            seen["slow stage"] += problem.slow_stage > 0
             seen["empty"] += not all(answer.assignment.counts)
     assert min(seen.values()) >= 10, seen
 

@@ -41,7 +41,12 @@ def solve_exhaustively(problem: BalanceProblem) -> Solution:
                 fitting.append(assignment)
         if not fitting:
             continue
-        spans = makespans(graph, np.array([stage_times(problem, one) for one in fitting], dtype=float), problem.p2p)
+        times = np.array([stage_times(problem, one) for one in fitting], dtype=float)
+        spans = makespans(graph, times, problem.p2p)
+        for device in range(problem.P if problem.slow_stage else 0):
+            slower = times.copy()
+            slower[:, device :: problem.P] *= 1 + problem.slow_stage
+            spans = np.maximum(spans, makespans(graph, slower, problem.p2p))
         at = int(np.argmin(spans))
         if spans[at] < best:
             best, plan = float(spans[at]), fitting[at]
