@@ -150,6 +150,7 @@ def _json(ranking: Ranking) -> list[dict[str, Any]]:
     return found
 
 
+KEEP_FLAGS = ("--cp-keep-received", "--no-cp-keep-received")
 SHORT = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -190,7 +191,7 @@ def _held(fixed: Mapping[str, Any]) -> list[str]:
 def layout_flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     """Sizes of the sweep, and the plan's own flags; what is in both is said once."""
     own = plan_flags(plan)
-    sizes = (word for word in _without(flags, VIRTUAL, GROUP) if word != "--cp-keep-received")
+    sizes = (word for word in _without(flags, VIRTUAL, GROUP) if word not in KEEP_FLAGS)
     return (*sizes, *own)
 
 
@@ -341,5 +342,4 @@ def _text(ranking: Ranking, question: Question, limit_s: float, processes: int) 
 def _sizes(flags: tuple[str, ...]) -> tuple[str, ...]:
     """Sizes of the sweep in Megatron-LM's flags, which have no folded tensor domain; a layout string tells the virtual
     stages."""
-    own = (NO_FOLD, "--cp-keep-received")
-    return tuple(word for word in _without(flags, VIRTUAL, GROUP) if word not in own)
+    return tuple(word for word in _without(flags, VIRTUAL, GROUP) if word not in (NO_FOLD, *KEEP_FLAGS))

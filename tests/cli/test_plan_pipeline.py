@@ -712,6 +712,16 @@ def test_sweep_says_what_was_proved_of_which_space(ask):
 
 
 @pytest.mark.heavy
+def test_sweep_of_long_rows_says_once_what_is_kept(ask):
+    words = "--preset telechat2-7b --num-layers 4 --world-size 4 --global-batch-size 4 --seq-length 32768".split()
+    words += "--device h100-80g --context-parallel-size 4 --cp-comm-type p2p --pipeline-model-parallel-size 1".split()
+    text = ask(*words, "--sweep", "--processes", "1", "--top", "1")[1]
+    lines = {line.partition(":")[0]: line for line in text.splitlines()}
+    assert lines["flags of the first"].count("cp-keep-received") == 1, text
+    assert "keep-received" not in lines["Megatron-LM"], text
+
+
+@pytest.mark.heavy
 def test_sweep_that_runs_out_of_time_says_how_far_it_is(ask):
     words = [
         *SMALL_SWEEP,
