@@ -14,6 +14,7 @@ _FREE = {
     "init_method_std",
     "router_init_std",
     "moe_aux_loss_coeff",
+    "moe_aux_loss_formula",
     "moe_z_loss_coeff",
     "max_position_embeddings",
     "attention_dropout",

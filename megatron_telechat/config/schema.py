@@ -115,6 +115,10 @@ class ModelConfig:
     moe_layer_freq."""
     moe_aux_loss_coeff: float = 0.0
     """Coefficient of the load-balancing auxiliary loss."""
+    moe_aux_loss_formula: Literal["megatron", "hf"] = "megatron"
+    """Auxiliary loss that moe_aux_loss_coeff weighs: megatron (one of each layer, added up; each is 1 with even
+    routing) or hf (transformers' load_balancing_loss_func: one over the tokens of all layers, top-k with even
+    routing)."""
     moe_z_loss_coeff: float = 0.0
     """Coefficient of the router z-loss."""
     moe_shared_expert_intermediate_size: int | None = None
@@ -791,6 +795,12 @@ class RunConfig:
     def needs_transformer_engine(self) -> bool:
         """Whether something is asked for that only Transformer Engine does."""
         return self.training.fp8_format is not None or self.parallel.cp_implementation == "transformer_engine"
+
+    @property
+    def balances_over_layers(self) -> bool:
+        """Whether the auxiliary loss is one over all layers, wherever they lie."""
+        model = self.model
+        return model.is_moe and model.moe_aux_loss_coeff > 0 and model.moe_aux_loss_formula == "hf"
 
     @property
     def routers_read_masks(self) -> bool:

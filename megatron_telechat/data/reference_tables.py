@@ -21,7 +21,9 @@ from megatron_telechat.data.pieces import IndexFolder
 # Takes part in the name of a table: raise it when the same weights and data give other numbers.
 _FORMAT = 1
 _TABLE, _ABOUT = "log_probs.npy", "about.json"
-_NO_NUMBERS = ("init_method_std", "router_init_std", "name", "moe_aux_loss_coeff", "moe_z_loss_coeff")
+_NO_NUMBERS = (
+    *("init_method_std", "router_init_std", "name", "moe_aux_loss_coeff", "moe_aux_loss_formula", "moe_z_loss_coeff"),
+)
 """Of the model, what no forward depends on."""
 
 

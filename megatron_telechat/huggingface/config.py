@@ -233,7 +233,9 @@ def _mixtral(reader: _Reader) -> dict[str, Any]:
         "init_method_std": reader.real("initializer_range", default=0.02),
         "num_experts": reader.whole("num_local_experts", default=8),
         "moe_router_topk": reader.whole("num_experts_per_tok", default=2),
+        # the coefficient belongs to transformers' formula
         "moe_aux_loss_coeff": reader.real("router_aux_loss_coef", default=0.001),
+        "moe_aux_loss_formula": "hf",
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -17,6 +19,7 @@ from megatron_telechat.model.key_value_cache import KeyValueCache
 from megatron_telechat.model.output_layer import OutputLayer
 from megatron_telechat.model.rotary import RotaryEmbedding, Tables
 from megatron_telechat.moe.counted import CountedTokens
+from megatron_telechat.moe.pooled import ChoicePool, pools_of
 from megatron_telechat.parallel.context.plan import ContextPlan
 from megatron_telechat.parallel.groups import ProcessGroups
 
@@ -82,6 +85,7 @@ class TeleChatModel(LanguageModule):
         self.rotary = RotaryEmbedding(run.model)
         self.context = ContextPlace.of(pg_collection.context) if config.context_parallel_size > 1 else None
         self.reset_position_ids = run.data.reset_position_ids
+        self.new_pool = pools_of(run)
         self.setup_embeddings_and_output_layer()
         for module in self.modules():
             finish_init = getattr(module, "finish_init", None)
@@ -93,7 +97,7 @@ class TeleChatModel(LanguageModule):
 
         Args:
             input_tensor: [s (/ tp under sequence parallelism), b, hidden], or a list of it, as the schedules hand it;
-                None on the first stage.
+                None on the first stage. `moe.pooled.carried_rows` more rows, where a run has some.
         """
         if isinstance(input_tensor, list):
             (input_tensor,) = input_tensor
@@ -125,27 +129,34 @@ class TeleChatModel(LanguageModule):
 
         Returns:
             On the last stage the loss of every token in nats, [b, s], or without labels the logits,
-            [b, s, vocab (/ tp)]; on the others the hidden states, [s (/ tp under sequence parallelism), b, hidden].
+            [b, s, vocab (/ tp)]; on the others the hidden states, [s (/ tp under sequence parallelism), b, hidden],
+            with `moe.pooled.carried_rows` more rows, where a run has some.
         """
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         if embedded is not None and not embedded.requires_grad and torch.is_grad_enabled():
             # A frozen embedding. A layer that is recomputed gives its parameters no gradient where no input wants one,
             # and a stage that is frozen as a whole must still hand gradients on to the stage before.
             embedded.requires_grad_()
+        pool = None if self.new_pool is None else self.new_pool()
         entering = embedded if self.pre_process else self.decoder.input_tensor
         assert entering is not None, "a later stage needs set_input_tensor before each forward"
+        if pool is not None and not self.pre_process:
+            entering = pool.receive(entering)
+            self.decoder.set_input_tensor(entering)
         hidden = self.decoder(
             hidden_states=embedded,  # a later stage reads its own input_tensor
             attention_mask=None,
             rotary_pos_emb=self._rotary_tables(entering, position_ids, segments),
             packed_seq_params=segments,
-            padding_mask=None if counted is None else counted.rows(*self._sequence_part()),
+            padding_mask=self._for_routers(counted, pool, entering),
         )
         if isinstance(segments, KeyValueCache):
             segments.advance(hidden.shape[0])
             hidden = hidden[-1:]
         if not self.post_process:
-            return hidden
+            return hidden if pool is None else pool.hand_on(hidden)
+        if pool is not None and self.training and torch.is_grad_enabled():
+            pool.complete(self.pg_collection.tp_cp)
         if labels is not None and self.output_layer.chunk_rows(labels):
             losses, _ = self.output_layer(hidden, labels=labels)
             return losses
@@ -153,6 +164,19 @@ class TeleChatModel(LanguageModule):
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
+
+    def _for_routers(
+        self, counted: CountedTokens | None, pool: ChoicePool | None, entering: Tensor
+    ) -> CountedTokens | None:
+        """What the routers of this stage must know of a micro-batch, [s (/ tp under sequence parallelism), b, hidden];
+        None: all of its tokens count, and each layer is balanced by itself."""
+        mine = None if counted is None else counted.rows(*self._sequence_part())
+        if pool is None:
+            return mine
+        if mine is not None:
+            return replace(mine, pool=pool)
+        tokens = entering.shape[0] * entering.shape[1] * self.pg_collection.tp_cp.size()
+        return CountedTokens(tokens, float(tokens), pool=pool)
 
     def _sequence_part(self) -> tuple[int, int]:
         """Which part of the sequence this rank holds between the layers, and of how many."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+from megatron_telechat.moe.pooled import ChoicePool
 
 
 def real_tokens(tokens: Tensor, padding: Tensor | None) -> int:
@@ -14,20 +16,23 @@ def real_tokens(tokens: Tensor, padding: Tensor | None) -> int:
 
 @dataclass(frozen=True)
 class CountedTokens:
-    """What a router must know of a micro-batch in which some tokens are padding, or are not learned.
+    """What a router must know of a micro-batch in which some tokens are padding, or are not learned, or whose balancing
+    loss is one over all layers.
 
     It belongs to one forward call: several micro-batches are under way at once, and a layer may be computed again.
 
     Attributes:
         total: tokens that are no padding, over all ranks that hold parts of these sequences.
-        weight: fp32 [] on the device; the mean of a loss over those tokens is multiplied by this.
+        weight: fp32 [] on the device, or a number; the mean of a loss over those tokens is multiplied by this.
         real: bool, True where a token is no padding: [b, s] of the whole sequences, or [n] in the order of a router's
             rows (:meth:`rows`). None: there is no padding.
+        pool: takes the choices of all layers; None: each layer has a balancing loss of its own.
     """
 
     total: int
-    weight: Tensor
+    weight: Tensor | float
     real: Tensor | None = None
+    pool: ChoicePool | None = None
 
     @classmethod
     def of(
@@ -55,4 +60,4 @@ class CountedTokens:
         """The same, for the rows [s / parts, b] that one rank of a tensor group routes."""
         if self.real is None:
             return self
-        return CountedTokens(self.total, self.weight, self.real.t().chunk(parts)[part].flatten())
+        return replace(self, real=self.real.t().chunk(parts)[part].flatten())

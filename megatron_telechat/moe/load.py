@@ -22,8 +22,9 @@ class ExpertLoad:
         layers: zero-based numbers of the MoE layers.
         tokens_per_expert: [layers, experts] int64, tokens of all ranks, without padding; host memory.
         max_over_mean: [layers] fp32, the busiest expert's load over the mean; 1 is even.
-        aux_loss: load-balancing loss, the mean over layers and over tokens that are no padding, without its
-            coefficient (1 is even); None where no auxiliary loss is configured.
+        aux_loss: load-balancing loss without its coefficient, the mean over tokens that are no padding; that of a layer
+            (the mean over layers, 1 is even) or that over all layers (top-k is even). None where no auxiliary loss is
+            configured.
     """
 
     layers: tuple[int, ...]

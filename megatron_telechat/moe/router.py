@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megatron_telechat.moe.choices import FirstPass, RoutingTape, picked
 from megatron_telechat.moe.counted import CountedTokens
+from megatron_telechat.moe.pooled import balance_with_all_layers
 
 
 class Routing(NamedTuple):
@@ -52,7 +54,8 @@ class RunningStatistics:
 
         Args:
             tokens_per_expert: [experts] int64.
-            aux_loss: [], this rank's share of the balancing loss; None where there is no such loss.
+            aux_loss: [], this rank's share of the balancing loss; None where there is no such loss, or where it is
+                known in the backward only (:meth:`add_aux_loss`).
             tokens: what the share is weighed by.
         """
         if self.tokens_per_expert is None or self.aux_loss is None:
@@ -60,8 +63,13 @@ class RunningStatistics:
             self.aux_loss = torch.zeros((), dtype=torch.float32, device=tokens_per_expert.device)
         self.tokens_per_expert += tokens_per_expert
         if aux_loss is not None:
-            self.aux_loss += aux_loss * tokens
+            self.add_aux_loss(aux_loss, tokens)
         self.tokens += tokens
+
+    def add_aux_loss(self, aux_loss: Tensor, tokens: int) -> None:
+        """Add this rank's share of the balancing loss of a micro-batch that was counted."""
+        assert self.aux_loss is not None, "a micro-batch is counted before its loss is known"
+        self.aux_loss += aux_loss * tokens
 
     def reset(self) -> None:
         """Begin anew, on the same device."""
@@ -76,8 +84,8 @@ class Router(TopKRouter):
 
     The softmax runs over the chosen logits, which equals TeleChat2's softmax over all with
     renormalisation. ``config.moe_aux_loss_coeff`` weighs the load-balancing loss over the
-    whole input of the micro-batch (Switch Transformer, eq. 4), ``config.moe_z_loss_coeff`` the
-    z-loss (ST-MoE, eq. 5).
+    whole input of the micro-batch (Switch Transformer, eq. 4), of this layer or, where a `ChoicePool`
+    is given, of all layers; ``config.moe_z_loss_coeff`` the z-loss (ST-MoE, eq. 5).
 
     Attributes:
         tape: of a step whose choices are recorded or replayed; None elsewhere.
@@ -116,11 +124,15 @@ class Router(TopKRouter):
         weights = torch.softmax(chosen, dim=-1)
         one_hot = torch.zeros_like(logits, dtype=torch.int64).scatter_(1, experts, 1)
         tokens_per_expert = one_hot.sum(0)
-        # No gradient: evaluation, or the first pass of a checkpointed block, which is repeated.
-        if self.training and torch.is_grad_enabled():
+        pool = counted.pool if counted is not None else None
+        # No gradient: the first pass of a checkpointed block, which is repeated. Only the other layers must know of it.
+        if self.training and (pool is not None or torch.is_grad_enabled()):
             real = counted.real if counted is not None else None
             counts = tokens_per_expert if real is None else (one_hot * real.unsqueeze(1)).sum(0)
-            weights = self._add_auxiliary_losses(weights, logits, counts, counted)
+            if pool is not None:
+                pool.note(self.layer_number, counts)
+            if torch.is_grad_enabled():
+                weights = self._add_auxiliary_losses(weights, logits, counts, counted)
         return Routing(weights, experts, tokens_per_expert)
 
     def _choose(self, logits: Tensor, first_pass: FirstPass | None) -> tuple[Tensor, Tensor]:
@@ -151,16 +163,16 @@ class Router(TopKRouter):
         real = counted.real if counted is not None else None
         total = max(counted.total, 1) if counted is not None else logits.shape[0] * ranks
         share, balance = None, None
+        pool = counted.pool if counted is not None else None
         if self.balance_coefficient:
-            totals = tokens_per_expert
-            if ranks > 1:
-                totals = tokens_per_expert.clone()
-                dist.all_reduce(totals, group=self.tp_cp_group)
-            scores = torch.softmax(logits, dim=-1)
-            # E * sum_e f_e P_e with f_e = totals_e / (k T), P_e = sum of scores / T
-            scale = self.num_experts / (self.topk * total * total)
-            balance = (_sum_of_rows(scores, real) * totals).sum() * scale
-            share = balance * self.balance_coefficient
+            sums = _sum_of_rows(torch.softmax(logits, dim=-1), real)
+            if pool is None:
+                balance = self._balance(sums, tokens_per_expert, total)
+                share = balance * self.balance_coefficient
+            else:
+                report = partial(self.statistics.add_aux_loss, tokens=total)
+                one_of = balance_with_all_layers(sums, pool, total, report)
+                share = one_of * (self.balance_coefficient / pool.layers)
         if self.z_coefficient:
             squares = torch.logsumexp(logits, dim=-1).square()
             z_loss = _sum_of_rows(squares, real) * (self.z_coefficient / total)
@@ -171,6 +183,20 @@ class Router(TopKRouter):
         if self.calculate_per_token_loss:
             share = share * (counted.weight if counted is not None else total)
         return MoEAuxLossAutoScaler.apply(weights, share)
+
+    def _balance(self, sums: Tensor, tokens_per_expert: Tensor, total: int) -> Tensor:
+        """This rank's share of this layer's E * sum_e f_e P_e: f_e = choices of e / (k T), P_e = sum of scores / T.
+
+        Args:
+            sums: [experts], the scores, added up over the tokens of this rank.
+            tokens_per_expert: [experts] int64, the choices of the same tokens.
+            total: T, over all ranks that share the sequences.
+        """
+        totals = tokens_per_expert
+        if self.tp_cp_group.size() > 1:
+            totals = tokens_per_expert.clone()
+            dist.all_reduce(totals, group=self.tp_cp_group)
+        return (sums * totals).sum() * (self.num_experts / (self.topk * total * total))
 
 
 def _sum_of_rows(values: Tensor, real: Tensor | None) -> Tensor:

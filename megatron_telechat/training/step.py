@@ -19,6 +19,7 @@ from megatron_telechat.data.loader import BatchIterator
 from megatron_telechat.errors import DataError, UserError
 from megatron_telechat.model.attention import Segments
 from megatron_telechat.moe.counted import CountedTokens, real_tokens
+from megatron_telechat.moe.pooled import carried_rows
 from megatron_telechat.parallel.state import ParallelState
 from megatron_telechat.training.locate import Again, located_error
 from megatron_telechat.training.numerics import FIX, finite_everywhere, require_finite_validation, step_error
@@ -193,13 +194,22 @@ def run_schedule(
         data_iterator=data,
         model=virtual_stages[0] if single else list(virtual_stages),
         num_microbatches=num_microbatches,
-        seq_length=run.training.seq_length,
+        seq_length=_sent_length(run),
         micro_batch_size=run.training.micro_batch_size,
         forward_only=forward_only,
     )
     if not reports:
         return torch.zeros(objective.width, device=backend.device)
     return torch.stack(reports).sum(dim=0)
+
+
+def _sent_length(run: RunConfig) -> int:
+    """Length of whole rows as megatron-core's schedules divide it over ranks for the messages between stages: that of
+    the samples, and on every rank the rows that go with its part."""
+    parallel = run.parallel
+    return (
+        run.training.seq_length + carried_rows(run) * parallel.context_parallel_size * parallel.sequence_parallel_size
+    )
 
 
 class TrainStep:

@@ -34,6 +34,8 @@ def logits(text: str) -> float:
     from megatron.core import parallel_state
     from safetensors.torch import load_file
 
+    from megatron_telechat.moe.pooled import carried_rows
+
     golden = load_file(WORK / "golden.safetensors")
     ids = golden[f"input_ids_{LENGTH}"]
     flags = (
@@ -56,7 +58,7 @@ def logits(text: str) -> float:
                     continue
                 stage = stages[number // parts].eval()
                 if number:
-                    rows = LENGTH // (2 if trainer.run.parallel.sequence_parallel_size > 1 else 1)
+                    rows = LENGTH // trainer.run.parallel.sequence_parallel_size + carried_rows(trainer.run)
                     entering = torch.empty(rows, ids.shape[0], trainer.run.model.hidden_size)
                     if owner != before:
                         dist.recv(entering, dist.get_global_rank(group, before))

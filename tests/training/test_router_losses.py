@@ -35,14 +35,16 @@ def gradients(folder: Path, name: str) -> dict:
     return {key: box for path in folder.glob(f"{name}.rank*.safetensors") for key, box in load_file(path).items()}
 
 
-KINDS = ("packed_apart", "packed", "one")
+KINDS = ("packed_apart", "packed", "hf", "one")
 PAIRS = [
     (1, "recompute_full", "one"),
+    (1, "hf_recompute_full", "hf"),
     *((2, name, next(kind for kind in KINDS if name.startswith(kind) or kind == "one")) for name in LAYOUTS[2]),
+    *(pytest.param(4, name, "hf", marks=pytest.mark.slow) for name in LAYOUTS[4]),
 ]
 
 
-@pytest.mark.parametrize("world,name,reference", PAIRS, ids=[name for _, name, _ in PAIRS])
+@pytest.mark.parametrize("world,name,reference", PAIRS)
 def test_the_losses_are_the_same_in_every_layout(runs, folder, world, name, reference):
     expected, found = runs(1).check(reference)[0], runs(world).check(name)[0]
     assert found["load"] == expected["load"]
@@ -58,6 +60,15 @@ def test_the_gradient_is_that_of_plain_torch_whatever_the_mask(runs):
     for kind in ("", "_padded"):
         norms = [found[f"{mask}{kind}"]["norm"] for mask in ("all", "few", "uneven")]
         assert norms == pytest.approx([norms[0]] * 3, rel=1e-3)
+
+
+def test_the_formula_hf_is_that_of_transformers(runs):
+    found = runs(1).check("hf_is_transformers")[0]
+    assert found["formula"] == "hf" and found["padding"] > 8 and 8 < found["learned"] < 4 * 64 - found["padding"]
+    for mine, theirs in (found["loss"], found["aux_loss"]):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    assert found["aux_loss"][0] > 2.01, "2 is even"
+    assert max(found["errors"].values()) < 1e-5, found["errors"]
 
 
 def test_a_padded_row_gives_the_figures_of_the_row(runs):

@@ -19,10 +19,13 @@ BASE = [
 ]
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
+HF = "--moe-aux-loss-formula hf"
 LAYOUTS = {
     1: {
         "one": "",
         "recompute_full": "--recompute-granularity full",
+        "hf": HF,
+        "hf_recompute_full": f"{HF} --recompute-granularity full",
         "packed": "",
         "packed_apart": "--reset-attention-mask",
     },
@@ -35,6 +38,19 @@ LAYOUTS = {
         "packed_apart_cp2": "--context-parallel-size 2 --reset-attention-mask",
         "packed_tp2_sp": TP2,
         "packed_pp2": PP2,
+        "hf_tp2_sp": f"{HF} {TP2}",
+        "hf_pp2": f"{HF} {PP2}",
+        "hf_pp2_interleaved_recompute": f"{HF} {PP2} --num-virtual-stages-per-pipeline-rank 2 "
+        "--recompute-granularity full",
+        "hf_cp2": f"{HF} --context-parallel-size 2",
+    },
+    4: {
+        "hf_dp4": HF,
+        "hf_pp4": f"{HF} --pipeline-model-parallel-size 4",
+        "hf_tp2_pp2": f"{HF} {TP2} {PP2}",
+        "hf_tp2_pp2_sharded_experts": f"{HF} {TP2} {PP2} --no-fold-tensor-into-experts --recompute-granularity full",
+        "hf_pp2_cp2": f"{HF} {PP2} --context-parallel-size 2",
+        "hf_pp2_ep2_chunks": f"{HF} {PP2} --expert-model-parallel-size 2 --moe-input-chunks 2",
     },
 }
 
@@ -150,6 +166,68 @@ if os.environ.get("WORLD_SIZE", "1") == "1":
             return found
         finally:
             trainer.release()
+
+    MIXTRAL = {
+        "model_type": "mixtral", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "sliding_window": None, "tie_word_embeddings": False, "router_aux_loss_coef": 0.5, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }  # fmt: skip
+
+    def mixtral(folder: Path) -> list[str]:
+        """Flags of a training that begins with a random Mixtral of transformers, in a folder hf."""
+        from megatron_telechat.huggingface import import_hf
+        from megatron_telechat.huggingface.config import model_config_from_hf
+        from megatron_telechat.huggingface.weights import hf_tensor_shapes
+        from tests.huggingface.folders import calm, write_folder
+
+        source = write_folder(folder / "hf", MIXTRAL, dict(hf_tensor_shapes(model_config_from_hf(MIXTRAL))))
+        import_hf(calm(source), folder / "imported", config=folder / "model.yaml")
+        data = f"--data-path {folder.parent}/d.jsonl --tokenizer-model {folder.parent}/tokenizer.json --sft --split 1"
+        return f"""--config {folder}/model.yaml --load {folder}/imported --finetune {data} --no-sft-packing --device cpu
+            --fp32 --seq-length 64 --micro-batch-size 4 --global-batch-size 4 --train-iters 1 --no-progress""".split()
+
+    @cases.case
+    def hf_is_transformers() -> dict:
+        """Loss and gradients of one batch with questions and padding, and those of transformers' Mixtral."""
+        import torch
+        from transformers import MixtralForCausalLM
+
+        from megatron_telechat.moe import collect_expert_load
+        from tests.moe.reference import relative_error
+
+        folder = Path(os.environ["ROUTER_DIR"]) / "mixtral"
+        trainer = make_trainer(mixtral(folder), folder)
+        try:
+            (row,) = batches_of(trainer)
+            sums = trainer.train_step.forward_backward([iter([row])])
+            load = collect_expert_load(trainer.virtual_stages, trainer.state)
+            mine = {name.partition("@")[0]: box for name, box in gradient_boxes(trainer).items()}
+            model = trainer.run.model
+        finally:
+            trainer.release()
+        theirs = MixtralForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32, attn_implementation="eager")
+        labels = row["labels"].masked_fill(row["loss_mask"] == 0, -100)
+        asked = {"labels": labels, "shift_labels": labels, "output_router_logits": True}
+        out = theirs.train()(input_ids=row["tokens"], attention_mask=(~row["padding"]).long(), **asked)
+        out.loss.backward()
+        pairs = {"model.embed_tokens": "embedding.word_embeddings", "lm_head": "output_layer"}
+        parts = {"mlp.gate": "mlp.router", "self_attn.o_proj": "self_attention.linear_proj"}
+        parts |= {"input_layernorm": "input_layernorm"}
+        for layer in range(model.num_layers):
+            pairs |= {f"model.layers.{layer}.{name}": f"decoder.layers.{layer}.{ours}" for name, ours in parts.items()}
+        errors = {
+            name: relative_error(mine[f"{ours}.weight"], theirs.get_parameter(f"{name}.weight").grad)
+            for name, ours in pairs.items()
+        }
+        return {
+            "padding": int(row["padding"].sum()),
+            "learned": int(row["loss_mask"].sum()),
+            "formula": model.moe_aux_loss_formula,
+            "loss": [float(sums[0] / sums[1]) + model.moe_aux_loss_coeff * load.aux_loss, out.loss.item()],
+            "aux_loss": [load.aux_loss, out.aux_loss.item()],
+            "errors": errors,
+        }
 
     @cases.case
     def padded_row_is_the_row() -> dict:

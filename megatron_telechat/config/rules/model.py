@@ -173,6 +173,7 @@ _NEED_EXPERTS = (
     "moe_layer_pattern",
     "moe_shared_expert_intermediate_size",
     "moe_aux_loss_coeff",
+    "moe_aux_loss_formula",
     "moe_z_loss_coeff",
     "expert_model_parallel_size",
     "moe_input_chunks",
