@@ -287,7 +287,7 @@ def hf_config_of(
     the samples that the model was trained with last.
     """
     if model.architecture == "mixtral":
-        return _mixtral_config(model, precision, tokens)
+        return _mixtral_config(model, precision, tokens, seq_length)
     return {
         "architectures": ["TelechatForCausalLM"],
         "model_type": TELECHAT,
@@ -385,7 +385,11 @@ def with_reached_positions(config: Mapping[str, Any], model: ModelConfig, seq_le
     return changed
 
 
-def _mixtral_config(model: ModelConfig, precision: str, tokens: Mapping[str, int]) -> dict[str, Any]:
+def _mixtral_config(
+    model: ModelConfig, precision: str, tokens: Mapping[str, int], seq_length: int | None
+) -> dict[str, Any]:
+    # without it transformers takes 131,072
+    longest = {} if seq_length is None else {"max_position_embeddings": seq_length}
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": MIXTRAL,
@@ -399,6 +403,7 @@ def _mixtral_config(model: ModelConfig, precision: str, tokens: Mapping[str, int
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rotary_base,
+        **longest,
         "sliding_window": None,
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.moe_router_topk,

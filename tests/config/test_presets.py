@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from megatron_telechat.config.layout import pipeline_layout
 from megatron_telechat.config.presets import preset_names, preset_text
 from megatron_telechat.config.recompute import recompute_plan
 from megatron_telechat.config.yaml_io import dump_run_config, read_yaml, run_config_from_yaml
+from megatron_telechat.costs.memory import stage_memory
 from megatron_telechat.errors import ConfigError
 
 SHAPES = {  # layers, hidden, ffn, heads, groups, experts, top-k, expert ffn
@@ -21,6 +23,7 @@ SHAPES = {  # layers, hidden, ffn, heads, groups, experts, top-k, expert ffn
     "telechat2-115b": (96, 8192, 40960, 64, 8, None, None, None),
     "telechat2-39b-a12b": (30, 4096, 6144, 32, 32, 16, 4, 6144),
     "mixtral-8x7b": (32, 4096, 14336, 32, 8, 8, 2, 14336),
+    "mixtral-8x7b-32k": (32, 4096, 14336, 32, 8, 8, 2, 14336),
     "mixtral-8x22b": (56, 6144, 16384, 48, 8, 8, 2, 16384),
 }
 
@@ -57,6 +60,21 @@ def test_published_pipelines() -> None:
     assert counts("telechat2-35b") == [15, 17, 17, 15]
     assert counts("telechat2-115b") == [10, 11, 12, 13, 13, 13, 13, 11]
     assert counts("telechat2-39b-a12b") == [15, 15]
+
+
+def test_the_long_mixtral_is_mixtral_at_its_published_length_and_fits() -> None:
+    run, short = (
+        load_run_config(["--preset", name, "--dry-run", "--world-size", "32"], {}).run
+        for name in ("mixtral-8x7b-32k", "mixtral-8x7b")
+    )
+    assert replace(run.model, name=short.model.name) == short.model and run.model.rotary_base == 1e6
+    assert run.optimizer == short.optimizer
+    length, batch = run.training.seq_length, run.training.global_batch_size
+    assert length == 32768 and length * batch == short.training.seq_length * short.training.global_batch_size
+    for imbalance, limit in ((1.0, 60), (2.0, 76)):  # of 64 and of 80 GB, in GiB
+        assert max(stage.total_bytes for stage in stage_memory(run, imbalance)) < limit * 2**30
+    unsplit = replace(run, parallel=replace(run.parallel, context_parallel_size=1))
+    assert max(stage.total_bytes for stage in stage_memory(unsplit)) > 141e9, "no device holds it without"
 
 
 @pytest.mark.parametrize("name", SHAPES)
