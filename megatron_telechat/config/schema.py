@@ -43,8 +43,8 @@ class ModelConfig:
 
     name: str = "custom"
     """Name of the model, for logs and checkpoints."""
-    architecture: Literal["telechat2", "mixtral"] = "telechat2"
-    """Model family: telechat2 or mixtral."""
+    architecture: Literal["telechat2", "mixtral", "qwen3_moe"] = "telechat2"
+    """Model family: telechat2, mixtral or qwen3_moe."""
     num_layers: int = 0
     """Number of decoder layers."""
     hidden_size: int = 0

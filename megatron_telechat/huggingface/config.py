@@ -14,7 +14,7 @@ from megatron_telechat.config.architecture import comparable
 from megatron_telechat.config.schema import ModelConfig
 from megatron_telechat.errors import CheckpointError, Problem
 
-TELECHAT, MIXTRAL = "telechat", "mixtral"
+TELECHAT, MIXTRAL, QWEN3_MOE = "telechat", "mixtral", "qwen3_moe"
 _TORCH_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 # No config.json of TeleChat2-39B-A12B is public; these are the names in use for each quantity.
@@ -97,16 +97,17 @@ def model_config_from_hf(
             where,
             "use a TeleChat2 checkpoint: 3B, 7B, 35B, 115B or 39B-A12B",
         )
-    if kind not in (TELECHAT, "telechat2", MIXTRAL):
+    if kind not in (TELECHAT, "telechat2", MIXTRAL, QWEN3_MOE):
         missing = _not_built(config)
         because = f"; not built here: {', '.join(missing)}" if missing else ""
         raise CheckpointError(
             f"model_type is {kind!r}, which is not imported{because}",
             where,
-            "supported are telechat (TeleChat2) and mixtral; docs/checkpoints.md says what others would need",
+            "supported are telechat (TeleChat2), mixtral, qwen3_moe; docs/checkpoints.md says what others would need",
         )
     reader = _Reader(config, where)
-    values = _mixtral(reader) if kind == MIXTRAL else _telechat(reader, tensor_names)
+    read = {MIXTRAL: _mixtral, QWEN3_MOE: _qwen3_moe}.get(kind)
+    values = _telechat(reader, tensor_names) if read is None else read(reader)
     if not reader.problems:
         _check_shapes(reader, values)
     if reader.problems:
@@ -201,15 +202,24 @@ def _experts_among(names: Mapping[str, Any]) -> int | None:
     return len(numbers) or None
 
 
+def _require_full_attention(reader: _Reader) -> None:
+    window, longest = reader.config.get("sliding_window"), reader.config.get("max_position_embeddings")
+    if isinstance(window, int) and (not isinstance(longest, int) or window < longest):
+        reader.complain(f"sliding_window {window} is not supported", "only full causal attention is computed")
+
+
+def _require_silu(reader: _Reader) -> None:
+    activation = reader.config.get("hidden_act", "silu")
+    if activation != "silu":
+        reader.complain(f"hidden_act is {activation!r}, only silu is supported")
+
+
 def _mixtral(reader: _Reader) -> dict[str, Any]:
     config = reader.config
     if config.get("tie_word_embeddings"):
         reader.complain("tie_word_embeddings is not supported")
-    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
-    if isinstance(window, int) and (not isinstance(longest, int) or window < longest):
-        reader.complain(f"sliding_window {window} is not supported", "only full causal attention is computed")
-    if config.get("hidden_act", "silu") != "silu":
-        reader.complain(f"hidden_act is {config['hidden_act']!r}, only silu is supported")
+    _require_full_attention(reader)
+    _require_silu(reader)
     ffn = reader.whole("intermediate_size", default=14336)
     heads = reader.whole("num_attention_heads", default=32)
     return {
@@ -234,6 +244,41 @@ def _mixtral(reader: _Reader) -> dict[str, Any]:
         "num_experts": reader.whole("num_local_experts", default=8),
         "moe_router_topk": reader.whole("num_experts_per_tok", default=2),
         # the coefficient belongs to transformers' formula
+        "moe_aux_loss_coeff": reader.real("router_aux_loss_coef", default=0.001),
+        "moe_aux_loss_formula": "hf",
+    }
+
+
+def _qwen3_moe(reader: _Reader) -> dict[str, Any]:
+    """The defaults are those of transformers' Qwen3MoeConfig."""
+    config = {"norm_topk_prob": False, **reader.config}
+    for missing in _not_built(config):
+        reader.complain(f"not built here: {missing}")
+    _require_silu(reader)
+    if reader.switch("use_sliding_window", default=False):
+        _require_full_attention(reader)
+    if config.get("decoder_sparse_step", 1) != 1:
+        reader.complain(f"decoder_sparse_step {config['decoder_sparse_step']}: layers without experts are not mapped")
+    return {
+        "name": "qwen3-moe",
+        "architecture": QWEN3_MOE,
+        "num_layers": reader.whole("num_hidden_layers", default=24),
+        "hidden_size": reader.whole("hidden_size", default=2048),
+        "ffn_hidden_size": reader.whole("intermediate_size", default=6144),
+        "moe_ffn_hidden_size": reader.whole("moe_intermediate_size", default=768),
+        "num_attention_heads": reader.whole("num_attention_heads", default=32),
+        "num_query_groups": reader.whole("num_key_value_heads", default=4),
+        "kv_channels": reader.whole("head_dim"),
+        "vocab_size": reader.whole("vocab_size", default=151936),
+        "norm_epsilon": reader.real("rms_norm_eps", default=1e-6),
+        "qk_layernorm": True,
+        "rotary_base": _rope_theta(reader),
+        "attention_output_bias": False,
+        "mlp_output_bias": False,
+        "attention_dropout": reader.real("attention_dropout", default=0.0),
+        "init_method_std": reader.real("initializer_range", default=0.02),
+        "num_experts": reader.whole("num_experts", "num_local_experts", default=128),
+        "moe_router_topk": reader.whole("num_experts_per_tok", default=8),
         "moe_aux_loss_coeff": reader.real("router_aux_loss_coef", default=0.001),
         "moe_aux_loss_formula": "hf",
     }
@@ -286,8 +331,8 @@ def hf_config_of(
     TeleChat2-MoE config exists. ``precision`` is bf16, fp16 or fp32; ``tokens`` e.g. eos_token_id; ``seq_length``: of
     the samples that the model was trained with last.
     """
-    if model.architecture == "mixtral":
-        return _mixtral_config(model, precision, tokens, seq_length)
+    if model.architecture != "telechat2":
+        return _llama_config(model, precision, tokens, seq_length)
     return {
         "architectures": ["TelechatForCausalLM"],
         "model_type": TELECHAT,
@@ -368,7 +413,7 @@ def with_our_modeling(config: Mapping[str, Any], model: ModelConfig) -> dict[str
 def _positions(model: ModelConfig, seq_length: int | None) -> dict[str, Any]:
     """What a config.json says of positions and lengths."""
     values: dict[str, Any] = {"rope_theta": model.rotary_base}
-    if model.architecture != "mixtral":
+    if model.architecture == "telechat2":
         values["training_seqlen"] = model.rotary_training_seqlen
         values["base_seqlen"] = model.rotary_base_seqlen or model.rotary_training_seqlen
         if seq_length is not None:
@@ -385,17 +430,34 @@ def with_reached_positions(config: Mapping[str, Any], model: ModelConfig, seq_le
     return changed
 
 
-def _mixtral_config(
+def _llama_config(
     model: ModelConfig, precision: str, tokens: Mapping[str, int], seq_length: int | None
 ) -> dict[str, Any]:
-    # without it transformers takes 131,072
+    """Of Mixtral and of Qwen3-MoE, which have one set of names but for the experts."""
+    width = model.moe_ffn_hidden_size or model.ffn_hidden_size
+    if model.architecture == MIXTRAL:
+        family: dict[str, Any] = {
+            "architectures": ["MixtralForCausalLM"],
+            "intermediate_size": width,
+            "num_local_experts": model.num_experts,
+            "sliding_window": None,
+            **{"bos_token_id": 1, "eos_token_id": 2, **tokens},
+        }
+    else:
+        family = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "intermediate_size": model.ffn_hidden_size or width,
+            "moe_intermediate_size": width,
+            "num_experts": model.num_experts,
+            "norm_topk_prob": True,
+            **tokens,
+        }
+    # without it transformers takes a number of its own, 131,072 for a Mixtral
     longest = {} if seq_length is None else {"max_position_embeddings": seq_length}
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": MIXTRAL,
+        "model_type": model.architecture,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
-        "intermediate_size": model.moe_ffn_hidden_size or model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.query_groups,
@@ -403,16 +465,14 @@ def _mixtral_config(
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rotary_base,
-        **longest,
-        "sliding_window": None,
-        "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.moe_router_topk,
         "router_aux_loss_coef": model.moe_aux_loss_coeff,
         "initializer_range": model.init_method_std,
         "attention_dropout": model.attention_dropout,
         "tie_word_embeddings": False,
         "torch_dtype": _TORCH_DTYPE[precision],
-        **{"bos_token_id": 1, "eos_token_id": 2, **tokens},
+        **longest,
+        **family,
     }
 
 

@@ -147,31 +147,43 @@ TELECHAT2_RULES = (
     Rule("output_layer.weight", ("lm_head.weight",)),
 )
 
-_MIX = "model.layers.{i}."
-_MIX_MOE = _MIX + "block_sparse_moe."
+_LLAMA = "model.layers.{i}."
 
-MIXTRAL_RULES = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    Rule(_LAYER + "input_layernorm.weight", (_MIX + "input_layernorm.weight",)),
-    Rule(
-        _LAYER + "self_attention.linear_qkv.weight",
-        tuple(_MIX + f"self_attn.{part}_proj.weight" for part in "qkv"),
-        "query, key, value",
+
+def _llama_rules(router: str, gate: str, up: str, down: str, *more: Rule) -> tuple[Rule, ...]:
+    """Of a family that names everything but its experts as Llama does; the names of an expert are below ``experts.{e}``
+    beside the router."""
+    folder = _LLAMA + router.rpartition(".")[0] + ".experts.{e}."
+    return (
+        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+        Rule(_LAYER + "input_layernorm.weight", (_LLAMA + "input_layernorm.weight",)),
+        Rule(
+            _LAYER + "self_attention.linear_qkv.weight",
+            tuple(_LLAMA + f"self_attn.{part}_proj.weight" for part in "qkv"),
+            "query, key, value",
+        ),
+        Rule(_LAYER + "self_attention.linear_proj.weight", (_LLAMA + "self_attn.o_proj.weight",)),
+        Rule(_LAYER + "pre_mlp_layernorm.weight", (_LLAMA + "post_attention_layernorm.weight",)),
+        Rule(_LAYER + "mlp.router.weight", (f"{_LLAMA}{router}.weight",)),
+        Rule(_LAYER + "mlp.experts.linear_fc1.weight", (f"{folder}{gate}.weight", f"{folder}{up}.weight"), "stacked"),
+        Rule(_LAYER + "mlp.experts.linear_fc2.weight", (f"{folder}{down}.weight",)),
+        Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
+        Rule("output_layer.weight", ("lm_head.weight",)),
+        *more,
+    )
+
+
+MIXTRAL_RULES = _llama_rules("block_sparse_moe.gate", "w1", "w3", "w2")
+QWEN3_MOE_RULES = _llama_rules(
+    "mlp.gate",
+    *("gate_proj", "up_proj", "down_proj"),
+    *(
+        Rule(f"{_LAYER}self_attention.{part}_layernorm.weight", (f"{_LLAMA}self_attn.{part}_norm.weight",))
+        for part in "qk"
     ),
-    Rule(_LAYER + "self_attention.linear_proj.weight", (_MIX + "self_attn.o_proj.weight",)),
-    Rule(_LAYER + "pre_mlp_layernorm.weight", (_MIX + "post_attention_layernorm.weight",)),
-    Rule(_LAYER + "mlp.router.weight", (_MIX_MOE + "gate.weight",)),
-    Rule(
-        _LAYER + "mlp.experts.linear_fc1.weight",
-        (_MIX_MOE + "experts.{e}.w1.weight", _MIX_MOE + "experts.{e}.w3.weight"),
-        "stacked",
-    ),
-    Rule(_LAYER + "mlp.experts.linear_fc2.weight", (_MIX_MOE + "experts.{e}.w2.weight",)),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Rule("output_layer.weight", ("lm_head.weight",)),
 )
 
-RULES = {"telechat2": TELECHAT2_RULES, "mixtral": MIXTRAL_RULES}
+RULES = {"telechat2": TELECHAT2_RULES, "mixtral": MIXTRAL_RULES, "qwen3_moe": QWEN3_MOE_RULES}
 
 
 @dataclass(frozen=True)

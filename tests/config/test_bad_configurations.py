@@ -142,6 +142,7 @@ BAD = [
         "rotary_training_seqlen",
         model=MOE,
     ),
+    case("Qwen3-MoE without its norms", "--architecture qwen3_moe", "qk_layernorm is off", model=MOE),
     case("name with a slash", "--name a/b", "cannot name a folder"),
     # the ranks
     case(

@@ -253,7 +253,6 @@ MIXTURES = {
          "mlp_only_layers": []},
         ["norm_topk_prob", "shared expert", "biases on queries"],
     ),
-    "qwen3_moe": ({"num_experts": 128, "norm_topk_prob": True, "attention_bias": False, "mlp_only_layers": []}, []),
 }  # fmt: skip
 
 
@@ -361,6 +360,20 @@ MODELS = (
         vocab_size=64,
         num_query_groups=2,
         num_experts=4,
+        attention_output_bias=False,
+        mlp_output_bias=False,
+    ),
+    ModelConfig(
+        architecture="qwen3_moe",
+        num_layers=2,
+        hidden_size=32,
+        moe_ffn_hidden_size=24,
+        num_attention_heads=4,
+        kv_channels=16,
+        vocab_size=64,
+        num_query_groups=2,
+        num_experts=4,
+        qk_layernorm=True,
         attention_output_bias=False,
         mlp_output_bias=False,
     ),

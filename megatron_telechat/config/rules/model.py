@@ -194,22 +194,29 @@ def rotary_base_goes_with_training(check: Check) -> Iterator[Problem]:
         )
 
 
-def mixtral_is_mixtral(check: Check) -> Iterator[Problem]:
-    """Mixtral has no biases and no NTK-aware scaling; the schema's defaults are TeleChat2's."""
-    if check.take("architecture") != "mixtral":
+def mixtures_of_transformers_are_theirs(check: Check) -> Iterator[Problem]:
+    """Mixtral and Qwen3-MoE have no biases and no NTK-aware scaling; the schema's defaults are TeleChat2's."""
+    family = check.take("architecture")
+    if family == "telechat2":
         return
     if check.take("num_experts") is None:
-        yield check.problem(
-            "architecture=mixtral without num_experts", "architecture", fix="--num-experts 8, or --preset mixtral-8x7b"
-        )
+        fix = "--num-experts 8, or --preset mixtral-8x7b" if family == "mixtral" else "--num-experts 128"
+        yield check.problem(f"architecture={family} without num_experts", "architecture", fix=fix)
     for name in ("attention_output_bias", "mlp_output_bias"):
         if check.take(name):
             yield check.problem(
-                f"{name} is on, but architecture=mixtral has no biases", name, "architecture", fix=flag(name, False)
+                f"{name} is on, but architecture={family} has no biases", name, "architecture", fix=flag(name, False)
             )
+    if family == "qwen3_moe" and not check.take("qk_layernorm"):
+        yield check.problem(
+            "qk_layernorm is off, but architecture=qwen3_moe has a norm on queries and keys",
+            "qk_layernorm",
+            "architecture",
+            fix="--qk-layernorm",
+        )
     if check.take("rotary_training_seqlen") is not None:
         yield check.problem(
-            "rotary_training_seqlen is given, but architecture=mixtral has no NTK-aware scaling",
+            f"rotary_training_seqlen is given, but architecture={family} has no NTK-aware scaling",
             "rotary_training_seqlen",
             "architecture",
             fix="--rotary-training-seqlen none",
@@ -238,5 +245,5 @@ RULES: tuple[Rule, ...] = (
     freq_within_layers,
     experts_for_expert_flags,
     rotary_base_goes_with_training,
-    mixtral_is_mixtral,
+    mixtures_of_transformers_are_theirs,
 )
