@@ -42,6 +42,7 @@ def pools_of(run: RunConfig) -> Callable[[], ChoicePool] | None:
         return None
     model = run.model
     layers = sum(model.layer_is_moe(layer) for layer in range(model.num_layers))
+    assert model.num_experts is not None, "only experts are balanced"
     return partial(ChoicePool, layers, model.num_experts, carried_rows(run))
 
 

@@ -132,7 +132,7 @@ def test_a_killed_job_goes_on(hf, dialogs, whole, tmp_path):
         command(hf, output, dialogs, *FP32), start_new_session=True, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while not any((output / "run" / "checkpoints").glob("iter_*")):
+    while not any((output / "run" / "checkpoints").glob("iter_" + 7 * "[0-9]")):  # committed, not under way
         assert killed.poll() is None
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
