@@ -74,7 +74,8 @@ def stage_volumes(run: RunConfig, stage: int, context_rank: int = 0) -> dict[tup
     Groups: "tp", "cp", "ep" (all ranks that share experts), "pp", "dp" (dense parameters), "edp" (experts' parameters).
     The routing is balanced and random, as in `activations.arriving_rows`; rows are of one document.
 
-    Not counted: the choices of experts (a byte each), the counts of the auxiliary loss, loss and gradient norm.
+    Not counted: the choices of experts (a byte each), the counts of the auxiliary loss (with the formula hf a row
+    behind the hidden states), loss and gradient norm.
 
     Args:
         run: the run.

@@ -206,10 +206,8 @@ def run_schedule(
 def _sent_length(run: RunConfig) -> int:
     """Length of whole rows as megatron-core's schedules divide it over ranks for the messages between stages: that of
     the samples, and on every rank the rows that go with its part."""
-    parallel = run.parallel
-    return (
-        run.training.seq_length + carried_rows(run) * parallel.context_parallel_size * parallel.sequence_parallel_size
-    )
+    parts = run.parallel.context_parallel_size * run.parallel.sequence_parallel_size
+    return run.training.seq_length + carried_rows(run) * parts
 
 
 class TrainStep:
