@@ -47,6 +47,7 @@ def save(folder: Path, device: str, buffer: StagingBuffer, writer: WriterProcess
     folder.mkdir()
     images, found = FileImages(), tensors(device, scale)
     sizes = [images.add(folder / "a", found, {"save": "1"}).size, images.add(folder / "b", found[:2]).size]
+    assert all(image.start % ALIGNMENT == 0 for image in images.images), "else they go through the page cache"
     images.copy_to(buffer.memory(images.nbytes), buffer._backend)
     for tensor in found:
         tensor.load().zero_()  # they may change now
