@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "parallel": ("backend", "config", "lazy"),
     "moe": ("parallel", "backend", "tensors"),
     "model": ("moe", "parallel", "tensors"),
-    "data": ("config", "parallel", "files"),
+    "data": ("config", "parallel", "files", "host"),
     "checkpoint": ("model", "parallel", "data", "host"),
     "huggingface": ("checkpoint",),
     "training": ("checkpoint", "data", "model", "planner"),

@@ -98,7 +98,8 @@ class AsynchronousSaves:
         self._backend, self._parallel = backend, parallel
         self._buffer = StagingBuffer(backend, expected_bytes + _ROOM_FOR_HEADERS)
         first = parallel.rank == 0
-        self._writer = WriterProcess(self._buffer.fd, self._buffer.nbytes, [commit_parts.__module__] if first else [])
+        preload = [commit_parts.__module__] if first else []
+        self._writer = WriterProcess(self._buffer.fd, self._buffer.nbytes, preload, gives_way=True)
         self._save: _UnderWay | None = None
 
     @property

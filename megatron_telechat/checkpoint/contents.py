@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_telechat.checkpoint.averages import entries
+from megatron_telechat.checkpoint.files import dtype_named
 from megatron_telechat.checkpoint.format import CheckpointReader
-from megatron_telechat.checkpoint.manifest import COMPANIONS
+from megatron_telechat.checkpoint.manifest import COMPANIONS, TensorEntry
 
 _SLICE_BYTES = 64 << 20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -57,18 +58,27 @@ class Difference:
     at: tuple[int, ...] = ()
 
 
-def sizes_by_kind(reader: CheckpointReader) -> dict[str, int]:
-    """Bytes of the values: ``model``, ``optimizer/<name>``, the random generators, and the files of Hugging Face."""
+def sizes_by_kind(reader: CheckpointReader, pieces: Mapping[str, TensorEntry] | None = None) -> dict[str, int]:
+    """Bytes of the values: ``model``, ``optimizer/<name>``, the random generators, and the files of Hugging Face.
+
+    Args:
+        pieces: tensors of which the files hold a piece, and the reader none.
+    """
     sizes: dict[str, int] = {}
-    for key, entry in reader.entries.items():
+    for key, entry in {**reader.entries, **(pieces or {})}.items():
         kind = key.split("/")[0] if key.startswith("model/") else "/".join(key.split("/")[:2])
-        sizes[kind] = sizes.get(kind, 0) + math.prod(entry.shape) * reader.dtype(key).itemsize
+        sizes[kind] = sizes.get(kind, 0) + elements_there(entry) * dtype_named(entry.dtype).itemsize
     files = reader.manifest.files
     companions = sum(entry.size for name, entry in files.items() if name.startswith(f"{COMPANIONS}/"))
     if companions:
         sizes[COMPANIONS] = companions
     sizes["headers and generators"] = sum(entry.size for entry in files.values()) - sum(sizes.values())
     return sizes
+
+
+def elements_there(entry: TensorEntry) -> int:
+    """Elements of a tensor that the files hold: all, but for a piece of one."""
+    return sum(stored.box.numel for stored in entry.boxes)
 
 
 def facts(reader: CheckpointReader, key: str) -> Facts:
@@ -143,10 +153,15 @@ def _slices(
         yield start, reader.read(key, (start, *[0] * (len(shape) - 1)), (count, *shape[1:]))
 
 
-def overview(reader: CheckpointReader) -> dict[str, Any]:
-    """What the manifest says, for a person or as JSON."""
+def overview(reader: CheckpointReader, pieces: Mapping[str, TensorEntry] | None = None) -> dict[str, Any]:
+    """What the manifest says, for a person or as JSON.
+
+    Args:
+        pieces: see `sizes_by_kind`.
+    """
     manifest = reader.manifest
-    weights = [entry for key, entry in reader.entries.items() if key.startswith("model/")]
+    tensors = {**reader.entries, **(pieces or {})}
+    weights = [entry for key, entry in tensors.items() if key.startswith("model/")]
     return {
         "path": str(reader.path),
         "step": manifest.step,
@@ -159,7 +174,7 @@ def overview(reader: CheckpointReader) -> dict[str, Any]:
         "optimizer": manifest.optimizer,
         "averages": dict(entries(manifest.extra)),
         "files": len(manifest.files),
-        "tensors": len(reader.entries),
+        "tensors": len(tensors),
         "parameters": sum(math.prod(entry.shape) for entry in weights),
-        "bytes": sizes_by_kind(reader),
+        "bytes": sizes_by_kind(reader, pieces),
     }

@@ -57,13 +57,18 @@ def stale_seconds(path: Path) -> float:
     others, or what ``MEGATRON_TELECHAT_STALE_SECONDS`` says. Raises ConfigError where that is no number."""
     told = os.environ.get(STALE_SECONDS)
     if told is None:
-        return 0.0 if _file_system(path) in _OF_ONE_HOST else _STALE_SECONDS
+        return 0.0 if is_of_one_host(path) else _STALE_SECONDS
     try:
         if not 0 <= float(told) <= 3600:
             raise ValueError
     except ValueError:
         raise ConfigError(f"{told!r} is no number of seconds", STALE_SECONDS, "give 0 to 3600, or unset it") from None
     return float(told)
+
+
+def is_of_one_host(path: Path) -> bool:
+    """Whether a path is known to be on a file system that no other host writes; true where there is no telling."""
+    return _file_system(path) in _OF_ONE_HOST
 
 
 def _file_system(path: Path) -> str:

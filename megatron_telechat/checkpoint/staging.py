@@ -14,6 +14,7 @@ import torch
 
 from megatron_telechat.checkpoint.files import LazyTensor, safetensors_prefix
 from megatron_telechat.checkpoint.names import FileEntry
+from megatron_telechat.checkpoint.stores.protocol import ALIGNMENT
 from megatron_telechat.checkpoint.writer_process import FileImage
 from megatron_telechat.errors import ResourceError
 from megatron_telechat.locations import Location
@@ -21,7 +22,6 @@ from megatron_telechat.locations import Location
 if TYPE_CHECKING:
     from megatron_telechat.backend import Backend
 
-_ALIGNMENT = 64
 _NOT_YET = ""
 """The checksum of a file that was not written yet."""
 
@@ -115,7 +115,7 @@ class FileImages:
             Its entry, still without a checksum.
         """
         prefix = safetensors_prefix(path.name, tensors, metadata)
-        start = -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
+        start = -(-self.nbytes // ALIGNMENT) * ALIGNMENT
         size = len(prefix) + sum(tensor.nbytes for tensor in tensors)
         self.images.append(FileImage(path, start, start + size))
         self._contents.append(_Content(prefix, tuple(tensors)))

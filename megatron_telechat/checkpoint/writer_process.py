@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ from megatron_telechat.host import EndWithParent
 from megatron_telechat.locations import Location
 
 _CHUNK_BYTES = 4 << 20
-"""Checksum and write take turns on so many bytes: what one has read the other finds in the processor's cache."""
+"""Checksum and write take turns on so many bytes."""
+_NICENESS = 10
+"""Where cores are short, the steps go first. Nothing starves by it: a rank that waits for its save uses no core."""
+_gives_way = threading.local()
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Meant for the rank, which waits for its save before it leaves."""
 _START = f"import sys; sys.path.insert(0, sys.argv[1]); from {__name__} import main; main()"
@@ -45,11 +49,12 @@ class WriterProcess:
         memory_fd: descriptor of shared memory, which functions find under the same number.
         memory_bytes: taken from the system for it as the first thing, while the rank goes on.
         preload: modules that functions to come will need.
+        gives_way: whether all that it does has a lower priority (`give_way`).
     """
 
-    def __init__(self, memory_fd: int, memory_bytes: int = 0, preload: Sequence[str] = ()):
+    def __init__(self, memory_fd: int, memory_bytes: int = 0, preload: Sequence[str] = (), gives_way: bool = False):
         self._connection, theirs = Pipe()
-        numbers = [theirs.fileno(), os.getpid(), memory_fd, memory_bytes]
+        numbers = [theirs.fileno(), os.getpid(), memory_fd, memory_bytes, int(gives_way)]
         package_root = Path(__file__).resolve().parents[2]
         # A stop request that reaches the whole process group must not end it before it ignores these signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -143,11 +148,19 @@ def write_images(memory_fd: int, images: Sequence[FileImage]) -> dict[str, FileE
         return {image.path.name: _write(image.path, whole[image.start : image.stop]) for image in images}
 
 
+def give_way() -> None:
+    """Lower the priority of this thread, and of threads that it starts from now on; once for each thread."""
+    if not getattr(_gives_way, "already", False):
+        _gives_way.already = True
+        with contextlib.suppress(OSError):
+            os.nice(_NICENESS)
+
+
 def _write(path: Location, content: memoryview) -> FileEntry:
     checksum = 0
     try:
         with content:
-            with store_of(path).create(path) as sink:
+            with store_of(path).create(path, aligned=True) as sink:
                 for start in range(0, len(content), _CHUNK_BYTES):
                     with content[start : start + _CHUNK_BYTES] as chunk:
                         checksum = zlib.crc32(chunk, checksum)
@@ -159,14 +172,16 @@ def _write(path: Location, content: memoryview) -> FileEntry:
 
 def main() -> None:
     """The process: call what the rank asks for until it is gone."""
-    connection_fd, parent, memory_fd, memory_bytes = map(int, sys.argv[2:6])
+    connection_fd, parent, memory_fd, memory_bytes, gives_way = map(int, sys.argv[2:7])
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     EndWithParent(parent)()  # where the system cannot (macOS), the end of the pipe tells
     take_memory(memory_fd, memory_bytes)
-    for module in sys.argv[6:]:
+    for module in sys.argv[7:]:
         importlib.import_module(module)
+    if gives_way:
+        give_way()
     with Connection(connection_fd) as connection:
         while True:
             try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_telechat.cli.text import gib
@@ -27,11 +28,12 @@ def _run(argv: list[str]) -> int:
         nargs="+",
         type=location,
         metavar="PATH",
-        help="checkpoints, or folders or URLs of them: all they hold, also set aside",
+        help="checkpoints, or folders or URLs of them: all they hold, also set aside; folders of local checkpoints, "
+        "of one node or of several: what they hold together",
     )
     add("--json", action="store_true", help="print one JSON list in place of text")
     args = parser.parse_args(argv)
-    verdicts = [_verdict(folder) for path in args.paths for folder in _folders(path)]
+    verdicts = _verdicts(args.paths)
     problems = [problem for verdict in verdicts for problem in verdict["problems"]]
     if args.json:
         print(
@@ -41,10 +43,19 @@ def _run(argv: list[str]) -> int:
         )
     else:
         for verdict in verdicts:
-            print(_line(verdict))
+            print("\n".join(_lines(verdict)))
     if problems and not args.json:
         print(CheckpointError(problems).render(), file=sys.stderr)
     return EXIT_CHECKPOINT if problems else EXIT_OK
+
+
+def _verdicts(paths: Sequence[Location]) -> list[dict[str, Any]]:
+    from megatron_telechat.checkpoint.local.offline import holds_parts
+    from megatron_telechat.cli.local_verdicts import local_verdicts
+
+    local = [path for path in paths if isinstance(path, Path) and holds_parts(path)]
+    found = [_verdict(folder) for path in paths if path not in local for folder in _folders(path)]
+    return found + (local_verdicts(local) if local else [])
 
 
 def _folders(path: Location) -> list[Location]:
@@ -57,7 +68,9 @@ def _folders(path: Location) -> list[Location]:
     found = [folder for _, folder in committed_folders(path)] + folders_aside(path)
     if not found:
         raise CheckpointError(
-            "no checkpoint there", str(path), "give a folder iter_… or one that holds some (checkpoints/ of a run)"
+            "no checkpoint there",
+            str(path),
+            "give a folder iter_… or one that holds some (checkpoints/ of a run, or the folder of a node's local ones)",
         )
     return found
 
@@ -84,13 +97,20 @@ def _verdict(folder: Location) -> dict[str, Any]:
     return {**facts, "seconds": round(time.perf_counter() - began, 3), "problems": problems}
 
 
-def _line(verdict: dict[str, Any]) -> str:
+def _lines(verdict: dict[str, Any]) -> Iterable[str]:
+    from megatron_telechat.cli.local_verdicts import checkpoint_lines, part_text
+
+    if "local" in verdict:
+        yield from checkpoint_lines(verdict)
+        return
     if verdict["problems"]:
-        return f"{verdict['path']}: DAMAGED"
+        yield f"{verdict['path']}: DAMAGED"
+        return
     unknown = verdict["unknown_files"]
     more = f"; not of this save: {', '.join(unknown[:5])}" if unknown else ""
     save = verdict["save"][:8] if verdict["save"] else "no id (an older release)"
-    return (
-        f"{verdict['path']}: sound, step {verdict['step']}, save {save}, {verdict['files']} files, "
+    part = part_text(verdict) if "part" in verdict else ""
+    yield (
+        f"{verdict['path']}: sound, {part}step {verdict['step']}, save {save}, {verdict['files']} files, "
         f"{gib(verdict['bytes'])} GiB in {verdict['seconds']:.1f} s{more}"
     )

@@ -16,7 +16,7 @@ from megatron_telechat.data.corpus import EncodingFactory, PairCorpus, SampleSou
 from megatron_telechat.data.formats import corpus_factory
 from megatron_telechat.data.mock import MockSamples
 from megatron_telechat.data.order import MEGATRON, Progress, SampleOrder, order_of, samples_needed
-from megatron_telechat.data.pieces import IndexFolder, Say, quiet
+from megatron_telechat.data.pieces import IndexFolder, Say, quiet, remove_leftovers
 from megatron_telechat.data.samples import TokenDataset
 from megatron_telechat.data.sources import (
     Opened,
@@ -111,6 +111,7 @@ def prepare_index(
     """
     plan = plan or data_plan(run.data)
     _end_of_document(run, plan)
+    remove_leftovers(run.cache_dir)
     opened = open_sources(run, plan, say)
     folder = run.cache_dir / index_key(run, plan, opened, progress)
     return PreparedIndex(plan, folder, build_index(run, plan, opened, folder, say, progress), opened)

@@ -29,7 +29,7 @@ from typing import Any
 
 from megatron_telechat.checkpoint.owner import require_owner
 from megatron_telechat.errors import LeaseError, ResourceError
-from megatron_telechat.host import boot_id
+from megatron_telechat.host import boot_id, pid_namespace, start_of
 from megatron_telechat.locations import Url
 
 LEASE_FILE = "lease.json"
@@ -71,7 +71,7 @@ class Holder:
         """A new lease of this process."""
         pid, now = os.getpid(), datetime.now(timezone.utc)
         return cls(
-            uuid.uuid4().hex, socket.gethostname(), pid, _start_of(pid) or 0, boot_id(), _namespace(),
+            uuid.uuid4().hex, socket.gethostname(), pid, start_of(pid) or 0, boot_id(), pid_namespace(),
             now.isoformat(timespec="seconds"),
         )  # fmt: skip
 
@@ -94,7 +94,7 @@ class Holder:
             return False
         if self.boot != seen_by.boot:
             return age_s > _REBOOT_S
-        return self.namespace == seen_by.namespace and _start_of(self.pid) != self.start
+        return self.namespace == seen_by.namespace and start_of(self.pid) != self.start
 
     def __str__(self) -> str:
         return f"process {self.pid} on host {self.host}, since {self.since}" if self.pid else "an unreadable lease"
@@ -358,29 +358,3 @@ def _copy(source: Path, target: Path, refused: OSError) -> bool:
     finally:
         os.close(handle)
     return True
-
-
-def _namespace() -> str:
-    with contextlib.suppress(OSError):
-        return os.readlink("/proc/self/ns/pid")
-    return ""
-
-
-def _start_of(pid: int) -> int | None:
-    """When a process started, in ticks since the boot; None where there is none, or only what its parent has not asked
-    about yet. 0 where the system does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else int(fields[19])
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
-    return 0

@@ -22,6 +22,20 @@ def test_saving_and_loading_beside_a_copy_and_a_read(tmp_path):
     assert body["checks"][-1]["ok"], "bytes of a rank under DP4"
 
 
+@pytest.mark.slow
+def test_local_saves_beside_shared_ones(tmp_path):
+    found = tmp_path / "found.json"
+    done = bench(
+        "checkpoint_local.py", "--megabytes", "60", "--rounds", "1", "--folder", str(tmp_path), "--json", str(found)
+    )
+    assert done.returncode == 0, done.stderr
+    body = json.loads(found.read_text())
+    sizes = body["bytes"]
+    assert sizes["sent"] == sizes["written"] and 2 * sizes["written"] == pytest.approx(sizes["shared"], rel=0.02)
+    assert body["local_blocked_s"] < body["sync_blocked_s"] and body["local_mirrored_s"] <= body["local_save_s"]
+    assert body["recovery_s"].keys() == {"shared", "own disk", "mirror"} and len(body["checks"]) == 6
+
+
 @pytest.mark.parametrize("ranks", [128, pytest.param(1024, marks=pytest.mark.slow)])
 def test_the_manifest_of_many_ranks_takes_seconds(ranks, tmp_path):
     found = tmp_path / "found.json"

@@ -30,7 +30,7 @@ from megatron_telechat.checkpoint.verify import forget
 from megatron_telechat.errors import CheckpointError, ResourceError
 
 RUN, SECRET = "a" * 32, "secret"
-KEY = "model/weight"
+KEY, NORM = "model/weight", "model/norm"
 
 
 def save_id(number: int) -> str:
@@ -40,12 +40,14 @@ def save_id(number: int) -> str:
 def write_part(
     root: Path, number: int, step: int, rank: int = 0, ranks: int = 2, run: str = RUN, continues: Sequence[str] = ()
 ) -> Path:
-    """A committed part: row ``rank`` of a tensor whose values are the step."""
+    """A committed part: row ``rank`` of a tensor whose values are the step; of rank 0 another one, whole."""
     save = save_id(number)
     temporary = parts.temporary(root, rank, step, save)
     temporary.mkdir(parents=True)
     writer = PartWriter(Attempt(parts.part_folder(root, rank), step, save), rank)
     writer.add(KEY, (ranks, 4), (rank, 0), torch.full((1, 4), float(step)))
+    if rank == 0:
+        writer.add(NORM, (2,), (0,), torch.full((2,), float(step)))
     part = writer.close()
     manifest = Manifest(
         step, 8 * step, "config" if rank == 0 else "", {}, {}, part.files, part.tensors,

@@ -14,13 +14,13 @@ from tests.harness import ROOT
 WORKER = Path(__file__).with_name("worker_local_tier.py")
 SHORT = (
     *("a_node_is_lost", "one_flipped_bit", "a_roll_back_is_not_undone", "a_disk_is_full"),
-    "the_step_waits_for_the_copy",
+    *("the_step_waits_for_the_copy", "a_node_is_lost_and_its_mirror_damaged"),
 )
 LONG = (
     *("every_copy_damaged", "the_shared_one_is_newer", "a_run_from_other_weights_goes_on", "two_runs_share_a_disk"),
     *("a_writer_is_killed", "without_copies_a_lost_node_is_lost", "another_number_of_ranks"),
     *("one_folder_for_two_nodes", "a_disk_that_cannot_be_written", "beside_asynchronous_saves"),
-    "over_the_switch_of_a_stage",
+    *("over_the_switch_of_a_stage", "damage_in_two_places"),
 )
 KILLED, DONE = [-9, -9], [0, 0]
 
@@ -57,6 +57,8 @@ def test_a_node_that_is_lost_loses_nothing(report):
     found = report.of("a_node_is_lost")
     both = ["0@12", "0@16", "1@12", "1@16"]
     assert found["before"] == [both, both], "the last two of each rank, on both nodes"
+    code, same, tensors, different = found["tools"]
+    assert (code, same, different) == (0, 0, []) and tensors > 50 and found["whole"] == {"16": True, "12": True}
     assert found["codes"] == DONE and found["resumed"] == [16] and found["different"] == {}
     assert "the parts of rank 1 come from other nodes" in found["log"]
     assert found["local_steps"] == [4, 8, 12, 16], "the lines of the steps tell it"
@@ -72,6 +74,14 @@ def test_one_flipped_bit(report):
         named = [f"(node{node}/part_00000/iter_0000016" in line for node in copies for line in found["passed"]]
         assert len(found["passed"]) == len(copies) and sum(named) == len(copies), found["passed"]
         assert all("checksum differs" in line for line in found["passed"])
+
+
+@pytest.mark.gloo
+def test_a_node_that_is_lost_and_its_mirror_damaged(report):
+    """Nothing whole is left on the nodes: all ranks begin with the shared checkpoint."""
+    found = report.of("a_node_is_lost_and_its_mirror_damaged")
+    assert found["codes"] == DONE and found["resumed"] == [10] and found["different"] == {}
+    assert len(found["passed"]) == 2 and all("node0/part_00001/iter_00000" in line for line in found["passed"])
 
 
 @pytest.mark.gloo
@@ -105,6 +115,20 @@ def test_damage_everywhere(long_report):
     for name, resumed in (("manifest", 12), ("all", 10)):
         assert found[name]["codes"] == DONE and found[name]["resumed"] == [resumed]
         assert found[name]["different"] == {} and len(found[name]["passed"]) == (2 if name == "manifest" else 4)
+
+
+@pytest.mark.slow
+def test_damage_in_two_places(long_report):
+    """Mirrors alone cost nothing; a lost node and the mirror of its newest part, the older local checkpoint; a damaged
+    shared one nothing, as long as a local one goes on from it; with nothing sound left the run stops and begins none.
+    """
+    found = long_report.of("damage_in_two_places")
+    for name, resumed, passed in (("mirrors", 16, 0), ("lost", 12, 1), ("shared", 16, 0)):
+        assert found[name]["codes"] == DONE and found[name]["resumed"] == [resumed], (name, found[name])
+        assert found[name]["different"] == {} and len(found[name]["passed"]) == passed, (name, found[name])
+    last = found["all"]
+    assert last["codes"] == [4, 4] and last["resumed"] == [] and len(last["passed"]) == 4
+    assert all("iter_0000010/rank_00001.safetensors" in log and "checksum differs" in log for log in last["logs"])
 
 
 @pytest.mark.slow

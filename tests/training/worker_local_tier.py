@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402, F401  (once, for all ranks)
 
 import megatron_telechat.training.sequence  # noqa: E402, F401
+from megatron_telechat.cli import inspect_checkpoint, verify_checkpoint  # noqa: E402
 from tests.training import writer_faults  # noqa: E402
 from tests.training.local_jobs import DISK, FLAGS, LOCAL, MIRRORED, Job, flip  # noqa: E402
 from tests.training.slow_copies import SlowCopies  # noqa: E402
@@ -69,10 +72,15 @@ def a_node_is_lost() -> Any:
     one = killed_at("lost", 19)
     before = [one.parts(node) for node in (0, 1)]
     shutil.copytree(one.folder, FOLDER / "killed")
+    disks = [str(one.node(node) / DISK) for node in (0, 1)]
+    verified, told = _tool(verify_checkpoint.main, *disks)
+    compared, equal = _tool(inspect_checkpoint.main, disks[0], "--compare", disks[1])
     one.wipe(1)
     codes = one.start()
     return {
         "before": before,
+        "tools": [verified, compared, equal["compared"], equal["differences"]],
+        "whole": {each["step"]: each["local"]["whole"] for each in told if "local" in each},
         "codes": codes,
         "resumed": one.resumed_at(),
         "different": different(one),
@@ -80,6 +88,14 @@ def a_node_is_lost() -> Any:
         "after": [one.parts(node) for node in (0, 1)],
         "local_steps": sorted({record["local_step"] for record in one.records() if "local_step" in record}),
     }
+
+
+def _tool(main: Callable[[list[str]], int], *arguments: str) -> tuple[int, Any]:
+    """Exit code and JSON of a tool."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main([*arguments, "--json"])
+    return code, json.loads(out.getvalue())
 
 
 def killed() -> Job:
@@ -109,13 +125,43 @@ def every_copy_damaged() -> Any:
     }
 
 
-def damaged(name: str, suffix: str, *places: tuple[int, int, int]) -> dict[str, Any]:
-    """What a start finds after one bit of a file was flipped in each place: node, rank, step."""
+@case
+def a_node_is_lost_and_its_mirror_damaged() -> Any:
+    """All that is left of the parts of rank 1 is a damaged copy of each: the shared checkpoint, on both ranks."""
+    return damaged("lost_all", ".safetensors", (0, 1, 16), (0, 1, 12), lost=1)
+
+
+@case
+def damage_in_two_places() -> Any:
+    """Shared 10, local 12 and 16, of which several are hit."""
+    everything = ((0, 0, 16), (1, 0, 16), (0, 1, 12), (1, 1, 12))
+    return {
+        "mirrors": damaged("mirrors", ".safetensors", (1, 0, 16), (0, 1, 16)),
+        "lost": damaged("lost", ".safetensors", (0, 1, 16), lost=1),
+        "shared": damaged("shared", ".safetensors", shared=10),
+        "all": damaged("nothing_left", ".safetensors", *everything, shared=10),
+    }
+
+
+def damaged(
+    name: str, suffix: str, *places: tuple[int, int, int], lost: int | None = None, shared: int | None = None
+) -> dict[str, Any]:
+    """What a start finds after one bit of a file was flipped in each place: node, rank, step.
+
+    Args:
+        lost: a node whose disk is new.
+        shared: step of the shared checkpoint of which a bit is flipped.
+    """
     one = copy_of(killed(), f"flipped_{name}")
+    if lost is not None:
+        one.wipe(lost)
     for place in places:
         flip(next(path for path in one.files(*place) if path.suffix == suffix))
+    if shared is not None:
+        flip(one.run / "checkpoints" / f"iter_{shared:07d}" / "rank_00001.safetensors")
     codes = one.start()
-    return {"codes": codes, "resumed": one.resumed_at(), "different": different(one), "passed": passed_over(one)}
+    found = {"codes": codes, "resumed": one.resumed_at(), "different": different(one), "passed": passed_over(one)}
+    return {**found, "logs": [one.log(rank) for rank in (0, 1)] if codes != [0, 0] else []}
 
 
 def passed_over(one: Job) -> list[str]:
@@ -305,7 +351,7 @@ def beside_asynchronous_saves() -> Any:
             def step(iterators):
                 if trainer.step == 15:
                     assert beside.under_way and trainer.tier.step == 12, "what the case is about"
-                while trainer.step == 16 and beside.under_way and not beside._writer.is_over():
+                while trainer.step == 16 and beside.under_way and not beside.report().over:
                     time.sleep(0.01)
                 return take_step(iterators)
 

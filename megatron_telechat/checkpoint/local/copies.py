@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_telechat.checkpoint.committing import merged_scalars
 from megatron_telechat.checkpoint.files import open_tensors
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.handed import to_hand_out
 from megatron_telechat.checkpoint.lineage import Saved
 from megatron_telechat.checkpoint.local import parts
+from megatron_telechat.checkpoint.local.checking import checked_part, rank_of, whole_manifest
 from megatron_telechat.checkpoint.local.inventory import LocalCheckpoint, NodeParts, checkpoints_of, continuing
 from megatron_telechat.checkpoint.local.peers import Address, RemotePart
-from megatron_telechat.checkpoint.manifest import Manifest, read_manifest
-from megatron_telechat.checkpoint.parts import Part, merge_parts
+from megatron_telechat.checkpoint.manifest import Manifest
 from megatron_telechat.checkpoint.ranged import RangedFile
 from megatron_telechat.checkpoint.start import Start
-from megatron_telechat.checkpoint.verify import check_files
 from megatron_telechat.errors import CheckpointError, Problem
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, gather_on_rank_0, this_rank, together
-
-_RANK_OF_FILE = re.compile(r"rank_(\d+)(-\d+)?\.safetensors")
-_FIX = "nothing need be done: an older checkpoint is taken"
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ class LocalCopies:
             faults: dict[int, list[Problem]] = {}
             with together():
                 for rank in (rank for rank, checker in plan.items() if checker == this_rank()):
-                    manifest, faults[rank] = self._check(one, rank)
+                    manifest, faults[rank] = checked_part(self._root, self._run, rank, one.ranks, one.step, one.save)
                     if manifest is not None:
                         mine[rank] = manifest
             for found in gather_objects(faults):
@@ -143,26 +137,6 @@ class LocalCopies:
         there = [number for number, place in enumerate(self._places) if place.node == node]
         return rank if rank in there else there[rank % len(there)]
 
-    def _check(self, one: LocalCheckpoint, rank: int) -> tuple[Manifest | None, list[Problem]]:
-        """A part on this node: its manifest, and what is wrong with it."""
-        folder = parts.committed(self._root, rank, one.step, one.save)
-        try:
-            if any(path.is_symlink() for path in (self._root, folder.parent, folder)):
-                return None, [Problem("the folder is a symbolic link", str(folder), _FIX)]
-            manifest = read_manifest(folder, part=True)
-            said = manifest.part or {}
-            wanted = (self._run, rank, one.ranks, one.save, one.step)
-            if (said.get("run"), said.get("rank"), said.get("ranks"), manifest.save, manifest.step) != wanted:
-                return None, [Problem("the part is of another save than its folder", str(folder), _FIX)]
-            strangers = [name for name in manifest.files if _rank_of(name) != rank]
-            if strangers:
-                return None, [Problem(f"the part names {strangers[0]}, a file of another rank", str(folder), _FIX)]
-            return manifest, check_files(folder, manifest, manifest.files)
-        except CheckpointError as error:
-            return None, list(error.problems)
-        except OSError as error:
-            return None, [Problem(f"the part cannot be read: {error.strerror or error}", str(folder), _FIX)]
-
     def _merged(self, one: LocalCheckpoint, mine: Mapping[int, Manifest]) -> tuple[Manifest | None, list[Problem]]:
         """The manifest of the whole, as rank 0 hands it out; a collective."""
         gathered = gather_on_rank_0(dict(mine))
@@ -171,7 +145,7 @@ class LocalCopies:
             if this_rank() == 0:
                 found = {rank: manifest for each in gathered for rank, manifest in each.items()}
                 try:
-                    given = to_hand_out(_whole(found)), []
+                    given = to_hand_out(whole_manifest(found)), []
                 except CheckpointError as error:
                     given = None, [replace(problem, where=self._shown(one)) for problem in error.problems]
         return from_rank_0(given)
@@ -181,7 +155,7 @@ class LocalCopies:
         remote: dict[int, RemotePart] = {}
 
         def open_file(name: str) -> Any:
-            rank = _rank_of(name)
+            rank = rank_of(name)
             checker = checkers[rank]
             if self._places[checker].node == here:
                 return open_tensors(parts.committed(self._root, rank, one.step, one.save) / name)
@@ -198,22 +172,5 @@ class LocalCopies:
         return str(self._root / "part_*" / parts.committed(self._root, 0, one.step, one.save).name)
 
 
-def _whole(found: Mapping[int, Manifest]) -> Manifest:
-    """The manifest of a checkpoint, of those of its parts. Raises CheckpointError."""
-    ordered = [found[rank] for rank in sorted(found)]
-    merged = merge_parts(
-        Part(dict(one.files), dict(one.tensors), dict(one.rng[0]) if one.rng else None) for one in ordered
-    )
-    scalars = merged_scalars([one.part["optimizer"] if one.part else None for one in ordered])
-    rng = tuple(state for one in ordered for state in one.rng)
-    first = replace(ordered[0], files=merged.files, tensors=merged.tensors, optimizer=scalars, rng=rng, part=None)
-    return first.digested()
-
-
 def _sorted(problems: Sequence[Problem]) -> list[Problem]:
     return sorted(problems, key=lambda problem: problem.where)
-
-
-def _rank_of(name: str) -> int:
-    match = _RANK_OF_FILE.fullmatch(name)
-    return int(match.group(1)) if match else -1

@@ -80,7 +80,7 @@ def description(
 
 
 def look_at_part(folder: Path, run: str) -> LocalPart:
-    """What a part says of itself, from the first part of its manifest. Raises CheckpointError."""
+    """What a part of a run says of itself, from the first part of its manifest. Raises CheckpointError."""
     saved = look_at(folder, part=True)
     try:
         said = saved.part
@@ -100,21 +100,37 @@ def parts_in(root: Path, run: str) -> tuple[list[LocalPart], list[str]]:
     """The committed parts on this node, and a note for each that cannot be read. Links are not followed."""
     found: list[LocalPart] = []
     notes: list[str] = []
-    for holder in _folders(root):
-        match = _PART.fullmatch(holder.name)
-        for folder in _folders(holder) if match else ():
-            if not is_of_objects(folder):
-                continue
-            try:
-                part = look_at_part(folder, run)
-            except CheckpointError as error:
-                notes.append(f"{error.problems[0].what} ({folder})")
-                continue
-            if folder == committed(root, part.rank, part.step, part.save):
-                found.append(part)
-            else:
-                notes.append(f"the part of rank {part.rank}, step {part.step} lies under another name ({folder})")
+    for folder in folders_in(root):
+        try:
+            found.append(part_at(folder, run))
+        except CheckpointError as error:
+            notes.append(f"{error.problems[0].what} ({folder})")
     return found, notes
+
+
+def folders_in(root: Path) -> list[Path]:
+    """What is a part on this node by its name. Links are not followed."""
+    holders = [holder for holder in _folders(root) if _PART.fullmatch(holder.name)]
+    return [folder for holder in holders for folder in _folders(holder) if is_of_objects(folder)]
+
+
+def part_at(folder: Path, run: str) -> LocalPart:
+    """What a part of a run says of itself, which must be what its folder is named after. Raises CheckpointError."""
+    part = look_at_part(folder, run)
+    if folder != committed(folder.parent.parent, part.rank, part.step, part.save):
+        raise CheckpointError(f"the part of rank {part.rank}, step {part.step} lies under another name", str(folder))
+    return part
+
+
+def is_part(path: Path) -> bool:
+    """Whether the names say that it is a part."""
+    return is_of_objects(path) and rank_of_holder(path.parent) is not None
+
+
+def rank_of_holder(path: Path) -> int | None:
+    """The rank of a `part_folder`, by its name; None for any other name."""
+    match = _PART.fullmatch(path.name)
+    return int(match.group(1)) if match else None
 
 
 def commit(root: Path, rank: int, step: int, save: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import mmap
 import os
 import re
 import socket
@@ -65,16 +66,29 @@ class Channel:
         """Bytes whose number the peer knows."""
         self._socket.sendall(data)
 
-    def chunks(self, length: int) -> Iterator[memoryview]:
-        """So many bytes, piece by piece; each is void when the next is asked for."""
-        buffer = memoryview(bytearray(min(length, _CHUNK_BYTES)))
+    def chunks(self, length: int, in_pages: bool = False) -> Iterator[memoryview]:
+        """So many bytes, piece by piece; each is void when the next is asked for.
+
+        Args:
+            in_pages: each lies at the begin of a page of memory, and all but the last are as long.
+        """
+        size = min(length, _CHUNK_BYTES)
+        buffer = memoryview(mmap.mmap(-1, size) if in_pages and size else bytearray(size))
         while length:
-            # Through the buffer of the stream: what it has read ahead is part of them.
-            count = self._stream.readinto(buffer[: min(length, len(buffer))])
+            wanted = min(length, size)
+            have = self._fill(buffer[:wanted], wanted if in_pages else 1)
+            yield buffer[:have]
+            length -= have
+
+    def _fill(self, buffer: memoryview, least: int) -> int:
+        """Read at least so many bytes, through the buffer of the stream: what it has read ahead is part of them."""
+        have = 0
+        while have < least:
+            count = self._stream.readinto(buffer[have:])
             if not count:
                 raise ConnectionResetError("the connection ended")
-            yield buffer[:count]
-            length -= count
+            have += count
+        return have
 
     def bytes(self, length: int) -> bytes:
         """So many bytes."""

@@ -1,13 +1,13 @@
 """What the process beside a rank does for local checkpoints: functions that the rank lets it call. No torch.
 
-The process listens to its peers in threads while the rank's own calls are carried out one after another.
+The process listens to its peers in threads while the rank's own calls are carried out one after another. What writes
+gives way to the steps: nobody waits for a local checkpoint. What is read by a rank that starts does not: it waits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import shutil
 import threading
 import zlib
@@ -29,12 +29,10 @@ from megatron_telechat.checkpoint.local.peers import (
 from megatron_telechat.checkpoint.manifest import Manifest, read_manifest
 from megatron_telechat.checkpoint.names import MANIFEST, FileEntry
 from megatron_telechat.checkpoint.stores import store_of
-from megatron_telechat.checkpoint.writer_process import FileImage, write_images
+from megatron_telechat.checkpoint.writer_process import FileImage, give_way, write_images
 from megatron_telechat.errors import UserError
 
 _MANIFEST_LIMIT = 1 << 30
-_NICENESS = 10
-"""Where cores are short, the steps go first: nobody waits for a local checkpoint."""
 
 
 @dataclass
@@ -107,8 +105,6 @@ def listen(root: Path, host: str, secret: str, cleans: bool) -> tuple[int, str]:
     Returns:
         The port, and why nothing can be written here; "" where it can.
     """
-    with contextlib.suppress(OSError):
-        os.nice(_NICENESS)
     state = _State(root, Server(host, secret, {"put": _take_part, "get": _give_range}))
     _state[:] = [state]
     try:
@@ -134,6 +130,7 @@ def write_part(memory_fd: int, one: LocalSave) -> list[str]:
     Raises:
         OSError, UserError: the part cannot be written here.
     """
+    give_way()
     one.require_writable()
     written = threading.Event()
     said: list[bytes] = []
@@ -242,6 +239,7 @@ def _received(save: str) -> set[int]:
 def _take_part(channel: Channel, request: Mapping[str, Any]) -> None:
     """A peer's part, onto this disk. What cannot be kept is read to its end all the same, so that the peer hears
     why."""
+    give_way()
     rank, step, save = require_place(request)
     files = [(require_file_name(name), int(size)) for name, size in request["files"]]
     state = _state[0]
@@ -278,14 +276,14 @@ def _take_part(channel: Channel, request: Mapping[str, Any]) -> None:
 def _take_file(channel: Channel, path: Path | None, size: int) -> tuple[str, str]:
     """(checksum of what came, why it could not be written). None as the path: it is not kept."""
     checksum, fault = 0, ""
-    sink = None if path is None else store_of(path).create(path)
+    sink = None if path is None else store_of(path).create(path, aligned=True)
     with contextlib.ExitStack() as open_files:
         try:
             if sink is not None:
                 open_files.enter_context(sink)
         except OSError as error:
             sink, fault = None, _in_words(error)
-        for chunk in channel.chunks(size):
+        for chunk in channel.chunks(size, in_pages=True):
             checksum = zlib.crc32(chunk, checksum)
             try:
                 if sink is not None and not fault:

@@ -192,7 +192,7 @@ class ObjectStore:
 
     # ---- writing ----------------------------------------------------------------------------
 
-    def create(self, place: Location) -> ObjectSink:
+    def create(self, place: Location, aligned: bool = False) -> ObjectSink:
         """See :class:`Store`: an upload in parts. Raises ResourceError."""
         return ObjectSink(self._fs, _url(place))
 

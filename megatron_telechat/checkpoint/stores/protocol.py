@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, Protocol
 from megatron_telechat.checkpoint.names import FileEntry
 from megatron_telechat.locations import Location
 
+ALIGNMENT = 4096
+"""What `Store.create` means by aligned, bytes; a multiple of the blocks of disks."""
+
 
 class Signature(NamedTuple):
     """Tells whether a file was touched.
@@ -113,8 +116,13 @@ class Store(Protocol):
 
     # ---- writing ----------------------------------------------------------------------------
 
-    def create(self, place: Location) -> Sink:
-        """Write a new file; it is durable when the sink is left."""
+    def create(self, place: Location, aligned: bool = False) -> Sink:
+        """Write a new file; it is durable when the sink is left.
+
+        Args:
+            aligned: what is written lies at multiples of `ALIGNMENT` in memory and, but for the last time, is a
+                multiple of it long: a store may hand it on without a copy.
+        """
         ...
 
     def make_folder(self, folder: Location) -> None:

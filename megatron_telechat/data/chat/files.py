@@ -19,7 +19,7 @@ from megatron_telechat.data.chat.dialogs import BadDialog, parse_dialog
 from megatron_telechat.data.chat.preferences import parse_pair
 from megatron_telechat.data.chat.template import ChatVocabulary, Part, render, tokenizer_files
 from megatron_telechat.data.indexed.dataset import IndexedDataset, IndexedWriter, token_dtype
-from megatron_telechat.data.pieces import Say
+from megatron_telechat.data.pieces import Say, partial_name
 from megatron_telechat.errors import DataError, Problem, ResourceError
 from megatron_telechat.files import sha256_of
 
@@ -128,7 +128,7 @@ def encoded(path: str, data: DataConfig, vocab_size: int, cache: Path, say: Say)
     final = encoded_folder(path, data, vocab_size, cache)
     if final.is_dir():
         return final
-    partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
+    partial = final.with_name(partial_name(final.name))
     try:
         partial.mkdir(parents=True)
         _encode_file(path, file_digest(path), data, vocab_size, partial, say)
