@@ -187,6 +187,7 @@ class Tree(Relaxation):
         ]
         changed = True
         result = self.relax(node, ROOT_ROUNDS)
+        result = self.tighten(node, result)
         while changed and not self.budget.over(SHAVING):
             changed = False
             for _, number in entries:
@@ -202,7 +203,7 @@ class Tree(Relaxation):
                         value = float(space.rows[first + number] @ result.x)
                     if not result.feasible or node.bound >= self.cutoff():
                         break
-        return result
+        return self.tighten(node, result)
 
     def _shave_end(self, node: Node, number: int, value: float, up: bool) -> bool:
         """Whether the range of a row could be narrowed: to the value's whole neighbour, or to the one after it."""
@@ -247,6 +248,8 @@ class Tree(Relaxation):
             result = self.shave(node)
         else:
             result = self.relax(node, NODE_ROUNDS)
+            if result.feasible and node.bound < self.cutoff() and self.add_hull_rows(result.x):
+                result = self.relax(node, NODE_ROUNDS)
         if result is None or node.bound >= self.cutoff():
             self.closed_bound = min(self.closed_bound, node.bound)
             return None

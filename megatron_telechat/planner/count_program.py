@@ -22,6 +22,7 @@ class Space:
     Times are in units of `time_unit`, bytes in units of the memory limit.
 
     Attributes:
+        memory_rows, memory_devices: the rows of memory, and the device of each.
         rows, row_lo, row_hi: the rules; from `first_branch_row` on, sums that may be branched on: layers of each
             device, layers of each stage, layers of each device in each mode but 0.
         times, fixed_times: stage times = fixed_times + times @ x, forward then backward.
@@ -131,6 +132,7 @@ class Space:
     def _memory(self) -> None:
         problem, unit = self.problem, self.problem.mem_limit or 1.0
         self.memory_rows: list[int] = []
+        self.memory_devices: list[int] = []
         if self.loose:
             return
         for device, moments in enumerate(in_flight(*problem.schedule)):
@@ -151,10 +153,13 @@ class Space:
                     for at, level in enumerate(self.levels):
                         entries[int(self.z[stages[moment.backward], at])] = (level - below) / unit
                         below = level
+                self.memory_devices.append(device)
                 self.memory_rows.append(self._row(entries, -INF, (problem.mem_limit * (1 + 1e-9) - used) / unit))
+        least = min(mode.ws for group in problem.groups for mode in group.modes)
+        holds_layers = [count > 0 and not self.y for count in problem.fewest_layers(None)]
         for stage in range(problem.num_stages):
             for at, level in enumerate(self.levels):
-                if level <= problem.fixed_block(stage, None).ws:
+                if level <= max(problem.fixed_block(stage, None).ws, least if holds_layers[stage] else 0.0):
                     self.lo[self.z[stage, at]] = 1.0
                 if stage in self.y and problem.mtp is not None and level <= problem.mtp.ws:
                     self._row({self.y[stage]: 1.0, int(self.z[stage, at]): -1.0}, -INF, 0.0)

@@ -74,12 +74,15 @@ class Evaluator:
             if not self.mode0_is_fastest:
                 tight[:] = True
             mtp_virtual_stage = None if place is None or place % problem.P != device else place // problem.P
-            for row in np.flatnonzero(tight & fits):
-                plan = plans.best(device, tuple(map(tuple, inside[row, stages].tolist())), mtp_virtual_stage)
+            rows = np.flatnonzero(tight & fits)
+            kinds, of_row = np.unique(inside[rows, stages], axis=0, return_inverse=True)
+            for at, kind in enumerate(kinds.tolist()):
+                same = rows[of_row.ravel() == at]
+                plan = plans.best(device, tuple(map(tuple, kind)), mtp_virtual_stage)
                 if plan is None:
-                    fits[row] = False
+                    fits[same] = False
                 else:
-                    extra[row, stages] = plan.extra
+                    extra[same, stages] = plan.extra
         return extra, fits
 
     def assignment(self, counts: Sequence[int], place: int | None) -> Assignment:

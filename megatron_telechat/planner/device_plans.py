@@ -12,7 +12,7 @@ import numpy as np
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.simulate import in_flight
 
-MAX_COMBINATIONS = 400_000
+MAX_COMBINATIONS = 50_000
 """Choices of a device that are looked at; with more, the search for a start takes a sample. No bound rests on them."""
 MAX_COMPARED = 2_000
 """Of those that fit, the ones with the least time that are compared each with each."""

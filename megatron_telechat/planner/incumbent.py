@@ -12,13 +12,16 @@ from megatron_telechat.planner.assignment import Assignment, check_assignment
 from megatron_telechat.planner.count_program import Space
 from megatron_telechat.planner.descent import Evaluator, descend, round_counts, starts
 from megatron_telechat.planner.device_plans import DevicePlans
+from megatron_telechat.planner.exchange import Exchange
 from megatron_telechat.planner.problem import BalanceProblem
-from megatron_telechat.planner.simulate import SimResult, simulate
+from megatron_telechat.planner.simulate import SimResult, peak_bytes, simulate
 
 MOST_EVALUATED = 50_000_000
 """Ops, of all neighbours of all steps, that a descent simulates where it is not eager: half a second."""
 FEW_COMBINATIONS = 2_000
 """Choices of a device that are looked at one by one where it is not eager."""
+FEW_STEPS, MANY_STEPS = 20, 100
+"""Steps of an exchange without gain after which it ends: around a new best, around the first."""
 RELATIVE = 1e-7
 """Where times are not whole numbers, makespans nearer than this (relative) count as equal."""
 
@@ -44,6 +47,7 @@ class Incumbent:
         self.assignment: Assignment | None = None
         self.result: SimResult | None = None
         self._tried: set[tuple] = set()
+        self._exchange: Exchange | None = None
         ops = 2 * problem.num_stages * problem.m
         self._steps = None if eager else MOST_EVALUATED // (ops * problem.num_stages**2)
 
@@ -61,18 +65,32 @@ class Incumbent:
         self.makespan, self.assignment, self.result = result.total, assignment, result
         return True
 
-    def offer_counts(self, counts: tuple[int, ...], place: int | None, patience: int) -> None:
-        """Descend from a split and take what comes out."""
+    def offer_counts(self, counts: tuple[int, ...], place: int | None, patience: int, starting: bool = False) -> None:
+        """Descend from a split and take what comes out; look around it too if it is the best, or one to start from."""
         if (counts, place) in self._tried:
             return
         self._tried.add((counts, place))
         span, counts = descend(self.evaluator, counts, place, self.deadline, patience, self._steps)
         self._tried.add((counts, place))
         if math.isfinite(span):
-            self.offer(self.evaluator.assignment(counts, place))
+            assignment = self.evaluator.assignment(counts, place)
+            if self.offer(assignment) or starting:
+                self.exchange(assignment, FEW_STEPS)
+
+    def exchange(self, start: Assignment, patience: int) -> None:
+        """Look for a better assignment near one that fits and recomputes some layer.
+
+        A descent gives each split the modes that add the least time, which need not be the best for the schedule.
+        """
+        limit = self.problem.mem_limit
+        if not self.eager or not any(map(any, start.modes)) or max(peak_bytes(self.problem, start)) > limit:
+            return
+        if self._exchange is None:
+            self._exchange = Exchange(self.problem)
+        self.offer(self._exchange.improve(start, self.deadline, patience))
 
     def begin(self) -> None:
-        """Descend from some plain splits."""
+        """Descend from some plain splits, and look around what comes out."""
         quarter = time.perf_counter() + 0.25 * (self.deadline - time.perf_counter())
         for place in reversed(self.problem.mtp_places()):
             found = list(starts(self.problem, place))
@@ -80,7 +98,9 @@ class Incumbent:
                 found = [found[int(np.argmin(self.evaluator.spans(np.array(found), place)))]]
             for counts in found:
                 if time.perf_counter() < quarter:
-                    self.offer_counts(counts, place, 2)
+                    self.offer_counts(counts, place, 2, starting=True)
+        if self.assignment is not None:
+            self.exchange(self.assignment, MANY_STEPS)
 
     def offer_point(self, space: Space, x: np.ndarray, whole: bool, node: int) -> None:
         """A point of the LP: taken as it is if whole, else rounded (seldom: rounding costs time)."""
@@ -90,7 +110,8 @@ class Incumbent:
                 check_assignment(self.problem, assignment)
             except ConfigError:
                 return
-            self.offer(assignment)
+            if self.offer(assignment):
+                self.exchange(assignment, FEW_STEPS)
         elif node < (10 if self.eager else 3) or node % 20 == 0:
             counts = round_counts(self.problem, space.counts(x), space.place(x))
             if counts is not None:

@@ -10,11 +10,13 @@ import numpy as np
 
 from megatron_telechat.planner.budget import Budget
 from megatron_telechat.planner.count_program import Space
+from megatron_telechat.planner.device_hull import DeviceHull, device_hulls
 from megatron_telechat.planner.incumbent import Incumbent
 from megatron_telechat.planner.lp import INF, LinearProgram, LpResult, RowStore
 from megatron_telechat.planner.op_graph import OpGraph
 from megatron_telechat.planner.path_cuts import PathCut, Separator
 from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.rest import least_seconds
 from megatron_telechat.planner.slow_stage import time_factors
 
 WHOLE = 1e-6
@@ -24,6 +26,12 @@ ROOT_ROUNDS, NODE_ROUNDS, PROBE_ROUNDS = 400, 30, 10
 MORE_ROUNDS = 300
 """Rounds of cuts at the root, at a node, in a trial; and more of them while the point is whole."""
 
+STALL = 0.01
+"""Part of the distance to the cutoff that four rounds of path cuts have to gain."""
+WORTH = 2e-3
+"""Part of the distance to the cutoff that a round of rows of device plans has to gain."""
+MEMORY_TOLERANCE = 1e-6
+"""Layers by which a point may exceed a memory row: more than the tolerance of HiGHS, so that no row comes twice."""
 POOL_CUTS = 5
 MAX_CUTS = 150
 """Rows of cuts that the LP keeps; slack ones go first. Every cut ever found stays in the pool."""
@@ -53,7 +61,10 @@ class Node:
 
 
 class Relaxation:
-    """One LP for all boxes: loading a box changes bounds only, and every cut holds in every box."""
+    """One LP for all boxes: loading a box changes bounds only, and every cut holds in every box.
+
+    Of the memory rows, hundreds with virtual stages, few ever bind: they join the LP when a point violates them.
+    """
 
     def __init__(
         self,
@@ -69,10 +80,20 @@ class Relaxation:
         self.space = space = Space(problem, _serial_time(problem))
         self.unit = space.time_unit
         self.separator = Separator(graph, space.p2p, time_factors(problem))
-        self.lp = LinearProgram(space.cost, space.lo, space.hi, space.rows, space.row_lo, space.row_hi)
+        fixed = np.setdiff1d(np.arange(len(space.rows)), space.memory_rows)
+        self.lp = LinearProgram(
+            space.cost, space.lo, space.hi, space.rows[fixed], space.row_lo[fixed], space.row_hi[fixed]
+        )
+        self.first_branch_row = space.first_branch_row - len(space.memory_rows)
         self.pool: dict[PathCut, None] = {}
         self.pool_rows = RowStore(space.size)
         self.num_fixed_rows = self.lp.num_rows
+        memory = space.rows[space.memory_rows]
+        scale = np.abs(memory).max(axis=1, initial=0.0)
+        scale[scale == 0] = 1.0
+        self.memory_rows, self.memory_highs = memory / scale[:, None], space.row_hi[space.memory_rows] / scale
+        self.memory_devices = np.array(space.memory_devices, dtype=int)
+        self.hulls: list[DeviceHull] = []
         for cut in cuts:
             self.pool[cut] = None
             self.pool_rows.append(*space.cut_row(cut))
@@ -90,7 +111,7 @@ class Relaxation:
     def load(self, node: Node) -> None:
         """Set the LP to the bounds of this box."""
         self.lp.set_columns(node.lo, node.hi)
-        self.lp.set_rows(self.space.first_branch_row, node.row_lo, node.row_hi)
+        self.lp.set_rows(self.first_branch_row, node.row_lo, node.row_hi)
 
     def add_cuts(self, cuts: list[PathCut], x: np.ndarray, above: float) -> int:
         """Add the cuts that `x` violates; returns how many."""
@@ -117,6 +138,26 @@ class Relaxation:
             self.lp.add_rows(rows[worst], lows[worst], np.full(len(worst), INF))
         return len(worst)
 
+    def add_memory(self, x: np.ndarray) -> int:
+        """Add of each device the memory row that `x` violates most; returns how many."""
+        over = self.memory_rows @ x - self.memory_highs
+        where = np.flatnonzero(over > MEMORY_TOLERANCE)
+        if len(where):
+            where = where[np.argsort(-over[where], kind="stable")]
+            where = where[np.unique(self.memory_devices[where], return_index=True)[1]]
+            self.lp.add_rows(self.memory_rows[where], np.full(len(where), -INF), self.memory_highs[where])
+        return len(where)
+
+    def add_hull_rows(self, x: np.ndarray) -> int:
+        """Add of each device a row that its whole plans satisfy and `x` does not; returns how many."""
+        found = [(hull, cut) for hull in self.hulls if (cut := hull.separate(x)) is not None]
+        for hull, (values, least) in found:
+            row = np.zeros(self.space.size)
+            row[hull.columns] = values
+            self.pool_rows.append(row, least)
+            self.lp.add_rows(row[None], np.array([least]), np.array([INF]))
+        return len(found)
+
     def relax(self, node: Node, rounds: int) -> LpResult:
         """Solve the LP of a node with as many cuts as pay off. The result's bound is safe; node.bound is raised.
 
@@ -128,7 +169,7 @@ class Relaxation:
             return LpResult(False, INF, node.lo, node.lo)
         self.load(node)
         gains: list[float] = []
-        center, least = None, INF
+        center, least, memory_rounds = None, INF, 0
         while True:
             result = self.lp.solve()
             self.budget.work += 1
@@ -136,12 +177,17 @@ class Relaxation:
             if not result.feasible or node.bound >= self.cutoff() or self.budget.over():
                 return result
             x = result.x
+            if memory_rounds < rounds and self.add_memory(x):
+                memory_rounds += 1
+                continue
             tolerance = 1e-9 * max(1.0, x[0])
             gains.append(result.bound)
-            stalled = len(gains) > rounds or len(gains) > 4 and gains[-1] - gains[-5] < 1e-5 * abs(gains[-1])
+            missing = self.cutoff() - gains[-1]
+            worth = max(1e-5 * abs(gains[-1]), STALL * missing if math.isfinite(missing) else 0.0)
+            stalled = len(gains) > rounds or len(gains) > 4 and gains[-1] - gains[-5] < worth
             if stalled and not self.is_whole(x) or len(gains) > rounds + MORE_ROUNDS:
                 return result
-            self.trim(result.duals)
+            self.trim(x, result.duals)
             if self.add_from_pool(x, 1e-5 * abs(x[0])):
                 continue
             added = 0
@@ -159,12 +205,38 @@ class Relaxation:
                 if span <= x[0] + tolerance or not self.add_cuts(cuts, x, tolerance / 2):
                     return result
 
-    def trim(self, duals: np.ndarray) -> None:
-        """Throw slack cuts out of the LP when there are many; they stay in the pool."""
-        if len(duals) != self.lp.num_rows or self.lp.num_rows - self.num_fixed_rows <= MAX_CUTS:
+    def tighten(self, node: Node, result: LpResult) -> LpResult:
+        """At a root: narrow it, list the whole plans of each device, and add rows of them as long as that pays off.
+
+        `result` is of the node's LP, and what comes back too.
+        """
+        if not result.feasible or node.bound >= self.cutoff():
+            return result
+        self.narrow(node, result.duals)
+        rest = least_seconds(self.problem) if self.problem.rest else 0.0
+        busy = (self.cutoff() * self.unit - rest) / self.problem.m
+        first = self.space.first_branch_row
+        self.hulls = device_hulls(
+            self.space, node.lo, node.hi, lambda row: (node.row_lo[row - first], node.row_hi[row - first]), busy
+        )
+        while result.feasible and node.bound < self.cutoff() and not self.budget.over():
+            before = node.bound
+            if not self.add_hull_rows(result.x):
+                break
+            result = self.relax(node, ROOT_ROUNDS)
+            if node.bound - before < WORTH * (self.cutoff() - before):
+                break
+        return result
+
+    def trim(self, x: np.ndarray, duals: np.ndarray) -> None:
+        """Throw slack rows out of the LP when there are many; cuts stay in the pool."""
+        first = self.num_fixed_rows
+        if len(duals) != self.lp.num_rows or self.lp.num_rows - first <= MAX_CUTS:
             return
-        slack = np.flatnonzero(np.abs(duals[self.num_fixed_rows :]) < 1e-12) + self.num_fixed_rows
-        self.lp.delete_rows(slack)
+        at = slice(first, self.lp.num_rows)
+        values = self.lp.rows[at] @ x
+        inside = np.minimum(values - self.lp.row_lo[at], self.lp.row_hi[at] - values)
+        self.lp.delete_rows(np.flatnonzero((np.abs(duals[first:]) < 1e-12) & (inside > 1e-7)) + first)
 
     def is_whole(self, x: np.ndarray) -> bool:
         """Whether all counts of the point are integers up to the tolerance WHOLE."""
@@ -180,7 +252,7 @@ class Relaxation:
         spare = self.cutoff() - self.lp.safe_bound(duals, self.lp.cost)
         if not math.isfinite(spare) or spare <= 0:
             return
-        first = self.space.first_branch_row
+        first = self.first_branch_row
         rows = duals[first : first + len(node.row_lo)]
         costs = self.lp.cost - duals @ self.lp.rows[: self.lp.num_rows]
         costs[0] = costs[self.space.counts_end :] = 0.0
