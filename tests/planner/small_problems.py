@@ -65,3 +65,23 @@ def small_problem(seed: int) -> BalanceProblem:
         return problem
     blocks = {key: replace(getattr(problem, key), ws=amount(0, 150)) for key in ("embed", "head")}
     return replace(problem, **blocks, mtp=mtp and replace(mtp, ws=amount(0, 150)))
+
+
+def binding_problem(seed: int) -> BalanceProblem:
+    """One with 6 to 10 virtual stages and a memory limit between what recompute of all layers needs and what none
+    needs."""
+    rng = random.Random(seed)
+    P, V = rng.choice([(2, 3), (3, 2), (2, 4), (4, 2), (3, 3), (2, 5)])
+    m = P * rng.randint(1, 3)
+    layers = P * V + rng.randint(0, 5 if P * V < 9 else 2)
+    f, act, w = rng.randint(60, 130), rng.randint(60, 130), rng.randint(100, 400)
+    modes = (Mode("none", 0, act, rng.choice([0, 40])), Mode("full", f, rng.randint(4, 10), act - 8))
+    group = LayerGroup(layers, f, rng.randint(120, 270), w, modes)
+    held, mean = P * V, layers / P
+    least, most = (mean * (w + held / V * one.act) for one in reversed(modes))
+    return BalanceProblem(
+        P, V, m, int(least + rng.uniform(0.0, 0.9) * (most - least)) + w // 2, 0, rng.choice([0, rng.randint(1, 20)]),
+        (group,), embed=Block(5, 5, rng.randint(50, 250), 10),
+        head=Block(rng.randint(30, 150), rng.randint(60, 300), rng.randint(50, 250), 60, rng.choice([0, 50])),
+        min_layers_first=rng.choice([0, 1]) if layers >= P * V else 0,
+    )  # fmt: skip

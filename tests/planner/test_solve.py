@@ -14,10 +14,13 @@ from megatron_telechat.planner.assignment import Assignment, Solution
 from megatron_telechat.planner.problem import BalanceProblem, Block, LayerGroup, Mode
 from megatron_telechat.planner.simulate import simulate
 from megatron_telechat.planner.solve import solve
-from tests.planner.small_problems import small_problem
+from tests.planner.small_problems import binding_problem, small_problem
 from tools.bench.yardsticks.exhaustive import solve_exhaustively
 
 EXAMPLES = json.loads((Path(__file__).parent / "solved_problems.json").read_text())
+
+
+BINDING = 25
 
 
 def large_problem(P: int, V: int, layers: int = 96, mem_limit: float = 1e9, m: int = 16) -> BalanceProblem:
@@ -81,11 +84,27 @@ def test_random_problems_as_exhaustive_search():
     assert min(seen.values()) >= 10, seen
 
 
+@pytest.mark.heavy
+def test_many_virtual_stages_with_binding_memory_as_exhaustive_search():
+    seen = {"infeasible": 0, "searched": 0, "recompute": 0}
+    for seed in range(BINDING):
+        problem = binding_problem(seed)
+        answer, truth = solve(problem), solve_exhaustively(problem)
+        check(problem, answer, truth, seed)
+        seen["infeasible"] += answer.assignment is None
+        seen["searched"] += answer.nodes > 1
+        seen["recompute"] += answer.assignment is not None and any(map(any, answer.assignment.modes))
+    assert min(seen.values()) >= 2, seen
+
+
 @pytest.mark.slow
 def test_many_random_problems_as_exhaustive_search():
     """pytest -m slow tests/planner/test_solve.py"""
     for seed in range(1000, 3000):
         problem = small_problem(seed)
+        check(problem, solve(problem), solve_exhaustively(problem), seed)
+    for seed in range(100, 400):
+        problem = binding_problem(seed)
         check(problem, solve(problem), solve_exhaustively(problem), seed)
 
 

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """The solver on large problems of the cost model: value, proven bound, gap, seconds, and what other choices lose.
 
-    python tools/bench/planner.py [--only TEXT] [--time-limit 30] [--problem FILE.json ...] [--json FILE] [--list]
+    python tools/bench/planner.py [--set NAME] [--only TEXT] [--time-limit 30] [--problem FILE.json ...] [--json FILE]
+    python tools/bench/planner.py [--set NAME] --list
 
 Every problem is a run (the flags are printed by --list) on a device file of the package; `loose` takes the memory
 limit away, a size in GiB replaces the device's. Beside the solver: Megatron's uniform split, its
 account-for-embedding/loss flags, the best that plain flags say, and two published surrogate objectives, each minimised
 exactly (~ marks one that its own time limit cut short). Every makespan comes from the same simulator. Seconds are wall
-time of one process on a machine that should do nothing else.
+time of one process on a machine that should do nothing else, and its processor time.
+
+The set binding-32 has 32 virtual stages and a memory limit that makes layers be recomputed, for the solver alone.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,16 +137,45 @@ CASES = (
 )
 
 
-def measure(name: str, one: BalanceProblem, time_limit: float) -> dict:
+def telechat_35b(name: str, pipeline: int, virtual_stages: int, microbatches: int, memory_gib: float) -> Case:
+    return Case(f"35B {name}", "--preset telechat2-35b", pipeline, virtual_stages, microbatches, 4, 4, memory_gib)
+
+
+def moe_58(name: str, pipeline: int, virtual_stages: int, memory_gib: float) -> Case:
+    return Case(f"58 layers MoE {name}", MOE_58, pipeline, virtual_stages, 32, 16, 4, memory_gib, device="h100-80g")
+
+
+BINDING_32 = (
+    telechat_115b("PP8 V4 m32 50 GiB", 8, 4, 32, 50),
+    telechat_115b("PP8 V4 m32 40 GiB", 8, 4, 32, 40),
+    telechat_115b("PP8 V4 m32 30 GiB", 8, 4, 32, 30),
+    telechat_115b("PP8 V4 m16 44 GiB", 8, 4, 16, 44),
+    telechat_115b("PP8 V4 m8 40 GiB", 8, 4, 8, 40),
+    telechat_115b("PP16 V2 m16 38 GiB", 16, 2, 16, 38),
+    telechat_115b("PP16 V2 m32 32 GiB", 16, 2, 32, 32),
+    telechat_115b("PP16 V2 m64 26 GiB", 16, 2, 64, 26),
+    telechat_115b("PP4 V8 m16 56 GiB", 4, 8, 16, 56),
+    telechat_115b("PP4 V8 m4 48 GiB", 4, 8, 4, 48),
+    telechat_35b("PP8 V4 m8 34 GiB", 8, 4, 8, 34),
+    telechat_35b("PP8 V4 m32 30 GiB", 8, 4, 32, 30),
+    telechat_35b("PP16 V2 m32 22 GiB", 16, 2, 32, 22),
+    moe_58("PP8 V4 m32 60 GiB", 8, 4, 60),
+    moe_58("PP16 V2 m32 40 GiB", 16, 2, 40),
+)
+SETS = {"reference": CASES, "binding-32": BINDING_32}
+
+
+def measure(name: str, one: BalanceProblem, time_limit: float, compare: bool) -> dict:
+    started = time.process_time()
     answer = solve(one, time_limit)
-    row = {"problem": name, **answer.to_json(), "nodes": answer.nodes}
+    row = {"problem": name, **answer.to_json(), "nodes": answer.nodes, "cpu": time.process_time() - started}
     row["recomputes"] = answer.assignment is not None and any(map(any, answer.assignment.modes))
     row["others"] = {
         other.name: {
             "excess": None if other.makespan is None or not answer.makespan else other.makespan / answer.makespan - 1,
             "proved": other.proved,
         }
-        for other in (*megatron_splits(one), *surrogates(one))
+        for other in ((*megatron_splits(one), *surrogates(one)) if compare else ())
     }
     return row
 
@@ -154,7 +187,7 @@ def show(row: dict) -> None:
     if row["makespan"] is None:
         print(f"{row['problem']:<32}{row['status']}", flush=True)
         return
-    numbers = f"{row['makespan']:>10.6g}{share(row['gap']):>9}{row['seconds']:>8.2f}{row['nodes']:>7}"
+    numbers = f"{row['makespan']:>10.6g}{share(row['gap']):>9}{row['seconds']:>8.2f}{row['cpu']:>8.2f}{row['nodes']:>7}"
     others = "".join(f"{share(one['excess']) + '~' * (not one['proved']):>12}" for one in row["others"].values())
     recompute = "yes" if row["recomputes"] else "no"
     print(f"{row['problem']:<32}{row['status']:<9}{recompute:>10}{numbers}{others}", flush=True)
@@ -163,13 +196,14 @@ def show(row: dict) -> None:
 def chosen(args: argparse.Namespace) -> Iterator[tuple[str, BalanceProblem]]:
     for name in args.problem:
         yield Path(name).stem, BalanceProblem.from_json(Path(name).read_text(), name)
-    for case in () if args.problem else CASES:
+    for case in () if args.problem else SETS[args.set]:
         if args.only in case.name:
             yield case.name, case.problem()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", default="reference", choices=SETS, help="which problems")
     parser.add_argument("--only", default="", help="problems whose name holds this text")
     parser.add_argument("--time-limit", type=float, default=30.0, help="seconds a problem")
     parser.add_argument("--problem", nargs="*", default=[], help="balance problems in files instead")
@@ -177,18 +211,20 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args()
     if args.list:
-        for case in CASES:
+        for case in SETS[args.set]:
             memory = "no limit" if case.memory_gib == LOOSE else f"{case.memory_gib or 'its own'} GiB"
             print(
                 f"{case.name}: {case.device}, {memory}, recompute {', '.join(case.kinds)}\n  "
                 f"{' '.join(case.words(case.flags))}"
             )
         return
-    print(f"{'problem':<32}{'status':<9}{'recomputes':>10}{'value s':>10}{'gap':>9}{'s':>8}{'boxes':>7}"
-          f"{'uniform':>12}{'accounted':>12}{'flags':>12}{'stage':>12}{'pairs':>12}")  # fmt: skip
+    compare = args.set == "reference"
+    heads = f"{'problem':<32}{'status':<9}{'recomputes':>10}{'value s':>10}{'gap':>9}{'s':>8}{'cpu s':>8}{'boxes':>7}"
+    others = f"{'uniform':>12}{'accounted':>12}{'flags':>12}{'stage':>12}{'pairs':>12}"
+    print(heads + others if compare else heads)
     rows = []
     for name, one in chosen(args):
-        rows.append(measure(name, one, args.time_limit))
+        rows.append(measure(name, one, args.time_limit, compare))
         show(rows[-1])
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
