@@ -10,7 +10,8 @@ account-for-embedding/loss flags, the best that plain flags say, and two publish
 exactly (~ marks one that its own time limit cut short). Every makespan comes from the same simulator. Seconds are wall
 time of one process on a machine that should do nothing else, and its processor time.
 
-The set binding-32 has 32 virtual stages and a memory limit that makes layers be recomputed, for the solver alone.
+The set binding-32 has 32 virtual stages and limits that make layers be recomputed (but not of the model of experts),
+for the solver alone.
 """
 
 from __future__ import annotations
