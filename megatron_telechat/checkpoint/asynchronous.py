@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_telechat.checkpoint import commit as protocol
 from megatron_telechat.checkpoint.committing import commit_parts
-from megatron_telechat.checkpoint.disk import disk_error
+from megatron_telechat.checkpoint.disk import disk_error, is_of_one_host
 from megatron_telechat.checkpoint.lineage import look_at
 from megatron_telechat.checkpoint.names import FileEntry
 from megatron_telechat.checkpoint.parts import Part
@@ -92,14 +92,17 @@ class AsynchronousSaves:
 
     Args:
         expected_bytes: what a save of this rank is expected to hold (`train_state.expected_bytes`).
+        root: where the saves go.
     """
 
-    def __init__(self, backend: Backend, parallel: ParallelState, expected_bytes: int):
+    def __init__(self, backend: Backend, parallel: ParallelState, expected_bytes: int, root: Location):
         self._backend, self._parallel = backend, parallel
         self._buffer = StagingBuffer(backend, expected_bytes + _ROOM_FOR_HEADERS)
         first = parallel.rank == 0
         preload = [commit_parts.__module__] if first else []
-        self._writer = WriterProcess(self._buffer.fd, self._buffer.nbytes, preload, gives_way=True)
+        # Through the page cache a lower priority was seen to slow the steps down (docs/checkpoints.md).
+        passes_the_cache = isinstance(root, Path) and is_of_one_host(root)
+        self._writer = WriterProcess(self._buffer.fd, self._buffer.nbytes, preload, gives_way=passes_the_cache)
         self._save: _UnderWay | None = None
 
     @property

@@ -57,7 +57,7 @@ class Saving:
             tier.require_memory(needed, mode.asynchronous)
         with together(parallel):
             if mode.asynchronous:
-                self._beside = AsynchronousSaves(backend, parallel, needed)
+                self._beside = AsynchronousSaves(backend, parallel, needed, run.save_dir)
 
     def save(self, state: TrainState, wait: bool, requested: bool, started_s: float) -> CommittedSave | None:
         """Save; a collective over all ranks. None is under way (`finish`).

@@ -9,12 +9,14 @@ import random
 import signal
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_telechat.backend import get_backend
-from megatron_telechat.checkpoint import disk
+from megatron_telechat.checkpoint import asynchronous, disk
 from megatron_telechat.checkpoint.files import LazyTensor, lazy, write_safetensors
 from megatron_telechat.checkpoint.staging import FileImages, StagingBuffer
 from megatron_telechat.checkpoint.stores import posix, store_of
@@ -97,6 +99,17 @@ def test_who_gives_way():
         writer.close()
         assert found == [lower if gives_way else os.nice(0), lower, lower]
     buffer.close()
+
+
+@pytest.mark.heavy
+def test_shared_saves_give_way_where_they_pass_the_page_cache(tmp_path, monkeypatch):
+    for one_host, lower in ((True, min(19, os.nice(0) + 10)), (False, os.nice(0))):
+        monkeypatch.setattr(asynchronous, "is_of_one_host", lambda path, answer=one_host: answer)
+        parallel: Any = SimpleNamespace(rank=1)
+        saves = asynchronous.AsynchronousSaves(get_backend("cpu"), parallel, 1000, tmp_path)
+        saves._writer.submit(os.nice, 0)
+        assert saves._writer.result() == lower
+        saves.close()
 
 
 @pytest.mark.gpu
