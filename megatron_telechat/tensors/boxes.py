@@ -114,9 +114,43 @@ def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
 
 
 def overlapping_pair(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Two boxes with a common element, if any.
+
+    Where a plane parallel to the axes cuts none of the boxes, those on its sides are looked at by themselves. What
+    ranks hold of a tensor comes apart so until single boxes are left: parts of tensor ranks, rows of flat ranges, and
+    parts of one row. The time then grows as n log n; only what does not come apart is compared pair by pair.
+    """
+    waiting = [list(boxes)]
+    while waiting:
+        group = waiting.pop()
+        if len(group) < 2:
+            continue
+        for axis in range(len(group[0].shape)):
+            parts = _apart(group, axis)
+            if len(parts) > 1:
+                waiting.extend(parts)
+                break
+        else:
+            pair = _pair_by_pair(group)
+            if pair is not None:
+                return pair
+    return None
+
+
+def _apart(boxes: Sequence[Box], axis: int) -> list[list[Box]]:
+    """The boxes in groups whose extents on an axis do not touch those of another group."""
+    groups: list[list[Box]] = []
+    reach = 0
+    for box in sorted(boxes, key=lambda box: box.offset[axis]):
+        if not groups or box.offset[axis] >= reach:
+            groups.append([])
+        groups[-1].append(box)
+        reach = max(reach, box.offset[axis] + box.shape[axis])
+    return groups
+
+
+def _pair_by_pair(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     """Two boxes with a common element, if any: a sweep along the axis with the most cuts."""
-    if len(boxes) < 2:
-        return None
     if not boxes[0].shape:
         return boxes[0], boxes[1]
     axis = max(range(len(boxes[0].shape)), key=lambda d: len({box.offset[d] for box in boxes}))

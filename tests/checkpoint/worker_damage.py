@@ -201,7 +201,9 @@ def damaged_files() -> dict:
         saved.on_rank_0(lambda work=work: work())
         step, notes = saved.load()
         named = saved.load(step=2)
-        alone = saved.load(folder) if (folder / "manifest.json").is_file() else named
+        # asked by one rank: it may have put the folder back before another one looks
+        there = saved.on_rank_0((folder / "manifest.json").is_file)
+        alone = saved.load(folder) if there else named
         said[name] = {"step": step, "notes": notes, "named": named, "alone": alone, "file": file, "reason": reason}
         saved.on_rank_0(lambda: (shutil.rmtree(folder), shutil.copytree(sound, folder)) and None)
         saved.on_rank_0(lambda: (folder.parent / "moved").unlink(missing_ok=True))

@@ -74,3 +74,26 @@ def test_tiling_fault_agrees_with_counting_every_element():
 def test_a_box_that_leaves_the_tensor_is_named():
     assert "leaves" in tiling_fault((4, 4), [Box((2, 0), (3, 4)), whole((2, 4))])
     assert "leaves" in tiling_fault((4,), [Box((-1,), (5,))])
+
+
+def test_boxes_that_no_plane_parts_are_compared_too():
+    pinwheel = [Box((0, 0), (1, 2)), Box((0, 2), (2, 1)), Box((2, 1), (1, 2)), Box((1, 0), (2, 1)), Box((1, 1), (1, 1))]
+    assert tiling_fault((3, 3), pinwheel) is None
+    pinwheel[4] = Box((1, 0), (1, 1))
+    assert "overlap" in tiling_fault((3, 3), pinwheel)
+
+
+def test_what_very_many_ranks_hold_is_not_compared_pair_by_pair(monkeypatch):
+    """Eight tensor ranks have columns, and 150 data-parallel ranks flat ranges of them: over a thousand boxes."""
+    from megatron_telechat.tensors import boxes as module
+
+    part, ranks = (96, 40), 150
+    cuts = [rank * 96 * 40 // ranks for rank in range(ranks + 1)]
+    of_one = [box for lo, hi in zip(cuts, cuts[1:], strict=False) for _, box in flat_range_boxes(part, lo, hi)]
+    boxes = [box.shifted((0, 40 * tensor)) for tensor in range(8) for box in of_one]
+    calls = []
+    real = module.intersect
+    monkeypatch.setattr(module, "intersect", lambda a, b: calls.append(1) or real(a, b))
+    assert tiling_fault((96, 320), boxes) is None
+    assert len(boxes) > 1000 and len(calls) < len(boxes)
+    assert "overlap" in tiling_fault((96, 320), [*boxes, Box((50, 100), (1, 1))])
