@@ -171,7 +171,7 @@ def test_a_slip_is_no_flag_of_another_program(tmp_path: Path) -> None:
 
 def test_sizes_that_a_sweep_frees() -> None:
     assert freed_sizes("tp, MBS") == {"tensor_model_parallel_size", "micro_batch_size"}
-    assert len(freed_sizes("all")) == 8 and freed_sizes("") == set()
+    assert len(freed_sizes("all")) == 9 and freed_sizes("") == set()
     with pytest.raises(ConfigError, match="--free dp names no size"):
         freed_sizes("tp,dp")
 

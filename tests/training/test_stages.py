@@ -34,6 +34,7 @@ stages:
     tensor_model_parallel_size: 1
     context_parallel_size: 2
     cp_pieces: 1
+    cp_keep_received: false
     lr: 5e-4
     min_lr: 1e-5
     lr_warmup_tokens: 256

@@ -136,6 +136,7 @@ SLOW = {
     "moe_pp2",
     "moe_dp2_distributed_overlap",
     "qknorm_tp2_no_sp",
+    *("dense_dp2", "dense_tp2_pp2", "moe_tp2_folded_ep2", "moe_tp2_ep2_etp2"),
 }
 """Layouts whose parts others hold too: with the tests marked slow."""
 
