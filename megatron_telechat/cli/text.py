@@ -34,7 +34,7 @@ def context_text(parallel: ParallelConfig) -> str:
     if heads * ring == 1:
         return "1"
     how = "p2p" if heads == 1 else f"a2a {heads} x p2p {ring}" if ring > 1 else "a2a"
-    return f"{heads * ring} ({how}{', kept' * bool(parallel.cp_keep_received)})"
+    return f"{heads * ring} ({how}{', kept' * parallel.keeps_received})"
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -366,6 +366,12 @@ class ParallelConfig:
         return self.microbatch_group_size_per_virtual_pipeline_stage or self.pipeline_model_parallel_size
 
     @property
+    def keeps_received(self) -> bool:
+        """Whether keys and values of other ranks are kept for the backward by these settings; left open, it counts as
+        no."""
+        return bool(self.cp_keep_received)
+
+    @property
     def node_size(self) -> int:
         """Ranks of one node, with the default where it is unset."""
         if self.ranks_per_node is not None:

@@ -165,11 +165,10 @@ def _core_attention(run: RunConfig, tokens: Tokens) -> tuple[float, float]:
         return (statistics + size * query * device.copies_attention_output) * share, 0.0
     heads, ring = parallel.context_sizes
     kept = 4 * model.num_attention_heads + size * query * (heads > 1)
-    keeps = bool(parallel.cp_keep_received)
-    kept += size * key_value * (ring - 1) * keeps
+    kept += size * key_value * (ring - 1) * parallel.keeps_received
     each = context_pieces(run)
     under_way = 2 * max(2, each)
-    pieces = 0.75 * (3 + under_way if keeps else 4 + 2 * under_way) * (ring > 1) / each
+    pieces = 0.75 * (3 + under_way if parallel.keeps_received else 4 + 2 * under_way) * (ring > 1) / each
     return kept * share, (4 * (query + key_value) + size * key_value * pieces) * share
 
 

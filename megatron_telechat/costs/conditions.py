@@ -16,7 +16,7 @@ def conditions(run: RunConfig) -> dict[str, Any]:
     tokens = tokens_of(run)
     context: dict[str, Any] = {}
     if parallel.context_parallel_size > 1:
-        context = {"a2a_ranks": parallel.context_sizes[0], "cp_keep_received": bool(parallel.cp_keep_received)}
+        context = {"a2a_ranks": parallel.context_sizes[0], "cp_keep_received": parallel.keeps_received}
     return {
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_hidden_size,

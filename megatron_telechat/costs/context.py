@@ -45,7 +45,7 @@ class ContextExchange:
         heads, ring = parallel.context_sizes
         element = BYTES[run.training.precision] * tokens.whole / tokens.tensor
         output, keys_values = element * model.output_width, element * (model.key_width + model.value_width)
-        pieces, keeps = context_pieces(run), bool(parallel.cp_keep_received)
+        pieces, keeps = context_pieces(run), parallel.keeps_received
         return cls(heads, ring, tokens.tensor, output + keys_values, output, keys_values / 2, keeps, pieces)
 
     def exchanged_heads(self) -> float:

@@ -105,7 +105,7 @@ def context_attention_spec(run: RunConfig) -> ModuleSpec | None:
     if parallel.cp_implementation == "transformer_engine":
         return ModuleSpec(module=TransformerEngineCoreAttention)
     pieces = 1 if parallel.cp_pieces == "auto" else parallel.cp_pieces
-    return ModuleSpec(module=ContextCoreAttention, params={"pieces": pieces, "keep": bool(parallel.cp_keep_received)})
+    return ModuleSpec(module=ContextCoreAttention, params={"pieces": pieces, "keep": parallel.keeps_received})
 
 
 def dense_spec(model: ModelConfig, classes: Implementation) -> ModuleSpec:

@@ -31,6 +31,7 @@ from megatron_telechat.parallel.context.direct import Way, attend
 from megatron_telechat.parallel.context.layout import Costs
 from megatron_telechat.parallel.context.plan import LEAST_ROWS, ContextPlan, whole_rows
 from megatron_telechat.parallel.state import ParallelState
+from megatron_telechat.planner.context import keeping
 from megatron_telechat.training.measured import holding
 
 KEY = "context"
@@ -156,8 +157,7 @@ def _fastest(measured: Mapping[Arm, float]) -> Arm:
 
 def _lacks_room(run: RunConfig, state: ParallelState, backend: Backend) -> str:
     """Why received keys and values are not kept, for a person; "" where all ranks have the memory. Collective."""
-    keeps = replace(run, parallel=replace(run.parallel, cp_keep_received=True))
-    stage = stage_memory(keeps)[state.pp_rank]
+    stage = stage_memory(keeping(run, True))[state.pp_rank]
     total = backend.memory().total_bytes
     if backend.traits.ranks_share_cores:  # and the memory of the host
         total /= run.parallel.node_size
@@ -189,7 +189,7 @@ def _conditions(run: RunConfig, state: ParallelState, backend: Backend) -> dict[
         **topology(run, state),
         "sizes": list(parallel.context_sizes),
         "tokens": [training.micro_batch_size, training.seq_length],
-        "keep": bool(parallel.cp_keep_received),
+        "keep": parallel.keeps_received,
         "precision": training.precision,
         "device": backend.device_name(),
     }
