@@ -22,7 +22,7 @@ from megatron_telechat.config.origins import DEFAULT, DERIVED
 from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.errors import EXIT_NO_FIT, EXIT_OK, ConfigError
 from megatron_telechat.planner.build import UNLIMITED_BYTES
-from megatron_telechat.planner.context import LEAST_TOKENS, SIZE, context_sizes
+from megatron_telechat.planner.context import KEEP_FLAGS, LEAST_TOKENS, SIZE, context_sizes
 from megatron_telechat.planner.plan import Plan, Question
 from megatron_telechat.planner.space import (
     EXPERT,
@@ -150,7 +150,6 @@ def _json(ranking: Ranking) -> list[dict[str, Any]]:
     return found
 
 
-KEEP_FLAGS = ("--cp-keep-received", "--no-cp-keep-received")
 SHORT = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -191,7 +190,7 @@ def _held(fixed: Mapping[str, Any]) -> list[str]:
 def layout_flags(flags: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     """Sizes of the sweep, and the plan's own flags; what is in both is said once."""
     own = plan_flags(plan)
-    sizes = (word for word in _without(flags, VIRTUAL, GROUP) if word not in KEEP_FLAGS)
+    sizes = (word for word in _without(flags, VIRTUAL, GROUP) if word not in KEEP_FLAGS.values())
     return (*sizes, *own)
 
 
@@ -342,4 +341,4 @@ def _text(ranking: Ranking, question: Question, limit_s: float, processes: int) 
 def _sizes(flags: tuple[str, ...]) -> tuple[str, ...]:
     """Sizes of the sweep in Megatron-LM's flags, which have no folded tensor domain; a layout string tells the virtual
     stages."""
-    return tuple(word for word in _without(flags, VIRTUAL, GROUP) if word not in (NO_FOLD, *KEEP_FLAGS))
+    return tuple(word for word in _without(flags, VIRTUAL, GROUP) if word not in (NO_FOLD, *KEEP_FLAGS.values()))

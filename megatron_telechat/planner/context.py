@@ -22,6 +22,7 @@ WORTH = 0.002
 SIZE = "context_parallel_size"
 SPLIT = ("cp_comm_type", "hierarchical_context_parallel_sizes")
 KEEP = "cp_keep_received"
+KEEP_FLAGS = {True: "--cp-keep-received", False: "--no-cp-keep-received"}
 
 
 def context_sizes(run: RunConfig) -> list[int]:
@@ -74,7 +75,7 @@ def keeping(run: RunConfig, keep: bool) -> RunConfig:
 def keep_flags(run: RunConfig) -> tuple[str, ...]:
     """The flag that says whether a run keeps received keys and values; none where it is left open."""
     keeps = run.parallel.cp_keep_received
-    return () if keeps is None else ("--cp-keep-received",) if keeps else ("--no-cp-keep-received",)
+    return () if keeps is None else (KEEP_FLAGS[keeps],)
 
 
 def split_over(run: RunConfig, heads: int) -> tuple[tuple[str, ...], RunConfig]:
