@@ -1,16 +1,17 @@
 """CRC-32 of files, piece by piece in threads. No torch.
 
-zlib computes one CRC-32 at 1 to 3 GB/s and lets go of the interpreter's lock meanwhile. So the pieces of a file are
-read and summed by several threads, and their sums put together by arithmetic: a disk that is faster than one core is
-read at its own speed.
+ISA-L computes the CRC-32 of zlib several times as fast, with the processor's carry-less multiplication, and lets go of
+the interpreter's lock meanwhile. The pieces of a file are read and summed by several threads, and their sums put
+together by arithmetic: a disk that is faster than one core is read at its own speed.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+
+from isal.isal_zlib import crc32
 
 from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.locations import Location
@@ -85,7 +86,7 @@ def _crc32_of_piece(path: Location, start: int, length: int) -> int | OSError:
     value = 0
     try:
         for piece in store_of(path).pieces(path, start, length):
-            value = zlib.crc32(piece, value)
+            value = crc32(piece, value)
     except OSError as error:
         return error
     return value

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_telechat.checkpoint.checksums import crc32
 from megatron_telechat.checkpoint.disk import disk_error
 from megatron_telechat.checkpoint.names import FileEntry
 from megatron_telechat.checkpoint.stores import store_of
@@ -50,7 +50,7 @@ def _copy(source: Location, target: Location) -> FileEntry:
         store_of(target).make_folder(target.parent)
         with store_of(target).create(target) as sink:
             while data := store.read(source, size, size + _CHUNK_BYTES):
-                checksum = zlib.crc32(data, checksum)
+                checksum = crc32(data, checksum)
                 sink.write(memoryview(data))
                 size += len(data)
     except OSError as error:
@@ -66,7 +66,7 @@ def write_companion(target: Location, data: bytes) -> FileEntry:
             sink.write(memoryview(data))
     except OSError as error:
         raise disk_error(target, error) from error
-    return FileEntry(len(data), f"{zlib.crc32(data):08x}")
+    return FileEntry(len(data), f"{crc32(data):08x}")
 
 
 @contextmanager

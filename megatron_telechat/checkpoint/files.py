@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megatron_telechat.checkpoint.checksums import crc32
 from megatron_telechat.checkpoint.disk import disk_error
 from megatron_telechat.checkpoint.names import DTYPE_TAGS, RESTORE_OR_OTHER, FileEntry
 from megatron_telechat.checkpoint.ranged import RangedFile
@@ -136,7 +136,7 @@ class _SumBeside:
         return self._value
 
     def _sum(self, data: memoryview) -> None:
-        self._value = zlib.crc32(data, self._value)
+        self._value = crc32(data, self._value)
 
 
 def _bytes_of(tensor: LazyTensor) -> memoryview:

@@ -17,13 +17,13 @@ import signal
 import subprocess
 import sys
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+from megatron_telechat.checkpoint.checksums import crc32
 from megatron_telechat.checkpoint.names import FileEntry
 from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.errors import ResourceError
@@ -163,7 +163,7 @@ def _write(path: Location, content: memoryview) -> FileEntry:
             with store_of(path).create(path, aligned=True) as sink:
                 for start in range(0, len(content), _CHUNK_BYTES):
                     with content[start : start + _CHUNK_BYTES] as chunk:
-                        checksum = zlib.crc32(chunk, checksum)
+                        checksum = crc32(chunk, checksum)
                         sink.write(chunk)
             return FileEntry(len(content), f"{checksum:08x}")
     except OSError as error:

@@ -53,6 +53,7 @@ PACKAGES = (
     _Package("pyyaml", ">=6.0", "configuration files"),
     _Package("safetensors", ">=0.4.3", "checkpoints, Hugging Face weights"),
     _Package("psutil", ">=5.9", "memory figures; megatron-core's checkpointing hangs without it"),
+    _Package("isal", ">=1.6", "checksums of checkpoints"),
     _Package("orjson", ">=3.9", "reading jsonl"),
     _Package("tokenizers", ">=0.20", "HuggingFaceTokenizer"),
     _Package("sentencepiece", ">=0.2", "SentencePieceTokenizer (TeleChat2's own)"),

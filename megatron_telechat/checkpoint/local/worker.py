@@ -10,12 +10,12 @@ import contextlib
 import mmap
 import shutil
 import threading
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_telechat.checkpoint.checksums import crc32
 from megatron_telechat.checkpoint.disk import fsync_folder, require_free_space, write_synced
 from megatron_telechat.checkpoint.local import parts
 from megatron_telechat.checkpoint.local.peers import (
@@ -284,7 +284,7 @@ def _take_file(channel: Channel, path: Path | None, size: int) -> tuple[str, str
         except OSError as error:
             sink, fault = None, _in_words(error)
         for chunk in channel.chunks(size, in_pages=True):
-            checksum = zlib.crc32(chunk, checksum)
+            checksum = crc32(chunk, checksum)
             try:
                 if sink is not None and not fault:
                     sink.write(chunk)
