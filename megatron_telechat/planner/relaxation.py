@@ -26,15 +26,17 @@ ROOT_ROUNDS, NODE_ROUNDS, PROBE_ROUNDS = 400, 30, 10
 MORE_ROUNDS = 300
 """Rounds of cuts at the root, at a node, in a trial; and more of them while the point is whole."""
 
-STALL = 0.01
+STALL = 0.03
 """Part of the distance to the cutoff that four rounds of path cuts have to gain."""
 WORTH = 2e-3
 """Part of the distance to the cutoff that a round of rows of device plans has to gain."""
 MEMORY_TOLERANCE = 1e-6
 """Layers by which a point may exceed a memory row: more than the tolerance of HiGHS, so that no row comes twice."""
-POOL_CUTS = 5
-MAX_CUTS = 150
-"""Rows of cuts that the LP keeps; slack ones go first. Every cut ever found stays in the pool."""
+POOL_CUTS = 20
+"""Cuts of the pool that join the LP in a round: the most violated ones."""
+MAX_CUTS = 300
+"""Rows of cuts that the LP keeps; slack ones go first. Every cut ever found stays in the pool. With half as many and 32
+virtual stages, cuts that are needed come and go."""
 
 
 @dataclass(order=True)
