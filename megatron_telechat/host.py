@@ -67,6 +67,8 @@ def process_lives(pid: int, start: int) -> bool | None:
         return False
     except (OSError, OverflowError):
         pass  # another user's; or no number that this system knows, which it then says nothing of
+    if sys.platform != "linux":
+        return start == 0  # nothing hides a process, and nothing tells it from a later one
     seen = _seen(pid)
     if seen is None or not start:
         return None
