@@ -16,6 +16,7 @@ PULSE_DIR = "MEGATRON_TELECHAT_PULSE_DIR"
 the start of each attempt."""
 
 _SHARED_MEMORY = Path("/dev/shm")
+_PROC = Path("/proc")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CGROUP = Path("/sys/fs/cgroup")
 _PR_SET_PDEATHSIG = 1
@@ -43,30 +44,54 @@ def pid_namespace() -> str:
     return ""
 
 
-def start_of(pid: int) -> int | None:
-    """When a process started, in ticks since the boot; None where there is none, or only what its parent has not asked
-    about yet. 0 where the system does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else int(fields[19])
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    except (OSError, ValueError, IndexError):
-        pass
+def start_of_this_process() -> int:
+    """In ticks since the boot; 0 where the system does not tell."""
+    seen = _seen(os.getpid())
+    return seen[1] if seen is not None else 0
+
+
+def process_lives(pid: int, start: int) -> bool | None:
+    """Whether a process of this boot and of this namespace of process numbers lives; None where that cannot be told.
+
+    The kernel says whether a number is anybody's, and hides nobody. Whose it is by now, only /proc can say, which may
+    hide the processes of other users (``hidepid``) or show those of another namespace.
+
+    Args:
+        start: when it started, see `start_of_this_process`; tells it from a later one with its number.
+    """
+    if pid <= 0:
+        return None  # signals to these go to groups
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # another user's; or no number that this system knows, which it then says nothing of
+    if sys.platform != "linux":
+        return start == 0  # nothing hides a process, and nothing tells it from a later one
+    seen = _seen(pid)
+    if seen is None or not start:
         return None
-    except OSError:
-        pass
-    return 0
+    state, began = seen
+    # What only its parent has not asked about yet is gone.
+    return state not in "ZX" and began == start
+
+
+def _seen(pid: int) -> tuple[str, int] | None:
+    """State and start of a process; None where /proc does not show it, or is none of this namespace."""
+    try:
+        if os.readlink(_PROC / "self") != str(os.getpid()):
+            return None
+        fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def process_mark() -> str:
     """A word for names of files that says which process of the world made them; see `has_ended`."""
     pid = os.getpid()
-    return f"{_process_space()}-{pid}-{start_of(pid) or 0}"
+    return f"{_process_space()}-{pid}-{start_of_this_process()}"
 
 
 def has_ended(mark: str) -> bool | None:
@@ -75,15 +100,8 @@ def has_ended(mark: str) -> bool | None:
     match = _MARK.fullmatch(mark)
     if match is None or match[1] != _process_space() or match[1] == _NOWHERE:
         return None
-    pid, start = int(match[2]), start_of(int(match[2]))
-    if start is None:
-        try:
-            os.kill(pid, 0)
-        except PermissionError:
-            return None  # /proc may hide the processes of other users
-        except OSError:
-            pass
-    return start != int(match[3])
+    lives = process_lives(int(match[2]), int(match[3]))
+    return None if lives is None else not lives
 
 
 def _process_space() -> str:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_telechat.checkpoint.folders import committed_folders
 from megatron_telechat.checkpoint.format import CheckpointReader
-from megatron_telechat.checkpoint.lineage import folder_of_step, live, readable
+from megatron_telechat.checkpoint.lineage import candidates, folder_of_step
 from megatron_telechat.checkpoint.names import MANIFEST
 from megatron_telechat.checkpoint.optimizer_state import MASTER
 from megatron_telechat.checkpoint.stores import store_of
@@ -45,7 +44,7 @@ def find_checkpoint(root: Location, step: int | None = None) -> tuple[Location |
         _open(folder)
         return folder, ()
     problems: list[Problem] = []
-    for folder in candidates(root):
+    for folder in (one.path for one in candidates(root)):
         try:
             _open(folder)
         except CheckpointError as error:
@@ -63,20 +62,6 @@ def find_checkpoint(root: Location, step: int | None = None) -> tuple[Location |
 def _open(folder: Location) -> None:
     """Check the manifest and the sizes of all files. Raises CheckpointError."""
     CheckpointReader(folder, manifest=read_sound_manifest(folder))
-
-
-def candidates(root: Location) -> list[Location]:
-    """What a load tries, in this order: the lineage, newest first; among it, by their steps, those whose manifests say
-    nothing, which a reader must hear of."""
-    known = readable(root)
-    told = {saved.path for saved in known}
-    mute = [(step, path) for step, path in reversed(committed_folders(root)) if path not in told]
-    out: list[Location] = []
-    for saved in live(known)[::-1]:
-        while mute and mute[0][0] > saved.step:
-            out.append(mute.pop(0)[1])
-        out.append(saved.path)
-    return [*out, *(path for _, path in mute)]
 
 
 def saved_config(reader: CheckpointReader) -> RunConfig | None:

@@ -97,6 +97,19 @@ class Saved:
         return self.lineage.number, self.step
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A folder that a load may try.
+
+    Attributes:
+        saved: None where its manifest says nothing, or is of another step than the folder's name.
+    """
+
+    step: int
+    path: Location
+    saved: Saved | None
+
+
 def look_at(folder: Location, part: bool = False) -> Saved:
     """What a checkpoint says of itself, from the first part of its manifest: quick for any number of ranks, but not
     verified.
@@ -198,6 +211,20 @@ def live(found: Sequence[Saved]) -> list[Saved]:
             if saved.lineage.parent is not None:
                 reach = saved.lineage.parent[0]
     return kept[::-1]
+
+
+def candidates(root: Location) -> list[Candidate]:
+    """What a load tries, in this order: the lineage, newest first; among it, by their steps, those whose manifests say
+    nothing, which a reader must hear of."""
+    known = readable(root)
+    told = {saved.path for saved in known}
+    mute = [Candidate(step, path, None) for step, path in reversed(committed_folders(root)) if path not in told]
+    out: list[Candidate] = []
+    for saved in live(known)[::-1]:
+        while mute and mute[0].step > saved.step:
+            out.append(mute.pop(0))
+        out.append(Candidate(saved.step, saved.path, saved))
+    return [*out, *mute]
 
 
 def set_aside(root: Location, identifier: str) -> list[Location]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from megatron_telechat.checkpoint.find import candidates
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.handed import to_hand_out
-from megatron_telechat.checkpoint.lineage import folder_of_step
+from megatron_telechat.checkpoint.lineage import candidates, folder_of_step
 from megatron_telechat.checkpoint.manifest import Manifest
 from megatron_telechat.checkpoint.names import MANIFEST
 from megatron_telechat.checkpoint.stores import store_of
@@ -56,7 +55,7 @@ def open_verified(
     folders, named = from_rank_0((folders, named))
     problems: list[Problem] = []
     for folder in folders or ():
-        reader, found = _checked(folder, named, fits, wanted)
+        reader, found = open_sound(folder, named, fits=fits, wanted=wanted)
         if reader is not None:
             notes = tuple(f"passed over: {problem.what} ({problem.where})" for problem in problems)
             for note in notes if this_rank() == 0 else ():
@@ -75,13 +74,19 @@ def open_verified(
 def _folders(root: Location, step: int | None) -> list[Location]:
     if store_of(root).is_file(root / MANIFEST):
         return [root]
-    return [folder_of_step(root, step)] if step is not None else candidates(root)
+    return [folder_of_step(root, step)] if step is not None else [one.path for one in candidates(root)]
 
 
-def _checked(
-    folder: Location, named: bool, fits: Fits | None, wanted: Wanted | None
+def open_sound(
+    folder: Location, named: bool = False, *, fits: Fits | None = None, wanted: Wanted | None = None
 ) -> tuple[CheckpointReader | None, list[Problem]]:
-    """A reader of a sound checkpoint, or what is wrong with it; a collective."""
+    """A reader of one checkpoint, if it is sound, or what is wrong with it; a collective, with the same answer on all
+    ranks.
+
+    Args:
+        named: by the user, who may give a link.
+        fits, wanted: see `open_verified`.
+    """
     given: tuple[Manifest | None, list[Problem]] | None = None
     with together():
         if this_rank() == 0:

@@ -51,7 +51,7 @@ def local_beginning(run: RunConfig, start: Start, saved: Saved | None) -> list[s
     root = Path(settings.non_persistent_local_ckpt_dir).absolute() / identifier
     here, _ = parts_in(root, identifier)
     found = checkpoints_of([NodeParts(0, tuple(here))])
-    usable, _ = continuing(found, start, saved)
+    usable = continuing(found, start, saved)
     if usable:
         return [f"in place of it the local checkpoint of step {usable[0].step}: {root} on this machine has all of it"]
     partly = _not_whole(found, start, saved)
@@ -77,7 +77,7 @@ def _not_whole(found: list[LocalCheckpoint], start: Start, saved: Saved | None) 
     for one in found:
         if one.missing and (anchor is None or one.step > anchor.step):
             # That of rank 0 says what it continues; where it is elsewhere, only the step tells.
-            if one.saved is None or continuing([_as_whole(one)], start, saved)[0]:
+            if one.saved is None or continuing([_as_whole(one)], start, saved):
                 return one
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from megatron_telechat.checkpoint import LoadedInfo
 from megatron_telechat.checkpoint.lineage import Began, Branch, Saved
 from megatron_telechat.checkpoint.local.copies import OpenedLocal
+from megatron_telechat.checkpoint.local.newest import Newest
 from megatron_telechat.checkpoint.opening import open_verified
 from megatron_telechat.checkpoint.start import Start, position_of, require_start
 from megatron_telechat.config.length import counts_epochs
@@ -22,8 +22,6 @@ from megatron_telechat.locations import Location
 from megatron_telechat.parallel.agreement import from_rank_0, this_rank, together
 from megatron_telechat.training.local_tier import LocalTier
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Beginning:
@@ -35,6 +33,7 @@ class Beginning:
         branch: the line of saves that goes on, where another stage of this process saved the checkpoint.
         protected: the checkpoint that the process began with, where it was another one.
         local: the local checkpoint that is loaded in place of what ``start`` says, opened and checked.
+        base: digest of the shared checkpoint that the local one goes on from; "": there is none.
         newest: digest of the newest shared checkpoint, by its manifest, that the run goes on from; of rank 0.
         notes: what was passed over.
     """
@@ -44,6 +43,7 @@ class Beginning:
     branch: Branch | None = None
     protected: Location | None = None
     local: OpenedLocal | None = None
+    base: str = ""
     newest: str = ""
     notes: tuple[str, ...] = ()
 
@@ -53,39 +53,41 @@ def find_beginning(stages: RunStages, tier: LocalTier | None = None) -> Beginnin
     folder would part the ranks.
 
     Args:
-        tier: local checkpoints. The newest that continues what the run would begin with otherwise is taken in its
-            place, if a sound copy of each of its parts is found.
+        tier: local checkpoints. One that continues the run is taken in place of an older shared one, also where newer
+            shared ones turn out to be damaged, if a sound copy of each of its parts is found.
 
     Raises:
         CheckpointError: see :func:`require_start`, and `open_verified`.
     """
-    found: tuple[Start, Saved | None] | None = None
+    decided: tuple[Start, Saved | None] | None = None
     with together():
         if this_rank() == 0:
-            found = require_start(stages)
-    start, saved = from_rank_0(found)
-    opened, notes = tier.open_newest(start, saved) if tier is not None else (None, ())
+            decided = require_start(stages)
+    start, saved = from_rank_0(decided)
+    found = tier.open_newest(start, saved) if tier is not None else Newest()
+    opened, notes = found.local, found.notes
     newest = saved.digest if saved is not None and not start.weights_only else ""
-    for note in notes if this_rank() == 0 else ():
-        log.warning("%s", note)
     if opened is not None:
         with together():
-            return Beginning(start, position_of(opened.saved), local=opened, newest=newest, notes=notes)
+            position = position_of(opened.saved)
+        return Beginning(start, position, local=opened, base=found.base, newest=newest, notes=notes)
     if start.root is None or saved is None or start.weights_only:
         return Beginning(start, Position(), notes=notes)
-    if stages.several or counts_epochs(stages.stages[0].run):
+    reader, passed_over = found.shared, ()
+    if reader is None and (stages.several or counts_epochs(stages.stages[0].run)):
         # A load passes damaged checkpoints over, and an older one may be of another stage, or of another batch, from
         # which the steps that are left of the epochs are counted.
         reader, passed_over = open_verified(start.root, start.step)
-        if reader.path != saved.path:
-            manifest = reader.manifest
-            start = replace(start, step=manifest.step, notes=(*start.notes, *passed_over))
-            saved = replace(
-                saved, path=reader.path, step=manifest.step, config=manifest.config, extra=manifest.extra,
-                consumed_samples=manifest.consumed_samples,
-            )  # fmt: skip
+    if reader is not None and reader.path != saved.path:
+        manifest = reader.manifest
+        start = replace(start, step=manifest.step, notes=(*start.notes, *passed_over))
+        saved = replace(
+            saved, path=reader.path, step=manifest.step, config=manifest.config, extra=manifest.extra,
+            consumed_samples=manifest.consumed_samples,
+        )  # fmt: skip
     with together():
-        return Beginning(start, position_of(saved), newest=newest, notes=notes)
+        position = position_of(saved)
+    return Beginning(start, position, newest=newest, notes=notes)
 
 
 def local_notes(found: Beginning) -> list[str]:
@@ -138,7 +140,7 @@ def continued_branch(found: Beginning, info: LoadedInfo | None, save_dir: Locati
     if found.branch is not None:
         return found.branch
     began, start = found.start.began, found.start
-    if found.local is not None:
+    if start.opens is not None and found.local is not None:
         began = found.local.saved.lineage.began
     elif start.opens is not None and info is not None:
         began = (*began, Began(start.opens, info.step, info.digest))

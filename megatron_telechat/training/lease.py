@@ -4,7 +4,8 @@ The lease is a file in the folder that names the job: host, process, boot of the
 made complete and put in place by a hard link, which exactly one of several jobs succeeds in, on NFS too. The holder
 touches it every `BEAT_S` seconds. A lease is taken over
 
-* at once, when its process is known to be dead: on this machine, or on this machine before its last boot;
+* at once, when its process is known to be dead: on this machine, or on this machine before its last boot. What this
+  process may not see (``hidepid``) is not known to be dead;
 * when it was not touched for `STALE_S` seconds. Ages are differences of times that the file system gave (the lease's,
   and that of a file just touched), so the clocks of two hosts may differ;
 * with ``--steal-lock``, whoever holds it.
@@ -18,6 +19,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -29,7 +31,7 @@ from typing import Any
 
 from megatron_telechat.checkpoint.owner import require_owner
 from megatron_telechat.errors import LeaseError, ResourceError
-from megatron_telechat.host import boot_id, pid_namespace, start_of
+from megatron_telechat.host import boot_id, pid_namespace, process_lives, start_of_this_process
 from megatron_telechat.locations import Url
 
 LEASE_FILE = "lease.json"
@@ -52,7 +54,8 @@ class Holder:
     Attributes:
         identifier: random, of this lease.
         host, pid: where it runs.
-        start: when the process started, in ticks since the boot; tells it from a later one with its number.
+        start: when the process started, in ticks since the boot; tells it from a later one with its number. 0 where
+            that is not known.
         boot: identifier of the machine's boot.
         namespace: in which `pid` counts; containers of one machine have each their own.
         since: UTC, for people.
@@ -71,7 +74,7 @@ class Holder:
         """A new lease of this process."""
         pid, now = os.getpid(), datetime.now(timezone.utc)
         return cls(
-            uuid.uuid4().hex, socket.gethostname(), pid, start_of(pid) or 0, boot_id(), pid_namespace(),
+            uuid.uuid4().hex, socket.gethostname(), pid, start_of_this_process(), boot_id(), pid_namespace(),
             now.isoformat(timespec="seconds"),
         )  # fmt: skip
 
@@ -88,13 +91,15 @@ class Holder:
         """The content of the file."""
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
-    def is_dead(self, seen_by: Holder, age_s: float) -> bool:
-        """Whether its process is known to be gone; False where that cannot be seen from here."""
+    def lives(self, seen_by: Holder, age_s: float) -> bool | None:
+        """Whether its process lives; None where that cannot be told from here, and the time of its lease decides."""
         if not self.pid or self.host != seen_by.host:
-            return False
+            return None
+        if sys.platform == "linux" and not all((self.boot, self.namespace, seen_by.boot, seen_by.namespace)):
+            return None  # a container that may not read them: its numbers may be those of another one
         if self.boot != seen_by.boot:
-            return age_s > _REBOOT_S
-        return self.namespace == seen_by.namespace and start_of(self.pid) != self.start
+            return False if age_s > _REBOOT_S else None
+        return process_lives(self.pid, self.start) if self.namespace == seen_by.namespace else None
 
     def __str__(self) -> str:
         return f"process {self.pid} on host {self.host}, since {self.since}" if self.pid else "an unreadable lease"
@@ -222,14 +227,15 @@ class Lease:
                 continue
             os.utime(mine)
             age = (os.stat(mine).st_mtime_ns - beat) / 1e9
-            reason = "stolen" if steal else "its process is gone" if holder.is_dead(self.me, age) else ""
+            lives = holder.lives(self.me, age)
+            reason = "stolen" if steal else "its process is gone" if lives is False else ""
             if not reason and age > STALE_S:
                 reason = f"not touched for {age:.0f} s"
             if reason:
                 if self._take_over(mine, holder):
                     self._say(f"lease of {self.folder} taken over from {holder}: {reason}")
                     return
-            elif (first or (holder.identifier, beat)) != (holder.identifier, beat) or self._is_here(holder):
+            elif (first or (holder.identifier, beat)) != (holder.identifier, beat) or lives:
                 raise LeaseError(
                     f"the run folder {self.folder} belongs to another job: {holder}",
                     str(self.path),
@@ -244,11 +250,6 @@ class Lease:
                 )
             first = first or (holder.identifier, beat)
             time.sleep(_LOOK_S)
-
-    def _is_here(self, holder: Holder) -> bool:
-        """Whether the holder's process can be seen from here; called once it is known not to be dead."""
-        mine = (self.me.host, self.me.boot, self.me.namespace)
-        return holder.pid != 0 and (holder.host, holder.boot, holder.namespace) == mine
 
     def _take_over(self, mine: Path, holder: Holder) -> bool:
         """Replace this holder's lease, unless another job is at it: only one may, or two would believe they hold it."""

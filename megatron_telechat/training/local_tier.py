@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_telechat.checkpoint.asynchronous import Report
 from megatron_telechat.checkpoint.lineage import Saved
-from megatron_telechat.checkpoint.local.copies import LocalCopies, OpenedLocal, Place
+from megatron_telechat.checkpoint.local.copies import LocalCopies, Place
 from megatron_telechat.checkpoint.local.inventory import NodeParts
 from megatron_telechat.checkpoint.local.marker import LocalMarker, write_marker
+from megatron_telechat.checkpoint.local.newest import Newest, open_newest
 from megatron_telechat.checkpoint.local.parts import parts_in
 from megatron_telechat.checkpoint.local.peers import connect, is_loopback, own_address
 from megatron_telechat.checkpoint.local.saves import LocalSaved, LocalSaves, LocalTarget
@@ -88,10 +89,10 @@ class LocalTier:
 
     # ---- the start --------------------------------------------------------------------------
 
-    def open_newest(self, start: Start, saved: Saved | None) -> tuple[OpenedLocal | None, tuple[str, ...]]:
-        """The local checkpoint that a run begins with in place of what its shared ones say; None where there is none,
-        and what was passed over. A collective."""
-        return self.copies.open_newest(start, saved) if self.copies is not None else (None, ())
+    def open_newest(self, start: Start, saved: Saved | None) -> Newest:
+        """What a run begins with, its local and its shared checkpoints taken together; see `newest.open_newest`. A
+        collective."""
+        return open_newest(self.copies, start, saved) if self.copies is not None else Newest()
 
     def goes_on_from(self, *digests: str) -> None:
         """The run goes on from these checkpoints of the shared folder: rank 0 calls it when one is loaded or

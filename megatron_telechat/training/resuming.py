@@ -71,5 +71,5 @@ def load_beginning(
     steps_taken, note = StepsTaken.of(info)
     notes += [*([note] if note else []), *resume_notes(run.average, info.extra, position.step)]
     info = replace(info, message="\n".join([info.message, *notes]))
-    shared = (found.newest, "" if local is not None else info.digest)
+    shared = (found.newest, found.base if local is not None else info.digest)
     return Resumed(info, position, steps_taken, goes_on_from=shared if found.branch is None else None)

@@ -17,11 +17,18 @@ from megatron_telechat.checkpoint import CheckpointWriter
 from megatron_telechat.checkpoint.commit import Attempt
 from megatron_telechat.checkpoint.disk import write_synced
 from megatron_telechat.checkpoint.format import PartWriter
-from megatron_telechat.checkpoint.lineage import Began, Lineage, Saved, look_at
+from megatron_telechat.checkpoint.lineage import Began, Branch, Candidate, Lineage, Saved, look_at
 from megatron_telechat.checkpoint.local import parts, worker
 from megatron_telechat.checkpoint.local.copies import LocalCopies, Place
-from megatron_telechat.checkpoint.local.inventory import LocalCheckpoint, NodeParts, checkpoints_of, continuing
+from megatron_telechat.checkpoint.local.inventory import (
+    LocalCheckpoint,
+    NodeParts,
+    checkpoints_of,
+    continuing,
+    in_order,
+)
 from megatron_telechat.checkpoint.local.marker import LocalMarker, read_marker, write_marker
+from megatron_telechat.checkpoint.local.newest import open_newest
 from megatron_telechat.checkpoint.local.peers import RemotePart, connect
 from megatron_telechat.checkpoint.manifest import Manifest, read_manifest
 from megatron_telechat.checkpoint.opening import open_verified
@@ -67,7 +74,8 @@ def copies_in(root: Path) -> LocalCopies:
 def opened_step(root: Path) -> tuple[int | None, tuple[str, ...]]:
     """Step of the local checkpoint that a run begins with; its tensor is that of the step."""
     forget()
-    opened, notes = copies_in(root).open_newest(Start(None), None)
+    newest = open_newest(copies_in(root), Start(None), None)
+    opened, notes = newest.local, newest.notes
     if opened is None:
         return None, notes
     assert opened.reader.read(KEY).tolist() == [[float(opened.saved.step)] * 4] * 2
@@ -197,18 +205,116 @@ TEN = shared(10, "ten")
 )
 def test_a_local_checkpoint_continues_one_line_only(one, start, newest, taken):
     """The newest shared one, or one that was still being saved; no other branch, no abandoned one."""
-    assert (continuing([one], start, newest)[0] == [one]) == taken
+    assert (continuing([one], start, newest) == [one]) == taken
 
 
 def test_of_several_the_one_saved_last():
     """Not that of the largest step: a branch that was left has larger ones."""
     nodes = [NodeParts(0, tuple(_part(number, step) for number, step in ((1, 12), (2, 16), (3, 14))))]
     found = checkpoints_of(nodes)
-    assert [one.step for one in continuing(found, GO_ON, TEN)[0]] == [14, 16, 12]
+    assert [one.step for one in continuing(found, GO_ON, TEN)] == [14, 16, 12]
 
 
 def _part(number: int, step: int) -> parts.LocalPart:
     return parts.LocalPart(0, 1, step, number, save_id(number), local(step).saved, ("digest of ten",))
+
+
+# ---- shared and local ones together ---------------------------------------------------------
+
+
+def folder(saved: Saved | None, step: int = 0) -> Candidate:
+    return (
+        Candidate(saved.step, saved.path, saved) if saved is not None else Candidate(step, Path(f"unread_{step}"), None)
+    )
+
+
+def order(found: Sequence[LocalCheckpoint], start: Start, *newest_first: Candidate) -> list[str]:
+    """Steps; of local ones with what they go on from, after an @."""
+    newest = next((one.saved for one in newest_first if one.saved is not None), None)
+    choices = in_order(found, start, newest, newest_first if start.step is None else ())
+    steps = {one.path: one.step for one in newest_first}
+    return [
+        f"{one.local.step}@{one.base.removeprefix('digest of ')}" if one.local else str(steps[one.shared or Path()])
+        for one in choices
+    ]
+
+
+def test_shared_and_local_ones_are_tried_newest_first():
+    """Also what was saved before the first shared one; those that lack a part are passed by in their place."""
+    five, twenty = shared(5, "five"), shared(20, "twenty")
+    found = [local(24, "twenty"), local(16, "ten"), local(12, "ten"), local(8, "five"), local(4), local(12, "gone")]
+    run = [folder(one) for one in (twenty, TEN, five)]
+    assert order(found, GO_ON, *run) == ["24@twenty", "20", "16@ten", "12@ten", "10", "8@five", "5", "4@"]
+    unread = [folder(None, 30), run[0], folder(None, 14), run[1], folder(None, 3)]
+    assert order(found, GO_ON, *unread) == ["30", "24@twenty", "20", "16@ten", "14", "12@ten", "10", "4@", "3"]
+    nobody = replace(found[1], saved=None, holders={})
+    assert order([nobody], GO_ON, *run) == ["20", "16@ten", "10", "5"]
+    assert order(found, NEW) == ["4@"] and order([], GO_ON, *run) == ["20", "10", "5"]
+
+
+def test_a_fall_back_keeps_to_its_line():
+    """The branch goes on from step 10 of the trunk, of which a local one lies on the nodes. What a fall-back has saved
+    on the nodes is found by the next one."""
+    five, branch = shared(5, "five"), shared(20, "branch", (BACK,))
+    run = [folder(branch), folder(TEN), folder(five)]
+    trunk, own, before = local(16, "ten"), local(12, "ten", began=(BACK,)), local(8, "five")
+    assert order([trunk, own, before], BRANCH, *run) == ["20", "12@ten", "10", "8@five", "5"]
+    fallen = [local(14, "branch", "ten", began=(BACK,)), local(7, "branch", "five", began=(BACK,))]
+    assert order(fallen, BRANCH, *run) == ["20", "14@ten", "10", "7@five", "5"]
+    first = local(3, "branch", began=(BACK,))
+    assert order([first, local(3, "gone", began=(BACK,))], BRANCH, *run)[-1] == "3@"
+
+
+def test_a_fall_back_behind_a_beginning_that_is_named():
+    """--load-step takes that one checkpoint; --load of another folder the newest sound one there, and a local one that
+    began with it, but none of the run before."""
+    began = local(12, "ten", began=(Began("/run", 10, "digest of ten"),))
+    twenty = shared(20, "twenty")
+    assert order([local(12, "ten"), began], ROLL, folder(TEN)) == ["12@ten", "10"]
+    load = Start(Path("other"), opens="/run")
+    assert order([local(24, "twenty"), began, local(4)], load, folder(twenty), folder(TEN)) == ["20", "12@ten", "10"]
+
+
+def write_shared(root: Path, step: int, branch: Branch) -> Saved:
+    with CheckpointWriter(root, step=step, config="", branch=branch) as writer:
+        writer.add(KEY, (2, 4), (0, 0), torch.full((2, 4), float(step)))
+    assert writer.path is not None
+    return look_at(writer.path)
+
+
+def test_bytes_decide_which_one_is_taken(tmp_path, caplog):
+    """Shared 10 and 20, local 4 from before them, 12 and 16 between them: one after the other is damaged."""
+    root, disk = tmp_path / "checkpoints", tmp_path / RUN
+    branch = Branch.opening(root)
+    ten, twenty = (write_shared(root, step, branch) for step in (10, 20))
+    for number, step in ((1, 4), (2, 12), (3, 16)):
+        for rank in (0, 1):
+            write_part(disk, number, step, rank, continues=[ten.digest] if step > 10 else [])
+    start = Start(root)
+    damaged: list[Path] = []
+    for what, taken in (
+        (twenty.path, 16),
+        (parts.committed(disk, 1, 16, save_id(3)), 12),
+        (parts.committed(disk, 0, 12, save_id(2)), 10),
+        (ten.path, 4),
+    ):
+        path = next(what.glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        damaged.append(path)
+        forget()
+        caplog.clear()
+        newest = open_newest(copies_in(disk), start, twenty)
+        reader = newest.local.reader if newest.local is not None else newest.shared
+        assert reader is not None and reader.read(KEY).tolist() == [[float(taken)] * 4] * 2
+        assert len(newest.notes) == len(damaged) == len(caplog.messages)
+        assert all(str(one) in note for one, note in zip(damaged, newest.notes, strict=True))
+        assert newest.base == (ten.digest if taken in (16, 12) else "")
+    path = next(parts.committed(disk, 0, 4, save_id(1)).glob("*.safetensors"))
+    path.write_bytes(b"")
+    forget()
+    with pytest.raises(CheckpointError) as error:
+        open_newest(copies_in(disk), start, twenty)
+    assert [one.where for one in error.value.problems] == list(map(str, [*damaged, path]))
 
 
 # ---- peers ----------------------------------------------------------------------------------

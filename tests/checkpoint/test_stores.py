@@ -295,7 +295,8 @@ def test_what_a_rank_checks_and_reads_comes_over_the_network_once(place, kind, m
 
     monkeypatch.setattr(fs(folder), "cat_file", noted)
     wanted = {name: entry.size for name, entry in manifest.files.items()}
-    assert check_together(folder, manifest, wanted) == []
+    for _ in range(2):  # a fall-back over both tiers looks before there is a model, the load again
+        assert check_together(folder, manifest, wanted) == []
     assert sorted(read) == sorted(str(folder / name) for name in wanted)
     reader = CheckpointReader(folder, check_sizes=False, manifest=manifest)
     for key, tensor in values_of(1.0).items():

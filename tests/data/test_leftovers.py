@@ -105,10 +105,17 @@ def test_a_mark_says_whose_it_is(monkeypatch):
     def hidden(*_):
         raise PermissionError
 
-    monkeypatch.setattr(host, "start_of", lambda pid: None)
-    assert has_ended(mark) is True
+    def gone(*_):
+        raise ProcessLookupError
+
+    monkeypatch.setattr(host, "_seen", lambda pid: ("Z", int(start)))
+    assert has_ended(mark) is True, "only its parent has not asked about it yet"
+    monkeypatch.setattr(host, "_seen", lambda pid: None)
+    assert has_ended(mark) is None, "a process of this user, which /proc does not show"
     monkeypatch.setattr(os, "kill", hidden)
     assert has_ended(mark) is None, "a process of another user, which /proc does not show"
+    monkeypatch.setattr(os, "kill", gone)
+    assert has_ended(mark) is True
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(nodename="another"))
     assert process_mark()[:12] != space, "a copy of a virtual machine"
 

@@ -8,9 +8,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from megatron_telechat.training.lease import LEASE_FILE, Claims, Holder, Lease, 
 from tests.harness import ROOT
 from tests.training.runs import DENSE
 
+WORKER = Path(__file__).with_name("worker_lease.py")
 PRETRAIN = ROOT / "pretrain" / "pretrain_telechat2.py"
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | {
     "OMP_NUM_THREADS": "1"
@@ -111,6 +113,60 @@ def test_a_silent_job_of_another_host_is_succeeded_after_the_stated_time(tmp_pat
     (tmp_path / LEASE_FILE).write_text("{")
     os.utime(tmp_path / LEASE_FILE, (leave_at - 100,) * 2)
     assert "an unreadable lease" in take(tmp_path)[1][0]
+
+
+def attempt_of_another_user(folder: Path, pid: int, view: str) -> dict:
+    """What a process says that tries to take the lease, and to which /proc does not show ``pid``."""
+    command = [sys.executable, str(WORKER), str(folder), str(pid), view]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=ENVIRONMENT, timeout=60)
+    if done.returncode == 77:
+        pytest.skip("needs root, and a kernel that gives namespaces")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture()
+def open_folder():
+    """A folder in which every user of the machine may write."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("view", ["hidden", "noaccess", "made-up", "foreign"])
+def test_a_job_that_proc_does_not_show_is_not_taken_for_dead(open_folder, view):
+    """That of another user under hidepid. It lives, and is refused once its lease was seen to be touched."""
+    with held([open_folder], False, print) as leases:
+        found = attempt_of_another_user(open_folder, os.getpid(), view)
+        assert f"process {os.getpid()} on host" in found["error"] and found["said"] == [] and found["seconds"] < 5
+        assert not leases.lost
+        leases.claims()
+
+
+@pytest.mark.heavy
+def test_where_proc_shows_nobody_the_kernel_says_who_is_gone_and_time_the_rest(open_folder):
+    """A job of which nothing is left is succeeded at once. A later process may have its number, which only /proc could
+    tell: then the time of the lease decides."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    leave(open_folder, replace(Holder.this_process(), pid=dead.pid))
+    found = attempt_of_another_user(open_folder, os.getpid(), "hidden")
+    assert "its process is gone" in found["said"][0] and found["error"] == "" and found["seconds"] < 1
+    (open_folder / LEASE_FILE).unlink()
+    me = Holder.this_process()
+    leave(open_folder, replace(me, start=me.start + 1), age_s=module.STALE_S - 1)
+    found = attempt_of_another_user(open_folder, os.getpid(), "hidden")
+    assert found["error"] == "" and "not heard of" in found["said"][0] and "not touched for 60 s" in found["said"][1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no boots and namespaces to be told apart")
+@pytest.mark.parametrize("unknown", ["boot", "namespace"])
+def test_who_does_not_know_where_its_number_counts_is_not_taken_for_dead(tmp_path, unknown):
+    """A container that may not read them, and another one of the same name."""
+    blind = Holder(**{**asdict(Holder.this_process()), "pid": 2**22 + 1, unknown: ""})
+    for holder, mine in ((blind, Holder.this_process()), (replace(blind, **{unknown: "known"}), blind)):
+        assert holder.lives(mine, 30.0) is None
 
 
 def test_a_stolen_lease_stops_its_holder_before_the_next_write(tmp_path):

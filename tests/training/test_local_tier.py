@@ -15,12 +15,13 @@ WORKER = Path(__file__).with_name("worker_local_tier.py")
 SHORT = (
     *("a_node_is_lost", "one_flipped_bit", "a_roll_back_is_not_undone", "a_disk_is_full"),
     *("the_step_waits_for_the_copy", "a_node_is_lost_and_its_mirror_damaged"),
+    "a_local_one_between_two_shared_ones",
 )
 LONG = (
     *("every_copy_damaged", "the_shared_one_is_newer", "a_run_from_other_weights_goes_on", "two_runs_share_a_disk"),
     *("a_writer_is_killed", "without_copies_a_lost_node_is_lost", "another_number_of_ranks"),
     *("one_folder_for_two_nodes", "a_disk_that_cannot_be_written", "beside_asynchronous_saves"),
-    *("over_the_switch_of_a_stage", "damage_in_two_places"),
+    *("over_the_switch_of_a_stage", "damage_in_two_places", "a_fall_back_over_both_tiers"),
 )
 KILLED, DONE = [-9, -9], [0, 0]
 
@@ -85,6 +86,17 @@ def test_a_node_that_is_lost_and_its_mirror_damaged(report):
 
 
 @pytest.mark.gloo
+def test_a_local_one_between_two_shared_ones(report):
+    """Of two shared checkpoints the newer one is damaged: no step is done again that a local one between them has.
+    The run's next save replaces the damaged one, and the same command goes on from that."""
+    found = report.of("a_local_one_between_two_shared_ones")
+    assert found["codes"] == [KILLED, DONE] and found["resumed"] == [16, 18] and found["different"] == {}
+    (line,) = found["passed"]
+    assert "iter_0000018/rank_00001.safetensors" in line and "checksum differs" in line
+    assert found["shared"] == ["iter_0000009", "iter_0000018", "iter_0000018.aside-"] and found["again"] == []
+
+
+@pytest.mark.gloo
 def test_a_roll_back_is_not_undone(report):
     found = report.of("a_roll_back_is_not_undone")
     assert found["codes"] == [KILLED, DONE, KILLED, DONE]
@@ -129,6 +141,20 @@ def test_damage_in_two_places(long_report):
     last = found["all"]
     assert last["codes"] == [4, 4] and last["resumed"] == [] and len(last["passed"]) == 4
     assert all("iter_0000010/rank_00001.safetensors" in log and "checksum differs" in log for log in last["logs"])
+
+
+@pytest.mark.slow
+def test_a_fall_back_over_both_tiers(long_report):
+    """Newest first, whichever tier it is of; with nothing sound left the run stops, and every fault is named."""
+    found = long_report.of("a_fall_back_over_both_tiers")
+    for name, resumed, passed in (("newest", 12, 3), ("both", 9, 5), ("manifest", 16, 1), ("lost", 12, 2)):
+        assert found[name]["codes"] == DONE and found[name]["resumed"] == [resumed], (name, found[name])
+        assert found[name]["different"] == {} and len(found[name]["passed"]) == passed, (name, found[name])
+    last = found["all"]
+    assert last["codes"] == [4, 4] and last["resumed"] == []
+    faults = ["iter_0000018/rank_00001", "iter_0000016.save-", "iter_0000012.save-", "iter_0000009/rank_00000"]
+    assert all(fault in log for log in last["logs"] for fault in faults)
+    assert found["twice"] == {"codes": [KILLED, DONE], "resumed": [12, 16], "different": {}}
 
 
 @pytest.mark.slow

@@ -143,22 +143,82 @@ def damage_in_two_places() -> Any:
     }
 
 
+NINE = [*FLAGS, *MIRRORED, "--save-interval", "9"]
+BOTH = {step: ((0, 0, step), (1, 0, step)) for step in (12, 16)}
+
+
+def killed_behind_a_shared_save() -> Job:
+    """Shared 9 and 18, local 12 and 16 between them."""
+    one = Job(FOLDER / "killed_behind", NINE)
+    return one if one.folder.exists() else killed_at("killed_behind", 19, NINE)
+
+
+@case
+def a_local_one_between_two_shared_ones() -> Any:
+    """The newer shared one is damaged: the local one of step 16. Its run sets the damaged one aside with its own save
+    of that step, behind which it is killed."""
+    one = copy_of(killed_behind_a_shared_save(), "between")
+    flip(one.run / "checkpoints" / "iter_0000018" / "rank_00001.safetensors")
+    codes = [one.start(until=19)]
+    passed, names = passed_over(one), sorted(path.name[:19] for path in (one.run / "checkpoints").glob("iter_*"))
+    codes.append(one.start())
+    return {
+        "codes": codes,
+        "resumed": one.resumed_at(),
+        "passed": passed,
+        "shared": names,
+        "again": passed_over(one),
+        "different": different(one),
+    }
+
+
+@case
+def a_fall_back_over_both_tiers() -> Any:
+    """Shared 18 is damaged, and the newest local one, or the older one too, or all; only its manifest; and a run that
+    fell back to step 12 is killed again before it has saved into the shared folder."""
+    behind = killed_behind_a_shared_save()
+    every = (*BOTH[16], *BOTH[12])
+    out: dict[str, Any] = {
+        "newest": damaged("newest_too", ".safetensors", *BOTH[16], shared=18, of=behind),
+        "both": damaged("both_tiers", ".safetensors", *every, shared=18, of=behind),
+        "manifest": damaged("manifest_of_shared", "", shared=18, of=behind, name_of_shared="manifest.json"),
+        "lost": damaged("lost_between", ".safetensors", (0, 1, 16), shared=18, lost=1, of=behind),
+    }
+    nothing = copy_of(behind, "nothing_sound")
+    flip(nothing.run / "checkpoints" / "iter_0000009" / "rank_00000.safetensors")
+    out["all"] = damaged("all_of_both", ".safetensors", *every, shared=18, of=nothing)
+    again = copy_of(behind, "fell_back_twice")
+    for path in (path for place in BOTH[16] for path in again.files(*place) if path.suffix == ".safetensors"):
+        flip(path)
+    flip(again.run / "checkpoints" / "iter_0000018" / "rank_00001.safetensors")
+    out["twice"] = {"codes": [again.start(until=18), again.start()], "resumed": again.resumed_at()}
+    out["twice"]["different"] = different(again)
+    return out
+
+
 def damaged(
-    name: str, suffix: str, *places: tuple[int, int, int], lost: int | None = None, shared: int | None = None
+    name: str,
+    suffix: str,
+    *places: tuple[int, int, int],
+    lost: int | None = None,
+    shared: int | None = None,
+    of: Job | None = None,
+    name_of_shared: str = "rank_00001.safetensors",
 ) -> dict[str, Any]:
     """What a start finds after one bit of a file was flipped in each place: node, rank, step.
 
     Args:
         lost: a node whose disk is new.
-        shared: step of the shared checkpoint of which a bit is flipped.
+        shared: step of the shared checkpoint of which a bit is flipped, in this file of it.
+        of: the job; unset: that of `killed`.
     """
-    one = copy_of(killed(), f"flipped_{name}")
+    one = copy_of(of or killed(), f"flipped_{name}")
     if lost is not None:
         one.wipe(lost)
     for place in places:
         flip(next(path for path in one.files(*place) if path.suffix == suffix))
     if shared is not None:
-        flip(one.run / "checkpoints" / f"iter_{shared:07d}" / "rank_00001.safetensors")
+        flip(one.run / "checkpoints" / f"iter_{shared:07d}" / name_of_shared)
     codes = one.start()
     found = {"codes": codes, "resumed": one.resumed_at(), "different": different(one), "passed": passed_over(one)}
     return {**found, "logs": [one.log(rank) for rank in (0, 1)] if codes != [0, 0] else []}

@@ -29,10 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megatron_telechat.checkpoint import commit, verify  # noqa: E402
-from megatron_telechat.checkpoint.find import candidates  # noqa: E402
 from megatron_telechat.checkpoint.format import CheckpointReader  # noqa: E402
 from megatron_telechat.checkpoint.handed import to_hand_out  # noqa: E402
-from megatron_telechat.checkpoint.lineage import Branch, look_at  # noqa: E402
+from megatron_telechat.checkpoint.lineage import Branch, candidates, look_at  # noqa: E402
 from megatron_telechat.checkpoint.manifest import Manifest, StoredBox, TensorEntry, usual_name  # noqa: E402
 from megatron_telechat.checkpoint.names import FileEntry  # noqa: E402
 from megatron_telechat.checkpoint.optimizer_state import MASTER, MOMENTS  # noqa: E402
@@ -166,7 +165,7 @@ def measure(ranks: int, root: Path) -> dict[str, Any]:
         verify.remember_manifest(path, merged.files)
     timed("retention, after a save", lambda: prune(root, 2))
     verify.forget()
-    folder = timed("find the newest", lambda: candidates(root))[0]
+    folder = timed("find the newest", lambda: candidates(root))[0].path
     manifest = timed("read and check the manifest", lambda: verify.read_sound_manifest(folder))
     sent = timed("pack it for the other ranks", lambda: pickle.dumps(to_hand_out(manifest)))
     reader = CheckpointReader(folder, check_sizes=False, manifest=timed("unpack it", lambda: pickle.loads(sent)))

@@ -13,11 +13,10 @@ from megatron_telechat.checkpoint.handed import to_hand_out
 from megatron_telechat.checkpoint.lineage import Saved
 from megatron_telechat.checkpoint.local import parts
 from megatron_telechat.checkpoint.local.checking import checked_part, rank_of, whole_manifest
-from megatron_telechat.checkpoint.local.inventory import LocalCheckpoint, NodeParts, checkpoints_of, continuing
+from megatron_telechat.checkpoint.local.inventory import LocalCheckpoint, NodeParts, checkpoints_of
 from megatron_telechat.checkpoint.local.peers import Address, RemotePart
 from megatron_telechat.checkpoint.manifest import Manifest
 from megatron_telechat.checkpoint.ranged import RangedFile
-from megatron_telechat.checkpoint.start import Start
 from megatron_telechat.errors import CheckpointError, Problem
 from megatron_telechat.parallel.agreement import from_rank_0, gather_objects, gather_on_rank_0, this_rank, together
 
@@ -52,6 +51,10 @@ class OpenedLocal:
 class LocalCopies:
     """The local checkpoints of a run, on all its nodes. The same on all ranks.
 
+    Attributes:
+        found: whole or not, the one saved last first.
+        unreadable: a note for each part that cannot be read.
+
     Args:
         root: the folder of the run on each node.
         places: of the ranks.
@@ -62,30 +65,8 @@ class LocalCopies:
     def __init__(self, root: Path, run: str, places: Sequence[Place], secret: str, nodes: Sequence[NodeParts]):
         self._root, self._run, self._places, self._secret = root, run, places, secret
         self.found = checkpoints_of(nodes)
-        self._unreadable = tuple(f"passed over: {note}" for node in nodes for note in node.notes)
+        self.unreadable = tuple(note for node in nodes for note in node.notes)
         self._remote: list[RemotePart] = []
-
-    def open_newest(self, start: Start, saved: Saved | None) -> tuple[OpenedLocal | None, tuple[str, ...]]:
-        """The newest whole and sound one that continues the run; a collective over all ranks.
-
-        Args:
-            start, saved: of rank 0, where the run begins by its shared checkpoints.
-
-        Returns:
-            None where the run begins with those; and what was passed over.
-        """
-        found: tuple[list[LocalCheckpoint], list[str]] | None = None
-        with together():
-            if this_rank() == 0:
-                found = continuing(self.found, start, saved)
-        usable, incomplete = from_rank_0(found)
-        notes = [*self._unreadable, *(f"passed over: {note}" for note in incomplete)]
-        for one in usable:
-            opened, problems = self._open(one)
-            notes += [f"passed over: {problem.what} ({problem.where})" for problem in problems]
-            if opened is not None:
-                return opened, tuple(notes)
-        return None, tuple(notes)
 
     def close(self) -> None:
         """End the connections to other nodes."""
@@ -93,8 +74,11 @@ class LocalCopies:
             remote.close()
         self._remote.clear()
 
-    def _open(self, one: LocalCheckpoint) -> tuple[OpenedLocal | None, list[Problem]]:
-        """One checkpoint, and what is wrong with copies of its parts; a collective."""
+    def open(self, one: LocalCheckpoint) -> tuple[OpenedLocal | None, list[Problem]]:
+        """One checkpoint, if a sound copy of each part is there, and what is wrong with copies of its parts; a
+        collective, with the same answer on all ranks."""
+        if one.lack:
+            return None, [Problem(f"local checkpoint of step {one.step}: {one.lack}")]
         left = {rank: self._by_preference(rank, nodes) for rank, nodes in one.holders.items()}
         checkers: dict[int, int] = {}
         mine: dict[int, Manifest] = {}
