@@ -5,6 +5,8 @@
 
 * a light test that starts a process fails, in every run;
 * in a whole run with ``--fast`` a light test that computes longer than `LIGHT_SECONDS` fails.
+
+With workers side by side (pytest-xdist) the files with the longest tests come first, so that all workers end together.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--fast"):
         config.hook.pytest_deselected(items=[item for item in items if not is_light(item)])
         items[:] = [item for item in items if is_light(item)]
+    if hasattr(config, "workerinput"):
+        items[:] = longest_files_first(items)
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return
@@ -69,6 +74,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def is_light(item: pytest.Item) -> bool:
     """Whether ``--fast`` runs this test."""
     return not any(item.get_closest_marker(name) for name in NOT_LIGHT)
+
+
+def longest_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Files with tests of several ranks, then those with other processes, then light ones; each file in one piece."""
+    weights: dict[Path, int] = {}
+    for item in items:
+        weight = 2 if item.get_closest_marker("gloo") else 0 if is_light(item) else 1
+        weights[item.path] = max(weight, weights.get(item.path, 0))
+    return sorted(items, key=lambda item: -weights[item.path])
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether no test was named: the process that was started knows, and tells its workers."""
+    if hasattr(config, "workerinput"):
+        return config.workerinput["whole"]
+    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Of pytest-xdist, before it starts a worker."""
+    node.workerinput["whole"] = is_whole(node.config)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -91,8 +118,7 @@ def _refuse_processes(event: str, args: tuple[Any, ...]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report = yield
-    whole = item.config.args_source is pytest.Config.ArgsSource.TESTPATHS and not item.config.option.keyword
-    if item.config.getoption("--fast") and whole and report.when == "teardown" and report.passed:
+    if item.config.getoption("--fast") and is_whole(item.config) and report.when == "teardown" and report.passed:
         seconds = time.process_time() - item.stash[_began]
         if seconds > LIGHT_SECONDS:
             report.outcome = "failed"

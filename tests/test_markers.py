@@ -62,6 +62,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shorter = rules.replace("LIGHT_SECONDS = 3.0", "LIGHT_SECONDS = 0.3")
     (folder / "tests" / "conftest.py").write_text(shorter, encoding="utf-8")
     (folder / "tests" / "test_some.py").write_text(SUITE)
+    (folder / "tests" / "test_a_light_file.py").write_text("def test_first():\n    pass\n")
     return folder
 
 
@@ -70,23 +71,36 @@ def outcomes(suite: Path, *args: str) -> tuple[dict[str, str], str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-rN", *args]
     done = subprocess.run(command, cwd=suite, capture_output=True, text=True, timeout=120)
     found: dict[str, str] = {}
-    for name, outcome in re.findall(r"::test_(\w+) (PASSED|FAILED|ERROR)", done.stdout):
+    here, of_a_worker = r"::test_(\w+) (PASSED|FAILED|ERROR)", r"(PASSED|FAILED|ERROR) \S+::test_(\w+)"
+    pairs = re.findall(here, done.stdout) or [(name, how) for how, name in re.findall(of_a_worker, done.stdout)]
+    for name, outcome in pairs:
         found[name] = (found.get(name, "") + " " + outcome.lower()).strip()
     return found, done.stdout
 
 
 def test_a_light_test_may_start_no_process_in_any_run(suite):
     found, output = outcomes(suite, "-k", "not computes")
-    assert found == {"light": "passed", "popen": "failed", "fork": "failed", "marked": "passed"}
+    assert found == {"first": "passed", "light": "passed", "popen": "failed", "fork": "failed", "marked": "passed"}
     assert "starts a process (subprocess.Popen ('true',)): mark it @pytest.mark.heavy" in output
 
 
-def test_fast_leaves_out_what_is_marked_and_fails_what_computes_long(suite):
-    found, output = outcomes(suite, "--fast")
-    assert found == {"light": "passed", "popen": "failed", "fork": "failed", "computes": "passed error"}
+FAST = {"first": "passed", "light": "passed", "popen": "failed", "fork": "failed", "computes": "passed error"}
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2", "--dist", "loadfile")], ids=["alone", "workers"])
+def test_fast_leaves_out_what_is_marked_and_fails_what_computes_long(suite, workers):
+    found, output = outcomes(suite, "--fast", *workers)
+    assert found == FAST
     assert "a light test may 0.3 s: make it shorter, or mark it @pytest.mark.heavy" in output
 
 
 def test_a_part_of_the_tests_may_import_what_it_needs(suite):
     found, _ = outcomes(suite, "--fast", "tests/test_some.py::test_computes")
     assert found == {"computes": "passed"}
+
+
+def test_workers_begin_with_the_files_that_start_processes(suite):
+    one = ("-n", "1", "--dist", "loadfile", "--no-loadscope-reorder")
+    found, output = outcomes(suite, "-k", "not computes", *one)
+    assert list(found) == ["light", "popen", "fork", "marked", "first"]
+    assert "starts a process" in output

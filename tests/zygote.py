@@ -7,10 +7,15 @@ its script as ``__main__``. It dies with the zygote, which dies with the harness
 
 What is imported here is imported on the CPU backend, as the doors do it. A test of imports, of another device, or of
 environment variables that are read while torch is loaded asks the harness for a fresh process.
+
+A rank ends without the interpreter's last collection, which takes a third of a second of every one: it waits for its
+threads, runs what was left to be run at exit, and writes out what it has said. Where that last collection is part of
+the question, a test starts processes anew.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import json
@@ -19,6 +24,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +61,7 @@ def _load() -> None:
 
     get_backend("cpu").install()
     import safetensors.torch  # noqa: F401
+    import torch._dynamo  # noqa: F401  the first optimizer of a process loads it: more than a second
 
     import megatron_telechat.checkpoint
     import megatron_telechat.cli.pretrain
@@ -153,7 +160,37 @@ def _become(request: dict[str, Any]) -> None:
     sys.path[:] = [str(Path(script).parent), *filter(None, own), *sys.path[1:]]
     random.seed()
     numpy.random.seed()
-    runpy.run_path(script, run_name="__main__")
+    os._exit(_run(script))
+
+
+def _run(script: str) -> int:
+    """The exit code of a script; all is done that an interpreter does at its end, but for freeing what there is."""
+    try:
+        runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = _code_of(stop)
+    except BaseException as error:
+        sys.excepthook(*sys.exc_info())
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # closed, or nobody reads it any more
+            code = code or 120
+    return code
+
+
+def _code_of(stop: SystemExit) -> int:
+    if stop.code is None or isinstance(stop.code, int):
+        return (stop.code or 0) & 0xFF
+    print(stop.code, file=sys.stderr)
+    return 1
 
 
 def _die_with_parent() -> None:

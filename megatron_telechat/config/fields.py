@@ -177,11 +177,10 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 def make_run(values: dict[str, Any]) -> RunConfig:
     """A RunConfig from field name → value; fields not named keep their default."""
     known = fields_by_name()
-    parts = {
-        section: cls(**{name: value for name, value in values.items() if known[name].section == section})
-        for section, cls in sections().items()
-    }
-    return RunConfig(**parts)
+    parts: dict[str, dict[str, Any]] = {section: {} for section in sections()}
+    for name, value in values.items():
+        parts[known[name].section][name] = value
+    return RunConfig(**{section: cls(**parts[section]) for section, cls in sections().items()})
 
 
 def values_of(run: RunConfig) -> dict[str, Any]:

@@ -9,16 +9,20 @@ import contextlib
 import errno
 import json
 import os
+import random
 import select
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_telechat.errors import EXIT_SIGNAL, ConfigError, ResourceError
 from megatron_telechat.supervisor.processes import Ended, Layout, LocalRanks
 
+_SYSTEM_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_PORT, _PORT_TRIES = 20000, 20
 _HELLO_S = 5.0
 _RETRY_S = 0.5
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
@@ -343,7 +347,24 @@ def listen(address: str, port: int, node: int | None) -> socket.socket | None:
 
 
 def free_port() -> int:
-    """A port that is free on this host now."""
+    """A port that is free on this host now, where possible one that the system gives to nobody who asks for any port.
+
+    Until rank 0 listens there, the imports of a rank take seconds, in which every process group of another job asks for
+    some.
+    """
+    ports = _ports_to_name()
+    for port in random.SystemRandom().sample(ports, k=min(_PORT_TRIES, len(ports))):
+        with contextlib.closing(socket.socket()) as found, contextlib.suppress(OSError):
+            found.bind(("", port))
+            return port
     with contextlib.closing(socket.socket()) as found:
         found.bind(("", 0))
         return found.getsockname()[1]
+
+
+def _ports_to_name() -> range:
+    """Ports outside of those that the system gives to who names none."""
+    low, high = 32768, 65535
+    with contextlib.suppress(OSError, ValueError):
+        low, high = map(int, _SYSTEM_PORTS.read_text().split())
+    return max(range(_FIRST_PORT, low), range(high + 1, 65536), key=len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_telechat.supervisor import nodes
 from megatron_telechat.supervisor.nodes import free_port
 from tests.harness import ROOT
 
@@ -253,3 +255,16 @@ def test_nodes_and_ranks_of_the_cluster():
     finally:
         for node in nodes:
             node.kill()
+
+
+@pytest.mark.parametrize("given", ["32768 60999", "1024 60000", "1024 65535", ""])
+def test_a_free_port_is_none_that_the_system_gives_to_others(tmp_path, monkeypatch, given):
+    """Where it gives all, or does not say which, there is a port all the same."""
+    monkeypatch.setattr(nodes, "_SYSTEM_PORTS", tmp_path / "range")
+    (tmp_path / "range").write_text(given.replace(" ", "\t"))
+    low, high = map(int, (given or "32768 65535").split())
+    for _ in range(5):
+        port = nodes.free_port()
+        assert not low <= port <= high or given == "1024 65535"
+        with socket.socket() as taken:
+            taken.bind(("", port))

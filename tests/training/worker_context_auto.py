@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.harness import Cases  # noqa: E402
 from tests.training.runs import DENSE, make_trainer  # noqa: E402
 
-BYTES_A_SECOND = 1e7
+BYTES_A_SECOND = 4e6
 FLAGS = "--seq-length 512 --micro-batch-size 1 --context-parallel-size 2 --cp-comm-type p2p --train-iters 2".split()
 cases = Cases()
 

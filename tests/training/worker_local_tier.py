@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402, F401  (once, for all ranks)
+import torch._dynamo  # noqa: E402, F401  (once, for all ranks; an optimizer loads it)
 
 import megatron_telechat.training.sequence  # noqa: E402, F401
 from megatron_telechat.cli import inspect_checkpoint, verify_checkpoint  # noqa: E402
