@@ -7,7 +7,7 @@ older one of its lineage, unless the user has named it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from megatron_telechat.checkpoint.format import CheckpointReader
 from megatron_telechat.checkpoint.handed import to_hand_out
@@ -57,10 +57,7 @@ def open_verified(
     for folder in folders or ():
         reader, found = open_sound(folder, named, fits=fits, wanted=wanted)
         if reader is not None:
-            notes = tuple(f"passed over: {problem.what} ({problem.where})" for problem in problems)
-            for note in notes if this_rank() == 0 else ():
-                log.warning("%s", note)
-            return reader, notes
+            return reader, tell_passed_over(problems)
         if named:
             raise CheckpointError(found).on_every_rank()
         problems += found
@@ -69,6 +66,14 @@ def open_verified(
     raise CheckpointError(
         "no checkpoint there", str(root), "give a folder that holds iter_… folders, or one of these"
     ).on_every_rank()
+
+
+def tell_passed_over(problems: Iterable[Problem]) -> tuple[str, ...]:
+    """A line for each, which rank 0 logs."""
+    lines = tuple(f"passed over: {one.what}" + (f" ({one.where})" if one.where else "") for one in problems)
+    for line in lines if this_rank() == 0 else ():
+        log.warning("%s", line)
+    return lines
 
 
 def _folders(root: Location, step: int | None) -> list[Location]:

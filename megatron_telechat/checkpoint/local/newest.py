@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,13 +11,11 @@ from megatron_telechat.checkpoint.local.checking import rank_of
 from megatron_telechat.checkpoint.local.copies import LocalCopies, OpenedLocal
 from megatron_telechat.checkpoint.local.inventory import Choice, in_order
 from megatron_telechat.checkpoint.names import MANIFEST
-from megatron_telechat.checkpoint.opening import open_sound
+from megatron_telechat.checkpoint.opening import open_sound, tell_passed_over
 from megatron_telechat.checkpoint.start import Start
 from megatron_telechat.checkpoint.stores import store_of
 from megatron_telechat.errors import CheckpointError, Problem
 from megatron_telechat.parallel.agreement import from_rank_0, this_rank, together
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def open_newest(copies: LocalCopies, start: Start, saved: Saved | None) -> Newes
         if this_rank() == 0:
             found = in_order(copies.found, start, saved, _left_open(start))
     choices = from_rank_0(found)
-    notes = [_told(note) for note in copies.unreadable]
+    notes = [*tell_passed_over(map(Problem, copies.unreadable))]
     problems: list[Problem] = []
     went_back = False
     for number, choice in enumerate(choices):
@@ -70,20 +67,13 @@ def open_newest(copies: LocalCopies, start: Start, saved: Saved | None) -> Newes
                 return Newest(notes=tuple(notes))
             shared, wrong = open_sound(choice.shared, wanted=_own_files)
             went_back = went_back or shared is None
-        notes += [_told(f"{one.what} ({one.where})" if one.where else one.what) for one in wrong]
+        notes += tell_passed_over(wrong)
         if local is not None or shared is not None:
             return Newest(local, choice.base, shared, tuple(notes))
         problems += wrong
     if went_back:
         raise CheckpointError(problems).on_every_rank()
     return Newest(notes=tuple(notes))
-
-
-def _told(note: str) -> str:
-    line = f"passed over: {note}"
-    if this_rank() == 0:
-        log.warning("%s", line)
-    return line
 
 
 def _left_open(start: Start) -> list[Candidate]:
