@@ -2,12 +2,14 @@
 
 A run logs how long the ranks of each pipeline rank computed in a step, and how long the step took. Both ends of the
 model lie on one pipeline rank each, so the times of a layer and of the ends can be told apart: two factors over what
-the device file says, by least squares. What the step took beyond the schedule of those times is put to ops that vary
-from rank to rank, as a calibration would (`planner.slowdown`), and where that does not reach, to the rest of a step.
+the device file says, by least squares. Where the file has a calibration for these shapes, the two stay near each other.
+What the step took beyond the schedule of those times is put to ops that vary from rank to rank, as a calibration would
+(`planner.slowdown`), and where that does not reach, to the rest of a step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -33,6 +35,10 @@ FARTHEST = 8.0
 """A factor beyond this, up or down, says that the device or the run is another one."""
 SEEN = 0.02
 """Both ends have a factor of their own where they take this share of a pipeline rank's time."""
+UNEXPLAINED = 0.02
+"""Share of a rank's compute that differs from rank to rank without a reason that the times know."""
+CALIBRATED = 0.1
+"""Share within which a calibration has the ratio of ends to layers. Without one nothing is assumed of it."""
 MOST_JITTER = 0.5
 """More than this is no variation of ops."""
 _PACES = 4
@@ -91,7 +97,12 @@ def fit_to_run(run: RunConfig, device: DeviceSpec, seen: SeenRun, software: Soft
     alone = times.measured.alone if times.measured is not None else 1.0
     on_one_node = run.parallel.world_size <= run.parallel.node_size
     layers, ends = _factors(
-        problem, assignment, seen.stage_compute_s, alone if on_one_node else 1.0, run.parallel.ranks_per_stage
+        problem,
+        assignment,
+        seen.stage_compute_s,
+        alone if on_one_node else 1.0,
+        run.parallel.ranks_per_stage,
+        math.inf if times.measured is None else CALIBRATED,
     )
     for factor in (layers, ends):
         if not 1 / FARTHEST < factor < FARTHEST:
@@ -107,9 +118,18 @@ def fit_to_run(run: RunConfig, device: DeviceSpec, seen: SeenRun, software: Soft
 
 
 def _factors(
-    problem: BalanceProblem, assignment: Assignment, seen: Sequence[float], alone: float, together: int
+    problem: BalanceProblem,
+    assignment: Assignment,
+    seen: Sequence[float],
+    alone: float,
+    together: int,
+    apart_by: float,
 ) -> tuple[float, float]:
-    """Of a layer's time and of the ends' that explain the compute of every pipeline rank best, by relative errors."""
+    """Of a layer's time and of the ends' that explain the compute of every pipeline rank best, by relative errors.
+
+    `apart_by`: standard deviation that is assumed of (ends - layers) / layers before anything was seen (a ridge). The
+    ends are a small part of two ranks, so a rank that is slower for a reason of its own would else be put to them.
+    """
     whole = np.array(stage_times(problem, assignment))
     fixed = [problem.fixed_block(stage, assignment.mtp_stage) for stage in range(problem.num_stages)]
     of_ends = np.array([block.f for block in fixed] + [block.b for block in fixed])
@@ -127,7 +147,8 @@ def _factors(
         both = shares.sum(axis=1)
         factors = np.full(2, both.sum() / (both**2).sum())
         if problem.P > 1 and shares[:, 1].max() >= SEEN:
-            apart = np.linalg.lstsq(shares, np.ones(problem.P), rcond=None)[0]
+            pull = UNEXPLAINED / (apart_by * factors[0]) * np.array([[-1.0, 1.0]])
+            apart = np.linalg.lstsq(np.concatenate([shares, pull]), np.append(np.ones(problem.P), 0.0), rcond=None)[0]
             factors = apart if apart.min() > 0 else factors
     return float(factors[0]), float(factors[1])
 

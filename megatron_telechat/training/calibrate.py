@@ -145,7 +145,8 @@ class _Stopwatch:
 
 
 class Calibration:
-    """A probe of the run's parts on all ranks at hand; `round` times them once, `result` gives the medians.
+    """A probe of the run's parts on all ranks at hand; `round` times them once, `result` gives the medians. Rounds of
+    `warm_up` come first, and again after a pause: caches that others have filled make the next round slower.
 
     Collective: all ranks make the same calls. A layer's backward includes adding its gradients to the fp32 sums, as
     it does in training.
@@ -170,8 +171,16 @@ class Calibration:
         self._records: list[Times] = []
         self._batch = self._make_batch()
 
+    def warm_up(self, rounds: int = WARM_UP) -> None:
+        """Rounds whose times are not kept."""
+        for _ in range(rounds):
+            self._timed_round()
+
     def round(self) -> None:
         """Time one micro-batch, the same in turns, one optimizer step and the exchange."""
+        self._records.append(self._timed_round())
+
+    def _timed_round(self) -> Times:
         dist.barrier()
         record = self._micro_batch()
         record["alone"] = self._alone()
@@ -179,17 +188,17 @@ class Calibration:
         record["p2p"] = self._p2p()
         record["step"] = self._small_reductions()
         record["reduction"] = self._reduction()
-        self._records.append(record)
+        return record
 
-    def result(self, warm_up: int = WARM_UP) -> Measured:
-        """Medians over the rounds behind the warm-up, mean over the ranks.
+    def result(self) -> Measured:
+        """Medians over the rounds, mean over the ranks.
 
         Raises:
-            ConfigError: not one round is left.
+            ConfigError: there was no round.
         """
-        records = self._records[warm_up:]
+        records = self._records
         if not records:
-            raise ConfigError(f"{len(self._records)} rounds", "calibration", f"more than {warm_up}")
+            raise ConfigError("no rounds", "calibration", "at least one")
         mine = {name: statistics.median(record[name] for record in records) for name in records[0]}
         of_ranks: list[Times | None] = [None] * self.state.world_size
         dist.all_gather_object(of_ranks, mine)
@@ -394,7 +403,8 @@ def calibrate(run: RunConfig, kinds: Sequence[str], base: DeviceSpec, rounds: in
         ConfigError: the ranks do not hold one stage of the run.
     """
     with calibration(run, kinds) as probe:
-        for _ in range(WARM_UP + rounds):
+        probe.warm_up()
+        for _ in range(rounds):
             probe.round()
         return with_measured(base, probe.result())
 

@@ -17,7 +17,12 @@ from megatron_telechat.config.schema import RunConfig
 from megatron_telechat.config.yaml_io import dump_run_config
 from megatron_telechat.costs.devices import device_spec, read_device_file
 from megatron_telechat.costs.time import TimeModel
+from megatron_telechat.planner.assignment import Assignment
+from megatron_telechat.planner.build import assignment_of, balance_problem, kinds_of
+from megatron_telechat.planner.from_run import SeenRun, fit_to_run
 from megatron_telechat.planner.predict import predict
+from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.simulate import stage_times
 
 RUN = ["--preset", "telechat2-7b", "--world-size", "8"]
 DEVICE = ["--device", "ascend-910b-64g"]
@@ -130,6 +135,30 @@ def test_logged_steps_fit_layers_and_ends(shape, layers, ends, tmp_path, capsys)
     assert after.output_layer().backward == pytest.approx(ends * before.output_layer().backward)
     seen = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
     assert predict(run, device).iteration == pytest.approx(seen["iteration_time_s"], rel=0.002)
+
+
+def test_a_slow_rank_of_a_calibrated_device_is_not_put_to_the_ends(tmp_path):
+    """The ends are a tenth of the last rank: its 4 % would be 40 % of them."""
+    words = SHAPES["pipeline"].split()
+    run = logged(tmp_path / "run", words, 1.3, 0.8, 1.0)
+    device = calibrated(tmp_path, str(tmp_path / "run"))
+    problem = balance_problem(run, device, kinds_of(run))
+    seconds = [run.num_microbatches * one for one in rank_seconds(problem, assignment_of(run, problem))]
+    for slow, ends in ((1.04, 1.15), (0.96, 0.85)):
+        seen = SeenRun(2 * max(seconds), (*seconds[:-1], slow * seconds[-1]), "a run")
+        fitted = fit_to_run(run, device, seen)
+        assert fitted.layers == pytest.approx(1.0, abs=0.015)
+        assert min(ends, 1.0) < fitted.ends < max(ends, 1.0)
+        estimated = device_spec("ascend-910b-64g")
+        assert estimated is not None
+        apart = fit_to_run(run, estimated, seen)
+        assert abs(apart.ends / 0.8 - 1) > 2 * abs(ends - 1), "without a calibration the ends may be anything"
+    assert fit_to_run(run, device, SeenRun(2 * max(seconds), tuple(seconds), "a run")).ends == pytest.approx(1.0)
+
+
+def rank_seconds(problem: BalanceProblem, assignment: Assignment) -> list[float]:
+    times = stage_times(problem, assignment)
+    return [sum(times[rank :: problem.P]) for rank in range(problem.P)]
 
 
 def test_one_pipeline_rank_has_one_factor(tmp_path, capsys):

@@ -5,13 +5,15 @@
 
 Every layout (even, uneven, interleaved, recomputed, context parallel) is a Trainer on two ranks of its own; one more
 pair of ranks calibrates the pipelines, another one what two context-parallel ranks share. All take their turns, round
-after round, so that whatever else the machine does hits all of them alike; while one pair works the others wait. The
-cost model then gets the calibrations and nothing else. Printed are both times of every layout, the median error, and
-whether the order agrees wherever two layouts differ by more than the noise.
+after round, so that whatever else the machine does hits all of them alike; while one pair works the others wait. What
+all layouts of a round have in common is taken out. The cost model then gets the calibrations and nothing else. Printed
+are both times of every layout, the median error, and whether the order agrees wherever two layouts differ by more than
+the noise.
 With --replan NAME the times are fitted to what the run of that layout logged, too, as `--from RUN_DIR` does; the errors
 of the others whose layers are the same are then those of a plan that is made again from a run.
 
-One core a rank is needed: ranks that share a core are no pipeline.
+One core a rank is needed: ranks that share a core are no pipeline. Each rank is bound to a core of its own (--unbound:
+not; two ranks that wake at once may then start on the same one).
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from megatron_telechat.planner.from_run import SeenRun, fit_to_run  # noqa: E402
 from megatron_telechat.planner.predict import predict  # noqa: E402
 
 RANKS = 2
+POLISHES = 10
 CALIBRATION = "calibration"
 # Freed memory stays with the process. Else glibc gives it back and every step pays for its pages anew, the more the
 # more micro-batches are in flight: a cost of the allocator, which a calibration of single layers does not see.
@@ -131,11 +134,14 @@ def make_run(layout: Layout, moe: bool, quick: bool, folder: str) -> RunConfig:
 
 def serve(spec: dict[str, Any]) -> None:
     """A rank of one arm: one JSON line on the original stdout for every line on stdin."""
+    if spec["core"] is not None:
+        os.sched_setaffinity(0, {spec["core"]})
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the trainer prints must not mix with the answers
     layout = Layout(spec["name"], tuple(spec["counts"]), spec["recompute"], spec["context"])
     run = make_run(layout, spec["moe"], spec["quick"], spec["folder"])
-    step, result = (calibration_arm if layout.name.startswith(CALIBRATION) else training_arm)(run)
+    arm = calibration_arm(run, spec["probes"]) if layout.name.startswith(CALIBRATION) else training_arm(run)
+    step, result = arm
 
     def say(answer: Any) -> None:
         answers.write(json.dumps(answer) + "\n")
@@ -146,11 +152,18 @@ def serve(spec: dict[str, Any]) -> None:
         say(result() if line.strip() == "result" else step())
 
 
-def calibration_arm(run: RunConfig):
+def calibration_arm(run: RunConfig, rounds: int):
     from megatron_telechat.training.calibrate import Calibration
 
     probe = Calibration(run, KINDS)
-    return probe.round, lambda: asdict(probe.result())
+    probe.warm_up()
+
+    def turn() -> None:
+        probe.warm_up(1)  # a step has twelve micro-batches, of which one finds the caches full of another arm's data
+        for _ in range(rounds):
+            probe.round()
+
+    return turn, lambda: asdict(probe.result())
 
 
 def training_arm(run: RunConfig):
@@ -189,8 +202,14 @@ class Arm:
         self.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
         )
-        spec = json.dumps({**asdict(layout), "moe": options.moe, "quick": options.quick, "folder": folder})
-        self.ranks = [self._start(rank, spec, folder) for rank in range(RANKS)]
+        cores = sorted(os.sched_getaffinity(0))
+        bound = not options.unbound and len(cores) >= RANKS
+        spec = {"moe": options.moe, "quick": options.quick, "folder": folder, "probes": options.probes}
+        spec |= asdict(layout)
+        self.ranks = [
+            self._start(rank, json.dumps({**spec, "core": cores[rank] if bound else None}), folder)
+            for rank in range(RANKS)
+        ]
 
     def _start(self, rank: int, spec: str, folder: str) -> subprocess.Popen:
         environment = {
@@ -234,8 +253,8 @@ class Arm:
 def measure(
     layouts: Sequence[Layout], options: argparse.Namespace, folder: str
 ) -> tuple[tuple[Measured, ...], dict[str, list[float]], dict[str, list[list[float]]]]:
-    """Calibrations, and of every layout the seconds of every step and of the compute of its ranks, taken in turn; the
-    warm-up is left out."""
+    """Calibrations, and of every layout the seconds of every step and of the compute of its ranks, taken in turn and
+    without what all had in common in a round; the warm-up is left out."""
     probes = [
         Layout(f"{CALIBRATION} {layout.context}", layout.counts, None, layout.context)
         for layout in {each.context: each for each in layouts}.values()
@@ -250,15 +269,29 @@ def measure(
         compute: dict[str, list[list[float]]] = {layout.name: [] for layout in layouts}
         for number in range(options.rounds + options.warm_up):
             for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
-                for _ in range(options.probes if arm in calibrations else 1):
-                    answer = arm.ask("step")
+                answer = arm.ask("step")
                 if arm not in calibrations and number >= options.warm_up:
                     seconds[arm.layout.name].append(max(one for one, _ in answer))
                     compute[arm.layout.name].append([one for _, one in answer])
+        for number, pace in enumerate(paces(list(seconds.values()))):
+            for name in seconds:
+                seconds[name][number] /= pace
+                compute[name][number] = [one / pace for one in compute[name][number]]
         return tuple(Measured(**arm.ask("result")[0]) for arm in calibrations), seconds, compute
     finally:
         for arm in arms:
             arm.close()
+
+
+def paces(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Of every round, what all arms took in it over what they took in the median round (Tukey's median polish)."""
+    found = [1.0] * len(rows[0])
+    for _ in range(POLISHES):
+        own = [statistics.median(time / pace for time, pace in zip(row, found, strict=True)) for row in rows]
+        shares = [[time / one for time in row] for row, one in zip(rows, own, strict=True)]
+        found = [statistics.median(of_round) for of_round in zip(*shares, strict=True)]
+        found = [pace / statistics.median(found) for pace in found]
+    return found
 
 
 def replanned(
@@ -269,7 +302,11 @@ def replanned(
     stages = tuple(statistics.median(of_rank) for of_rank in zip(*compute, strict=True))
     seen = SeenRun(statistics.median(seconds), stages, f"the run of layout '{name}'")
     fitted = fit_to_run(make_run(layout, options.moe, options.quick, folder), device, seen)
-    print(f"{seen.source}: layers {fitted.layers:.3f}, ends {fitted.ends:.3f} of the calibration's times")
+    ranks = " and ".join(f"{one:.3f} s" for one in stages)
+    print(
+        f"{seen.source}: {seen.iteration_s:.3f} s, of which its ranks computed {ranks}; layers {fitted.layers:.3f}, "
+        f"ends {fitted.ends:.3f} of the calibration's times"
+    )
     return fitted.device
 
 
@@ -359,7 +396,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--moe", action="store_true", help="every layer a MoE layer of eight experts")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--probes", type=int, default=3, help="calibration rounds in each turn")
+    parser.add_argument("--probes", type=int, default=3, help="calibration rounds in each turn, behind one to warm up")
+    parser.add_argument("--unbound", action="store_true", help="ranks run on any core")
     parser.add_argument(
         "--malloc", choices=("keep", "default"), default="keep", help="keep: freed memory stays with the process"
     )
