@@ -95,6 +95,7 @@ def _problem(request: Request) -> int:
     """--problem FILE: the abstract problem, in its own units."""
     from megatron_telechat.planner.problem import BalanceProblem
     from megatron_telechat.planner.solve import solve
+    from megatron_telechat.planner.worker import processors
 
     options = request.options
     if request.words or options.device or options.plain_flags or options.output or options.slow_stage:
@@ -112,7 +113,7 @@ def _problem(request: Request) -> int:
             f"cannot read {options.problem}: {reason}", "--problem", "name a JSON file, or - for stdin"
         ) from None
     problem = BalanceProblem.from_json(text, options.problem)
-    solution = solve(problem, options.time_limit, gap=options.gap)
+    solution = solve(problem, options.time_limit, gap=options.gap, processes=options.processes or processors())
     if options.json:
         print(json.dumps(solution.to_json()))
     else:

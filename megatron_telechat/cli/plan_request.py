@@ -197,7 +197,7 @@ def _parser() -> _Parser:
         "--processes",
         type=natural,
         metavar="N",
-        help="processes that search a sweep [one for each processor]; what is found does not depend on it",
+        help="processes that search [one for each processor]; what a sweep finds does not depend on it",
     )
     add("--top", type=natural, default=10, metavar="N", help="rows of the sweep [10]")
     add(
@@ -308,6 +308,7 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
         run: the run as it is on the device.
     """
     from megatron_telechat.planner.plan import Question
+    from megatron_telechat.planner.worker import processors
 
     options = request.options
     software, counted = software_of(loaded, run)
@@ -328,6 +329,7 @@ def question_of(request: Request, loaded: LoadedConfig, run: RunConfig, device: 
         counted=(*counted, *(said if run.model.is_moe else ())),
         imbalance=imbalance,
         slow_stage=slow,
+        processes=options.processes or processors(),
     )
     return question.of(run)
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from megatron_telechat.planner.budget import Budget
-from megatron_telechat.planner.incumbent import Incumbent
+from megatron_telechat.planner.incumbent import SELDOM, Incumbent
 from megatron_telechat.planner.lp import INF, LpResult
 from megatron_telechat.planner.op_graph import OpGraph
 from megatron_telechat.planner.path_cuts import PathCut
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.relaxation import NODE_ROUNDS, PROBE_ROUNDS, ROOT_ROUNDS, WHOLE, Node, Relaxation
 
+RELIABLE = 8
+"""Trials of a branching after which its mean gains are believed. With two, a search that others share may need twenty
+times as many boxes."""
+SHAKES = 4
+"""Shakes after every SELDOM boxes: a fifth of the time of a search."""
 SHAVING = 0.4
 """Share of a search that may go to the root alone."""
 
@@ -39,6 +44,7 @@ class Tree(Relaxation):
         self.heap: list[Node] = []
         self.closed_bound = INF
         self.nodes = 0
+        self.shaving = SHAVING
         self.score: dict[tuple[str, int], list] = {}
 
     def root_node(self) -> Node:
@@ -149,7 +155,7 @@ class Tree(Relaxation):
         what, number, value = one
         known = self.score.setdefault((what, number), [0.0, 0.0, 0])
         part = value - math.floor(value)
-        if known[2] >= 2:
+        if known[2] >= RELIABLE:
             down, up = known[0] / known[2] * part, known[1] / known[2] * (1 - part)
             return max(down, 1e-7) * max(up, 1e-7), None
         pair = self.children(node, what, number, value)
@@ -182,28 +188,26 @@ class Tree(Relaxation):
         Returns the LP of the narrowed node, None if nothing is left or the node is closed.
         """
         space, first = self.space, self.space.first_branch_row
-        entries = [
-            ("row", row - first) for row in dict.fromkeys(space.device_rows + space.stage_rows + space.mode_rows)
-        ]
+        rows = dict.fromkeys(space.device_rows + space.stage_rows + space.mode_rows)
+        result = self.tighten(node, self.relax(node, ROOT_ROUNDS))
         changed = True
-        result = self.relax(node, ROOT_ROUNDS)
-        result = self.tighten(node, result)
-        while changed and not self.budget.over(SHAVING):
-            changed = False
-            for _, number in entries:
-                if not result.feasible or node.bound >= self.cutoff() or self.budget.over(SHAVING):
-                    break
-                value = float(space.rows[first + number] @ result.x)
-                for up in (True, False):
-                    while self._shave_end(node, number, value, up):
-                        changed = True
-                        result = self.relax(node, NODE_ROUNDS)
-                        if not result.feasible or node.bound >= self.cutoff():
-                            break
-                        value = float(space.rows[first + number] @ result.x)
-                    if not result.feasible or node.bound >= self.cutoff():
-                        break
+        while changed and result.feasible and node.bound < self.cutoff() and not self.budget.over(self.shaving):
+            changed, result = self.shave_rows(node, result, [row - first for row in rows])
         return self.tighten(node, result)
+
+    def shave_rows(self, node: Node, result: LpResult, numbers: Sequence[int]) -> tuple[bool, LpResult]:
+        """(Whether the range of one of these branch rows could be narrowed, the LP of the node.)"""
+        space, first = self.space, self.space.first_branch_row
+        changed = False
+        for number in numbers:
+            for up in (True, False):
+                while result.feasible and node.bound < self.cutoff() and not self.budget.over(self.shaving):
+                    value = float(space.rows[first + number] @ result.x)
+                    if not self._shave_end(node, number, value, up):
+                        break
+                    changed = True
+                    result = self.relax(node, NODE_ROUNDS)
+        return changed, result
 
     def _shave_end(self, node: Node, number: int, value: float, up: bool) -> bool:
         """Whether the range of a row could be narrowed: to the value's whole neighbour, or to the one after it."""
@@ -227,20 +231,27 @@ class Tree(Relaxation):
                 return step == 1
         return False
 
-    def run(self, root: Node) -> None:
-        """Search until everything is closed or time is up; `lower_bound` tells what is proved."""
-        current: Node | None = root
-        while current is not None or self.heap:
-            if current is None:
-                current = heapq.heappop(self.heap)
-            if current.bound >= self.cutoff():
-                self.closed_bound = min(self.closed_bound, current.bound)
-                current = None
-                continue
-            if self.budget.over():
-                heapq.heappush(self.heap, current)
-                return
-            current = self._step(current)
+    def run(self, current: Node | None = None) -> None:
+        """Search this box and those of the heap until all are closed or time is up; `lower_bound` tells what is
+        proved."""
+        current = self.dive(current)
+        if current is not None:
+            heapq.heappush(self.heap, current)
+
+    def dive(self, current: Node | None = None) -> Node | None:
+        """As `run`; the box that it was at when time was up is not in the heap but comes back."""
+        while (current is not None or self.heap) and not self.budget.over():
+            current = self.advance(current)
+        return current
+
+    def advance(self, current: Node | None) -> Node | None:
+        """Look at one box, this one or the best of the heap: it is closed, or split. Returns a child to go on with."""
+        if current is None:
+            current = heapq.heappop(self.heap)
+        if current.bound >= self.cutoff():
+            self.closed_bound = min(self.closed_bound, current.bound)
+            return None
+        return self._step(current)
 
     def _step(self, node: Node) -> Node | None:
         self.nodes += 1
@@ -257,6 +268,8 @@ class Tree(Relaxation):
             return None
         if result.feasible:
             self.incumbent.offer_point(self.space, result.x, self.is_whole(result.x), self.nodes)
+            if self.nodes % SELDOM == 0:
+                self.incumbent.shake(SHAKES)
             self.narrow(node, result.duals)
             pair = self.choose(node, result)
         else:

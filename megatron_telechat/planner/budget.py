@@ -22,7 +22,10 @@ class Budget:
     work: int = 0
     started: float = field(default_factory=time.perf_counter)
 
+    def left(self, share: float = 1.0) -> float:
+        """Seconds of this share of it that are left; below 0 where more is used up."""
+        return self.started + share * (self.deadline - self.started) - time.perf_counter()
+
     def over(self, share: float = 1.0) -> bool:
         """Whether this share of it is used up."""
-        until = self.started + share * (self.deadline - self.started)
-        return self.work > share * self.most or time.perf_counter() > until
+        return self.work > share * self.most or self.left(share) < 0

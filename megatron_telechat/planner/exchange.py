@@ -14,10 +14,11 @@ from megatron_telechat.planner.rest import rest_seconds
 from megatron_telechat.planner.simulate import in_flight
 from megatron_telechat.planner.slow_stage import time_factors, worst_makespans
 
-LOOKED_AT = 192
-"""Neighbours whose memory is computed at once, those first that the known paths leave shortest; simulated are the
-fitting ones of the first such batch that has enough of them."""
 ENOUGH = 96
+"""Neighbours that fit and are simulated in a step, those first that the known paths leave shortest; the memory of twice
+as many is computed at once."""
+DRAWN = 24
+"""Random moves of which the first that fits is made."""
 KNOWN_PATHS = 60
 """Critical paths that are remembered, the newest ones."""
 
@@ -54,8 +55,15 @@ class Exchange:
             ]
         ).reshape(-1, 4)
 
-    def improve(self, start: Assignment, deadline: float, patience: int) -> Assignment:
-        """The best assignment met from a start that fits; ends after `patience` steps without gain."""
+    def improve(
+        self, start: Assignment, deadline: float, patience: int, enough: int = ENOUGH
+    ) -> tuple[float, Assignment]:
+        """(Makespan with the rest of the iteration, the best assignment met from a start that fits.)
+
+        Args:
+            patience: steps without gain after which it ends.
+            enough: neighbours that are simulated in a step, if so many fit.
+        """
         near = _Near(self, start.mtp_stage)
         here = self.counts(start)
         seen = {here.tobytes()}
@@ -67,7 +75,7 @@ class Exchange:
                 paths[cut] = None
             for cut in list(paths)[:-KNOWN_PATHS]:
                 del paths[cut]
-            found = [row for row in near.neighbours(here, list(paths)) if row.tobytes() not in seen]
+            found = [row for row in near.neighbours(here, list(paths), enough) if row.tobytes() not in seen]
             if not found:
                 break
             spans = near.spans(np.array(found))
@@ -78,9 +86,23 @@ class Exchange:
                 best, least, idle = here, float(spans[at]), 0
             else:
                 idle += 1
+        return least, self.assignment(best, start.mtp_stage)
+
+    def shaken(self, start: Assignment, moves: int, random: np.random.Generator) -> Assignment:
+        """An assignment that fits, at most so many random moves from one that does."""
+        near, here = _Near(self, start.mtp_stage), self.counts(start)
+        for _ in range(moves):
+            rows = near.moved(here, random.permutation(near.allowed(here))[:DRAWN])
+            fitting = np.flatnonzero(near.fits(rows))
+            if len(fitting):
+                here = rows[fitting[0]]
+        return self.assignment(here, start.mtp_stage)
+
+    def assignment(self, counts: np.ndarray, place: int | None) -> Assignment:
+        """What `counts` gives back as it is."""
         rows = ((mode for (_, mode), count in zip(self.kinds, row, strict=True) for _ in range(count))
-                for row in best.astype(int).tolist())  # fmt: skip
-        return Assignment(tuple(map(tuple, rows)), start.mtp_stage)
+                for row in counts.astype(int).tolist())  # fmt: skip
+        return Assignment(tuple(map(tuple, rows)), place)
 
     def counts(self, assignment: Assignment) -> np.ndarray:
         """[C, kinds] layers of each kind."""
@@ -116,9 +138,27 @@ class _Near:
         inside = [counts[:, :, group == g].sum(axis=2) for g in range(len(problem.groups))]
         return worst_makespans(problem, times) + rest_seconds(problem, np.stack(inside, axis=2), times)
 
-    def neighbours(self, here: np.ndarray, paths: list[PathCut]) -> np.ndarray:
+    def neighbours(self, here: np.ndarray, paths: list[PathCut], enough: int) -> np.ndarray:
         """[K, C, kinds]: those that keep the rules and fit, the best by the paths first."""
         exchange, C = self.exchange, self.problem.num_stages
+        moves = self.allowed(here)
+        source, kind, target, other = moves.T
+        visits = np.array([cut.visits for cut in paths], dtype=float)
+        length = visits @ self.times(here[None])[0] + self.problem.p2p * np.array([cut.lags for cut in paths])
+        layer = visits[:, :C, None] * exchange.f + visits[:, C:, None] * exchange.b
+        bounds = (length[:, None] + layer[:, target, other] - layer[:, source, kind]).max(axis=0)
+        order = np.argsort(bounds, kind="stable")
+        out = np.zeros((0, *here.shape))
+        for first in range(0, len(order), 2 * enough):
+            rows = self.moved(here, moves[order[first : first + 2 * enough]])
+            out = np.concatenate([out, rows[self.fits(rows)]])
+            if len(out) >= enough:
+                break
+        return out
+
+    def allowed(self, here: np.ndarray) -> np.ndarray:
+        """[K, 4] moves that keep the rules."""
+        exchange = self.exchange
         source, kind, target, other = exchange.moves.T
         total = here.sum(axis=1)
         allowed = (here[source, kind] > 0) & (target < self.last)
@@ -126,22 +166,15 @@ class _Near:
         if len(self.problem.groups) > 1:  # between two stages with layers of a group all layers are of that group
             in_group = np.stack([here[:, exchange.group == g].sum(axis=1) for g in range(len(self.problem.groups))])
             allowed &= in_group[exchange.group[other], target] > 0
-        source, kind, target, other = exchange.moves[allowed].T
-        visits = np.array([cut.visits for cut in paths], dtype=float)
-        length = visits @ self.times(here[None])[0] + self.problem.p2p * np.array([cut.lags for cut in paths])
-        layer = visits[:, :C, None] * exchange.f + visits[:, C:, None] * exchange.b
-        bounds = (length[:, None] + layer[:, target, other] - layer[:, source, kind]).max(axis=0)
-        order = np.argsort(bounds, kind="stable")
-        out = np.zeros((0, *here.shape))
-        for first in range(0, len(order), LOOKED_AT):
-            which = order[first : first + LOOKED_AT]
-            rows, each = np.repeat(here[None], len(which), axis=0), np.arange(len(which))
-            rows[each, source[which], kind[which]] -= 1
-            rows[each, target[which], other[which]] += 1
-            out = np.concatenate([out, rows[self.fits(rows)]])
-            if len(out) >= ENOUGH:
-                break
-        return out
+        return exchange.moves[allowed]
+
+    def moved(self, here: np.ndarray, moves: np.ndarray) -> np.ndarray:
+        """[K, C, kinds]: one for each of the moves [K, 4]."""
+        rows, each = np.repeat(here[None], len(moves), axis=0), np.arange(len(moves))
+        source, kind, target, other = moves.T
+        rows[each, source, kind] -= 1
+        rows[each, target, other] += 1
+        return rows
 
     def fits(self, counts: np.ndarray) -> np.ndarray:
         """Which of [K, C, kinds] fit the memory."""

@@ -10,7 +10,7 @@ from megatron_telechat.planner.plan import Plan
 from megatron_telechat.planner.simulate import peak_bytes
 from megatron_telechat.planner.space import Layout, Load
 from megatron_telechat.planner.sweep import GAP, Proof, Search, plan_of
-from megatron_telechat.planner.worker import Workers
+from megatron_telechat.planner.tasks import Workers
 
 
 @dataclass(frozen=True)

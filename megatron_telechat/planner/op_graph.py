@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -40,11 +40,12 @@ class OpGraph:
         """Virtual stages, P x V."""
         return self.P * self.V
 
+    @cached_property
     def last_ops(self) -> list[int]:
         """The last op of every device."""
         last = [0] * self.P
-        for op in range(1, len(self.kind)):
-            last[self.kind[op] % self.num_stages % self.P] = op
+        for op, kind in enumerate(self.kind[1:], 1):
+            last[kind % self.num_stages % self.P] = op
         return last
 
 
@@ -138,4 +139,4 @@ def makespans(graph: OpGraph, times: np.ndarray, p2p: float, factors: np.ndarray
         np.maximum(ready, ends[before], out=ready)
         ready += times[kinds] if factors is None else times[kinds] * factors[ops]
         ends[ops] = ready
-    return ends[graph.last_ops()].max(axis=0)
+    return ends[graph.last_ops].max(axis=0)

@@ -32,7 +32,7 @@ class Separator:
 
     def __init__(self, graph: OpGraph, p2p: float, factors: np.ndarray):
         self.graph, self.p2p, self.factors = graph, p2p, factors
-        self.last = graph.last_ops()
+        self.last = graph.last_ops
 
     def longest(self, times: Sequence[float]) -> tuple[float, list[PathCut]]:
         """(makespan, critical paths: ties broken one way and the other)."""

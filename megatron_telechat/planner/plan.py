@@ -29,7 +29,7 @@ class Question:
         run: the run; its own layout and recompute are not read.
         kinds: recompute kinds a layer may have, next to none.
         memory_bytes, reserve_bytes: of one device; unset: the device file's, and the usual reserve.
-        time_limit_s, gap: of the search.
+        time_limit_s, gap, processes: of the search.
         plain: only what Megatron-LM's flags can say.
         software: what the program hides of its communication; unset: what our own does.
         counted: what of that was said, for the report.
@@ -51,6 +51,7 @@ class Question:
     counted: tuple[str, ...] = ()
     imbalance: float = 1.0
     slow_stage: float = 0.0
+    processes: int = 1
 
     def of(self, run: RunConfig) -> Question:
         """The same of another run."""
@@ -123,7 +124,7 @@ def make_plan(
         ConfigError: see `Question.problem`.
     """
     problem = problem or question.problem()
-    solution = solve(problem, question.time_limit_s, gap=question.gap)
+    solution = solve(problem, question.time_limit_s, gap=question.gap, processes=question.processes)
     assignment, makespan = solution.assignment, solution.makespan
     if question.plain and assignment is not None:
         plain = best_with_layout_string(problem, [assignment], question.time_limit_s)

@@ -39,6 +39,10 @@ MAX_CUTS = 300
 virtual stages, cuts that are needed come and go."""
 
 
+MetRow = PathCut | tuple[np.ndarray, float]
+"""A row that every assignment satisfies: of a path, or (coefficients, low) of the plans of a device."""
+
+
 @dataclass(order=True)
 class Node:
     """A box: bounds of the columns and of the branching rows. `bound` holds for all in it (LP time units)."""
@@ -89,6 +93,7 @@ class Relaxation:
         self.first_branch_row = space.first_branch_row - len(space.memory_rows)
         self.pool: dict[PathCut, None] = {}
         self.pool_rows = RowStore(space.size)
+        self.met: list[MetRow] = []
         self.num_fixed_rows = self.lp.num_rows
         memory = space.rows[space.memory_rows]
         scale = np.abs(memory).max(axis=1, initial=0.0)
@@ -96,9 +101,17 @@ class Relaxation:
         self.memory_rows, self.memory_highs = memory / scale[:, None], space.row_hi[space.memory_rows] / scale
         self.memory_devices = np.array(space.memory_devices, dtype=int)
         self.hulls: list[DeviceHull] = []
-        for cut in cuts:
-            self.pool[cut] = None
-            self.pool_rows.append(*space.cut_row(cut))
+        self.keep(cuts)
+
+    def keep(self, rows: Iterable[MetRow]) -> None:
+        """Put rows in the pool, in the order in which they were met; a path that is there is left out."""
+        for met in rows:
+            if isinstance(met, PathCut):
+                if met in self.pool:
+                    continue
+                self.pool[met] = None
+            self.pool_rows.append(*(self.space.cut_row(met) if isinstance(met, PathCut) else met))
+            self.met.append(met)
 
     def cutoff(self) -> float:
         """A node whose bound is at least this holds nothing better, or nothing below the limit (LP time units)."""
@@ -123,9 +136,7 @@ class Relaxation:
             if row @ x < low - above:
                 rows.append(row)
                 lows.append(low)
-                if cut not in self.pool:
-                    self.pool[cut] = None
-                    self.pool_rows.append(row, low)
+                self.keep([cut])
         if rows:
             self.lp.add_rows(np.array(rows), np.array(lows), np.full(len(rows), INF))
         return len(rows)
@@ -134,8 +145,8 @@ class Relaxation:
         """Add the few cuts of the pool that `x` violates most; returns how many."""
         rows, lows = self.pool_rows.rows(), self.pool_rows.lows()
         short = lows - rows @ x
-        worst = np.argsort(-short, kind="stable")[:POOL_CUTS]
-        worst = worst[short[worst] > above]
+        worst = np.flatnonzero(short > above)
+        worst = worst[np.argsort(-short[worst], kind="stable")[:POOL_CUTS]]
         if len(worst):
             self.lp.add_rows(rows[worst], lows[worst], np.full(len(worst), INF))
         return len(worst)
@@ -156,7 +167,7 @@ class Relaxation:
         for hull, (values, least) in found:
             row = np.zeros(self.space.size)
             row[hull.columns] = values
-            self.pool_rows.append(row, least)
+            self.keep([(row, least)])
             self.lp.add_rows(row[None], np.array([least]), np.array([INF]))
         return len(found)
 
@@ -215,12 +226,7 @@ class Relaxation:
         if not result.feasible or node.bound >= self.cutoff():
             return result
         self.narrow(node, result.duals)
-        rest = least_seconds(self.problem) if self.problem.rest else 0.0
-        busy = (self.cutoff() * self.unit - rest) / self.problem.m
-        first = self.space.first_branch_row
-        self.hulls = device_hulls(
-            self.space, node.lo, node.hi, lambda row: (node.row_lo[row - first], node.row_hi[row - first]), busy
-        )
+        self.list_plans(node)
         while result.feasible and node.bound < self.cutoff() and not self.budget.over():
             before = node.bound
             if not self.add_hull_rows(result.x):
@@ -229,6 +235,15 @@ class Relaxation:
             if node.bound - before < WORTH * (self.cutoff() - before):
                 break
         return result
+
+    def list_plans(self, node: Node) -> None:
+        """List the whole plans of each device in a box, for `add_hull_rows` in any box inside of it."""
+        rest = least_seconds(self.problem) if self.problem.rest else 0.0
+        busy = (self.cutoff() * self.unit - rest) / self.problem.m
+        first = self.space.first_branch_row
+        self.hulls = device_hulls(
+            self.space, node.lo, node.hi, lambda row: (node.row_lo[row - first], node.row_hi[row - first]), busy
+        )
 
     def trim(self, x: np.ndarray, duals: np.ndarray) -> None:
         """Throw slack rows out of the LP when there are many; cuts stay in the pool."""

@@ -17,6 +17,7 @@ from megatron_telechat.planner.op_graph import op_graph
 from megatron_telechat.planner.path_cuts import PathCut
 from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.relaxation import ROOT_ROUNDS
+from megatron_telechat.planner.team import WAIT_S, Team
 
 ROUNDING = 1e-9
 """Relative error of sums and products of a bound."""
@@ -28,7 +29,11 @@ def reaches(bound: float, limit: float) -> bool:
 
 
 def solve(
-    problem: BalanceProblem, time_limit_s: float = 30.0, warm_start: Assignment | None = None, gap: float = 0.0
+    problem: BalanceProblem,
+    time_limit_s: float = 30.0,
+    warm_start: Assignment | None = None,
+    gap: float = 0.0,
+    processes: int = 1,
 ) -> Solution:
     """The fastest assignment that fits, with a proof, or the best found in time with what is proved of it.
 
@@ -39,9 +44,12 @@ def solve(
         time_limit_s: wall time after which the best so far is returned.
         warm_start: an assignment to begin with; it need not fit the memory.
         gap: stop as soon as (makespan - lower bound) / makespan is at most this.
+        processes: that search once a second is over. With several, which of equally fast assignments comes out may
+            differ from time to time.
 
     Raises:
         ConfigError: the schedule of P, V, m cannot run, or the warm start or an option is none.
+        ResourceError: a process of the search ended.
     """
     if not time_limit_s > 0:
         raise ConfigError(f"a time limit of {time_limit_s} s", fix="more than 0")
@@ -64,8 +72,8 @@ def solve(
         if least.assignment is not None:
             incumbent.offer(least.assignment)
             incumbent.offer_counts(least.assignment.counts, least.assignment.mtp_stage, 2)
-    tree = Tree(problem, graph, incumbent, Budget(deadline), gap)
-    tree.run(tree.root_node())
+    with Team(problem, graph, incumbent, Budget(deadline), gap, processes, started + WAIT_S) as tree:
+        tree.run(tree.root_node())
     if incumbent.assignment is None and not tree.heap:
         return _infeasible(problem, least, started)
     return _solution(problem, incumbent, tree, time.perf_counter() - started)

@@ -29,7 +29,7 @@ from megatron_telechat.planner.problem import BalanceProblem
 from megatron_telechat.planner.rest import least_seconds
 from megatron_telechat.planner.solve import reaches
 from megatron_telechat.planner.space import Layout, Load
-from megatron_telechat.planner.worker import Task, Workers
+from megatron_telechat.planner.tasks import Task, Workers
 
 GAP = 0.005
 """The proof is closed when no layout is faster by more than this."""

@@ -1,102 +1,78 @@
-"""Problems of a sweep solved in processes of their own; what comes out is the same for any number of them.
+"""Processes that search, one request at a time each.
 
-A worker is `python -m megatron_telechat.planner.worker`: it reads tasks from its standard input until that ends, which
-it does with the process that started it, however that ends.
+A worker is `python -m megatron_telechat.planner.worker`: it reads requests from its standard input until that ends,
+which it does with the process that started it, however that ends. Requests and answers are pickled: both ends are this
+package, and nobody else holds the pipes.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import select
+import pickle
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from megatron_telechat.errors import ResourceError
-from megatron_telechat.planner.assignment import Assignment, Solution
-from megatron_telechat.planner.budget import Budget
-from megatron_telechat.planner.path_cuts import PathCut
-from megatron_telechat.planner.problem import BalanceProblem, Block, DeviceCost, LayerGroup, Mode
-from megatron_telechat.planner.solve import solve_below
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LENGTH = 8
 """Bytes before each message that say how long it is."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A problem for `solve_below`; `seconds`: until the search of all ends."""
+class Request(Protocol):
+    """What a worker can be asked."""
 
-    problem: BalanceProblem
-    limit: float
-    work: int
-    gap: float
-    cuts: tuple[PathCut, ...]
-    warm_start: Assignment | None
-    seconds: float
-
-    def solved(self) -> tuple[Solution, tuple[PathCut, ...]]:
-        """The answer, and the paths that were met."""
-        cuts = dict.fromkeys(self.cuts)
-        budget = Budget(time.perf_counter() + self.seconds, self.work)
-        answer = solve_below(self.problem, self.limit, budget, self.gap, cuts, self.warm_start)
-        return answer, tuple(cut for cut in cuts if cut not in set(self.cuts))
+    def answer(self, memory: dict[str, Any]) -> Any:
+        """Computed in the worker. `memory` is kept there from one request to the next."""
 
 
-class Workers:
-    """So many processes, or none for one: then tasks run here. They start at the first tasks that come after `wait_s`
-    seconds: a short search is over before they would be there."""
+class Worker:
+    """A process of its own; ends with `close`, or with this process."""
 
-    def __init__(self, number: int, wait_s: float = 1.0):
-        self.number = number
-        self._from = time.perf_counter() + wait_s
-        self._processes: list[subprocess.Popen[bytes]] = []
+    def __init__(self) -> None:
+        self._process = _start()
 
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-
-    def run(self, tasks: Sequence[Task]) -> list[tuple[Solution, tuple[PathCut, ...]]]:
-        """The answers, in the order of the tasks.
+    def ask(self, request: Request) -> None:
+        """Send a request; its answer has to be fetched before the next one.
 
         Raises:
-            ResourceError: a process ended before it had answered.
+            ResourceError: the process has ended.
         """
-        if self.number == 1 or len(tasks) == 1 or time.perf_counter() < self._from:
-            return [task.solved() for task in tasks]
-        if not self._processes:
-            self._processes = [_start() for _ in range(self.number)]
-        answers: dict[int, tuple[Solution, tuple[PathCut, ...]]] = {}
-        waiting = list(enumerate(tasks))[::-1]
-        busy: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
-        idle = list(self._processes)
-        while waiting or busy:
-            while waiting and idle:
-                process = idle.pop()
-                number, task = waiting.pop()
-                assert process.stdin is not None and process.stdout is not None
-                _send(process.stdin, task)
-                busy[process.stdout.fileno()] = number, process
-            for ready in select.select(list(busy), [], [])[0]:
-                number, process = busy.pop(ready)
-                assert process.stdout is not None
-                answers[number] = _received(process.stdout)
-                idle.append(process)
-        return [answers[number] for number in range(len(tasks))]
+        assert self._process.stdin is not None
+        try:
+            _send(self._process.stdin, request)
+        except OSError:
+            raise _gone() from None
+
+    def answer(self) -> Any:
+        """Wait for the answer.
+
+        Raises:
+            ResourceError: the process ended before it had answered.
+        """
+        assert self._process.stdout is not None
+        data = _received(self._process.stdout)
+        if data is None:
+            raise _gone()
+        return pickle.loads(data)
+
+    def fileno(self) -> int:
+        """Readable when the answer, or the end of the process, is there: for `select`."""
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    def close(self) -> None:
+        """End it at once, whatever it is at."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            try:
+                stream.close()
+            except OSError:
+                pass  # part of a request was still to be sent
 
 
 def processors() -> int:
@@ -116,74 +92,34 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _send(stream: IO[bytes], task: Task) -> None:
-    data = json.dumps(asdict(task)).encode()
-    try:
-        stream.write(len(data).to_bytes(_LENGTH, "little") + data)
-        stream.flush()
-    except OSError:
-        raise _gone() from None
+def _send(stream: IO[bytes], message: Any) -> None:
+    data = pickle.dumps(message)
+    stream.write(len(data).to_bytes(_LENGTH, "little") + data)
+    stream.flush()
 
 
-def _received(stream: IO[bytes]) -> tuple[Solution, tuple[PathCut, ...]]:
+def _received(stream: IO[bytes]) -> bytes | None:
+    """None at the end of the stream."""
     length = stream.read(_LENGTH)
-    data = stream.read(int.from_bytes(length, "little")) if len(length) == _LENGTH else b""
-    if not data or len(data) < int.from_bytes(length, "little"):
-        raise _gone()
-    return _answer(json.loads(data))
-
-
-def _task(found: dict[str, Any]) -> Task:
-    warm = found["warm_start"]
-    return Task(
-        **{
-            **found,
-            "problem": _problem(found["problem"]),
-            "cuts": _cuts(found["cuts"]),
-            "warm_start": warm and Assignment.from_json(warm),
-        }
-    )
-
-
-def _problem(found: dict[str, Any]) -> BalanceProblem:
-    groups = (
-        LayerGroup(**{**group, "modes": tuple(Mode(**mode) for mode in group["modes"])}) for group in found["groups"]
-    )
-    rest = (tuple(DeviceCost(**{**cost, "layers": tuple(cost["layers"])}) for cost in costs) for costs in found["rest"])
-    blocks = {name: found[name] and Block(**found[name]) for name in ("embed", "head", "mtp")}
-    return BalanceProblem(**{**found, **blocks, "groups": tuple(groups), "rest": tuple(rest)})
-
-
-def _cuts(found: list[dict[str, Any]]) -> tuple[PathCut, ...]:
-    return tuple(PathCut(cut["lags"], tuple(cut["visits"])) for cut in found)
-
-
-def _answer(found: list[Any]) -> tuple[Solution, tuple[PathCut, ...]]:
-    answer, cuts = found
-    plan, peaks = answer["assignment"], answer["peak_bytes"]
-    own = {"assignment": plan and Assignment.from_json(plan), "peak_bytes": peaks and tuple(peaks)}
-    return Solution(**{**answer, **own}), _cuts(cuts)
+    size = int.from_bytes(length, "little")
+    data = stream.read(size) if len(length) == _LENGTH else b""
+    return data if data and len(data) == size else None
 
 
 def _gone() -> ResourceError:
     return ResourceError(
         "a process of the search ended before it had answered",
-        "--sweep",
+        "planner",
         "see its message above, if there is one; with too little memory, --processes 1",
     )
 
 
-def _serve(tasks: IO[bytes], answers: IO[bytes]) -> None:
-    while True:
-        length = tasks.read(_LENGTH)
-        if len(length) < _LENGTH:
-            return
-        task = _task(json.loads(tasks.read(int.from_bytes(length, "little"))))
-        answer, cuts = task.solved()
-        data = json.dumps([asdict(answer), [asdict(cut) for cut in cuts]]).encode()
+def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    memory: dict[str, Any] = {}
+    while (data := _received(requests)) is not None:
+        request: Request = pickle.loads(data)
         try:
-            answers.write(len(data).to_bytes(_LENGTH, "little") + data)
-            answers.flush()
+            _send(answers, request.answer(memory))
         except OSError:
             return  # nobody waits for it any more
 

@@ -98,7 +98,7 @@ def test_factors_of_ops():
     graph = op_graph(4, 1, 8)
     factors = np.ones((len(graph.kind), 3))
     factors[:, 1] = 2.0
-    last = max(graph.last_ops())
+    last = max(graph.last_ops)
     factors[last, 2] = 3.0
     plain, double, longer = makespans(graph, np.repeat(np.array(times)[None], 3, axis=0), 0.0, factors)
     assert (plain, double) == (makespan, 2 * makespan)

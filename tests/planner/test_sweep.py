@@ -23,7 +23,7 @@ from megatron_telechat.planner.simulate import simulate
 from megatron_telechat.planner.solve import solve, solve_below
 from megatron_telechat.planner.space import layouts
 from megatron_telechat.planner.sweep import Proof, Search, quick_bound, sweep
-from megatron_telechat.planner.worker import Workers
+from megatron_telechat.planner.tasks import Workers
 from tests.planner.small_clusters import Cluster, assignments, cluster, exhaustive, small_cluster
 from tests.planner.small_problems import small_problem
 from tools.bench.yardsticks.exhaustive import solve_exhaustively

@@ -8,7 +8,7 @@ Every problem is a run (the flags are printed by --list) on a device file of the
 limit away, a size in GiB replaces the device's. Beside the solver: Megatron's uniform split, its
 account-for-embedding/loss flags, the best that plain flags say, and two published surrogate objectives, each minimised
 exactly (~ marks one that its own time limit cut short). Every makespan comes from the same simulator. Seconds are wall
-time of one process on a machine that should do nothing else, and its processor time.
+time on a machine that should do nothing else, and processor time.
 
 The set binding-32 has 32 virtual stages and limits that make layers be recomputed (but not of the model of experts),
 for the solver alone.
@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from megatron_telechat.planner.baselines import megatron_splits  # noqa: E402
 from megatron_telechat.planner.build import balance_problem, mtp_block  # noqa: E402
 from megatron_telechat.planner.problem import BalanceProblem  # noqa: E402
 from megatron_telechat.planner.solve import solve  # noqa: E402
+from megatron_telechat.planner.worker import processors  # noqa: E402
 from tools.bench.yardsticks.surrogates import surrogates  # noqa: E402
 
 LOOSE = float(2**20)
@@ -166,10 +167,16 @@ BINDING_32 = (
 SETS = {"reference": CASES, "binding-32": BINDING_32}
 
 
-def measure(name: str, one: BalanceProblem, time_limit: float, compare: bool) -> dict:
-    started = time.process_time()
-    answer = solve(one, time_limit)
-    row = {"problem": name, **answer.to_json(), "nodes": answer.nodes, "cpu": time.process_time() - started}
+def processor_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def measure(name: str, one: BalanceProblem, time_limit: float, processes: int, compare: bool) -> dict:
+    started = processor_seconds()
+    answer = solve(one, time_limit, processes=processes)
+    row = {"problem": name, **answer.to_json(), "nodes": answer.nodes, "cpu": processor_seconds() - started}
     row["recomputes"] = answer.assignment is not None and any(map(any, answer.assignment.modes))
     row["others"] = {
         other.name: {
@@ -207,6 +214,7 @@ def main() -> None:
     parser.add_argument("--set", default="reference", choices=SETS, help="which problems")
     parser.add_argument("--only", default="", help="problems whose name holds this text")
     parser.add_argument("--time-limit", type=float, default=30.0, help="seconds a problem")
+    parser.add_argument("--processes", type=int, default=processors(), help="that search [one for each processor]")
     parser.add_argument("--problem", nargs="*", default=[], help="balance problems in files instead")
     parser.add_argument("--list", action="store_true", help="print device, memory and flags of each problem and stop")
     parser.add_argument("--json", help="write the rows to this file")
@@ -225,7 +233,7 @@ def main() -> None:
     print(heads + others if compare else heads)
     rows = []
     for name, one in chosen(args):
-        rows.append(measure(name, one, args.time_limit, compare))
+        rows.append(measure(name, one, args.time_limit, args.processes, compare))
         show(rows[-1])
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
