@@ -68,7 +68,8 @@ class Workers:
         if self.number == 1 or len(tasks) == 1 or time.perf_counter() < self._from:
             return [task.answer({}) for task in tasks]
         if not self._workers:
-            self._workers = [Worker() for _ in range(self.number)]
+            for _ in range(self.number):
+                self._workers.append(Worker())
         answers: dict[int, Solved] = {}
         waiting = list(enumerate(tasks))[::-1]
         busy: dict[Worker, int] = {}

@@ -196,8 +196,9 @@ class Team(Tree):
     def ready(self) -> bool:
         """Whether the workers are ready; they are started when it is time."""
         if self.processes and not self._workers and time.perf_counter() >= self._from:
-            self._workers = [Worker() for _ in range(self.processes)]
-            for number, worker in enumerate(self._workers, 1):
+            for number in range(1, self.processes + 1):
+                worker = Worker()
+                self._workers.append(worker)
                 worker.ask(Begin(self.problem, self.gap, number))
                 self._heard[worker], self._own[worker] = 0, set()
             self._awaited = list(self._workers)

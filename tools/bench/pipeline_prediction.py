@@ -202,7 +202,7 @@ class Arm:
         self.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
         )
-        cores = sorted(os.sched_getaffinity(0))
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
         bound = not options.unbound and len(cores) >= RANKS
         spec = {"moe": options.moe, "quick": options.quick, "folder": folder, "probes": options.probes}
         spec |= asdict(layout)
