@@ -186,6 +186,8 @@ class Team(Tree):
     def run(self, current: Node | None = None) -> None:
         """As of a search alone."""
         self._root = current
+        if current is not None and not self.budget.over():
+            current = self.advance(current)  # a root is narrowed by all of them
         while (current is not None or self.heap) and not self.ready() and not self.budget.over():
             current = self.advance(current)
         if current is not None:

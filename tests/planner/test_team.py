@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import pytest
 
@@ -48,19 +49,26 @@ def searched(problem: BalanceProblem, seconds: float = 60.0, processes: int = 2)
     return search
 
 
-def test_workers_prove_what_exhaustive_search_finds(started):
-    problems = [small_problem(seed) for seed in range(16)] + [binding_problem(seed) for seed in range(4)]
-    boxes = 0
+def test_workers_prove_what_exhaustive_search_finds(started, monkeypatch):
+    problems = [small_problem(seed) for seed in range(12)] + [binding_problem(seed) for seed in range(12)]
+    requests = Counter()
+    ask = worker.Worker.ask
+
+    def counted(self, request):
+        requests[type(request).__name__] += 1
+        ask(self, request)
+
+    monkeypatch.setattr(worker.Worker, "ask", counted)
     for seed, problem in enumerate(problems):
         truth = solve_exhaustively(problem)
         search = searched(problem)
-        boxes += search.nodes
         if truth.makespan is None:
             assert search.incumbent.assignment is None and not search.heap, seed
             continue
         assert search.incumbent.makespan == pytest.approx(truth.makespan, rel=1e-6), seed
         assert truth.makespan * (1 - 2e-7) - 1 <= search.lower_bound() <= truth.makespan * (1 + 1e-12), seed
-    assert len(started) == 2 * len(problems) and boxes > len(problems)
+    assert len(started) == requests["Begin"] == 2 * len(problems)
+    assert requests["Narrow"] > 10 and requests["Search"] > 10, requests
 
 
 def test_a_long_search_is_shared_and_ends_with_the_same_value(started, monkeypatch):
