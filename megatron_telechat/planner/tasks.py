@@ -11,8 +11,9 @@ from typing import Any
 
 from megatron_telechat.planner.assignment import Assignment, Solution
 from megatron_telechat.planner.budget import Budget
+from megatron_telechat.planner.messages import register
 from megatron_telechat.planner.path_cuts import PathCut
-from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.problem import BalanceProblem, Block, DeviceCost, LayerGroup, Mode
 from megatron_telechat.planner.solve import solve_below
 from megatron_telechat.planner.worker import Worker
 
@@ -39,6 +40,9 @@ class Task:
         answer = solve_below(self.problem, self.limit, budget, self.gap, cuts, self.warm_start)
         known = set(self.cuts)
         return answer, tuple(cut for cut in cuts if cut not in known)
+
+
+register(Task, Solution, Assignment, PathCut, BalanceProblem, LayerGroup, Mode, Block, DeviceCost)
 
 
 class Workers:

@@ -21,8 +21,10 @@ from megatron_telechat.planner.branch import Tree
 from megatron_telechat.planner.budget import Budget
 from megatron_telechat.planner.incumbent import MANY_DESCENTS, Incumbent
 from megatron_telechat.planner.lp import INF, LpResult
+from megatron_telechat.planner.messages import register
 from megatron_telechat.planner.op_graph import OpGraph, op_graph
-from megatron_telechat.planner.problem import BalanceProblem
+from megatron_telechat.planner.path_cuts import PathCut
+from megatron_telechat.planner.problem import BalanceProblem, Block, DeviceCost, LayerGroup, Mode
 from megatron_telechat.planner.relaxation import NODE_ROUNDS, MetRow, Node
 from megatron_telechat.planner.worker import Worker
 
@@ -112,6 +114,12 @@ class Search:
         member.heap = list(self.nodes)
         heapq.heapify(member.heap)
         return member.tell(member.dive(self.current), member.heap)
+
+
+register(
+    *(Begin, Narrow, Search, Found, News, Node, PathCut, Assignment),
+    *(BalanceProblem, LayerGroup, Mode, Block, DeviceCost),
+)
 
 
 class Member(Tree):

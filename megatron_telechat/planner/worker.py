@@ -1,20 +1,19 @@
 """Processes that search, one request at a time each.
 
-A worker is `python -m megatron_telechat.planner.worker`: it reads requests from its standard input until that ends,
-which it does with the process that started it, however that ends. Requests and answers are pickled: both ends are this
-package, and nobody else holds the pipes.
+A worker is `python -m megatron_telechat.planner.serve`: it reads requests from its standard input until that ends,
+which it does with the process that started it, however that ends.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron_telechat.errors import ResourceError
+from megatron_telechat.planner.messages import decode, encode
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LENGTH = 8
@@ -42,7 +41,7 @@ class Worker:
         """
         assert self._process.stdin is not None
         try:
-            _send(self._process.stdin, request)
+            send(self._process.stdin, request)
         except OSError:
             raise _gone() from None
 
@@ -53,10 +52,10 @@ class Worker:
             ResourceError: the process ended before it had answered.
         """
         assert self._process.stdout is not None
-        data = _received(self._process.stdout)
+        data = received(self._process.stdout)
         if data is None:
             raise _gone()
-        return pickle.loads(data)
+        return decode(data)
 
     def fileno(self) -> int:
         """Readable when the answer, or the end of the process, is there: for `select`."""
@@ -84,7 +83,7 @@ def _start() -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_telechat.planner.worker"],
+        [sys.executable, "-m", "megatron_telechat.planner.serve"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, **threads, "PYTHONPATH": path},
@@ -92,14 +91,15 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _send(stream: IO[bytes], message: Any) -> None:
-    data = pickle.dumps(message)
+def send(stream: IO[bytes], message: Any) -> None:
+    """Write a message."""
+    data = encode(message)
     stream.write(len(data).to_bytes(_LENGTH, "little") + data)
     stream.flush()
 
 
-def _received(stream: IO[bytes]) -> bytes | None:
-    """None at the end of the stream."""
+def received(stream: IO[bytes]) -> bytes | None:
+    """The next message, encoded; None at the end of the stream."""
     length = stream.read(_LENGTH)
     size = int.from_bytes(length, "little")
     data = stream.read(size) if len(length) == _LENGTH else b""
@@ -112,19 +112,3 @@ def _gone() -> ResourceError:
         "planner",
         "see its message above, if there is one; with too little memory, --processes 1",
     )
-
-
-def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    memory: dict[str, Any] = {}
-    while (data := _received(requests)) is not None:
-        request: Request = pickle.loads(data)
-        try:
-            _send(answers, request.answer(memory))
-        except OSError:
-            return  # nobody waits for it any more
-
-
-if __name__ == "__main__":
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
-    _serve(sys.stdin.buffer, out)

@@ -403,7 +403,7 @@ def test_plot_is_a_picture(ask, tmp_path):
 def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("plans") / "plan.json"
     words = [*RUN_35B, "--num-virtual-stages-per-pipeline-rank", "2", GROUP, "7"]
-    assert main([*words, *ON_910B, "--time-limit", "1", "--output", str(path)]) == 0
+    assert main([*words, *ON_910B, "--time-limit", "1", "--processes", "1", "--output", str(path)]) == 0
     return path.read_text()
 
 
