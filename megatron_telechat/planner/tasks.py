@@ -6,7 +6,6 @@ import select
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from megatron_telechat.planner.assignment import Assignment, Solution
@@ -15,7 +14,7 @@ from megatron_telechat.planner.messages import register
 from megatron_telechat.planner.path_cuts import PathCut
 from megatron_telechat.planner.problem import BalanceProblem, Block, DeviceCost, LayerGroup, Mode
 from megatron_telechat.planner.solve import solve_below
-from megatron_telechat.planner.worker import Worker
+from megatron_telechat.planner.worker import Employer, Worker
 
 Solved = tuple[Solution, tuple[PathCut, ...]]
 """The answer to a task, and the paths that were met."""
@@ -45,23 +44,14 @@ class Task:
 register(Task, Solution, Assignment, PathCut, BalanceProblem, LayerGroup, Mode, Block, DeviceCost)
 
 
-class Workers:
+class Workers(Employer):
     """So many processes, or none for one: then tasks run here. They start at the first tasks that come after `wait_s`
     seconds: a short search is over before they would be there."""
 
     def __init__(self, number: int, wait_s: float = 1.0):
         self.number = number
+        super().__init__()
         self._from = time.perf_counter() + wait_s
-        self._workers: list[Worker] = []
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for worker in self._workers:
-            worker.close()
 
     def run(self, tasks: Sequence[Task]) -> list[Solved]:
         """The answers, in the order of the tasks.
@@ -72,8 +62,7 @@ class Workers:
         if self.number == 1 or len(tasks) == 1 or time.perf_counter() < self._from:
             return [task.answer({}) for task in tasks]
         if not self._workers:
-            for _ in range(self.number):
-                self._workers.append(Worker())
+            self.employ(self.number)
         answers: dict[int, Solved] = {}
         waiting = list(enumerate(tasks))[::-1]
         busy: dict[Worker, int] = {}

@@ -11,7 +11,6 @@ import select
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from megatron_telechat.planner.op_graph import OpGraph, op_graph
 from megatron_telechat.planner.path_cuts import PathCut
 from megatron_telechat.planner.problem import BalanceProblem, Block, DeviceCost, LayerGroup, Mode
 from megatron_telechat.planner.relaxation import NODE_ROUNDS, MetRow, Node
-from megatron_telechat.planner.worker import Worker
+from megatron_telechat.planner.worker import Employer, Worker
 
 MOST_WORKERS = 16
 """Each of them gets what all others meet."""
@@ -149,7 +148,7 @@ class Member(Tree):
         return Found(current, tuple(nodes), self.closed_bound, self.nodes - self._from, news)
 
 
-class Team(Tree):
+class Team(Tree, Employer):
     """A search that has others do its work from a time (of `time.perf_counter`) on. Use it as a context."""
 
     def __init__(
@@ -162,23 +161,14 @@ class Team(Tree):
         processes: int,
         starting: float,
     ):
-        super().__init__(problem, graph, incumbent, budget, gap)
+        Tree.__init__(self, problem, graph, incumbent, budget, gap)
+        Employer.__init__(self)
         self.processes = min(processes, MOST_WORKERS) if processes > 1 else 0
         self._from = starting
-        self._workers: list[Worker] = []
         self._awaited: list[Worker] = []
         self._heard: dict[Worker, int] = {}
         self._own: dict[Worker, set[int]] = {}
         self._root: Node | None = None
-
-    def __enter__(self) -> Team:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for worker in self._workers:
-            worker.close()
 
     def shave_rows(self, node: Node, result: LpResult, numbers: Sequence[int]) -> tuple[bool, LpResult]:
         """As of a search alone; the workers share the rows that are left when they are there."""
@@ -206,9 +196,8 @@ class Team(Tree):
     def ready(self) -> bool:
         """Whether the workers are ready; they are started when it is time."""
         if self.processes and not self._workers and time.perf_counter() >= self._from:
-            for number in range(1, self.processes + 1):
-                worker = Worker()
-                self._workers.append(worker)
+            self.employ(self.processes)
+            for number, worker in enumerate(self._workers, 1):
                 worker.ask(Begin(self.problem, self.gap, number))
                 self._heard[worker], self._own[worker] = 0, set()
             self._awaited = list(self._workers)

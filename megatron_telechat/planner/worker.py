@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any, Protocol
+from types import TracebackType
+from typing import IO, Any, Protocol, TypeVar
 
 from megatron_telechat.errors import ResourceError
 from megatron_telechat.planner.messages import decode, encode
@@ -72,6 +73,30 @@ class Worker:
                 stream.close()
             except OSError:
                 pass  # part of a request was still to be sent
+
+
+_Self = TypeVar("_Self", bound="Employer")
+
+
+class Employer:
+    """A context whose workers end with it."""
+
+    def __init__(self) -> None:
+        self._workers: list[Worker] = []
+
+    def employ(self, number: int) -> None:
+        """Start so many."""
+        for _ in range(number):
+            self._workers.append(Worker())
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.close()
 
 
 def processors() -> int:

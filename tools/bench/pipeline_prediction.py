@@ -140,8 +140,10 @@ def serve(spec: dict[str, Any]) -> None:
     os.dup2(2, 1)  # what the trainer prints must not mix with the answers
     layout = Layout(spec["name"], tuple(spec["counts"]), spec["recompute"], spec["context"])
     run = make_run(layout, spec["moe"], spec["quick"], spec["folder"])
-    arm = calibration_arm(run, spec["probes"]) if layout.name.startswith(CALIBRATION) else training_arm(run)
-    step, result = arm
+    if layout.name.startswith(CALIBRATION):
+        step, result = calibration_arm(run, spec["probes"])
+    else:
+        step, result = training_arm(run)
 
     def say(answer: Any) -> None:
         answers.write(json.dumps(answer) + "\n")
